@@ -1,0 +1,22 @@
+// What this binary was built from and for.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace steepest {
+
+// Empty strings stand for "none": no CUDA, no CUTLASS headers, no git checkout.
+struct BuildInfo {
+  std::string version;
+  std::string commit;
+  std::string torch;  // version of the headers
+  std::string cuda;
+  std::vector<std::string> architectures;  // "sm_80", ..., and "compute_120" for PTX
+  std::string cutlass;
+  std::string compiler;
+};
+
+BuildInfo build_info();
+
+}  // namespace steepest

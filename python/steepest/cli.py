@@ -1,0 +1,93 @@
+"""The command line: `steepest doctor` says what this machine can run, why not the rest, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ._version import __version__
+from .ops import backend
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="steepest", description="Steepest descent under preconditioned norms, fast.")
+    parser.add_argument("--version", action="version", version=f"steepest {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="what this machine can run, and what to do about the rest")
+    doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    arguments = parser.parse_args(argv)
+    facts = diagnose()
+    print(json.dumps(facts, indent=2) if arguments.json else describe(facts))
+    return 0
+
+
+def diagnose() -> dict[str, Any]:
+    """What `doctor` prints, as plain data: versions, devices, the compiled part and every backend."""
+    return {
+        "steepest": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "driver_cuda": _driver(),
+        "devices": [_device(index) for index in range(torch.cuda.device_count())],
+        "triton": _triton_version(),
+        "compiled": backend.extension.build_info() if backend.extension is not None else None,
+        "compiled_reason": backend.extension_reason,
+        "forced": None if backend.forced == "auto" else backend.forced,
+        "backends": {name: {"available": ok, "reason": reason} for name, (ok, reason) in backend.backends().items()},
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """`diagnose()` as text for a person."""
+    driver = facts["driver_cuda"] or "no driver"
+    lines = [
+        f"steepest  {facts['steepest']}",
+        f"python    {facts['python']}",
+        f"torch     {facts['torch']} (CUDA {facts['torch_cuda'] or 'none'}; driver: {driver})",
+        f"triton    {facts['triton'] or 'not installed'}",
+        f"devices   {', '.join(facts['devices']) or 'no CUDA device'}",
+        f"compiled  {_describe_build(facts)}",
+        "backends  (in order of preference)",
+    ]
+    for name, state in facts["backends"].items():
+        lines.append(f"  {name:<7} {'yes' if state['available'] else 'no '}  {state['reason']}")
+    if facts["forced"]:
+        lines.append(f"STEEPEST_BACKEND={facts['forced']} is set: it is used everywhere, or the call fails")
+    return "\n".join(lines)
+
+
+def _describe_build(facts: dict[str, Any]) -> str:
+    info = facts["compiled"]
+    if info is None:
+        return f"no: {facts['compiled_reason']}"
+    cuda = f"CUDA {info['cuda']} for {', '.join(info['architectures'])}" if info["cuda"] else "without CUDA"
+    commit = f", commit {info['commit']}" if info["commit"] else ""
+    return f"{info['version']} {cuda}; torch {info['torch']} headers, {info['compiler']}{commit}"
+
+
+def _device(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} ({major}.{minor})"
+
+
+def _driver() -> str | None:
+    """The newest CUDA version the driver supports, as torch sees it; None without CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+    return f"CUDA {number // 1000}.{number % 1000 // 10}"
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)

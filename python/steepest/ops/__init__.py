@@ -1,0 +1,1 @@
+"""One file per op: signature, shapes, formula, torch reference, fake and route (CUDA, then Triton, then torch)."""

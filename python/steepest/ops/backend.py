@@ -1,0 +1,151 @@
+"""Which backend an op runs on: the compiled CUDA kernels, Triton, or plain torch, in this order of preference.
+
+An op asks `choose` with the reasons, if any, why each backend cannot take the call. The caller's `backend=` argument
+or the environment variable STEEPEST_BACKEND forces one; a forced backend that cannot run is an error that names the
+reason. Under "auto" the first that can run is taken, and the first time a better one had to be passed over, the reason
+is logged (logger "steepest"; a warning when the tensors are on a GPU).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import types
+from collections.abc import Mapping
+
+import torch
+
+NAMES = ("cuda", "triton", "torch")
+MINIMUM_TORCH = (2, 10)
+
+logger = logging.getLogger("steepest")
+# Read once: looking at the environment in every step would cost more than some of the launches.
+forced = os.environ.get("STEEPEST_BACKEND", "auto")
+_logged: set[tuple[str, str]] = set()
+
+
+def _load_extension() -> tuple[types.ModuleType | None, str | None]:
+    """The compiled module, or the reason why there is none and what to do."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
+        return None, f"torch {torch.__version__} is older than 2.10, which the compiled part needs; upgrade torch"
+    if importlib.util.find_spec("steepest._C") is None:
+        return None, "the compiled part is not built; run `pip install --no-build-isolation .` in the source tree"
+    try:
+        return importlib.import_module("steepest._C"), None
+    except ImportError as error:
+        return None, f"the compiled part does not load ({error}); rebuild it against torch {torch.__version__}"
+
+
+extension, extension_reason = _load_extension()
+
+
+def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a binary with these targets ("sm_80", "sm_90a", "compute_120") runs on a device of this capability.
+
+    sm_XY runs on the same major version with at least that minor one, the suffixed sm_90a on exactly that device;
+    compute_XY (PTX) is compiled by the driver for anything newer, a suffixed one again only for its own.
+    """
+    for name in architectures:
+        kind, _, text = name.partition("_")
+        number = int(text.rstrip("af"))
+        target = divmod(number, 10)
+        if target == capability:
+            return True
+        if text[-1].isdigit() and target < capability and (kind == "compute" or target[0] == capability[0]):
+            return True
+    return False
+
+
+@torch.compiler.assume_constant_result
+def cuda_reason(index: int | None = None) -> str | None:
+    """Why the compiled CUDA kernels cannot run on this device (None: the current one); None when they can."""
+    return _cuda_reason(index)
+
+
+@functools.cache
+def _cuda_reason(index: int | None) -> str | None:
+    if extension is None:
+        return extension_reason
+    info = extension.build_info()
+    if info["cuda"] is None:
+        return (
+            "the compiled part was built without CUDA; install the CUDA toolkit (nvcc on PATH or in CUDA_HOME/bin) "
+            "and rebuild with STEEPEST_CUDA=1"
+        )
+    if not torch.cuda.is_available():
+        return _no_device()
+    capability = torch.cuda.get_device_capability(index)
+    if not covers(info["architectures"], capability):
+        wanted = ".".join(str(part) for part in capability)
+        built = ", ".join(info["architectures"])
+        return f"built for {built} and the device is {wanted}; rebuild with TORCH_CUDA_ARCH_LIST={wanted}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def triton_reason() -> str | None:
+    """Why the Triton kernels cannot run on this machine; None when they can."""
+    return _triton_reason()
+
+
+@functools.cache
+def _triton_reason() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; `pip install triton` (Linux)"
+    if importlib.util.find_spec("steepest.kernels") is None:
+        return "steepest.kernels is not importable; install the package instead of only pointing PYTHONPATH at it"
+    return None if torch.cuda.is_available() else _no_device()
+
+
+def _no_device() -> str:
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is a build without CUDA; on a machine with a GPU install a CUDA build of torch"
+        )
+    return "no CUDA device; `nvidia-smi` shows whether the driver sees one"
+
+
+def backends() -> dict[str, tuple[bool, str]]:
+    """Every backend by name: whether this machine can run it, and why or why not (with what to do)."""
+    cuda, triton = cuda_reason(), triton_reason()
+    return {
+        "cuda": (cuda is None, cuda or "compiled kernels match the device"),
+        "triton": (triton is None, triton or "Triton and a CUDA device are there"),
+        "torch": (True, f"torch {torch.__version__}"),
+    }
+
+
+def requested(backend: str) -> str:
+    """The caller's choice, or STEEPEST_BACKEND where that is "auto". ValueError when either is not a backend's name."""
+    for source, name in (("backend", backend), ("STEEPEST_BACKEND", forced)):
+        if name != "auto" and name not in NAMES:
+            raise ValueError(f"{source}={name!r} is not a backend; use 'auto', 'cuda', 'triton' or 'torch'")
+    return forced if backend == "auto" else backend
+
+
+def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: torch.device) -> str:
+    """The backend that runs this call of `op`.
+
+    reasons: for "cuda" and "triton", why it cannot take the call, or None; "torch" always can.
+    Raises ValueError for an unknown name and RuntimeError, with the reason, when a forced backend cannot run.
+    """
+    name = requested(backend)
+    if name == "auto":
+        taken = next((n for n in NAMES if reasons.get(n) is None), "torch")
+        _log_once(op, taken, reasons, device)
+        return taken
+    if (reason := reasons.get(name)) is not None:
+        raise RuntimeError(f"{op}: backend={name!r} cannot run: {reason}. backend='auto' takes one that can")
+    return name
+
+
+def _log_once(op: str, taken: str, reasons: Mapping[str, str | None], device: torch.device) -> None:
+    if torch.compiler.is_compiling() or taken == NAMES[0] or (op, device.type) in _logged:
+        return
+    _logged.add((op, device.type))
+    why = "; ".join(f"{name}: {reasons[name]}" for name in NAMES[: NAMES.index(taken)] if name in reasons)
+    level = logging.WARNING if device.type == "cuda" else logging.INFO
+    logger.log(level, "%s runs on %s (%s)", op, taken, why)
