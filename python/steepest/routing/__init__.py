@@ -1,0 +1,30 @@
+"""Which parameter goes where: hidden matrices to the matrix method, everything else to AdamW, with a reason for each.
+
+    route(model)            one Route per parameter: name, rule, reason, how it is read as matrices
+    param_groups(model)     group dictionaries for any optimizer of this package
+    summary(routes, ...)    the whole in one line, for a log
+
+A parameter is decided once, in this order: frozen ones are left out; then the overrides of the user (`overrides.py`);
+then the rules (`rules.py`: module type, name, shape), asked of every place of a tied parameter; the rest are matrices.
+Only shapes and names are read, never values: a model on the meta device is routed like any other.
+"""
+
+from __future__ import annotations
+
+from .groups import param_groups
+from .overrides import Overrides
+from .places import Routable
+from .routes import Route, route, route_by_shape, warn_if_embedding_like
+from .table import format_table, summary
+
+__all__ = [
+    "Overrides",
+    "Routable",
+    "Route",
+    "format_table",
+    "param_groups",
+    "route",
+    "route_by_shape",
+    "summary",
+    "warn_if_embedding_like",
+]

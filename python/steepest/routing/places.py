@@ -1,0 +1,95 @@
+"""Where parameters stand: a module, names or tensors, read into one list of places per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+Routable: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+# Path components which wrappers add and which say nothing of the layer.
+_WRAPPERS = frozenset({"module", "model", "net", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_PARAMETRIZED = ".parametrizations."
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One place of a parameter in a model: its full name there and the module that holds it (None: names only)."""
+
+    name: str
+    param: Tensor
+    module: nn.Module | None = None
+
+    @cached_property
+    def path(self) -> list[str]:
+        """Lower-case components of the name without wrappers; the last is the parameter's own name."""
+        layer, _, parametrized = self.name.lower().partition(_PARAMETRIZED)
+        parts = [part for part in layer.split(".") if part not in _WRAPPERS]
+        return [*parts, parametrized.split(".")[0]] if parametrized else parts or [layer]
+
+    @property
+    def kind(self) -> str:
+        """The module's class, or the dimensions where only names are known."""
+        return f"{self.param.ndim}-D" if self.module is None else type(self.module).__name__
+
+
+def read_places(params: Routable) -> tuple[list[list[Place]], bool]:
+    """The places of each parameter, in order of first appearance, and whether the names are the caller's own."""
+    if isinstance(params, nn.Module):
+        places, named = _in_module(params), True
+    else:
+        places, named = _in_iterable(params)
+    if not places:
+        raise ValueError(f"optimizer got an empty parameter list: no parameters in {type(params).__name__}")
+    for place in places:
+        if is_lazy(place.param):
+            raise ValueError(f"parameter {place.name!r} has no shape yet (lazy module): run the model once before this")
+    by_param: dict[int, list[Place]] = {}
+    for place in places:
+        by_param.setdefault(id(place.param), []).append(place)
+    return list(by_param.values()), named
+
+
+def _in_module(model: nn.Module) -> list[Place]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places = []
+    for prefix, module in modules.items():
+        # A parametrized weight belongs to its layer, not to the list of its parametrizations.
+        owner = modules[prefix.partition(_PARAMETRIZED)[0]] if _PARAMETRIZED in prefix else module
+        for leaf, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.append(Place(f"{prefix}.{leaf}" if prefix else leaf, param, owner))
+    return places
+
+
+def _in_iterable(params: Any) -> tuple[list[Place], bool]:
+    if isinstance(params, Tensor | str | set) or not isinstance(params, Iterable):
+        raise TypeError(
+            "params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
+            f"{type(params).__name__}: pass a model, model.named_parameters() or a list of tensors"
+        )
+    items = list(params.items() if isinstance(params, Mapping) else params)
+    pairs = [item for item in items if isinstance(item, tuple) and len(item) == 2]
+    if pairs and len(pairs) < len(items):
+        raise ValueError("all optimizer params should be with/without names. Some param names are missing")
+    named = bool(pairs)
+    places = [Place(*item) if named else Place(f"param_{i}", item) for i, item in enumerate(items)]
+    for place in places:
+        _check(place)
+    if len({place.name for place in places}) < len(places):
+        raise ValueError("two parameters have the same name: names must be unique, as named_parameters() gives them")
+    return places, named
+
+
+def _check(place: Place) -> None:
+    if isinstance(place.param, dict):
+        raise TypeError("parameter groups (dict) are already routed: pass them to the optimizer, not through routing")
+    if not isinstance(place.name, str) or not isinstance(place.param, Tensor):
+        raise TypeError(
+            f"optimizer can only optimize Tensors, but {place.name!r} is {type(place.param).__name__}: "
+            "pass a model, model.named_parameters() or a list of tensors"
+        )

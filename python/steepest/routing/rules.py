@@ -1,0 +1,155 @@
+"""The rules of routing: what a parameter is, from its module, its name and its shape.
+
+`send_to_adamw` asks the rules below in this order, of every place a (possibly tied) parameter has in the model; the
+first that answers gives the reason. A parameter that none of them claims is read as matrices, as `layout` says.
+
+    1. fewer than two dimensions                                  biases, gains, scalars
+    2. the module is an embedding                                 nn.Embedding, nn.EmbeddingBag, *Embedding
+    3. the module is a normalization layer                        nn.LayerNorm, *Norm, *Norm2d
+    4. the name is a head's                                       HEADS, TOP_LEVEL_HEADS
+    5. the name is an embedding's, a position's or a token's      EMBEDDINGS
+    6. the convolution is depthwise                               one small filter per channel, no matrix
+    7. a leading 1 in three dimensions                            a table for all samples: (1, tokens, width)
+    8. a side of 1                                                a vector in disguise: (1, n), (n, 1, 1)
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from ..matrices import LAYOUT_KEYS, Piece, pieces
+from .places import Place
+
+# Matched with the last component of the module's path, with the first (head.fc, classifier.6), and with the parameter's
+# own name.
+HEADS = ("lm_head", "head", "*_head", "*_heads", "classifier", "embed_out", "unembed*", "logits", "score")
+# Heads only where the module stands at the top of the model; inside a block these are common names of hidden layers.
+TOP_LEVEL_HEADS = ("fc", "output", "decoder")
+# Matched with the parameter's own name and with the last component of its module's path.
+EMBEDDINGS = ("wte", "wpe", "*embed", "*embeds", "*embedding*", "emb", "*_emb", "*_token", "*_tokens", "*position*")
+
+_EMBEDDING_CLASS = re.compile(r"Embed(ding)?s?(Bag)?$")
+_NORM_CLASS = re.compile(r"Norm(\dd)?$")
+_FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+
+
+def send_to_adamw(place: Place) -> str | None:
+    """The reason why this place's parameter is no hidden matrix, or None."""
+    return next((reason for rule in _RULES if (reason := rule(place)) is not None), None)
+
+
+def layout(place: Place) -> dict[str, Any]:
+    """Group values with which `pieces` reads a parameter of two dimensions or more."""
+    if (splits := _fused_rows(place)) is not None:
+        return {"split_sizes": splits}
+    conv, shape = place.module if isinstance(place.module, _ConvNd) else None, place.param.shape
+    if conv is not None:
+        # The groups of a convolution are rows over inputs of their own: as many matrices, one under the other.
+        return {"num_heads": conv.groups} if conv.groups > 1 and shape[0] % conv.groups == 0 else {}
+    return {"batch_dims": 1} if len(shape) == 3 else {}
+
+
+def reading(param: Tensor, values: Mapping[str, Any]) -> str:
+    """How the parameter is read, as in " read as 8 matrices (64, 32)"; nothing to say of a plain matrix."""
+    counts: Counter[tuple[int, int]] = Counter()
+    read = read_pieces(param, values)
+    for piece in read:
+        counts[piece.rows, piece.cols] += piece.batch
+    if param.ndim == 2 and read[0].shape == (1, *param.shape):
+        return ""
+    return " read as " + " and ".join(f"{n} matrices {shape}" if n > 1 else f"{shape}" for shape, n in counts.items())
+
+
+def read_pieces(param: Tensor, values: Mapping[str, Any]) -> tuple[Piece, ...]:
+    """The pieces of a parameter under the layout values among a group's values."""
+    return pieces(tuple(param.shape), **{key: values[key] for key in LAYOUT_KEYS if key in values})
+
+
+def _fused_rows(place: Place) -> tuple[int, ...] | None:
+    """Rows of each matrix in the fused weights of torch's own layers: q, k, v; the gates of a recurrent layer."""
+    rows, leaf = place.param.shape[0], place.path[-1]
+    if isinstance(place.module, nn.MultiheadAttention) and leaf.startswith("in_proj") and rows % 3 == 0:
+        return (rows // 3,) * 3
+    if isinstance(place.module, nn.RNNBase | nn.RNNCellBase) and leaf.startswith(("weight_ih", "weight_hh")):
+        hidden = int(place.module.hidden_size)
+        return (hidden,) * (rows // hidden) if rows > hidden and rows % hidden == 0 else None
+    return None
+
+
+def _vector(place: Place) -> str | None:
+    if place.param.ndim >= 2:
+        return None
+    return f"{place.param.ndim}-D" if place.module is None else f"{place.param.ndim}-D of {place.kind}"
+
+
+def _embedding_module(place: Place) -> str | None:
+    found = isinstance(place.module, nn.Embedding | nn.EmbeddingBag) or _class_matches(place, _EMBEDDING_CLASS)
+    return place.kind if found else None
+
+
+def _normalization(place: Place) -> str | None:
+    found = isinstance(place.module, _NormBase) or _class_matches(place, _NORM_CLASS)
+    return f"normalization ({place.kind})" if found else None
+
+
+def _class_matches(place: Place, pattern: re.Pattern[str]) -> bool:
+    return place.module is not None and pattern.search(type(place.module).__name__) is not None
+
+
+def _head_name(place: Place) -> str | None:
+    if isinstance(place.module, _FUSED):
+        return None  # a layer called multi_head holds hidden matrices
+    path = place.path
+    top = path[:1] if len(path) <= 2 else []
+    return _named("head", [*path[-2:], path[0]], HEADS) or _named("head", top, TOP_LEVEL_HEADS)
+
+
+def _embedding_name(place: Place) -> str | None:
+    if isinstance(place.module, _ConvNd):
+        return None  # a patch embedding is a linear map of pixels
+    return _named("embedding", place.path[-2:], EMBEDDINGS)
+
+
+def _named(what: str, names: list[str], patterns: tuple[str, ...]) -> str | None:
+    for pattern in patterns:
+        if any(fnmatchcase(name, pattern) for name in names):
+            return f"{what}, by the name pattern {pattern!r}"
+    return None
+
+
+def _depthwise(place: Place) -> str | None:
+    shape = tuple(place.param.shape)
+    if isinstance(place.module, _ConvNd):
+        return f"depthwise {place.kind}" if 1 < place.module.in_channels == place.module.groups else None
+    return f"depthwise by its shape {shape}" if len(shape) > 3 and shape[1] == 1 else None
+
+
+def _leading_one(place: Place) -> str | None:
+    shape = tuple(place.param.shape)
+    found = len(shape) == 3 and shape[0] == 1 and not isinstance(place.module, _ConvNd)
+    return f"a table, by the leading 1 of its shape {shape}" if found else None
+
+
+def _side_of_one(place: Place) -> str | None:
+    found = any(min(piece.rows, piece.cols) <= 1 for piece in read_pieces(place.param, layout(place)))
+    return f"a vector in disguise, shape {tuple(place.param.shape)}" if found else None
+
+
+_RULES: tuple[Callable[[Place], str | None], ...] = (
+    _vector,
+    _embedding_module,
+    _normalization,
+    _head_name,
+    _embedding_name,
+    _depthwise,
+    _leading_one,
+    _side_of_one,
+)

@@ -1,0 +1,27 @@
+"""The code blocks of the README and of docs/ run, page by page, each page from top to bottom in one namespace."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_run(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": f"docs.{page.stem}"}
+    for block in BLOCK.finditer(text):
+        # Blank lines in front keep the page's line numbers in a traceback.
+        source = "\n" * (text[: block.start(1)].count("\n")) + block[1]
+        exec(compile(source, str(page), "exec"), namespace)
+
+
+def test_there_are_pages_with_code() -> None:
+    assert any(BLOCK.search(page.read_text(encoding="utf-8")) for page in PAGES)
