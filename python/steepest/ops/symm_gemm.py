@@ -55,7 +55,9 @@ def mirror_(out: Tensor, edges: tuple[int, ...]) -> Tensor:
     Block by block: mirroring the whole square at once costs as much as a block row saves.
     """
     block, whole = edges[1], edges[-1] - edges[-1] % edges[1]
-    _mirror_corners_(out[..., :whole, :whole].unfold(-2, block, block).unfold(-2, block, block).diagonal(dim1=-4, dim2=-3))
+    _mirror_corners_(
+        out[..., :whole, :whole].unfold(-2, block, block).unfold(-2, block, block).diagonal(dim1=-4, dim2=-3)
+    )
     if whole < edges[-1]:
         _mirror_corners_(out[..., whole:, whole:].unsqueeze(-1))
     for low, high in zip(edges[:-2], edges[1:-1], strict=True):

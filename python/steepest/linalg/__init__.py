@@ -1,0 +1,3 @@
+"""Matrix mathematics in terms of ``steepest.ops``."""
+
+from __future__ import annotations

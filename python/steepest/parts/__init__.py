@@ -1,0 +1,37 @@
+"""The parts of a step: pure functions of tensors, each the same for one matrix and for a batch of them.
+
+    momentum      what is remembered of the gradients
+    precondition  the change of variables P:  into(x) = P^-T x,  back(d) = P^-1 d
+    direction     the maximiser of <x, d> over the unit ball of a base norm, and the dual norm <x, d>
+    step_size     what the learning rate means for a matrix of a given shape
+    decay         decoupled weight decay
+    rounding      how the new weight is stored
+
+A part is a frozen dataclass: it holds the choices that fix the program (which formula), never the numbers that change
+from step to step (those are a `Hyper`) and never state (that is a dictionary of tensors owned by the caller).
+"""
+
+from .decay import Decay
+from .direction import Direction, Frobenius, Sign, Spectral
+from .hyper import Hyper, Number
+from .momentum import Momentum
+from .precondition import Diagonal, Identity, Precondition
+from .rounding import Rounding
+from .step_size import ADJUST_LR, shape_ratio
+
+__all__ = [
+    "ADJUST_LR",
+    "Decay",
+    "Diagonal",
+    "Direction",
+    "Frobenius",
+    "Hyper",
+    "Identity",
+    "Momentum",
+    "Number",
+    "Precondition",
+    "Rounding",
+    "Sign",
+    "Spectral",
+    "shape_ratio",
+]

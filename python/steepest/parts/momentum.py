@@ -1,0 +1,70 @@
+"""What is remembered of the gradients.
+
+    ema         m <- beta m + (1 - beta) g        heavy_ball   m <- beta m + g
+    nesterov    read  (1 - beta) g + beta m  (ema)  or  g + beta m  (heavy_ball)   instead of  m
+    bias_correction   read  m / (1 - beta^t)
+
+beta multiplies the old value in every method here. Directions of a norm ball do not see the scale of what they are
+given, so ema and heavy_ball differ only where the step is scaled by the dual norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .hyper import Number, mass
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """How gradients are averaged; `key` names the buffer in the state, `dtype` its type (None: the gradient's).
+
+    `observe` and `read` take tensors of any one shape. Equals `torch.optim.Muon`'s rule for kind="ema" with
+    nesterov=True, and the first moment of Adam (arXiv:1412.6980, Alg. 1) for kind="ema" with bias_correction=True.
+    """
+
+    kind: Literal["ema", "heavy_ball"] = "ema"
+    nesterov: bool = False
+    bias_correction: bool = False
+    key: str = "momentum_buffer"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("ema", "heavy_ball"):
+            raise ValueError(f"momentum kind {self.kind!r} is not known; use 'ema' or 'heavy_ball'")
+        if self.nesterov and self.bias_correction:
+            raise ValueError("Nesterov momentum with bias correction is not defined here; choose one of the two")
+        if self.bias_correction and self.kind != "ema":
+            raise ValueError("bias correction belongs to the average ('ema'); a heavy ball has nothing to correct")
+
+    def init(self, g: Tensor) -> Tensor:
+        return torch.zeros_like(g, dtype=self.dtype or g.dtype, memory_format=torch.preserve_format)
+
+    def observe(self, m: Tensor, g: Tensor, beta: Number) -> Tensor:
+        """The buffer after gradient g, in the wider of the two dtypes (the caller stores it in the buffer's own)."""
+        wide = torch.promote_types(m.dtype, g.dtype)
+        m, g = m.to(wide), g.to(wide)
+        if self.kind == "heavy_ball":
+            return m * beta + g
+        return torch.lerp(m, g, _weight(1 - beta, wide))
+
+    def read(self, m: Tensor, g: Tensor, beta: Number, step: Tensor | None) -> Tensor:
+        """What goes into the direction, from the updated buffer m; step is t, counted from 1."""
+        wide = torch.promote_types(m.dtype, g.dtype)
+        if self.nesterov:
+            if self.kind == "heavy_ball":
+                return g.to(wide) + m.to(wide) * beta
+            return torch.lerp(g.to(wide), m.to(wide), _weight(beta, wide))
+        if self.bias_correction:  # in fp32 at least: 1 - beta^t in bf16 is off by a factor common to all entries
+            wide = torch.promote_types(wide, torch.float32)
+            return m.to(wide) / mass(beta, step).to(wide)
+        return m
+
+
+def _weight(weight: Number, dtype: torch.dtype) -> Number:
+    """`torch.lerp` wants a tensor weight in the tensors' own dtype."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight

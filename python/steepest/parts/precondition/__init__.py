@@ -1,0 +1,7 @@
+"""The change of variables of a preconditioned norm ||X|| = N(P X):  into(x) = P^-T x,  back(d) = P^-1 d."""
+
+from .base import Precondition, State
+from .diagonal import Diagonal
+from .none import Identity
+
+__all__ = ["Diagonal", "Identity", "Precondition", "State"]

@@ -1,0 +1,269 @@
+"""`polar` against the fp64 SVD: every preset, spectrum, layout and scale, with rounding reported apart."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from steepest.linalg import coefficients as tables
+from steepest.linalg.newton_schulz import newton_schulz
+from steepest.linalg.polar import _prescaled, compute_dtype, default_restarts, polar
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim._muon import _zeropower_via_newtonschulz
+
+from assertions import assert_polar, polar_error
+from cases import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, with_spectrum
+
+PRESETS = (*tables.SCHEDULES, "polar_express", "svd")
+POLYNOMIAL = [name for name in PRESETS if name != "svd"]
+
+
+def torch_muon(x: Tensor) -> Tensor:
+    return _zeropower_via_newtonschulz(x.float(), tables.JORDAN_STEP, 5, 1e-7)
+
+
+def expected(x: Tensor, preset: str) -> Tensor:
+    """The preset's polynomial applied to the fp64 singular values."""
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    if preset == "svd":
+        return (u * (s > 1e-7 * s[0])) @ vh
+    plan = tables.schedule(preset, None, None)
+    r = u @ torch.diag(s * s) @ u.mT if x.shape[0] <= x.shape[1] else vh.mT @ torch.diag(s * s) @ vh
+    m, fro = len(s), s.norm()
+    spread = ((r.norm() ** 2 / m - (fro**2 / m) ** 2).clamp_min(0)).sqrt()
+    bound = torch.minimum(r.abs().sum(-1).max(), fro**2 / m + spread * math.sqrt(m - 1)).sqrt()
+    norm = bound if plan.norm == "tight" else fro
+    table = next((t for t, least in zip(plan.tables, plan.slacks) if fro / norm >= least), plan.tables[-1])
+    return (u * torch.tensor([tables.evaluate(table, v) for v in (s / norm).tolist()], dtype=torch.float64)) @ vh
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("spectrum", ["gaussian", *SPECTRA])
+def test_fp64_is_the_polynomial_of_the_singular_values(preset: str, spectrum: str) -> None:
+    for shape in SHAPES:
+        x = with_spectrum(*shape, spectrum)
+        exact = expected(x, preset)
+        for form in ("standard", "gram"):
+            # Of a rank-deficient matrix, singular values at rounding level (1e-16) are lifted by up to 1e3, and the Gram
+            # form squares them first.
+            torch.testing.assert_close(polar(x, preset, form=form), exact, atol=2e-9, rtol=0)
+
+
+# Bounds on the off-diagonal part and on the largest singular value.  bf16 rounds by 2^-9; the coefficients within a segment
+# and the lift of small singular values multiply that, so the spectra with many of them set the bounds.
+@pytest.mark.parametrize(
+    "preset, off_diagonal, largest",
+    [("jordan", 0.08, 1.22), ("exact", 0.08, 1.22), ("auto", 0.14, 1.26), ("turbo", 0.1, 1.22), ("tight_8e-3", 0.08, 1.1)],
+)
+@pytest.mark.parametrize("spectrum", ["gaussian", "flat", "log", "power", "root", "spikes"])
+def test_bf16_stays_near_the_polynomial(preset: str, off_diagonal: float, largest: float, spectrum: str) -> None:
+    for shape in ((96, 96), (96, 384), (384, 96), (37, 101)):
+        x = with_spectrum(*shape, spectrum)
+        ideal = polar_error(x, expected(x, preset)).relative
+        y = polar(x.float(), preset, dtype=torch.bfloat16)
+        assert_polar(x, y, relative=ideal + off_diagonal, off_diagonal=off_diagonal, largest=largest)
+
+
+@pytest.mark.parametrize("preset", ["auto", "turbo"])
+@pytest.mark.parametrize("shape", [(128, 128), (128, 512), (512, 128)])
+def test_auto_and_turbo_are_at_least_as_accurate_as_torch_on_gaussian_matrices(preset: str, shape: tuple[int, int]) -> None:
+    x = gaussian(*shape)
+    ours, theirs = polar_error(x, polar(x.float(), preset, dtype=torch.bfloat16)), polar_error(x, torch_muon(x))
+    assert ours.relative <= theirs.relative, (ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 192), (192, 48)])
+@pytest.mark.parametrize("spectrum", ["gaussian", "log", "rank 1"])
+def test_jordan_is_torch(shape: tuple[int, int], spectrum: str) -> None:
+    x = with_spectrum(*shape, spectrum).float()
+    ours = polar(x, "jordan", dtype=torch.bfloat16)
+    # bmm and mm may sum in different orders; the results differ by a few roundings at most.
+    torch.testing.assert_close(ours, torch_muon(x).float(), atol=2**-6, rtol=0)
+
+
+@pytest.mark.parametrize("preset", POLYNOMIAL)
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-5, 1e20, 1e30])
+def test_scale_does_not_matter(preset: str, scale: float) -> None:
+    x = gaussian(24, 40).float()
+    exact = polar(x, preset, dtype=torch.float32)
+    torch.testing.assert_close(polar(x * scale, preset, dtype=torch.float32), exact, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_powers_of_two_do_not_change_a_bit(preset: str) -> None:
+    x = gaussian(24, 40).float()
+    for exponent in (-90, -7, 60):
+        assert torch.equal(polar(x * 2.0**exponent, preset), polar(x, preset))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("eps", [1e-7, 0.0])
+def test_zero_gives_zero(preset: str, dtype: torch.dtype, eps: float) -> None:
+    for shape in ((3, 5), (5, 3), (1, 1), (2, 4, 4)):
+        assert torch.equal(polar(torch.zeros(shape, dtype=dtype), preset, eps=eps), torch.zeros(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 3, 4), (2, 0, 4)])
+def test_empty(preset: str, shape: tuple[int, ...]) -> None:
+    result = polar(torch.empty(shape), preset)
+    assert result.shape == shape
+    assert result.dtype == torch.float32
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_does_not_matter_and_the_input_is_not_written(preset: str, layout: str) -> None:
+    x = LAYOUTS[layout](gaussian(24, 40))
+    before = x.clone()
+    assert not x.is_contiguous() or x.storage_offset() > 0
+    torch.testing.assert_close(polar(x, preset), polar(before.contiguous(), preset), atol=1e-10, rtol=0)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_dtype_is_kept(preset: str, dtype: torch.dtype) -> None:
+    x = gaussian(16, 24).to(dtype)
+    before = x.clone()
+    result = polar(x, preset)
+    assert result.dtype == dtype
+    assert torch.equal(x, before)
+    assert polar_error(x, result).relative < 0.5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_transposition(preset: str) -> None:
+    x = gaussian(24, 60)
+    torch.testing.assert_close(polar(x.mT, preset), polar(x, preset).mT, atol=1e-10, rtol=0)
+
+
+def test_svd_is_equivariant_under_orthogonal_changes_of_basis() -> None:
+    x, q, p = gaussian(20, 33), orthogonal(20, 1), orthogonal(33, 2)
+    torch.testing.assert_close(polar(q @ x @ p, "svd"), q @ polar(x, "svd") @ p, atol=1e-12, rtol=0)
+
+
+def test_svd_drops_what_is_below_eps() -> None:
+    x = torch.diag(torch.tensor([1.0, 1e-3, 1e-6], dtype=torch.float64))
+    assert polar(x, "svd").diagonal().tolist() == pytest.approx([1, 1, 1])
+    assert polar(x, "svd", eps=1e-4).diagonal().tolist() == pytest.approx([1, 1, 0])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_batch_is_its_matrices(preset: str) -> None:
+    x = torch.stack([with_spectrum(24, 40, name) for name in ("gaussian", "log", "rank 1", "power")])
+    together = polar(x.reshape(2, 2, 24, 40), preset).reshape(4, 24, 40)
+    for one, many in zip(x, together):
+        torch.testing.assert_close(many, polar(one, preset), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_matrix_is_nan_and_alone(preset: str, poison: float) -> None:
+    x = torch.stack([gaussian(12, 20, seed) for seed in range(3)]).float()
+    clean = polar(x, preset)
+    x[1, 3, 4] = poison
+    result = polar(x, preset)
+    assert result[1].isnan().all()
+    assert torch.equal(result[0], clean[0])
+    assert torch.equal(result[2], clean[2])
+
+
+@pytest.mark.parametrize("preset", ["auto", "turbo", "jordan"])
+def test_chunks_do_not_change_the_result(preset: str) -> None:
+    x = gaussian(5 * 24, 40).reshape(5, 24, 40)
+    whole = polar(x, preset)
+    for limit in (1, 100_000):
+        torch.testing.assert_close(polar(x, preset, max_workspace_bytes=limit), whole, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_same_input_same_bits(preset: str) -> None:
+    x = gaussian(300, 420).float()
+    assert torch.equal(polar(x, preset), polar(x.clone(), preset))
+
+
+@pytest.mark.parametrize("coefficients", [(1.5, -0.5), (1.875, -1.25, 0.375), (2.1875, -2.1875, 1.3125, -0.3125)])
+def test_own_coefficients_of_any_degree_converge(coefficients: tuple[float, ...]) -> None:
+    x = gaussian(20, 30)
+    assert_polar(x, polar(x, coefficients=coefficients, steps=30), relative=1e-9, off_diagonal=1e-9)
+
+
+@pytest.mark.parametrize("restarts", [(), (2,), (1, 3), (1, 2, 3)])
+def test_restarts_do_not_change_the_mathematics(restarts: tuple[int, ...]) -> None:
+    for x in (gaussian(20, 50), gaussian(50, 20), gaussian(20, 20)):
+        exact = polar(x, "auto", form="standard")
+        torch.testing.assert_close(polar(x, "auto", restarts=restarts), exact, atol=1e-9, rtol=0)
+
+
+def test_default_restarts() -> None:
+    bf16, fp16 = torch.bfloat16, torch.float16
+    auto, exact, turbo = (tables.SCHEDULES[name] for name in ("auto", "exact", "turbo"))
+    assert default_restarts(auto, "standard", 4.0, bf16) == (1, 2, 3)
+    assert default_restarts(auto, "auto", 1.0, bf16) == (1, 2, 3)
+    assert default_restarts(auto, "auto", 4.0, bf16) == (2, 3)
+    assert default_restarts(auto, "auto", 4.0, fp16) == (2,)
+    assert default_restarts(turbo, "auto", 4.0, bf16) == (2,)
+    assert default_restarts(turbo, "auto", 4.0, fp16) == ()
+    assert default_restarts(exact, "auto", 4.0, bf16) == (1, 2, 3, 4)
+    assert default_restarts(exact, "gram", 1.0, bf16) == (2, 4)
+    assert default_restarts(exact, "auto", 4.0, fp16) == (3,)
+
+
+def test_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compute_dtype("auto", torch.float64, "cpu") == torch.float64
+    assert compute_dtype("auto", torch.float16, "cuda") == torch.float16
+    assert compute_dtype("jordan", torch.float32, "cuda") == torch.bfloat16
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda native=native: native)
+        assert compute_dtype("auto", torch.float16, "cpu") == dtype
+    assert compute_dtype("svd", torch.bfloat16, "cpu") == torch.float32
+
+
+@pytest.mark.parametrize("spectrum", ["gaussian", "flat", "log", "rank 1"])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e30])
+def test_the_fp16_path_keeps_its_range(spectrum: str, scale: float) -> None:
+    """What a GPU runs, on a small matrix here: neither overflow nor loss to subnormals at any scale."""
+    x = with_spectrum(24, 64, spectrum)[None]
+    plan = tables.SCHEDULES["auto"]
+    y = newton_schulz(_prescaled((scale * x).float(), torch.float16), plan, (2,), eps=1e-7)
+    assert y.isfinite().all()
+    assert (y[0].double() - expected(x[0], "auto")).norm() / max(1, expected(x[0], "auto").norm()) < 0.2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_traces_without_data(preset: str) -> None:
+    with FakeTensorMode():
+        result = polar(torch.empty(2, 300, 40), preset)
+    assert result.shape == (2, 300, 40)
+
+
+@pytest.mark.parametrize("preset", ["auto", "turbo", "jordan", "exact"])
+def test_compiles_in_one_graph(preset: str) -> None:
+    compiled = torch.compile(lambda x: polar(x, preset), fullgraph=True, backend="eager")
+    for x in (gaussian(300, 420).float(), gaussian(8, 6).float()):
+        assert torch.equal(compiled(x), polar(x, preset))
+
+
+@pytest.mark.parametrize(
+    "x, options, error, message",
+    [
+        (torch.zeros(3), {}, ValueError, r"takes matrices \(..., m, n\), got shape \(3,\); add a dimension"),
+        (torch.zeros(2, 2, dtype=torch.int64), {}, TypeError, "real floating-point tensor, got torch.int64"),
+        (torch.zeros(2, 2, dtype=torch.complex64), {}, TypeError, "real floating-point tensor, got torch.complex64"),
+        (torch.zeros(2, 2), {"preset": "fast"}, ValueError, "preset 'fast' is not known; choose one of jordan, exact"),
+        (torch.zeros(2, 2), {"form": "square"}, ValueError, "form 'square' is not known; choose one of auto, standard"),
+        (torch.zeros(2, 2), {"dtype": torch.int32}, TypeError, "dtype torch.int32 cannot be computed in"),
+        (torch.zeros(2, 2), {"dtype": torch.float16}, ValueError, "torch.float16 is not used on a CPU"),
+        (torch.zeros(2, 2), {"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
+        (torch.zeros(2, 2), {"restarts": (4,)}, ValueError, r"restarts must lie in 1 .. 3 for 4 steps, got \(4,\)"),
+        (torch.zeros(2, 2), {"max_workspace_bytes": 0}, ValueError, "max_workspace_bytes must be positive or None"),
+        (torch.zeros(2, 2), {"preset": "jordan", "steps": 100}, ValueError, "Number of steps must be less than 100"),
+    ],
+)
+def test_messages(x: Tensor, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        polar(x, **options)

@@ -1,0 +1,203 @@
+"""Every error of the optimizers' door: the value it names, and the way out it shows."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import steepest
+from steepest.optimizer import MatrixOptimizer
+from training import both_kinds, parameters, train
+
+MUON, MUADAM, SANIA = steepest.Muon, steepest.MuAdam, steepest.MuAdamSANIA
+
+
+def matrix(**values: Any) -> list[dict[str, Any]]:
+    return [{"params": parameters([(6, 4)]), **values}]
+
+
+def adamw(**values: Any) -> list[dict[str, Any]]:
+    return [{"params": parameters([(4,)]), "use_muon": False, **values}]
+
+
+# what is built, the error, its text
+CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "lr": (lambda: MUON(matrix(), lr=-0.5), ValueError, "Learning rate should be >= 0 but is: -0.5"),
+    "lr NaN": (lambda: MUADAM(matrix(), lr=float("nan")), ValueError, "Learning rate should be >= 0 but is: nan"),
+    "lr tensor": (
+        lambda: MUON(matrix(), lr=torch.ones(2)),
+        ValueError,
+        "Tensor lr must be 1-element but has 2",
+    ),
+    "lr of a group": (lambda: MUADAM(matrix(lr=-1)), ValueError, "Learning rate should be >= 0 but is: -1"),
+    "lr of AdamW": (lambda: MUON(adamw(lr=-1.0)), ValueError, "Learning rate should be >= 0 but is: -1.0"),
+    "adamw_lr": (lambda: MUON(matrix(), adamw_lr=-2.0), ValueError, "Learning rate should be >= 0 but is: -2.0"),
+    "momentum": (lambda: MUON(matrix(), momentum=-0.1), ValueError, "momentum should be >= 0 but is: -0.1"),
+    "weight_decay": (lambda: SANIA(matrix(), weight_decay=-1), ValueError, "weight decay should be >= 0 but is: -1"),
+    "adamw_weight_decay": (
+        lambda: MUADAM(matrix(), adamw_weight_decay=-1),
+        ValueError,
+        "weight decay should be >= 0 but is: -1",
+    ),
+    "adamw_eps": (lambda: MUADAM(matrix(), adamw_eps=-1e-8), ValueError, "eps should be >= 0 but is: -1e-08"),
+    "eps": (lambda: MUADAM(matrix(), eps=-1.0), ValueError, "eps should be >= 0 but is: -1.0"),
+    "betas": (lambda: MUADAM(matrix(), betas=(0.9, 1.0)), ValueError, r"two numbers in \[0, 1\) but is: \(0.9, 1.0\)"),
+    "one beta": (lambda: SANIA(matrix(), betas=(0.9,)), ValueError, r"two numbers in \[0, 1\) but is: \(0.9,\)"),
+    "adamw_betas": (lambda: MUON(matrix(), adamw_betas=(-1, 0)), ValueError, r"two numbers in .* but is: \(-1, 0\)"),
+    "adjust_lr_fn": (
+        lambda: MUON(matrix(), adjust_lr_fn="spectral"),
+        ValueError,
+        r"function spectral is not supported; use one of original, match_rms_adamw, .*, none or None \(original\)",
+    ),
+    "ns_steps": (
+        lambda: MUON(matrix(), ns_steps=100),
+        ValueError,
+        "Number of steps must be less than 100 for computational efficiency but is: 100",
+    ),
+    "no ns_steps": (lambda: MUON(matrix(), ns_steps=0), ValueError, "must be less than 100 and at least 1, got 0"),
+    "ns_coefficients": (
+        lambda: MUON(matrix(), ns_coefficients=(1.0, 2.0)),  # type: ignore[arg-type]
+        ValueError,
+        r"Coefficients must be a tuple of exactly 3 values but is: \(1.0, 2.0\)",
+    ),
+    "polar": (lambda: MUADAM(matrix(), polar="best"), ValueError, "preset 'best' is not known; choose one of .*auto"),
+    "polar of a group": (lambda: MUON(matrix(polar="best")), ValueError, "preset 'best' is not known"),
+    "polar table": (
+        lambda: MUON(matrix(), polar=(3.0, -3.0, 1.0)),  # type: ignore[arg-type]
+        TypeError,
+        r"a preset's name or a list of coefficient tuples, one a step, but is: \(3.0, -3.0, 1.0\)",
+    ),
+    "polar table entries": (
+        lambda: MUADAM(matrix(), polar=[(1.0,)]),
+        ValueError,
+        r"tuples of 2 to 5 numbers, got \(\(1.0,\),\)",
+    ),
+    "backend": (
+        lambda: MUADAM(matrix(), backend="abacus"),
+        ValueError,
+        "backend='abacus' is not a backend; use 'auto', 'cuda', 'triton' or 'torch'",
+    ),
+    "max_workspace_bytes": (
+        lambda: MUON(matrix(), max_workspace_bytes=0),
+        ValueError,
+        "max_workspace_bytes should be positive but is: 0",
+    ),
+    "argument": (
+        lambda: MUADAM(matrix(), warmup=3),  # type: ignore[call-arg]
+        TypeError,
+        "MuAdam got an unexpected argument 'warmup'; it takes lr, weight_decay, betas, .*adamw_lr",
+    ),
+    "algorithm": (
+        lambda: MUON(matrix(algorithm="lion")),
+        ValueError,
+        "group algorithm 'lion' is not known; use 'muon' or 'adamw'",
+    ),
+    "vector": (
+        lambda: MUADAM([{"params": parameters([(5,)])}]),
+        ValueError,
+        r"shape \(5,\) is not a matrix: put it in a group with use_muon=False, or pass the module",
+    ),
+    "three dimensions": (
+        lambda: MUADAM([{"params": parameters([(2, 3, 4)])}]),
+        ValueError,
+        r"shape \(2, 3, 4\) is either a batch of matrices or a convolution: say batch_dims=1 or batch_dims=0",
+    ),
+    "not 2-D, as in torch": (
+        lambda: MUON(parameters([(5,)])),
+        ValueError,
+        r"only supports 2D parameters whereas we found .* size: torch.Size\(\[5\]\); pass the module itself .*use_muon",
+    ),
+    "num_heads": (lambda: MUON(matrix(num_heads=4)), ValueError, "num_heads=4 does not divide the 6 rows"),
+    "split_sizes": (
+        lambda: MUADAM(matrix(split_sizes=(4, 4))),
+        ValueError,
+        r"split_sizes \(4, 4\) sum to 8, but dimension 0 of shape \(6, 4\) is 6: .* so that they sum to 6",
+    ),
+    "batch_dims": (lambda: MUON(matrix(batch_dims=1)), ValueError, "send the parameter to AdamW, or lower batch_dims"),
+    "no matrices": (
+        lambda: MUADAM(nn.Sequential(nn.Embedding(8, 4), nn.LayerNorm(4))),
+        ValueError,
+        "none of 3 parameters goes to the matrix method .*Use torch.optim.AdamW.*overrides=",
+    ),
+    "one tensor": (
+        lambda: MUADAM(nn.Parameter(torch.ones(3, 3))),  # type: ignore[arg-type]
+        TypeError,
+        "should be an iterable of Tensors or dicts, but got torch.FloatTensor",
+    ),
+    "empty": (lambda: MUON([]), ValueError, "optimizer got an empty parameter list"),
+}
+
+
+@pytest.mark.parametrize(("build", "error", "text"), CONSTRUCTION.values(), ids=CONSTRUCTION)
+def test_construction(build: Callable[[], Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        build()
+
+
+def test_a_group_that_is_no_dictionary() -> None:
+    optimizer, _ = both_kinds(MUON)
+    with pytest.raises(TypeError, match="param_group must be a dict, but got <class 'list'>"):
+        optimizer.add_param_group([1])  # type: ignore[arg-type]
+
+
+def make_complex(p: nn.Parameter) -> None:
+    p.data = p.data.to(torch.complex64)
+    p.grad = torch.ones_like(p)
+
+
+def make_sparse(p: nn.Parameter) -> None:
+    p.grad = torch.ones_like(p.data).to_sparse()
+
+
+@pytest.mark.parametrize("cls", [MUON, MUADAM, SANIA])
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (make_complex, r"does not support complex parameters; found one of shape \(4, 3\)"),
+        (make_sparse, r"does not support sparse gradients; found one of shape \(4, 3\)"),
+    ],
+    ids=["complex", "sparse"],
+)
+def test_gradients(cls: type[MatrixOptimizer], spoil: Callable[[nn.Parameter], None], text: str) -> None:
+    optimizer, params = both_kinds(cls)
+    spoil(params[-1])
+    with pytest.raises(RuntimeError, match=f"{cls.__name__} {text}"):
+        optimizer.step()
+
+
+# a group value that was good when the group was added; the error of the next step
+LATER: dict[str, tuple[str, Any, type[Exception], str]] = {
+    "polar": ("polar", "best", ValueError, "preset 'best' is not known"),
+    "backend": ("backend", "abacus", ValueError, "backend='abacus' is not a backend"),
+    "a backend that cannot run": ("backend", "cuda", RuntimeError, "backend='cuda' cannot run: the tensors are on cpu"),
+    "num_heads": ("num_heads", 5, ValueError, "num_heads=5 does not divide the 8 rows"),
+    "adjust_lr_fn": ("adjust_lr_fn", "spectral", ValueError, "function spectral is not supported; use one of original"),
+}
+
+
+@pytest.mark.parametrize("cls", [MUON, MUADAM, SANIA])
+@pytest.mark.parametrize(("key", "value", "error", "text"), LATER.values(), ids=LATER)
+def test_values_that_go_bad(
+    cls: type[MatrixOptimizer], key: str, value: Any, error: type[Exception], text: str
+) -> None:
+    optimizer, params = both_kinds(cls)
+    train(optimizer, params, range(1))
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(error, match=text):
+        optimizer.step()
+
+
+def test_a_tensor_that_looks_like_an_embedding_warns_once() -> None:
+    big, small = nn.Parameter(torch.zeros(8192, 2)), nn.Parameter(torch.zeros(4, 3))
+    with pytest.warns(UserWarning, match=re.escape("param_0 (8192, 2)")) as caught:
+        MUON([big, small])
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MUON([small])

@@ -1,0 +1,92 @@
+"""Optimizers, parameters and gradients for tests of the optimizer shell: the same ones every time, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import steepest
+from steepest.optimizer import MatrixOptimizer
+
+OPTIMIZERS: tuple[type[MatrixOptimizer], ...] = (steepest.Muon, steepest.MuAdam, steepest.MuAdamSANIA)
+MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5))
+VECTORS = ((7,), (4, 3))
+
+
+def noise(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gaussian numbers from a generator of their own."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def parameters(
+    shapes: Iterable[Sequence[int]], dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None
+) -> list[nn.Parameter]:
+    found = [nn.Parameter(noise(shape, seed, dtype)) for seed, shape in enumerate(shapes)]
+    for p in found if grad_dtype else ():
+        p.grad_dtype = grad_dtype
+    return found
+
+
+def give_gradients(params: Iterable[Tensor], step: int, dtype: torch.dtype | None = None) -> None:
+    """The gradients of this step: a function of the step and of the parameter's place in the list."""
+    for index, p in enumerate(params):
+        p.grad = noise(p.shape, 1000 * (step + 1) + index, dtype or p.dtype)
+
+
+def train(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: range, dtype: torch.dtype | None = None
+) -> None:
+    for step in steps:
+        give_gradients(params, step, dtype)
+        optimizer.step()
+
+
+def both_kinds(
+    cls: type[MatrixOptimizer],
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    **extra: Any,
+) -> tuple[MatrixOptimizer, list[nn.Parameter]]:
+    """An optimizer with a matrix group (two buckets and a lone shape) and an AdamW group, and its parameters."""
+    params = parameters((*MATRICES, *VECTORS), dtype, grad_dtype)
+    n = len(MATRICES)
+    groups = [{"params": params[:n]}, {"params": params[n:], "use_muon": False}]
+    values = {"lr": 0.02, "weight_decay": 0.1, "adamw_weight_decay": 0.1, "adamw_lr": 0.01, **extra}
+    return cls(groups, **values), params
+
+
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]
+
+
+def state_copies(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """The state of every parameter in group order; an empty dictionary where there is none yet."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [{key: value.detach().clone() for key, value in optimizer.state.get(p, {}).items()} for p in params]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtype, shape and bits: NaN equals itself, -0 does not equal 0."""
+    as_bytes = [t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*as_bytes)
+
+
+def all_same_bits(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
+    return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+
+
+def same_states(a: Sequence[dict[str, Tensor]], b: Sequence[dict[str, Tensor]]) -> bool:
+    return all(x.keys() == y.keys() and all(same_bits(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True))
+
+
+def moved(params: Iterable[Tensor], start: Iterable[Tensor]) -> Tensor:
+    """How far all parameters together went from their start, as one fp64 vector."""
+    return torch.cat([(p.detach().double() - s.double()).flatten() for p, s in zip(params, start, strict=True)])
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Frobenius distance relative to the wanted tensor."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
