@@ -4,12 +4,14 @@ Nothing here imports torch, so metadata can be had where torch is absent or brok
 
     STEEPEST_CUDA         0 leaves CUDA out, 1 makes a missing nvcc an error; unset: CUDA when nvcc is found
     TORCH_CUDA_ARCH_LIST  architectures as torch writes them, "8.0;9.0a+PTX"
-    CUDACXX, CUDA_HOME    where nvcc is (then PATH)
+    CUDACXX, CUDA_HOME    where nvcc is (then PATH, then /usr/local/cuda/bin)
     MAX_JOBS, NVCC_THREADS  how many compilations at once, and how many architectures at once in each
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import importlib.util
 import os
 import re
@@ -26,6 +28,11 @@ ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
 # Ampere (A100, RTX 30), Ada, Hopper (90a: warpgroup instructions), Blackwell (B200, RTX 50); the newest also as PTX.
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+# Where the wheels of the build tools say their programs are.
+TOOL_FOLDERS = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
+# What CMake reads once, when it first configures a folder, and what it takes anew every time.
+CACHED_ENVIRONMENT = ("CXX", "CXXFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "LDFLAGS")
+TAKEN_ANEW = ("STEEPEST_VERSION", "STEEPEST_COMMIT", "STEEPEST_NVCC_THREADS")
 
 
 def read_version(path: Path) -> str:
@@ -47,7 +54,7 @@ def find_torch() -> tuple[Path, str]:
     folder = package_folder("torch")
     if folder is None:
         raise RuntimeError(
-            "steepest is compiled against the torch it will run with, and this Python has none: "
+            "steepest needs torch's headers to compile, and this Python has no torch: "
             "install torch>=2.10 first, then `pip install --no-build-isolation .`"
         )
     version = read_version(folder / "version.py")
@@ -63,8 +70,8 @@ def find_cutlass() -> Path | None:
     return include if include is not None and (include / "cutlass" / "version.h").exists() else None
 
 
-def find_nvcc(environ: dict[str, str]) -> str | None:
-    """nvcc through CUDACXX, CUDA_HOME (or CUDA_PATH) and PATH; None leaves CUDA out."""
+def find_nvcc(environ: dict[str, str], root: Path = Path("/")) -> str | None:
+    """nvcc through CUDACXX, CUDA_HOME (or CUDA_PATH), PATH and root/usr/local/cuda; None leaves CUDA out."""
     wish = environ.get("STEEPEST_CUDA", "")
     if wish not in ("", "0", "1"):
         raise RuntimeError(
@@ -73,12 +80,13 @@ def find_nvcc(environ: dict[str, str]) -> str | None:
     if wish == "0":
         return None
     homes = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
-    candidates = [environ.get("CUDACXX", ""), *(os.path.join(home, "bin", "nvcc") for home in homes), "nvcc"]
+    at_home, usual = [os.path.join(home, "bin", "nvcc") for home in homes], root / "usr/local/cuda/bin/nvcc"
+    candidates = [environ.get("CUDACXX", ""), *at_home, "nvcc", str(usual)]
     found = next((path for name in candidates if name and (path := shutil.which(name, path=environ.get("PATH")))), None)
     if found is None and wish == "1":
         raise RuntimeError(
-            "STEEPEST_CUDA=1 asks for the CUDA kernels, but nvcc is not at CUDACXX, in CUDA_HOME/bin or on PATH: "
-            "install the CUDA toolkit, or unset STEEPEST_CUDA to build without them"
+            "STEEPEST_CUDA=1 asks for the CUDA kernels, but nvcc is not at CUDACXX, in CUDA_HOME/bin, on PATH or in "
+            "/usr/local/cuda/bin: install the CUDA toolkit, or unset STEEPEST_CUDA to build without them"
         )
     return found
 
@@ -108,7 +116,8 @@ def supported(architectures: list[str], nvcc: str) -> list[str]:
         raise RuntimeError(
             f"{nvcc} knows none of {architectures}: set TORCH_CUDA_ARCH_LIST to what it knows, {sorted(known)}"
         )
-    return [*kept, kept[-1].replace("sm_", "compute_")]
+    # PTX of compute_90a runs on 9.0 alone; without the suffix the driver can compile it for what comes after.
+    return [*kept, kept[-1].replace("sm_", "compute_").rstrip("af")]
 
 
 def architectures(nvcc: str, environ: dict[str, str]) -> list[str]:
@@ -119,9 +128,14 @@ def architectures(nvcc: str, environ: dict[str, str]) -> list[str]:
 
 
 def find_tool(name: str) -> str:
-    """A build tool from this Python's own scripts folder (an unactivated venv is not on PATH), then PATH."""
-    search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    found = shutil.which(name, path=search)
+    """A build tool from its installed package, PATH, or this Python's scripts folder (of a venv not activated)."""
+    try:
+        # First: under pip's build isolation it is the package that was asked for; PATH may hold an older program.
+        folder = getattr(importlib.import_module(name), TOOL_FOLDERS[name], "")
+    except ImportError:
+        folder = ""
+    search = [folder, *os.environ.get("PATH", "").split(os.pathsep), sysconfig.get_path("scripts")]
+    found = shutil.which(name, path=os.pathsep.join(filter(None, search)))
     if found is None:
         raise RuntimeError(f"building steepest needs {name}: `pip install {name}`")
     return found
@@ -138,12 +152,26 @@ def require_compiler() -> None:
 
 
 def commit() -> str:
-    """The commit being built, or an empty string outside a git checkout."""
+    """The commit being built, or an empty string outside a git checkout of our own."""
+    if not (ROOT / ".git").exists():
+        return ""  # git would answer with the checkout around an unpacked archive
     command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "--verify", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def build_folder(values: dict[str, str], environ: dict[str, str]) -> Path:
+    """Where CMake builds with these variables: another compiler, torch or source folder gets a folder of its own.
+
+    CMake keeps the first compiler it finds in a folder's cache and refuses a cache of another source folder.
+    """
+    kept = {name: value for name, value in values.items() if name not in TAKEN_ANEW}
+    cached = {name: environ.get(name, "") for name in CACHED_ENVIRONMENT}
+    digest = hashlib.sha256(repr((str(ROOT), sorted(kept.items()), sorted(cached.items()))).encode()).hexdigest()
+    # Kept in the source tree, not in pip's temporary folder, so that a second build is incremental.
+    return ROOT / "build" / f"{sys.implementation.cache_tag}-{digest[:8]}"
 
 
 class CMakeBuild(build_ext):
@@ -152,17 +180,18 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         require_compiler()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # Kept in the source tree, not in pip's temporary folder, so that a second build is incremental.
-        build = ROOT / "build" / sys.implementation.cache_tag
-        cmake = find_tool("cmake")
-        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *self.options()], check=True)
+        cmake, values = find_tool("cmake"), self.values()
+        build = build_folder(values, dict(os.environ))
+        options = [f"-D{name}={value}" for name, value in values.items()]
+        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([cmake, "--build", str(build), *jobs], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # never written over: a running process may have it mapped
         shutil.copy2(build / target.name, target)
 
-    def options(self) -> list[str]:
+    def values(self) -> dict[str, str]:
+        """Everything CMake is told, as cache variables."""
         import pybind11
 
         torch, torch_version = find_torch()
@@ -182,7 +211,7 @@ class CMakeBuild(build_ext):
         }
         if nvcc:
             values["CMAKE_CUDA_COMPILER"] = nvcc
-        return ["-G", "Ninja", *(f"-D{name}={value}" for name, value in values.items())]
+        return values
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ dense.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -69,7 +70,7 @@ def can_use(params: Sequence[Tensor], updates: Sequence[Tensor]) -> str | None:
     """None when `after` takes this call, else the reason: it reads addresses, so it is neither traced nor captured."""
     if torch.compiler.is_compiling():
         return "a table of addresses cannot be traced by torch.compile"
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if _is_capturing(params):
         return "a table of addresses cannot be replayed by a CUDA graph"
     for i, (p, u) in enumerate(zip(params, updates)):
         if p.dtype not in DTYPES or u.dtype not in DTYPES:
@@ -77,6 +78,18 @@ def can_use(params: Sequence[Tensor], updates: Sequence[Tensor]) -> str | None:
         if not _is_flat(p, u):
             return f"pair {i} is not one dense range of memory with equal strides"
     return None
+
+
+def _is_capturing(params: Sequence[Tensor]) -> bool:
+    if not params or params[0].device.type != "cuda":
+        return False
+    with _on(params[0].device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches, and torch answers about streams, on the current device: makes it the tensors' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _is_flat(p: Tensor, u: Tensor) -> bool:
@@ -101,18 +114,19 @@ def after(params: Sequence[Tensor], updates: Sequence[Tensor], keep: Tensor, ste
         sizes = [params[i].numel() for i in members]
         rows = _to_device([*pointers, sizes, members], keep.device)
         lanes = min(LANES, triton.cdiv(max(sizes), BLOCK))
-        after_kernel[(len(members), lanes)](
-            rows,
-            rows[3],
-            keep,
-            step,
-            len(members),
-            P=DTYPES[p_dtype],
-            U=DTYPES[u_dtype],
-            ALIGNED=all(address % 16 == 0 for address in pointers[0] + pointers[1]),
-            BLOCK=BLOCK,
-            **OPTIONS,
-        )
+        with _on(keep.device):
+            after_kernel[(len(members), lanes)](
+                rows,
+                rows[3],
+                keep,
+                step,
+                len(members),
+                P=DTYPES[p_dtype],
+                U=DTYPES[u_dtype],
+                ALIGNED=all(address % 16 == 0 for address in pointers[0] + pointers[1]),
+                BLOCK=BLOCK,
+                **OPTIONS,
+            )
 
 
 def _to_device(rows: list[list[int]], device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """How far from the polar factor, and by what kind of error.
 
-With X = U S V^T, C = U^T Y V over the singular vectors of X that belong to singular values above rounding.  A polynomial
-iteration in exact arithmetic leaves C diagonal, so its off-diagonal part is rounding (or a change of the matrix), and the
-distance of its diagonal from 1 is the polynomial's own error.
+With X = U S V^T, C = U^T Y V over the singular vectors of X that belong to singular values above rounding.  A
+polynomial iteration in exact arithmetic leaves C diagonal, so its off-diagonal part is rounding (or a change of the
+matrix), and the distance of its diagonal from 1 is the polynomial's own error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every test shares: skips that name what is missing, and one thread for each worker."""
+"""What every test shares: skips that name what is missing, threads shared out among workers, no forced backend."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ import os
 import pytest
 import torch
 
+from steepest.ops import backend
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Each worker of pytest-xdist takes its share of torch's threads (as many as OMP_NUM_THREADS or the cores say)."""
     # Two workers with a thread pool as large as the machine each spend their time waiting for one another.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(autouse=True)
+def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A STEEPEST_BACKEND of the person who runs the tests changes neither this process nor those that tests start."""
+    monkeypatch.setattr(backend, "forced", "auto")
+    monkeypatch.delenv("STEEPEST_BACKEND", raising=False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

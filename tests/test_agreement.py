@@ -39,7 +39,8 @@ class World:
         return [gaussian(*p.shape, seed=1000 * step + i, dtype=p.dtype) for i, p in enumerate(self.params, 1)]
 
     def planned(self, recipe: Recipe, hyper: Hyper, grads: list[Tensor], **options: Any) -> None:
-        batch = Batch(self.params, grads, self.states, [self.skipped] * len(grads), self.pieces)
+        places = [(0, i) for i in range(len(grads))]
+        batch = Batch(self.params, grads, self.states, [self.skipped] * len(grads), self.pieces, places)
         update(recipe, hyper, batch, **options)
 
     def referred(self, recipe: Recipe, hyper: Hyper, grads: list[Tensor]) -> None:

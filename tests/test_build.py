@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import types
 from pathlib import Path
 
@@ -46,13 +48,69 @@ def extension() -> types.ModuleType:
 # ---- setup.py
 
 
-def test_metadata_does_not_import_torch(tmp_path: Path) -> None:
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("raise AssertionError('metadata imported torch')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "setup.py", "--version"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split()[-1] == steepest.__version__, done.stderr
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what packaging reads, so that nothing is written into the sources."""
+    pytest.importorskip("setuptools", minversion="77", reason="setuptools>=77 is not installed")
+    copy = tmp_path / "tree"
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*_cache")
+    for name in ("python", "kernels", "csrc", "docs", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=unwanted)
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "CMakeLists.txt",
+        "LICENSE",
+        "README.md",
+        ".clang-format",
+    ):
+        shutil.copy(ROOT / name, copy)
+    # What a checkout that has been worked in holds.
+    for name in ("python/steepest/_C.cpython.so", "tests/__pycache__/old.pyc", "tests/.mypy_cache/3.10/cache.db"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).touch()
+    return copy
+
+
+def python(tree: Path, *arguments: str) -> str:
+    """Standard output of this Python run in the tree, where importing torch fails."""
+    trap = tree.parent / "trap" / "torch" / "__init__.py"
+    trap.parent.mkdir(parents=True, exist_ok=True)
+    trap.write_text("raise AssertionError('packaging imported torch')")
+    environment = {**os.environ, "PYTHONPATH": str(trap.parents[1])}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_metadata_does_not_import_torch(tree: Path) -> None:
+    assert python(tree, "setup.py", "--version").split()[-1] == steepest.__version__
+    hook = "from setuptools import build_meta; print(build_meta.prepare_metadata_for_build_wheel('.'))"
+    metadata = tree / python(tree, "-c", hook).split()[-1] / "METADATA"
+    assert f"\nVersion: {steepest.__version__}\n" in metadata.read_text()
+
+
+def test_a_wheel_holds_the_packages_and_nothing_else(tree: Path) -> None:
+    python(tree, "setup.py", "-q", "build_py", "--build-lib", str(tree / "out"))
+    wanted = {f"steepest/{path.relative_to(ROOT / 'python/steepest')}" for path in ROOT.glob("python/steepest/**/*.py")}
+    wanted |= {f"steepest/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
+    assert files(tree / "out") == wanted | {"steepest/py.typed"}
+
+
+def test_an_archive_of_the_sources_holds_what_it_needs(tree: Path) -> None:
+    python(tree, "setup.py", "-q", "sdist", "--formats=gztar")
+    (archive,) = (tree / "dist").iterdir()
+    with tarfile.open(archive) as held:
+        names = {name.partition("/")[2] for name in held.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert sources | {"CMakeLists.txt", ".clang-format", "README.md", "docs/routing.md", "tests/test_build.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc")) or "_cache" in name]
 
 
 ARCHITECTURES = {
@@ -81,7 +139,8 @@ def script(path: Path, text: str) -> str:
 
 def test_default_architectures_follow_nvcc(build: types.ModuleType, tmp_path: Path) -> None:
     nvcc = script(tmp_path / "nvcc", "printf 'sm_80\\nsm_86\\nsm_90\\n'")
-    assert build.architectures(nvcc, {}) == ["sm_80", "sm_86", "sm_90a", "compute_90a"]
+    assert build.architectures(nvcc, {}) == ["sm_80", "sm_86", "sm_90a", "compute_90"]
+    assert backend.covers(build.architectures(nvcc, {}), (12, 0)), "a newer device runs the PTX"
     assert build.architectures(nvcc, {"TORCH_CUDA_ARCH_LIST": "12.0"}) == ["sm_120"]
 
 
@@ -89,18 +148,21 @@ def test_where_nvcc_is_looked_for(build: types.ModuleType, tmp_path: Path) -> No
     on_path = script(tmp_path / "path" / "nvcc", "")
     at_home = script(tmp_path / "home" / "bin" / "nvcc", "")
     named = script(tmp_path / "mynvcc", "")
+    usual = script(tmp_path / "root" / "usr" / "local" / "cuda" / "bin" / "nvcc", "")
     path = {"PATH": str(tmp_path / "path")}
     home = {**path, "CUDA_HOME": str(tmp_path / "home")}
-    assert build.find_nvcc(path) == on_path
-    assert build.find_nvcc(home) == at_home
-    assert build.find_nvcc({**home, "CUDACXX": named}) == named
-    assert build.find_nvcc({**home, "STEEPEST_CUDA": "0"}) is None
-    assert build.find_nvcc({"PATH": str(tmp_path)}) is None
+    root = tmp_path / "root"
+    assert build.find_nvcc(path, root) == on_path
+    assert build.find_nvcc(home, root) == at_home
+    assert build.find_nvcc({**home, "CUDACXX": named}, root) == named
+    assert build.find_nvcc({**home, "STEEPEST_CUDA": "0"}, root) is None
+    assert build.find_nvcc({"PATH": str(tmp_path)}, root) == usual
+    assert build.find_nvcc({"PATH": str(tmp_path)}, tmp_path) is None
 
 
 def test_missing_nvcc_is_an_error_when_asked_for(build: types.ModuleType, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="STEEPEST_CUDA=1 asks for the CUDA kernels, but nvcc is not at CUDACXX"):
-        build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "1"})
+        build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "1"}, tmp_path)
     with pytest.raises(RuntimeError, match="STEEPEST_CUDA='yes': 0 leaves CUDA out"):
         build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "yes"})
 
@@ -109,7 +171,7 @@ def test_missing_or_old_torch_is_an_error(
     build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "package_folder", lambda name: None)
-    with pytest.raises(RuntimeError, match="install torch>=2.10 first"):
+    with pytest.raises(RuntimeError, match="this Python has no torch: install torch>=2.10 first"):
         build.find_torch()
     (tmp_path / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
     monkeypatch.setattr(build, "package_folder", lambda name: tmp_path)
@@ -122,6 +184,55 @@ def test_missing_compiler_is_an_error(build: types.ModuleType, tmp_path: Path, m
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RuntimeError, match="needs a C\\+\\+17 compiler"):
         build.require_compiler()
+
+
+def test_where_build_tools_are_looked_for(
+    build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the installed package, on PATH, in the scripts folder, in this order."""
+    scripts = script(tmp_path / "scripts" / "ninja", "")
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path / "scripts"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setitem(sys.modules, "ninja", None)  # importing it raises ImportError
+    assert build.find_tool("ninja") == scripts
+    on_path = script(tmp_path / "path" / "ninja", "")
+    assert build.find_tool("ninja") == on_path
+    packaged = script(tmp_path / "package" / "ninja", "")
+    monkeypatch.setitem(sys.modules, "ninja", types.SimpleNamespace(BIN_DIR=str(tmp_path / "package")))
+    assert build.find_tool("ninja") == packaged
+    monkeypatch.setitem(sys.modules, "cmake", None)
+    with pytest.raises(RuntimeError, match="building steepest needs cmake: `pip install cmake`"):
+        build.find_tool("cmake")
+
+
+def test_each_set_of_inputs_has_its_build_folder(build: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"STEEPEST_TORCH": "/a/torch", "STEEPEST_COMMIT": "1"}
+    folder = build.build_folder(values, {})
+    assert folder.parent == ROOT / "build"
+    assert (
+        build.build_folder({**values, "STEEPEST_COMMIT": "2", "STEEPEST_NVCC_THREADS": "4"}, {"HOME": "/b"}) == folder
+    )
+    others = [
+        build.build_folder({**values, "STEEPEST_TORCH": "/b/torch"}, {}),
+        build.build_folder({**values, "CMAKE_CUDA_COMPILER": "/b/nvcc"}, {}),
+        build.build_folder(values, {"CXX": "clang++"}),
+    ]
+    monkeypatch.setattr(build, "ROOT", Path("/moved"))
+    others.append(build.build_folder(values, {}))
+    assert len({path.name for path in (folder, *others)}) == 5
+
+
+def test_commit_is_our_own(build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "around"], check=True)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    assert len(build.commit()) == 12
+    (tmp_path / "unpacked").mkdir()
+    monkeypatch.setattr(build, "ROOT", tmp_path / "unpacked")
+    assert build.commit() == ""
 
 
 # ---- the binary
@@ -147,7 +258,7 @@ def test_ops_are_registered() -> None:
 
 @needs_extension
 def test_loads_without_a_cuda_library() -> None:
-    """No strong symbol that only libtorch_cuda has, no CUDA library asked for, no path of the build machine."""
+    """No strong symbol that only libtorch_cuda has, no CUDA library asked for, no folder to look for libraries in."""
     nm, readelf = shutil.which("nm"), shutil.which("readelf")
     if nm is None or readelf is None:
         pytest.skip("nm and readelf (binutils) are not installed")
@@ -159,6 +270,14 @@ def test_loads_without_a_cuda_library() -> None:
     dynamic = subprocess.run([readelf, "-d", path], capture_output=True, text=True, check=True).stdout
     assert "PATH" not in dynamic
     assert "cuda" not in dynamic
+
+
+@needs_extension
+def test_names_no_folder_of_the_build_machine() -> None:
+    held = Path(str(extension().__file__)).read_bytes()
+    assert b"csrc/library.cpp" in held or b"torch/csrc/stable/" in held, "messages still name their files"
+    for folder in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), ROOT):
+        assert os.fsencode(folder) not in held
 
 
 def test_imports_without_the_compiled_part_triton_or_kernels() -> None:
@@ -203,6 +322,40 @@ def test_covers(architectures: list[str], capability: tuple[int, int], wanted: b
     assert backend.covers(architectures, capability) is wanted
 
 
+DRIVERS = [("12.8.93", "13.0", None), ("13.0.88", "13.0", None), ("13.1.2", "13.0", None), ("13.0.88", "12.8", "12.8")]
+
+
+@pytest.mark.parametrize("built,driver,named", DRIVERS)
+def test_a_driver_older_than_the_toolkit_is_a_reason(
+    built: str, driver: str, named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = {"cuda": built, "architectures": ["sm_90"]}
+    version = 1000 * int(driver.split(".")[0]) + 10 * int(driver.split(".")[1])
+    monkeypatch.setattr(backend, "extension", types.SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(backend, "_cuda_reason", backend._cuda_reason.__wrapped__)  # without the cache
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: version, raising=False)
+    wanted = f"built with CUDA 13.0, the driver takes {named}; update the driver or rebuild with an older toolkit"
+    assert backend.cuda_reason(0) == (None if named is None else wanted)
+
+
+def test_reason_follows_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_cuda_reason", lambda index: f"device {index}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for current in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert backend.cuda_reason() == f"device {current}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.cuda_reason() == "device None"
+
+
+def test_doctor_names_the_driver_or_why_not() -> None:
+    facts = cli.diagnose()
+    assert "driver: CUDA 12.8)" in cli.describe({**facts, "driver_cuda": "12.8"})
+    assert "driver: not asked (torch sees no CUDA device))" in cli.describe({**facts, "driver_cuda": None})
+
+
 def test_backends_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     states = steepest.backends()
     assert list(states) == ["cuda", "triton", "torch"]
@@ -242,12 +395,21 @@ def test_chunk_errors() -> None:
 
 
 @st.composite
-def views(draw: st.DrawFn) -> torch.Tensor:
-    """A view of up to four dimensions: permuted, with steps, with dimensions of one."""
+def strides(draw: st.DrawFn, sizes: list[int]) -> list[int]:
+    """Of a tensor of these sizes: its dimensions in any order in memory, some of them with a step."""
+    out, expected = [0] * len(sizes), 1
+    for d in draw(st.permutations(range(len(sizes)))):
+        out[d] = expected * draw(st.sampled_from([1, 1, 1, 2]))
+        expected = out[d] * sizes[d]
+    return out
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
+    """Sizes, and the strides of a parameter and of its update: the same ones half of the time."""
     sizes = draw(st.lists(st.integers(1, 4), max_size=4))
-    steps = draw(st.lists(st.integers(1, 2), min_size=len(sizes), max_size=len(sizes)))
-    base = torch.empty([size * step for size, step in zip(sizes, steps)])
-    return base[tuple(slice(None, None, step) for step in steps)].permute(draw(st.permutations(range(len(sizes)))))
+    p_strides = draw(strides(sizes))
+    return sizes, p_strides, p_strides if draw(st.booleans()) else draw(strides(sizes))
 
 
 def offsets(sizes: list[int], strides: list[int]) -> list[int]:
@@ -256,18 +418,26 @@ def offsets(sizes: list[int], strides: list[int]) -> list[int]:
 
 
 @needs_extension
-@given(views(), views())
-def test_layouts(p: torch.Tensor, u: torch.Tensor) -> None:
-    u = u if u.shape == p.shape else torch.empty(p.shape)
-    sizes, p_strides, u_strides = list(p.shape), list(p.stride()), list(u.stride())
+@given(layouts())
+def test_layouts(layout: tuple[list[int], list[int], list[int]]) -> None:
+    sizes, p_strides, u_strides = layout
     p_at, u_at = offsets(sizes, p_strides), offsets(sizes, u_strides)
-    flat = p_at == u_at and sorted(p_at) == list(range(p.numel()))
+    flat = p_at == u_at and sorted(p_at) == list(range(math.prod(sizes)))
     assert extension().is_flat(sizes, p_strides, u_strides) == flat
     assert not extension().may_overlap(sizes, p_strides)
     walk = extension().merge_dims(sizes, p_strides, u_strides)
-    assert math.prod(size for size, _, _ in walk) == p.numel()
+    assert math.prod(size for size, _, _ in walk) == math.prod(sizes)
     assert offsets([s for s, _, _ in walk], [s for _, s, _ in walk]) == p_at
     assert offsets([s for s, _, _ in walk], [s for _, _, s in walk]) == u_at
+
+
+@needs_extension
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), max_size=4))
+def test_no_overlap_is_a_promise(dims: list[tuple[int, int]]) -> None:
+    """Any strides, as of torch.as_strided; the test may be too careful (3 x 2 with strides 2 and 3), never too bold."""
+    sizes, any_strides = [size for size, _ in dims], [stride for _, stride in dims]
+    at = offsets(sizes, any_strides)
+    assert extension().may_overlap(sizes, any_strides) or len(set(at)) == len(at)
 
 
 @needs_extension

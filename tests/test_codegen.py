@@ -86,7 +86,8 @@ def compile_triton(p: str, u: str, capability: int) -> Any:
 
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("p,u", [("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp32")])
-def test_triton_compiles_for(capability: int, p: str, u: str, tmp_path: Path) -> None:
+def test_triton_compiles_for(capability: int, p: str, u: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # what is read is what was compiled now
     compiled = compile_triton(p, u, capability)
     assert re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]), "16-byte loads"
     assert re.search(r"st\.global\S*\.v4\.b32", compiled.asm["ptx"]), "16-byte stores"

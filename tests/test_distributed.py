@@ -59,9 +59,14 @@ def test_ranks_agree_with_each_other_and_with_one_process(tmp_path: Path) -> Non
         subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE)
         for rank in range(RANKS)
     ]
-    for rank in ranks:
-        _, error = rank.communicate(timeout=120)
-        assert rank.returncode == 0, error.decode()
+    try:
+        for rank in ranks:
+            _, error = rank.communicate(timeout=120)
+            assert rank.returncode == 0, error.decode()
+    finally:
+        for rank in ranks:  # one that failed leaves the others waiting for it
+            rank.kill()
+            rank.communicate()
     for cls in OPTIMIZERS:
         alone = network()
         train(cls, alone, None)

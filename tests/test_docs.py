@@ -23,5 +23,13 @@ def test_code_blocks_run(page: Path) -> None:
         exec(compile(source, str(page), "exec"), namespace)
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert "@@" not in text
+
+
 def test_there_are_pages_with_code() -> None:
     assert any(BLOCK.search(page.read_text(encoding="utf-8")) for page in PAGES)

@@ -34,7 +34,7 @@ def diagnose() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "driver_cuda": _driver(),
+        "driver_cuda": backend.driver_cuda(),
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "triton": _triton_version(),
         "compiled": backend.extension.build_info() if backend.extension is not None else None,
@@ -46,7 +46,7 @@ def diagnose() -> dict[str, Any]:
 
 def describe(facts: dict[str, Any]) -> str:
     """`diagnose()` as text for a person."""
-    driver = facts["driver_cuda"] or "no driver"
+    driver = f"CUDA {facts['driver_cuda']}" if facts["driver_cuda"] else "not asked (torch sees no CUDA device)"
     lines = [
         f"steepest  {facts['steepest']}",
         f"python    {facts['python']}",
@@ -75,14 +75,6 @@ def _describe_build(facts: dict[str, Any]) -> str:
 def _device(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"{torch.cuda.get_device_name(index)} ({major}.{minor})"
-
-
-def _driver() -> str | None:
-    """The newest CUDA version the driver supports, as torch sees it; None without CUDA."""
-    if not torch.cuda.is_available():
-        return None
-    number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
-    return f"CUDA {number // 1000}.{number % 1000 // 10}"
 
 
 def _triton_version() -> str | None:

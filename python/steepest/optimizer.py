@@ -7,7 +7,7 @@ use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
 
 import torch
@@ -30,6 +30,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         or an iterable of groups, where use_muon=False sends a group to AdamW.
     defaults: group values of the matrix method.   adamw: group values of AdamW groups (lr, betas, eps, weight_decay).
     """
+
+    _loading: dict[str, Any] | None = None
 
     def __init__(self, params: Params, defaults: Group, adamw: Group) -> None:
         self._adamw_defaults = dict(adamw)
@@ -93,7 +95,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return self._route(found) if isinstance(found[0], tuple) else self._bare_groups(found)
 
     def _route(self, params: Any) -> list[Group]:
-        """Routed groups; what AdamW decays, it decays in embeddings and heads only, never in gains and biases."""
+        """Routed groups; AdamW does not decay parameters with fewer than two dimensions (gains, biases)."""
         decay = self._adamw_defaults["weight_decay"]
         return routing.param_groups(params, adamw={"weight_decay": decay} if decay else None)
 
@@ -104,6 +106,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             return super().add_param_group(param_group)
+        param_group = dict(param_group)  # the caller may use his own again
         declared = _name_the_rule(param_group)
         reasons = param_group.pop("param_reasons", None)
         self._fill(param_group)
@@ -113,8 +116,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        for p, reason in zip(param_group["params"], reasons or (), strict=False):
-            self._reasons[p] = reason
+        if reasons is not None:
+            self._reasons.update(zip(param_group["params"], reasons, strict=True))
         return None
 
     def _fill(self, group: Group) -> None:
@@ -123,6 +126,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, value)
 
     def _check_group(self, group: Group, *, declared: bool, routed: bool) -> None:
+        for p in group["params"]:
+            self._check_tensor(p)
         if not group["use_muon"]:
             self._check_adamw(group)
             return
@@ -131,6 +136,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if not routed:
                 self._check_shape(p, group, declared)
             self._pieces(p, group)
+
+    def _check_tensor(self, p: Tensor) -> None:
+        if hasattr(p, "device_mesh"):
+            raise RuntimeError(
+                f"{type(self).__name__} does not take sharded parameters (DTensor) yet; found one of shape "
+                f"{tuple(p.shape)}: use DistributedDataParallel, which keeps every matrix whole"
+            )
 
     @staticmethod
     def _check_adamw(group: Group) -> None:
@@ -164,15 +176,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:  # every check, before the first write
             self._check_step(group)
-        batches = [self._batch(group) for group in self.param_groups]
-        for number, (group, batch) in enumerate(zip(self.param_groups, batches, strict=True)):
+        batches = [self._batch(i, group) for i, group in enumerate(self.param_groups)]
+        for group, batch in zip(self.param_groups, batches, strict=True):
             plan.update(
                 self._recipe(group),
                 self._hyper(group),
                 batch,
                 backend=group["backend"],
                 max_workspace_bytes=group["max_workspace_bytes"],
-                first_index=number << 20,  # groups of fewer than a million pieces never share random bits
             )
         return loss
 
@@ -199,11 +210,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"{name} does not support complex parameters; found one of shape {tuple(p.shape)}")
             if p.grad.layout != torch.strided:
                 raise RuntimeError(f"{name} does not support sparse gradients; found one of shape {tuple(p.shape)}")
+            self._check_tensor(p)
             self._pieces(p, group)
             if forced:
                 plan.backend_of(recipe, p, group["backend"])
 
-    def _batch(self, group: Group) -> plan.Batch:
+    def _batch(self, number: int, group: Group) -> plan.Batch:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         states: list[Tensor] = []
@@ -216,6 +228,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             states=[dict(zip(keys, states[i : i + len(keys)], strict=True)) for i in range(0, len(states), len(keys))],
             skipped=skipped,
             pieces=[self._pieces(p, group) for p in params],
+            places=[(number, i) for i, p in enumerate(group["params"]) if p.grad is not None],
             maximize=group["maximize"],
         )
 
@@ -257,16 +270,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def describe(self) -> str:
         """A table with a row per parameter: name, shape, rule, reason, effective learning rate and backend."""
-        return routing.format_table([row for group in self.param_groups for row in self._rows(group)])
+        counter = itertools.count()
+        return routing.format_table([row for group in self.param_groups for row in self._rows(group, counter)])
 
-    def _rows(self, group: Group) -> list[tuple[str, ...]]:
-        names = group.get("param_names") or [f"param_{i}" for i in range(len(group["params"]))]
+    def _rows(self, group: Group, counter: Iterator[int]) -> list[tuple[str, ...]]:
+        names = group.get("param_names") or [f"param_{next(counter)}" for _ in group["params"]]
         return [
             (
                 name,
                 "x".join(map(str, p.shape)) or "scalar",
                 type(self).__name__ if group["use_muon"] else "AdamW",
-                self._reasons.get(p, f"its group says use_muon={group['use_muon']}"),
+                self._reasons.get(p, f"use_muon={group['use_muon']} in its group"),
                 _effective_lr(group["lr"], self._recipe(group), self._pieces(p, group)),
                 plan.backend_of(self._recipe(group), p, group["backend"]),
             )
@@ -290,6 +304,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._fill(group)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        if self._loading is not None:
+            self._restore_dtypes(self._loading)
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -297,16 +313,20 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         State keeps the dtype it was saved in: torch's own loader would cast fp32 averages of bf16 parameters to bf16.
         """
-        seen: dict[str, Any] = {}
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: seen.update(given))  # after the user's hooks
+        saved: dict[str, Any] = {}
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: saved.update(given))  # after the user's hooks
+        self._loading = saved  # for __setstate__, which torch calls before the user's post-hooks
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        ids = itertools.chain.from_iterable(group["params"] for group in seen["param_groups"])
+            self._loading = None
+
+    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
+        ids = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         for key, p in zip(ids, params, strict=True):
-            for name, value in seen["state"].get(key, {}).items():
+            for name, value in saved["state"].get(key, {}).items():
                 self.state[p][name] = _restored(name, value, p)
 
 

@@ -21,14 +21,15 @@ from torch import Tensor
 from .matrices import Piece
 from .ops.after import after, route
 from .parts import Hyper, shape_ratio
-from .recipe import ADAMW, Recipe, State, all_finite
+from .recipe import ADAMW, Recipe, State, adamw, all_finite
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one group hands to `update`, index by index: parameters with gradients, their state and their matrices.
 
-    pieces[i] says how parameter i is read as matrices; skipped[i] is the int64 counter of its device.
+    pieces[i] says how parameter i is read as matrices, places[i] where it stands: (group, parameter); skipped[i] is the
+    int64 counter of its device.
     """
 
     params: Sequence[Tensor]
@@ -36,6 +37,7 @@ class Batch:
     states: Sequence[State]
     skipped: Sequence[Tensor]
     pieces: Sequence[tuple[Piece, ...]]
+    places: Sequence[tuple[int, int]]
     maximize: bool = False
 
     def signed(self, g: Tensor) -> Tensor:
@@ -45,9 +47,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Member:
-    """One piece of one parameter: its number, views of the parameter's tensors, the flag of its whole gradient."""
+    """One piece of one parameter: its place, views of the parameter's tensors, the flag of its whole gradient."""
 
-    index: int
+    place: tuple[int, int, int]
     piece: Piece
     param: Tensor
     grad: Tensor
@@ -62,12 +64,11 @@ def update(
     *,
     backend: str = "auto",
     max_workspace_bytes: int = 1 << 28,
-    first_index: int = 0,
 ) -> None:
     """One step, in place on batch.params, batch.states and batch.skipped.
 
     A parameter whose gradient holds a NaN or an infinity keeps its value and its state, bit for bit, and the counter
-    of its device goes up by one. first_index numbers the first piece, for the bits of stochastic rounding.
+    of its device goes up by one.
     """
     members: list[Member] = []
     for i, (p, g, state) in enumerate(zip(batch.params, batch.grads, batch.states, strict=True)):
@@ -78,25 +79,25 @@ def update(
             continue
         for key, fresh in recipe.observe(state, batch.signed(g), hyper).items():
             torch.where(finite, fresh.to(state[key].dtype), state[key], out=state[key])
-        for piece in batch.pieces[i] if p.numel() else ():
-            members.append(_member(first_index + len(members), piece, p, g, state, finite))
+        for number, piece in enumerate(batch.pieces[i] if p.numel() else ()):
+            members.append(_member((*batch.places[i], number), piece, p, g, state, finite))
     for chunk in _chunks(recipe, members, max_workspace_bytes):
         x = _gather(recipe, hyper, batch, chunk)
         _store(recipe, hyper, chunk, recipe.towards(x), backend)
 
 
-def _member(index: int, piece: Piece, p: Tensor, g: Tensor, state: State, finite: Tensor) -> Member:
+def _member(place: tuple[int, int, int], piece: Piece, p: Tensor, g: Tensor, state: State, finite: Tensor) -> Member:
     def look(t: Tensor) -> Tensor:
         return piece.view(t) if t.ndim else t.unsqueeze(0)
 
     parts = {key: look(t) if t.shape == p.shape else t for key, t in state.items()}
-    return Member(index, piece, look(p), look(g), parts, finite)
+    return Member(place, piece, look(p), look(g), parts, finite)
 
 
 def _chunks(recipe: Recipe, members: list[Member], max_bytes: int) -> Iterator[list[Member]]:
     """Members that share a direction call: one bucket per shape, dtype and device, cut at max_bytes of workspace.
 
-    A chunk holds its input, its direction and one copy of it in the work dtype, and updates in fp32.
+    A chunk holds its input, what the direction needs, the direction and updates in fp32.
     """
     if not recipe.direction.batched:
         yield from ([member] for member in members)
@@ -109,7 +110,7 @@ def _chunks(recipe: Recipe, members: list[Member], max_bytes: int) -> Iterator[l
         chunk: list[Member] = []
         used = 0
         for member in bucket:
-            size = member.param.numel() * (3 * _work_dtype(recipe, member).itemsize + 4)
+            size = _workspace_bytes(recipe, member)
             if chunk and used + size > max_bytes:
                 yield chunk
                 chunk, used = [], 0
@@ -135,7 +136,7 @@ def _store(recipe: Recipe, hyper: Hyper, chunk: list[Member], d: Tensor, backend
         return
     for member, u, decay_one, step_one in zip(chunk, updates, decay.unbind(), step.unbind(), strict=True):
         moved = recipe.decay.apply(member.param.to(wide), u.to(wide), decay_one, step_one)
-        stored = recipe.rounding.store(moved, member.param.dtype, member.state.get("step"), member.index)
+        stored = recipe.rounding.store(moved, member.param.dtype, member.state.get("step"), member.place)
         member.param.copy_(torch.where(member.finite, stored, member.param))
 
 
@@ -158,7 +159,7 @@ def _gather(recipe: Recipe, hyper: Hyper, batch: Batch, chunk: list[Member]) -> 
 def backend_of(recipe: Recipe, p: Tensor, backend: str) -> str:
     """Which backends a parameter's step runs on, for a table: the direction's and the weight update's."""
     if recipe == ADAMW and p.dtype in (torch.float32, torch.float64):
-        return "torch (fused AdamW)"
+        return "torch"
     fused = recipe.rounding.mode == "nearest" and not recipe.decay.cautious
     update = route([p], [p], p.device, backend) if fused else "torch"
     return "torch" if update == "torch" else f"torch, weight update {update}"
@@ -169,6 +170,12 @@ def _work_dtype(recipe: Recipe, member: Member) -> torch.dtype:
     return recipe.direction.compute_dtype(wide, member.param.device)
 
 
+def _workspace_bytes(recipe: Recipe, member: Member) -> int:
+    batch, rows, cols = member.piece.shape
+    dtype = _work_dtype(recipe, member)
+    return batch * (recipe.direction.workspace_bytes(rows, cols, dtype) + rows * cols * (2 * dtype.itemsize + 4))
+
+
 def _takes_fused_adamw(recipe: Recipe, hyper: Hyper, p: Tensor, g: Tensor, state: State) -> bool:
     """`torch._fused_adamw_` wants one floating dtype throughout and memory it can walk in one line.
 
@@ -176,9 +183,9 @@ def _takes_fused_adamw(recipe: Recipe, hyper: Hyper, p: Tensor, g: Tensor, state
     a tensor lr; it traces the parts, and fuses them itself.
     """
     numbers = (hyper.beta1, hyper.beta2, hyper.weight_decay, hyper.eps)
-    if torch.compiler.is_compiling() or recipe != ADAMW or any(isinstance(n, Tensor) for n in numbers):
+    if torch.compiler.is_compiling() or recipe != adamw(recipe.momentum.dtype):
         return False
-    if hyper.eps == 0:
+    if any(isinstance(n, Tensor) for n in numbers) or hyper.eps == 0:
         return False
     dense = p.is_contiguous() or (p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last))
     return (

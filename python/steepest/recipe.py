@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from .parts import Decay, Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Precondition, Rounding, shape_ratio
+from .parts.precondition import State
 
-State = dict[str, Tensor]
+__all__ = ["ADAMW", "Recipe", "State", "adamw", "all_finite", "step_one"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -
     u = recipe.back(fresh, recipe.towards(x), hyper)
     step = hyper.lr * shape_ratio(recipe.adjust_lr, *w.shape[-2:])
     moved = recipe.decay.apply(w.to(wide), u.to(wide), hyper.lr * hyper.weight_decay, step)
-    stored = recipe.rounding.store(moved, w.dtype, fresh.get("step"), 0)
+    stored = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
     kept = {key: torch.where(finite, fresh[key], state[key]) for key in state}
     return torch.where(finite, stored, w), kept
 

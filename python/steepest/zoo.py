@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-from typing_extensions import Unpack
 
 from . import routing
-from .linalg.coefficients import schedule
+from .linalg.coefficients import JORDAN_STEP, schedule
 from .optimizer import Group, MatrixOptimizer, Params, adam_hyper, check_at_least_zero, check_betas, finish, number
 from .parts import Diagonal, Hyper, Identity, Momentum, Number, Spectral
 from .recipe import Recipe
 
-JORDAN = (3.4445, -4.7750, 2.0315)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: A preset of `steepest.polar`, or a table of odd polynomials, one tuple of coefficients a step.
 Polar = str | Sequence[Sequence[float]]
 
 
 class Extras(TypedDict, total=False):
-    """Keyword arguments every optimizer here takes; the first eight are group values.
+    """Keyword arguments every optimizer here takes; all but adamw_* are group values.
 
     num_heads, split_sizes, batch_dims: how fused or stacked weights are read as matrices; see `steepest.matrices`.
     cautious_wd: decay only where it agrees with the update.      maximize: ascend.
     momentum_dtype: dtype of the momentum (None: the gradient's). stochastic_rounding: of bf16 parameters.
-    backend: "auto", "cuda", "triton" or "torch".                 max_workspace_bytes: cap on what a batch allocates.
+    backend: "auto", "cuda", "triton" or "torch", of the ops that have kernels.
+    max_workspace_bytes: about what a step may allocate at once; one matrix is always worked on.
     adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW groups; adamw_lr=None is 3e-4, or lr itself with
         adjust_lr_fn="match_rms_adamw".
     """
@@ -80,23 +81,26 @@ def _recipe(group: Group, **parts: Any) -> Recipe:
     return Recipe(adjust_lr=group["adjust_lr_fn"] or "original", **finish(group), **parts)
 
 
-def _polar(polar: Polar, eps: float = 1e-7) -> Spectral:
-    """The direction for a `polar` argument; eps as in `steepest.polar`."""
+def _spectral(
+    group: Group, preset: str, coefficients: Any = None, steps: int | None = None, eps: float = 1e-7
+) -> Spectral:
+    """The direction; an error now for what `polar` would refuse in the middle of a step."""
+    check_at_least_zero("eps", eps)
+    table = None if coefficients is None else tuple(tuple(row) for row in coefficients)
+    if preset != "svd":
+        schedule(preset, table, steps)
+    return Spectral(preset, table, steps, eps, group["max_workspace_bytes"])
+
+
+def _polar(group: Group, eps: float = 1e-7) -> Spectral:
+    """The direction for the group's `polar`; eps as in `steepest.polar`."""
+    polar = group["polar"]
     if isinstance(polar, str):
-        return _spectral(polar, eps=eps)
+        return _spectral(group, polar, eps=eps)
     rows: tuple[Any, ...] = tuple(polar) if isinstance(polar, Sequence) else ()
     if not rows or not all(isinstance(row, Sequence) for row in rows):
         raise TypeError(f"polar must be a preset's name or a list of coefficient tuples, one a step, but is: {polar!r}")
-    return _spectral("jordan", tuple(tuple(row) for row in rows))
-
-
-def _spectral(
-    preset: str, coefficients: tuple[tuple[float, ...], ...] | None = None, steps: int | None = None, eps: float = 1e-7
-) -> Spectral:
-    """The direction; ValueError now for what `polar` would refuse in the middle of a step."""
-    if preset != "svd":
-        schedule(preset, coefficients, steps)
-    return Spectral(preset, coefficients, steps, eps)
+    return _spectral(group, "jordan", rows, eps=eps)
 
 
 class Muon(MatrixOptimizer):
@@ -130,7 +134,7 @@ class Muon(MatrixOptimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = JORDAN,
+        ns_coefficients: tuple[float, ...] = JORDAN_STEP,
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
@@ -155,10 +159,10 @@ class Muon(MatrixOptimizer):
         if group["polar"] is None:
             # "jordan" is torch's iteration, operation for operation; other coefficients go through the general one.
             coefficients = tuple(group["ns_coefficients"])
-            table = None if coefficients == JORDAN else (coefficients,)
-            direction = _spectral("jordan", table, group["ns_steps"], group["eps"])
+            table = None if coefficients == JORDAN_STEP else (coefficients,)
+            direction = _spectral(group, "jordan", table, group["ns_steps"], group["eps"])
         else:
-            direction = _polar(group["polar"], group["eps"])
+            direction = _polar(group, group["eps"])
         momentum = Momentum(nesterov=group["nesterov"], dtype=group["momentum_dtype"])
         # Identity is said, though it is the default: torch.compile cannot trace an instance that is a field's default.
         return _recipe(group, momentum=momentum, precondition=Identity(), direction=direction)
@@ -236,7 +240,7 @@ class MuAdam(MatrixOptimizer):
     def recipe(self, group: Group) -> Recipe:
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
         precondition = Diagonal(power=self._power)
-        return _recipe(group, momentum=momentum, precondition=precondition, direction=_polar(group["polar"]))
+        return _recipe(group, momentum=momentum, precondition=precondition, direction=_polar(group))
 
     def hyper(self, group: Group) -> Hyper:
         return adam_hyper(group)

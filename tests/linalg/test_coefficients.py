@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+
 from steepest.linalg import coefficients as tables
 from steepest.linalg.polar import polar
 from steepest.linalg.remez import best_odd, tight_table
@@ -101,3 +102,13 @@ def test_own_coefficients() -> None:
 def test_messages(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tables.schedule(*arguments)
+
+
+def test_a_step_needs_its_first_term_and_another() -> None:
+    for bad in ((0.0, 1.0, 0.5), (2.0, 0.0, 0.0)):
+        with pytest.raises(ValueError, match="must not begin with 0 or hold one term alone"):
+            tables.schedule("jordan", bad, None)
+
+
+def test_zeros_at_the_end_are_no_product() -> None:
+    assert tables.schedule("jordan", (1.5, -0.5, 0.0), 3).tables == (((1.5, -0.5),) * 3,)

@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from steepest.linalg import coefficients as tables
-from steepest.linalg.newton_schulz import newton_schulz
-from steepest.linalg.polar import _prescaled, compute_dtype, default_restarts, polar
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from assertions import assert_polar, polar_error
 from cases import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, with_spectrum
+from steepest.linalg import coefficients as tables
+from steepest.linalg.newton_schulz import Workspace, newton_schulz
+from steepest.linalg.polar import _prescaled, compute_dtype, default_restarts, polar
 
 PRESETS = (*tables.SCHEDULES, "polar_express", "svd")
 POLYNOMIAL = [name for name in PRESETS if name != "svd"]
@@ -46,16 +46,22 @@ def test_fp64_is_the_polynomial_of_the_singular_values(preset: str, spectrum: st
         x = with_spectrum(*shape, spectrum)
         exact = expected(x, preset)
         for form in ("standard", "gram"):
-            # Of a rank-deficient matrix, singular values at rounding level (1e-16) are lifted by up to 1e3, and the Gram
-            # form squares them first.
+            # Of a rank-deficient matrix, singular values at rounding level (1e-16) are lifted by up to 1e3, and the
+            # Gram form squares them first.
             torch.testing.assert_close(polar(x, preset, form=form), exact, atol=2e-9, rtol=0)
 
 
-# Bounds on the off-diagonal part and on the largest singular value.  bf16 rounds by 2^-9; the coefficients within a segment
-# and the lift of small singular values multiply that, so the spectra with many of them set the bounds.
+# Bounds on the off-diagonal part and on the largest singular value.  bf16 rounds by 2^-9; the coefficients within a
+# segment and the lift of small singular values multiply that, so the spectra with many of them set the bounds.
 @pytest.mark.parametrize(
     "preset, off_diagonal, largest",
-    [("jordan", 0.08, 1.22), ("exact", 0.08, 1.22), ("auto", 0.14, 1.26), ("turbo", 0.1, 1.22), ("tight_8e-3", 0.08, 1.1)],
+    [
+        ("jordan", 0.08, 1.22),
+        ("exact", 0.08, 1.22),
+        ("auto", 0.14, 1.26),
+        ("turbo", 0.1, 1.22),
+        ("tight_8e-3", 0.08, 1.1),
+    ],
 )
 @pytest.mark.parametrize("spectrum", ["gaussian", "flat", "log", "power", "root", "spikes"])
 def test_bf16_stays_near_the_polynomial(preset: str, off_diagonal: float, largest: float, spectrum: str) -> None:
@@ -68,7 +74,9 @@ def test_bf16_stays_near_the_polynomial(preset: str, off_diagonal: float, larges
 
 @pytest.mark.parametrize("preset", ["auto", "turbo"])
 @pytest.mark.parametrize("shape", [(128, 128), (128, 512), (512, 128)])
-def test_auto_and_turbo_are_at_least_as_accurate_as_torch_on_gaussian_matrices(preset: str, shape: tuple[int, int]) -> None:
+def test_auto_and_turbo_are_at_least_as_accurate_as_torch_on_gaussian_matrices(
+    preset: str, shape: tuple[int, int]
+) -> None:
     x = gaussian(*shape)
     ours, theirs = polar_error(x, polar(x.float(), preset, dtype=torch.bfloat16)), polar_error(x, torch_muon(x))
     assert ours.relative <= theirs.relative, (ours, theirs)
@@ -226,12 +234,15 @@ def test_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("spectrum", ["gaussian", "flat", "log", "rank 1"])
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e30])
 def test_the_fp16_path_keeps_its_range(spectrum: str, scale: float) -> None:
-    """What a GPU runs, on a small matrix here: neither overflow nor loss to subnormals at any scale."""
+    """What a GPU runs, on a small matrix here: neither overflow nor loss to subnormals at any scale.
+
+    The bound is for rank 1, where rounding in the null space is lifted 500 times beside a single singular value.
+    """
     x = with_spectrum(24, 64, spectrum)[None]
     plan = tables.SCHEDULES["auto"]
-    y = newton_schulz(_prescaled((scale * x).float(), torch.float16), plan, (2,), eps=1e-7)
+    y = newton_schulz(_prescaled((scale * x).float(), torch.float16), plan, (2,), Workspace(), eps=1e-7)
     assert y.isfinite().all()
-    assert (y[0].double() - expected(x[0], "auto")).norm() / max(1, expected(x[0], "auto").norm()) < 0.2
+    assert (y[0].double() - expected(x[0], "auto")).norm() / max(1, expected(x[0], "auto").norm()) < 0.3
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -267,3 +278,28 @@ def test_compiles_in_one_graph(preset: str) -> None:
 def test_messages(x: Tensor, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         polar(x, **options)
+
+
+@pytest.mark.parametrize("exponent", [-900, -400, 400, 900])
+@pytest.mark.parametrize("preset", ["exact", "jordan", "auto", "svd"])
+def test_scale_does_not_matter_in_the_whole_range_of_fp64(preset: str, exponent: int) -> None:
+    x = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(polar(x * 2.0**exponent, preset), polar(x, preset))
+
+
+@pytest.mark.parametrize("preset", ["auto", "turbo", "tight_8e-3"])
+def test_nearly_equal_singular_values_stay_within_the_bound(preset: str) -> None:
+    """The spread of the eigenvalues is then the difference of two nearly equal numbers; in bf16 it was once lost."""
+    for m in (2, 3, 16, 128):
+        for seed in range(10):
+            generator = torch.Generator().manual_seed(seed)
+            q = torch.linalg.qr(torch.randn(3 * m, m, generator=generator)).Q.mT
+            s = 1 + 0.1 * torch.rand(m, 1, generator=generator)
+            s[0] = 1.3
+            largest = torch.linalg.matrix_norm(polar(s * q, preset), 2)
+            assert largest < 1.3, (m, seed, largest)
+
+
+def test_a_parameter_is_taken_as_it_is() -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    assert not polar(weight).requires_grad

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steepest.ops import backend
-from steepest.ops.after import CPU_CHUNK, after, reference
+from steepest.ops.after import CPU_CHUNK, _pieces, after, reference
 
 NAN = float("nan")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -83,7 +83,7 @@ def test_formula(p_dtype: torch.dtype, u_dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_tensors_in_pieces(dtype: torch.dtype) -> None:
-    """A parameter above CPU_CHUNK goes piece by piece: rows that do not divide, one huge row, a transposed one."""
+    """A parameter above CPU_CHUNK goes piece by piece: contiguous ones by elements, a transposed one by rows."""
     rows = [torch.randn(1001, 700), torch.randn(1, CPU_CHUNK + 3), torch.randn(700, 501).t()]
     params = [r.to(dtype) for r in rows]
     updates = [torch.randn_like(r) for r in rows]
@@ -91,6 +91,15 @@ def test_large_tensors_in_pieces(dtype: torch.dtype) -> None:
     wanted = expected(params, updates, keep, step)
     after(params, updates, keep, step)
     assert_rounded_once(params, wanted, dtype)
+
+
+def test_sizes_of_pieces() -> None:
+    wide, tall = torch.empty(3, CPU_CHUNK - 1), torch.empty(3, CPU_CHUNK // 2).t()
+    assert [p.numel() for p, _ in _pieces(wide, wide)] == [CPU_CHUNK, CPU_CHUNK, CPU_CHUNK - 3]
+    fit = CPU_CHUNK // 3
+    assert [tuple(p.shape) for p, _ in _pieces(tall, tall)] == [(fit, 3), (CPU_CHUNK // 2 - fit, 3)]
+    strided = torch.empty(3, CPU_CHUNK)[:, 1:]
+    assert [tuple(p.shape) for p, _ in _pieces(strided, wide)] == [(1, CPU_CHUNK - 1)] * 3
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
@@ -115,6 +124,29 @@ def test_parameters_that_require_grad() -> None:
     after([p], [torch.ones(3)], torch.ones(1), torch.ones(1))
     assert torch.equal(p.detach(), torch.zeros(3))
     assert p.is_leaf
+
+
+def test_autograd_sees_the_change() -> None:
+    p = torch.ones(3)
+    version = p._version
+    after([p], [torch.ones(3)], torch.ones(1), torch.ones(1), backend="torch")
+    assert p._version > version
+
+
+@needs_triton
+def test_autograd_sees_what_a_kernel_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel writes through addresses, so `after` counts the version; here the kernel does nothing at all."""
+    kernels = pytest.importorskip("steepest.kernels.after", reason="steepest.kernels is not importable")
+    monkeypatch.setattr(kernels, "after", lambda *arguments: None)
+    monkeypatch.setattr(sys.modules["steepest.ops.after"], "route", lambda *arguments: "triton")
+    x = torch.ones(3, requires_grad=True)
+    p = torch.ones(3)
+    with torch.inference_mode():
+        versionless = torch.ones(3)
+    y = (x * p).sum()
+    after([p, versionless], [torch.ones(3)] * 2, torch.ones(2), torch.ones(2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_no_tensors() -> None:
@@ -254,6 +286,17 @@ def test_fallback_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     ]
 
 
+def test_each_fallback_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(backend, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="steepest"):
+        for triton in (None, "one pair is strided", None):
+            backend.choose("op", "auto", {"cuda": "not built", "triton": triton}, torch.device("cpu"))
+    assert [record.message for record in caplog.records] == [
+        "op runs on triton (cuda: not built)",
+        "op runs on torch (cuda: not built; triton: one pair is strided)",
+    ]
+
+
 # In its own process: Triton reads TRITON_INTERPRET when it decorates a kernel.
 INTERPRETED = """
 import torch
@@ -313,3 +356,65 @@ def test_cuda_takes_more_tensors_than_one_launch_holds() -> None:
     wanted = expected(params, updates, keep, step)
     after(params, updates, keep, step, backend="cuda")
     assert_rounded_once(params, wanted, torch.float32)
+
+
+def ones(device: str) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Large enough that a launch on the wrong device or stream shows; p = 1 becomes 0.5 - 0.25."""
+    p, u = (torch.ones(1 << 20, device=device) for _ in range(2))
+    return [p], [u], torch.full((1,), 0.5, device=device), torch.full((1,), 0.25, device=device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_kernels_count_versions(name: str) -> None:
+    params, updates, keep, step = ones("cuda")
+    version = params[0]._version
+    after(params, updates, keep, step, backend=name)
+    assert params[0]._version > version
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_kernels_on_a_device_that_is_not_current(name: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two CUDA devices")
+    params, updates, keep, step = ones("cuda:1")
+    with torch.cuda.device(0):
+        after(params, updates, keep, step, backend=name)
+        assert torch.cuda.current_device() == 0
+    assert bool((params[0] == 0.25).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_kernels_run_on_the_current_stream(name: str) -> None:
+    """The parameter gets its value late on a side stream: a launch on another stream would read it too early."""
+    params, updates, keep, step = ones("cuda")
+    after(params, updates, keep, step, backend=name)  # compiled before, so that nothing else waits
+    params[0].zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        params[0].fill_(1.0)
+        after(params, updates, keep, step, backend=name)
+    torch.cuda.synchronize()
+    assert bool((params[0] == 0.25).all())
+
+
+@pytest.mark.gpu
+def test_cuda_in_a_captured_graph() -> None:
+    """A replay reads parameters, updates and factors anew; Triton's table of addresses declines the capture."""
+    params, updates, keep, step = ones("cuda")
+    after(params, updates, keep, step, backend="cuda")  # loads the kernel, which a capture may not
+    params[0].fill_(1.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        after(params, updates, keep, step, backend="cuda")
+        with pytest.raises(RuntimeError, match="cannot be replayed by a CUDA graph"):
+            after(params, updates, keep, step, backend="triton")
+    assert bool((params[0] == 1.0).all()), "a capture runs nothing"
+    graph.replay()
+    assert bool((params[0] == 0.25).all())
+    step.zero_()
+    graph.replay()
+    assert bool((params[0] == 0.125).all())

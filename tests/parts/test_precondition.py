@@ -117,16 +117,11 @@ def test_a_layout_is_kept() -> None:
 
 def test_identity_changes_nothing_and_remembers_nothing() -> None:
     x, identity, hyper = gaussian(3, 2), Identity(), Hyper(0.1)
-    assert identity.init(x) == identity.observe({}, x, hyper) == identity.transport({}, None) == {}
+    assert identity.init(x) == identity.observe({}, x, hyper) == {}
     assert identity.into({}, x, hyper, None) is x
     assert identity.back({}, x, hyper, None) is x
     assert not identity.counts_steps
     assert identity.keys == ()
-
-
-def test_a_diagonal_needs_no_transport() -> None:
-    state = {"exp_avg_sq": gaussian(2, 2)}
-    assert Diagonal().transport(state, None) is state
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ STOCHASTIC = Rounding("stochastic")
 
 
 def store(w: Tensor, step: int = 1, index: int = 0) -> Tensor:
-    return STOCHASTIC.store(w, torch.bfloat16, torch.tensor(float(step)), index)
+    return STOCHASTIC.store(w, torch.bfloat16, torch.tensor(float(step)), (index,))
 
 
 def neighbours(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def test_updates_below_half_an_ulp_are_not_lost() -> None:
     nearest = w.clone()
     for step in range(1, 129):
         w = store(w.float() - 2.0**-12, step)
-        nearest = Rounding().store(nearest.float() - 2.0**-12, torch.bfloat16, None, 0)
+        nearest = Rounding().store(nearest.float() - 2.0**-12, torch.bfloat16, None, (0,))
     assert nearest.eq(1).all()
     assert abs(w.double().mean().item() - (1 - 128 * 2.0**-12)) < 1e-3
 
@@ -98,7 +98,7 @@ def test_what_is_not_finite_stays_so() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_other_dtypes_are_rounded_to_nearest(dtype: torch.dtype) -> None:
     w = gaussian(5, 5, dtype=torch.float32)
-    assert torch.equal(STOCHASTIC.store(w, dtype, torch.tensor(1.0), 0), w.to(dtype))
+    assert torch.equal(STOCHASTIC.store(w, dtype, torch.tensor(1.0), (0,)), w.to(dtype))
 
 
 def test_a_view_is_rounded_like_its_copy() -> None:

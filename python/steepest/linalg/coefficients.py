@@ -1,13 +1,13 @@
 """Coefficient tables of the Newton-Schulz polynomials, each with its source.
 
-A step is an odd polynomial p(x) = a x + b x^3 + c x^5 (+ d x^7 (+ e x^9)), given as the tuple (a, b, c, ...) and applied to
-the singular values: X <- (a I + b A + c A^2 + ...) X with A = X X^T.  A table is a tuple of steps; its *gain* is the
-product of the a's, by which a vanishing singular value of the normalised matrix is lifted.
+A step is an odd polynomial p(x) = a x + b x^3 + c x^5 (+ d x^7 (+ e x^9)), given as the tuple (a, b, c, ...) and
+applied to the singular values: X <- (a I + b A + c A^2 + ...) X with A = X X^T.  A table is a tuple of steps; its
+*gain* is the product of the a's, by which a vanishing singular value of the normalised matrix is lifted.
 
 A schedule says how the matrix is normalised and which table it gets.  With the norm ``"frobenius"`` X is divided by
 ||X||_F.  With ``"tight"`` it is divided by an upper bound of ||X||_2 taken from the first Gram product
-(`steepest.linalg.norm_bound`), and the *slack* ||X||_F / bound says how much larger the singular values are than after the
-Frobenius norm.  A schedule of several tables gives a matrix the first one whose slack it reaches; the last takes any.
+(`steepest.linalg.norm_bound`), and the *slack* ||X||_F / bound says how much larger the singular values are than after
+the Frobenius norm.  A schedule of several tables gives a matrix the first whose slack it reaches; the last takes any.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Step = tuple[float, ...]
 Table = tuple[Step, ...]
+Coefficients = Sequence[float] | Sequence[Sequence[float]]
 
 # The five equal steps of the original Muon, also torch.optim.Muon's default (K. Jordan, "Muon", 2024).
 JORDAN_STEP: Step = (3.4445, -4.7750, 2.0315)
@@ -34,7 +35,8 @@ YOU: Table = (
     (2.8366, -3.0525, 1.2012),
 )
 
-# Polar Express, arXiv:2505.16932, section 3 and its listing: optimal composition for l = 1e-3, before the safety factor.
+# Polar Express, arXiv:2505.16932, section 3 and its listing: optimal composition for l = 1e-3, before the safety
+# factor.
 POLAR_EXPRESS: Table = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -47,11 +49,11 @@ POLAR_EXPRESS: Table = (
 )
 POLAR_EXPRESS_SAFETY = 1.01
 
-# The tables below are `steepest.linalg.remez.tight_table(l, degrees, margin=...)`: each step is the best odd approximation of 1 on the
-# interval which the steps before it leave, starting from [l, 1], with x / 1.02 in place of x in every step but the last so
-# that rounding may carry a singular value 2% beyond the interval.  In the auto and turbo tables the last step is good
-# beyond its interval as well, by 6% and 3% (margin): without it two bf16 steps in the Gram form sent a singular value to
-# 2.3.  Rounded to 7 digits; the tests compute them again.
+# The tables below are `steepest.linalg.remez.tight_table(l, degrees, margin=...)`: each step is the best odd
+# approximation of 1 on the interval which the steps before it leave, starting from [l, 1], with x / 1.02 in place of x
+# in every step but the last so that rounding may carry a singular value 2% beyond the interval.  In the auto and turbo
+# tables the last step is good beyond its interval as well, by 6% and 3% (margin): without it two bf16 steps in the
+# Gram form sent a singular value to 2.3.  Rounded to 7 digits; the tests compute them again.
 TIGHT_8E3: Table = (
     (8.014032, -22.5589, 16.03143),
     (3.678941, -2.647, 0.4959718),
@@ -96,8 +98,8 @@ def evaluate(table: Table, x: float) -> float:
 class Schedule:
     """What happens to X.
 
-    ``tables``, and the slack from which each but the last is used (falling); the ``norm`` that X is divided by first; and
-    the steps before which the Gram form takes a new Gram product in bf16, None where bf16 does not bear that form.
+    ``tables``, and the slack from which each but the last is used (falling); the ``norm`` that X is divided by first;
+    and the steps before which the Gram form takes a new Gram product in bf16, None where bf16 does not bear that form.
     """
 
     tables: tuple[Table, ...]
@@ -117,7 +119,8 @@ def _reach_jordan(table: Table) -> float:
 
 # bf16 in the Gram form bears two quintic steps and no more: with three, or with one of degree 9, the off-diagonal error
 # reaches .2-.5 and singular values 9 (64 to 300 columns, five spectra).  Two steps of polar_express or tight_4e-3 reach
-# singular values of 2.5, and two of jordan cost an off-diagonal .018 for .011 on Gaussian matrices, which is not "exact".
+# singular values of 2.5, and two of jordan cost an off-diagonal .018 for .011 on Gaussian matrices, which is not
+# "exact".
 SCHEDULES: dict[str, Schedule] = {
     "jordan": Schedule((JORDAN,)),
     "exact": Schedule((JORDAN,)),
@@ -144,9 +147,7 @@ def polar_express(steps: int = 5, safety: float = POLAR_EXPRESS_SAFETY) -> Table
     return tuple((safe + [steady] * steps)[:steps])
 
 
-def schedule(
-    preset: str, coefficients: Sequence[float] | Sequence[Sequence[float]] | None, steps: int | None
-) -> Schedule:
+def schedule(preset: str, coefficients: Coefficients | None, steps: int | None) -> Schedule:
     """The schedule for a preset, or for the caller's own coefficients (Frobenius norm), with ``steps`` steps.
 
     ``steps`` repeats a table of equal steps ("jordan", "exact", one tuple of coefficients) or sets the length of
@@ -175,11 +176,15 @@ def presets() -> tuple[str, ...]:
     return (*SCHEDULES, "polar_express", "svd")
 
 
-def _own_table(coefficients: Sequence[float] | Sequence[Sequence[float]], steps: int | None) -> Table:
-    rows = [coefficients] if coefficients and not isinstance(coefficients[0], Sequence) else list(coefficients)
-    table = tuple(tuple(float(v) for v in row) for row in rows)  # type: ignore[union-attr, arg-type]
+def _own_table(coefficients: Coefficients, steps: int | None) -> Table:
+    rows: list[Any] = list(coefficients)
+    if rows and not isinstance(rows[0], Sequence):
+        rows = [rows]
+    table = tuple(_without_zeros_at_the_end(tuple(float(v) for v in row)) for row in rows)
     if not table or any(not 2 <= len(step) <= 5 for step in table):
         raise ValueError(f"coefficients must be one tuple or a list of tuples of 2 to 5 numbers, got {coefficients!r}")
+    if any(step[0] == 0 or not any(step[1:]) for step in table):
+        raise ValueError(f"coefficients of a step must not begin with 0 or hold one term alone, got {coefficients!r}")
     if not all(math.isfinite(v) for step in table for v in step):
         raise ValueError(f"coefficients must be finite, got {coefficients!r}")
     if len(table) == 1:
@@ -187,3 +192,10 @@ def _own_table(coefficients: Sequence[float] | Sequence[Sequence[float]], steps:
     if steps is not None and steps != len(table):
         raise ValueError(f"coefficients hold {len(table)} steps, got steps={steps}; leave steps out or pass one tuple")
     return table
+
+
+def _without_zeros_at_the_end(step: Step) -> Step:
+    """(a, b, 0) is the cubic (a, b): a product less."""
+    while len(step) > 2 and step[-1] == 0:
+        step = step[:-1]
+    return step

@@ -1,8 +1,8 @@
 """Best odd polynomials for lifting singular values to 1, by the Remez exchange in double precision.
 
 On [l, u] the odd polynomial p of degree 2k - 1 that minimises max |1 - p| touches 1 +- error at k + 1 points in turn
-(Chebyshev).  Composing such steps, each for the interval the last one leaves, is optimal over all compositions of the same
-degrees (arXiv:2505.16932, theorem 3.1).  Used offline: `steepest.linalg.coefficients` holds the results.
+(Chebyshev).  Composing such steps, each for the interval the last one leaves, is optimal over all compositions of the
+same degrees (arXiv:2505.16932, theorem 3.1).  Used offline: `steepest.linalg.coefficients` holds the results.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def tight_table(
 ) -> tuple[tuple[float, ...], ...]:
     """Composition of best odd steps for singular values in [low, 1].
 
-    ``safety``: every step but the last takes x / safety.  ``margin``: the last step is good up to margin times the largest
-    singular value it should meet, so that rounding does not push one out of the interval where the polynomial is tame.
+    ``safety``: every step but the last takes x / safety.  ``margin``: the last step is good up to margin times the
+    largest singular value it should meet, so that rounding does not push one out of the interval where the polynomial
+    is tame.
     """
     high, table = 1.0, []
     for index, degree in enumerate(degrees):

@@ -8,7 +8,7 @@ below, which is also what the compiled op runs on CPU tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNEL_FLOATS = FLOATS[:3]
 STRIDED_DIMS = 5  # what the CUDA kernel walks; kMaxDims in csrc/multi_tensor/layout.h
 # Elements the CPU reference handles at a time: its temporaries take 1 MB in fp32 instead of the size of an embedding.
+# A pair that is not contiguous goes by whole rows, as many as fit and at least one.
 # On two cores no slower than whole tensors, within the noise of the measurement.
 CPU_CHUNK = 1 << 18
 
@@ -50,6 +51,9 @@ def after(
             triton_after(params, updates, keep, step)
         else:
             reference(params, updates, keep, step)
+    if name != "torch" and not torch.compiler.is_compiling():
+        # The kernels write to memory; autograd must still see that what it saved has changed.
+        torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
 
 
 def reference(params: Sequence[Tensor], updates: Sequence[Tensor], keep: Tensor, step: Tensor) -> None:
@@ -57,12 +61,17 @@ def reference(params: Sequence[Tensor], updates: Sequence[Tensor], keep: Tensor,
     eager_cpu = keep.device.type == "cpu" and not torch.compiler.is_compiling()
     reads = (step != 0).unbind()
     for p, u, k, s, read in zip(params, updates, keep.unbind(), step.unbind(), reads):
-        if eager_cpu and p.dim() > 0 and p.numel() > CPU_CHUNK:
-            rows = max(1, CPU_CHUNK * p.shape[0] // p.numel())
-            for p_rows, u_rows in zip(p.split(rows), u.split(rows)):
-                _update(p_rows, u_rows, k, s, read)
-        else:
-            _update(p, u, k, s, read)
+        pieces = _pieces(p, u) if eager_cpu and p.numel() > CPU_CHUNK else ((p, u),)
+        for p_piece, u_piece in pieces:
+            _update(p_piece, u_piece, k, s, read)
+
+
+def _pieces(p: Tensor, u: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Views of both that cover them once: CPU_CHUNK elements each, or whole rows where a pair is not contiguous."""
+    if p.is_contiguous() and u.is_contiguous():
+        return zip(p.view(-1).split(CPU_CHUNK), u.view(-1).split(CPU_CHUNK))
+    rows = max(1, CPU_CHUNK * p.shape[0] // p.numel())
+    return zip(p.split(rows), u.split(rows))
 
 
 def _update(p: Tensor, u: Tensor, keep: Tensor, step: Tensor, read: Tensor) -> None:

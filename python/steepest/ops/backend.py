@@ -2,8 +2,8 @@
 
 An op asks `choose` with the reasons, if any, why each backend cannot take the call. The caller's `backend=` argument
 or the environment variable STEEPEST_BACKEND forces one; a forced backend that cannot run is an error that names the
-reason. Under "auto" the first that can run is taken, and the first time a better one had to be passed over, the reason
-is logged (logger "steepest"; a warning when the tensors are on a GPU).
+reason. Under "auto" the first that can run is taken, and the first time an op falls back to it, the reason is logged
+(logger "steepest"; a warning when the tensors are on a GPU).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MINIMUM_TORCH = (2, 10)
 logger = logging.getLogger("steepest")
 # Read once: looking at the environment in every step would cost more than some of the launches.
 forced = os.environ.get("STEEPEST_BACKEND", "auto")
-_logged: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str, str]] = set()
 
 
 def _load_extension() -> tuple[types.ModuleType | None, str | None]:
@@ -62,6 +62,8 @@ def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
 @torch.compiler.assume_constant_result
 def cuda_reason(index: int | None = None) -> str | None:
     """Why the compiled CUDA kernels cannot run on this device (None: the current one); None when they can."""
+    if index is None and torch.cuda.is_available():
+        index = torch.cuda.current_device()  # before the cache: the answer belongs to the device, not to "current"
     return _cuda_reason(index)
 
 
@@ -72,17 +74,36 @@ def _cuda_reason(index: int | None) -> str | None:
     info = extension.build_info()
     if info["cuda"] is None:
         return (
-            "the compiled part was built without CUDA; install the CUDA toolkit (nvcc on PATH or in CUDA_HOME/bin) "
-            "and rebuild with STEEPEST_CUDA=1"
+            "the compiled part was built without CUDA; install the CUDA toolkit (nvcc in CUDA_HOME/bin, on PATH or in "
+            "/usr/local/cuda/bin) and rebuild with STEEPEST_CUDA=1"
         )
     if not torch.cuda.is_available():
         return _no_device()
+    if (reason := _driver_reason(info["cuda"])) is not None:
+        return reason
     capability = torch.cuda.get_device_capability(index)
     if not covers(info["architectures"], capability):
         wanted = ".".join(str(part) for part in capability)
         built = ", ".join(info["architectures"])
         return f"built for {built} and the device is {wanted}; rebuild with TORCH_CUDA_ARCH_LIST={wanted}"
     return None
+
+
+def _driver_reason(built: str) -> str | None:
+    """Machine code runs on drivers of its own CUDA major version, whatever the minor one, and on newer ones."""
+    driver = driver_cuda()
+    if driver is None or int(built.split(".")[0]) <= int(driver.split(".")[0]):
+        return None
+    built = ".".join(built.split(".")[:2])
+    return f"built with CUDA {built}, the driver takes {driver}; update the driver or rebuild with an older toolkit"
+
+
+def driver_cuda() -> str | None:
+    """The newest CUDA version the driver supports ("12.8"), as torch sees it; None where torch sees no CUDA device."""
+    if not torch.cuda.is_available():
+        return None
+    number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 @torch.compiler.assume_constant_result
@@ -143,9 +164,9 @@ def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: tor
 
 
 def _log_once(op: str, taken: str, reasons: Mapping[str, str | None], device: torch.device) -> None:
-    if torch.compiler.is_compiling() or taken == NAMES[0] or (op, device.type) in _logged:
+    if torch.compiler.is_compiling() or taken == NAMES[0] or (op, device.type, taken) in _logged:
         return
-    _logged.add((op, device.type))
+    _logged.add((op, device.type, taken))
     why = "; ".join(f"{name}: {reasons[name]}" for name in NAMES[: NAMES.index(taken)] if name in reasons)
     level = logging.WARNING if device.type == "cuda" else logging.INFO
     logger.log(level, "%s runs on %s (%s)", op, taken, why)

@@ -32,7 +32,7 @@ class Direction:
 
     def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
         """<x, d>, which for d = unit(x) is the dual norm of x."""
-        wide = _accumulator(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
         return (x.to(wide) * d.to(wide)).sum(dim=(-2, -1), keepdim=True)
 
     def scaled(self, x: Tensor) -> Tensor:
@@ -43,6 +43,10 @@ class Direction:
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype in which `unit` works, so that its input can be gathered in it."""
         return dtype
+
+    def workspace_bytes(self, m: int, n: int, dtype: torch.dtype) -> int:
+        """About what `unit` allocates for one matrix of compute dtype."""
+        return m * n * dtype.itemsize
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(direction, dual norm)."""
@@ -58,7 +62,7 @@ class Frobenius(Direction):
         if x.numel() == 0:
             return x.clone()
         # The largest entry is divided out first: squares of 1e-25 and of 1e25 leave fp32.
-        largest = x.abs().amax(dim=(-2, -1), keepdim=True).to(_accumulator(x.dtype))
+        largest = x.abs().amax(dim=(-2, -1), keepdim=True).to(torch.promote_types(x.dtype, torch.float32))
         y = torch.where(largest > 0, x / largest, 0)
         norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)  # >= 1, or 0 for the zero matrix
         return (y / norm.clamp(min=1)).to(x.dtype)
@@ -86,15 +90,22 @@ class Spectral(Direction):
     coefficients: tuple[tuple[float, ...], ...] | None = None
     steps: int | None = None
     eps: float = 1e-7
+    max_workspace_bytes: int | None = None
 
     batched = True
 
     def unit(self, x: Tensor) -> Tensor:
-        return polar.polar(x, self.preset, coefficients=self.coefficients, steps=self.steps, eps=self.eps)
+        return polar.polar(
+            x,
+            self.preset,
+            coefficients=self.coefficients,
+            steps=self.steps,
+            eps=self.eps,
+            max_workspace_bytes=self.max_workspace_bytes,
+        )
 
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return polar.compute_dtype(self.preset, dtype, device)
 
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    def workspace_bytes(self, m: int, n: int, dtype: torch.dtype) -> int:
+        return polar.workspace_bytes(m, n, dtype)

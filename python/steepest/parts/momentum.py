@@ -36,6 +36,8 @@ class Momentum:
     def __post_init__(self) -> None:
         if self.kind not in ("ema", "heavy_ball"):
             raise ValueError(f"momentum kind {self.kind!r} is not known; use 'ema' or 'heavy_ball'")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ValueError(f"momentum dtype should be a floating torch.dtype or None but is: {self.dtype!r}")
         if self.nesterov and self.bias_correction:
             raise ValueError("Nesterov momentum with bias correction is not defined here; choose one of the two")
         if self.bias_correction and self.kind != "ema":

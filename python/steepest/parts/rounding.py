@@ -4,19 +4,20 @@
     stochastic   up with probability equal to the remainder: the expected stored value is the exact one, so that updates
                  smaller than half a unit in the last place are not lost (arXiv:2010.06192)
 
-The random bits are a hash of (step, parameter, element), not a generator's stream: the same step gives the same bits,
-on resume too, and no global generator is touched.
+The random bits are a hash of (step, place of the tensor, element), not a generator's stream: the same step gives the
+same bits, on resume too, and no global generator is touched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive seeds
+_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive numbers
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,24 @@ class Rounding:
     def counts_steps(self) -> bool:
         return self.mode == "stochastic"
 
-    def store(self, w: Tensor, dtype: torch.dtype, step: Tensor | None, index: int) -> Tensor:
-        """w (fp32) in dtype; step is t (0-d), index the parameter's place in its group."""
+    def store(self, w: Tensor, dtype: torch.dtype, step: Tensor | None, place: Sequence[int]) -> Tensor:
+        """w (fp32) in dtype; step is t (0-d), place tells this tensor from the others: (group, parameter, piece)."""
         if self.mode == "nearest" or dtype != torch.bfloat16:
             return w.to(dtype)
         assert step is not None
-        bits = _random16(w, step.to(torch.int64) * 2 + 1, index)
+        bits = _random16(w, step.to(torch.int64), place)
         # bf16 is the upper half of fp32: adding 16 random bits below it and cutting rounds up with the right odds.
         rounded = (w.view(torch.int32) + bits).bitwise_and_(-0x10000).view(torch.float32)
         return torch.where(torch.isfinite(w), rounded, w).to(torch.bfloat16)
 
 
-def _random16(like: Tensor, step: Tensor, index: int) -> Tensor:
-    """Sixteen uniform bits per element (int32, in [0, 2^16)): lowbias32 of (element, step, index)."""
-    x = torch.arange(like.numel(), device=like.device, dtype=torch.int64)
-    x = _scramble(x ^ _scramble(step * _GOLDEN + index))
+def _random16(like: Tensor, step: Tensor, place: Sequence[int]) -> Tensor:
+    """Sixteen uniform bits per element (int32, in [0, 2^16)) from the hash of step, place and element."""
+    seed = _scramble(step)
+    for number in place:
+        seed = _scramble(seed + _GOLDEN * (number + 1))
+    # The element is hashed before it meets the seed, so that close seeds do not give the same bits in another order.
+    x = _scramble(_scramble(torch.arange(like.numel(), device=like.device, dtype=torch.int64)) ^ seed)
     return (x >> 16).to(torch.int32).view(like.shape)
 
 

@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .overrides import Overrides
+from .overrides import RESERVED, Overrides
 from .places import Routable, read_places
 from .routes import Route, decide
-
-_FILLED_IN = ("params", "use_muon", "param_names", "param_reasons")
 
 
 def param_groups(
@@ -47,7 +45,7 @@ def param_groups(
 def _hyperparameters(name: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
     if values is not None and not isinstance(values, Mapping):
         raise TypeError(f'{name} must be a mapping of hyperparameters such as {{"lr": 0.02}} but is: {values!r}')
-    filled = [key for key in _FILLED_IN if key in (values or {})]
+    filled = [key for key in RESERVED if key in (values or {})]
     if filled:
         raise ValueError(f"{name} cannot set {filled[0]!r}: routing fills it in")
     return dict(values or {})

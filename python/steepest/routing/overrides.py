@@ -17,7 +17,7 @@ Rule: TypeAlias = Literal["matrix", "adamw", "exclude"]
 Overrides: TypeAlias = Mapping[str | type[nn.Module], str | Mapping[str, Any]]
 
 _RULES = ("matrix", "adamw", "exclude")
-_RESERVED = ("params", "use_muon", "param_names", "param_reasons")
+RESERVED = ("params", "use_muon", "param_names", "param_reasons")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _entry(key: object, what: object) -> Override:
 
 
 def _check_value_name(key: object, name: str) -> None:
-    if name in _RESERVED:
+    if name in RESERVED:
         raise ValueError(f"override {key!r} cannot set {name!r}: routing fills it in")
     close = get_close_matches(name, LAYOUT_KEYS, n=1, cutoff=0.75)
     if name not in LAYOUT_KEYS and close:

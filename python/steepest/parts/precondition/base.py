@@ -44,7 +44,3 @@ class Precondition(Protocol):
     def back(self, state: State, d: Tensor, hyper: Hyper, step: Tensor | None) -> Tensor:
         """P^-1 d: back to the weight's own variables."""
         ...
-
-    def transport(self, state: State, change: Tensor | None) -> State:
-        """State after the variables changed (a new basis); the same state where nothing depends on a basis."""
-        ...

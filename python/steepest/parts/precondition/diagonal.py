@@ -51,7 +51,11 @@ class Diagonal:
         return self.bias_correction
 
     def init(self, g: Tensor) -> State:
-        return {self.key: torch.zeros_like(g, dtype=_wide(g.dtype), memory_format=torch.preserve_format)}
+        return {
+            self.key: torch.zeros_like(
+                g, dtype=torch.promote_types(g.dtype, torch.float32), memory_format=torch.preserve_format
+            )
+        }
 
     def observe(self, state: State, g: Tensor, hyper: Hyper) -> State:
         v = state[self.key]
@@ -68,9 +72,6 @@ class Diagonal:
     def back(self, state: State, d: Tensor, hyper: Hyper, step: Tensor | None) -> Tensor:
         return self.inverse(state[self.key], hyper, step).mul_(d)
 
-    def transport(self, state: State, change: Tensor | None) -> State:
-        return state
-
     def inverse(self, v: Tensor, hyper: Hyper, step: Tensor | None) -> Tensor:
         """1 / D, elementwise, a new tensor in v's dtype; 0 where D = 0."""
         squared = _power(v, 2 * self.power)
@@ -81,13 +82,9 @@ class Diagonal:
         if not self.eps_inside:
             squared.add_(hyper.eps)
         inverse = squared.rsqrt_()
-        if isinstance(hyper.eps, float) and hyper.eps > 0:
-            return inverse  # D > 0 everywhere
+        if isinstance(hyper.eps, float) and hyper.eps >= torch.finfo(v.dtype).tiny:
+            return inverse  # D > 0 everywhere; a smaller eps may be 0 in v's dtype
         return inverse.masked_fill_(torch.isinf(inverse), 0.0)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _power(v: Tensor, exponent: float) -> Tensor:

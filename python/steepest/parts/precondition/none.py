@@ -28,6 +28,3 @@ class Identity:
 
     def back(self, state: State, d: Tensor, hyper: Hyper, step: Tensor | None) -> Tensor:
         return d
-
-    def transport(self, state: State, change: Tensor | None) -> State:
-        return state

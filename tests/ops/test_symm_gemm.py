@@ -1,0 +1,48 @@
+"""Symmetric products: right, symmetric to the bit, and writing nothing but their output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steepest.ops.symm_gemm import block_edges, symm_gemm
+
+
+@pytest.mark.parametrize("m", [1, 5, 100, 300, 801])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_product_with_its_transpose(m: int, batch: int, dtype: torch.dtype) -> None:
+    a = torch.randn(batch, m, 40, dtype=dtype, generator=torch.Generator().manual_seed(m))
+    c = a @ a.mT + 1
+    c = c.tril() + c.tril(-1).mT
+    held = c.clone()
+    result = symm_gemm(a, a.mT, c, alpha=0.5, beta=2.0)
+    assert torch.equal(result, result.mT)
+    assert torch.equal(c, held)
+    torch.testing.assert_close(result, torch.baddbmm(c, a, a.mT, alpha=0.5, beta=2.0))
+
+
+@pytest.mark.parametrize("m", [7, 300])
+def test_commuting_factors_and_output_in_place(m: int) -> None:
+    a = torch.randn(1, m, m, dtype=torch.float64, generator=torch.Generator().manual_seed(m))
+    a = a + a.mT
+    b = a @ a
+    out = a.clone()
+    assert symm_gemm(a, b, out, beta=-1.0, out=out) is out
+    torch.testing.assert_close(out, a @ b - a, atol=1e-8, rtol=1e-10)
+    assert torch.equal(out, out.mT)
+
+
+def test_the_output_may_hold_anything_before() -> None:
+    a = torch.randn(1, 300, 20)
+    out = torch.full((1, 300, 300), torch.nan)
+    torch.testing.assert_close(symm_gemm(a, a.mT, out=out), a @ a.mT)
+
+
+@pytest.mark.parametrize("m", [1, 100, 256, 300, 768, 1000, 4096])
+def test_block_edges_cover_the_matrix_in_rising_order(m: int) -> None:
+    edges = block_edges(m)
+    assert edges[0] == 0
+    assert edges[-1] == m
+    assert all(low < high for low, high in zip(edges[:-1], edges[1:], strict=True))
+    assert len(edges) <= 6

@@ -1,0 +1,51 @@
+"""The benchmarks run, on shapes small enough for a test, and write what they measured."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
+    importlib.import_module(script).main(list(arguments))
+
+
+def test_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "step.csv"
+    run(
+        monkeypatch,
+        "bench_step",
+        "--shapes",
+        "tiny",
+        "--rounds",
+        "1",
+        "--whole",
+        "--against",
+        "torch",
+        "--csv",
+        str(table),
+    )
+    rows = list(csv.DictReader(table.open()))
+    assert {row["optimizer"] for row in rows} >= {"torch.optim.Muon", "Muon auto", "MuAdam auto"}
+    assert all(0 < float(row["relative_error"]) < 1 and float(row["ms"]) > 0 and row["commit"] for row in rows)
+    assert "Muon turbo" in capsys.readouterr().out
+
+
+def test_an_operation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = tmp_path / "polar.csv"
+    run(monkeypatch, "bench_ops", "polar", "--shapes", "2x32x64", "--quick", "--csv", str(table))
+    rows = list(csv.DictReader(table.open()))
+    assert {row["preset"] for row in rows} >= {"torch", "auto", "turbo"}
+    assert all(float(row["gflops"]) > 0 and float(row["relative_error"]) < 1 for row in rows)
+
+
+def test_unknown_shapes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'gpt9' are not known; choose one of tiny, small, gpt2-124m"):
+        run(monkeypatch, "bench_step", "--shapes", "gpt9")
