@@ -167,3 +167,18 @@ def test_state_may_be_shared_between_processes() -> None:
     optimizer, params = both_kinds(steepest.MuAdam)
     train(optimizer, params, range(1))
     assert multiprocessing.reduction.ForkingPickler.dumps(optimizer)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_users_hook_has_the_last_word_on_loading(cls: type[MatrixOptimizer]) -> None:
+    optimizer, params = both_kinds(cls)
+    train(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+
+    def forget(loaded: torch.optim.Optimizer) -> None:
+        for state in loaded.state.values():
+            next(iter(state.values())).zero_()
+
+    optimizer.register_load_state_dict_post_hook(forget)
+    optimizer.load_state_dict(saved)
+    assert all(not next(iter(state.values())).any() for state in optimizer.state.values())

@@ -353,3 +353,31 @@ def test_one_group_may_hold_several_dtypes(cls: Maker, use_muon: bool) -> None:
         for other in alone:
             other.step()
     assert all_same_bits(together, apart)
+
+
+def test_groups_may_be_used_for_two_optimizers() -> None:
+    model = nn.ModuleDict({"convolution": nn.Conv1d(4, 8, 3), "linear": nn.Linear(8, 8)})
+    groups = steepest.param_groups(model)
+    first, second = steepest.MuAdam(groups), steepest.MuAdam(groups, lr=0.5)
+    assert first.describe().splitlines()[1].split()[0] == second.describe().splitlines()[1].split()[0]
+    assert second.param_groups[0]["lr"] == 0.5
+    assert "Conv1d read as" in second.describe()
+
+
+def test_sharded_parameters_are_refused_before_anything_is_touched() -> None:
+    class Sharded(nn.Parameter):
+        device_mesh = "a mesh"
+
+    p = Sharded(torch.randn(4, 4))
+    with pytest.raises(
+        RuntimeError, match=r"does not take sharded parameters \(DTensor\) yet; .*DistributedDataParallel"
+    ):
+        steepest.MuAdam([p])
+
+
+def test_an_eps_that_is_zero_in_fp32_divides_nothing_by_zero() -> None:
+    p = nn.Parameter(torch.randn(8, 8))
+    p.grad = torch.randn(8, 8)
+    p.grad[0, 0] = 0
+    steepest.MuAdam([p], eps=1e-46).step()
+    assert p.isfinite().all()

@@ -88,6 +88,22 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "max_workspace_bytes should be positive but is: 0",
     ),
+    "eps of the polar factor": (lambda: MUON(matrix(), eps=-1.0), ValueError, "eps should be >= 0 but is: -1.0"),
+    "coefficients without a first term": (
+        lambda: MUON(matrix(), ns_coefficients=(0.0, 1.0, 0.5)),
+        ValueError,
+        r"must not begin with 0 or hold one term alone, got \(\(0.0, 1.0, 0.5\),\)",
+    ),
+    "momentum_dtype": (
+        lambda: MUADAM(matrix(), momentum_dtype="bfloat16"),
+        ValueError,
+        "momentum dtype should be a floating torch.dtype or None but is: 'bfloat16'",
+    ),
+    "momentum_dtype of integers": (
+        lambda: MUON(matrix(), momentum_dtype=torch.int32),
+        ValueError,
+        "momentum dtype should be a floating torch.dtype or None but is: torch.int32",
+    ),
     "argument": (
         lambda: MUADAM(matrix(), warmup=3),  # type: ignore[call-arg]
         TypeError,
