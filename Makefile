@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# On a machine with a torch of its own (a GPU's): make test VENV_FLAGS=--system-site-packages TORCH=
+VENV_FLAGS ?=
 ARGS ?=
 
 bin := $(VENV)/bin
@@ -33,9 +35,9 @@ doctor: $(ready)
 # One stamp for torch and the build tools, which take minutes, and one for our own build, which takes seconds.
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steepest needs Python 3.10 or newer; set PYTHON=")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(bin)/python -m pip install --quiet --upgrade pip
-	$(bin)/python -m pip install --quiet "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" nvidia-cutlass "$(TORCH)"
+	$(bin)/python -m pip install --quiet "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" nvidia-cutlass $(if $(TORCH),"$(TORCH)")
 	touch $@
 
 $(ready): $(VENV)/.torch $(sources)

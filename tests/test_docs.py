@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", text)
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert "@@" not in text
+
+
+def test_the_table_is_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    table = importlib.import_module("table")
+    rows = table.rows(ROOT / "bench" / "results" / "step-cpu.csv")
+    assert "\n".join(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_there_are_pages_with_code() -> None:

@@ -59,7 +59,7 @@ def describe(facts: dict[str, Any]) -> str:
     for name, state in facts["backends"].items():
         lines.append(f"  {name:<7} {'yes' if state['available'] else 'no '}  {state['reason']}")
     if facts["forced"]:
-        lines.append(f"STEEPEST_BACKEND={facts['forced']} is set: it is used everywhere, or the call fails")
+        lines.append(f"STEEPEST_BACKEND={facts['forced']} is set: every op that has kernels uses it, or fails")
     return "\n".join(lines)
 
 

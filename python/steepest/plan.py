@@ -161,7 +161,8 @@ def backend_of(recipe: Recipe, p: Tensor, backend: str) -> str:
     if recipe == ADAMW and p.dtype in (torch.float32, torch.float64):
         return "torch"
     fused = recipe.rounding.mode == "nearest" and not recipe.decay.cautious
-    update = route([p], [p], p.device, backend) if fused else "torch"
+    u = torch.empty(p.shape, dtype=p.dtype, device="meta")  # the strides an update has
+    update = route([p], [u], p.device, backend) if fused else "torch"
     return "torch" if update == "torch" else f"torch, weight update {update}"
 
 
