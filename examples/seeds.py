@@ -1,6 +1,6 @@
 """How sure is the demo's comparison? Repeat it over seeds, one row per seed and method in results/seeds.csv.
 
-    python examples/seeds.py            # about nine minutes on two cores
+    python examples/seeds.py            # about seven minutes on two cores
 
 A seed changes the weights at the start and the order of the batches; the held-out windows stay the same, so that the
 difference between two methods at one seed is theirs. A seed that has its rows already is not run again.

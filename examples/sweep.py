@@ -1,6 +1,6 @@
 """Find each method's learning rate: train at every value of a grid and write one row each to results/sweep.csv.
 
-    python examples/sweep.py            # about twelve minutes on two cores
+    python examples/sweep.py            # about thirteen minutes on two cores
 
 The file is the sweep's memory: stop it and start it again and it goes on with the rows that are missing. AdamW comes
 first, for its best learning rate is also that of the AdamW part of the matrix methods. Every run has the demo's full

@@ -1,6 +1,6 @@
 """Train a small GPT with MuAdam, Muon and AdamW side by side: same weights at the start, same batches, same schedule.
 
-    python examples/train_gpt.py                    # the standard library's source, about three minutes on two cores
+    python examples/train_gpt.py                    # the standard library's source: 2.5 minutes on two cores
     python examples/train_gpt.py --text book.txt --steps 1000 --optimizers muadam,adamw --lr muadam=0.003
 
 Prints a table and writes curves.csv and loss.png into --out. Each method runs at the learning rate that was best for it
