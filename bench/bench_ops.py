@@ -52,7 +52,7 @@ def flops(preset: str, m: int, n: int, device: str) -> float:
     full = preset in ("torch", "jordan")
     plan = schedule("jordan" if full else preset, None, None)
     dtype = compute_dtype(preset, torch.float32, device)
-    restarts = default_restarts(plan, "standard" if full else "auto", long / short, dtype)
+    restarts = default_restarts(plan, "standard" if full else "auto", short, long, dtype)
     share = 1.0 if full or device != "cpu" else _block_row_share(short)
     work = products(plan.tables[0], restarts)
     grams = 1 + len(restarts)

@@ -1,26 +1,40 @@
 // The index of every op: its schema, and the importable module steepest._C.
 //
-// Schemas are registered through torch's stable ABI; CUDA implementations register themselves in csrc/ops, the CPU
-// reference and the fakes in Python (steepest/ops). The module itself offers what needs no tensor: what this binary
-// is, and the host-only plans of the kernels, so that both are tested and printed without a GPU.
+// Schemas are registered through torch's stable ABI; implementations register themselves in csrc/ops, the fakes in
+// Python (steepest/ops). The module itself offers what needs no tensor: what this binary is, and the host-only plans and
+// formulas of the kernels, so that they are tested and printed without a GPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "build_info.h"
+#include "common/floats.h"
 #include "multi_tensor/layout.h"
+#include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
 
 namespace py = pybind11;
 
 STABLE_TORCH_LIBRARY(steepest, m) {
-  m.def("after(Tensor(a!)[] params, Tensor[] updates, Tensor keep, Tensor step) -> ()");
+  m.def(
+      "inspect(Tensor[] grads, Tensor(a!)[] steps, Tensor(b!) rows, Tensor sums, Tensor(c!) skipped, "
+      "Tensor(d!) scratch, int[] programs, int[] first_sums, int[] hyper_of, float[] hyper, Tensor[] tensors, "
+      "int[] tensor_at, Tensor? found_inf, Tensor? grad_scale) -> ()");
+  m.def(
+      "before(Tensor[] grads, Tensor(a!)[] momenta, Tensor(b!)[] seconds, Tensor(c!)[] inputs, Tensor(d!)[] params, "
+      "Tensor(e!)[] mantissas, Tensor rows, Tensor(f!) sums, Tensor(g!) scratch, int[] programs, int[] row_of, "
+      "int[] matrices, int[] first_sums, int[] places, float[] ratios) -> ()");
+  m.def(
+      "after(Tensor[] directions, Tensor[] seconds, Tensor(a!)[] params, Tensor(b!)[] mantissas, Tensor[] lengths, "
+      "Tensor rows, Tensor(c!) sums, Tensor(d!) scratch, int[] programs, int[] row_of, int[] matrices, "
+      "int[] first_sums, int[] places, float[] ratios) -> ()");
 }
 
 namespace {
@@ -40,31 +54,55 @@ py::dict build_info() {
   return out;
 }
 
-// The blocks of each launch as (tensor, start, stop), found the way a kernel finds them.
-using Block = std::tuple<int, int64_t, int64_t>;
-std::vector<std::vector<Block>> plan_chunks(const std::vector<int64_t>& sizes, int64_t chunk, int capacity) {
+namespace mt = steepest::multi_tensor;
+
+// The blocks of each launch as (item, matrix, start, stop), found the way a kernel finds them; items are (matrices,
+// elements of each).
+using Block = std::tuple<int, int64_t, int64_t, int64_t>;
+std::vector<std::vector<Block>> plan_chunks(const std::vector<std::pair<int64_t, int64_t>>& items, int64_t chunk,
+                                            int capacity) {
+  std::vector<mt::Extent> extents;
+  for (const auto& [matrices, size] : items) extents.push_back({matrices, size});
   std::vector<std::vector<Block>> launches;
-  for (const auto& launch : steepest::multi_tensor::plan_launches(sizes, chunk, capacity)) {
+  for (const mt::Launch& launch : mt::plan_launches(extents, chunk, capacity)) {
     const auto first_chunk = [&](int i) { return launch.first_chunk[i]; };
     std::vector<Block> blocks;
     for (int32_t b = 0; b < launch.chunks; ++b) {
-      const int at = steepest::multi_tensor::owner(first_chunk, static_cast<int>(launch.tensors.size()), b);
-      const int64_t start = (b - int64_t{launch.first_chunk[at]}) * chunk;
-      blocks.emplace_back(launch.tensors[at], start, std::min(start + chunk, sizes[launch.tensors[at]]));
+      const int at = mt::owner(first_chunk, static_cast<int>(launch.items.size()), b), item = launch.items[at];
+      const mt::Span span = mt::span(items[item].second, chunk, b - int64_t{launch.first_chunk[at]});
+      blocks.emplace_back(item, span.matrix, span.start, span.start + span.length);
     }
     launches.push_back(std::move(blocks));
   }
   return launches;
 }
 
-// [(size, p_stride, u_stride), ...] after merging, or None when more dimensions are left than a kernel walks.
-std::optional<std::vector<std::tuple<int64_t, int64_t, int64_t>>> merge_dims(
-    const steepest::multi_tensor::Ints& sizes, const steepest::multi_tensor::Ints& p_strides,
-    const steepest::multi_tensor::Ints& u_strides) {
-  steepest::multi_tensor::Walk walk;
-  if (!steepest::multi_tensor::merge_dims(sizes, p_strides, u_strides, walk)) return std::nullopt;
-  std::vector<std::tuple<int64_t, int64_t, int64_t>> out;
-  for (int d = 0; d < walk.dims; ++d) out.emplace_back(walk.size[d], walk.p_stride[d], walk.u_stride[d]);
+// [(size, strides), ...] after merging, or None when more dimensions are left than a kernel walks.
+std::optional<std::vector<std::pair<int64_t, mt::Ints>>> merge_dims(const mt::Ints& sizes,
+                                                                     const std::vector<mt::Ints>& strides) {
+  if (strides.size() > mt::kMaxTensors)
+    throw std::invalid_argument("at most " + std::to_string(mt::kMaxTensors) + " tensors meet in an item");
+  mt::Walk walk;
+  if (!mt::merge_dims(sizes, strides, walk)) return std::nullopt;
+  std::vector<std::pair<int64_t, mt::Ints>> out;
+  for (int d = 0; d < walk.dims; ++d) {
+    mt::Ints each;
+    for (size_t t = 0; t < strides.size(); ++t) each.push_back(walk.stride[t][d]);
+    out.emplace_back(walk.size[d], each);
+  }
+  return out;
+}
+
+// The bits of a float32 number (float64 argument, exactly representable) as `to_bf16`, `to_f16` and back see them.
+py::dict float_formats(double value) {
+  const float x = static_cast<float>(value);
+  const steepest::Split parts = steepest::split(x);
+  py::dict out;
+  out["bf16"] = steepest::to_bf16(x);
+  out["f16"] = steepest::to_f16(x);
+  out["from_f16"] = steepest::from_f16(steepest::to_f16(x));
+  out["split"] = std::pair<int, int>(parts.high, parts.low);
+  out["join"] = steepest::join(parts);
   return out;
 }
 
@@ -73,8 +111,13 @@ std::optional<std::vector<std::tuple<int64_t, int64_t, int64_t>>> merge_dims(
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of steepest: ops in torch.ops.steepest, build facts and host-only plans here.";
   m.def("build_info", &build_info);
-  m.def("plan_chunks", &plan_chunks, py::arg("sizes"), py::arg("chunk"), py::arg("capacity"));
-  m.def("is_flat", &steepest::multi_tensor::is_flat, py::arg("sizes"), py::arg("p_strides"), py::arg("u_strides"));
-  m.def("may_overlap", &steepest::multi_tensor::may_overlap, py::arg("sizes"), py::arg("strides"));
-  m.def("merge_dims", &merge_dims, py::arg("sizes"), py::arg("p_strides"), py::arg("u_strides"));
+  m.attr("CHUNK") = mt::kChunk;
+  m.attr("COLUMNS") = static_cast<int>(mt::kColumns);
+  m.attr("SUMS") = static_cast<int>(mt::kSums);
+  m.attr("STRIDED_DIMS") = mt::kMaxDims;
+  m.def("plan_chunks", &plan_chunks, py::arg("items"), py::arg("chunk"), py::arg("capacity"));
+  m.def("is_flat", &mt::is_flat, py::arg("sizes"), py::arg("strides"));
+  m.def("may_overlap", &mt::may_overlap, py::arg("sizes"), py::arg("strides"));
+  m.def("merge_dims", &merge_dims, py::arg("sizes"), py::arg("strides"));
+  m.def("float_formats", &float_formats, py::arg("value"));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -21,8 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import steepest
+from problems import FEW
 from steepest import cli
-from steepest.ops import backend
+from steepest.ops import backend, multi_tensor
+from steepest.ops.program import Program
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_extension = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
@@ -374,24 +377,46 @@ def test_backends_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_extension
-@given(st.lists(st.integers(0, 300), max_size=40), st.integers(1, 64), st.integers(1, 7))
-def test_chunks_cover_every_element_once(sizes: list[int], chunk: int, capacity: int) -> None:
-    seen = [[0] * size for size in sizes]
-    for launch in extension().plan_chunks(sizes, chunk, capacity):
-        assert len({tensor for tensor, _, _ in launch}) <= capacity
-        for tensor, start, stop in launch:
+@FEW
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 100)), max_size=20), st.integers(1, 64), st.integers(1, 7))
+def test_chunks_cover_every_element_once(items: list[tuple[int, int]], chunk: int, capacity: int) -> None:
+    """An item is (matrices, elements of each); no chunk holds elements of two matrices."""
+    seen = [[0] * (matrices * size) for matrices, size in items]
+    launches = extension().plan_chunks(items, chunk, capacity)
+    for launch in launches:
+        assert 1 <= len({item for item, *_ in launch}) <= capacity
+        for item, matrix, start, stop in launch:
+            size = items[item][1]
             assert 0 < stop - start <= chunk
+            assert matrix * size <= start < stop <= (matrix + 1) * size
             for i in range(start, stop):
-                seen[tensor][i] += 1
-    assert all(count == 1 for tensor in seen for count in tensor)
+                seen[item][i] += 1
+    assert all(count == 1 for item in seen for count in item)
+    needed = sum(1 for each in seen if each)
+    assert len(launches) == -(-needed // capacity), "no launch more than the capacity asks for"
 
 
 @needs_extension
-def test_chunk_errors() -> None:
-    with pytest.raises(ValueError, match="chunk and capacity must be at least 1, got 0 and 3"):
-        extension().plan_chunks([1], 0, 3)
-    with pytest.raises(ValueError, match="tensor 1 has -1 elements"):
-        extension().plan_chunks([1, -1], 4, 3)
+def test_chunks_of_a_matrix_follow_one_another() -> None:
+    wanted = [(0, 0, 0, 4), (0, 0, 4, 5), (0, 1, 5, 9), (0, 1, 9, 10), (2, 0, 0, 3)]
+    assert extension().plan_chunks([(2, 5), (3, 0), (1, 3)], 4, 2) == [wanted]
+
+
+CHUNK_ERRORS = [
+    (([(1, 1)], 0, 3), "chunk and capacity must be at least 1, got 0 and 3"),
+    (([(1, 1)], 3, 0), "chunk and capacity must be at least 1, got 3 and 0"),
+    (([(1, 1), (1, -1)], 4, 3), "item 1 has 1 matrices of -1 elements; a launch takes 0 to 2147483647 chunks of 4"),
+    (([(-2, 5)], 4, 3), "item 0 has -2 matrices of 5 elements"),
+    (([(2**31, 5)], 4, 3), "item 0 has 2147483648 matrices of 5 elements"),
+    (([(2, 2**62)], 4, 3), "item 0 has 2 matrices of 4611686018427387904 elements"),
+]
+
+
+@needs_extension
+@pytest.mark.parametrize("arguments,message", CHUNK_ERRORS)
+def test_chunk_errors(arguments: tuple[list[tuple[int, int]], int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        extension().plan_chunks(*arguments)
 
 
 @st.composite
@@ -405,11 +430,11 @@ def strides(draw: st.DrawFn, sizes: list[int]) -> list[int]:
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
-    """Sizes, and the strides of a parameter and of its update: the same ones half of the time."""
+def layouts(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
+    """Sizes, and the strides of up to six tensors: the same ones half of the time."""
     sizes = draw(st.lists(st.integers(1, 4), max_size=4))
-    p_strides = draw(strides(sizes))
-    return sizes, p_strides, p_strides if draw(st.booleans()) else draw(strides(sizes))
+    first, count = draw(strides(sizes)), draw(st.integers(1, 6))
+    return sizes, [first if draw(st.booleans()) else draw(strides(sizes)) for _ in range(count)]
 
 
 def offsets(sizes: list[int], strides: list[int]) -> list[int]:
@@ -418,20 +443,41 @@ def offsets(sizes: list[int], strides: list[int]) -> list[int]:
 
 
 @needs_extension
+@FEW
 @given(layouts())
-def test_layouts(layout: tuple[list[int], list[int], list[int]]) -> None:
-    sizes, p_strides, u_strides = layout
-    p_at, u_at = offsets(sizes, p_strides), offsets(sizes, u_strides)
-    flat = p_at == u_at and sorted(p_at) == list(range(math.prod(sizes)))
-    assert extension().is_flat(sizes, p_strides, u_strides) == flat
-    assert not extension().may_overlap(sizes, p_strides)
-    walk = extension().merge_dims(sizes, p_strides, u_strides)
-    assert math.prod(size for size, _, _ in walk) == math.prod(sizes)
-    assert offsets([s for s, _, _ in walk], [s for _, s, _ in walk]) == p_at
-    assert offsets([s for s, _, _ in walk], [s for _, _, s in walk]) == u_at
+def test_layouts(layout: tuple[list[int], list[list[int]]]) -> None:
+    sizes, every = layout
+    at = [offsets(sizes, each) for each in every]
+    flat = all(one == at[0] for one in at) and sorted(at[0]) == list(range(math.prod(sizes)))
+    assert extension().is_flat(sizes, every) == flat
+    assert not any(extension().may_overlap(sizes, each) for each in every)
+    walk = extension().merge_dims(sizes, every)
+    assert math.prod(size for size, _ in walk) == math.prod(sizes)
+    for t, wanted in enumerate(at):
+        assert offsets([size for size, _ in walk], [each[t] for _, each in walk]) == wanted
+
+
+MERGED = [
+    ([3, 4], [[4, 1]], [(12, [1])]),
+    ([3, 4], [[4, 1], [4, 1]], [(12, [1, 1])]),
+    ([3, 4], [[4, 1], [1, 3]], [(3, [4, 1]), (4, [1, 3])]),
+    ([3, 1, 4], [[4, 7, 1], [8, 5, 2]], [(12, [1, 2])]),
+    ([2, 3, 4], [[24, 8, 2], [12, 4, 1]], [(24, [2, 1])]),
+    ([2, 3, 4], [[24, 4, 1], [12, 4, 1]], [(2, [24, 12]), (12, [1, 1])]),
+    ([], [[], []], []),
+]
 
 
 @needs_extension
+@pytest.mark.parametrize("sizes,every,wanted", MERGED)
+def test_dimensions_merge_where_all_tensors_let_them(
+    sizes: list[int], every: list[list[int]], wanted: list[tuple[int, list[int]]]
+) -> None:
+    assert extension().merge_dims(sizes, every) == wanted
+
+
+@needs_extension
+@FEW
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), max_size=4))
 def test_no_overlap_is_a_promise(dims: list[tuple[int, int]]) -> None:
     """Any strides, as of torch.as_strided; the test may be too careful (3 x 2 with strides 2 and 3), never too bold."""
@@ -445,4 +491,41 @@ def test_layout_limits() -> None:
     assert extension().may_overlap([3, 4], [0, 1])
     assert extension().may_overlap([3, 4], [2, 1])
     six = torch.empty([4] * 6)[::2, ::2, ::2, ::2, ::2, ::2]
-    assert extension().merge_dims(list(six.shape), list(six.stride()), list(six.stride())) is None
+    assert extension().merge_dims(list(six.shape), [list(six.stride())] * 2) is None
+    with pytest.raises(ValueError, match="at most 6 tensors meet in an item"):
+        extension().merge_dims([3], [[1]] * 7)
+
+
+# ---- numbers that Python and C++ both know
+
+
+@needs_extension
+def test_python_and_the_binary_agree_on_sizes() -> None:
+    found = (extension().CHUNK, extension().COLUMNS, extension().SUMS, extension().STRIDED_DIMS)
+    assert found == (multi_tensor.CHUNK, len(multi_tensor.COLUMNS), len(multi_tensor.SUMS), multi_tensor.STRIDED_DIMS)
+
+
+FIELDS = [
+    *({name: True} for name, value in vars(Program()).items() if isinstance(value, bool)),
+    *({"power": power} for power in ("quarter", "half", "sixth")),
+    *({"direction": kind} for kind in ("identity", "sign")),
+    *({"rounding": mode} for mode in ("stochastic", "mantissa")),
+]
+
+
+def test_programs_pack_into_14_bits() -> None:
+    """One field at a time: other bits each, so that any fields together are another integer."""
+    packed = [Program(**field).packed() for field in FIELDS]
+    assert len(set(packed)) == len(FIELDS) == 15
+    assert Program().packed() == 0
+    assert all(0 < bits < 2**14 for bits in packed)
+    of_field: dict[str, int] = {}
+    for field, bits in zip(FIELDS, packed):
+        (name,) = field
+        of_field[name] = of_field.get(name, 0) | bits
+    masks = list(of_field.values())
+    assert sum(masks) == functools.reduce(int.__or__, masks) == 2**14 - 1, "fields share no bit"
+    together = Program(*(True, True, True, "sixth", True, True, True, "sign", True, "mantissa", True))
+    assert together.packed() == sum(
+        Program(**{name: value}).packed() for name, value in vars(together).items() if name in of_field
+    )

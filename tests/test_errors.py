@@ -81,7 +81,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "backend": (
         lambda: MUADAM(matrix(), backend="abacus"),
         ValueError,
-        "backend='abacus' is not a backend; use 'auto', 'cuda', 'triton' or 'torch'",
+        "backend='abacus' is not a backend; use 'auto', 'cuda', 'triton', 'cpu' or 'torch'",
     ),
     "max_workspace_bytes": (
         lambda: MUON(matrix(), max_workspace_bytes=0),
@@ -175,8 +175,8 @@ def make_sparse(p: nn.Parameter) -> None:
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
-        (make_complex, r"does not support complex parameters; found one of shape \(4, 3\)"),
-        (make_sparse, r"does not support sparse gradients; found one of shape \(4, 3\)"),
+        (make_complex, r"does not support complex parameters; found parameter 1 \(group 1, shape \(4, 3\)\)"),
+        (make_sparse, r"does not support sparse gradients; found one of parameter 1 \(group 1, shape \(4, 3\)\)"),
     ],
     ids=["complex", "sparse"],
 )

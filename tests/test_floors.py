@@ -1,8 +1,8 @@
 """The floors of the house: a module imports only what lies below it.
 
-    zoo -> optimizer -> plan -> recipe -> parts -> linalg -> ops -> {_C, kernels, torch}
+    zoo -> optimizer -> plan -> {fused, unfused} -> recipe -> parts -> linalg -> ops -> {_C, kernels, torch}
 
-`matrices` and `routing` stand beside `recipe`. `kernels` imports torch and triton only; only `optimizer` knows
+`matrices`, `stacks` and `routing` stand beside `recipe`; `graph` stands on `optimizer`. `kernels` imports torch and triton only; only `optimizer` knows
 `torch.optim`; only `ops` knows the compiled part and the kernels; no torch header lies below csrc/ops. When the picture
 should change, change it here in the same commit.
 """
@@ -20,9 +20,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "steepest"
 
 BELOW = {
+    "graph": {"optimizer"},
     "zoo": {"optimizer", "plan", "recipe", "routing", "matrices", "parts", "linalg", "ops"},
-    "optimizer": {"plan", "recipe", "routing", "matrices", "parts", "ops"},
-    "plan": {"recipe", "matrices", "parts", "linalg", "ops"},
+    "optimizer": {"plan", "unfused", "recipe", "stacks", "routing", "matrices", "parts", "ops"},
+    "plan": {"fused", "unfused", "recipe", "matrices", "parts", "ops"},
+    "fused": {"recipe", "matrices", "parts", "ops"},
+    "unfused": {"recipe", "matrices", "parts", "ops"},
+    "stacks": {"recipe"},
     "routing": {"matrices"},
     "matrices": set(),
     "recipe": {"parts"},
@@ -31,7 +35,7 @@ BELOW = {
     "ops": {"_C", "kernels"},
     "cli": {"_version", "ops"},
     "__main__": {"cli"},
-    "__init__": {"_version", "zoo", "routing", "linalg", "ops"},
+    "__init__": {"_version", "graph", "zoo", "routing", "linalg", "ops"},
     "_version": set(),
 }
 

@@ -16,10 +16,20 @@ std::vector<size_t> by_stride(const Ints& sizes, const Ints& strides) {
 
 }  // namespace
 
-bool is_flat(const Ints& sizes, const Ints& p_strides, const Ints& u_strides) {
+bool is_flat(const Ints& sizes, const std::vector<Ints>& strides) {
   int64_t expected = 1;
-  for (size_t d : by_stride(sizes, p_strides)) {
-    if (p_strides[d] != expected || u_strides[d] != expected) return false;
+  for (size_t d : by_stride(sizes, strides.at(0))) {
+    for (const Ints& one : strides)
+      if (one[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+bool is_contiguous(const Ints& sizes, const Ints& strides) {
+  int64_t expected = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
     expected *= sizes[d];
   }
   return true;
@@ -34,18 +44,18 @@ bool may_overlap(const Ints& sizes, const Ints& strides) {
   return false;
 }
 
-bool merge_dims(const Ints& sizes, const Ints& p_strides, const Ints& u_strides, Walk& walk) {
+bool merge_dims(const Ints& sizes, const std::vector<Ints>& strides, Walk& walk) {
   walk.dims = 0;
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] == 1) continue;
     const int last = walk.dims - 1;
-    const bool joins =
-        last >= 0 && walk.p_stride[last] == p_strides[d] * sizes[d] && walk.u_stride[last] == u_strides[d] * sizes[d];
+    bool joins = last >= 0;
+    for (size_t t = 0; joins && t < strides.size(); ++t)
+      joins = walk.stride[t][last] == strides[t][d] * sizes[d];
     if (!joins && walk.dims == kMaxDims) return false;
     const int at = joins ? last : walk.dims++;
     walk.size[at] = joins ? walk.size[at] * sizes[d] : sizes[d];
-    walk.p_stride[at] = p_strides[d];
-    walk.u_stride[at] = u_strides[d];
+    for (size_t t = 0; t < strides.size(); ++t) walk.stride[t][at] = strides[t][d];
   }
   return true;
 }

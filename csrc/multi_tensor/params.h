@@ -1,40 +1,179 @@
-// What the fused elementwise kernels are told; no torch in here. Sizes and strides are in elements.
+// What the fused elementwise ops are told; no torch in here. Sizes and strides are in elements.
+//
+// An op works on items. An item is a run of equal matrices (a vector, or any parameter that is not read as matrices, is
+// one matrix) whose elements lie in up to six tensors, the slots; an item says by its program what happens to them. The
+// numbers of a step (learning rate, averages' weights, whether the gradient was finite) are rows of a table in device
+// memory, one for every parameter: `inspect` writes them, `before` and `after` read them.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "common/host_device.h"
 #include "multi_tensor/layout.h"
 
 namespace steepest::multi_tensor {
 
-enum class Dtype : int32_t { f32, bf16, f16 };
+enum class Dtype : uint8_t { f32, bf16, f16, f64, i16 };
 
-// One parameter and its update. `p` is read and written; `u` may not overlap it.
-struct AfterItem {
-  void* p;
-  const void* u;
-  int64_t numel;
-  Dtype p_dtype;
-  Dtype u_dtype;
-  bool flat;  // see layout.h; otherwise `walk` says where the elements are
+// What an item's tensors are.
+enum Slot : int {
+  kGrad,
+  kMomentum,
+  kSecond,     // second moment
+  kDirection,  // the direction's input in `before`, the direction in `after`; 16 bits wide as a rule
+  kParam,
+  kMantissa,  // what bf16 leaves of an fp32 weight
+  kSlots
+};
+
+// The formulas of an item, unpacked from the integer that python/steepest/ops/program.py packs.
+struct Program {
+  enum Power : uint8_t { kNone, kQuarter, kHalf, kSixth };
+  enum Kind : uint8_t { kGiven, kIdentity, kSign };  // who computes the direction: another op, or the element itself
+  enum Rounding : uint8_t { kNearest, kStochastic, kKeepMantissa };
+
+  bool heavy_ball, nesterov, momentum_correction;
+  Power power;
+  bool sum, second_correction, eps_inside;
+  Kind direction;
+  bool cautious;
+  Rounding rounding;
+  bool maximize;
+
+  explicit Program(int64_t bits) {
+    const auto take = [&bits](int width) {
+      const int64_t value = bits & ((1 << width) - 1);
+      bits >>= width;
+      return value;
+    };
+    heavy_ball = take(1), nesterov = take(1), momentum_correction = take(1);
+    power = static_cast<Power>(take(2));
+    sum = take(1), second_correction = take(1), eps_inside = take(1);
+    direction = static_cast<Kind>(take(2));
+    cautious = take(1);
+    rounding = static_cast<Rounding>(take(2));
+    maximize = take(1);
+  }
+  Program() : Program(0) {}
+};
+
+// Columns of a parameter's row. STEP is t, counted from 1; G_* describe the gradient that is minimised, unscaled.
+enum Column : int {
+  kFinite,     // 1 where the step is taken, else 0
+  kGradSq,     // sum of squares
+  kGradMax,    // largest magnitude
+  kStep,       // t after this gradient
+  kGradScale,  // multiplies the stored gradient: sign of ascent over the gradient scale
+  kBeta1,
+  kOneMinusBeta1,
+  kBeta2,
+  kOneMinusBeta2,
+  kEps,
+  kInverseMass1,  // 1 / (1 - beta1^t), or 1
+  kInverseMass2,  // 1 / (1 - beta2^t)^(2 power), or 1
+  kDecay,         // lr weight_decay
+  kLr,
+  kInputScale,  // power of two that brings the direction's input into the range of fp16
+  kColumns
+};
+
+// Columns of a matrix' line of sums. The first five are `before`'s, the last two `after`'s.
+enum Sum : int {
+  kInputSq,     // sum of squares of the direction's input, before the power of two; 0 where the input is the direction
+  kInputMax,    // its largest magnitude
+  kGradDot,     // <g, m>, m the new momentum
+  kMomentumSq,  // sum of squares of the new momentum
+  kMomentumMax, // its largest magnitude: bounds the next input
+  kUpdateSq,    // sum of squares of the update, step length included and weight decay not
+  kParamSq,     // sum of squares of the new parameter
+  kSums
+};
+
+struct Item {
+  void* at[kSlots];  // nullptr: the item has no such tensor
+  Dtype dtype[kSlots];
+  int64_t matrices;
+  int64_t size;     // elements of a matrix
+  int32_t row;      // of the table of numbers
+  int64_t first_sum;  // line of its first matrix in the table of sums
+  Program program;
+  double ratio;             // on the learning rate, for the shape
+  uint32_t place[3];        // group, parameter, piece: tells its random bits from another's
+  const double* lengths;    // nullptr, or one factor on the step for each matrix
+  bool flat;                // see layout.h; otherwise `walk` says where the elements are
   Walk walk;
 };
 
-// Device memory, fp32, one value per item: strides because a caller may hand a column of a table.
-struct Factors {
-  const float* keep;
-  const float* step;
-  int64_t keep_stride;
-  int64_t step_stride;
+// One number of a group: `at` (fp32 or fp64, on the device) where it is not null, else `value`.
+struct Number {
+  const void* at;
+  double value;
+  Dtype dtype;
+};
+enum Hyper : int { kHyperLr, kHyperDecay, kHyperBeta1, kHyperBeta2, kHyperEps, kHypers };
+
+// What a parameter's row is made of beside its gradient.
+struct Owner {
+  float* step;  // t, counted up where the gradient is finite; nullptr where nobody counts
+  Program program;
+  Number hyper[kHypers];
+  int64_t first_sum, end_sum;  // lines of its matrices in the table of sums
 };
 
-struct AfterParams {
-  std::vector<AfterItem> items;
-  Factors factors;
+struct Gradient {
+  const void* at;
+  Dtype dtype;
+  int64_t size;
+  Owner owner;
+  bool flat;
+  Walk walk;
 };
 
-// p_i <- keep[i] p_i - step[i] u_i. `stream` is a cudaStream_t on the current device. Throws when a launch fails.
-void launch_after(const AfterParams& params, void* stream);
+// torch.amp.GradScaler's word, on the device.
+struct Scaling {
+  const float* found_inf;   // nullptr, or not 0 where no step is to be taken
+  const float* grad_scale;  // nullptr, or what the gradients were multiplied by
+};
+
+// Memory that outlives an op: `counters`, one for each row or line of sums, are 0 between ops; `partials` are a chunk's
+// results, kSums for each of them.
+struct Scratch {
+  uint64_t* counters;
+  double* partials;
+};
+
+struct InspectParams {
+  std::vector<Gradient> gradients;  // the i-th belongs to row i
+  Scaling scaling;
+  double* rows;  // (gradients, kColumns)
+  const double* sums;
+  int64_t* skipped;  // counts steps not taken
+  Scratch scratch;
+};
+
+struct ItemsParams {
+  std::vector<Item> items;
+  const double* rows;
+  double* sums;
+  Scratch scratch;
+};
+
+// Elements of a chunk, the work of one block; a multiple of the 8 elements a thread takes at once.
+constexpr int64_t kChunk = 16384;
+
+enum class Stage { before, after };
+
+// Whether a stage knows this sum: `before` those of its input, `after` those of the new parameter, and `before` both
+// where it takes the whole step.
+STEEPEST_HD constexpr bool writes_sum(bool is_after, bool whole, int column) {
+  return whole || (column >= kUpdateSq) == is_after;
+}
+
+// `stream` is a cudaStream_t on the current device. Throw when a launch fails. On the host: in parallel over chunks.
+void inspect_on_device(const InspectParams& params, void* stream);
+void run_on_device(Stage stage, const ItemsParams& params, void* stream);
+void inspect_on_host(const InspectParams& params);
+void run_on_host(Stage stage, const ItemsParams& params);
 
 }  // namespace steepest::multi_tensor

@@ -1,8 +1,9 @@
-// Which block works on which part of which tensor.
+// Which block works on which part of which item.
 //
-// Every tensor is cut into chunks of `chunk` elements; a launch takes up to `capacity` tensors (what its kernel
-// arguments hold) and one block for every chunk of theirs. A block finds its tensor by bisection over `first_chunk`,
-// so there is no table that grows with the number of elements.
+// The matrices of an item are cut into chunks of `chunk` elements, none of which holds elements of two matrices, so that
+// a matrix' sums are sums over its chunks. A launch takes up to `capacity` items (what its kernel arguments hold) and
+// one block for every chunk of theirs. A block finds its item by bisection over `first_chunk`, so there is no table that
+// grows with the number of elements.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +13,18 @@
 
 namespace steepest::multi_tensor {
 
+struct Extent {
+  int64_t matrices;
+  int64_t size;  // elements of each
+};
+
 struct Launch {
-  std::vector<int> tensors;          // positions in the caller's list; empty tensors are left out
-  std::vector<int32_t> first_chunk;  // of each tensor, rising from 0
+  std::vector<int> items;            // positions in the caller's list; empty items are left out
+  std::vector<int32_t> first_chunk;  // of each item, rising from 0
   int32_t chunks = 0;                // blocks of this launch
 };
 
-std::vector<Launch> plan_launches(const std::vector<int64_t>& numel, int64_t chunk, int capacity);
+std::vector<Launch> plan_launches(const std::vector<Extent>& items, int64_t chunk, int capacity);
 
 // Position of the last item whose first chunk is not after `block`; first_chunk(i) rises with i.
 template <class FirstChunk>
@@ -32,6 +38,21 @@ STEEPEST_HD inline int owner(const FirstChunk& first_chunk, int count, int32_t b
       high = middle;
   }
   return low;
+}
+
+// The chunk-th chunk of an item: elements [start, start + length) of the item, all of one matrix.
+struct Span {
+  int64_t matrix;
+  int64_t start;
+  int64_t length;
+  int32_t chunks;  // of its matrix
+};
+
+STEEPEST_HD inline Span span(int64_t size, int64_t chunk, int64_t index) {
+  const int64_t chunks = (size - 1) / chunk + 1;
+  const int64_t matrix = index / chunks, begin = index % chunks * chunk;
+  const int64_t rest = size - begin;
+  return {matrix, matrix * size + begin, rest < chunk ? rest : chunk, static_cast<int32_t>(chunks)};
 }
 
 }  // namespace steepest::multi_tensor

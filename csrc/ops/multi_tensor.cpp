@@ -1,12 +1,15 @@
-// The door of the fused elementwise kernels: check -> params -> device guard, stream -> launch.
+// The door of the fused elementwise ops: check -> params -> device guard, stream -> launch.
 //
-// Python checks first and in its own words; these checks hold for whoever calls torch.ops.steepest directly.
+// Python checks first and in its own words; these checks hold for whoever calls torch.ops.steepest directly. An absent
+// tensor is one without elements, and a list without elements is a list of absent tensors.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
+#include <optional>
 #include <vector>
 
 #include "multi_tensor/params.h"
@@ -17,16 +20,28 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 namespace steepest {
 namespace {
 
-using multi_tensor::AfterItem;
-using multi_tensor::AfterParams;
-using multi_tensor::Dtype;
-using multi_tensor::Ints;
+using namespace multi_tensor;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+constexpr const char* kNames[kSlots] = {"grads", "momenta", "seconds", "directions", "params", "mantissas"};
 
 Ints to_ints(torch::headeronly::IntHeaderOnlyArrayRef values) { return {values.begin(), values.end()}; }
 
-Dtype element_type(const Tensor& tensor, const char* name, size_t i) {
+// Where an op runs: every tensor is on the device of its table of rows.
+struct Place {
+  bool cuda;
+  int32_t index;
+
+  explicit Place(const Tensor& rows) : cuda(rows.is_cuda()), index(cuda ? rows.get_device_index() : 0) {}
+  void check(const Tensor& tensor, const char* name, size_t i = 0) const {
+    STD_TORCH_CHECK(tensor.is_cuda() == cuda && (cuda ? tensor.get_device_index() == index : tensor.is_cpu()), name,
+                    "[", i, "] is not on the device of rows; call once per device");
+  }
+};
+
+Dtype element_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return Dtype::f32;
@@ -34,45 +49,86 @@ Dtype element_type(const Tensor& tensor, const char* name, size_t i) {
       return Dtype::bf16;
     case ScalarType::Half:
       return Dtype::f16;
+    case ScalarType::Short:
+      return Dtype::i16;
+    case ScalarType::Double:
+      if (!place.cuda) return Dtype::f64;
+      [[fallthrough]];
     default:
       STD_TORCH_CHECK(false, name, "[", i, "] is ", torch::headeronly::toString(tensor.scalar_type()),
-                      "; the CUDA kernel takes float32, bfloat16 and float16 (backend=\"torch\" takes float64)");
+                      "; accepted are float32, bfloat16 and float16, on the CPU float64 as well");
   }
 }
 
-void check_device(const Tensor& tensor, const Tensor& keep, const char* name, size_t i) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == keep.get_device_index(), name, "[", i,
-                  "] is not on the CUDA device of keep, ", keep.get_device_index(), "; call once per device");
+// A contiguous fp64 table of `width` columns, its number of lines.
+int64_t check_table(const Tensor& table, const Place& place, int64_t width, const char* name) {
+  place.check(table, name);
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Double && table.is_contiguous() && table.dim() == 2 &&
+                      table.size(1) == width,
+                  name, " must be a contiguous float64 table of ", width, " columns");
+  return table.size(0);
 }
 
-void check_factor(const Tensor& factor, const Tensor& keep, const char* name, size_t count) {
-  STD_TORCH_CHECK(factor.dim() == 1 && factor.numel() == static_cast<int64_t>(count), name, " has ", factor.dim(),
-                  " dimensions and ", factor.numel(), " elements; it holds one number for each of the ", count,
-                  " params");
-  STD_TORCH_CHECK(factor.scalar_type() == ScalarType::Float, name, " is ",
-                  torch::headeronly::toString(factor.scalar_type()), "; the CUDA kernel takes float32");
-  check_device(factor, keep, name, 0);
+template <class T>
+T* pointer(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-AfterItem make_item(const Tensor& p, const Tensor& u, const Tensor& keep, size_t i) {
-  check_device(p, keep, "params", i);
-  check_device(u, keep, "updates", i);
-  const Ints sizes = to_ints(p.sizes()), p_strides = to_ints(p.strides()), u_strides = to_ints(u.strides());
-  STD_TORCH_CHECK(sizes == to_ints(u.sizes()), "params[", i, "] and updates[", i, "] differ in shape");
-  AfterItem item{};
-  item.p = p.mutable_data_ptr();
-  item.u = u.const_data_ptr();
-  item.numel = p.numel();
-  item.p_dtype = element_type(p, "params", i);
-  item.u_dtype = element_type(u, "updates", i);
-  item.flat = item.numel == 0 || multi_tensor::is_flat(sizes, p_strides, u_strides);
-  if (item.flat) return item;
-  STD_TORCH_CHECK(!multi_tensor::may_overlap(sizes, p_strides), "params[", i,
-                  "] may hold one element at two indices, so it cannot be updated in place; clone() it first");
-  STD_TORCH_CHECK(multi_tensor::merge_dims(sizes, p_strides, u_strides, item.walk), "params[", i, "] and updates[", i,
-                  "] need more than ", multi_tensor::kMaxDims, " strided dimensions; make them contiguous()");
-  return item;
+// The scratch of an op over so many chunks and counters.
+Scratch check_scratch(const Tensor& scratch, const Place& place, int64_t counters, int64_t chunks) {
+  place.check(scratch, "scratch");
+  const int64_t wanted = counters + chunks * kSums;
+  STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Double && scratch.is_contiguous() && scratch.numel() >= wanted,
+                  "scratch must be a contiguous float64 tensor of at least ", wanted, " elements, all zero at first");
+  double* begin = pointer<double>(scratch);
+  return {reinterpret_cast<uint64_t*>(begin), begin + counters};
 }
+
+void check_lengths(size_t found, size_t wanted, const char* name) {
+  STD_TORCH_CHECK(found == wanted, name, " has ", found, " elements; it goes by ", wanted);
+}
+
+Ints contiguous_strides(const Ints& sizes) {
+  Ints strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  return strides;
+}
+
+// How the tensors of an item meet. A direction is a stack of matrices: contiguous, in a shape of its own.
+void lay_out(const std::array<const Tensor*, kSlots>& tensors, const bool (&written)[kSlots], int64_t matrices,
+             size_t i, bool& flat, Walk& walk) {
+  const Tensor* first = nullptr;
+  flat = true;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const Tensor* tensor = tensors[slot];
+    if (tensor == nullptr) continue;
+    const bool contiguous = tensor->is_contiguous();
+    flat = flat && contiguous;
+    if (slot == kDirection) {
+      STD_TORCH_CHECK(contiguous, kNames[slot], "[", i, "] must be contiguous");
+      continue;
+    }
+    if (first == nullptr) first = tensor;
+    const auto a = tensor->sizes(), b = first->sizes();
+    STD_TORCH_CHECK(std::equal(a.begin(), a.end(), b.begin(), b.end()), "the tensors of item ", i, " differ in shape");
+  }
+  if (flat) return;
+  const Ints sizes = to_ints(first->sizes());
+  std::vector<Ints> strides;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (slot == kDirection && tensors[slot] != nullptr)
+      strides.push_back(contiguous_strides(sizes));
+    else
+      strides.push_back(to_ints((tensors[slot] != nullptr ? tensors[slot] : first)->strides()));
+    STD_TORCH_CHECK(tensors[slot] == nullptr || !written[slot] || !may_overlap(sizes, strides.back()), kNames[slot], "[", i,
+                    "] may hold one element at two indices, so it cannot be updated in place; clone() it first");
+  }
+  flat = matrices == 1 && is_flat(sizes, strides);
+  STD_TORCH_CHECK(flat || merge_dims(sizes, strides, walk), "the tensors of item ", i, " need more than ", kMaxDims,
+                  " strided dimensions; make them contiguous()");
+}
+
+Number make_number(double value) { return {nullptr, value, Dtype::f64}; }
 
 void* current_stream(int32_t device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
@@ -82,24 +138,248 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-void after(const std::vector<Tensor>& params, const std::vector<Tensor>& updates, const Tensor& keep,
-           const Tensor& step) {
-  STD_TORCH_CHECK(params.size() == updates.size(), "params has ", params.size(), " tensors and updates ",
-                  updates.size(), "; they are taken in pairs");
-  check_factor(keep, keep, "keep", params.size());
-  check_factor(step, keep, "step", params.size());
-  if (params.empty()) return;
-  AfterParams call{};
-  for (size_t i = 0; i < params.size(); ++i) call.items.push_back(make_item(params[i], updates[i], keep, i));
-  call.factors = {static_cast<const float*>(keep.const_data_ptr()), static_cast<const float*>(step.const_data_ptr()),
-                  keep.stride(0), step.stride(0)};
-  const int32_t device = keep.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  multi_tensor::launch_after(call, current_stream(device));
+const float* check_scalar(const std::optional<Tensor>& scalar, const Place& place, const char* name) {
+  if (!scalar.has_value()) return nullptr;
+  place.check(*scalar, name);
+  STD_TORCH_CHECK(scalar->scalar_type() == ScalarType::Float && scalar->numel() == 1, name,
+                  " must be one float32 number");
+  return static_cast<const float*>(scalar->const_data_ptr());
+}
+
+int64_t chunks_of(int64_t matrices, int64_t size) { return size == 0 ? 0 : matrices * ((size - 1) / kChunk + 1); }
+
+void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, const Tensor& sums, const Tensor& skipped,
+             const Tensor& scratch, const std::vector<int64_t>& programs, const std::vector<int64_t>& first_sums,
+             const std::vector<int64_t>& hyper_of, const std::vector<double>& hyper, const Tensors& tensors,
+             const std::vector<int64_t>& tensor_at, const std::optional<Tensor>& found_inf,
+             const std::optional<Tensor>& grad_scale) {
+  const Place place(rows);
+  const int64_t lines = check_table(sums, place, kSums, "sums");
+  check_lengths(check_table(rows, place, kColumns, "rows"), grads.size(), "rows");
+  if (!steps.empty()) check_lengths(steps.size(), grads.size(), "steps");
+  check_lengths(programs.size(), grads.size(), "programs");
+  check_lengths(hyper_of.size(), grads.size(), "hyper_of");
+  check_lengths(first_sums.size(), grads.size() + 1, "first_sums");
+  check_lengths(tensor_at.size(), tensors.size(), "tensor_at");
+  place.check(skipped, "skipped");
+  STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Long && skipped.numel() == 1, "skipped must be one int64 number");
+  if (grads.empty()) return;
+
+  std::vector<Number> numbers;
+  for (double value : hyper) numbers.push_back(make_number(value));
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    place.check(tensors[k], "tensors", k);
+    const bool wide = tensors[k].scalar_type() == ScalarType::Double;
+    STD_TORCH_CHECK((wide || tensors[k].scalar_type() == ScalarType::Float) && tensors[k].numel() == 1 &&
+                        tensor_at[k] >= 0 && tensor_at[k] < static_cast<int64_t>(numbers.size()),
+                    "tensors[", k, "] must be one float32 or float64 number that takes a place in hyper");
+    numbers[tensor_at[k]] = {tensors[k].const_data_ptr(), 0, wide ? Dtype::f64 : Dtype::f32};
+  }
+
+  InspectParams params{};
+  params.gradients.reserve(grads.size());
+  int64_t chunks = 0;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor& grad = grads[i];
+    place.check(grad, "grads", i);
+    Gradient gradient{};
+    gradient.dtype = element_type(grad, place, "grads", i);
+    gradient.at = grad.const_data_ptr();
+    gradient.size = grad.numel();
+    STD_TORCH_CHECK(gradient.size > 0, "grads[", i, "] has no elements; leave it out");
+    std::array<const Tensor*, kSlots> only{};
+    only[kGrad] = &grad;
+    lay_out(only, {}, 1, i, gradient.flat, gradient.walk);
+    Owner& owner = gradient.owner;
+    if (!steps.empty() && steps[i].numel() != 0) {
+      place.check(steps[i], "steps", i);
+      STD_TORCH_CHECK(steps[i].scalar_type() == ScalarType::Float && steps[i].numel() == 1, "steps[", i,
+                      "] must be one float32 number");
+      owner.step = pointer<float>(steps[i]);
+    }
+    owner.program = Program(programs[i]);
+    owner.first_sum = first_sums[i], owner.end_sum = first_sums[i + 1];
+    STD_TORCH_CHECK(0 <= owner.first_sum && owner.first_sum <= owner.end_sum && owner.end_sum <= lines, "first_sums[", i,
+                    "] names lines that the table of sums does not have");
+    STD_TORCH_CHECK(hyper_of[i] >= 0 && (hyper_of[i] + 1) * kHypers <= static_cast<int64_t>(numbers.size()), "hyper_of[",
+                    i, "] is ", hyper_of[i], "; hyper holds ", kHypers, " numbers for each group");
+    std::copy_n(numbers.begin() + hyper_of[i] * kHypers, static_cast<int>(kHypers), owner.hyper);
+    chunks += chunks_of(1, gradient.size);
+    params.gradients.push_back(gradient);
+  }
+  params.scaling = {check_scalar(found_inf, place, "found_inf"), check_scalar(grad_scale, place, "grad_scale")};
+  params.rows = pointer<double>(rows);
+  params.sums = pointer<double>(sums);
+  params.skipped = pointer<int64_t>(skipped);
+  params.scratch = check_scratch(scratch, place, static_cast<int64_t>(grads.size()), chunks);
+#ifdef STEEPEST_HAS_CUDA
+  if (place.cuda) {
+    const torch::stable::accelerator::DeviceGuard guard(place.index);
+    return inspect_on_device(params, current_stream(place.index));
+  }
+#endif
+  inspect_on_host(params);
+}
+
+// What `before` and `after` have in common: nullptr for the slots that the op does not have.
+struct Lists {
+  std::array<const Tensors*, kSlots> slots;
+  bool written[kSlots];
+  const Tensors* lengths;
+  const std::vector<int64_t>&programs, &row_of, &matrices, &first_sums, &places;
+  const std::vector<double>& ratios;
+};
+
+Item make_item(const Lists& lists, const Place& place, size_t i) {
+  Item item{};
+  std::array<const Tensor*, kSlots> tensors{};
+  int64_t numel = 0;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (lists.slots[slot] == nullptr || lists.slots[slot]->empty()) continue;
+    const Tensor& tensor = (*lists.slots[slot])[i];
+    const int64_t found = tensor.numel();
+    if (found == 0) continue;
+    STD_TORCH_CHECK(numel == 0 || numel == found, "the tensors of item ", i, " have ", numel, " and ", found,
+                    " elements");
+    place.check(tensor, kNames[slot], i);
+    item.dtype[slot] = element_type(tensor, place, kNames[slot], i);
+    STD_TORCH_CHECK((item.dtype[slot] == Dtype::i16) == (slot == kMantissa), kNames[slot], "[", i,
+                    "] must be floating-point, and mantissas int16");
+    item.at[slot] = lists.written[slot] ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+    tensors[slot] = &tensor;
+    numel = found;
+  }
+  item.program = Program(lists.programs[i]);
+  item.matrices = lists.matrices[i];
+  STD_TORCH_CHECK(item.matrices > 0 && numel > 0 && numel % item.matrices == 0, "item ", i, " has ", numel,
+                  " elements, which are not ", item.matrices, " matrices");
+  item.size = numel / item.matrices;
+  item.ratio = lists.ratios[i];
+  for (int k = 0; k < 3; ++k) item.place[k] = static_cast<uint32_t>(lists.places[3 * i + k]);
+  lay_out(tensors, lists.written, item.matrices, i, item.flat, item.walk);
+  if (lists.lengths != nullptr && !lists.lengths->empty() && (*lists.lengths)[i].numel() != 0) {
+    const Tensor& lengths = (*lists.lengths)[i];
+    place.check(lengths, "lengths", i);
+    STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Double && lengths.is_contiguous() &&
+                        lengths.numel() == item.matrices,
+                    "lengths[", i, "] must hold one float64 number for each of ", item.matrices, " matrices");
+    item.lengths = static_cast<const double*>(lengths.const_data_ptr());
+  }
+  return item;
+}
+
+// A tensor that the item's program needs and does not have.
+void check_complete(const Item& item, Stage stage, size_t i) {
+  const auto needs = [&](Slot slot, bool wanted) {
+    STD_TORCH_CHECK(!wanted || item.at[slot] != nullptr, "item ", i, " has no ", kNames[slot], ", which its program uses");
+  };
+  const bool given = item.program.direction == Program::kGiven;
+  needs(kSecond, item.program.power != Program::kNone);
+  needs(kGrad, stage == Stage::before);
+  needs(kMomentum, stage == Stage::before);
+  needs(kDirection, given || stage == Stage::after);
+  needs(kParam, !given || stage == Stage::after);
+  const bool keeps = item.program.rounding == Program::kKeepMantissa && item.at[kParam] != nullptr;
+  needs(kMantissa, keeps && item.dtype[kParam] == Dtype::bf16);
+  STD_TORCH_CHECK(item.at[kMantissa] == nullptr || (item.at[kParam] != nullptr && item.dtype[kParam] == Dtype::bf16),
+                  "item ", i, " has a mantissa; only a bfloat16 param keeps one");
+  STD_TORCH_CHECK(item.program.power != Program::kNone || item.at[kSecond] == nullptr, "item ", i,
+                  " has a second moment, which its program does not use");
+}
+
+void run(Stage stage, const Lists& lists, const Tensor& rows, const Tensor& sums, const Tensor& scratch) {
+  const Place place(rows);
+  const int64_t parameters = check_table(rows, place, kColumns, "rows");
+  const int64_t lines = check_table(sums, place, kSums, "sums");
+  const size_t count = lists.programs.size();
+  const auto check_list = [&](const Tensors* list, const char* name) {
+    if (list != nullptr && !list->empty()) check_lengths(list->size(), count, name);
+  };
+  for (int slot = 0; slot < kSlots; ++slot) check_list(lists.slots[slot], kNames[slot]);
+  check_list(lists.lengths, "lengths");
+  check_lengths(lists.row_of.size(), count, "row_of");
+  check_lengths(lists.matrices.size(), count, "matrices");
+  check_lengths(lists.first_sums.size(), count, "first_sums");
+  check_lengths(lists.places.size(), 3 * count, "places");
+  check_lengths(lists.ratios.size(), count, "ratios");
+  ItemsParams params{};
+  int64_t chunks = 0;
+  params.items.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    Item item = make_item(lists, place, i);
+    check_complete(item, stage, i);
+    item.first_sum = lists.first_sums[i];
+    STD_TORCH_CHECK(lists.row_of[i] >= 0 && lists.row_of[i] < parameters, "row_of[", i, "] is ", lists.row_of[i],
+                    "; rows has ", parameters);
+    item.row = static_cast<int32_t>(lists.row_of[i]);
+    STD_TORCH_CHECK(item.first_sum >= 0 && item.first_sum + item.matrices <= lines, "first_sums[", i,
+                    "] names lines that the table of sums does not have");
+    chunks += chunks_of(item.matrices, item.size);
+    params.items.push_back(item);
+  }
+  if (count == 0) return;
+  params.rows = static_cast<const double*>(rows.const_data_ptr());
+  params.sums = pointer<double>(sums);
+  params.scratch = check_scratch(scratch, place, lines, chunks);
+#ifdef STEEPEST_HAS_CUDA
+  if (place.cuda) {
+    const torch::stable::accelerator::DeviceGuard guard(place.index);
+    return run_on_device(stage, params, current_stream(place.index));
+  }
+#endif
+  run_on_host(stage, params);
+}
+
+void before(const Tensors& grads, const Tensors& momenta, const Tensors& seconds, const Tensors& inputs,
+            const Tensors& params, const Tensors& mantissas, const Tensor& rows, const Tensor& sums,
+            const Tensor& scratch, const std::vector<int64_t>& programs, const std::vector<int64_t>& row_of,
+            const std::vector<int64_t>& matrices, const std::vector<int64_t>& first_sums,
+            const std::vector<int64_t>& places, const std::vector<double>& ratios) {
+  run(Stage::before,
+      {{&grads, &momenta, &seconds, &inputs, &params, &mantissas},
+       {false, true, true, true, true, true},
+       nullptr,
+       programs,
+       row_of,
+       matrices,
+       first_sums,
+       places,
+       ratios},
+      rows, sums, scratch);
+}
+
+void after(const Tensors& directions, const Tensors& seconds, const Tensors& params, const Tensors& mantissas,
+           const Tensors& lengths, const Tensor& rows, const Tensor& sums, const Tensor& scratch,
+           const std::vector<int64_t>& programs, const std::vector<int64_t>& row_of,
+           const std::vector<int64_t>& matrices, const std::vector<int64_t>& first_sums,
+           const std::vector<int64_t>& places, const std::vector<double>& ratios) {
+  run(Stage::after,
+      {{nullptr, nullptr, &seconds, &directions, &params, &mantissas},
+       {false, false, false, false, true, true},
+       &lengths,
+       programs,
+       row_of,
+       matrices,
+       first_sums,
+       places,
+       ratios},
+      rows, sums, scratch);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(steepest, CUDA, m) { m.impl("after", TORCH_BOX(&after)); }
+STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
+  m.impl("inspect", TORCH_BOX(&inspect));
+  m.impl("before", TORCH_BOX(&before));
+  m.impl("after", TORCH_BOX(&after));
+}
+
+#ifdef STEEPEST_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(steepest, CUDA, m) {
+  m.impl("inspect", TORCH_BOX(&inspect));
+  m.impl("before", TORCH_BOX(&before));
+  m.impl("after", TORCH_BOX(&after));
+}
+#endif
 
 }  // namespace steepest

@@ -40,6 +40,7 @@ class Piece:
     rows: int
     cols: int
     dim: int = 0
+    narrow: bool = False  # whether it is less than its parameter
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -81,7 +82,7 @@ def _pieces(
     lengths = _lengths(shape, splits, batch_dims, rows)
     found, start = [], 0
     for length, h in zip(lengths, _heads(heads, lengths), strict=True):
-        found.append(Piece(start, length, batch * h, length // h, cols, batch_dims))
+        found.append(Piece(start, length, batch * h, length // h, cols, batch_dims, length < rows))
         start += length
     return tuple(found)
 

@@ -1,4 +1,4 @@
-"""The `torch.optim` shell: groups, state, closures and checkpoints around `plan.update`.
+"""The `torch.optim` shell: groups, state, closures and checkpoints around `plan.Plan`.
 
 A `MatrixOptimizer` holds two kinds of group: those with use_muon=True take the class's own recipe, those with
 use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler for a whole model.
@@ -7,20 +7,26 @@ use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from . import plan, routing
+from . import plan, routing, stacks, unfused
 from .matrices import Piece, pieces
 from .ops.backend import requested
+from .ops.multi_tensor import Scaling
 from .parts import ADJUST_LR, Decay, Hyper, Number, Rounding, shape_ratio
-from .recipe import Recipe, adamw
+from .recipe import Recipe, State, adamw
 
 Group = dict[str, Any]
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Any]
+
+# Group values that change from step to step and that no recipe depends on.
+CHANGING = frozenset({"params", "lr", "weight_decay", "momentum", "betas", "initial_lr", "max_lr", "min_lr"})
+# Those that `capturable` keeps on the device, where a captured step reads them.
+ON_DEVICE = ("lr", "weight_decay")
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -31,12 +37,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
     defaults: group values of the matrix method.   adamw: group values of AdamW groups (lr, betas, eps, weight_decay).
     """
 
+    #: torch.amp.GradScaler leaves unscaling and skipping to the step, which does both on the device.
+    _step_supports_amp_scaling = True
     _loading: dict[str, Any] | None = None
+    _plan: plan.Plan | None = None
+    _plan_key: list[object] | None = None
 
     def __init__(self, params: Params, defaults: Group, adamw: Group) -> None:
         self._adamw_defaults = dict(adamw)
         self._reasons: dict[Tensor, str] = {}
         self._skipped: dict[torch.device, Tensor] = {}
+        self._recipes: dict[int, tuple[Group, Recipe, int]] = {}
         self._check_adamw({"use_muon": False, **self._adamw_defaults})
         self._check_values(defaults)
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
@@ -113,6 +124,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(param_group, declared=declared, routed=reasons is not None)
+            self._numbers_on_device(param_group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -128,6 +140,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: Group, *, declared: bool, routed: bool) -> None:
         for p in group["params"]:
             self._check_tensor(p)
+        self._check_devices(group)
         if not group["use_muon"]:
             self._check_adamw(group)
             return
@@ -143,6 +156,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} does not take sharded parameters (DTensor) yet; found one of shape "
                 f"{tuple(p.shape)}: use DistributedDataParallel, which keeps every matrix whole"
             )
+
+    def _check_devices(self, group: Group) -> None:
+        devices = list(dict.fromkeys(p.device for p in group["params"]))
+        if len(devices) > 1:
+            raise ValueError(
+                f"a group has parameters on {' and '.join(map(str, devices))}: make one group per device, "
+                "its numbers live where its parameters do"
+            )
+
+    @staticmethod
+    def _numbers_on_device(group: Group) -> None:
+        """With capturable, turns numbers that a graph must read anew into tensors where the parameters are."""
+        if group["capturable"] and group["params"]:
+            for key in ON_DEVICE:
+                group[key] = _number_on(group[key], group["params"][0].device)
 
     @staticmethod
     def _check_adamw(group: Group) -> None:
@@ -174,55 +202,149 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:  # every check, before the first write
-            self._check_step(group)
-        batches = [self._batch(i, group) for i, group in enumerate(self.param_groups)]
-        for group, batch in zip(self.param_groups, batches, strict=True):
-            plan.update(
-                self._recipe(group),
-                self._hyper(group),
-                batch,
-                backend=group["backend"],
-                max_workspace_bytes=group["max_workspace_bytes"],
-            )
+        scaling = Scaling(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        if torch.compiler.is_compiling():
+            self._traced_step(scaling)
+        else:
+            self._ready_plan().step([self._hyper(group) for group in self.param_groups], scaling)
         return loss
 
     def init_state(self) -> None:
         """Creates the state of every parameter now, as if each had a zero gradient, without a step."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._init_state(p, p.dtype, self._recipe(group))
+        self._init_states([(p, p.dtype, group) for group in self.param_groups for p in group["params"]])
 
     def _recipe(self, group: Group) -> Recipe:
+        """The group's recipe, the same object until a value it may depend on changes."""
+        if torch.compiler.is_compiling():
+            return self._new_recipe(group)
+        return self._known_recipe(group)[0]
+
+    def _known_recipe(self, group: Group) -> tuple[Recipe, int]:
+        """A group's recipe, and a number that is another one whenever its values have changed."""
+        values = {key: value for key, value in group.items() if key not in CHANGING}
+        known = self._recipes.get(id(group))
+        if known is None or not _same_values(known[0], values):
+            version = 1 + max((version for _, _, version in self._recipes.values()), default=0)
+            known = self._recipes[id(group)] = (values, self._new_recipe(group), version)
+        return known[1:]
+
+    def _new_recipe(self, group: Group) -> Recipe:
         return self.recipe(group) if group["use_muon"] else adamw(group["momentum_dtype"], **finish(group))
 
     def _hyper(self, group: Group) -> Hyper:
         return self.hyper(group) if group["use_muon"] else adam_hyper(group)
 
-    def _check_step(self, group: Group) -> None:
+    def _ready_plan(self) -> plan.Plan:
+        """The plan of this step; every check is made, before the first write, when there is none for it yet."""
+        _check_capture(self.param_groups)
+        for group in self.param_groups:
+            self._numbers_on_device(group)
+        key = self._key()
+        if self._plan is None or self._plan_key != key:
+            self._plan = None
+            for number, group in enumerate(self.param_groups):
+                self._check_step(number, group)
+            self._plan = self._new_plan()
+            self._plan_key = self._key()
+        return self._plan
+
+    def _key(self) -> list[object]:
+        """What a plan is made for, apart from where tensors lie."""
+        found: list[object] = []
+        for group in self.param_groups:
+            recipe, version = self._known_recipe(group)
+            found.append((id(group), version))
+            key = recipe.momentum.key
+            for p in group["params"]:
+                g = p.grad
+                if g is None:
+                    found.append(None)
+                    continue
+                own = self.state.get(p)
+                momentum = None if own is None else id(own.get(key))
+                found.append((id(p), p.shape, p.dtype, p.device, g.dtype, g.layout, momentum))
+        return found
+
+    def _new_plan(self) -> plan.Plan:
+        stepping = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        self._init_states([
+            (p, p.grad.dtype, group)
+            for params, group in zip(stepping, self.param_groups, strict=True)
+            for p in params
+            if p.grad is not None
+        ])
+        groups = [
+            plan.Group(
+                self._recipe(group),
+                params,
+                [self.state[p] for p in params],
+                [self._pieces(p, group) for p in params],
+                [(number, i) for i, p in enumerate(group["params"]) if p.grad is not None],
+                group["maximize"],
+                group["backend"],
+                group["max_workspace_bytes"],
+            )
+            for number, (params, group) in enumerate(zip(stepping, self.param_groups, strict=True))
+        ]
+        for group in groups:
+            for p in group.params:
+                self._counter(p.device)
+        return plan.Plan(groups, self._skipped)
+
+    def _check_step(self, number: int, group: Group) -> None:
         """Raises for what a step of this group would stumble over: its values may have changed since it was added."""
-        recipe, name = self._recipe(group), type(self).__name__
-        forced = requested(group["backend"]) != "auto"
-        for p in group["params"]:
+        name = type(self).__name__
+        requested(group["backend"])
+        self._check_devices(group)
+        for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
-            if torch.is_complex(p):
-                raise RuntimeError(f"{name} does not support complex parameters; found one of shape {tuple(p.shape)}")
+            what = f"{_name(group, i)} (group {number}, shape {tuple(p.shape)})"
+            if torch.is_complex(p) or torch.is_complex(p.grad):
+                raise RuntimeError(f"{name} does not support complex parameters; found {what}")
             if p.grad.layout != torch.strided:
-                raise RuntimeError(f"{name} does not support sparse gradients; found one of shape {tuple(p.shape)}")
+                raise RuntimeError(f"{name} does not support sparse gradients; found one of {what}")
+            if p.grad.device != p.device:
+                raise RuntimeError(f"{what} is on {p.device} and its gradient on {p.grad.device}: move one to the other")
+            if p.grad.shape != p.shape:
+                raise RuntimeError(f"{what} has a gradient of shape {tuple(p.grad.shape)}: make them equal")
             self._check_tensor(p)
             self._pieces(p, group)
-            if forced:
-                plan.backend_of(recipe, p, group["backend"])
+            self._check_state(p, group, what)
+            if requested(group["backend"]) != "auto":
+                self._backend(p, group)
 
-    def _batch(self, number: int, group: Group) -> plan.Batch:
+    def _check_state(self, p: Tensor, group: Group, what: str) -> None:
+        for key in self._recipe(group).keys:
+            held = self.state.get(p, {}).get(key)
+            if held is None or key == "step" or held.shape == p.shape or (key == "mantissa" and not held.numel()):
+                continue
+            raise RuntimeError(
+                f"{what} has a state {key!r} of shape {tuple(held.shape)}: a parameter that was resized, or a "
+                "checkpoint of another model; delete optimizer.state[p] to start it anew"
+            )
+
+    def _traced_step(self, scaling: Scaling) -> None:
+        """The step as torch.compile sees it: tensor operations and no plan."""
+        for number, group in enumerate(self.param_groups):
+            self._check_step(number, group)
+        batches = [self._batch(i, group, scaling) for i, group in enumerate(self.param_groups)]
+        for group, batch in zip(self.param_groups, batches, strict=True):
+            unfused.update(
+                self._recipe(group),
+                self._hyper(group),
+                batch,
+                max_workspace_bytes=group["max_workspace_bytes"],
+            )
+
+    def _batch(self, number: int, group: Group, scaling: Scaling) -> unfused.Batch:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         states: list[Tensor] = []
         skipped: list[Tensor] = []
         self._init_group(group, params, grads, states, skipped)
         keys = self._recipe(group).keys
-        return plan.Batch(
+        return unfused.Batch(
             params=params,
             grads=grads,
             states=[dict(zip(keys, states[i : i + len(keys)], strict=True)) for i in range(0, len(states), len(keys))],
@@ -230,6 +352,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             pieces=[self._pieces(p, group) for p in params],
             places=[(number, i) for i, p in enumerate(group["params"]) if p.grad is not None],
             maximize=group["maximize"],
+            scaling=scaling,
         )
 
     def _init_group(
@@ -250,23 +373,58 @@ class MatrixOptimizer(torch.optim.Optimizer):
             skipped.append(self._counter(p.device))
         return False
 
-    def _init_state(self, p: Tensor, dtype: torch.dtype, recipe: Recipe) -> None:
+    def _init_states(self, params: Iterable[tuple[Tensor, torch.dtype, Group]]) -> None:
+        """State for those that have none yet, in stacks; each with the dtype of its gradient and its group."""
+        fresh = [
+            self.state[p] for p, dtype, group in params if self._init_state(p, dtype, self._recipe(group)) is not None
+        ]
+        stacks.stack(fresh)
+
+    def _init_state(self, p: Tensor, dtype: torch.dtype, recipe: Recipe) -> State | None:
+        """Completes a parameter's state; None where there was nothing to add."""
         state = self.state[p]
         if all(key in state for key in recipe.keys):
-            return
-        for key, value in recipe.init(torch.empty_like(p, dtype=dtype, requires_grad=False)).items():
+            return None
+        for key, value in recipe.init(p.detach(), torch.empty_like(p, dtype=dtype, requires_grad=False)).items():
             state.setdefault(key, value)
+        return state
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._skipped:
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped[device]
 
+    def _backend(self, p: Tensor, group: Group) -> str:
+        """The backend of everything elementwise in a parameter's step."""
+        single = plan.Group(
+            self._recipe(group), [p], [self.state.get(p, {})], [()], [(0, 0)], group["maximize"], group["backend"]
+        )
+        return plan.route(single, 0)
+
     # ---- what a user may ask --------------------------------------------------------------------------------------
 
     def skipped_updates(self) -> dict[torch.device, Tensor]:
         """Per device, how many parameter updates a gradient that was not finite left out (0-d int64 tensors)."""
         return dict(self._skipped)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What the last step measured, on the device: nothing waits for it until a value is read.
+
+        Keys are "<group>/<name>" and "skipped/<device>"; every value a new tensor, fp64 and 0-d but for polar_slack.
+
+            grad_norm, momentum_norm, param_norm    Frobenius norms over the group's parameters; gradients unscaled
+            update_norm     of lr ratio u, weight decay not included
+            polar_slack     fp32, one number a matrix: how much larger its singular values were to the iteration than
+                            after division by ||X||_F, see `steepest.polar`; NaN where the direction has none
+            skipped         int64, parameter updates left out because of a gradient that was not finite, so far
+
+        A parameter whose step was not taken counts with its last momentum, update and value and without a gradient. A
+        step inside torch.compile leaves no metrics. Empty before the first step.
+        """
+        if self._plan is None:
+            return {}
+        groups = {f"{i}/{name}": t for i, each in enumerate(self._plan.metrics()) for name, t in each.items()}
+        return groups | {f"skipped/{device}": count.clone() for device, count in self._skipped.items()}
 
     def describe(self) -> str:
         """A table with a row per parameter: name, shape, rule, reason, effective learning rate and backend."""
@@ -282,7 +440,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 type(self).__name__ if group["use_muon"] else "AdamW",
                 self._reasons.get(p, f"use_muon={group['use_muon']} in its group"),
                 _effective_lr(group["lr"], self._recipe(group), self._pieces(p, group)),
-                plan.backend_of(self._recipe(group), p, group["backend"]),
+                self._backend(p, group),
             )
             for name, p in zip(names, group["params"], strict=True)
         ]
@@ -299,6 +457,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._recipes = {}
+        self._plan = None
         for group in self.param_groups:  # a checkpoint of torch.optim.Muon or of an older version lacks keys
             _name_the_rule(group)
             self._fill(group)
@@ -312,8 +472,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Loads a state_dict of this class, of `torch.optim.Muon`, or of KellerJordan's Muon groups.
 
         State keeps the dtype it was saved in: torch's own loader would cast fp32 averages of bf16 parameters to bf16.
+        Raises ValueError for state of another shape than its parameter, before anything is loaded.
         """
         saved: dict[str, Any] = {}
+        self._check_shapes(state_dict)
         handle = self.register_load_state_dict_pre_hook(lambda _, given: saved.update(given))  # after the user's hooks
         self._loading = saved  # for __setstate__, which torch calls before the user's post-hooks
         try:
@@ -321,6 +483,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
             self._loading = None
+            self._plan = None
+        stacks.stack([state for state in self.state.values() if state])
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            return  # torch says what is wrong with it
+        for saved, group in zip(groups, self.param_groups, strict=True):
+            for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor) and value.ndim and value.numel() and value.shape != p.shape:
+                        raise ValueError(
+                            f"the checkpoint's {name!r} of {_name(group, i)} has shape {tuple(value.shape)} and the "
+                            f"parameter {tuple(p.shape)}: it belongs to another model, or to another order of parameters"
+                        )
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
         ids = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
@@ -328,6 +505,41 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for key, p in zip(ids, params, strict=True):
             for name, value in saved["state"].get(key, {}).items():
                 self.state[p][name] = _restored(name, value, p)
+
+
+def _same_values(a: Group, b: Group) -> bool:
+    """Equality of group values that may be tensors, which count by identity."""
+    if a.keys() != b.keys():
+        return False
+    for key, value in a.items():
+        if value is not b[key] and (isinstance(value, Tensor) or isinstance(b[key], Tensor) or value != b[key]):
+            return False
+    return True
+
+
+def _name(group: Group, i: int) -> str:
+    names = group.get("param_names")
+    return f"parameter {names[i]!r}" if names else f"parameter {i}"
+
+
+def _number_on(value: Number, device: torch.device) -> Tensor:
+    """A 0-d tensor on the device: the given one where it is there, else an fp64 copy."""
+    if isinstance(value, Tensor) and value.device == device:
+        return value.reshape(())
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def _check_capture(groups: Sequence[Group]) -> None:
+    """As torch's own optimizers: a captured number would be replayed for ever."""
+    if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        return
+    if not all(group["capturable"] for group in groups if group["params"]):
+        raise RuntimeError(
+            "a step is being captured in a CUDA graph and its learning rate is a number, which the graph would repeat "
+            "for ever: make the optimizer with capturable=True, or use steepest.graphed(optimizer)"
+        )
 
 
 def check_lr(lr: Number) -> None:
@@ -351,8 +563,14 @@ def finish(group: Group) -> dict[str, Any]:
     """The parts of a recipe that end every step, the same for matrices and for AdamW."""
     return {
         "decay": Decay(cautious=group["cautious_wd"]),
-        "rounding": Rounding("stochastic" if group["stochastic_rounding"] else "nearest"),
+        "rounding": Rounding(_rounding(group)),
     }
+
+
+def _rounding(group: Group) -> Literal["nearest", "stochastic", "mantissa"]:
+    if group["stochastic_rounding"] and group["keep_mantissa"]:
+        raise ValueError("stochastic_rounding and keep_mantissa are two answers to one question: choose one of them")
+    return "stochastic" if group["stochastic_rounding"] else "mantissa" if group["keep_mantissa"] else "nearest"
 
 
 def number(value: Number) -> Number:

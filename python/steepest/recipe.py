@@ -51,17 +51,19 @@ class Recipe:
     @property
     def keys(self) -> tuple[str, ...]:
         """Names of the state tensors, in a fixed order."""
-        return (self.momentum.key, *self.precondition.keys, *(("step",) if self.counts_steps else ()))
+        own = (self.momentum.key, *self.precondition.keys, *self.rounding.keys)
+        return (*own, "step") if self.counts_steps else own
 
-    def init(self, g: Tensor) -> State:
-        """State before the first gradient. g gives shape, layout, dtype and device; `step` is a 0-d fp32 tensor."""
-        state = {self.momentum.key: self.momentum.init(g), **self.precondition.init(g)}
+    def init(self, w: Tensor, g: Tensor | None = None) -> State:
+        """State of weight w before its first gradient, whose dtype g has (None: that of w); `step` is 0-d fp32."""
+        g = w if g is None else g
+        state = {self.momentum.key: self.momentum.init(g), **self.precondition.init(g), **self.rounding.init(w)}
         if self.counts_steps:
             state["step"] = torch.zeros((), dtype=torch.float32, device=g.device)
         return state
 
     def observe(self, state: State, g: Tensor, hyper: Hyper) -> State:
-        """The state after gradient g, in the state's dtypes."""
+        """The state after gradient g, in the state's dtypes; what belongs to the stored weight is not in it."""
         m = state[self.momentum.key]
         fresh = {self.momentum.key: self.momentum.observe(m, g, hyper.beta1).to(m.dtype)}
         fresh |= self.precondition.observe(state, g, hyper)
@@ -95,13 +97,14 @@ def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -
     """
     finite = all_finite(g)
     fresh = recipe.observe(state, g, hyper)
-    wide = torch.promote_types(w.dtype, torch.float32)
-    x = recipe.into(fresh, g, hyper).to(wide)
+    value = recipe.rounding.value(w, state)
+    x = recipe.into(fresh, g, hyper).to(value.dtype)
     u = recipe.back(fresh, recipe.towards(x), hyper)
     step = hyper.lr * shape_ratio(recipe.adjust_lr, *w.shape[-2:])
-    moved = recipe.decay.apply(w.to(wide), u.to(wide), hyper.lr * hyper.weight_decay, step)
-    stored = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
-    kept = {key: torch.where(finite, fresh[key], state[key]) for key in state}
+    moved = recipe.decay.apply(value, u.to(value.dtype), hyper.lr * hyper.weight_decay, step)
+    stored, left_over = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
+    fresh |= left_over
+    kept = {key: torch.where(finite, fresh.get(key, state[key]), state[key]) for key in state}
     return torch.where(finite, stored, w), kept
 
 

@@ -26,8 +26,12 @@ class Extras(TypedDict, total=False):
     num_heads, split_sizes, batch_dims: how fused or stacked weights are read as matrices; see `steepest.matrices`.
     cautious_wd: decay only where it agrees with the update.      maximize: ascend.
     momentum_dtype: dtype of the momentum (None: the gradient's). stochastic_rounding: of bf16 parameters.
-    backend: "auto", "cuda", "triton" or "torch", of the ops that have kernels.
-    max_workspace_bytes: about what a step may allocate at once; one matrix is always worked on.
+    keep_mantissa: of bf16 parameters, the 16 bits that bf16 drops are kept as state, as if they were fp32.
+    capturable: lr and weight_decay become tensors on the device, so that a step can be captured in a CUDA graph;
+        schedulers fill them in place. `steepest.graphed` captures a whole step.
+    backend: "auto", "cuda", "triton", "cpu" or "torch", of everything elementwise.
+    max_workspace_bytes: about what a step may borrow at once, inputs of the direction included; one matrix is always
+        worked on, and a launch covers all matrices that fit.
     adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW groups; adamw_lr=None is 3e-4, or lr itself with
         adjust_lr_fn="match_rms_adamw".
     """
@@ -39,6 +43,8 @@ class Extras(TypedDict, total=False):
     maximize: bool
     momentum_dtype: torch.dtype | None
     stochastic_rounding: bool
+    keep_mantissa: bool
+    capturable: bool
     backend: str
     max_workspace_bytes: int
     adamw_lr: Number | None
@@ -55,8 +61,10 @@ _EXTRAS = Extras(
     maximize=False,
     momentum_dtype=None,
     stochastic_rounding=False,
+    keep_mantissa=False,
+    capturable=False,
     backend="auto",
-    max_workspace_bytes=1 << 28,
+    max_workspace_bytes=1 << 30,
     adamw_lr=None,
     adamw_betas=(0.9, 0.95),
     adamw_eps=1e-8,

@@ -45,21 +45,22 @@ class Workspace:
 
 
 def newton_schulz(
-    x: Tensor, schedule: Schedule, restarts: Collection[int], workspace: Workspace, *, eps: float
+    x: Tensor, schedule: Schedule, restarts: Collection[int], workspace: Workspace, *, eps: float, slack: Tensor
 ) -> Tensor:
     """Run ``schedule`` on x: (batch, m, n) in x's dtype, entries of order 1 at most; a zero matrix gives zero.
 
     ``restarts`` are the steps (from 1) before which a new Gram product is taken.  The norm is never taken below
     ``eps``.  x is overwritten; the result is x or a buffer of the workspace.  A tall matrix is handled as X^T X and X
-    Z, without a transpose in memory.
+    Z, without a transpose in memory.  ``slack``, (batch,), is filled with ||X||_F over the norm taken.
     """
     last = schedule.steps - 1
     gram, q = _gram(x), None
-    scale, slack = _scale(gram, schedule, eps)
+    scale, ratio = _scale(gram, schedule, eps)
+    slack.copy_(ratio.flatten())
     for k in range(schedule.steps):
         if k in restarts:
             gram, q = _gram(x, out=gram), None
-        alpha, step = schedule.tables[0][k][0], _choose(schedule, k, slack)
+        alpha, step = schedule.tables[0][k][0], _choose(schedule, k, ratio)
         z = _polynomial(gram, step, scale.square(), alpha, workspace)
         scale = scale * (step[0] / alpha)
         ends = k == last or k + 1 in restarts

@@ -22,6 +22,10 @@ PLAIN = "jordan"
 STANDARD_PRESETS = ("jordan", "you", "polar_express")
 # Two steps in the Gram form cost 3a + 5 half products of m^3, in the standard form 6a + 2, a = long side / short side.
 GRAM_ASPECT = 1.25
+# Below this short side a 16-bit Gram form is not bounded: rounding errors of X X^T do not average out, its smallest
+# eigenvalues turn negative, and the iteration carries them away. Largest singular value of the result, over thousands
+# of matrices of a log-uniform spectrum, bf16 and "auto": 2e12 at 4 x 5, 1e5 at 16 x 20, 1.4 at 32 x 40, 1.05 from 96 on.
+GRAM_SHORT_SIDE = 128
 # Elements of X worked on at once on a CPU: a larger matrix goes alone, whose products are then taken by block rows.
 CPU_CHUNK = 1 << 17
 
@@ -38,6 +42,7 @@ def polar(
     form: str = "auto",
     restarts: Collection[int] | None = None,
     max_workspace_bytes: int | None = None,
+    slack: Tensor | None = None,
 ) -> Tensor:
     """Approximate polar factor of every matrix in x.   x: (..., m, n) floating; returned in x's dtype, x untouched.
 
@@ -62,8 +67,8 @@ def polar(
     its tables is made per matrix on the device.  "turbo" does so from s = 4.25 on.  "jordan" is, operation for
     operation, torch.optim.Muon's function (full products); "exact" is the same polynomial with symmetric products,
     whose rounding is up to twice as large.  In bf16 rounding comes on top: on small matrices (short side below 100) of
-    a few equal large singular values and the rest 100 times smaller, "auto" was seen to err by .5 where "jordan" errs
-    by .2; form="standard" halves that.
+    a few equal large singular values and the rest 100 times smaller, "auto" was seen to err by .25 where "jordan" errs
+    by .2.  form="gram" is not bounded in 16 bits on matrices with a short side below 100.
 
     Args:
         coefficients: instead of a preset, (a, b, c) or a list of such; 2 to 5 numbers, odd degrees 3 to 9.
@@ -74,6 +79,8 @@ def polar(
         form: "standard", "gram", or "auto" by shape, device and dtype.
         restarts: steps (1 .. steps - 1) before which the Gram form takes a new X X^T; overrides ``form``.
         max_workspace_bytes: bound on what one chunk of the batch allocates; at least one matrix is worked on.
+        slack: (batch,) fp32 on x's device, batch the product of the leading dimensions; filled with ||X||_F over the
+            norm that X was divided by, the s above: 1 with the Frobenius norm, NaN for "svd", 0 for a zero matrix.
 
     A zero matrix gives zero.  A matrix with a non-finite entry gives NaN and leaves the rest of its batch alone.
     Deterministic, not differentiable; no host synchronisation and traceable, but for "svd", whose LAPACK-like solver
@@ -81,11 +88,13 @@ def polar(
 
     Raises:
         ValueError: an unknown preset or form, x with fewer than two dimensions, steps, restarts or coefficients out of
-            range, a negative eps, fp16 on a CPU.
+            range, a negative eps, fp16 on a CPU, slack of another shape.
         TypeError: x is not real floating point, or dtype is not a compute dtype.
     """
     _check(x, preset, dtype, form, eps, max_workspace_bytes)
+    slack = _slack_buffer(x, slack)
     if preset == "svd" and coefficients is None:
+        slack.fill_(math.nan)
         return _svd(x, eps, dtype)
     plan = schedule(preset, coefficients, steps)
     name = preset if coefficients is None else None
@@ -98,12 +107,13 @@ def polar(
     size = _chunk(batch, work, max_workspace_bytes)
     workspace = Workspace()
     out = torch.empty(batch.shape, dtype=x.dtype, device=x.device)
-    for chunk, target in zip(batch.split(size), out.split(size), strict=True):
+    for chunk, target, found in zip(batch.split(size), out.split(size), slack.split(size), strict=True):
         y = _prescaled(chunk, work)
         if plain:
             y = newton_schulz_plain(y, plan.tables[0], eps=eps)
+            found.fill_(1)
         else:
-            y = newton_schulz(y, plan, positions, workspace, eps=eps)
+            y = newton_schulz(y, plan, positions, workspace, eps=eps, slack=found)
         target.copy_(y)
     return out.reshape(x.shape)
 
@@ -124,16 +134,19 @@ def compute_dtype(preset: str, dtype: torch.dtype, device: torch.device | str) -
     return torch.bfloat16 if preset in STANDARD_PRESETS else torch.float16
 
 
-def default_restarts(plan: Schedule, form: str, aspect: float, dtype: torch.dtype) -> tuple[int, ...]:
-    """Steps before which a new Gram product is taken; ``aspect`` is the long side over the short side.
+def default_restarts(plan: Schedule, form: str, m: int, n: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Steps before which a new Gram product of an m x n matrix is taken.
 
     Every step in the standard form.  In the Gram form, bf16: where the schedule says, else every second step.
     Otherwise none in three steps, after the second of four, after every third of more.  "auto" takes the Gram form
-    from an aspect of 1.25 on, in bf16 only where the schedule bears it.
+    where the long side is at least 1.25 times the short one; in 16 bits where the short side is at least 128, and in
+    bf16 only where the schedule bears it.
     """
     if form == "auto":
         bears = dtype != torch.bfloat16 or plan.bf16_restarts is not None
-        form = "gram" if bears and aspect >= GRAM_ASPECT else "standard"
+        short = max(1, min(m, n))
+        bounded = dtype.itemsize > 2 or short >= GRAM_SHORT_SIDE
+        form = "gram" if bears and bounded and max(m, n) >= GRAM_ASPECT * short else "standard"
     if form == "standard":
         return tuple(range(1, plan.steps))
     if dtype == torch.bfloat16:
@@ -170,12 +183,24 @@ def _check(
         raise ValueError(f"max_workspace_bytes must be positive or None, got {max_workspace_bytes}")
 
 
+def _slack_buffer(x: Tensor, slack: Tensor | None) -> Tensor:
+    count = math.prod(x.shape[:-2])
+    if slack is None:
+        return torch.empty(count, device=x.device)
+    if slack.shape != (count,) or slack.dtype is not torch.float32 or slack.device != x.device:
+        raise ValueError(
+            f"slack must be a float32 tensor of shape ({count},) on {x.device}, got {slack.dtype} "
+            f"{tuple(slack.shape)} on {slack.device}"
+        )
+    return slack
+
+
 def _positions(
     plan: Schedule, form: str, restarts: Collection[int] | None, x: Tensor, dtype: torch.dtype
 ) -> tuple[int, ...]:
-    steps, (m, n) = plan.steps, x.shape[-2:]
+    steps = plan.steps
     if restarts is None:
-        return default_restarts(plan, form, max(m, n) / max(1, min(m, n)), dtype)
+        return default_restarts(plan, form, x.shape[-2], x.shape[-1], dtype)
     if any(not 0 < position < steps for position in restarts):
         raise ValueError(f"restarts must lie in 1 .. {steps - 1} for {steps} steps, got {tuple(restarts)}")
     return tuple(restarts)

@@ -1,4 +1,4 @@
-"""Which backend an op runs on: the compiled CUDA kernels, Triton, or plain torch, in this order of preference.
+"""Which backend an op runs on: the compiled CUDA kernels, Triton, the compiled host code, or plain torch, in this order.
 
 An op asks `choose` with the reasons, if any, why each backend cannot take the call. The caller's `backend=` argument
 or the environment variable STEEPEST_BACKEND forces one; a forced backend that cannot run is an error that names the
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import torch
 
-NAMES = ("cuda", "triton", "torch")
+NAMES = ("cuda", "triton", "cpu", "torch")
 MINIMUM_TORCH = (2, 10)
 
 logger = logging.getLogger("steepest")
@@ -135,6 +135,7 @@ def backends() -> dict[str, tuple[bool, str]]:
     return {
         "cuda": (cuda is None, cuda or "compiled kernels match the device"),
         "triton": (triton is None, triton or "Triton and a CUDA device are there"),
+        "cpu": (extension is not None, extension_reason or "the compiled part is there"),
         "torch": (True, f"torch {torch.__version__}"),
     }
 
@@ -143,19 +144,19 @@ def requested(backend: str) -> str:
     """The caller's choice, or STEEPEST_BACKEND where that is "auto". ValueError when either is not a backend's name."""
     for source, name in (("backend", backend), ("STEEPEST_BACKEND", forced)):
         if name != "auto" and name not in NAMES:
-            raise ValueError(f"{source}={name!r} is not a backend; use 'auto', 'cuda', 'triton' or 'torch'")
+            raise ValueError(f"{source}={name!r} is not a backend; use 'auto', 'cuda', 'triton', 'cpu' or 'torch'")
     return forced if backend == "auto" else backend
 
 
 def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: torch.device) -> str:
     """The backend that runs this call of `op`.
 
-    reasons: for "cuda" and "triton", why it cannot take the call, or None; "torch" always can.
+    reasons: for every name but "torch", which always can, why it cannot take the call, or None.
     Raises ValueError for an unknown name and RuntimeError, with the reason, when a forced backend cannot run.
     """
     name = requested(backend)
     if name == "auto":
-        taken = next((n for n in NAMES if reasons.get(n) is None), "torch")
+        taken = next(n for n in NAMES if n == "torch" or reasons[n] is None)
         _log_once(op, taken, reasons, device)
         return taken
     if (reason := reasons.get(name)) is not None:
@@ -164,7 +165,8 @@ def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: tor
 
 
 def _log_once(op: str, taken: str, reasons: Mapping[str, str | None], device: torch.device) -> None:
-    if torch.compiler.is_compiling() or taken == NAMES[0] or (op, device.type, taken) in _logged:
+    best = "cpu" if device.type == "cpu" else NAMES[0]
+    if torch.compiler.is_compiling() or taken == best or (op, device.type, taken) in _logged:
         return
     _logged.add((op, device.type, taken))
     why = "; ".join(f"{name}: {reasons[name]}" for name in NAMES[: NAMES.index(taken)] if name in reasons)

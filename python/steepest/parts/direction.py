@@ -27,7 +27,8 @@ class Direction:
     #: whether many matrices at once are cheaper than one after the other
     batched = False
 
-    def unit(self, x: Tensor) -> Tensor:
+    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+        """The direction; slack: (batch,) fp32, filled with what `Spectral` knows of its norm bound and else left."""
         raise NotImplementedError
 
     def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class Direction:
 class Frobenius(Direction):
     """Euclidean length of the matrix as a vector. `scaled` is the identity."""
 
-    def unit(self, x: Tensor) -> Tensor:
+    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         if x.numel() == 0:
             return x.clone()
         # The largest entry is divided out first: squares of 1e-25 and of 1e25 leave fp32.
@@ -75,7 +76,7 @@ class Frobenius(Direction):
 class Sign(Direction):
     """Largest magnitude of an entry."""
 
-    def unit(self, x: Tensor) -> Tensor:
+    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return x.sign()
 
 
@@ -94,7 +95,7 @@ class Spectral(Direction):
 
     batched = True
 
-    def unit(self, x: Tensor) -> Tensor:
+    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return polar.polar(
             x,
             self.preset,
@@ -102,6 +103,7 @@ class Spectral(Direction):
             steps=self.steps,
             eps=self.eps,
             max_workspace_bytes=self.max_workspace_bytes,
+            slack=slack,
         )
 
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -47,24 +47,27 @@ class Momentum:
         return torch.zeros_like(g, dtype=self.dtype or g.dtype, memory_format=torch.preserve_format)
 
     def observe(self, m: Tensor, g: Tensor, beta: Number) -> Tensor:
-        """The buffer after gradient g, in the wider of the two dtypes (the caller stores it in the buffer's own)."""
-        wide = torch.promote_types(m.dtype, g.dtype)
+        """The buffer after gradient g, in fp32 or fp64 (the caller stores it in the buffer's own dtype)."""
+        wide = _wide(m, g)
         m, g = m.to(wide), g.to(wide)
         if self.kind == "heavy_ball":
             return m * beta + g
         return torch.lerp(m, g, _weight(1 - beta, wide))
 
     def read(self, m: Tensor, g: Tensor, beta: Number, step: Tensor | None) -> Tensor:
-        """What goes into the direction, from the updated buffer m; step is t, counted from 1."""
-        wide = torch.promote_types(m.dtype, g.dtype)
+        """What goes into the direction, from the updated buffer m, in fp32 or fp64; step is t, counted from 1."""
+        wide = _wide(m, g)
         if self.nesterov:
             if self.kind == "heavy_ball":
                 return g.to(wide) + m.to(wide) * beta
             return torch.lerp(g.to(wide), m.to(wide), _weight(beta, wide))
-        if self.bias_correction:  # in fp32 at least: 1 - beta^t in bf16 is off by a factor common to all entries
-            wide = torch.promote_types(wide, torch.float32)
+        if self.bias_correction:
             return m.to(wide) / mass(beta, step).to(wide)
-        return m
+        return m.to(wide)
+
+
+def _wide(m: Tensor, g: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(m.dtype, g.dtype), torch.float32)
 
 
 def _weight(weight: Number, dtype: torch.dtype) -> Number:

@@ -1,16 +1,18 @@
-"""How a weight computed in fp32 is stored in bf16.
+"""How a weight computed in fp32 is stored in bf16.   W is its value, w what the parameter holds.
 
     nearest      round to nearest, ties to even
     stochastic   up with probability equal to the remainder: the expected stored value is the exact one, so that updates
                  smaller than half a unit in the last place are not lost (arXiv:2010.06192)
+    mantissa     the 16 bits that bf16 leaves over are kept as state: w and they are the fp32 number W, as if the weight
+                 were fp32, for 2 bytes more an element instead of 4. w is W to nearest, ties away from zero
 
 The random bits are a hash of (step, place of the tensor, element), not a generator's stream: the same step gives the
-same bits, on resume too, and no global generator is touched.
+same bits, on resume too, and no global generator is touched.  steepest/csrc has the same texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,27 +24,53 @@ _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive numbers
 
 @dataclass(frozen=True)
 class Rounding:
-    """Storage of the new weight; "stochastic" applies to bf16 weights and leaves other dtypes to nearest."""
+    """Storage of the new weight; "stochastic" and "mantissa" apply to bf16 weights and leave other dtypes to nearest."""
 
-    mode: Literal["nearest", "stochastic"] = "nearest"
+    mode: Literal["nearest", "stochastic", "mantissa"] = "nearest"
+    key: str = "mantissa"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding mode {self.mode!r} is not known; use 'nearest' or 'stochastic'")
+        if self.mode not in ("nearest", "stochastic", "mantissa"):
+            raise ValueError(f"rounding mode {self.mode!r} is not known; use 'nearest', 'stochastic' or 'mantissa'")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the state tensors."""
+        return (self.key,) if self.mode == "mantissa" else ()
 
     @property
     def counts_steps(self) -> bool:
         return self.mode == "stochastic"
 
-    def store(self, w: Tensor, dtype: torch.dtype, step: Tensor | None, place: Sequence[int]) -> Tensor:
-        """w (fp32) in dtype; step is t (0-d), place tells this tensor from the others: (group, parameter, piece)."""
+    def init(self, w: Tensor) -> dict[str, Tensor]:
+        """State of a weight: int16, of its shape and layout, and without elements where it has nothing to keep."""
+        if self.mode != "mantissa":
+            return {}
+        if w.dtype != torch.bfloat16:
+            return {self.key: torch.empty(0, dtype=torch.int16, device=w.device)}
+        return {self.key: torch.zeros_like(w, dtype=torch.int16, memory_format=torch.preserve_format)}
+
+    def value(self, w: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """W in fp32 (fp64 for fp64)."""
+        if self.mode != "mantissa" or w.dtype != torch.bfloat16:
+            return w.to(torch.promote_types(w.dtype, torch.float32))
+        return (w.float().view(torch.int32) + state[self.key].to(torch.int32)).view(torch.float32)
+
+    def store(
+        self, value: Tensor, dtype: torch.dtype, step: Tensor | None, place: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(w in dtype, new state) of W; step is t (0-d), place tells this tensor from others: (group, parameter, piece)."""
         if self.mode == "nearest" or dtype != torch.bfloat16:
-            return w.to(dtype)
+            return value.to(dtype), {}
+        bits = value.view(torch.int32)
+        # bf16 is the upper half of fp32.
+        if self.mode == "mantissa":
+            high = (bits + 0x8000).bitwise_and_(-0x10000)
+            return high.view(torch.float32).to(torch.bfloat16), {self.key: (bits - high).to(torch.int16)}
         assert step is not None
-        bits = _random16(w, step.to(torch.int64), place)
-        # bf16 is the upper half of fp32: adding 16 random bits below it and cutting rounds up with the right odds.
-        rounded = (w.view(torch.int32) + bits).bitwise_and_(-0x10000).view(torch.float32)
-        return torch.where(torch.isfinite(w), rounded, w).to(torch.bfloat16)
+        # Adding 16 random bits below it and cutting rounds up with the right odds.
+        rounded = (bits + _random16(value, step.to(torch.int64), place)).bitwise_and_(-0x10000).view(torch.float32)
+        return torch.where(torch.isfinite(value), rounded, value).to(torch.bfloat16), {}
 
 
 def _random16(like: Tensor, step: Tensor, place: Sequence[int]) -> Tensor:

@@ -1,0 +1,242 @@
+// What a block of a fused elementwise kernel does whatever its formulas: find its work, move elements, add up sums.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/floats.h"
+#include "multi_tensor/formulas.cuh"
+#include "multi_tensor/params.h"
+#include "multi_tensor/plan.h"
+
+namespace steepest::multi_tensor {
+
+constexpr int kThreads = 256;
+constexpr int kVector = 8;  // elements a thread takes at once: 16 bytes of a 16-bit type, twice 16 of fp32
+
+// What a launch can be told: 32764 bytes on architectures and drivers that CUDA 12.1 and newer serve, 4 KB before.
+#if CUDART_VERSION >= 12010
+constexpr size_t kArgumentBytes = 32764;
+#else
+constexpr size_t kArgumentBytes = 4096;
+#endif
+
+// A launch's items, handed over by value: a captured launch replays without any table in memory. Head is what they share.
+template <class Head_, class Item_>
+struct alignas(8) Batch {
+  using Head = Head_;
+  using Item = Item_;
+  static constexpr int kCapacity = static_cast<int>((kArgumentBytes - sizeof(Head) - 8) / sizeof(Item));
+  Head head;
+  int32_t count;
+  Item items[kCapacity];
+};
+
+template <class Batch>
+__device__ inline const typename Batch::Item& find(const Batch& batch, int32_t block) {
+  return batch.items[owner([&](int i) { return batch.items[i].first_chunk; }, batch.count, block)];
+}
+
+// ---- elements --------------------------------------------------------------------------------------------------------
+
+// Where element `index` of a tensor lies, in elements.
+__device__ inline int64_t offset(const Walk& walk, int tensor, int64_t index) {
+  int64_t at = 0;
+  for (int d = walk.dims - 1; d >= 0; --d) {
+    at += index % walk.size[d] * walk.stride[tensor][d];
+    index /= walk.size[d];
+  }
+  return at;
+}
+
+// Eight elements as they lie in memory. Fetching and converting are apart so that the loads of all tensors are under way
+// before the first is needed.
+struct Raw {
+  uint4 low, high;  // high: elements 4 to 7 of a 4-byte type
+};
+
+__device__ inline void fetch(const void* at, Dtype dtype, int64_t index, Raw& raw) {
+  if (dtype == Dtype::f32) {
+    const uint4* from = reinterpret_cast<const uint4*>(static_cast<const float*>(at) + index);
+    raw.low = from[0], raw.high = from[1];
+  } else {
+    raw.low = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(at) + index);
+  }
+}
+
+__device__ inline uint16_t half_word(const uint4& words, int j) {
+  const uint32_t word = j < 2 ? words.x : j < 4 ? words.y : j < 6 ? words.z : words.w;
+  return static_cast<uint16_t>(j % 2 ? word >> 16 : word);
+}
+
+__device__ inline void convert(const Raw& raw, Dtype dtype, float (&to)[kVector]) {
+  if (dtype == Dtype::f32) {
+    const uint32_t words[kVector] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
+                                     raw.high.x, raw.high.y, raw.high.z, raw.high.w};
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) to[j] = float_of(words[j]);
+  } else if (dtype == Dtype::bf16) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) to[j] = from_bf16(half_word(raw.low, j));
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) to[j] = from_f16(half_word(raw.low, j));
+  }
+}
+
+__device__ inline uint4 pack(const uint16_t (&half)[kVector]) {
+  const auto pair = [&half](int j) { return half[j] | static_cast<uint32_t>(half[j + 1]) << 16; };
+  return {pair(0), pair(2), pair(4), pair(6)};
+}
+
+__device__ inline uint16_t to_half_word(float value, Dtype dtype) {
+  return dtype == Dtype::bf16 ? to_bf16(value) : to_f16(value);
+}
+
+__device__ inline void put(void* at, int64_t index, const uint16_t (&half)[kVector]) {
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(at) + index) = pack(half);
+}
+
+__device__ inline void put(void* at, Dtype dtype, int64_t index, const float (&from)[kVector]) {
+  if (dtype == Dtype::f32) {
+    float4* to = reinterpret_cast<float4*>(static_cast<float*>(at) + index);
+    to[0] = make_float4(from[0], from[1], from[2], from[3]);
+    to[1] = make_float4(from[4], from[5], from[6], from[7]);
+    return;
+  }
+  uint16_t half[kVector];
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) half[j] = to_half_word(from[j], dtype);
+  put(at, index, half);
+}
+
+// One element at a time: the last few of a chunk, and tensors that are strided or not aligned.
+struct RawOne {
+  uint32_t bits;
+};
+__device__ inline void fetch(const void* at, Dtype dtype, int64_t index, RawOne& raw) {
+  raw.bits = dtype == Dtype::f32 ? static_cast<const uint32_t*>(at)[index] : static_cast<const uint16_t*>(at)[index];
+}
+__device__ inline void convert(const RawOne& raw, Dtype dtype, float (&to)[1]) {
+  const uint16_t half = static_cast<uint16_t>(raw.bits);
+  to[0] = dtype == Dtype::f32 ? float_of(raw.bits) : dtype == Dtype::bf16 ? from_bf16(half) : from_f16(half);
+}
+__device__ inline void put(void* at, int64_t index, const uint16_t (&half)[1]) {
+  static_cast<uint16_t*>(at)[index] = half[0];
+}
+__device__ inline void put(void* at, Dtype dtype, int64_t index, const float (&from)[1]) {
+  if (dtype == Dtype::f32)
+    static_cast<float*>(at)[index] = from[0];
+  else
+    static_cast<uint16_t*>(at)[index] = to_half_word(from[0], dtype);
+}
+
+template <int N>
+struct RawOf {
+  using type = Raw;
+};
+template <>
+struct RawOf<1> {
+  using type = RawOne;
+};
+
+// Calls body.template operator()<N>(index) for every element of a chunk, this thread's share of it: N at a time where
+// `vectors` says that all tensors are aligned, and one at a time otherwise and at the end.
+template <class Body>
+__device__ inline void for_each_element(const Span& span, bool vectors, Body& body) {
+  const int64_t end = span.start + span.length;
+  const int64_t cut = vectors ? span.start + span.length / kVector * kVector : span.start;
+  for (int64_t i = span.start + threadIdx.x * kVector; i < cut; i += kThreads * kVector)
+    body.template operator()<kVector>(i);
+  for (int64_t i = cut + threadIdx.x; i < end; i += kThreads) body.template operator()<1>(i);
+}
+
+// ---- sums ----------------------------------------------------------------------------------------------------------
+
+template <class R>
+__device__ inline R combine(bool largest, R a, R b) {
+  return largest ? (a > b ? a : b) : a + b;
+}
+
+// Combines `count` values over a block, in an order that is always the same; the result is thread 0's. The columns in
+// `largest`, a bit each, take the maximum and the others the sum.
+template <int kCount, uint32_t kLargest, class R>
+__device__ inline void combine_block(R (&values)[kCount]) {
+  __shared__ R of_warp[kCount][kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+      values[c] = combine(kLargest >> c & 1, values[c], __shfl_down_sync(0xffffffff, values[c], step));
+    if (lane == 0) of_warp[c][warp] = values[c];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      values[c] = of_warp[c][0];
+      for (int w = 1; w < kThreads / 32; ++w) values[c] = combine(kLargest >> c & 1, values[c], of_warp[c][w]);
+    }
+  }
+  __syncthreads();  // of_warp may be used again
+}
+
+// A chunk's values become its line of partials; the block that comes last combines all `chunks` lines, from
+// `first_line` on, in their order, and returns true with the totals in thread 0's values. Every thread of a block calls
+// it; `values` are thread 0's.
+template <int kCount, uint32_t kLargest>
+__device__ inline bool combine_chunks(const Scratch& scratch, int64_t counter, int32_t chunks, int64_t first_line,
+                                      int64_t line, double (&values)[kCount]) {
+  if (chunks == 1) return true;
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    for (int c = 0; c < kCount; ++c) scratch.partials[line * kSums + c] = values[c];
+    __threadfence();  // the partials are visible before the count is
+    auto* done = reinterpret_cast<unsigned long long*>(scratch.counters + counter);
+    last = atomicAdd(done, 1ull) == static_cast<unsigned long long>(chunks) - 1;
+    if (last) *done = 0;
+  }
+  __syncthreads();
+  if (!last) return false;
+  __threadfence();
+  for (int c = 0; c < kCount; ++c) values[c] = 0;
+  for (int i = threadIdx.x; i < chunks; i += kThreads)
+    for (int c = 0; c < kCount; ++c)
+      values[c] = combine(kLargest >> c & 1, values[c], __ldcg(scratch.partials + (first_line + i) * kSums + c));
+  combine_block<kCount, kLargest>(values);
+  return true;
+}
+
+// ---- launches --------------------------------------------------------------------------------------------------------
+
+inline void check_launch(const char* op, int32_t chunks, size_t items) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("steepest::") + op + ": a launch of " + std::to_string(chunks) +
+                           " blocks over " + std::to_string(items) + " tensors failed: " + cudaGetErrorString(error));
+}
+
+// Launches `kernel` over items; `convert(i)` is the kernel's form of the i-th, whose extent is extents[i].
+template <class Batch, class Kernel, class Convert>
+void launch(const char* op, const typename Batch::Head& head, const std::vector<Extent>& extents, cudaStream_t stream,
+            Kernel kernel, const Convert& convert) {
+  static_assert(sizeof(Batch) <= kArgumentBytes);
+  for (const Launch& plan : plan_launches(extents, kChunk, Batch::kCapacity)) {
+    static thread_local Batch batch;  // 32 KB: not on the stack; the launch copies what it is given
+    batch.head = head;
+    batch.count = static_cast<int32_t>(plan.items.size());
+    for (int i = 0; i < batch.count; ++i) {
+      batch.items[i] = convert(plan.items[i]);
+      batch.items[i].first_chunk = plan.first_chunk[i];
+    }
+    kernel<<<plan.chunks, kThreads, 0, stream>>>(batch);
+    check_launch(op, plan.chunks, plan.items.size());
+  }
+}
+
+}  // namespace steepest::multi_tensor

@@ -1,0 +1,113 @@
+// `inspect`, `before` and `after` on the host, in parallel over chunks (host_chunk.h).
+//
+// The CPU's backend, and the proof of what the kernels share with it: the items, the cut into chunks, the strided walk,
+// the formulas and the order in which a matrix' sums are added up.
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <vector>
+
+#include "multi_tensor/formulas.cuh"
+#include "multi_tensor/host.h"
+#include "multi_tensor/params.h"
+#include "multi_tensor/plan.h"
+
+// torch's own thread pool; in libtorch_cpu since 2.10.
+extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
+                                      void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
+namespace steepest::multi_tensor {
+namespace {
+
+constexpr int64_t kGrain = 4;  // chunks a thread takes at least
+constexpr int kAllItems = 1 << 30;
+
+const HostChunks& best_chunks() {
+#ifdef STEEPEST_HAS_X86_SETS
+  static const HostChunks& best = [&]() -> const HostChunks& {
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (wide) return avx512::chunks;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::chunks : baseline::chunks;
+  }();
+  return best;
+#else
+  return baseline::chunks;
+#endif
+}
+
+template <class Body>
+void parallel(int64_t count, const Body& body) {
+  const auto call = [](int64_t begin, int64_t end, void* context) {
+    for (int64_t i = begin; i < end; ++i) (*static_cast<const Body*>(context))(i);
+  };
+  if (torch_parallel_for(0, count, kGrain, call, const_cast<Body*>(&body)) != 0)
+    throw std::runtime_error("torch's thread pool refused the work");
+}
+
+// The chunks of all items in one list: (item, span).
+template <class Items, class Extent_>
+std::vector<std::pair<int, Span>> cut(const Items& items, const Extent_& extent) {
+  std::vector<Extent> extents;
+  for (const auto& item : items) extents.push_back(extent(item));
+  std::vector<std::pair<int, Span>> chunks;
+  for (const Launch& launch : plan_launches(extents, kChunk, kAllItems)) {
+    const auto first = [&](int i) { return launch.first_chunk[i]; };
+    for (int32_t b = 0; b < launch.chunks; ++b) {
+      const int at = owner(first, static_cast<int>(launch.items.size()), b), index = launch.items[at];
+      chunks.emplace_back(index, span(extents[index].size, kChunk, b - launch.first_chunk[at]));
+    }
+  }
+  return chunks;
+}
+
+}  // namespace
+
+void run_on_host(Stage stage, const ItemsParams& params) {
+  const auto chunks = cut(params.items, [](const Item& item) { return Extent{item.matrices, item.size}; });
+  parallel(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
+    const auto& [index, span] = chunks[i];
+    const Item& item = params.items[index];
+    const double* row = params.rows + int64_t{item.row} * kColumns;
+    best_chunks().run(stage, item, row, span, params.scratch.partials + i * kSums);
+  });
+  // Chunks of a matrix follow one another, so that its sums are added up in their order.
+  for (size_t i = 0; i < chunks.size();) {
+    const auto& [index, span] = chunks[i];
+    const Item& item = params.items[index];
+    const bool skipped = params.rows[int64_t{item.row} * kColumns + kFinite] == 0;
+    double* sums = params.sums + (item.first_sum + span.matrix) * kSums;
+    double total[kSums] = {};
+    for (size_t end = i + span.chunks; i < end; ++i)
+      for (int c = 0; c < kSums; ++c) {
+        const double x = params.scratch.partials[i * kSums + c];
+        total[c] = is_largest(c) ? std::max(total[c], x) : total[c] + x;
+      }
+    if (skipped) continue;
+    for (int c = 0; c < kSums; ++c)
+      if (writes_sum(stage == Stage::after, item.program.direction != Program::kGiven, c)) sums[c] = total[c];
+  }
+}
+
+void inspect_on_host(const InspectParams& params) {
+  const auto chunks = cut(params.gradients, [](const Gradient& gradient) { return Extent{1, gradient.size}; });
+  parallel(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
+    best_chunks().inspect(params.gradients[chunks[i].first], chunks[i].second, params.scratch.partials + i * kSums);
+  });
+  for (size_t i = 0; i < chunks.size();) {
+    const int index = chunks[i].first;
+    double most = 0, square = 0, momentum_max = 0;
+    for (size_t end = i + chunks[i].second.chunks; i < end; ++i) {
+      most = std::max(most, params.scratch.partials[i * kSums]);
+      square += params.scratch.partials[i * kSums + 1];
+    }
+    const Owner& owner = params.gradients[index].owner;
+    for (int64_t line = owner.first_sum; line < owner.end_sum; ++line)
+      momentum_max = std::max(momentum_max, params.sums[line * kSums + kMomentumMax]);
+    double* row = params.rows + int64_t{index} * kColumns;
+    if (!finish_inspection(owner, params.scaling, most, square, momentum_max, row)) ++*params.skipped;
+  }
+}
+
+}  // namespace steepest::multi_tensor

@@ -1,0 +1,2 @@
+#define STEEPEST_ISA avx2
+#include "multi_tensor/host_chunk.h"

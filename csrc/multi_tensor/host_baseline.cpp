@@ -1,0 +1,2 @@
+#define STEEPEST_ISA baseline
+#include "multi_tensor/host_chunk.h"

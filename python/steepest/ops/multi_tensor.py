@@ -1,0 +1,283 @@
+"""The elementwise parts of a step, for all tensors at once: three passes over memory, three launches.
+
+    inspect   the gradients: finite or not, largest entry, sum of squares; and from them every parameter's numbers
+    before    momentum, second moment, x = P^-T m in the direction's own 16 bits; the whole step where it is elementwise
+    after     u = P^-1 d, decay, W <- W - step u, stored as the parameter is
+
+An *item* is a run of equal matrices in a parameter: all of it, or one piece of a fused weight. A *row* of numbers
+belongs to a parameter and a *line* of sums to a matrix; both are tables on the device, so nothing comes back to the
+host. A parameter whose gradient is not finite keeps its value and its state, bit for bit, and its x is zero.
+
+Arithmetic is fp32, for fp64 tensors fp64, with one rounding where a number is stored. Sums are added up in an order
+that does not depend on the run. Backends: the CUDA kernels and their host twin (csrc/multi_tensor), and Triton
+(`steepest.kernels.multi_tensor`). The reference is `steepest.recipe.step_one`: there is no second one in torch ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+from .backend import choose
+from .program import Program
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STRIDED_DIMS = 4  # what the kernels walk; kMaxDims in csrc/multi_tensor/layout.h
+#: Elements of a chunk: kChunk in csrc/multi_tensor/params.h.
+CHUNK = 16384
+
+#: Columns of a row of numbers, in the order of `Column` in csrc/multi_tensor/params.h.
+COLUMNS = (
+    "finite",
+    "grad_sq",
+    "grad_max",
+    "step",
+    "grad_scale",
+    "beta1",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "eps",
+    "inverse_mass1",
+    "inverse_mass2",
+    "decay",
+    "lr",
+    "input_scale",
+)
+#: Columns of a line of sums, in the order of `Sum` in csrc/multi_tensor/params.h.
+SUMS = ("input_sq", "input_max", "grad_dot", "momentum_sq", "momentum_max", "update_sq", "param_sq")
+#: Numbers of a group, in the order of `Hyper` in csrc/multi_tensor/params.h.
+HYPERS = 5
+
+
+@dataclass(frozen=True)
+class Table:
+    """Device memory that outlives a step.
+
+    rows: (parameters, len(COLUMNS)), sums: (matrices, len(SUMS)), scratch: (n,), all fp64; skipped: () int64, a counter.
+    """
+
+    rows: Tensor
+    sums: Tensor
+    scratch: Tensor
+    skipped: Tensor
+
+    @staticmethod
+    def empty(skipped: Tensor, grads: Sequence[int], items: Sequence[tuple[int, int]]) -> Table:
+        """Zeroed memory for gradients of so many elements and items of (matrices, elements of each)."""
+        lines = sum(matrices for matrices, _ in items)
+        chunks = max(sum(map(_chunks, grads)), sum(matrices * _chunks(size) for matrices, size in items))
+        sizes = ((len(grads), len(COLUMNS)), (lines, len(SUMS)), (max(len(grads), lines) + chunks * len(SUMS),))
+        rows, sums, scratch = (torch.zeros(size, dtype=torch.float64, device=skipped.device) for size in sizes)
+        return Table(rows, sums, scratch, skipped)
+
+    def column(self, name: str) -> Tensor:
+        """A column of rows or of sums, by its name."""
+        return self.rows[:, COLUMNS.index(name)] if name in COLUMNS else self.sums[:, SUMS.index(name)]
+
+
+def _chunks(size: int) -> int:
+    return -(-size // CHUNK)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item but for its tensors.
+
+    row: of its parameter; first_sum: the line of its first matrix; place: (group, parameter, piece), which tells its
+    random bits from another's; ratio: on the learning rate, for the shape.
+    """
+
+    program: Program
+    row: int
+    matrices: int
+    first_sum: int
+    place: tuple[int, int, int]
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Items:
+    """Items as the ops take them: lists of numbers, made once."""
+
+    items: tuple[Item, ...]
+    numbers: tuple[list[int], list[int], list[int], list[int], list[int], list[float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        columns = (
+            [item.program.packed() for item in self.items],
+            [item.row for item in self.items],
+            [item.matrices for item in self.items],
+            [item.first_sum for item in self.items],
+            [number for item in self.items for number in item.place],
+            [item.ratio for item in self.items],
+        )
+        object.__setattr__(self, "numbers", columns)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The numbers of every group: `values` flat, HYPERS a group (lr, weight_decay, beta1, beta2, eps).
+
+    tensors: numbers that live on the device, fp32 or fp64, one element each; the k-th takes place `at[k]` of `values`.
+    of: the group of every gradient.
+    """
+
+    values: list[float]
+    tensors: list[Tensor]
+    at: list[int]
+    of: list[int]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What torch.amp.GradScaler says, on the device, fp32 and one element each; None where it says nothing."""
+
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+
+
+def inspect(
+    grads: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    table: Table,
+    programs: Sequence[int],
+    first_sums: Sequence[int],
+    groups: Groups,
+    scaling: Scaling = Scaling(),
+    *,
+    backend: str = "auto",
+) -> None:
+    """Fills table.rows, one row a gradient, and counts steps; nothing else is written.
+
+    grads: fp32, bf16, fp16 (fp64 on the CPU), any strides, at least one element; not mutated.
+    steps: fp32 counters of one element, counted up where the gradient is finite; without elements where nobody counts.
+    programs: packed; first_sums: (len(grads) + 1,), the lines of gradient i's matrices are first_sums[i : i + 2].
+    table.skipped counts the parameters whose step is not taken: a gradient that is not finite, or scaling.found_inf.
+    """
+    name = route("inspect", grads, backend)
+    arguments = (grads, steps, table.rows, table.sums, table.skipped, table.scratch, programs, first_sums)
+    numbers = (groups.of, groups.values, groups.tensors, groups.at, scaling.found_inf, scaling.grad_scale)
+    _op("inspect", name)(*arguments, *numbers)
+
+
+def before(
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mantissas: Sequence[Tensor],
+    table: Table,
+    items: Items,
+    *,
+    backend: str = "auto",
+) -> None:
+    """m and v take the gradient, x = read(m) / D is stored in `inputs`; where the program is whole, W moves as well.
+
+    Item by item one tensor of each list, of one shape and any strides, inputs contiguous in any shape; an absent one has
+    no elements, and a list without elements is all absent: seconds without a preconditioner, inputs of a whole program,
+    params of any other, mantissas but for bf16 params that keep one (int16). Mutates momenta, seconds, inputs, params, mantissas and table.sums. An fp16 input is multiplied by the
+    power of two in the row's "input_scale", which a bound on its largest entry gives, so that it cannot overflow.
+    """
+    name = route("before", grads, backend)
+    lists = (grads, momenta, seconds, inputs, params, mantissas)
+    _op("before", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
+    _written(momenta, seconds, inputs, params, mantissas)
+
+
+def after(
+    directions: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mantissas: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    table: Table,
+    items: Items,
+    *,
+    backend: str = "auto",
+) -> None:
+    """W <- (1 - lr wd) W - lr ratio length d / D, stored as the parameter is; lists as for `before`.
+
+    lengths: fp64, one factor on the step for each matrix of the item; without elements: 1. Mutates params, mantissas and
+    table.sums. Where the step is not taken nothing is read, so a direction may hold NaN there.
+    """
+    name = route("after", params, backend)
+    lists = (directions, seconds, params, mantissas, lengths)
+    _op("after", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
+    _written(params, mantissas)
+
+
+def _op(name: str, backend: str) -> Callable[..., None]:
+    if backend == "triton":
+        from ..kernels import multi_tensor as kernels
+
+        found: Callable[..., None] = getattr(kernels, name)
+        return found
+    op: Callable[..., None] = getattr(torch.ops.steepest, name)
+    return op
+
+
+def _written(*lists: Sequence[Tensor]) -> None:
+    """Kernels write through addresses; autograd must still see that what it saved has changed."""
+    if torch.compiler.is_compiling():
+        return
+    tensors = [t for each in lists for t in each]
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # an inference tensor, which has no version; asking each one first takes longer than the op
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+def route(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> str:
+    """The backend of a call; RuntimeError where there is none, or a forced one cannot run, with the reasons."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    why = reasons(device)
+    taken = choose(op, backend, why, device)
+    if taken == "torch":
+        raise RuntimeError(f"{op} has no version in torch ops, steepest.recipe.step_one is its reference; {why}")
+    return taken
+
+
+def reasons(device: torch.device) -> dict[str, str | None]:
+    """Why the kernels cannot run on this device, by backend; None where they can."""
+    if device.type == "cuda":
+        return {
+            "cuda": _backend.cuda_reason(device.index),
+            "triton": _backend.triton_reason(),
+            "cpu": "the tensors are on cuda",
+        }
+    elsewhere = f"the tensors are on {device.type}"
+    cpu = _backend.extension_reason if device.type == "cpu" else elsewhere
+    return {"cuda": elsewhere, "triton": elsewhere, "cpu": cpu}
+
+
+def takes(tensors: Sequence[Tensor]) -> str | None:
+    """None where the kernels take an item of these tensors, else the reason."""
+    for tensor in tensors:
+        if tensor.dtype is torch.float64 and tensor.device.type != "cpu":
+            return "float64 is for the CPU"
+        if tensor.dtype not in (*FLOATS, torch.float64, torch.int16):
+            return f"a tensor is {tensor.dtype}"
+        if tensor.dim() > STRIDED_DIMS and not tensor.is_contiguous():
+            return f"a tensor is not contiguous and has more than {STRIDED_DIMS} dimensions"
+    return None
+
+
+if _backend.extension is not None:
+
+    @torch.library.register_fake("steepest::inspect")
+    def _(*arguments: object) -> None:
+        """Mutates steps, rows, skipped and scratch; no metadata changes."""
+
+    @torch.library.register_fake("steepest::before")
+    def _(*arguments: object) -> None:
+        """Mutates momenta, seconds, inputs, params, mantissas, sums and scratch; no metadata changes."""
+
+    @torch.library.register_fake("steepest::after")
+    def _(*arguments: object) -> None:
+        """Mutates params, mantissas, sums and scratch; no metadata changes."""
