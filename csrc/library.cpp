@@ -1,8 +1,8 @@
 // The index of every op: its schema, and the importable module steepest._C.
 //
 // Schemas are registered through torch's stable ABI; implementations register themselves in csrc/ops, the fakes in
-// Python (steepest/ops). The module itself offers what needs no tensor: what this binary is, and the host-only plans and
-// formulas of the kernels, so that they are tested and printed without a GPU.
+// Python (steepest/ops). The module itself offers what needs no tensor: what this binary is, and the host-only plans
+// and formulas of the kernels, so that they are tested and printed without a GPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -79,7 +79,7 @@ std::vector<std::vector<Block>> plan_chunks(const std::vector<std::pair<int64_t,
 
 // [(size, strides), ...] after merging, or None when more dimensions are left than a kernel walks.
 std::optional<std::vector<std::pair<int64_t, mt::Ints>>> merge_dims(const mt::Ints& sizes,
-                                                                     const std::vector<mt::Ints>& strides) {
+                                                                    const std::vector<mt::Ints>& strides) {
   if (strides.size() > mt::kMaxTensors)
     throw std::invalid_argument("at most " + std::to_string(mt::kMaxTensors) + " tensors meet in an item");
   mt::Walk walk;

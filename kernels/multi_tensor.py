@@ -302,8 +302,13 @@ def before_kernel(
     for turn in range(0, length, THREADS * VECTOR):
         at = turn + tile
         mask = at < length
+        # All loads before the first store, which the compiler lets none of them pass.
         g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * grad_scale
         m = tl.load(momentum + at, mask=mask, other=0.0).to(tl.float32)
+        if V is not None:
+            v = tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
+        if P is not None:
+            p = _load_param(param, mantissa, at, mask, L)
         m = m * beta1 + g if _flag(program, HEAVY_BALL) else _lerp(m, g, one_minus_beta1, beta1)
         stored = m.to(M)
         tl.store(momentum + at, stored, mask=mask)
@@ -313,7 +318,6 @@ def before_kernel(
         else:
             d = m * inverse_mass1
         if V is not None:
-            v = tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
             v = v + g * g if _flag(program, SUM) else v * beta2 + g * g * one_minus_beta2
             tl.store(second + at, v.to(V), mask=mask)
             squared = _squared_d(program, v, eps, inverse_mass2)
@@ -333,13 +337,14 @@ def before_kernel(
                 if V is not None:
                     d = d * _inverse(squared)
         if P is not None:
-            p = _moved(program, _load_param(param, mantissa, at, mask, L), d, decay, keep, step)
+            p = _moved(program, p, d, decay, keep, step)
             update_sq += tl.sum(d * d, axis=1)
             param_sq += tl.sum(p * p, axis=1)
             _store_param(param, mantissa, program, seed, start, at, mask, p, P, L)
         if D is not None:
             if D.is_fp16():
-                d = tl.clamp(d * input_scale, -65504.0, 65504.0)
+                d = d * input_scale
+                d = tl.where(tl.abs(d) > 65504.0, tl.where(d < 0, -65504.0, 65504.0), d)  # a NaN stays one
             tl.store(direction + at, d.to(D), mask=mask)
     partial = partials + chunk.to(tl.int64) * SUMS
     tl.store(partial + INPUT_SQ, tl.sum(input_sq).to(tl.float64))
@@ -876,7 +881,8 @@ def before(
 ) -> None:
     """Equals `torch.ops.steepest.before` where `can_use` has no objection to an item; errors as for `inspect`.
 
-    Mutates momenta, seconds, inputs, params, mantissas and sums. Tensors without elements are absent, and so are those of an empty list.
+    Mutates momenta, seconds, inputs, params, mantissas and sums. Tensors without elements are absent, and so are those
+    of an empty list.
     """
     slots = (grads, momenta, seconds, inputs, params, mantissas)
     _run("before", slots, (), rows, sums, scratch, programs, row_of, matrices, first_sums, places, ratios)

@@ -161,14 +161,15 @@ def compile_triton(kernel: Any, constants: dict[str, Any], options: dict[str, An
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def assert_no_spills(compiled: Any, path: Path) -> None:
-    """At most one 8-byte number on the stack, which the ptxas of Triton 3.6 puts there outside all loops."""
+def assert_no_spills(compiled: Any, path: Path) -> int:
+    """At most one 8-byte number on the stack, which the ptxas of Triton 3.6 puts there outside all loops. Registers."""
     path.write_bytes(compiled.asm["cubin"])
-    usage = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", dump("--dump-resource-usage", str(path)))
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", dump("--dump-resource-usage", str(path)))
     assert usage is not None
-    stack, local = map(int, usage.groups())
+    registers, stack, local = map(int, usage.groups())
     assert stack <= 8
     assert local == 0
+    return registers
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_triton_moves_16_bytes(capability: int, name: str, group: str, triton_ke
     assert len(elements) == len(types)
     constants = {**dict(zip(elements, types)), "ALIGNED": True, **sizes}
     compiled = compile_triton(kernel, constants, triton_kernels.OPTIONS, capability)
-    assert_no_spills(compiled, tmp_path / "kernel.cubin")
+    assert assert_no_spills(compiled, tmp_path / "kernel.cubin") <= 128, "two programs share a multiprocessor"
 
     def vectors(instruction: str) -> int:
         return len(re.findall(rf"{instruction}\.global\S*\.v4\.b32", compiled.asm["ptx"]))

@@ -187,6 +187,69 @@ def test_gradients(cls: type[MatrixOptimizer], spoil: Callable[[nn.Parameter], N
         optimizer.step()
 
 
+def resize(p: nn.Parameter) -> None:
+    p.grad = None
+    p.data = torch.zeros(6, 3)
+    p.grad = torch.ones(6, 3)
+
+
+def keep_old_gradient(p: nn.Parameter) -> None:
+    p.grad = torch.ones_like(p)
+    p.data = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (
+            resize,
+            r"parameter 'b' \(group 1, shape \(6, 3\)\) has a state 'exp_avg' of shape \(4, 3\): a parameter that",
+        ),
+        (keep_old_gradient, r"parameter 'b' \(group 1, shape \(2, 3\)\) has a gradient of shape \(4, 3\)"),
+    ],
+    ids=["resized", "old gradient"],
+)
+@pytest.mark.parametrize("cls", [MUON, MUADAM])
+def test_a_parameter_that_changed_is_named_before_anything_is_written(
+    cls: type[MatrixOptimizer], spoil: Callable[[nn.Parameter], None], text: str
+) -> None:
+    a, b = nn.Parameter(torch.ones(5, 4)), nn.Parameter(torch.ones(4, 3))
+    optimizer = cls([{"params": [("a", a)]}, {"params": [("b", b)], "use_muon": False}])
+    for p in (a, b):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = a.detach().clone(), {key: t.clone() for key, t in optimizer.state[a].items()}
+    spoil(b)
+    with pytest.raises(RuntimeError, match=text):
+        optimizer.step()
+    assert torch.equal(a, before[0])
+    assert all(torch.equal(t, before[1][key]) for key, t in optimizer.state[a].items())
+
+
+def test_one_group_on_two_devices() -> None:
+    mixed = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3, device="meta"))]
+    with pytest.raises(ValueError, match="a group has parameters on cpu and meta: make one group per device"):
+        MUON(mixed)
+    MUON([{"params": [p]} for p in mixed])
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_whole() -> None:
+    old, params = both_kinds(MUADAM)
+    train(old, params, range(2))
+    saved = old.state_dict()
+    saved["state"][len(params) - 1]["exp_avg"] = torch.zeros(9, 9)
+    optimizer, others = both_kinds(MUADAM)
+    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 1 has shape \(9, 9\) and the parameter \(4, 3\)"):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["params"] == others[: len(others) - 2]
+
+
+def test_two_ways_of_storing_bf16() -> None:
+    with pytest.raises(ValueError, match="stochastic_rounding and keep_mantissa are two answers to one question"):
+        both_kinds(MUADAM, stochastic_rounding=True, keep_mantissa=True)
+
+
 # a group value that was good when the group was added; the error of the next step
 LATER: dict[str, tuple[str, Any, type[Exception], str]] = {
     "polar": ("polar", "best", ValueError, "preset 'best' is not known"),

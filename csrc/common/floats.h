@@ -1,4 +1,5 @@
-// 16-bit floating-point numbers as their bits, on the host and on the device: nothing here knows CUDA's or torch's types.
+// 16-bit floating-point numbers as their bits, on the host and on the device: nothing here knows CUDA's or torch's
+// types.
 #pragma once
 
 #include <cstdint>

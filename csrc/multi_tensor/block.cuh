@@ -25,7 +25,8 @@ constexpr size_t kArgumentBytes = 32764;
 constexpr size_t kArgumentBytes = 4096;
 #endif
 
-// A launch's items, handed over by value: a captured launch replays without any table in memory. Head is what they share.
+// A launch's items, handed over by value: a captured launch replays without any table in memory. Head is what they
+// share.
 template <class Head_, class Item_>
 struct alignas(8) Batch {
   using Head = Head_;
@@ -41,7 +42,8 @@ __device__ inline const typename Batch::Item& find(const Batch& batch, int32_t b
   return batch.items[owner([&](int i) { return batch.items[i].first_chunk; }, batch.count, block)];
 }
 
-// ---- elements --------------------------------------------------------------------------------------------------------
+// ---- elements
+// --------------------------------------------------------------------------------------------------------
 
 // Where element `index` of a tensor lies, in elements.
 __device__ inline int64_t offset(const Walk& walk, int tensor, int64_t index) {
@@ -53,8 +55,8 @@ __device__ inline int64_t offset(const Walk& walk, int tensor, int64_t index) {
   return at;
 }
 
-// Eight elements as they lie in memory. Fetching and converting are apart so that the loads of all tensors are under way
-// before the first is needed.
+// Eight elements as they lie in memory. Fetching and converting are apart so that the loads of all tensors are under
+// way before the first is needed.
 struct Raw {
   uint4 low, high;  // high: elements 4 to 7 of a 4-byte type
 };
@@ -212,7 +214,8 @@ __device__ inline bool combine_chunks(const Scratch& scratch, int64_t counter, i
   return true;
 }
 
-// ---- launches --------------------------------------------------------------------------------------------------------
+// ---- launches
+// --------------------------------------------------------------------------------------------------------
 
 inline void check_launch(const char* op, int32_t chunks, size_t items) {
   const cudaError_t error = cudaGetLastError();

@@ -1,8 +1,8 @@
 // The mathematics of a step, element by element and number by number, one function per line of it.
 //
-// The same text runs in the CUDA kernels on the elements a thread holds and on the host on a few hundred at a time: R is
-// float (double for fp64 tensors on the host), N how many elements. Switches over the program stand outside the loops
-// over elements: they are the same for a whole block.
+// The same text runs in the CUDA kernels on the elements a thread holds and on the host on a few hundred at a time: R
+// is float (double for fp64 tensors on the host), N how many elements. Switches over the program stand outside the
+// loops over elements: they are the same for a whole block.
 #pragma once
 
 #include <cmath>
@@ -41,9 +41,9 @@ STEEPEST_HD inline double geometric(double ratio, double t) {
 
 // A bound on |x| for the direction's input x = y / D, y the momentum as it is read.
 //
-// |y| is bounded by the largest entries of gradient and old momentum. Where a preconditioner divides, Cauchy and Schwarz
-// bound it against v = sum_j u_j g_j^2 as well: for y = sum_j w_j g_j, |y| <= c sqrt(v) with c^2 = sum_j w_j^2 / u_j, so
-// that |x| = |y|^(1 - 2p) (|y| / sqrt(v))^(2p) where D = v^p. eps only lowers |x|.
+// |y| is bounded by the largest entries of gradient and old momentum. Where a preconditioner divides, Cauchy and
+// Schwarz bound it against v = sum_j u_j g_j^2 as well: for y = sum_j w_j g_j, |y| <= c sqrt(v) with c^2 = sum_j w_j^2
+// / u_j, so that |x| = |y|^(1 - 2p) (|y| / sqrt(v))^(2p) where D = v^p. eps only lowers |x|.
 STEEPEST_HD inline double input_bound(const Program& program, const double* row, double momentum_max) {
   const double beta1 = row[kBeta1], weight = program.heavy_ball ? 1.0 : row[kOneMinusBeta1], g = row[kGradMax];
   const double m = beta1 * momentum_max + weight * g;
@@ -133,7 +133,8 @@ struct Numbers {
         input_scale(static_cast<R>(row[kInputScale])) {}
 };
 
-// ---- elements --------------------------------------------------------------------------------------------------------
+// ---- elements
+// --------------------------------------------------------------------------------------------------------
 
 // The same elements of an item's tensors; `p` as the fp32 number that parameter and mantissa make together.
 template <class R, int N>

@@ -2,13 +2,14 @@
 //
 // The CPU's backend, and the proof of what the kernels share with it: the items, the cut into chunks, the strided walk,
 // the formulas and the order in which a matrix' sums are added up.
+#include "multi_tensor/host.h"
+
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
 
 #include "multi_tensor/formulas.cuh"
-#include "multi_tensor/host.h"
 #include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
 

@@ -1,4 +1,5 @@
-// A chunk of `inspect`, `before` and `after` on the host: the formulas of the kernels, a few hundred elements at a time.
+// A chunk of `inspect`, `before` and `after` on the host: the formulas of the kernels, a few hundred elements at a
+// time.
 //
 // Compiled once for each instruction set (host_*.cpp names it in STEEPEST_ISA); everything here and in the headers it
 // takes its formulas from lies in a namespace of that name, so that no function of one set is linked into another.
@@ -73,19 +74,19 @@ void store(void* at, Dtype dtype, bool flat, const Walk& walk, int tensor, int64
   switch (dtype) {
     case Dtype::f32:
       return scatter(static_cast<float*>(at), flat, walk, tensor, start, count, from,
-                   [](R x) { return static_cast<float>(x); });
+                     [](R x) { return static_cast<float>(x); });
     case Dtype::f64:
       return scatter(static_cast<double*>(at), flat, walk, tensor, start, count, from,
-                   [](R x) { return static_cast<double>(x); });
+                     [](R x) { return static_cast<double>(x); });
     case Dtype::bf16:
       return scatter(static_cast<uint16_t*>(at), flat, walk, tensor, start, count, from,
-                   [](R x) { return to_bf16(static_cast<float>(x)); });
+                     [](R x) { return to_bf16(static_cast<float>(x)); });
     case Dtype::f16:
       return scatter(static_cast<uint16_t*>(at), flat, walk, tensor, start, count, from,
-                   [](R x) { return to_f16(static_cast<float>(x)); });
+                     [](R x) { return to_f16(static_cast<float>(x)); });
     case Dtype::i16:
       return scatter(static_cast<int16_t*>(at), flat, walk, tensor, start, count, from,
-                   [](R x) { return static_cast<int16_t>(x); });
+                     [](R x) { return static_cast<int16_t>(x); });
   }
 }
 
@@ -119,8 +120,7 @@ struct Part {
     if (!has(kMantissa)) return;
     R low[kTile];
     load(kMantissa, low);
-    for (int j = 0; j < count; ++j)
-      p[j] = join({to_bf16(static_cast<float>(p[j])), static_cast<int16_t>(low[j])});
+    for (int j = 0; j < count; ++j) p[j] = join({to_bf16(static_cast<float>(p[j])), static_cast<int16_t>(low[j])});
   }
   void store_param(R* p) const {
     if (item.program.rounding == Program::kStochastic && item.dtype[kParam] == Dtype::bf16) {

@@ -99,7 +99,7 @@ struct Before : Worker {
     convert(m, item.dtype[kMomentum], tile.m);
     if (has(kSecond)) convert(v, item.dtype[kSecond], tile.v);
     if (has(kParam)) convert_param(p, low, tile.p);
-    before(item.program, n, tile, sums, [&](float(&m)[N]) {
+    before(item.program, n, tile, sums, [&](float (&m)[N]) {
       if (item.dtype[kMomentum] == Dtype::f32) return;
 #pragma unroll
       for (int j = 0; j < N; ++j) {

@@ -50,8 +50,7 @@ bool merge_dims(const Ints& sizes, const std::vector<Ints>& strides, Walk& walk)
     if (sizes[d] == 1) continue;
     const int last = walk.dims - 1;
     bool joins = last >= 0;
-    for (size_t t = 0; joins && t < strides.size(); ++t)
-      joins = walk.stride[t][last] == strides[t][d] * sizes[d];
+    for (size_t t = 0; joins && t < strides.size(); ++t) joins = walk.stride[t][last] == strides[t][d] * sizes[d];
     if (!joins && walk.dims == kMaxDims) return false;
     const int at = joins ? last : walk.dims++;
     walk.size[at] = joins ? walk.size[at] * sizes[d] : sizes[d];

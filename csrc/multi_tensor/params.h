@@ -80,13 +80,13 @@ enum Column : int {
 
 // Columns of a matrix' line of sums. The first five are `before`'s, the last two `after`'s.
 enum Sum : int {
-  kInputSq,     // sum of squares of the direction's input, before the power of two; 0 where the input is the direction
-  kInputMax,    // its largest magnitude
-  kGradDot,     // <g, m>, m the new momentum
-  kMomentumSq,  // sum of squares of the new momentum
-  kMomentumMax, // its largest magnitude: bounds the next input
-  kUpdateSq,    // sum of squares of the update, step length included and weight decay not
-  kParamSq,     // sum of squares of the new parameter
+  kInputSq,      // sum of squares of the direction's input, before the power of two; 0 where the input is the direction
+  kInputMax,     // its largest magnitude
+  kGradDot,      // <g, m>, m the new momentum
+  kMomentumSq,   // sum of squares of the new momentum
+  kMomentumMax,  // its largest magnitude: bounds the next input
+  kUpdateSq,     // sum of squares of the update, step length included and weight decay not
+  kParamSq,      // sum of squares of the new parameter
   kSums
 };
 
@@ -94,14 +94,14 @@ struct Item {
   void* at[kSlots];  // nullptr: the item has no such tensor
   Dtype dtype[kSlots];
   int64_t matrices;
-  int64_t size;     // elements of a matrix
-  int32_t row;      // of the table of numbers
+  int64_t size;       // elements of a matrix
+  int32_t row;        // of the table of numbers
   int64_t first_sum;  // line of its first matrix in the table of sums
   Program program;
-  double ratio;             // on the learning rate, for the shape
-  uint32_t place[3];        // group, parameter, piece: tells its random bits from another's
-  const double* lengths;    // nullptr, or one factor on the step for each matrix
-  bool flat;                // see layout.h; otherwise `walk` says where the elements are
+  double ratio;           // on the learning rate, for the shape
+  uint32_t place[3];      // group, parameter, piece: tells its random bits from another's
+  const double* lengths;  // nullptr, or one factor on the step for each matrix
+  bool flat;              // see layout.h; otherwise `walk` says where the elements are
   Walk walk;
 };
 

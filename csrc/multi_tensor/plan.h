@@ -1,9 +1,9 @@
 // Which block works on which part of which item.
 //
-// The matrices of an item are cut into chunks of `chunk` elements, none of which holds elements of two matrices, so that
-// a matrix' sums are sums over its chunks. A launch takes up to `capacity` items (what its kernel arguments hold) and
-// one block for every chunk of theirs. A block finds its item by bisection over `first_chunk`, so there is no table that
-// grows with the number of elements.
+// The matrices of an item are cut into chunks of `chunk` elements, none of which holds elements of two matrices, so
+// that a matrix' sums are sums over its chunks. A launch takes up to `capacity` items (what its kernel arguments hold)
+// and one block for every chunk of theirs. A block finds its item by bisection over `first_chunk`, so there is no table
+// that grows with the number of elements.
 #pragma once
 
 #include <cstdint>

@@ -63,9 +63,9 @@ Dtype element_type(const Tensor& tensor, const Place& place, const char* name, s
 // A contiguous fp64 table of `width` columns, its number of lines.
 int64_t check_table(const Tensor& table, const Place& place, int64_t width, const char* name) {
   place.check(table, name);
-  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Double && table.is_contiguous() && table.dim() == 2 &&
-                      table.size(1) == width,
-                  name, " must be a contiguous float64 table of ", width, " columns");
+  STD_TORCH_CHECK(
+      table.scalar_type() == ScalarType::Double && table.is_contiguous() && table.dim() == 2 && table.size(1) == width,
+      name, " must be a contiguous float64 table of ", width, " columns");
   return table.size(0);
 }
 
@@ -120,7 +120,8 @@ void lay_out(const std::array<const Tensor*, kSlots>& tensors, const bool (&writ
       strides.push_back(contiguous_strides(sizes));
     else
       strides.push_back(to_ints((tensors[slot] != nullptr ? tensors[slot] : first)->strides()));
-    STD_TORCH_CHECK(tensors[slot] == nullptr || !written[slot] || !may_overlap(sizes, strides.back()), kNames[slot], "[", i,
+    STD_TORCH_CHECK(tensors[slot] == nullptr || !written[slot] || !may_overlap(sizes, strides.back()), kNames[slot],
+                    "[", i,
                     "] may hold one element at two indices, so it cannot be updated in place; clone() it first");
   }
   flat = matrices == 1 && is_flat(sizes, strides);
@@ -162,7 +163,8 @@ void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, con
   check_lengths(first_sums.size(), grads.size() + 1, "first_sums");
   check_lengths(tensor_at.size(), tensors.size(), "tensor_at");
   place.check(skipped, "skipped");
-  STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Long && skipped.numel() == 1, "skipped must be one int64 number");
+  STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Long && skipped.numel() == 1,
+                  "skipped must be one int64 number");
   if (grads.empty()) return;
 
   std::vector<Number> numbers;
@@ -199,10 +201,10 @@ void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, con
     }
     owner.program = Program(programs[i]);
     owner.first_sum = first_sums[i], owner.end_sum = first_sums[i + 1];
-    STD_TORCH_CHECK(0 <= owner.first_sum && owner.first_sum <= owner.end_sum && owner.end_sum <= lines, "first_sums[", i,
-                    "] names lines that the table of sums does not have");
-    STD_TORCH_CHECK(hyper_of[i] >= 0 && (hyper_of[i] + 1) * kHypers <= static_cast<int64_t>(numbers.size()), "hyper_of[",
-                    i, "] is ", hyper_of[i], "; hyper holds ", kHypers, " numbers for each group");
+    STD_TORCH_CHECK(0 <= owner.first_sum && owner.first_sum <= owner.end_sum && owner.end_sum <= lines, "first_sums[",
+                    i, "] names lines that the table of sums does not have");
+    STD_TORCH_CHECK(hyper_of[i] >= 0 && (hyper_of[i] + 1) * kHypers <= static_cast<int64_t>(numbers.size()),
+                    "hyper_of[", i, "] is ", hyper_of[i], "; hyper holds ", kHypers, " numbers for each group");
     std::copy_n(numbers.begin() + hyper_of[i] * kHypers, static_cast<int>(kHypers), owner.hyper);
     chunks += chunks_of(1, gradient.size);
     params.gradients.push_back(gradient);
@@ -260,9 +262,9 @@ Item make_item(const Lists& lists, const Place& place, size_t i) {
   if (lists.lengths != nullptr && !lists.lengths->empty() && (*lists.lengths)[i].numel() != 0) {
     const Tensor& lengths = (*lists.lengths)[i];
     place.check(lengths, "lengths", i);
-    STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Double && lengths.is_contiguous() &&
-                        lengths.numel() == item.matrices,
-                    "lengths[", i, "] must hold one float64 number for each of ", item.matrices, " matrices");
+    STD_TORCH_CHECK(
+        lengths.scalar_type() == ScalarType::Double && lengths.is_contiguous() && lengths.numel() == item.matrices,
+        "lengths[", i, "] must hold one float64 number for each of ", item.matrices, " matrices");
     item.lengths = static_cast<const double*>(lengths.const_data_ptr());
   }
   return item;
@@ -271,7 +273,8 @@ Item make_item(const Lists& lists, const Place& place, size_t i) {
 // A tensor that the item's program needs and does not have.
 void check_complete(const Item& item, Stage stage, size_t i) {
   const auto needs = [&](Slot slot, bool wanted) {
-    STD_TORCH_CHECK(!wanted || item.at[slot] != nullptr, "item ", i, " has no ", kNames[slot], ", which its program uses");
+    STD_TORCH_CHECK(!wanted || item.at[slot] != nullptr, "item ", i, " has no ", kNames[slot],
+                    ", which its program uses");
   };
   const bool given = item.program.direction == Program::kGiven;
   needs(kSecond, item.program.power != Program::kNone);

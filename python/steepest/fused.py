@@ -26,7 +26,7 @@ from .matrices import Piece
 from .ops import multi_tensor
 from .ops.multi_tensor import Groups, Item, Items, Scaling, Table
 from .ops.program import Power, Program
-from .parts import Diagonal, Direction, Frobenius, Hyper, Identity, Sign, shape_ratio
+from .parts import Diagonal, Frobenius, Hyper, Identity, Sign, shape_ratio
 from .recipe import Recipe, State
 
 _POWERS: dict[float, Power] = {0.25: "quarter", 0.5: "half", 1 / 6: "sixth"}

@@ -267,12 +267,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _new_plan(self) -> plan.Plan:
         stepping = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        self._init_states([
-            (p, p.grad.dtype, group)
-            for params, group in zip(stepping, self.param_groups, strict=True)
-            for p in params
-            if p.grad is not None
-        ])
+        self._init_states(
+            [
+                (p, p.grad.dtype, group)
+                for params, group in zip(stepping, self.param_groups, strict=True)
+                for p in params
+                if p.grad is not None
+            ]
+        )
         groups = [
             plan.Group(
                 self._recipe(group),
@@ -305,7 +307,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if p.grad.layout != torch.strided:
                 raise RuntimeError(f"{name} does not support sparse gradients; found one of {what}")
             if p.grad.device != p.device:
-                raise RuntimeError(f"{what} is on {p.device} and its gradient on {p.grad.device}: move one to the other")
+                raise RuntimeError(
+                    f"{what} is on {p.device} and its gradient on {p.grad.device}: move one to the other"
+                )
             if p.grad.shape != p.shape:
                 raise RuntimeError(f"{what} has a gradient of shape {tuple(p.grad.shape)}: make them equal")
             self._check_tensor(p)
@@ -426,6 +430,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
         groups = {f"{i}/{name}": t for i, each in enumerate(self._plan.metrics()) for name, t in each.items()}
         return groups | {f"skipped/{device}": count.clone() for device, count in self._skipped.items()}
 
+    def make_capturable(self) -> None:
+        """Sets capturable in every group and puts its numbers on the device, as the argument of that name does.
+
+        RuntimeError, with the reason, for a group whose step a CUDA graph cannot hold.
+        """
+        for number, group in enumerate(self.param_groups):
+            direction = self._recipe(group).direction
+            if group["params"] and not direction.capturable:
+                raise RuntimeError(
+                    f"group {number} cannot be captured in a CUDA graph: {direction} reads from the device in every "
+                    "step; choose an iterative preset, such as polar='auto'"
+                )
+        for group in self.param_groups:
+            group["capturable"] = True
+            self._numbers_on_device(group)
+
     def describe(self) -> str:
         """A table with a row per parameter: name, shape, rule, reason, effective learning rate and backend."""
         counter = itertools.count()
@@ -496,7 +516,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     if isinstance(value, Tensor) and value.ndim and value.numel() and value.shape != p.shape:
                         raise ValueError(
                             f"the checkpoint's {name!r} of {_name(group, i)} has shape {tuple(value.shape)} and the "
-                            f"parameter {tuple(p.shape)}: it belongs to another model, or to another order of parameters"
+                            f"parameter {tuple(p.shape)}: it is of another model, or of another order of parameters"
                         )
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:

@@ -17,14 +17,14 @@ from .fused import Entry, Layout, program
 from .matrices import Piece
 from .ops import multi_tensor
 from .ops.backend import requested
-from .ops.multi_tensor import Scaling
+from .ops.multi_tensor import NOT_SCALED, Scaling
 from .parts import Hyper
 from .recipe import Recipe, State
 
 
 @dataclass(frozen=True)
 class Group:
-    """The parameters of a group that have a gradient, index by index as in `unfused.Batch`; places: (group, parameter)."""
+    """The parameters of a group that have a gradient, index by index as in `unfused.Batch`."""
 
     recipe: Recipe
     params: Sequence[Tensor]
@@ -82,7 +82,7 @@ class Plan:
         for (device, backend, max_bytes), some in entries.items():
             self._layouts.append(Layout(some, skipped[device], backend, max_bytes))
 
-    def step(self, hypers: Sequence[Hyper], scaling: Scaling = Scaling()) -> None:
+    def step(self, hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED) -> None:
         """One step in place; hypers[i] are the numbers of group i. Gradients are read from the parameters."""
         for layout in self._layouts:
             layout.step(hypers, _scaling_on(scaling, layout.device))

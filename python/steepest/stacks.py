@@ -17,9 +17,10 @@ ALIGNMENT = 128  # bytes
 
 
 def stack(states: Sequence[State]) -> None:
-    """Moves the tensors of these states, in place of the dictionaries, into stacks: by key, shape, strides, dtype, device.
+    """Moves the tensors of these states into stacks, one for each key, shape, strides, dtype and device.
 
-    Values, strides and dtypes stay. Tensors that are not dense in memory, and those that are alone, stay where they are.
+    The dictionaries take the views; values, strides and dtypes stay. Tensors that are not dense in memory and those
+    that are alone stay where they are.
     """
     buckets: dict[tuple[str, tuple[object, ...]], list[State]] = {}
     for state in states:

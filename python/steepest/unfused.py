@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .matrices import Piece
-from .ops.multi_tensor import Scaling
+from .ops.multi_tensor import NOT_SCALED, Scaling
 from .parts import Hyper, shape_ratio
 from .recipe import Recipe, State, all_finite
 
@@ -37,7 +37,7 @@ class Batch:
     pieces: Sequence[tuple[Piece, ...]]
     places: Sequence[tuple[int, int]]
     maximize: bool = False
-    scaling: Scaling = Scaling()
+    scaling: Scaling = NOT_SCALED
 
     def signed(self, g: Tensor) -> Tensor:
         """The gradient of what is minimised, unscaled."""

@@ -256,7 +256,8 @@ def test_the_fp16_path_keeps_its_range(spectrum: str, scale: float) -> None:
     """
     x = with_spectrum(24, 64, spectrum)[None]
     plan = tables.SCHEDULES["auto"]
-    y = newton_schulz(_prescaled((scale * x).float(), torch.float16), plan, (2,), Workspace(), eps=1e-7, slack=torch.empty(len(x)))
+    y = _prescaled((scale * x).float(), torch.float16)
+    y = newton_schulz(y, plan, (2,), Workspace(), eps=1e-7, slack=torch.empty(len(x)))
     assert y.isfinite().all()
     assert (y[0].double() - expected(x[0], "auto")).norm() / max(1, expected(x[0], "auto").norm()) < 0.3
 

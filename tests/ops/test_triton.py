@@ -43,7 +43,7 @@ PROGRAMS = (
     Program(power="sixth", second_correction=True, direction="sign"),
 )
 # (matrices, shape): no multiple of 8, of a chunk; several matrices; several chunks a matrix.
-SHAPES = ((1, (5,)), (1, (3, 24)), (4, (4, 6, 8)), (3, (3, 5, 7)), (1, ()), (1, (1, 1, 9)), (2, (2, 3, CHUNK // 2 + 3)))
+SHAPES = ((1, (5,)), (1, (3, 24)), (4, (4, 6, 8)), (3, (3, 5, 7)), (1, ()), (1, (1, 1, 9)), (2, (2, CHUNK + 3)))
 # Gradient, momentum, second moment, direction's input, parameter.
 TYPES = ((F, F, F, B, F), (B, B, F, H, B), (F, B, B, B, B), (H, F, F, F, H))
 GROUPS = ((3e-2, 0.1, 0.95, 0.99, 1e-6), (2e-2, 0.0, 0.6, 0.9, 1e-3), (1e-1, 0.5, 0.0, 0.5, 0.0))
@@ -113,24 +113,24 @@ def problem() -> State:
     generator = torch.Generator().manual_seed(0)
     lists: dict[str, list[Any]] = {name: [] for name in State.__dataclass_fields__ if name != "table"}
     turn = 0
+
+    def random(dtype: torch.dtype, scale: float, shape: tuple[int, ...]) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
     for base in PROGRAMS:
         for grad, momentum, second, into, param in TYPES:
             mode = ("nearest", "stochastic", "mantissa")[turn % 3]
             program = Program(**{**vars(base), "rounding": mode})
             matrices, shape = SHAPES[turn % len(SHAPES)]
-
-            def random(dtype: torch.dtype, scale: float = 1.0, shape: tuple[int, ...] = shape) -> Tensor:
-                return (torch.randn(shape, generator=generator) * scale).to(dtype)
-
             absent = torch.empty(0)
-            weight = random(param)
+            weight = random(param, 1.0, shape)
             keeps = mode == "mantissa" and param == B
             low = torch.randint(-(2**15), 2**15, shape, generator=generator).to(torch.int16)
             lists["programs"].append(program)
             lists["matrices"].append(matrices)
-            lists["grads"].append(random(grad))
-            lists["momenta"].append(random(momentum, 0.1))
-            lists["seconds"].append(random(second).square() if program.power != "none" else absent)
+            lists["grads"].append(random(grad, 1.0, shape))
+            lists["momenta"].append(random(momentum, 0.1, shape))
+            lists["seconds"].append(random(second, 1.0, shape).square() if program.power != "none" else absent)
             lists["inputs"].append(absent if program.whole else torch.full(shape, NAN, dtype=into))
             lists["params"].append(weight)
             lists["mantissas"].append(low if keeps else torch.empty(0, dtype=torch.int16))
@@ -144,16 +144,18 @@ def problem() -> State:
     for name in ("grads", "params"):  # an address that is no multiple of 16
         room = torch.zeros(25, dtype=lists[name][2 * len(SHAPES)].dtype)
         lists[name][2 * len(SHAPES)] = room[1:6].copy_(lists[name][2 * len(SHAPES)])
-    for i in (17, 20, 26):  # one of every power, in the group where eps is 0: 1 / 0 = 0, and 1e-40 is not 0
-        lists["grads"][i].view(-1)[:2] = 0
-        lists["seconds"][i].view(-1)[:2] = torch.tensor([0, 1e-40])
-        lists["momenta"][i].view(-1)[:2] = torch.tensor([1e-20, 1e-20])
+    for i in (17, 20, 50):  # one of every power, in the group where eps is 0: 1 / 0 = 0, and 1e-40 is not 0
+        for name, small in (("grads", 1e-20), ("seconds", 1e-40), ("momenta", 1e-20)):
+            lists[name][i].view(-1)[:2] = torch.tensor([0, small])
     lists["overrides"] = [torch.tensor(0.05), torch.tensor(0.9375, dtype=torch.float64)]
     numel = [t.numel() for t in lists["grads"]]
     items = [(m, n // m) for m, n in zip(lists["matrices"], numel)]
     table = Table.empty(torch.zeros((), dtype=torch.int64), numel, items)
     table.sums.copy_(torch.rand(table.sums.shape, generator=generator))
-    return State(**lists, table=table)
+    state = State(**lists, table=table)
+    state.momenta[1] *= 1e5  # larger than the sums say, so that its fp16 input is clamped
+    table.column("momentum_max")[state.first_sums()[1] : state.first_sums()[2]] = 0
+    return state
 
 
 def _transposed(t: Tensor) -> Tensor:
@@ -287,17 +289,18 @@ def nothing_is_uploaded_twice(device: torch.device) -> None:
 
 
 def mend_the_interpreter() -> None:
-    """Rounds fp32 to bf16 to nearest, as GPUs do, instead of cutting; knows numpy 2.4, as Triton 3.6 does not."""
+    """bf16 as on GPUs, rounded to nearest instead of cut and its subnormals exact; and numpy 2.4 for Triton 3.6."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     cut, patch = interpreter._convert_float, interpreter._patch_lang_tensor
 
     def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if source != tl.float32 or target != tl.bfloat16:
-            return cut(data, source, target, mode)
-        rounded = torch.from_numpy(data.copy()).to(torch.bfloat16).view(torch.int16)
-        return rounded.numpy().view("uint16")
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(data.copy()).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return data.view("uint16").astype("uint32") << 16
+        return cut(data, source, target, mode)
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)

@@ -23,8 +23,8 @@ STANDARD_PRESETS = ("jordan", "you", "polar_express")
 # Two steps in the Gram form cost 3a + 5 half products of m^3, in the standard form 6a + 2, a = long side / short side.
 GRAM_ASPECT = 1.25
 # Below this short side a 16-bit Gram form is not bounded: rounding errors of X X^T do not average out, its smallest
-# eigenvalues turn negative, and the iteration carries them away. Largest singular value of the result, over thousands
-# of matrices of a log-uniform spectrum, bf16 and "auto": 2e12 at 4 x 5, 1e5 at 16 x 20, 1.4 at 32 x 40, 1.05 from 96 on.
+# eigenvalues turn negative, and the iteration carries them away. Largest singular value of the result over thousands of
+# matrices with log-uniform singular values, bf16 and "auto": 2e12 at 4 x 5, 1e5 at 16 x 20, 1.4 at 32 x 40, 1.05 at 96.
 GRAM_SHORT_SIDE = 128
 # Elements of X worked on at once on a CPU: a larger matrix goes alone, whose products are then taken by block rows.
 CPU_CHUNK = 1 << 17

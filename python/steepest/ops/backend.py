@@ -1,4 +1,4 @@
-"""Which backend an op runs on: the compiled CUDA kernels, Triton, the compiled host code, or plain torch, in this order.
+"""Which backend an op runs on: compiled CUDA kernels, Triton, compiled host code or plain torch, in this order.
 
 An op asks `choose` with the reasons, if any, why each backend cannot take the call. The caller's `backend=` argument
 or the environment variable STEEPEST_BACKEND forces one; a forced backend that cannot run is an error that names the

@@ -58,7 +58,7 @@ HYPERS = 5
 class Table:
     """Device memory that outlives a step.
 
-    rows: (parameters, len(COLUMNS)), sums: (matrices, len(SUMS)), scratch: (n,), all fp64; skipped: () int64, a counter.
+    rows: (parameters, len(COLUMNS)), sums: (matrices, len(SUMS)) and scratch: (n,), fp64; skipped: () int64, a counter.
     """
 
     rows: Tensor
@@ -141,6 +141,9 @@ class Scaling:
     grad_scale: Tensor | None = None
 
 
+NOT_SCALED = Scaling()
+
+
 def inspect(
     grads: Sequence[Tensor],
     steps: Sequence[Tensor],
@@ -148,7 +151,7 @@ def inspect(
     programs: Sequence[int],
     first_sums: Sequence[int],
     groups: Groups,
-    scaling: Scaling = Scaling(),
+    scaling: Scaling = NOT_SCALED,
     *,
     backend: str = "auto",
 ) -> None:
@@ -179,10 +182,11 @@ def before(
 ) -> None:
     """m and v take the gradient, x = read(m) / D is stored in `inputs`; where the program is whole, W moves as well.
 
-    Item by item one tensor of each list, of one shape and any strides, inputs contiguous in any shape; an absent one has
-    no elements, and a list without elements is all absent: seconds without a preconditioner, inputs of a whole program,
-    params of any other, mantissas but for bf16 params that keep one (int16). Mutates momenta, seconds, inputs, params, mantissas and table.sums. An fp16 input is multiplied by the
-    power of two in the row's "input_scale", which a bound on its largest entry gives, so that it cannot overflow.
+    Item by item one tensor of each list, of one shape and any strides, inputs contiguous in any shape; an absent one
+    has no elements, and a list without elements is all absent: seconds without a preconditioner, inputs of a whole
+    program, params of any other, mantissas but for bf16 params that keep one (int16). Mutates momenta, seconds, inputs,
+    params, mantissas and table.sums. An fp16 input is multiplied by the power of two in the row's "input_scale", which
+    a bound on its largest entry gives, so that it cannot overflow.
     """
     name = route("before", grads, backend)
     lists = (grads, momenta, seconds, inputs, params, mantissas)
@@ -203,8 +207,8 @@ def after(
 ) -> None:
     """W <- (1 - lr wd) W - lr ratio length d / D, stored as the parameter is; lists as for `before`.
 
-    lengths: fp64, one factor on the step for each matrix of the item; without elements: 1. Mutates params, mantissas and
-    table.sums. Where the step is not taken nothing is read, so a direction may hold NaN there.
+    lengths: fp64, one factor on the step for each matrix of the item; without elements: 1. Mutates params, mantissas
+    and table.sums. Where the step is not taken nothing is read, so a direction may hold NaN there.
     """
     name = route("after", params, backend)
     lists = (directions, seconds, params, mantissas, lengths)

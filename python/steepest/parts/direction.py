@@ -26,6 +26,8 @@ class Direction:
 
     #: whether many matrices at once are cheaper than one after the other
     batched = False
+    #: whether `unit` never waits for the device, so that a CUDA graph can hold it
+    capturable = True
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         """The direction; slack: (batch,) fp32, filled with what `Spectral` knows of its norm bound and else left."""
@@ -94,6 +96,10 @@ class Spectral(Direction):
     max_workspace_bytes: int | None = None
 
     batched = True
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        return self.preset != "svd" or self.coefficients is not None
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return polar.polar(

@@ -24,7 +24,7 @@ _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive numbers
 
 @dataclass(frozen=True)
 class Rounding:
-    """Storage of the new weight; "stochastic" and "mantissa" apply to bf16 weights and leave other dtypes to nearest."""
+    """Storage of the new weight; "stochastic" and "mantissa" are for bf16 weights, others are rounded to nearest."""
 
     mode: Literal["nearest", "stochastic", "mantissa"] = "nearest"
     key: str = "mantissa"
@@ -59,7 +59,7 @@ class Rounding:
     def store(
         self, value: Tensor, dtype: torch.dtype, step: Tensor | None, place: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(w in dtype, new state) of W; step is t (0-d), place tells this tensor from others: (group, parameter, piece)."""
+        """(w in dtype, new state) of W; step is t (0-d), place (group, parameter, piece) tells this tensor from others."""
         if self.mode == "nearest" or dtype != torch.bfloat16:
             return value.to(dtype), {}
         bits = value.view(torch.int32)

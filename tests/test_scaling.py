@@ -1,0 +1,61 @@
+"""torch.amp.GradScaler: the step unscales and skips by itself, on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steepest.optimizer import MatrixOptimizer
+from training import OPTIMIZERS, all_same_bits, both_kinds, copies, give_gradients, state_copies
+
+every_optimizer = pytest.mark.parametrize("cls", OPTIMIZERS[:2])
+both_paths = pytest.mark.parametrize("backend", ["auto", "torch"])
+SCALE = 2.0**10
+
+
+def scaled_gradients(params: list[torch.nn.Parameter], step: int) -> None:
+    give_gradients(params, step)
+    for p in params:
+        assert p.grad is not None
+        p.grad.mul_(SCALE)
+
+
+@every_optimizer
+@both_paths
+@pytest.mark.parametrize("unscale", [False, True], ids=["by the step", "before clipping"])
+def test_scaled_is_unscaled(cls: type[MatrixOptimizer], backend: str, unscale: bool) -> None:
+    """A power of two changes no bit."""
+    (scaled, a), (plain, b) = both_kinds(cls, backend=backend), both_kinds(cls, backend=backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1000)
+    scaler.scale(torch.zeros(()))
+    for step in range(3):
+        scaled_gradients(a, step)
+        if unscale:
+            scaler.unscale_(scaled)
+        scaler.step(scaled)
+        scaler.update()
+        give_gradients(b, step)
+        plain.step()
+    assert all_same_bits(a, b)
+    assert not hasattr(scaled, "found_inf")
+
+
+@every_optimizer
+@both_paths
+def test_one_infinity_stops_the_whole_step(cls: type[MatrixOptimizer], backend: str) -> None:
+    optimizer, params = both_kinds(cls, backend=backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    scaler.scale(torch.zeros(()))
+    scaled_gradients(params, 0)
+    scaler.step(optimizer)
+    scaler.update()
+    before, states = copies(params), state_copies(optimizer)
+    scaled_gradients(params, 1)
+    params[-1].grad.view(-1)[0] = float("inf")  # type: ignore[union-attr]
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == SCALE / 2
+    assert all_same_bits(params, before)
+    for old, new in zip(states, state_copies(optimizer), strict=True):
+        assert all(torch.equal(old[key], new[key]) for key in old)
+    assert int(optimizer.skipped_updates()[torch.device("cpu")]) == len(params)
