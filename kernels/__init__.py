@@ -1,1 +1,1 @@
-"""Triton kernels, one op per file. Imports torch and Triton only."""
+"""Triton kernels, one family of ops per file. Imports torch and Triton only."""

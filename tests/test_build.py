@@ -15,6 +15,7 @@ import sysconfig
 import tarfile
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -252,11 +253,19 @@ def test_build_info() -> None:
 
 
 @needs_extension
-def test_ops_are_registered() -> None:
-    schema = "steepest::after(Tensor(a0!)[] params, Tensor[] updates, Tensor keep, Tensor step) -> ()"
-    assert str(torch.ops.steepest.after.default._schema).replace("(a!)", "(a0!)") == schema
-    if extension().build_info()["cuda"] is not None:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key("steepest::after", "CUDA")
+@pytest.mark.parametrize(
+    "op,written",
+    [
+        ("inspect", {"steps", "rows", "skipped", "scratch"}),
+        ("before", {"momenta", "seconds", "inputs", "params", "mantissas", "sums", "scratch"}),
+        ("after", {"params", "mantissas", "sums", "scratch"}),
+    ],
+)
+def test_ops_are_registered(op: str, written: set[str]) -> None:
+    schema = getattr(torch.ops.steepest, op).default._schema
+    assert {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write} == written
+    keys = ["CPU"] if extension().build_info()["cuda"] is None else ["CPU", "CUDA"]
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"steepest::{op}", key) for key in keys)
 
 
 @needs_extension
@@ -295,13 +304,15 @@ import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name in ("steepest._C", "triton") else find(name, package)
 import torch, steepest
-from steepest.ops.after import after
-p = torch.ones(3)
-after([p], [torch.ones(3)], torch.ones(1), torch.ones(1))
-print(p.sum().item(), steepest.backends()["cuda"][1])
+p, q = torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.ones(3))
+optimizer = steepest.MuAdam([{"params": [p]}, {"params": [q], "use_muon": False}], adamw_lr=0.5)
+p.grad, q.grad = torch.ones(3, 2), torch.ones(3)
+optimizer.step()
+assert bool((p < 0).all()), p
+print(f"{q.sum().item():.3f}", steepest.backends()["cuda"][1])
 """
     done = subprocess.run([sys.executable, "-c", blocker], capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith("0.0 the compiled part is not built; run `pip install"), done.stderr
+    assert done.stdout.startswith("1.500 the compiled part is not built; run `pip install"), done.stderr
 
 
 # ---- which backend
@@ -361,7 +372,7 @@ def test_doctor_names_the_driver_or_why_not() -> None:
 
 def test_backends_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     states = steepest.backends()
-    assert list(states) == ["cuda", "triton", "torch"]
+    assert list(states) == ["cuda", "triton", "cpu", "torch"]
     assert states["torch"][0]
     assert all(reason for _, reason in states.values())
     assert cli.main(["doctor", "--json"]) == 0
@@ -505,7 +516,7 @@ def test_python_and_the_binary_agree_on_sizes() -> None:
     assert found == (multi_tensor.CHUNK, len(multi_tensor.COLUMNS), len(multi_tensor.SUMS), multi_tensor.STRIDED_DIMS)
 
 
-FIELDS = [
+FIELDS: list[dict[str, Any]] = [
     *({name: True} for name, value in vars(Program()).items() if isinstance(value, bool)),
     *({"power": power} for power in ("quarter", "half", "sixth")),
     *({"direction": kind} for kind in ("identity", "sign")),

@@ -99,15 +99,22 @@ __device__ inline uint16_t to_half_word(float value, Dtype dtype) {
   return dtype == Dtype::bf16 ? to_bf16(value) : to_f16(value);
 }
 
+// Said as one instruction: an assignment is four stores to the compiler, which it does not always join again.
+__device__ inline void put_words(void* at, uint4 words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 __device__ inline void put(void* at, int64_t index, const uint16_t (&half)[kVector]) {
-  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(at) + index) = pack(half);
+  put_words(static_cast<uint16_t*>(at) + index, pack(half));
 }
 
 __device__ inline void put(void* at, Dtype dtype, int64_t index, const float (&from)[kVector]) {
   if (dtype == Dtype::f32) {
-    float4* to = reinterpret_cast<float4*>(static_cast<float*>(at) + index);
-    to[0] = make_float4(from[0], from[1], from[2], from[3]);
-    to[1] = make_float4(from[4], from[5], from[6], from[7]);
+    float* to = static_cast<float*>(at) + index;
+    put_words(to, {bits_of(from[0]), bits_of(from[1]), bits_of(from[2]), bits_of(from[3])});
+    put_words(to + 4, {bits_of(from[4]), bits_of(from[5]), bits_of(from[6]), bits_of(from[7])});
     return;
   }
   uint16_t half[kVector];
@@ -146,14 +153,17 @@ struct RawOf<1> {
   using type = RawOne;
 };
 
-// Calls body.template operator()<N>(index) for every element of a chunk, this thread's share of it: N at a time where
-// `vectors` says that all tensors are aligned, and one at a time otherwise and at the end.
-template <class Body>
-__device__ inline void for_each_element(const Span& span, bool vectors, Body& body) {
+// Calls body.template operator()<N>(index) for every element of a chunk, this thread's share of it: kVector at a time
+// where the kernel knows flat items and this one is aligned, and one at a time otherwise and at the end.
+template <bool kFlat, class Body>
+__device__ inline void for_each_element(const Span& span, bool aligned, Body& body) {
   const int64_t end = span.start + span.length;
-  const int64_t cut = vectors ? span.start + span.length / kVector * kVector : span.start;
-  for (int64_t i = span.start + threadIdx.x * kVector; i < cut; i += kThreads * kVector)
-    body.template operator()<kVector>(i);
+  int64_t cut = span.start;
+  if constexpr (kFlat) {
+    if (aligned) cut += span.length / kVector * kVector;
+    for (int64_t i = span.start + threadIdx.x * kVector; i < cut; i += kThreads * kVector)
+      body.template operator()<kVector>(i);
+  }
   for (int64_t i = cut + threadIdx.x; i < end; i += kThreads) body.template operator()<1>(i);
 }
 

@@ -274,6 +274,12 @@ STEEPEST_HD inline void read(const Program& program, const Numbers<R>& n, Tile<R
   sums.at[kMomentumMax] = larger(sums.at[kMomentumMax], largest(tile.m));
 }
 
+// Into the range of fp16; NaN stays NaN.
+template <class R>
+STEEPEST_HD inline R clamp_to_f16(R x) {
+  return x < R(-65504) ? R(-65504) : x > R(65504) ? R(65504) : x;
+}
+
 // The whole step where the direction is x itself: u = x / D = y / D^2, with 0 / 0 = 0.
 template <class R, int N>
 STEEPEST_HD inline void step_along_itself(const Program& program, const Numbers<R>& n, Tile<R, N>& tile,

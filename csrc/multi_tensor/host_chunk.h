@@ -20,12 +20,6 @@ int tile_count(const Span& span, int64_t done) {
   return static_cast<int>(span.length - done < kTile ? span.length - done : kTile);
 }
 
-// Into the range of fp16.
-template <class R>
-R clamp(R x) {
-  return x < R(-65504) ? R(-65504) : x > R(65504) ? R(65504) : x;
-}
-
 // Where element `index` of a tensor lies, in elements.
 int64_t offset(const Walk& walk, int tensor, int64_t index) {
   int64_t at = 0;
@@ -153,7 +147,7 @@ void before_part(const Part<R>& part, const Numbers<R>& n, Sums<R>& sums) {
   if (part.has(kParam)) part.store_param(tile.p);
   if (!part.has(kDirection)) return;
   if (item.dtype[kDirection] == Dtype::f16)
-    for (R& x : tile.d) x = clamp(x * n.input_scale);
+    for (R& x : tile.d) x = clamp_to_f16(x * n.input_scale);
   part.store(kDirection, tile.d);
 }
 

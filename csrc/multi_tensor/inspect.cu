@@ -55,11 +55,12 @@ __global__ void __launch_bounds__(kThreads) inspect(const __grid_constant__ Batc
   const int32_t block = static_cast<int32_t>(gridDim.x - 1 - blockIdx.x);
   const auto& item = find(batch, block);
   const Span part = span(item.size, kChunk, block - item.first_chunk);
+  constexpr bool kFlat = std::is_same_v<typename Batch::Item, FlatGradient>;
   const Walk* walk = nullptr;
-  if constexpr (std::is_same_v<typename Batch::Item, StridedGradient>) walk = &item.walk;
+  if constexpr (!kFlat) walk = &item.walk;
   float values[kValues] = {};
   Measure measure{item.at, item.dtype, walk, values};
-  for_each_element(part, item.aligned, measure);
+  for_each_element<kFlat>(part, item.aligned, measure);
   combine_block<kValues, kLargestValues>(values);
   double totals[kValues] = {values[kMost], values[kSquare]};
   const Head& head = batch.head;

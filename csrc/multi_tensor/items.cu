@@ -113,7 +113,7 @@ struct Before : Worker {
     if (!has(kDirection)) return;
     if (item.dtype[kDirection] == Dtype::f16) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) tile.d[j] = fminf(fmaxf(tile.d[j] * n.input_scale, -65504.f), 65504.f);
+      for (int j = 0; j < N; ++j) tile.d[j] = clamp_to_f16(tile.d[j] * n.input_scale);
     }
     put_slot(kDirection, index, tile.d);
   }
@@ -154,18 +154,19 @@ __global__ void __launch_bounds__(kThreads, 2) run(const __grid_constant__ Batch
   const Span part = span(item.size, kChunk, block - item.first_chunk);
   const Head& head = batch.head;
   const double* row = head.rows + int64_t{item.row} * kColumns;
+  constexpr bool kFlat = std::is_same_v<typename Batch::Item, FlatItem>;
   const Walk* walk = nullptr;
-  if constexpr (std::is_same_v<typename Batch::Item, StridedItem>) walk = &item.walk;
+  if constexpr (!kFlat) walk = &item.walk;
   if (row[kFinite] == 0) {
     if (!kAfter && item.at[kDirection] != nullptr) {
       Clear clear{item, walk};
-      for_each_element(part, item.aligned, clear);
+      for_each_element<kFlat>(part, item.aligned, clear);
     }
     return;
   }
   const double length = item.lengths != nullptr ? item.lengths[part.matrix] : 1.0;
   Work work{{item, walk, Numbers<float>(row, item.ratio * length), seed(row[kStep], item.place), {}}};
-  for_each_element(part, item.aligned, work);
+  for_each_element<kFlat>(part, item.aligned, work);
   combine_block<kSums, kLargestColumns>(work.sums.at);
   double totals[kSums];
 #pragma unroll

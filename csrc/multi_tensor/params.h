@@ -167,7 +167,8 @@ enum class Stage { before, after };
 // Whether a stage knows this sum: `before` those of its input, `after` those of the new parameter, and `before` both
 // where it takes the whole step.
 STEEPEST_HD constexpr bool writes_sum(bool is_after, bool whole, int column) {
-  return whole || (column >= kUpdateSq) == is_after;
+  const bool of_after = column >= kUpdateSq;
+  return is_after ? of_after : whole || !of_after;
 }
 
 // `stream` is a cudaStream_t on the current device. Throw when a launch fails. On the host: in parallel over chunks.

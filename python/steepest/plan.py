@@ -54,8 +54,25 @@ def route(group: Group, i: int) -> str:
     if requested(group.backend) == "torch":
         return "torch"
     why = reason(group, i)
-    reasons = multi_tensor.reasons(device)
-    return multi_tensor.choose("step", group.backend, {name: reasons[name] or why for name in reasons}, device)
+    reasons = {name: own or why for name, own in multi_tensor.reasons(device).items()}
+    if reasons["triton"] is None:
+        reasons["triton"] = _triton_reason(group, i)
+    return multi_tensor.choose("step", group.backend, reasons, device)
+
+
+def _triton_reason(group: Group, i: int) -> str | None:
+    """Why the Triton kernels, which take less than the compiled ones, do not take parameter i; None where they do."""
+    p = group.params[i]
+    tensors = [p, *(t for t in group.states[i].values() if t.shape == p.shape), *([] if p.grad is None else [p.grad])]
+    packed = program(group.recipe)
+    if isinstance(packed, str) or packed.whole:
+        return multi_tensor.triton_takes(tensors, 1)
+    for piece in group.pieces[i]:
+        views = [piece.view(t) for t in tensors]
+        stack = torch.empty(views[0].shape, device="meta")  # the direction's input is contiguous whatever p is
+        if (why := multi_tensor.triton_takes([*views, stack], piece.batch)) is not None:
+            return why
+    return None
 
 
 class Plan:

@@ -103,10 +103,14 @@ class Work:
 
     def copy(self) -> Work:
         """In other memory, of the same strides and distance from 16 bytes."""
-        return replace(self, **{name: twin(t) for name, t in self.tensors().items()})
+        return self.each(twin)
 
     def contiguous(self) -> Work:
-        return replace(self, **{name: t.clone(memory_format=CONTIGUOUS) for name, t in self.tensors().items()})
+        return self.each(lambda t: t.clone(memory_format=CONTIGUOUS))
+
+    def each(self, change: View) -> Work:
+        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
+        return replace(self, **changed)
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
@@ -262,7 +266,7 @@ class Exact:
         return Exact(sum(terms[1:], terms[0]), sum((t.abs() for t in terms[1:]), terms[0].abs()))
 
     def times(self, factor: Tensor | float) -> Exact:
-        return Exact(self.value * factor, self.terms * abs(factor))
+        return Exact(self.value * factor, self.terms * (factor.abs() if isinstance(factor, Tensor) else abs(factor)))
 
 
 @dataclass
@@ -569,7 +573,8 @@ def test_ascent_is_descent_of_the_opposite() -> None:
     for w in up:
         w.grad.neg_()
         w.program = replace(w.program, maximize=not w.program.maximize)
-    take(works), take(up)
+    take(works)
+    take(up)
     assert same_works([replace(w, grad=-w.grad) for w in up], works)
 
 
@@ -629,7 +634,8 @@ def test_a_layout_changes_no_random_bit(layout: str, mixture: str) -> None:
     programs = [replace(PROGRAMS[name], rounding="stochastic") for name in ("muadam", "adamw")]
     works = [laid_out(program, layout, (F, F, F, B, B), MIXTURES[mixture]) for program in programs]
     copies = [w.contiguous() for w in works]
-    take(works), take(copies)
+    take(works)
+    take(copies)
     assert same_works(works, copies)
 
 
@@ -672,7 +678,10 @@ def test_tensors_of_many_chunks() -> None:
 
 
 def test_counters_are_zero_between_ops() -> None:
-    """Those of an op lie at the beginning of the scratch memory, one for each gradient or matrix; the rest is anybody's."""
+    """One number for each gradient or matrix, at the beginning of the scratch memory, counts the chunks that are done.
+
+    What one op leaves among the counters of the next keeps that one's last block from adding up its sums.
+    """
     works = [*long_works(), make(PROGRAMS["muadam"], shape=(40, 6, 4), matrices=40)]
     table = table_of(works)
     assert len(table.sums) > len(works)
@@ -731,7 +740,8 @@ def test_gradients_that_are_not_finite_are_isolated(types: Types, bad: float, at
     for i in bad_ones:
         ours[i].grad.view(-1)[at if ours[i].grad.numel() > 3 else 0] = bad
     old, sums = [w.copy() for w in ours], tables[0].sums.clone()
-    inspect(ours, tables[0]), before(ours, tables[0])
+    inspect(ours, tables[0])
+    before(ours, tables[0])
     for i in bad_ones:
         ours[i].direction.fill_(NAN)
         old[i].direction.fill_(NAN)
@@ -903,7 +913,8 @@ def test_what_autograd_saved_is_guarded() -> None:
 def test_parameters_that_require_grad() -> None:
     w, twin_ = make(PROGRAMS["sgd"]), make(PROGRAMS["sgd"])
     w.param = torch.nn.Parameter(w.param)
-    take([w]), take([twin_])
+    take([w])
+    take([twin_])
     assert torch.equal(w.param.detach(), twin_.param)
     assert w.param.is_leaf
 
@@ -935,7 +946,8 @@ def test_inputs_and_directions_may_have_a_shape_of_their_own() -> None:
     twins = [w.copy() for w in works]
     for w in twins:
         w.input, w.direction = w.input.reshape(2, 24), w.direction.reshape(48)
-    take(works), take(twins)
+    take(works)
+    take(twins)
     for w, other in zip(works, twins):
         assert same_works([replace(other, input=other.input.view(4, 3, 4), direction=w.direction)], [w])
 
@@ -1014,16 +1026,14 @@ def test_opcheck(types: Types, op: str) -> None:
 
 def test_traces_without_a_host_read() -> None:
     with FakeTensorMode():
-        works = [
-            Work(
-                program,
-                1,
-                *(torch.empty(3, 4, dtype=dtype) for dtype in (F, B, F, H, H, F)),
-                *(torch.empty(0) for _ in range(2)),
-                step=torch.zeros(()),
-            )
-            for program in (PROGRAMS["muadam"], PROGRAMS["adamw"])
-        ]
+        works = []
+        for program in (PROGRAMS["muadam"], PROGRAMS["adamw"]):
+            names = ("grad", "momentum", "second", "input", "direction", "param", "mantissa", "lengths")
+            slots: dict[str, Any] = {
+                name: torch.empty(3, 4, dtype=dtype) for name, dtype in zip(names, (F, B, F, H, H, F))
+            }
+            absent: dict[str, Any] = {name: torch.empty(0) for name in names[6:]}
+            works.append(Work(program, 1, **slots, **absent, step=torch.zeros(())))
         table = take(works)
         assert [w.param.shape for w in works] == [(3, 4), (3, 4)]
         assert table.rows.shape == (2, len(COLUMNS))

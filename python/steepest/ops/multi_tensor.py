@@ -272,6 +272,13 @@ def takes(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
+def triton_takes(tensors: Sequence[Tensor], matrices: int) -> str | None:
+    """None where the Triton kernels take an item of these tensors, else the reason."""
+    from ..kernels.multi_tensor import can_use
+
+    return can_use(tensors, matrices)
+
+
 if _backend.extension is not None:
 
     @torch.library.register_fake("steepest::inspect")
