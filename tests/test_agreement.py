@@ -74,6 +74,11 @@ VARIANTS = {
     "muadam_sania, match_rms": replace(RECIPES["muadam_sania"], adjust_lr="match_rms_adamw"),
     "muon, unclamped": replace(RECIPES["muon"], adjust_lr="spectral_unclamped"),
     "muadam, bf16 momentum": replace(RECIPES["muadam"], momentum=Momentum(bias_correction=True, dtype=torch.bfloat16)),
+    "muadam, mantissa": replace(RECIPES["muadam"], rounding=Rounding("mantissa")),
+    "sign_sgd, original": replace(RECIPES["sign_sgd"], adjust_lr="original"),
+    "sign_sgd, dual": replace(RECIPES["sign_sgd"], scale="dual"),
+    "adamw, match_rms": replace(RECIPES["adamw"], adjust_lr="match_rms_adamw"),
+    "adamw, fp16 momentum": replace(RECIPES["adamw"], momentum=Momentum(bias_correction=True, dtype=torch.float16)),
     "muon, heavy ball": replace(RECIPES["muon"], momentum=Momentum("heavy_ball", nesterov=True)),
 }
 

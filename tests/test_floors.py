@@ -1,8 +1,8 @@
 """The floors of the house: a module imports only what lies below it.
 
-    zoo -> optimizer -> plan -> {fused, unfused} -> recipe -> parts -> linalg -> ops -> {_C, kernels, torch}
+    zoo -> optimizer -> plan -> {fused -> rounds, unfused} -> recipe -> parts -> linalg -> ops -> {_C, kernels, torch}
 
-`matrices`, `stacks` and `routing` stand beside `recipe`; `graph` stands on `optimizer`. `kernels` imports torch and
+`matrices`, `stacks`, `values` and `routing` stand beside `recipe`; `graph` stands on `optimizer`. `kernels` imports torch and
 triton only; only `optimizer` knows `torch.optim`; only `ops` knows the compiled part and the kernels; no torch header
 lies below csrc/ops. When the picture should change, change it here in the same commit.
 """
@@ -20,13 +20,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "steepest"
 
 BELOW = {
-    "graph": {"optimizer"},
-    "zoo": {"optimizer", "plan", "recipe", "routing", "matrices", "parts", "linalg", "ops"},
-    "optimizer": {"plan", "unfused", "recipe", "stacks", "routing", "matrices", "parts", "ops"},
-    "plan": {"fused", "unfused", "recipe", "matrices", "parts", "ops"},
-    "fused": {"recipe", "matrices", "parts", "ops"},
+    "graph": {"optimizer", "values"},
+    "zoo": {"optimizer", "values", "plan", "recipe", "routing", "matrices", "parts", "linalg", "ops"},
+    "optimizer": {"plan", "values", "unfused", "recipe", "stacks", "routing", "matrices", "parts", "ops"},
+    "plan": {"fused", "unfused", "rounds", "recipe", "matrices", "parts", "ops"},
+    "fused": {"rounds", "recipe", "parts", "ops"},
+    "rounds": {"recipe", "matrices", "parts", "ops"},
     "unfused": {"recipe", "matrices", "parts", "ops"},
     "stacks": {"recipe"},
+    "values": {"parts"},
     "routing": {"matrices"},
     "matrices": set(),
     "recipe": {"parts"},

@@ -101,9 +101,13 @@ __device__ inline uint16_t to_half_word(float value, Dtype dtype) {
 
 // Said as one instruction: an assignment is four stores to the compiler, which it does not always join again.
 __device__ inline void put_words(void* at, uint4 words) {
+#ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(words.x),
                "r"(words.y), "r"(words.z), "r"(words.w)
                : "memory");
+#else
+  *static_cast<uint4*>(at) = words;
+#endif
 }
 
 __device__ inline void put(void* at, int64_t index, const uint16_t (&half)[kVector]) {
@@ -247,7 +251,11 @@ void launch(const char* op, const typename Batch::Head& head, const std::vector<
       batch.items[i] = convert(plan.items[i]);
       batch.items[i].first_chunk = plan.first_chunk[i];
     }
+#ifdef __CUDACC__
     kernel<<<plan.chunks, kThreads, 0, stream>>>(batch);
+#else
+    emulation::launch(kernel, plan.chunks, kThreads, batch);  // this source on a CPU: tests/emulation
+#endif
     check_launch(op, plan.chunks, plan.items.size());
   }
 }

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .optimizer import ON_DEVICE, Group, MatrixOptimizer
+from .optimizer import MatrixOptimizer
+from .values import ON_DEVICE, Group
 
 WARM_UP = 2  # eager steps before the capture: they create state, kernels, tables and workspaces
 

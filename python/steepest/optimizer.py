@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,24 @@ from . import plan, routing, stacks, unfused
 from .matrices import Piece, pieces
 from .ops.backend import requested
 from .ops.multi_tensor import Scaling
-from .parts import ADJUST_LR, Decay, Hyper, Number, Rounding, shape_ratio
+from .parts import ADJUST_LR, Hyper, Number, shape_ratio
 from .recipe import Recipe, State, adamw
+from .values import (
+    CHANGING,
+    ON_DEVICE,
+    Group,
+    adam_hyper,
+    check_at_least_zero,
+    check_betas,
+    check_lr,
+    finish,
+    name_the_rule,
+    number_on,
+    parameter_name,
+    same_values,
+)
 
-Group = dict[str, Any]
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Any]
-
-# Group values that change from step to step and that no recipe depends on.
-CHANGING = frozenset({"params", "lr", "weight_decay", "momentum", "betas", "initial_lr", "max_lr", "min_lr"})
-# Those that `capturable` keeps on the device, where a captured step reads them.
-ON_DEVICE = ("lr", "weight_decay")
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -118,7 +126,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             return super().add_param_group(param_group)
         param_group = dict(param_group)  # the caller may use his own again
-        declared = _name_the_rule(param_group)
+        declared = name_the_rule(param_group)
         reasons = param_group.pop("param_reasons", None)
         self._fill(param_group)
         super().add_param_group(param_group)
@@ -170,7 +178,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """With capturable, turns numbers that a graph must read anew into tensors where the parameters are."""
         if group["capturable"] and group["params"]:
             for key in ON_DEVICE:
-                group[key] = _number_on(group[key], group["params"][0].device)
+                group[key] = number_on(group[key], group["params"][0].device)
 
     @staticmethod
     def _check_adamw(group: Group) -> None:
@@ -223,7 +231,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """A group's recipe, and a number that is another one whenever its values have changed."""
         values = {key: value for key, value in group.items() if key not in CHANGING}
         known = self._recipes.get(id(group))
-        if known is None or not _same_values(known[0], values):
+        if known is None or not same_values(known[0], values):
             version = 1 + max((version for _, _, version in self._recipes.values()), default=0)
             known = self._recipes[id(group)] = (values, self._new_recipe(group), version)
         return known[1:]
@@ -301,7 +309,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
-            what = f"{_name(group, i)} (group {number}, shape {tuple(p.shape)})"
+            what = f"{parameter_name(group, i)} (group {number}, shape {tuple(p.shape)})"
             if torch.is_complex(p) or torch.is_complex(p.grad):
                 raise RuntimeError(f"{name} does not support complex parameters; found {what}")
             if p.grad.layout != torch.strided:
@@ -480,7 +488,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._recipes = {}
         self._plan = None
         for group in self.param_groups:  # a checkpoint of torch.optim.Muon or of an older version lacks keys
-            _name_the_rule(group)
+            name_the_rule(group)
             self._fill(group)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -514,8 +522,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 for name, value in state_dict["state"].get(key, {}).items():
                     if isinstance(value, Tensor) and value.ndim and value.numel() and value.shape != p.shape:
+                        what = f"the checkpoint's {name!r} of {parameter_name(group, i)}"
                         raise ValueError(
-                            f"the checkpoint's {name!r} of {_name(group, i)} has shape {tuple(value.shape)} and the "
+                            f"{what} has shape {tuple(value.shape)} and the "
                             f"parameter {tuple(p.shape)}: it is of another model, or of another order of parameters"
                         )
 
@@ -527,30 +536,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self.state[p][name] = _restored(name, value, p)
 
 
-def _same_values(a: Group, b: Group) -> bool:
-    """Equality of group values that may be tensors, which count by identity."""
-    if a.keys() != b.keys():
-        return False
-    for key, value in a.items():
-        if value is not b[key] and (isinstance(value, Tensor) or isinstance(b[key], Tensor) or value != b[key]):
-            return False
-    return True
-
-
-def _name(group: Group, i: int) -> str:
-    names = group.get("param_names")
-    return f"parameter {names[i]!r}" if names else f"parameter {i}"
-
-
-def _number_on(value: Number, device: torch.device) -> Tensor:
-    """A 0-d tensor on the device: the given one where it is there, else an fp64 copy."""
-    if isinstance(value, Tensor) and value.device == device:
-        return value.reshape(())
-    if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(device, torch.float64)
-    return torch.full((), value, dtype=torch.float64, device=device)
-
-
 def _check_capture(groups: Sequence[Group]) -> None:
     """As torch's own optimizers: a captured number would be replayed for ever."""
     if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
@@ -560,58 +545,6 @@ def _check_capture(groups: Sequence[Group]) -> None:
             "a step is being captured in a CUDA graph and its learning rate is a number, which the graph would repeat "
             "for ever: make the optimizer with capturable=True, or use steepest.graphed(optimizer)"
         )
-
-
-def check_lr(lr: Number) -> None:
-    """ValueError in torch's words unless lr is one number >= 0."""
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element but has {lr.numel()}")
-    check_at_least_zero("Learning rate", lr)
-
-
-def check_at_least_zero(name: str, value: Number) -> None:
-    if not value >= 0.0:
-        raise ValueError(f"{name} should be >= 0 but is: {value}")
-
-
-def check_betas(betas: tuple[Number, Number]) -> None:
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas should be two numbers in [0, 1) but is: {betas}")
-
-
-def finish(group: Group) -> dict[str, Any]:
-    """The parts of a recipe that end every step, the same for matrices and for AdamW."""
-    return {
-        "decay": Decay(cautious=group["cautious_wd"]),
-        "rounding": Rounding(_rounding(group)),
-    }
-
-
-def _rounding(group: Group) -> Literal["nearest", "stochastic", "mantissa"]:
-    if group["stochastic_rounding"] and group["keep_mantissa"]:
-        raise ValueError("stochastic_rounding and keep_mantissa are two answers to one question: choose one of them")
-    return "stochastic" if group["stochastic_rounding"] else "mantissa" if group["keep_mantissa"] else "nearest"
-
-
-def number(value: Number) -> Number:
-    """A float, or a 0-d view of a 1-element tensor of any shape."""
-    return value.reshape(()) if isinstance(value, Tensor) else value
-
-
-def adam_hyper(group: Group) -> Hyper:
-    """The numbers of a group with Adam's keys: lr, betas, eps, weight_decay."""
-    beta1, beta2 = group["betas"]
-    return Hyper(lr=number(group["lr"]), weight_decay=group["weight_decay"], beta1=beta1, beta2=beta2, eps=group["eps"])
-
-
-def _name_the_rule(group: Group) -> bool:
-    """Turns algorithm="muon"/"adamw" into use_muon; whether the group named its rule at all."""
-    if "algorithm" in group:
-        algorithm = group.pop("algorithm")
-        if algorithm not in ("muon", "adamw"):
-            raise ValueError(f"group algorithm {algorithm!r} is not known; use 'muon' or 'adamw'")
-        group["use_muon"] = algorithm == "muon"
-    return "use_muon" in group
 
 
 def _effective_lr(lr: Number, recipe: Recipe, parts: tuple[Piece, ...]) -> str:

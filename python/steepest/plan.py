@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from . import unfused
-from .fused import Entry, Layout, program
+from .fused import Layout, gradient, program
 from .matrices import Piece
 from .ops import multi_tensor
 from .ops.backend import requested
 from .ops.multi_tensor import NOT_SCALED, Scaling
 from .parts import Hyper
 from .recipe import Recipe, State
+from .rounds import Entry
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Plan:
         for number, group in self._unfused:
             batch = unfused.Batch(
                 group.params,
-                [_grad(p) for p in group.params],
+                [gradient(p) for p in group.params],
                 group.states,
                 [self.skipped[p.device] for p in group.params],
                 group.pieces,
@@ -168,11 +169,6 @@ def _only(group: Group, kept: Sequence[int]) -> Group:
         pieces=[group.pieces[i] for i in kept],
         places=[group.places[i] for i in kept],
     )
-
-
-def _grad(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad
 
 
 def _scaling_on(scaling: Scaling, device: torch.device) -> Scaling:

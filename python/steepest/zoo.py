@@ -9,9 +9,10 @@ import torch
 
 from . import routing
 from .linalg.coefficients import JORDAN_STEP, schedule
-from .optimizer import Group, MatrixOptimizer, Params, adam_hyper, check_at_least_zero, check_betas, finish, number
+from .optimizer import MatrixOptimizer, Params
 from .parts import Diagonal, Hyper, Identity, Momentum, Number, Spectral
 from .recipe import Recipe
+from .values import Group, adam_hyper, check_at_least_zero, check_betas, finish, number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -59,7 +59,7 @@ class Rounding:
     def store(
         self, value: Tensor, dtype: torch.dtype, step: Tensor | None, place: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(w in dtype, new state) of W; step is t (0-d), place (group, parameter, piece) tells this tensor from others."""
+        """(w in dtype, new state) of W; step is t (0-d), place is (group, parameter, piece), as no other tensor's."""
         if self.mode == "nearest" or dtype != torch.bfloat16:
             return value.to(dtype), {}
         bits = value.view(torch.int32)

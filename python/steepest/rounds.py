@@ -1,0 +1,200 @@
+"""How the matrices of a step meet: buckets that share a direction call, rounds that share the launches around it.
+
+A *member* is an item of the fused ops: a piece of a parameter or, where the program is whole, all of it. A *bucket* is
+matrices of one shape and recipe, whose inputs lie in one tensor; a *round* is as many buckets, or parts of one, as the
+workspace has room for. The members that take their whole step in `before` go into the first round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .matrices import Piece
+from .ops.multi_tensor import Item, Items, Table
+from .ops.program import Program
+from .parts import shape_ratio
+from .recipe import Recipe, State
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of a step: its group, its recipe and how it is read; place is (group, parameter in the group)."""
+
+    group: int
+    place: tuple[int, int]
+    recipe: Recipe
+    program: Program
+    pieces: tuple[Piece, ...]
+    param: Tensor
+    state: State
+    grad_dtype: torch.dtype
+
+    @property
+    def momentum(self) -> Tensor:
+        return self.state[self.recipe.momentum.key]
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype in which the direction takes its input."""
+        wide = torch.promote_types(self.grad_dtype, torch.float32)
+        return self.recipe.direction.compute_dtype(wide, self.param.device)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One item: `number` is the piece's in its parameter, `line` that of its first matrix in the table of sums."""
+
+    row: int
+    entry: Entry
+    piece: Piece | None
+    number: int
+    line: int
+
+    @property
+    def matrices(self) -> int:
+        return 1 if self.piece is None else self.piece.batch
+
+    @property
+    def size(self) -> int:
+        """Elements of a matrix."""
+        return self.entry.param.numel() // self.matrices if self.piece is None else self.piece.rows * self.piece.cols
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is less than its parameter."""
+        return self.piece is not None and self.piece.narrow
+
+    @property
+    def input_bytes(self) -> int:
+        """Of the direction's input and of the direction made from it."""
+        return 2 * self.matrices * self.size * self.entry.input_dtype.itemsize
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of what the direction needs besides."""
+        assert self.piece is not None
+        rows, cols = self.piece.rows, self.piece.cols
+        return self.matrices * self.entry.recipe.direction.workspace_bytes(rows, cols, self.entry.input_dtype)
+
+    def view(self, t: Tensor) -> Tensor:
+        return self.piece.view(t) if self.piece is not None and t.numel() else t
+
+    def state(self, keys: Sequence[str]) -> Tensor:
+        """Its part of the state under the first key; without elements where there is none."""
+        return self.view(self.entry.state[keys[0]]) if keys else self.entry.param.new_empty(0)
+
+    def item(self) -> Item:
+        ratio = 1.0
+        if self.piece is not None:
+            ratio = shape_ratio(self.entry.recipe.adjust_lr, self.piece.rows, self.piece.cols)
+        place = (*self.entry.place, self.number)
+        return Item(self.entry.program, self.row, self.matrices, self.line, place, ratio)
+
+
+class Bucket:
+    """Matrices that share a direction call. sizes: matrices of each member; slack: what the call says of each, fp32."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        first = members[0]
+        assert first.piece is not None
+        self.recipe, self.dtype, self.device = first.entry.recipe, first.entry.input_dtype, first.entry.param.device
+        self.sizes = [member.matrices for member in members]
+        self.shape = (sum(self.sizes), first.piece.rows, first.piece.cols)
+        self._groups = [member.entry.group for member in members for _ in range(member.matrices)]
+        rows = [member.row for member in members for _ in range(member.matrices)]
+        self._row_of = torch.tensor(rows, device=self.device)
+        self.slack = torch.full((sum(self.sizes),), float("nan"), device=self.device)
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+    def towards(self, x: Tensor, table: Table) -> tuple[Tensor, list[Tensor] | None]:
+        """The direction and, where it is to be scaled by its dual norm, that norm for every matrix, by members."""
+        direction = self.recipe.direction
+        d = direction.unit(x, slack=self.slack)
+        if self.recipe.scale == "lmo":
+            return d, None
+        norm = direction.dual_norm(x, d).flatten().double()
+        if self.dtype is torch.float16:  # x was multiplied by a power of two
+            norm = norm / table.column("input_scale").index_select(0, self._row_of)
+        return d, list(norm.split(self.sizes))
+
+    def slack_of(self, group: int) -> list[Tensor]:
+        """The slack of a group's matrices, which follow one another: no tensor or one."""
+        at = [i for i, own in enumerate(self._groups) if own == group]
+        return [self.slack[at[0] : at[-1] + 1]] if at else []
+
+
+class Round:
+    """Members of a `before` and, but for the first `whole` of them, of an `after`: bucket after bucket."""
+
+    def __init__(self, whole: Sequence[Member], parts: Sequence[Sequence[Member]]) -> None:
+        self.whole = len(whole)
+        self.members = [*whole, *(member for part in parts for member in part)]
+        self.buckets = [Bucket(part) for part in parts]
+        items = tuple(member.item() for member in self.members)
+        self.before, self.after = Items(items), Items(items[self.whole :])
+        absent, rest = self.members[0].entry.param.new_empty(0), len(items) - self.whole
+        self.no_inputs, self.no_params = [absent] * self.whole, [absent] * rest
+        self.no_mantissas = [absent.to(torch.int16)] * rest
+        self.momenta = [member.view(member.entry.momentum) for member in self.members]
+        self.seconds = present([member.state(member.entry.recipe.precondition.keys) for member in self.members])
+        self.mantissas = present([member.state(member.entry.recipe.rounding.keys) for member in self.members])
+
+    def of_members(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """Each member's matrices in its bucket's tensor."""
+        return [part for t, bucket in zip(stacks, self.buckets, strict=True) for part in t.split(bucket.sizes)]
+
+
+def present(tensors: list[Tensor]) -> list[Tensor]:
+    """No list at all where every tensor is absent."""
+    return tensors if any(t.numel() for t in tensors) else []
+
+
+def members_of(entries: Sequence[Entry]) -> list[Member]:
+    """The members of all entries in their order, with the lines of their matrices one after another."""
+    found: list[Member] = []
+    line = 0
+    for row, entry in enumerate(entries):
+        for number, piece in enumerate((None,) if entry.program.whole else entry.pieces):
+            found.append(Member(row, entry, piece, number, line))
+            line += found[-1].matrices
+    return found
+
+
+def rounds_of(members: Sequence[Member], max_bytes: int) -> Iterator[Round]:
+    """Rounds whose inputs and directions take at most max_bytes, what a direction call needs besides included."""
+    whole = [member for member in members if member.piece is None]
+    buckets: dict[tuple[object, ...], list[Member]] = {}
+    for member in members:
+        if member.piece is not None:
+            key = (member.entry.recipe, member.piece.rows, member.piece.cols, member.entry.input_dtype)
+            buckets.setdefault(key, []).append(member)
+    chosen: list[list[Member]] = []
+    used = 0
+    for part in (part for bucket in buckets.values() for part in _parts(bucket, max_bytes)):
+        size = sum(member.input_bytes for member in part)
+        if chosen and used + size > max_bytes:
+            yield Round(whole, chosen)
+            whole, chosen, used = [], [], 0
+        chosen.append(part)
+        used += size
+    if whole or chosen:
+        yield Round(whole, chosen)
+
+
+def _parts(bucket: Sequence[Member], max_bytes: int) -> Iterator[list[Member]]:
+    part: list[Member] = []
+    used = 0
+    for member in bucket:
+        size = member.input_bytes + member.workspace_bytes
+        if part and used + size > max_bytes:
+            yield part
+            part, used = [], 0
+        part.append(member)
+        used += size
+    yield part

@@ -1,0 +1,16 @@
+// The kernels in the place of the host's version: with csrc/ops/multi_tensor.cpp, an op on CPU tensors launches them.
+#include <cuda_runtime.h>
+
+#include "multi_tensor/params.h"
+
+namespace steepest::multi_tensor {
+
+void inspect_on_host(const InspectParams& params) { inspect_on_device(params, nullptr); }
+void run_on_host(Stage stage, const ItemsParams& params) { run_on_device(stage, params, nullptr); }
+
+}  // namespace steepest::multi_tensor
+
+extern "C" {
+void emulation_order(int order) { emulation::order = static_cast<emulation::Order>(order); }
+int64_t emulation_launches() { return emulation::launches; }
+}
