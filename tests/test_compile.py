@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from steepest.ops import multi_tensor
+from steepest.ops.multi_tensor import Groups, Item, Items, Table
+from steepest.ops.program import Program
 from steepest.optimizer import MatrixOptimizer
 from training import OPTIMIZERS, both_kinds, give_gradients
 
@@ -39,3 +43,25 @@ def test_compiled_once_and_equal_to_eager(cls: type[MatrixOptimizer], tensor: bo
     assert graphs == [1, 1, 1, 1]  # no graph break, and nothing recompiled
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_the_fused_ops_are_traced_whole() -> None:
+    """Called from compiled code they are three nodes that mutate what their schemas say."""
+    program = Program(momentum_correction=True, power="quarter", second_correction=True, direction="identity")
+    items = Items((Item(program, 0, 1, 0, (0, 0, 0), 1.0),))
+
+    def step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor, table: Table) -> None:
+        groups = Groups([0.1, 0.0, 0.9, 0.999, 1e-8], [], [], [0])
+        multi_tensor.inspect([g], [t], table, [program.packed()], [0, 1], groups)
+        multi_tensor.before([g], [m], [v], [], [p], [], table, items)
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        p, m, v, t = torch.ones(5), torch.zeros(5), torch.zeros(5), torch.zeros(())
+        table = Table.empty(torch.zeros((), dtype=torch.int64), [5], [(1, 5)])
+        for _ in range(2):
+            run(p, torch.arange(5.0), m, v, t, table)
+        results.append((p, m, v, t, table.rows, table.sums))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+    assert float(results[1][3]) == 2

@@ -1,6 +1,6 @@
 """The floors of the house: a module imports only what lies below it.
 
-    zoo -> optimizer -> plan -> {fused -> rounds, unfused} -> recipe -> parts -> linalg -> ops -> {_C, kernels, torch}
+    zoo -> optimizer -> plan -> {fused, unfused} -> rounds -> recipe -> parts -> linalg -> ops -> {_C, kernels, torch}
 
 `matrices`, `stacks`, `values` and `routing` stand beside `recipe`; `graph` stands on `optimizer`. `kernels` imports torch and
 triton only; only `optimizer` knows `torch.optim`; only `ops` knows the compiled part and the kernels; no torch header
@@ -26,7 +26,7 @@ BELOW = {
     "plan": {"fused", "unfused", "rounds", "recipe", "matrices", "parts", "ops"},
     "fused": {"rounds", "recipe", "parts", "ops"},
     "rounds": {"recipe", "matrices", "parts", "ops"},
-    "unfused": {"recipe", "matrices", "parts", "ops"},
+    "unfused": {"rounds", "recipe", "matrices", "parts", "ops"},
     "stacks": {"recipe"},
     "values": {"parts"},
     "routing": {"matrices"},

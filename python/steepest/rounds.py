@@ -7,8 +7,9 @@ workspace has room for. The members that take their whole step in `before` go in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from .ops.multi_tensor import Item, Items, Table
 from .ops.program import Program
 from .parts import shape_ratio
 from .recipe import Recipe, State
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -174,27 +177,28 @@ def rounds_of(members: Sequence[Member], max_bytes: int) -> Iterator[Round]:
         if member.piece is not None:
             key = (member.entry.recipe, member.piece.rows, member.piece.cols, member.entry.input_dtype)
             buckets.setdefault(key, []).append(member)
-    chosen: list[list[Member]] = []
-    used = 0
-    for part in (part for bucket in buckets.values() for part in _parts(bucket, max_bytes)):
-        size = sum(member.input_bytes for member in part)
-        if chosen and used + size > max_bytes:
-            yield Round(whole, chosen)
-            whole, chosen, used = [], [], 0
-        chosen.append(part)
-        used += size
-    if whole or chosen:
+    parts = [part for bucket in buckets.values() for part in cut(bucket, _bytes_of_call, max_bytes)]
+    for chosen in cut(parts, lambda part: sum(member.input_bytes for member in part), max_bytes):
         yield Round(whole, chosen)
+        whole = []
+    if whole:
+        yield Round(whole, [])
 
 
-def _parts(bucket: Sequence[Member], max_bytes: int) -> Iterator[list[Member]]:
-    part: list[Member] = []
+def _bytes_of_call(member: Member) -> int:
+    return member.input_bytes + member.workspace_bytes
+
+
+def cut(things: Iterable[T], bytes_of: Callable[[T], int], max_bytes: int) -> Iterator[list[T]]:
+    """The things in their order, in runs of at most max_bytes; one that is larger goes alone."""
+    run: list[T] = []
     used = 0
-    for member in bucket:
-        size = member.input_bytes + member.workspace_bytes
-        if part and used + size > max_bytes:
-            yield part
-            part, used = [], 0
-        part.append(member)
+    for thing in things:
+        size = bytes_of(thing)
+        if run and used + size > max_bytes:
+            yield run
+            run, used = [], 0
+        run.append(thing)
         used += size
-    yield part
+    if run:
+        yield run

@@ -20,6 +20,7 @@ from .matrices import Piece
 from .ops.multi_tensor import NOT_SCALED, Scaling
 from .parts import Hyper, shape_ratio
 from .recipe import Recipe, State, all_finite
+from .rounds import cut
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,7 @@ def _chunks(recipe: Recipe, members: list[Member], max_bytes: int) -> Iterator[l
         key = (member.piece.rows, member.piece.cols, member.param.dtype, member.grad.dtype, member.param.device)
         buckets.setdefault(key, []).append(member)
     for bucket in buckets.values():
-        chunk: list[Member] = []
-        used = 0
-        for member in bucket:
-            size = _workspace_bytes(recipe, member)
-            if chunk and used + size > max_bytes:
-                yield chunk
-                chunk, used = [], 0
-            chunk.append(member)
-            used += size
-        yield chunk
+        yield from cut(bucket, lambda member: _workspace_bytes(recipe, member), max_bytes)
 
 
 def _store(recipe: Recipe, hyper: Hyper, chunk: list[Member], d: Tensor) -> Iterator[Tensor]:

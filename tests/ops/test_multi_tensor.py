@@ -890,6 +890,18 @@ def test_an_fp16_input_is_not_lost(history: History) -> None:
             assert narrow.abs().max() > 2.0**-14, "the smallest of fp16 with all its digits"
 
 
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("t", [1000, 30000])
+def test_an_fp16_input_is_not_lost_in_a_long_run(t: int, power: Power) -> None:
+    """Where beta1^2 > beta2, what history bounds grows as (beta1^2 / beta2)^(t / 2); eps bounds it as well."""
+    program = Program(momentum_correction=True, power=power, second_correction=True, eps_inside=True)
+    w = make(program, (F, F, F, H, F), steps=t - 1)
+    table = table_of([w])
+    inspect([w], table, PLAIN, groups_of([w], [(0.1, 0.0, 0.95, 0.9, 1e-8)]))
+    before([w], table)
+    assert 2.0**-14 < w.input.abs().max() < 65504
+
+
 # ---- contracts -----------------------------------------------------------------------------------------------------
 
 
