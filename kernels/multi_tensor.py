@@ -486,7 +486,7 @@ def _twice_power(program):
 
 
 @triton.jit
-def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_mass1, inverse_mass2, t, g, m):
+def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, inverse_mass1, inverse_mass2, t, g, m):
     # A bound on |x| for x = y / D; g, m: the largest entries of gradient and old momentum. formulas.cuh has the proof.
     heavy_ball, nesterov = _flag(program, HEAVY_BALL), _flag(program, NESTEROV)
     weight = tl.where(heavy_ball, 1.0, one_minus_beta1)
@@ -498,7 +498,9 @@ def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, invers
     c = weight * tl.sqrt(_geometric(beta1 * beta1 / beta2, tl.where(counts, t, float("inf"))) / own)
     c = tl.where(nesterov, weight / tl.sqrt(own) + beta1 * c, c)
     power = _twice_power(program)
-    divided = _power_of(y, 1 - power) * _power_of(c * inverse_mass1, power) / tl.sqrt(inverse_mass2)
+    by_history = _power_of(y, 1 - power) * _power_of(c * inverse_mass1, power) / tl.sqrt(inverse_mass2)
+    by_eps = y / tl.sqrt(eps * tl.where(_flag(program, EPS_INSIDE), inverse_mass2, 1.0))
+    divided = tl.where(by_history <= by_eps, by_history, by_eps)
     return tl.where(power == 0, y, divided) * 1.02  # the momentum is rounded to bf16 at worst, and v to fp32
 
 
@@ -506,7 +508,7 @@ def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, invers
 def _input_scale(bound):
     # 2^k with bound 2^k <= 2^15, which fp16 holds; 1 where there is no bound.
     exponent = ((bound.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1022  # bound < 2^exponent
-    exponent = 15 - tl.minimum(tl.maximum(exponent, -100), 100)
+    exponent = 15 - tl.minimum(tl.maximum(exponent, -100), 130)
     scale = ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
     return tl.where((bound > 0) & (bound < float("inf")), scale, 1.0)
 
@@ -609,7 +611,7 @@ def rows_kernel(
     inverse_mass1 = tl.where(_flag(program, MOMENTUM_CORRECTION), 1 / mass1, 1.0)
     inverse_mass2 = tl.where(_flag(program, SECOND_CORRECTION), 1 / _power_of(mass2, _twice_power(program)), 1.0)
     bound = _input_bound(
-        program, beta1, 1 - beta1, beta2, 1 - beta2, inverse_mass1, inverse_mass2, step, grad_max, momentum_max
+        program, beta1, 1 - beta1, beta2, 1 - beta2, eps, inverse_mass1, inverse_mass2, step, grad_max, momentum_max
     )
 
     row = rows + tl.load(line + GRADIENT_ROW) * COLUMNS
@@ -854,7 +856,7 @@ def inspect(
         plan = _recall("inspect", ("inspect", device, _facts(grads), _facts(steps), *lists), device, gradients)
         key = ("hyper", device, tuple(hyper), _facts(tensors), tuple(tensor_at))
         hypers = _recall("inspect", key, device, numbers)
-        partials = _partials(scratch, len(grads), plan.chunks)
+        partials = _partials(scratch, max(len(grads), sums.shape[0]), plan.chunks)
         for launch, own in _launches(plan):
             (g,) = launch.types
             inspect_kernel[(launch.chunks,)](*own, partials, g, launch.aligned, CHUNK, THREADS, **OPTIONS)

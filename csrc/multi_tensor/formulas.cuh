@@ -43,7 +43,7 @@ STEEPEST_HD inline double geometric(double ratio, double t) {
 //
 // |y| is bounded by the largest entries of gradient and old momentum. Where a preconditioner divides, Cauchy and
 // Schwarz bound it against v = sum_j u_j g_j^2 as well: for y = sum_j w_j g_j, |y| <= c sqrt(v) with c^2 = sum_j w_j^2
-// / u_j, so that |x| = |y|^(1 - 2p) (|y| / sqrt(v))^(2p) where D = v^p. eps only lowers |x|.
+// / u_j, so that |x| = |y|^(1 - 2p) (|y| / sqrt(v))^(2p) where D = v^p. eps only lowers |x|, and bounds it by itself.
 STEEPEST_HD inline double input_bound(const Program& program, const double* row, double momentum_max) {
   const double beta1 = row[kBeta1], weight = program.heavy_ball ? 1.0 : row[kOneMinusBeta1], g = row[kGradMax];
   const double m = beta1 * momentum_max + weight * g;
@@ -57,7 +57,10 @@ STEEPEST_HD inline double input_bound(const Program& program, const double* row,
   if (program.nesterov) c = weight / sqrt(own) + beta1 * c;
   const double p = power_of(program.power);
   // y <= c sqrt(v) and D^2 >= v^(2p) times its correction.
-  return slack * pow(y, 1 - 2 * p) * pow(c * row[kInverseMass1], 2 * p) / sqrt(row[kInverseMass2]);
+  const double by_history = slack * pow(y, 1 - 2 * p) * pow(c * row[kInverseMass1], 2 * p) / sqrt(row[kInverseMass2]);
+  // D^2 >= eps as well.
+  const double by_eps = slack * y / sqrt(row[kEps] * (program.eps_inside ? row[kInverseMass2] : 1));
+  return by_history <= by_eps ? by_history : by_eps;  // with beta2 = 0 the history bounds nothing
 }
 
 // 2^k with bound 2^k <= 2^15, which fp16 holds; 1 where there is no bound.
@@ -65,7 +68,7 @@ STEEPEST_HD inline double input_scale(double bound) {
   if (!(bound > 0 && bound < INFINITY)) return 1;
   int exponent;
   frexp(bound, &exponent);  // bound < 2^exponent
-  exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
+  exponent = exponent > 130 ? 130 : exponent < -100 ? -100 : exponent;
   return ldexp(1.0, 15 - exponent);
 }
 

@@ -89,6 +89,8 @@ template <class R>
 void quantize(Dtype dtype, R* values) {
   if (dtype == Dtype::bf16)
     for (int j = 0; j < kTile; ++j) values[j] = from_bf16(to_bf16(static_cast<float>(values[j])));
+  if (dtype == Dtype::f32)
+    for (int j = 0; j < kTile; ++j) values[j] = static_cast<float>(values[j]);
   if (dtype == Dtype::f16)
     for (int j = 0; j < kTile; ++j) values[j] = from_f16(to_f16(static_cast<float>(values[j])));
 }

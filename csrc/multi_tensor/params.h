@@ -41,6 +41,8 @@ struct Program {
   Rounding rounding;
   bool maximize;
 
+  static constexpr int kBits = 14;
+
   explicit Program(int64_t bits) {
     const auto take = [&bits](int width) {
       const int64_t value = bits & ((1 << width) - 1);

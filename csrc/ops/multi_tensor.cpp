@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
@@ -94,9 +95,10 @@ Ints contiguous_strides(const Ints& sizes) {
   return strides;
 }
 
-// How the tensors of an item meet. A direction is a stack of matrices: contiguous, in a shape of its own.
+// How the tensors of an item meet. A direction is a stack of matrices: contiguous, in a shape of its own. in_order: an
+// element's number must be its place among the dimensions, whatever the order in memory.
 void lay_out(const std::array<const Tensor*, kSlots>& tensors, const bool (&written)[kSlots], int64_t matrices,
-             size_t i, bool& flat, Walk& walk) {
+             size_t i, bool& flat, Walk& walk, bool in_order = false) {
   const Tensor* first = nullptr;
   flat = true;
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -124,9 +126,17 @@ void lay_out(const std::array<const Tensor*, kSlots>& tensors, const bool (&writ
                     "[", i,
                     "] may hold one element at two indices, so it cannot be updated in place; clone() it first");
   }
-  flat = matrices == 1 && is_flat(sizes, strides);
+  flat = matrices == 1 && !in_order && is_flat(sizes, strides);
   STD_TORCH_CHECK(flat || merge_dims(sizes, strides, walk), "the tensors of item ", i, " need more than ", kMaxDims,
                   " strided dimensions; make them contiguous()");
+}
+
+Program make_program(int64_t bits, size_t i) {
+  const Program program(bits);
+  STD_TORCH_CHECK(bits >= 0 && bits < int64_t{1} << Program::kBits && program.direction <= Program::kSign &&
+                      program.rounding <= Program::kKeepMantissa,
+                  "programs[", i, "] is ", bits, ", which is no program; see Program.packed");
+  return program;
 }
 
 Number make_number(double value) { return {nullptr, value, Dtype::f64}; }
@@ -186,6 +196,7 @@ void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, con
     place.check(grad, "grads", i);
     Gradient gradient{};
     gradient.dtype = element_type(grad, place, "grads", i);
+    STD_TORCH_CHECK(gradient.dtype != Dtype::i16, "grads[", i, "] must be floating-point");
     gradient.at = grad.const_data_ptr();
     gradient.size = grad.numel();
     STD_TORCH_CHECK(gradient.size > 0, "grads[", i, "] has no elements; leave it out");
@@ -199,7 +210,7 @@ void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, con
                       "] must be one float32 number");
       owner.step = pointer<float>(steps[i]);
     }
-    owner.program = Program(programs[i]);
+    owner.program = make_program(programs[i], i);
     owner.first_sum = first_sums[i], owner.end_sum = first_sums[i + 1];
     STD_TORCH_CHECK(0 <= owner.first_sum && owner.first_sum <= owner.end_sum && owner.end_sum <= lines, "first_sums[",
                     i, "] names lines that the table of sums does not have");
@@ -213,7 +224,7 @@ void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, con
   params.rows = pointer<double>(rows);
   params.sums = pointer<double>(sums);
   params.skipped = pointer<int64_t>(skipped);
-  params.scratch = check_scratch(scratch, place, static_cast<int64_t>(grads.size()), chunks);
+  params.scratch = check_scratch(scratch, place, std::max(lines, static_cast<int64_t>(grads.size())), chunks);
 #ifdef STEEPEST_HAS_CUDA
   if (place.cuda) {
     const torch::stable::accelerator::DeviceGuard guard(place.index);
@@ -251,14 +262,15 @@ Item make_item(const Lists& lists, const Place& place, size_t i) {
     tensors[slot] = &tensor;
     numel = found;
   }
-  item.program = Program(lists.programs[i]);
+  item.program = make_program(lists.programs[i], i);
   item.matrices = lists.matrices[i];
   STD_TORCH_CHECK(item.matrices > 0 && numel > 0 && numel % item.matrices == 0, "item ", i, " has ", numel,
                   " elements, which are not ", item.matrices, " matrices");
   item.size = numel / item.matrices;
   item.ratio = lists.ratios[i];
   for (int k = 0; k < 3; ++k) item.place[k] = static_cast<uint32_t>(lists.places[3 * i + k]);
-  lay_out(tensors, lists.written, item.matrices, i, item.flat, item.walk);
+  lay_out(tensors, lists.written, item.matrices, i, item.flat, item.walk,
+          item.program.rounding == Program::kStochastic);
   if (lists.lengths != nullptr && !lists.lengths->empty() && (*lists.lengths)[i].numel() != 0) {
     const Tensor& lengths = (*lists.lengths)[i];
     place.check(lengths, "lengths", i);

@@ -65,6 +65,8 @@ def _triton_reason(group: Group, i: int) -> str | None:
     """Why the Triton kernels, which take less than the compiled ones, do not take parameter i; None where they do."""
     p = group.params[i]
     tensors = [p, *(t for t in group.states[i].values() if t.shape == p.shape), *([] if p.grad is None else [p.grad])]
+    if group.recipe.rounding.mode == "stochastic" and not all(t.is_contiguous() for t in tensors):
+        return "stochastic rounding goes by an element's place, and a tensor is not contiguous"
     packed = program(group.recipe)
     if isinstance(packed, str) or packed.whole:
         return multi_tensor.triton_takes(tensors, 1)
