@@ -1,4 +1,4 @@
-# make demo | test | check | bench | clean. Each sets up $(VENV) by itself; a second call starts at once.
+# make demo | test | check | bench | gpu | doctor | clean. Each sets up $(VENV) by itself; a second call starts at once.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -11,7 +11,7 @@ ready := $(VENV)/.ready
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test check bench doctor clean
+.PHONY: demo test check bench gpu doctor clean
 .DELETE_ON_ERROR:
 
 demo: $(ready)
@@ -28,6 +28,15 @@ check: $(ready)
 
 bench: $(ready)
 	$(bin)/python bench/bench_step.py $(ARGS)
+
+# On a machine with a GPU and a torch of its own: the whole suite, kernels included, and then the figures, whatever the
+# suite said.
+RESULTS ?= bench/results
+MODELS ?= gpt2-124m llama-1b
+gpu:
+	-$(MAKE) test VENV_FLAGS=--system-site-packages TORCH=
+	$(bin)/python bench/bench_fused.py --device cuda --elements 1e8 1e9 --model $(MODELS) --csv $(RESULTS)/fused-gpu.csv
+	$(bin)/python bench/bench_step.py --device cuda --whole --shapes $(MODELS) --csv $(RESULTS)/step-gpu.csv
 
 doctor: $(ready)
 	$(bin)/python -m steepest doctor $(ARGS)

@@ -856,7 +856,7 @@ def inspect(
         plan = _recall("inspect", ("inspect", device, _facts(grads), _facts(steps), *lists), device, gradients)
         key = ("hyper", device, tuple(hyper), _facts(tensors), tuple(tensor_at))
         hypers = _recall("inspect", key, device, numbers)
-        partials = _partials(scratch, max(len(grads), sums.shape[0]), plan.chunks)
+        partials = _partials(scratch, max(len(rows), len(sums)), plan.chunks)
         for launch, own in _launches(plan):
             (g,) = launch.types
             inspect_kernel[(launch.chunks,)](*own, partials, g, launch.aligned, CHUNK, THREADS, **OPTIONS)
@@ -951,7 +951,7 @@ def _run(
         facts = tuple(map(_facts, (*slots, lengths)))
         lists = tuple(map(tuple, (programs, row_of, matrices, first_sums, places, ratios)))
         plan = _recall(op, (op, device, *facts, *lists), device, items)
-        partials = _partials(scratch, sums.shape[0], plan.chunks)
+        partials = _partials(scratch, max(len(rows), len(sums)), plan.chunks)
         for launch, own in _launches(plan):
             kernel, types = (before_kernel, launch.types) if op == "before" else (after_kernel, launch.types[2:])
             kernel[(launch.chunks,)](*own, rows, partials, *types, launch.aligned, CHUNK, THREADS, **OPTIONS)

@@ -49,3 +49,13 @@ def test_an_operation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_unknown_shapes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'gpt9' are not known; choose one of tiny, small, gpt2-124m"):
         run(monkeypatch, "bench_step", "--shapes", "gpt9")
+
+
+def test_the_fused_ops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = tmp_path / "fused.csv"
+    run(monkeypatch, "bench_fused", "--elements", "1e4", "--model", "tiny", "--rounds", "2", "--csv", str(table))
+    rows = list(csv.DictReader(table.open()))
+    ops = {row["what"] for row in rows if row["of_copy"]}
+    assert ops == {"copy", "inspect Muon", "before Muon", "after Muon", "before MuAdam", "after MuAdam", "before AdamW"}
+    assert {row["what"] for row in rows if row["model"] == "tiny"} == {"torch fused AdamW", "AdamW", "step"}
+    assert all(float(row["gb_per_s"]) > 0 for row in rows if row["of_copy"])

@@ -89,9 +89,11 @@ def no_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return read
 
     names = ("item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+    waits = [(torch.cuda, "synchronize"), (torch.cuda.Event, "synchronize"), (torch.cuda.Event, "wait")]
+    waits += [(torch.cuda.Stream, name) for name in ("synchronize", "wait_event", "wait_stream")]
     with monkeypatch.context() as patch:
-        for name in names:
-            patch.setattr(Tensor, name, refuse(name))
+        for owner, name in [*((Tensor, name) for name in names), *waits]:
+            patch.setattr(owner, name, refuse(name))
         yield
 
 

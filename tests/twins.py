@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ PROGRAMS = (
 # (matrices, shape): no multiple of 8, of a chunk; several matrices; several chunks a matrix.
 SHAPES = ((1, (5,)), (1, (3, 24)), (4, (4, 6, 8)), (3, (3, 5, 7)), (1, ()), (1, (1, 1, 9)), (2, (2, CHUNK + 3)))
 # Gradient, momentum, second moment, direction's input, parameter.
-TYPES = ((F, F, F, B, F), (B, B, F, H, B), (F, B, B, B, B), (H, F, F, F, H))
+Types = tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype, torch.dtype]
+TYPES: tuple[Types, ...] = ((F, F, F, B, F), (B, B, F, H, B), (F, B, B, B, B), (H, F, F, F, H))
 GROUPS = ((3e-2, 0.1, 0.95, 0.99, 1e-6), (2e-2, 0.0, 0.6, 0.9, 1e-3), (1e-1, 0.5, 0.0, 0.5, 0.0))
 
 
@@ -103,36 +104,50 @@ def twin(t: Tensor, device: torch.device) -> Tensor:
     return room[offset:].as_strided(t.shape, t.stride(), offset).copy_(t) if t.numel() else room[:0]
 
 
-def problem() -> State:
-    """Every program with every tuple of types and every rounding, over shapes that take turns."""
+def random_state(
+    shapes: Sequence[tuple[int, tuple[int, ...]]] = SHAPES,
+    programs: Sequence[Program] = PROGRAMS,
+    types: Sequence[Types] = TYPES,
+    times: int = 1,
+) -> State:
+    """These programs with every tuple of types and every rounding, so many times, over shapes that take turns."""
     generator = torch.Generator().manual_seed(0)
     lists: dict[str, list[Any]] = {name: [] for name in State.__dataclass_fields__ if name != "table"}
-    turn = 0
 
     def random(dtype: torch.dtype, scale: float, shape: tuple[int, ...]) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
-    for base in PROGRAMS:
-        for grad, momentum, second, into, param in TYPES:
-            mode = ("nearest", "stochastic", "mantissa")[turn % 3]
-            program = Program(**{**vars(base), "rounding": mode})
-            matrices, shape = SHAPES[turn % len(SHAPES)]
-            absent = torch.empty(0)
-            weight = random(param, 1.0, shape)
-            keeps = mode == "mantissa" and param == B
-            low = torch.randint(-(2**15), 2**15, shape, generator=generator).to(torch.int16)
-            lists["programs"].append(program)
-            lists["matrices"].append(matrices)
-            lists["grads"].append(random(grad, 1.0, shape))
-            lists["momenta"].append(random(momentum, 0.1, shape))
-            lists["seconds"].append(random(second, 1.0, shape).square() if program.power != "none" else absent)
-            lists["inputs"].append(absent if program.whole else torch.full(shape, NAN, dtype=into))
-            lists["params"].append(weight)
-            lists["mantissas"].append(low if keeps else torch.empty(0, dtype=torch.int16))
-            scale = torch.rand(matrices, generator=generator, dtype=torch.float64) + 0.5
-            lists["lengths"].append(scale if turn % 2 else absent.double())
-            lists["steps"].append(torch.tensor(float(turn % 5)) if turn % 4 else absent)
-            turn += 1
+    for turn, (_, base, (grad, momentum, second, into, param)) in enumerate(product(range(times), programs, types)):
+        mode = ("nearest", "stochastic", "mantissa")[turn % 3]
+        program = Program(**{**vars(base), "rounding": mode})
+        matrices, shape = shapes[turn % len(shapes)]
+        absent = torch.empty(0)
+        weight = random(param, 1.0, shape)
+        keeps = mode == "mantissa" and param == B
+        low = torch.randint(-(2**15), 2**15, shape, generator=generator).to(torch.int16)
+        lists["programs"].append(program)
+        lists["matrices"].append(matrices)
+        lists["grads"].append(random(grad, 1.0, shape))
+        lists["momenta"].append(random(momentum, 0.1, shape))
+        lists["seconds"].append(random(second, 1.0, shape).square() if program.power != "none" else absent)
+        lists["inputs"].append(absent if program.whole else torch.full(shape, NAN, dtype=into))
+        lists["params"].append(weight)
+        lists["mantissas"].append(low if keeps else torch.empty(0, dtype=torch.int16))
+        scale = torch.rand(matrices, generator=generator, dtype=torch.float64) + 0.5
+        lists["lengths"].append(scale if turn % 2 else absent.double())
+        lists["steps"].append(torch.tensor(float(turn % 5)) if turn % 4 else absent)
+    lists["overrides"] = [torch.tensor(0.05), torch.tensor(0.9375, dtype=torch.float64)]
+    numel = [t.numel() for t in lists["grads"]]
+    items = [(m, n // m) for m, n in zip(lists["matrices"], numel)]
+    table = Table.empty(torch.zeros((), dtype=torch.int64), numel, items)
+    table.sums.copy_(torch.rand(table.sums.shape, generator=generator))
+    return State(**lists, table=table)
+
+
+def problem() -> State:
+    """With another order of elements, addresses that are not aligned, numbers at the ends of their range."""
+    state = random_state()
+    lists = vars(state)
     lists["inputs"][1] = lists["inputs"][1].flatten()
     for name in ("grads", "momenta", "seconds", "params", "mantissas"):  # a whole program in another order of elements
         lists[name][36] = _transposed(lists[name][36])
@@ -142,14 +157,8 @@ def problem() -> State:
     for i in (17, 20, 50):  # one of every power, in the group where eps is 0: 1 / 0 = 0, and 1e-40 is not 0
         for name, small in (("grads", 1e-20), ("seconds", 1e-40), ("momenta", 1e-20)):
             lists[name][i].view(-1)[:2] = torch.tensor([0, small])
-    lists["overrides"] = [torch.tensor(0.05), torch.tensor(0.9375, dtype=torch.float64)]
-    numel = [t.numel() for t in lists["grads"]]
-    items = [(m, n // m) for m, n in zip(lists["matrices"], numel)]
-    table = Table.empty(torch.zeros((), dtype=torch.int64), numel, items)
-    table.sums.copy_(torch.rand(table.sums.shape, generator=generator))
-    state = State(**lists, table=table)
     state.momenta[1] *= 1e5  # larger than the sums say, so that its fp16 input is clamped
-    table.column("momentum_max")[state.first_sums()[1] : state.first_sums()[2]] = 0
+    state.table.column("momentum_max")[state.first_sums()[1] : state.first_sums()[2]] = 0
     return state
 
 
@@ -231,29 +240,38 @@ def assert_close(state: State, wanted: State) -> None:
     assert not state.table.scratch[:counters].any(), "the counters of the compiled kernels stay zero"
 
 
-def compare(ops: Any, device: torch.device) -> None:
+def compare(ops: Any, device: torch.device, make: Callable[[], State] = problem) -> None:
     """Three steps: plain; scaled, with gradients that are not finite; with found_inf. Each op begins as the host's."""
-    host = torch.ops.steepest
-    wanted = problem()
+    wanted = make()
     one = torch.ones((), dtype=torch.float32)
     for step, (found_inf, grad_scale) in enumerate([(None, None), (0 * one, 8 * one), (one, None)]):
         if step == 1:
-            wanted.grads[4].view(-1)[-1] = NAN
-            wanted.grads[9].view(-1)[0] = -INF
-        scaling = [None if t is None else t.to(device) for t in (found_inf, grad_scale)]
-        state = wanted.copy(device)
-        inspect(ops, state, *scaling)
-        inspect(host, wanted, found_inf, grad_scale)
-        assert_close(state, wanted)
+            wanted.grads[4][(-1,) * wanted.grads[4].dim()] = NAN
+            wanted.grads[9][(0,) * wanted.grads[9].dim()] = -INF
+        compare_step(ops, device, wanted, found_inf, grad_scale)
         assert int(wanted.table.skipped) == (0, 2, 2 + len(wanted.params))[step]
-        for op in (before, after):
-            state = wanted.copy(device)
-            op(ops, state)
-            op(host, wanted)
-            assert_close(state, wanted)
         wanted.inputs[0].fill_(NAN)  # not read where the step is not taken, and overwritten
     wanted.steps = []
     state = wanted.copy(device)
     inspect(ops, state, None, None)
-    inspect(host, wanted, None, None)
+    inspect(torch.ops.steepest, wanted, None, None)
     assert_close(state, wanted)
+
+
+def compare_step(
+    ops: Any,
+    device: torch.device,
+    wanted: State,
+    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """A step of the host's, and beside it each op of the others from the state that it began with."""
+    state = wanted.copy(device)
+    inspect(ops, state, *(None if t is None else t.to(device) for t in (found_inf, grad_scale)))
+    inspect(torch.ops.steepest, wanted, found_inf, grad_scale)
+    assert_close(state, wanted)
+    for op in (before, after):
+        state = wanted.copy(device)
+        op(ops, state)
+        op(torch.ops.steepest, wanted)
+        assert_close(state, wanted)

@@ -335,7 +335,7 @@ void run(Stage stage, const Lists& lists, const Tensor& rows, const Tensor& sums
   if (count == 0) return;
   params.rows = static_cast<const double*>(rows.const_data_ptr());
   params.sums = pointer<double>(sums);
-  params.scratch = check_scratch(scratch, place, lines, chunks);
+  params.scratch = check_scratch(scratch, place, std::max(lines, parameters), chunks);
 #ifdef STEEPEST_HAS_CUDA
   if (place.cuda) {
     const torch::stable::accelerator::DeviceGuard guard(place.index);

@@ -1,0 +1,245 @@
+"""The source of the CUDA kernels, compiled for the CPU with a block's threads as fibers, against the host's version.
+
+What a GPU would compute element by element: who works on what, the paths for aligned, odd and strided elements, sums
+over a block and over the chunks of a matrix, rows, random bits, mantissas, and what is left alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import twins
+from steepest.ops import backend
+from steepest.ops.multi_tensor import CHUNK
+from twins import State, assert_close, compare, compare_step, random_state
+
+pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
+
+ROOT = Path(__file__).parents[2]
+COMPILER = os.environ.get("CXX", "g++")
+CPU = torch.device("cpu")
+F = torch.float32
+KERNELS = ("csrc/multi_tensor/inspect.cu", "csrc/multi_tensor/items.cu")
+REST = (
+    "csrc/ops/multi_tensor.cpp",
+    "csrc/multi_tensor/layout.cpp",
+    "csrc/multi_tensor/plan.cpp",
+    "tests/emulation/door.cpp",
+)
+ORDERS = ("forward", "backward", "shuffled")  # of blocks and of threads; `Order` in tests/emulation/cuda_runtime.h
+
+
+class Emulated:
+    """The ops whose kernels run on this CPU."""
+
+    def __init__(self, path: Path) -> None:
+        # Under the schemas of the compiled part, in a namespace of its own.
+        self.definitions = torch.library.Library("steepest_emulated", "DEF")
+        for op in ("inspect", "before", "after"):
+            self.definitions.define(str(getattr(torch.ops.steepest, op).default._schema).removeprefix("steepest::"))
+        torch.ops.load_library(path)
+        self.ops: Any = torch.ops.steepest_emulated
+        self.library = ctypes.CDLL(str(path))
+        self.library.emulation_launches.restype = ctypes.c_int64
+
+    def order(self, name: str) -> None:
+        self.library.emulation_order(ORDERS.index(name))
+
+    def launches(self) -> int:
+        """Of all kernels so far."""
+        return int(self.library.emulation_launches())
+
+
+def has_sanitizer() -> bool:
+    """Whether the compiler can find undefined behaviour at run time: an access of 16 bytes that is not aligned."""
+    found = subprocess.run([COMPILER, "-print-file-name=libubsan.so"], capture_output=True, text=True, check=True)
+    return Path(found.stdout.strip()).is_absolute()
+
+
+def build(folder: Path) -> Path:
+    """The door and the kernels as they are in csrc, with the headers of tests/emulation for those of CUDA."""
+    torch_folder = Path(torch.__file__).parent
+    sanitizer = ["-fsanitize=undefined"] if has_sanitizer() else []
+    flags = [
+        *("-std=c++17", "-O1", "-g1", "-fPIC", "-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"),
+        "-Dsteepest=steepest_emulated",  # the namespace of the code, and of the ops
+        *("-I", "tests/emulation", "-I", "csrc", "-isystem", str(torch_folder / "include")),
+    ]
+    objects = {source: folder / f"{Path(source).name}.o" for source in (*KERNELS, *REST)}
+    commands = [
+        [COMPILER, *flags, *(sanitizer if source in KERNELS else []), "-c", source, "-o", str(to)]
+        for source, to in objects.items()
+    ]
+    running = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    for each in running:
+        _, errors = each.communicate(timeout=300)
+        assert each.returncode == 0, errors
+    library = folder / "emulated.so"
+    libraries = ["-L", str(torch_folder / "lib"), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command = [COMPILER, "-shared", "-o", str(library), *map(str, objects.values()), *sanitizer, *libraries]
+    linked = subprocess.run(command, capture_output=True, text=True)
+    assert linked.returncode == 0, linked.stderr
+    return library
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no C++ compiler: {COMPILER} is not on PATH")
+    return Emulated(build(tmp_path_factory.mktemp("emulated")))
+
+
+class Guards:
+    """Memory around tensors and between their elements, which nobody may write; read, it is NaN."""
+
+    MARGIN = 64  # bytes; an allocation of torch's begins at a multiple of it
+
+    def __init__(self) -> None:
+        self.rooms: list[tuple[Tensor, Tensor]] = []
+
+    def twin(self, t: Tensor, device: torch.device) -> Tensor:
+        """The same numbers at the same distance from 16 bytes, inside a room of ones."""
+        if t.numel() == 0:
+            return t
+        width = t.element_size()
+        offset = (self.MARGIN + t.data_ptr() % 16) // width
+        reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+        room = torch.full(((offset + reach) * width + self.MARGIN,), 255, dtype=torch.uint8)
+        inside = room.view(t.dtype).as_strided(t.shape, t.stride(), offset).copy_(t)
+        self.rooms.append((room, inside))
+        return inside
+
+    def check(self) -> None:
+        for room, inside in self.rooms:
+            outside = torch.ones(room.numel() // inside.element_size(), dtype=torch.bool)
+            outside.as_strided(inside.shape, inside.stride(), inside.storage_offset()).fill_(False)
+            assert (room.view(-1, inside.element_size())[outside] == 255).all(), "written beside a tensor"
+
+
+@pytest.fixture(params=ORDERS)
+def emulated(
+    request: pytest.FixtureRequest,
+    library: Emulated,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Iterator[Emulated]:
+    """In every order, on guarded memory."""
+    guards = Guards()
+    monkeypatch.setattr(twins, "twin", guards.twin)
+    library.order(request.param)
+    yield library
+    guards.check()
+    errors = capfd.readouterr().err
+    assert "runtime error" not in errors, errors
+
+
+def test_every_program(emulated: Emulated) -> None:
+    compare(emulated.ops, CPU)
+
+
+# ---- layouts -------------------------------------------------------------------------------------------------------
+
+View = Callable[[Tensor], Tensor]
+
+
+def place(room: Tensor, t: Tensor) -> Tensor:
+    return room.copy_(t)
+
+
+#: Where a tensor's elements may lie.
+LAYOUTS: dict[str, View] = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "rows": lambda t: place(t.new_zeros(*t.shape[:-1], t.shape[-1] + 3)[..., 3:], t) if t.dim() else t,
+    "columns": lambda t: place(t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])[..., ::2], t) if t.dim() else t,
+    "shifted": lambda t: place(t.new_zeros(t.numel() + 1)[1:].view(t.shape), t),
+}
+SLOTS = ("grads", "momenta", "seconds", "inputs", "params", "mantissas")
+
+
+def laid_out(turn: int) -> State:
+    """An item's tensors lie in ways that take turns, all in one or each in its own; inputs are contiguous."""
+    state = random_state()
+    views = list(LAYOUTS.values())
+    for i in range(len(state.programs)):
+        for k, slot in enumerate(SLOTS):
+            view = views[(i + turn + (k if i % 2 else 0)) % len(views)]
+            tensors = getattr(state, slot)
+            if tensors[i].numel() != 0:
+                tensors[i] = view(tensors[i]) if slot != "inputs" else LAYOUTS["shifted"](tensors[i])
+    return state
+
+
+@pytest.mark.parametrize("turn", range(len(LAYOUTS)))
+def test_layouts(turn: int, emulated: Emulated) -> None:
+    compare(emulated.ops, CPU, lambda: laid_out(turn))
+
+
+# ---- chunks --------------------------------------------------------------------------------------------------------
+
+#: Matrices, shape: several chunks of 2 CHUNK and more elements, the first parameter with more matrices than its row.
+LONG = (
+    (3, (3, CHUNK + 5)),
+    (1, (40000,)),
+    (2, (2, 160, 128)),
+    (1, (2 * CHUNK,)),
+    (3, (3, 130, 131)),
+    (2, (2, CHUNK)),
+    (1, (CHUNK + 8,)),
+    (4, (4, CHUNK - 1)),
+)
+#: Among so many elements the last place of a momentum near 0 decides a sign somewhere; these programs take none.
+SMOOTH = [program for program in twins.PROGRAMS if program.direction != "sign" and not program.cautious]
+
+
+def flat() -> State:
+    return random_state(LONG, SMOOTH)
+
+
+def transposed() -> State:
+    """Where elements are walked one at a time over several chunks."""
+    state = random_state(LONG, SMOOTH)
+    for tensors in (state.grads, state.params):
+        tensors[::2] = map(LAYOUTS["transposed"], tensors[::2])
+    return state
+
+
+@pytest.mark.parametrize("make", [flat, transposed])
+def test_several_chunks(make: Callable[[], State], emulated: Emulated) -> None:
+    compare(emulated.ops, CPU, make)
+
+
+def test_a_scratch_serves_every_step(emulated: Emulated) -> None:
+    """Both take their own steps, each in memory of its own: what an op leaves behind is in nobody's way."""
+    wanted = random_state(LONG, SMOOTH, types=((F, F, F, F, F),))
+    state = wanted.copy(CPU)
+    for _ in range(3):
+        for ops, each in ((emulated.ops, state), (torch.ops.steepest, wanted)):
+            twins.inspect(ops, each, None, None)
+            twins.before(ops, each)
+            twins.after(ops, each)
+        assert_close(state, wanted)
+
+
+def test_more_items_than_a_launch_takes(emulated: Emulated) -> None:
+    wanted = random_state(shapes=((1, (5,)), (2, (2, 8)), (1, (3, 3))), times=14)
+    for i in range(0, len(wanted.params), 2):  # every other one strided
+        wanted.grads[i] = LAYOUTS["columns"](wanted.grads[i])
+        wanted.params[i] = LAYOUTS["columns"](wanted.params[i])
+    assert len(wanted.programs) > 700
+    before = emulated.launches()
+    compare_step(emulated.ops, CPU, wanted)
+    assert emulated.launches() - before > 6 + 6, "each of six kernels is launched more than twice"
