@@ -24,7 +24,7 @@ check: $(ready)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
-	$(bin)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+	$(bin)/clang-format --dry-run -Werror $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 bench: $(ready)
 	$(bin)/python bench/bench_step.py $(ARGS)

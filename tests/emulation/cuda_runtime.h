@@ -154,9 +154,7 @@ void launch(void (*kernel)(Arguments), int blocks, int threads, const Arguments&
     void (*kernel)(Arguments);
     const Arguments& arguments;
   } call{kernel, arguments};
-  body = [](const void* call) {
-    static_cast<const Call*>(call)->kernel(static_cast<const Call*>(call)->arguments);
-  };
+  body = [](const void* call) { static_cast<const Call*>(call)->kernel(static_cast<const Call*>(call)->arguments); };
   argument = &call;
   count = threads;
   gridDim = {static_cast<unsigned>(blocks), 1, 1}, blockDim = {static_cast<unsigned>(threads), 1, 1};
