@@ -3,8 +3,8 @@
     zoo -> optimizer -> plan -> {fused, unfused} -> rounds -> recipe -> parts -> linalg -> ops -> {_C, kernels, torch}
 
 `matrices`, `stacks`, `values` and `routing` stand beside `recipe`; `graph` stands on `optimizer`. `kernels` imports
-torch and triton only; only `optimizer` knows `torch.optim`; only `ops` knows the compiled part and the kernels; no torch
-header lies below csrc/ops. When the picture should change, change it here in the same commit.
+torch and triton only; only `optimizer` knows `torch.optim`; only `ops` knows the compiled part and the kernels; no
+torch header lies below csrc/ops. When the picture should change, change it here in the same commit.
 """
 
 from __future__ import annotations
