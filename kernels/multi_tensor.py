@@ -233,6 +233,7 @@ def _round_bf16(p, program, seed, element):
 def _store_param(param, mantissa, program, seed, start, at, mask, p, P: tl.constexpr, L: tl.constexpr):
     if L is not None:
         bits = p.to(tl.int32, bitcast=True)
+        bits = tl.where(p == p, bits, 0x7FC00000)  # rounding up a NaN could carry into its sign
         high = (bits + 0x8000) & -0x10000
         tl.store(mantissa + at, (bits - high).to(tl.int16), mask=mask)
         p = high.to(tl.float32, bitcast=True)
@@ -429,8 +430,10 @@ def sums_kernel(
     chunks = (tl.load(line + SIZE) - 1) // CHUNK + 1
     partials += (tl.load(table + item) + matrix * chunks) * SUMS
     column = tl.arange(0, 8)
-    whole = _choice(tl.load(line + ITEM_PROGRAM), KIND) != GIVEN
-    known = (column < SUMS) & (column >= UPDATE_SQ if AFTER else (column < UPDATE_SQ) | whole)
+    if AFTER:
+        known = (column >= UPDATE_SQ) & (column < SUMS)
+    else:
+        known = column < tl.where(_choice(tl.load(line + ITEM_PROGRAM), KIND) == GIVEN, UPDATE_SQ, SUMS)
     total = tl.zeros([LINES, 8], tl.float64)
     largest = tl.zeros([LINES, 8], tl.float64)
     for first in range(0, chunks, LINES):
@@ -600,7 +603,7 @@ def rows_kernel(
     if grad_scale is not None:
         scale = 1 / tl.load(grad_scale).to(tl.float64)
     grad_max = tl.max(most) * scale
-    finite = grad_max < float("inf")
+    finite = grad_max <= 3.4028234663852886e38  # of fp32, in which the gradient is unscaled
     if found_inf is not None:
         finite = finite & (tl.load(found_inf) == 0)
     step_at = tl.load(line + STEP_AT)

@@ -31,7 +31,6 @@ def test_what_the_fused_ops_take() -> None:
     assert reason(group_of(RECIPES["muadam"], matrix), 0) is None
     assert reason(group_of(RECIPES["muadam"], matrix.double()), 0) is None
     assert reason(group_of(RECIPES["muadam"], torch.zeros(4, 6).t()), 0) is None
-    assert reason(group_of(RECIPES["muadam"], torch.zeros(0, 4)), 0) == "it has no elements"
     assert reason(group_of(ODD_POWER, matrix), 0) == (
         "the preconditioner's power is 0.3; the kernels have 1/4, 1/2 and 1/6"
     )
@@ -44,6 +43,7 @@ def test_routes_on_a_cpu() -> None:
     group = group_of(RECIPES["muadam"], torch.zeros(6, 4))
     assert route(group, 0) == "cpu"
     assert route(replace(group, backend="torch"), 0) == "torch"
+    assert route(group_of(RECIPES["muadam"], torch.zeros(0, 4), backend="cpu"), 0) == "torch"
     assert route(group_of(ODD_POWER, torch.zeros(6, 4)), 0) == "torch"
     with pytest.raises(RuntimeError, match="step: backend='cuda' cannot run: the tensors are on cpu"):
         route(replace(group, backend="cuda"), 0)

@@ -336,12 +336,20 @@ def test_covers(architectures: list[str], capability: tuple[int, int], wanted: b
     assert backend.covers(architectures, capability) is wanted
 
 
-DRIVERS = [("12.8.93", "13.0", None), ("13.0.88", "13.0", None), ("13.1.2", "13.0", None), ("13.0.88", "12.8", "12.8")]
+DRIVERS = [
+    ("12.8.93", "13.0", False),
+    ("13.0.88", "13.0", False),
+    ("13.1.2", "13.0", False),
+    ("13.0.88", "12.8", True),
+    ("12.8.93", "12.1", False),
+    ("12.8.93", "12.0", True),  # cannot pass a launch more than 4 KB
+    ("12.0.76", "12.0", False),
+]
 
 
-@pytest.mark.parametrize("built,driver,named", DRIVERS)
+@pytest.mark.parametrize("built,driver,too_old", DRIVERS)
 def test_a_driver_older_than_the_toolkit_is_a_reason(
-    built: str, driver: str, named: str | None, monkeypatch: pytest.MonkeyPatch
+    built: str, driver: str, too_old: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = {"cuda": built, "architectures": ["sm_90"]}
     version = 1000 * int(driver.split(".")[0]) + 10 * int(driver.split(".")[1])
@@ -350,8 +358,9 @@ def test_a_driver_older_than_the_toolkit_is_a_reason(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: version, raising=False)
-    wanted = f"built with CUDA 13.0, the driver takes {named}; update the driver or rebuild with an older toolkit"
-    assert backend.cuda_reason(0) == (None if named is None else wanted)
+    way_out = "update the driver or rebuild with an older toolkit"
+    wanted = f"built with CUDA {built[:4]}, the driver takes {driver}; {way_out}"
+    assert backend.cuda_reason(0) == (wanted if too_old else None)
 
 
 def test_reason_follows_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
-from training import both_kinds, parameters, train
+from training import both_kinds, give_gradients, parameters, train
 
 MUON, MUADAM, SANIA = steepest.Muon, steepest.MuAdam, steepest.MuAdamSANIA
 
@@ -224,6 +224,15 @@ def test_a_parameter_that_changed_is_named_before_anything_is_written(
         optimizer.step()
     assert torch.equal(a, before[0])
     assert all(torch.equal(t, before[1][key]) for key, t in optimizer.state[a].items())
+
+
+def test_state_left_on_another_device() -> None:
+    optimizer, params = both_kinds(MUADAM)
+    train(optimizer, params, range(1))
+    optimizer.state[params[0]]["exp_avg_sq"] = torch.zeros(8, 5, device="meta")
+    give_gradients(params, 1)
+    with pytest.raises(RuntimeError, match=r"is on cpu and its state 'exp_avg_sq' on meta: move the state too"):
+        optimizer.step()
 
 
 def test_one_group_on_two_devices() -> None:

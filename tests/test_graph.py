@@ -137,18 +137,46 @@ def start_scaling(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
     step.found_inf = torch.zeros(())  # type: ignore[attr-defined]
 
 
+def move_gradient(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    assert params[2].grad is not None
+    params[2].grad.data = params[2].grad.data.clone()
+
+
+def load_behind(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    step.optimizer.load_state_dict(step.optimizer.state_dict())
+
+
+def step_behind(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    kept, params[0].grad = params[0].grad, None
+    step.optimizer.param_groups[0]["lr"].zero_()
+    step.optimizer.prepare()
+    params[0].grad = kept
+
+
+def other_state(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    step.state[params[0]]["exp_avg_sq"] = step.state[params[0]]["exp_avg_sq"].clone()
+
+
+def longer_group(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    step.param_groups[0]["params"].append(parameters([(3, 3)])[0])
+
+
+def list_in_place(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    step.param_groups[0]["num_heads"] = 1
+
+
 CHANGES: list[tuple[Any, str]] = [
     (drop_gradient, r"the gradient of parameter 1 of group 0 \(shape \(5, 8\)\) is not the tensor that was"),
-    (
-        move_parameter,
-        r"parameter 0 of group 0 \(shape \(8, 5\)\) has moved in memory since the capture: call reset",
-    ),
-    (
-        change_betas,
-        r"betas was \(0.9, 0.999\) when the step was captured and is \(0.5, 0.9\): only lr and weight",
-    ),
-    (add_group, "a parameter group was added after the capture"),
+    (move_gradient, r"the gradient of parameter 2 of group 0 \(shape \(6, 6\)\) has moved in memory"),
+    (move_parameter, r"parameter 0 of group 0 \(shape \(8, 5\)\) has moved in memory since the capture: call reset"),
+    (change_betas, r"betas was \(0.9, 0.999\) when the step was captured and is \(0.5, 0.9\): only lr and weight"),
+    (list_in_place, "num_heads was None when the step was captured and is 1"),
+    (add_group, "parameters were added or removed after the capture"),
+    (longer_group, "parameters were added or removed after the capture"),
     (start_scaling, "captured without a GradScaler's found_inf and is called otherwise"),
+    (load_behind, "state was loaded or an ordinary step taken since the capture"),
+    (step_behind, "state was loaded or an ordinary step taken since the capture"),
+    (other_state, "the state holds other tensors than at the capture"),
 ]
 
 
@@ -194,6 +222,42 @@ def test_refusals() -> None:
     exact, _ = both_kinds(steepest.Muon, polar="svd")
     with pytest.raises(RuntimeError, match=r"group 0 cannot be captured .* choose an iterative preset"):
         exact.make_capturable()
+
+
+def test_step_hooks_are_refused() -> None:
+    optimizer, _ = both_kinds(steepest.MuAdam)
+    optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="a graph runs no step hooks"):
+        steepest.graphed(optimizer)
+
+
+def test_numbers_elsewhere_are_refused() -> None:
+    optimizer, _ = both_kinds(steepest.MuAdam)
+    optimizer.param_groups[1]["eps"] = torch.tensor(1e-8, device="meta")
+    with pytest.raises(RuntimeError, match="group 1 cannot be captured .* eps is a tensor on another device than cpu"):
+        optimizer.make_capturable()
+
+
+def test_triton_is_refused(recorded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, params = both_kinds(steepest.MuAdam)
+    step = steepest.graphed(inner)
+    monkeypatch.setattr("steepest.plan.Plan.backends", {"triton"})
+    for i in range(2):
+        in_place(params, i)
+        step.step()
+    in_place(params, 2)
+    with pytest.raises(RuntimeError, match="the Triton kernels read addresses from a table"):
+        step.step()
+
+
+def test_a_new_plan_is_not_made_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, params = both_kinds(steepest.MuAdam, capturable=True)
+    give_gradients(params, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="what it steps has changed since the last step: take one with these"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 def test_a_closure_is_refused(recorded: list[str]) -> None:

@@ -62,8 +62,8 @@ def loaded(optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-KEPT = [nothing, new_rates, strided_gradient, exchanged_data]
-MADE_ANEW = [no_gradient, another_dtype, another_recipe, another_group, another_state, loaded]
+KEPT = [nothing, new_rates, exchanged_data]
+MADE_ANEW = [strided_gradient, no_gradient, another_dtype, another_recipe, another_group, another_state, loaded]
 
 
 @every_optimizer

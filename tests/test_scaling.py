@@ -42,6 +42,25 @@ def test_scaled_is_unscaled(cls: type[MatrixOptimizer], backend: str, unscale: b
 
 @every_optimizer
 @both_paths
+@pytest.mark.parametrize("scale,taken", [(0.5, True), (0.25, False)])
+def test_a_gradient_too_large_once_unscaled_is_skipped(
+    cls: type[MatrixOptimizer], backend: str, scale: float, taken: bool
+) -> None:
+    """Finite as it is stored, 2e38 by 4 is not; a step without a scaler's help skips that parameter."""
+    optimizer, params = both_kinds(cls, backend=backend)
+    give_gradients(params, 0)
+    assert params[0].grad is not None
+    params[0].grad.view(-1)[0] = 1.5e38
+    before = copies(params)
+    optimizer.grad_scale = torch.tensor(scale)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    optimizer.step()
+    assert torch.equal(params[0], before[0]) != taken
+    assert not torch.equal(params[1], before[1])
+
+
+@every_optimizer
+@both_paths
 def test_one_infinity_stops_the_whole_step(cls: type[MatrixOptimizer], backend: str) -> None:
     optimizer, params = both_kinds(cls, backend=backend)
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)

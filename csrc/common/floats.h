@@ -36,11 +36,17 @@ STEEPEST_HD inline float float_of(uint32_t bits) {
 
 STEEPEST_HD inline float from_bf16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
-// To nearest, ties to even; every NaN becomes the quiet one.
+// To nearest, ties to even; every NaN becomes a quiet one.
 STEEPEST_HD inline uint16_t to_bf16(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t half;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));  // one instruction for eight
+  return half;
+#else
   const uint32_t bits = bits_of(value);
   if (value != value) return 0x7fc0;
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+#endif
 }
 
 // Up with probability `noise` / 2^16 of the remainder below bf16; noise is uniform in [0, 2^16). Not finite: as it is.
@@ -83,6 +89,7 @@ struct Split {
   int16_t low;
 };
 STEEPEST_HD inline Split split(float value) {
+  if (value != value) return {0x7fc0, 0};  // rounding up a NaN could carry into its sign
   const uint32_t bits = bits_of(value);
   const uint16_t high = static_cast<uint16_t>((bits + 0x8000) >> 16);
   return {high, static_cast<int16_t>(bits - (static_cast<uint32_t>(high) << 16))};

@@ -18,7 +18,7 @@ namespace steepest::multi_tensor {
 constexpr int kThreads = 256;
 constexpr int kVector = 8;  // elements a thread takes at once: 16 bytes of a 16-bit type, twice 16 of fp32
 
-// What a launch can be told: 32764 bytes on architectures and drivers that CUDA 12.1 and newer serve, 4 KB before.
+// What a launch can be told: 32764 bytes where toolkit and driver are of CUDA 12.1 or newer, else 4 KB.
 #if CUDART_VERSION >= 12010
 constexpr size_t kArgumentBytes = 32764;
 #else
@@ -45,14 +45,18 @@ __device__ inline const typename Batch::Item& find(const Batch& batch, int32_t b
 // ---- elements
 // --------------------------------------------------------------------------------------------------------
 
-// Where element `index` of a tensor lies, in elements.
-__device__ inline int64_t offset(const Walk& walk, int tensor, int64_t index) {
-  int64_t at = 0;
+// Where element `index` lies in every tensor of an item, in elements; one division for every dimension but the
+// outermost.
+template <int kTensors>
+__device__ inline void locate(const Walk& walk, int64_t index, int64_t (&places)[kTensors]) {
+#pragma unroll
+  for (int t = 0; t < kTensors; ++t) places[t] = 0;
   for (int d = walk.dims - 1; d >= 0; --d) {
-    at += index % walk.size[d] * walk.stride[tensor][d];
-    index /= walk.size[d];
+    const int64_t next = d > 0 ? index / walk.size[d] : 0, along = index - next * walk.size[d];
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) places[t] += along * walk.stride[t][d];
+    index = next;
   }
-  return at;
 }
 
 // Eight elements as they lie in memory. Fetching and converting are apart so that the loads of all tensors are under
@@ -158,15 +162,19 @@ struct RawOf<1> {
 };
 
 // Calls body.template operator()<N>(index) for every element of a chunk, this thread's share of it: kVector at a time
-// where the kernel knows flat items and this one is aligned, and one at a time otherwise and at the end.
+// where the kernel knows flat items and this one is aligned, and one at a time otherwise and at the end. A body with
+// kAtOnce > 1 takes so many turns at once, by several(index), to have more loads under way.
 template <bool kFlat, class Body>
 __device__ inline void for_each_element(const Span& span, bool aligned, Body& body) {
   const int64_t end = span.start + span.length;
   int64_t cut = span.start;
   if constexpr (kFlat) {
     if (aligned) cut += span.length / kVector * kVector;
-    for (int64_t i = span.start + threadIdx.x * kVector; i < cut; i += kThreads * kVector)
-      body.template operator()<kVector>(i);
+    int64_t i = span.start + threadIdx.x * kVector;
+    if constexpr (Body::kAtOnce > 1)
+      for (; i + (Body::kAtOnce - 1) * kThreads * kVector < cut; i += Body::kAtOnce * kThreads * kVector)
+        body.several(i);
+    for (; i < cut; i += kThreads * kVector) body.template operator()<kVector>(i);
   }
   for (int64_t i = cut + threadIdx.x; i < end; i += kThreads) body.template operator()<1>(i);
 }

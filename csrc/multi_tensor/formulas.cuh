@@ -72,13 +72,15 @@ STEEPEST_HD inline double input_scale(double bound) {
   return ldexp(1.0, 15 - exponent);
 }
 
-// Fills a parameter's row from its gradient's largest magnitude (infinite where an entry is not finite) and sum of
-// squares, the step count before this gradient, and the largest magnitude of the old momentum.
+// Fills a parameter's row, with the largest finite number of the arithmetic that follows, from its gradient's largest
+// magnitude (infinite where an entry is not finite) and sum of squares, the step count before this gradient, and the
+// largest magnitude of the old momentum.
 STEEPEST_HD inline void fill_row(double* row, const Program& program, const double* hyper, double grad_max,
-                                 double grad_sq, double step, double momentum_max, bool found_inf, double grad_scale) {
+                                 double grad_sq, double step, double momentum_max, bool found_inf, double grad_scale,
+                                 double largest_finite) {
   const double scale = 1 / grad_scale;
   grad_max *= scale;
-  row[kFinite] = !found_inf && grad_max < INFINITY && grad_max == grad_max;
+  row[kFinite] = !found_inf && grad_max <= largest_finite;
   row[kGradMax] = grad_max;
   row[kGradSq] = grad_sq * scale * scale;
   row[kStep] = step + row[kFinite];
@@ -103,12 +105,12 @@ STEEPEST_HD inline double value_of(const Number& number) {
 
 // fill_row with what the owner says; counts its step. False where the step is not taken.
 STEEPEST_HD inline bool finish_inspection(const Owner& owner, const Scaling& scaling, double grad_max, double grad_sq,
-                                          double momentum_max, double* row) {
+                                          double momentum_max, bool is_double, double* row) {
   double hyper[kHypers];
   for (int h = 0; h < kHypers; ++h) hyper[h] = value_of(owner.hyper[h]);
   const bool found_inf = scaling.found_inf != nullptr && *scaling.found_inf != 0;
   fill_row(row, owner.program, hyper, grad_max, grad_sq, owner.step ? *owner.step : 0.0, momentum_max, found_inf,
-           scaling.grad_scale ? *scaling.grad_scale : 1.0);
+           scaling.grad_scale ? *scaling.grad_scale : 1.0, is_double ? 1.7976931348623157e308 : 3.4028234663852886e38);
   if (owner.step) *owner.step = static_cast<float>(row[kStep]);
   return row[kFinite] != 0;
 }
@@ -180,6 +182,9 @@ STEEPEST_HD inline R lerp(R a, R b, R w, R one_minus_w) {
 
 #ifdef __CUDA_ARCH__
 #define STEEPEST_EACH _Pragma("unroll") for (int j = 0; j < N; ++j)
+#define STEEPEST_REDUCE(how) STEEPEST_EACH
+#elif !defined(STEEPEST_VECTOR_CODE)
+#define STEEPEST_EACH for (int j = 0; j < N; ++j)
 #define STEEPEST_REDUCE(how) STEEPEST_EACH
 #else
 #define STEEPEST_EACH for (int j = 0; j < N; ++j)

@@ -107,7 +107,9 @@ void inspect_on_host(const InspectParams& params) {
     for (int64_t line = owner.first_sum; line < owner.end_sum; ++line)
       momentum_max = std::max(momentum_max, params.sums[line * kSums + kMomentumMax]);
     double* row = params.rows + int64_t{index} * kColumns;
-    if (!finish_inspection(owner, params.scaling, most, square, momentum_max, row)) ++*params.skipped;
+    if (!finish_inspection(owner, params.scaling, most, square, momentum_max,
+                           params.gradients[index].dtype == Dtype::f64, row))
+      ++*params.skipped;
   }
 }
 

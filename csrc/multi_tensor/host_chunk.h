@@ -5,6 +5,8 @@
 // takes its formulas from lies in a namespace of that name, so that no function of one set is linked into another.
 #pragma once
 
+#define STEEPEST_VECTOR_CODE
+
 #include <cstdint>
 
 #include "common/floats.h"

@@ -42,11 +42,15 @@ struct Worker {
   Numbers<float> n;
   uint32_t seed;
   Sums<float> sums;
+  int64_t places[kSlots];  // of the element at hand, where the item is strided
 
-  __device__ bool has(Slot slot) const { return item.at[slot] != nullptr; }
-  __device__ int64_t where(Slot slot, int64_t index) const {
-    return walk != nullptr ? offset(*walk, slot, index) : index;
+  static constexpr int kAtOnce = 1;
+
+  __device__ void begin(int64_t index) {
+    if (walk != nullptr) locate(*walk, index, places);
   }
+  __device__ bool has(Slot slot) const { return item.at[slot] != nullptr; }
+  __device__ int64_t where(Slot slot, int64_t index) const { return walk != nullptr ? places[slot] : index; }
   template <class Raw>
   __device__ void get(Slot slot, int64_t index, Raw& raw) const {
     if (has(slot)) fetch(item.at[slot], item.dtype[slot], where(slot, index), raw);
@@ -91,6 +95,7 @@ struct Worker {
 struct Before : Worker {
   template <int N>
   __device__ void operator()(int64_t index) {
+    begin(index);
     typename RawOf<N>::type g, m, v, p, low;
     get(kGrad, index, g), get(kMomentum, index, m), get(kSecond, index, v), get(kParam, index, p);
     get(kMantissa, index, low);
@@ -122,6 +127,7 @@ struct Before : Worker {
 struct After : Worker {
   template <int N>
   __device__ void operator()(int64_t index) {
+    begin(index);
     typename RawOf<N>::type d, v, p, low;
     get(kDirection, index, d), get(kSecond, index, v), get(kParam, index, p), get(kMantissa, index, low);
     Tile<float, N> tile;
@@ -137,11 +143,14 @@ struct After : Worker {
 struct Clear {
   const FlatItem& item;
   const Walk* walk;
+  static constexpr int kAtOnce = 1;
 
   template <int N>
   __device__ void operator()(int64_t index) {
     const float zeros[N] = {};
-    put(item.at[kDirection], item.dtype[kDirection], walk != nullptr ? offset(*walk, kDirection, index) : index, zeros);
+    int64_t places[kSlots];
+    if (walk != nullptr) locate(*walk, index, places);
+    put(item.at[kDirection], item.dtype[kDirection], walk != nullptr ? places[kDirection] : index, zeros);
   }
 };
 
@@ -157,6 +166,10 @@ __global__ void __launch_bounds__(kThreads, 2) run(const __grid_constant__ Batch
   constexpr bool kFlat = std::is_same_v<typename Batch::Item, FlatItem>;
   const Walk* walk = nullptr;
   if constexpr (!kFlat) walk = &item.walk;
+  // Read before the test, so that the two latencies are one.
+  const double length = item.lengths != nullptr ? item.lengths[part.matrix] : 1.0;
+  const Numbers<float> numbers(row, item.ratio * length);
+  const uint32_t own = seed(row[kStep], item.place);
   if (row[kFinite] == 0) {
     if (!kAfter && item.at[kDirection] != nullptr) {
       Clear clear{item, walk};
@@ -164,8 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2) run(const __grid_constant__ Batch
     }
     return;
   }
-  const double length = item.lengths != nullptr ? item.lengths[part.matrix] : 1.0;
-  Work work{{item, walk, Numbers<float>(row, item.ratio * length), seed(row[kStep], item.place), {}}};
+  Work work{{item, walk, numbers, own, {}, {}}};
   for_each_element<kFlat>(part, item.aligned, work);
   combine_block<kSums, kLargestColumns>(work.sums.at);
   double totals[kSums];

@@ -26,15 +26,6 @@ bool is_flat(const Ints& sizes, const std::vector<Ints>& strides) {
   return true;
 }
 
-bool is_contiguous(const Ints& sizes, const Ints& strides) {
-  int64_t expected = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    if (sizes[d] != 1 && strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
-
 bool may_overlap(const Ints& sizes, const Ints& strides) {
   int64_t reach = 0;  // offset of the last element of the dimensions seen so far
   for (size_t d : by_stride(sizes, strides)) {

@@ -22,9 +22,6 @@ struct Walk {
 // element i of the others whatever the order of the dimensions.
 bool is_flat(const Ints& sizes, const std::vector<Ints>& strides);
 
-// The same, and in the order of the dimensions (row-major).
-bool is_contiguous(const Ints& sizes, const Ints& strides);
-
 // True when two indices may name the same element: such a tensor cannot be written in place.
 bool may_overlap(const Ints& sizes, const Ints& strides);
 

@@ -222,7 +222,7 @@ void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, con
   }
   params.scaling = {check_scalar(found_inf, place, "found_inf"), check_scalar(grad_scale, place, "grad_scale")};
   params.rows = pointer<double>(rows);
-  params.sums = pointer<double>(sums);
+  params.sums = static_cast<const double*>(sums.const_data_ptr());
   params.skipped = pointer<int64_t>(skipped);
   params.scratch = check_scratch(scratch, place, std::max(lines, static_cast<int64_t>(grads.size())), chunks);
 #ifdef STEEPEST_HAS_CUDA

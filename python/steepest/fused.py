@@ -7,8 +7,8 @@
         after                                  every matrix of the round
 
 What depends only on shapes, dtypes and recipes is laid out once; a step hands the tensors over. Their addresses travel
-in the launch, so there is no table of pointers that a new gradient could make stale, and inputs are borrowed from
-torch's allocator, so that between steps their memory is free for activations.
+in the launch (Triton's table of them is keyed by its contents), so no new gradient makes them stale, and inputs are
+borrowed from torch's allocator, so that between steps their memory is free for activations.
 """
 
 from __future__ import annotations
@@ -81,16 +81,26 @@ class Layout:
         self.absent = torch.empty(0, device=self.device)
         self.steps = [entry.state.get("step", self.absent) for entry in entries]
         self.rounds = list(rounds_of(members, max_workspace_bytes))
-        self._remember_momentum()
+        self._watched = [entry.momentum for entry in entries if entry.input_dtype is torch.float16]
+        self._versions: list[int] = []
+        self._rows = {own: self._span(own) for own in set(self.group_of)}
+        self._remember_state()
 
-    def _remember_momentum(self) -> None:
-        """The largest entries of the momenta there are, from which a fp16 input's power of two is bounded."""
-        largest = self.table.column("momentum_max")
-        for round_ in self.rounds:
-            for member, item in zip(round_.members[round_.whole :], round_.after.items, strict=True):
-                if member.entry.input_dtype is torch.float16:
-                    m = member.view(member.entry.momentum).reshape(item.matrices, -1)
-                    largest[item.first_sum : item.first_sum + item.matrices] = m.abs().amax(-1)
+    def _span(self, group: int) -> slice:
+        """The rows of a group's entries, which follow one another."""
+        first = self.group_of.index(group)
+        return slice(first, first + self.group_of.count(group))
+
+    def _remember_state(self) -> None:
+        """Sums as a step that is not taken leaves them; the momenta's largest entries bound the next fp16 input."""
+        for member in (member for round_ in self.rounds for member in round_.members):
+            lines = slice(member.line, member.line + member.matrices)
+            m, p = (member.view(t).reshape(member.matrices, -1) for t in (member.entry.momentum, member.entry.param))
+            self.table.column("momentum_max")[lines] = m.abs().amax(-1)
+            for name, t in (("momentum_sq", m), ("param_sq", p)):
+                wide = torch.promote_types(t.dtype, torch.float32)
+                self.table.column(name)[lines] = torch.linalg.vector_norm(t, dim=-1, dtype=wide).double().square()
+        self._versions = [m._version for m in self._watched]
 
     # ---- what a step measured ---------------------------------------------------------------------------------------
 
@@ -99,14 +109,12 @@ class Layout:
 
         The momentum, update and parameter of a step that was not taken are those of the last that was.
         """
-        rows = [i for i, entry in enumerate(self.entries) if entry.group == group]
-        if not rows:
+        rows = self._rows.get(group)
+        if rows is None:
             return {}
-        begin, end = rows[0], rows[-1] + 1  # a group's entries follow one another, and so do their lines
-        squares = self.table.column("grad_sq")[begin:end]
-        taken = self.table.column("finite")[begin:end] > 0
-        found = {"grad_sq": torch.where(taken, squares, 0).sum()}
-        lines = slice(self.first_sums[begin], self.first_sums[end])
+        taken = self.table.column("finite")[rows] > 0
+        found = {"grad_sq": torch.where(taken, self.table.column("grad_sq")[rows], 0).sum()}
+        lines = slice(self.first_sums[rows.start], self.first_sums[rows.stop])
         for name in ("momentum_sq", "update_sq", "param_sq"):
             found[name] = self.table.column(name)[lines].sum()
         slack = [part for round_ in self.rounds for bucket in round_.buckets for part in bucket.slack_of(group)]
@@ -116,12 +124,15 @@ class Layout:
 
     def step(self, hypers: Sequence[Hyper], scaling: Scaling) -> None:
         """One step; hypers[group] are the numbers of a group. The gradients are the parameters' own."""
+        if [m._version for m in self._watched] != self._versions:  # changed by somebody else, a compiled step or a user
+            self._remember_state()
         grads = [gradient(entry.param) for entry in self.entries]
         groups = _groups(hypers, self.group_of, self.device)
         arguments = (self.steps, self.table, self.programs, self.first_sums, groups, scaling)
         multi_tensor.inspect(grads, *arguments, backend=self.backend)
         for round_ in self.rounds:
             self._run(round_)
+        self._versions = [m._version for m in self._watched]
 
     def _run(self, round_: Round) -> None:
         # Views of a parameter are made anew: its `data` may have been exchanged, and its gradient is another one.
@@ -181,4 +192,5 @@ def _groups(hypers: Sequence[Hyper], of: list[int], device: torch.device) -> Gro
 
 def _on(number: Tensor, device: torch.device) -> Tensor:
     wanted = number.dtype if number.dtype in (torch.float32, torch.float64) else torch.float64
-    return number.detach().to(device, wanted, non_blocking=True)
+    # A copy to the host must have arrived when the host reads it.
+    return number.detach().to(device, wanted, non_blocking=device.type == "cuda")

@@ -1,4 +1,4 @@
-"""A whole step as one CUDA graph: a few microseconds on the host, whatever the number of parameters.
+"""A whole step as one CUDA graph: one launch, and on the host only the look whether it still holds.
 
     step = steepest.graphed(optimizer)
     for batch in data:
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .optimizer import MatrixOptimizer
-from .values import ON_DEVICE, Group
+from .values import ON_DEVICE, Group, changed, frozen
 
 WARM_UP = 2  # eager steps before the capture: they create state, kernels, tables and workspaces
 
@@ -39,8 +39,8 @@ class GraphedStep:
     """`step`, `zero_grad`, `param_groups`, `state_dict` and `load_state_dict` of the optimizer it wraps.
 
     The first two calls of `step` are ordinary ones, the third captures, and every later one replays; all of them are
-    steps. Works with torch.amp.GradScaler in the optimizer's place. Not a torch.optim.Optimizer: schedulers take the
-    optimizer. Memory the step borrows stays with the graph.
+    steps. Works with torch.amp.GradScaler in the optimizer's place. Not a torch.optim.Optimizer: schedulers take
+    `optimizer`, which metrics() and describe() belong to as well. Memory the step borrows stays with the graph.
     """
 
     #: torch.amp.GradScaler leaves unscaling and skipping to the step.
@@ -49,6 +49,8 @@ class GraphedStep:
     def __init__(self, optimizer: MatrixOptimizer) -> None:
         if not isinstance(optimizer, MatrixOptimizer):
             raise TypeError(f"graphed takes an optimizer of steepest but got {type(optimizer).__name__}")
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            raise RuntimeError("a graph runs no step hooks: remove them, or use optimizer.step() itself")
         self.optimizer = optimizer
         self._device = _device_of(optimizer)
         optimizer.make_capturable()
@@ -104,19 +106,36 @@ class _Captured:
     def __init__(self, optimizer: MatrixOptimizer, device: torch.device, scaling: dict[str, Tensor | None]) -> None:
         self.optimizer = optimizer
         optimizer.make_capturable()
+        if "triton" in optimizer.prepare():
+            raise RuntimeError(
+                "the Triton kernels read addresses from a table, which a graph cannot renew: build the compiled "
+                "kernels (`steepest doctor` says how), or use optimizer.step() itself"
+            )
         self.groups = [_Numbers(group) for group in optimizer.param_groups]
         self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         self.grads = [p.grad for p in self.params]
-        self.addresses = [p.data_ptr() for p in self.params]
+        self.addresses = self._addresses()
         self.scaling = {
             name: None if given is None else given.detach().to(device, torch.float32, copy=True)
             for name, given in scaling.items()
         }
         with _Attributes(optimizer, self.scaling):
             self.run = _capture(optimizer.step, device)
+        self.plan = optimizer._plan  # its tables, and the state it writes to, live as long as the graph
+        self.state = self._state()
+
+    def _addresses(self) -> list[int]:
+        found = [p.data_ptr() for p in self.params]
+        return found + [0 if g is None else g.data_ptr() for g in self.grads]
+
+    def _state(self) -> list[Tensor]:
+        held = self.optimizer.state
+        return [t for p in self.params if p in held for t in held[p].values() if isinstance(t, Tensor)]
 
     def replay(self, scaling: dict[str, Tensor | None]) -> None:
         self._check()
+        for numbers in self.groups:
+            numbers.check()
         for numbers in self.groups:
             numbers.renew()
         for name, held in self.scaling.items():
@@ -131,6 +150,9 @@ class _Captured:
         self.run()
 
     def _check(self) -> None:
+        now = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if len(now) != len(self.params) or not all(map(is_, now, self.params)):
+            raise RuntimeError("parameters were added or removed after the capture: call reset() to capture anew")
         if not all(map(is_, (p.grad for p in self.params), self.grads)):
             i = next(i for i, p in enumerate(self.params) if p.grad is not self.grads[i])
             raise RuntimeError(
@@ -138,11 +160,16 @@ class _Captured:
                 "zero_grad() of the graphed step or optimizer.zero_grad(set_to_none=False), and call reset() when "
                 "another set of parameters has gradients"
             )
-        if [p.data_ptr() for p in self.params] != self.addresses:
-            i = next(i for i, p in enumerate(self.params) if p.data_ptr() != self.addresses[i])
-            raise RuntimeError(f"{self._name(i)} has moved in memory since the capture: call reset() to capture anew")
-        if len(self.optimizer.param_groups) != len(self.groups):
-            raise RuntimeError("a parameter group was added after the capture: call reset() to capture anew")
+        addresses = self._addresses()
+        if addresses != self.addresses:
+            i = next(i for i, at in enumerate(addresses) if at != self.addresses[i])
+            what = self._name(i) if i < len(self.params) else f"the gradient of {self._name(i - len(self.params))}"
+            raise RuntimeError(f"{what} has moved in memory since the capture: call reset() to capture anew")
+        if self.optimizer._plan is not self.plan:
+            raise RuntimeError("state was loaded or an ordinary step taken since the capture: call reset()")
+        now = self._state()
+        if len(now) != len(self.state) or not all(map(is_, now, self.state)):
+            raise RuntimeError("the state holds other tensors than at the capture: call reset() to capture anew")
 
     def _name(self, i: int) -> str:
         for number, group in enumerate(self.optimizer.param_groups):
@@ -160,23 +187,29 @@ class _Numbers:
     def __init__(self, group: Group) -> None:
         self.group = group
         self.on_device: dict[str, Tensor] = {key: group[key] for key in ON_DEVICE}
-        self.fixed = {
-            key: value for key, value in group.items() if isinstance(value, (bool, int, float, str, tuple, type(None)))
-        }
+        self.fixed = self._fixed()
+
+    def _fixed(self) -> Group:
+        return frozen(self.group, (key for key in self.group if key != "params" and key not in ON_DEVICE))
+
+    def check(self) -> None:
+        key = changed(self.fixed, self._fixed())
+        if key is not None:
+            raise RuntimeError(
+                f"{key} was {self.fixed.get(key)!r} when the step was captured and is {self.group.get(key)!r}: only "
+                f"{' and '.join(ON_DEVICE)} may change; call reset() to capture anew"
+            )
 
     def renew(self) -> None:
         for key, held in self.on_device.items():
             value = self.group[key]
             if value is held:
                 continue
-            held.copy_(value.reshape(())) if isinstance(value, Tensor) else held.fill_(value)
+            if isinstance(value, Tensor):
+                held.copy_(value.reshape(()), non_blocking=True)
+            else:
+                held.fill_(value)
             self.group[key] = held
-        for key, value in self.fixed.items():
-            if self.group[key] != value:
-                raise RuntimeError(
-                    f"{key} was {value!r} when the step was captured and is {self.group[key]!r}: only "
-                    f"{' and '.join(ON_DEVICE)} may change; call reset() to capture anew"
-                )
 
 
 class _Attributes:
@@ -227,6 +260,9 @@ class _SideStream:
 def _capture(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """What replays `step`, which is recorded and not run."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    # A stream of this device: torch's own default is made once, on whichever device came first. Other threads, a data
+    # loader's, may use CUDA meanwhile.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay

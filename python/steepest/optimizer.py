@@ -7,7 +7,7 @@ use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
 
 import torch
@@ -24,14 +24,15 @@ from .values import (
     ON_DEVICE,
     Group,
     adam_hyper,
+    changed,
     check_at_least_zero,
     check_betas,
     check_lr,
     finish,
+    frozen,
     name_the_rule,
     number_on,
     parameter_name,
-    same_values,
 )
 
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Any]
@@ -221,6 +222,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Creates the state of every parameter now, as if each had a zero gradient, without a step."""
         self._init_states([(p, p.dtype, group) for group in self.param_groups for p in group["params"]])
 
+    @torch.no_grad()
+    def prepare(self) -> set[str]:
+        """Makes state and plan for the gradients there are, without a step; the backends it will run on."""
+        return self._ready_plan().backends
+
     def _recipe(self, group: Group) -> Recipe:
         """The group's recipe, the same object until a value it may depend on changes."""
         if torch.compiler.is_compiling():
@@ -229,9 +235,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _known_recipe(self, group: Group) -> tuple[Recipe, int]:
         """A group's recipe, and a number that is another one whenever its values have changed."""
-        values = {key: value for key, value in group.items() if key not in CHANGING}
+        values = frozen(group, (key for key in self.defaults if key not in CHANGING))
         known = self._recipes.get(id(group))
-        if known is None or not same_values(known[0], values):
+        if known is None or changed(known[0], values) is not None:
             version = 1 + max((version for _, _, version in self._recipes.values()), default=0)
             known = self._recipes[id(group)] = (values, self._new_recipe(group), version)
         return known[1:]
@@ -244,11 +250,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _ready_plan(self) -> plan.Plan:
         """The plan of this step; every check is made, before the first write, when there is none for it yet."""
-        _check_capture(self.param_groups)
+        if not all(group["capturable"] for group in self.param_groups if group["params"]):
+            _refuse_capture(
+                "its learning rate is a number, which the graph would repeat for ever: make the optimizer with "
+                "capturable=True, or use steepest.graphed(optimizer)"
+            )
         for group in self.param_groups:
             self._numbers_on_device(group)
         key = self._key()
         if self._plan is None or self._plan_key != key:
+            _refuse_capture("what it steps has changed since the last step: take one with these gradients first")
             self._plan = None
             for number, group in enumerate(self.param_groups):
                 self._check_step(number, group)
@@ -260,17 +271,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """What a plan is made for, apart from where tensors lie."""
         found: list[object] = []
         for group in self.param_groups:
-            recipe, version = self._known_recipe(group)
-            found.append((id(group), version))
-            key = recipe.momentum.key
+            found.append((id(group), self._known_recipe(group)[1]))
             for p in group["params"]:
                 g = p.grad
                 if g is None:
                     found.append(None)
                     continue
                 own = self.state.get(p)
-                momentum = None if own is None else id(own.get(key))
-                found.append((id(p), p.shape, p.dtype, p.device, g.dtype, g.layout, momentum))
+                state = None if own is None else tuple(map(id, own.values()))
+                # Few layouts of five dimensions and more, and of Triton's tensors, can be walked.
+                strides = None if g.is_contiguous() and p.is_contiguous() else (p.stride(), g.stride())
+                found.append((id(p), p.shape, p.dtype, p.device, g.dtype, g.layout, strides, state))
         return found
 
     def _new_plan(self) -> plan.Plan:
@@ -327,14 +338,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._backend(p, group)
 
     def _check_state(self, p: Tensor, group: Group, what: str) -> None:
-        for key in self._recipe(group).keys:
-            held = self.state.get(p, {}).get(key)
-            if held is None or key == "step" or held.shape == p.shape or (key == "mantissa" and not held.numel()):
+        recipe, state = self._recipe(group), self.state.get(p, {})
+        for key in recipe.keys:
+            held = state.get(key)
+            if held is None:
                 continue
-            raise RuntimeError(
-                f"{what} has a state {key!r} of shape {tuple(held.shape)}: a parameter that was resized, or a "
-                "checkpoint of another model; delete optimizer.state[p] to start it anew"
-            )
+            if held.device != p.device:
+                raise RuntimeError(
+                    f"{what} is on {p.device} and its state {key!r} on {held.device}: move the state too"
+                )
+            if key in recipe.rounding.keys and bool(held.numel()) != (p.dtype is torch.bfloat16 and p.numel() > 0):
+                del state[key]  # the parameter's dtype has changed: what was kept of the old one says nothing
+            elif held.numel() and held.shape != (() if key == "step" else p.shape):
+                raise RuntimeError(
+                    f"{what} has a state {key!r} of shape {tuple(held.shape)}: a parameter that was resized, or a "
+                    "checkpoint of another model; delete optimizer.state[p] to start it anew"
+                )
 
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""
@@ -409,7 +428,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _backend(self, p: Tensor, group: Group) -> str:
         """The backend of everything elementwise in a parameter's step."""
         single = plan.Group(
-            self._recipe(group), [p], [self.state.get(p, {})], [()], [(0, 0)], group["maximize"], group["backend"]
+            self._recipe(group),
+            [p],
+            [self.state.get(p, {})],
+            [self._pieces(p, group)],
+            [(0, 0)],
+            group["maximize"],
+            group["backend"],
         )
         return plan.route(single, 0)
 
@@ -444,12 +469,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         RuntimeError, with the reason, for a group whose step a CUDA graph cannot hold.
         """
         for number, group in enumerate(self.param_groups):
-            direction = self._recipe(group).direction
-            if group["params"] and not direction.capturable:
-                raise RuntimeError(
-                    f"group {number} cannot be captured in a CUDA graph: {direction} reads from the device in every "
-                    "step; choose an iterative preset, such as polar='auto'"
-                )
+            direction, why = self._recipe(group).direction, None
+            if not direction.capturable:
+                why = f"{direction} reads from the device; choose an iterative preset, such as polar='auto'"
+            device = group["params"][0].device if group["params"] else None
+            others = [key for key in ("momentum", "betas", "eps") if _elsewhere(group.get(key), device)]
+            if others:
+                why = f"{others[0]} is a tensor on another device than {device}; move it there or make it a number"
+            if group["params"] and why is not None:
+                raise RuntimeError(f"group {number} cannot be captured in a CUDA graph: {why}")
         for group in self.param_groups:
             group["capturable"] = True
             self._numbers_on_device(group)
@@ -487,8 +515,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._recipes = {}
         self._plan = None
-        for group in self.param_groups:  # a checkpoint of torch.optim.Muon or of an older version lacks keys
-            name_the_rule(group)
+        rules = [True] * len(self.param_groups) if self._loading is None else self._loading["rules"]
+        for group, use_muon in zip(self.param_groups, rules, strict=True):
+            # A checkpoint of torch.optim.Muon, of torch.optim.AdamW or of an older version lacks keys.
+            if not name_the_rule(group):
+                group["use_muon"] = use_muon
             self._fill(group)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -502,7 +533,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         State keeps the dtype it was saved in: torch's own loader would cast fp32 averages of bf16 parameters to bf16.
         Raises ValueError for state of another shape than its parameter, before anything is loaded.
         """
-        saved: dict[str, Any] = {}
+        saved: dict[str, Any] = {"rules": [group["use_muon"] for group in self.param_groups]}
         self._check_shapes(state_dict)
         handle = self.register_load_state_dict_pre_hook(lambda _, given: saved.update(given))  # after the user's hooks
         self._loading = saved  # for __setstate__, which torch calls before the user's post-hooks
@@ -536,15 +567,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self.state[p][name] = _restored(name, value, p)
 
 
-def _check_capture(groups: Sequence[Group]) -> None:
-    """As torch's own optimizers: a captured number would be replayed for ever."""
-    if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-        return
-    if not all(group["capturable"] for group in groups if group["params"]):
-        raise RuntimeError(
-            "a step is being captured in a CUDA graph and its learning rate is a number, which the graph would repeat "
-            "for ever: make the optimizer with capturable=True, or use steepest.graphed(optimizer)"
-        )
+def _refuse_capture(why: str) -> None:
+    """RuntimeError where a CUDA graph is being captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"this step cannot be captured in a CUDA graph: {why}")
+
+
+def _elsewhere(value: Any, device: torch.device | None) -> bool:
+    values = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(each, Tensor) and each.device != device for each in values)
 
 
 def _effective_lr(lr: Number, recipe: Recipe, parts: tuple[Piece, ...]) -> str:
@@ -553,6 +584,6 @@ def _effective_lr(lr: Number, recipe: Recipe, parts: tuple[Piece, ...]) -> str:
 
 
 def _restored(name: str, value: Any, p: Tensor) -> Any:
-    if name == "step" and not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=torch.float32, device=p.device)
+    if name == "step":
+        return torch.as_tensor(value).detach().clone().to(p.device, torch.float32)
     return value.detach().clone().to(p.device) if isinstance(value, Tensor) else value

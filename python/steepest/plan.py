@@ -43,16 +43,17 @@ def reason(group: Group, i: int) -> str | None:
     packed = program(group.recipe, maximize=group.maximize)
     if isinstance(packed, str):
         return packed
-    if p.numel() == 0:
-        return "it has no elements"
-    tensors = [p, *(t for t in state.values() if t.shape == p.shape)]
+    tensors = [p, *(t for t in state.values() if isinstance(t, Tensor) and t.shape == p.shape)]
     return multi_tensor.takes(tensors if p.grad is None else [*tensors, p.grad])
 
 
 def route(group: Group, i: int) -> str:
-    """The backend of a parameter's step but for its direction; RuntimeError where a forced one cannot run."""
+    """The backend of a parameter's step but for its direction; RuntimeError where a forced one cannot run.
+
+    One without elements goes with the parts, whatever was asked for: there is nothing to run.
+    """
     device = group.params[i].device
-    if requested(group.backend) == "torch":
+    if requested(group.backend) == "torch" or not group.params[i].numel():
         return "torch"
     why = reason(group, i)
     reasons = {name: own or why for name, own in multi_tensor.reasons(device).items()}
@@ -64,7 +65,8 @@ def route(group: Group, i: int) -> str:
 def _triton_reason(group: Group, i: int) -> str | None:
     """Why the Triton kernels, which take less than the compiled ones, do not take parameter i; None where they do."""
     p = group.params[i]
-    tensors = [p, *(t for t in group.states[i].values() if t.shape == p.shape), *([] if p.grad is None else [p.grad])]
+    own = (t for t in group.states[i].values() if isinstance(t, Tensor) and t.shape == p.shape)
+    tensors = [p, *own, *([] if p.grad is None else [p.grad])]
     if group.recipe.rounding.mode == "stochastic" and not all(t.is_contiguous() for t in tensors):
         return "stochastic rounding goes by an element's place, and a tensor is not contiguous"
     packed = program(group.recipe)
@@ -102,6 +104,11 @@ class Plan:
         for (device, backend, max_bytes), some in entries.items():
             self._layouts.append(Layout(some, skipped[device], backend, max_bytes))
 
+    @property
+    def backends(self) -> set[str]:
+        """Those that the elementwise part runs on."""
+        return {layout.backend for layout in self._layouts} | ({"torch"} if self._unfused else set())
+
     def step(self, hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED) -> None:
         """One step in place; hypers[i] are the numbers of group i. Gradients are read from the parameters."""
         for layout in self._layouts:
@@ -115,7 +122,7 @@ class Plan:
                 group.pieces,
                 group.places,
                 group.maximize,
-                scaling,
+                _scaling_on(scaling, group.params[0].device),
             )
             self._unfused_sums[number] = unfused.update(
                 group.recipe, hypers[number], batch, max_workspace_bytes=group.max_workspace_bytes
@@ -133,15 +140,13 @@ class Plan:
 
 
 def _norms(sums: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Norms from sums of squares, over layouts; the first device holds the result."""
+    """Norms from sums of squares, over layouts, which for one group are on one device."""
     if not sums:
         return {}
-    device = next(iter(sums[0].values())).device
     found = {}
     for name in ("grad", "momentum", "update", "param"):
-        parts = [each[f"{name}_sq"].to(device, non_blocking=True) for each in sums]
-        found[f"{name}_norm"] = torch.stack(parts).sum().sqrt()
-    slack = [each["slack"].to(device, non_blocking=True) for each in sums if "slack" in each]
+        found[f"{name}_norm"] = torch.stack([each[f"{name}_sq"] for each in sums]).sum().sqrt()
+    slack = [each["slack"] for each in sums if "slack" in each]
     if slack:
         found["polar_slack"] = torch.cat(slack)
     return found
@@ -175,6 +180,6 @@ def _only(group: Group, kept: Sequence[int]) -> Group:
 
 def _scaling_on(scaling: Scaling, device: torch.device) -> Scaling:
     def moved(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().to(device, torch.float32, non_blocking=True)
+        return None if t is None else t.detach().to(device, torch.float32, non_blocking=device.type == "cuda")
 
     return Scaling(moved(scaling.found_inf), moved(scaling.grad_scale))

@@ -9,7 +9,7 @@
 
 This is Algorithm 1 of arXiv:2510.10777 with the two step types of its section 2: "lmo" is constrained steepest descent
 (Muon, SignSGD, MuAdam), "dual" the regularized one (SGD, Adam). `step_one` is the reference: plain torch, any dtype,
-nothing in place. `plan.update` does the same for all parameters of a group at once and must agree with it.
+nothing in place. `plan.Plan` does the same for all parameters at once and must agree with it.
 """
 
 from __future__ import annotations

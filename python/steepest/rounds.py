@@ -107,10 +107,13 @@ class Bucket:
         self.recipe, self.dtype, self.device = first.entry.recipe, first.entry.input_dtype, first.entry.param.device
         self.sizes = [member.matrices for member in members]
         self.shape = (sum(self.sizes), first.piece.rows, first.piece.cols)
-        self._groups = [member.entry.group for member in members for _ in range(member.matrices)]
-        rows = [member.row for member in members for _ in range(member.matrices)]
-        self._row_of = torch.tensor(rows, device=self.device)
-        self.slack = torch.full((sum(self.sizes),), float("nan"), device=self.device)
+        groups = [member.entry.group for member in members for _ in range(member.matrices)]
+        self._spans = {own: slice(groups.index(own), groups.index(own) + groups.count(own)) for own in set(groups)}
+        self._row_of: Tensor | None = None
+        if self.recipe.scale == "dual" and self.dtype is torch.float16:
+            rows = [member.row for member in members for _ in range(member.matrices)]
+            self._row_of = torch.tensor(rows, device=self.device)
+        self.slack = torch.full(self.shape[:1], float("nan"), dtype=torch.float32, device=self.device)
 
     def empty(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -122,14 +125,13 @@ class Bucket:
         if self.recipe.scale == "lmo":
             return d, None
         norm = direction.dual_norm(x, d).flatten().double()
-        if self.dtype is torch.float16:  # x was multiplied by a power of two
+        if self._row_of is not None:  # an fp16 x was multiplied by a power of two
             norm = norm / table.column("input_scale").index_select(0, self._row_of)
         return d, list(norm.split(self.sizes))
 
     def slack_of(self, group: int) -> list[Tensor]:
         """The slack of a group's matrices, which follow one another: no tensor or one."""
-        at = [i for i, own in enumerate(self._groups) if own == group]
-        return [self.slack[at[0] : at[-1] + 1]] if at else []
+        return [self.slack[self._spans[group]]] if group in self._spans else []
 
 
 class Round:
@@ -170,7 +172,7 @@ def members_of(entries: Sequence[Entry]) -> list[Member]:
 
 
 def rounds_of(members: Sequence[Member], max_bytes: int) -> Iterator[Round]:
-    """Rounds whose inputs and directions take at most max_bytes, what a direction call needs besides included."""
+    """Rounds whose inputs and directions take at most max_bytes, and direction calls that with their workspace do."""
     whole = [member for member in members if member.piece is None]
     buckets: dict[tuple[object, ...], list[Member]] = {}
     for member in members:

@@ -25,7 +25,7 @@ def stack(states: Sequence[State]) -> None:
     buckets: dict[tuple[str, tuple[object, ...]], list[State]] = {}
     for state in states:
         for key, t in state.items():
-            if t.numel() and t.layout is torch.strided and _is_dense(t):
+            if isinstance(t, Tensor) and t.numel() and t.layout is torch.strided and _is_dense(t):
                 buckets.setdefault((key, (t.shape, t.stride(), t.dtype, t.device)), []).append(state)
     for (key, _), owners in buckets.items():
         if len(owners) > 1:

@@ -44,14 +44,14 @@ class Batch:
         """The gradient of what is minimised, unscaled."""
         if self.scaling.grad_scale is not None:
             wide = torch.promote_types(g.dtype, torch.float32)
-            g = g.to(wide) / self.scaling.grad_scale.to(g.device, wide)
+            g = g.to(wide) / self.scaling.grad_scale.to(wide)
         return -g if self.maximize else g
 
     def finite(self, g: Tensor) -> Tensor:
         """0-d bool: whether a step is taken with this gradient."""
         finite = all_finite(g)
         found = self.scaling.found_inf
-        return finite if found is None else finite & (found.to(g.device).reshape(()) == 0)
+        return finite if found is None else finite & (found.reshape(()) == 0)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Sums:
 
 
 def _total(parts: list[Tensor]) -> Tensor:
-    """parts: 0-d, on any devices; at least one."""
-    return torch.stack([part.to(parts[0].device, non_blocking=True) for part in parts]).sum()
+    """parts: 0-d, at least one."""
+    return torch.stack(parts).sum()
 
 
 def _square(t: Tensor) -> Tensor:
@@ -97,9 +97,9 @@ def update(recipe: Recipe, hyper: Hyper, batch: Batch, *, max_workspace_bytes: i
     members: list[Member] = []
     sums = Sums([], [], [], [])
     for i, (p, g, state) in enumerate(zip(batch.params, batch.grads, batch.states, strict=True)):
+        g = batch.signed(g)
         finite = batch.finite(g)
         batch.skipped[i].add_(finite.logical_not())
-        g = batch.signed(g)
         for key, fresh in recipe.observe(state, g, hyper).items():
             torch.where(finite, fresh.to(state[key].dtype), state[key], out=state[key])
         sums.grad.append(torch.where(finite, _square(g), 0))

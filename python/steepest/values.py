@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -41,8 +42,8 @@ def number(value: Number) -> Number:
 
 def adam_hyper(group: Group) -> Hyper:
     """The numbers of a group with Adam's keys: lr, betas, eps, weight_decay."""
-    beta1, beta2 = group["betas"]
-    return Hyper(lr=number(group["lr"]), weight_decay=group["weight_decay"], beta1=beta1, beta2=beta2, eps=group["eps"])
+    keys = (group["lr"], group["weight_decay"], *group["betas"], group["eps"])
+    return Hyper(*map(number, keys))
 
 
 def finish(group: Group) -> dict[str, Any]:
@@ -62,20 +63,24 @@ def _rounding(group: Group) -> Literal["nearest", "stochastic", "mantissa"]:
 def number_on(value: Number, device: torch.device) -> Tensor:
     """A 0-d tensor on the device: the given one where it is there, else an fp64 copy."""
     if isinstance(value, Tensor) and value.device == device:
-        return value.reshape(())
+        return value.reshape(()) if value.ndim else value
     if isinstance(value, Tensor):
         return value.detach().reshape(()).to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-def same_values(a: Group, b: Group) -> bool:
-    """Equality of group values that may be tensors, which count by identity."""
-    if a.keys() != b.keys():
-        return False
-    for key, value in a.items():
-        if value is not b[key] and (isinstance(value, Tensor) or isinstance(b[key], Tensor) or value != b[key]):
-            return False
-    return True
+def frozen(group: Group, keys: Iterable[str]) -> Group:
+    """A copy of these values that later changes of the group, of its lists too, do not reach."""
+    return {key: tuple(group[key]) if isinstance(group[key], list) else group[key] for key in keys if key in group}
+
+
+def changed(before: Group, now: Group) -> str | None:
+    """The first key whose value is another one, or None; tensors count by identity."""
+    for key in {**before, **now}:
+        a, b = before.get(key), now.get(key)
+        if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b):
+            return key
+    return None
 
 
 def parameter_name(group: Group, i: int) -> str:

@@ -177,7 +177,7 @@ class Muon(MatrixOptimizer):
         return _recipe(group, momentum=momentum, precondition=Identity(), direction=direction)
 
     def hyper(self, group: Group) -> Hyper:
-        return Hyper(lr=number(group["lr"]), weight_decay=group["weight_decay"], beta1=group["momentum"])
+        return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
 
     def _check_values(self, group: Group) -> None:
         check_at_least_zero("momentum", group["momentum"])

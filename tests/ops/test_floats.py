@@ -84,6 +84,14 @@ def test_fp16_comes_back(name: str) -> None:
     assert torch.equal(found.view(torch.int32)[number], wanted.view(torch.int32)[number])
 
 
+def test_a_split_nan_is_one_of_bf16() -> None:
+    """Also those whose lower half would carry into the sign when rounded up."""
+    assert backend.extension is not None
+    for bits in (0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFF8000, 0x7FFFFFFF, -1, -0x7FFFFF):
+        (value,) = torch.tensor([bits], dtype=torch.int32).view(torch.float32).tolist()
+        assert backend.extension.float_formats(value)["split"] == (0x7FC0, 0)
+
+
 @every_number
 def test_a_split_number_comes_back(name: str) -> None:
     x, made = formats(name)

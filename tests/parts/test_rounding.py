@@ -165,8 +165,10 @@ def test_the_stored_weight_is_the_nearest(seed: int) -> None:
 
 
 def test_nan_stays_nan() -> None:
-    w, state = MANTISSA.store(torch.tensor([float("nan"), 1.0]), torch.bfloat16, None, (0, 0, 0))
-    assert MANTISSA.value(w, state).isnan().tolist() == [True, False]
+    ones = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    w, state = MANTISSA.store(torch.cat([ones, torch.ones(1)]), torch.bfloat16, None, (0, 0, 0))
+    assert w.isnan().tolist() == [True, True, True, False]
+    assert MANTISSA.value(w, state).isnan().tolist() == [True, True, True, False]
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -186,7 +186,7 @@ def _check(
 def _slack_buffer(x: Tensor, slack: Tensor | None) -> Tensor:
     count = math.prod(x.shape[:-2])
     if slack is None:
-        return torch.empty(count, device=x.device)
+        return torch.empty(count, dtype=torch.float32, device=x.device)
     if slack.shape != (count,) or slack.dtype is not torch.float32 or slack.device != x.device:
         raise ValueError(
             f"slack must be a float32 tensor of shape ({count},) on {x.device}, got {slack.dtype} "

@@ -92,7 +92,11 @@ def _cuda_reason(index: int | None) -> str | None:
 def _driver_reason(built: str) -> str | None:
     """Machine code runs on drivers of its own CUDA major version, whatever the minor one, and on newer ones."""
     driver = driver_cuda()
-    if driver is None or int(built.split(".")[0]) <= int(driver.split(".")[0]):
+    if driver is None:
+        return None
+    own, other = (tuple(int(part) for part in version.split(".")[:2]) for version in (built, driver))
+    arguments = (12, 1)  # from here on a launch may carry 32 KB, and ours do
+    if own[0] <= other[0] and not (own >= arguments > other):
         return None
     built = ".".join(built.split(".")[:2])
     return f"built with CUDA {built}, the driver takes {driver}; update the driver or rebuild with an older toolkit"

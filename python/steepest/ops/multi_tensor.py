@@ -191,7 +191,7 @@ def before(
     name = route("before", grads, backend)
     lists = (grads, momenta, seconds, inputs, params, mantissas)
     _op("before", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
-    _written(momenta, seconds, inputs, params, mantissas)
+    _written(params)
 
 
 def after(
@@ -213,7 +213,7 @@ def after(
     name = route("after", params, backend)
     lists = (directions, seconds, params, mantissas, lengths)
     _op("after", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
-    _written(params, mantissas)
+    _written(params)
 
 
 def _op(name: str, backend: str) -> Callable[..., None]:
@@ -226,15 +226,14 @@ def _op(name: str, backend: str) -> Callable[..., None]:
     return op
 
 
-def _written(*lists: Sequence[Tensor]) -> None:
-    """Kernels write through addresses; autograd must still see that what it saved has changed."""
+def _written(params: Sequence[Tensor]) -> None:
+    """Kernels write through addresses; autograd, which saves parameters and no state, must see that they changed."""
     if torch.compiler.is_compiling():
         return
-    tensors = [t for each in lists for t in each]
     try:
-        torch.autograd.graph.increment_version(tensors)
+        torch.autograd.graph.increment_version(params)
     except RuntimeError:  # an inference tensor, which has no version; asking each one first takes longer than the op
-        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+        torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
 
 
 def route(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> str:

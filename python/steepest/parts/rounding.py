@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+_QUIET_NAN = 0x7FC00000
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive numbers
 
 
@@ -65,6 +66,7 @@ class Rounding:
         bits = value.view(torch.int32)
         # bf16 is the upper half of fp32.
         if self.mode == "mantissa":
+            bits = torch.where(value.isnan(), _QUIET_NAN, bits)  # rounding up a NaN could carry into its sign
             high = (bits + 0x8000).bitwise_and_(-0x10000)
             return high.view(torch.float32).to(torch.bfloat16), {self.key: (bits - high).to(torch.int16)}
         assert step is not None
