@@ -1,4 +1,4 @@
-"""The step of all parameters on one device by the fused ops: three launches around the direction.
+"""The step of all parameters on one device by the fused ops: three ops around the direction.
 
     inspect                                    every gradient
     for every round of matrices

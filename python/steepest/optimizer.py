@@ -452,7 +452,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             grad_norm, momentum_norm, param_norm    Frobenius norms over the group's parameters; gradients unscaled
             update_norm     of lr ratio u, weight decay not included
             polar_slack     fp32, one number a matrix: how much larger its singular values were to the iteration than
-                            after division by ||X||_F, see `steepest.polar`; NaN where the direction has none
+                            after division by ||X||_F, see `steepest.polar`; NaN where the direction has none. Bucket
+                            by bucket: matrices of one shape together, in the order of the group. Not of what
+                            backend="torch" steps
             skipped         int64, parameter updates left out because of a gradient that was not finite, so far
 
         A parameter whose step was not taken counts with its last momentum, update and value and without a gradient. A

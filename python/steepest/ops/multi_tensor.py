@@ -1,4 +1,5 @@
-"""The elementwise parts of a step, for all tensors at once: three passes over memory, three launches.
+"""The elementwise parts of a step, for lists of tensors: three passes over memory, three ops, one launch each for
+every 170 gradients or 272 items.
 
     inspect   the gradients: finite or not, largest entry, sum of squares; and from them every parameter's numbers
     before    momentum, second moment, x = P^-T m in the direction's own 16 bits; the whole step where it is elementwise
