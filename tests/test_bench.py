@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import steepest
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -57,5 +60,22 @@ def test_the_fused_ops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = list(csv.DictReader(table.open()))
     ops = {row["what"] for row in rows if row["of_copy"]}
     assert ops == {"copy", "inspect Muon", "before Muon", "after Muon", "before MuAdam", "after MuAdam", "before AdamW"}
-    assert {row["what"] for row in rows if row["model"] == "tiny"} == {"torch fused AdamW", "AdamW", "step"}
+    assert {row["what"] for row in rows if row["model"] == "tiny"} == {"torch fused AdamW", "AdamW"}
     assert all(float(row["gb_per_s"]) > 0 for row in rows if row["of_copy"])
+
+
+def test_host_time_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU; here its answers are given."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    bench_fused = importlib.import_module("bench_fused")
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
+    monkeypatch.setattr(steepest, "graphed", lambda optimizer: optimizer)
+    rows = bench_fused.host("tiny", "cpu", 2)
+    assert [(row["what"], row["launches"], row["extra_mib"]) for row in rows] == [
+        ("step", 0, 1),
+        ("captured step", 0, 1),
+    ]
+    assert all(row["host_us"] > 0 for row in rows)
