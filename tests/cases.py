@@ -7,12 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from steepest.linalg.coefficients import Schedule, evaluate
+
 # Singular values of rank m, largest 1.
 SPECTRA: dict[str, Callable[[int], Tensor]] = {
     "flat": lambda m: torch.ones(m),
     "log": lambda m: torch.logspace(0, -4, m),
     "power": lambda m: 1 / torch.arange(1, m + 1),
     "root": lambda m: torch.arange(1, m + 1) ** -0.5,
+    "steep": lambda m: 1 / torch.arange(1, m + 1) ** 2,
+    "linear": lambda m: torch.linspace(1, 1 / m, m),
+    "clusters": lambda m: torch.where(torch.arange(m) < (m + 1) // 2, 1.0, 1e-3),
     "spikes": lambda m: torch.where(torch.arange(m) < max(1, m // 8), 1.0, 0.01),
     "rank 1": lambda m: (torch.arange(m) < 1).float(),
     "rank 2": lambda m: (torch.arange(m) < 2).float(),
@@ -30,6 +35,16 @@ def with_spectrum(m: int, n: int, name: str, seed: int = 0) -> Tensor:
         return gaussian(m, n, seed)
     u, _, vh = torch.linalg.svd(gaussian(m, n, seed), full_matrices=False)
     return (u * SPECTRA[name](min(m, n)).double()) @ vh
+
+
+def polynomial_of(x: Tensor, schedule: Schedule) -> Tensor:
+    """What the schedule makes of x (m, n) in exact arithmetic: its polynomial of the fp64 singular values."""
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    m, fro, r = len(s), s.norm(), s * s
+    bound = (r.mean() + (m - 1) ** 0.5 * (r - r.mean()).norm() / m**0.5).sqrt()
+    norm = bound if schedule.norm == "tight" else fro
+    table = next((t for t, least in zip(schedule.tables, schedule.slacks) if fro / norm >= least), schedule.tables[-1])
+    return (u * torch.tensor([evaluate(table, v) for v in (s / norm).tolist()], dtype=torch.float64)) @ vh
 
 
 def orthogonal(m: int, seed: int = 0) -> Tensor:

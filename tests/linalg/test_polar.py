@@ -11,10 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from assertions import assert_polar, polar_error
-from cases import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, with_spectrum
+from cases import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, polynomial_of, with_spectrum
 from steepest.linalg import coefficients as tables
-from steepest.linalg.newton_schulz import Workspace, newton_schulz
+from steepest.linalg.newton_schulz import newton_schulz
 from steepest.linalg.polar import _prescaled, compute_dtype, default_restarts, polar
+from steepest.ops.symm_gemm import Workspace
 
 PRESETS = (*tables.SCHEDULES, "polar_express", "svd")
 POLYNOMIAL = [name for name in PRESETS if name != "svd"]
@@ -26,17 +27,10 @@ def torch_muon(x: Tensor) -> Tensor:
 
 def expected(x: Tensor, preset: str) -> Tensor:
     """The preset's polynomial applied to the fp64 singular values."""
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
     if preset == "svd":
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
         return (u * (s > 1e-7 * s[0])) @ vh
-    plan = tables.schedule(preset, None, None)
-    r = u @ torch.diag(s * s) @ u.mT if x.shape[0] <= x.shape[1] else vh.mT @ torch.diag(s * s) @ vh
-    m, fro = len(s), s.norm()
-    spread = ((r.norm() ** 2 / m - (fro**2 / m) ** 2).clamp_min(0)).sqrt()
-    bound = torch.minimum(r.abs().sum(-1).max(), fro**2 / m + spread * math.sqrt(m - 1)).sqrt()
-    norm = bound if plan.norm == "tight" else fro
-    table = next((t for t, least in zip(plan.tables, plan.slacks) if fro / norm >= least), plan.tables[-1])
-    return (u * torch.tensor([tables.evaluate(table, v) for v in (s / norm).tolist()], dtype=torch.float64)) @ vh
+    return polynomial_of(x, tables.schedule(preset, None, None))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

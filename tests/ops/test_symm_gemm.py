@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steepest.ops.symm_gemm import block_edges, symm_gemm
+from steepest.ops.symm_gemm import block_edges, gemm
 
 
 @pytest.mark.parametrize("m", [1, 5, 100, 300, 801])
@@ -16,7 +16,7 @@ def test_product_with_its_transpose(m: int, batch: int, dtype: torch.dtype) -> N
     c = a @ a.mT + 1
     c = c.tril() + c.tril(-1).mT
     held = c.clone()
-    result = symm_gemm(a, a.mT, c, alpha=0.5, beta=2.0)
+    result = gemm(a, a.mT, c, alpha=0.5, beta=2.0, out=torch.empty_like(c), symmetric=True)
     assert torch.equal(result, result.mT)
     assert torch.equal(c, held)
     torch.testing.assert_close(result, torch.baddbmm(c, a, a.mT, alpha=0.5, beta=2.0))
@@ -28,7 +28,7 @@ def test_commuting_factors_and_output_in_place(m: int) -> None:
     a = a + a.mT
     b = a @ a
     out = a.clone()
-    assert symm_gemm(a, b, out, beta=-1.0, out=out) is out
+    assert gemm(a, b, out, beta=-1.0, out=out, symmetric=True) is out
     torch.testing.assert_close(out, a @ b - a, atol=1e-8, rtol=1e-10)
     assert torch.equal(out, out.mT)
 
@@ -36,7 +36,7 @@ def test_commuting_factors_and_output_in_place(m: int) -> None:
 def test_the_output_may_hold_anything_before() -> None:
     a = torch.randn(1, 300, 20)
     out = torch.full((1, 300, 300), torch.nan)
-    torch.testing.assert_close(symm_gemm(a, a.mT, out=out), a @ a.mT)
+    torch.testing.assert_close(gemm(a, a.mT, out=out, symmetric=True), a @ a.mT)
 
 
 @pytest.mark.parametrize("m", [1, 100, 256, 300, 768, 1000, 4096])

@@ -1,47 +1,17 @@
-"""The Newton-Schulz iteration, its standard and its Gram form in one.
-
-    standard    A = X X^T;  Z = b A + c A^2 + ...;  X <- a X + Z X                                       every step
-    Gram        R = X X^T once;  Z = b R + c R^2 + ...;  Q <- a Q + Q Z;  R <- (a I + Z) R (a I + Z)     every step,
-                then X <- Q X
-
-The Gram form (Dion3 appendix B; Dao-AILab gram-newton-schulz) touches X only where a *segment* begins and ends; a
-restart is the start of a new segment, and restarting before every step is the standard form.
-
-Normalisation is never applied to X.  With X_k = s_k Y_k the iteration runs on Y, the scalars s_k enter the
-coefficients of the small m x m matrices, and the last of them scales the last Q.  Coefficients may differ from matrix
-to matrix: every Y advances by the same alpha_k and s takes up the rest, s_{k+1} = s_k a_k / alpha_k, so only m x m
-matrices see elementwise work and nothing is read back by the host.
-"""
+"""Runs a chain of products on a batch of matrices, and the iteration as it is printed."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from ..ops.symm_gemm import symm_gemm
+from ..ops.symm_gemm import Workspace, gemm, linear
+from .chain import Apply, Chain, Column, Gram, Node, Number, Product, chain
 from .coefficients import Schedule, Table
 from .norm_bound import squared_norm_bound
-
-Number = float | Tensor  # per matrix where a tensor, (batch, 1, 1)
-
-
-class Workspace:
-    """Buffers by name, kept for the next product, step or chunk of the same shape and dtype.
-
-    On a CPU a fresh megabyte costs its page faults: 0.2 of the 1.8 ms of a symmetric 768 x 768 x 768 product in bf16.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def like(self, name: str, tensor: Tensor) -> Tensor:
-        """A contiguous buffer of the tensor's shape and dtype with undefined contents."""
-        held = self._buffers.get(name)
-        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-            held = self._buffers[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        return held
 
 
 def newton_schulz(
@@ -51,28 +21,15 @@ def newton_schulz(
 
     ``restarts`` are the steps (from 1) before which a new Gram product is taken.  The norm is never taken below
     ``eps``.  x is overwritten; the result is x or a buffer of the workspace.  A tall matrix is handled as X^T X and X
-    Z, without a transpose in memory.  ``slack``, (batch,), is filled with ||X||_F over the norm taken.
+    Q, without a transpose in memory.  ``slack``, (batch,), is filled with ||X||_F over the norm taken.
     """
-    last = schedule.steps - 1
-    gram, q = _gram(x), None
-    scale, ratio = _scale(gram, schedule, eps)
-    slack.copy_(ratio.flatten())
-    for k in range(schedule.steps):
-        if k in restarts:
-            gram, q = _gram(x, out=gram), None
-        alpha, step = schedule.tables[0][k][0], _choose(schedule, k, ratio)
-        z = _polynomial(gram, step, scale.square(), alpha, workspace)
-        scale = scale * (step[0] / alpha)
-        ends = k == last or k + 1 in restarts
-        if not ends:
-            _advance_gram_(gram, z, alpha, workspace)
-        if ends and k < last and q is None:
-            x = _advance(x, z, alpha, workspace)
-            continue
-        q = _advance_q(q, z, alpha, workspace)
-        if ends:
-            x = _apply(x, times(q, scale, out=q) if k == last else q, workspace)
-    return x
+    plan = chain(schedule, tuple(sorted(restarts)))
+    run = _Run(x, workspace)
+    run(Gram("gram", "x"))
+    run.numbers = _numbers(plan, schedule, run["gram"], eps, slack)
+    for node in plan.nodes:
+        run(node)
+    return run[plan.result]
 
 
 def newton_schulz_plain(x: Tensor, table: Table, *, eps: float) -> Tensor:
@@ -89,102 +46,61 @@ def newton_schulz_plain(x: Tensor, table: Table, *, eps: float) -> Tensor:
     return wide.mT if x.shape[-2] > x.shape[-1] else wide
 
 
-def times(matrix: Tensor, factor: Number, *, out: Tensor) -> Tensor:
-    """``factor matrix`` into ``out``, with the factor, a number or (batch, 1, 1), in full precision.
-
-    On a CPU a 0-dim factor keeps its precision and takes half the time of a broadcast one (bf16, 768 x 768: 0.26
-    against 0.52 ms); elsewhere it would first be rounded to the matrix' dtype.
-    """
-    if isinstance(factor, Tensor) and factor.device.type == "cpu" and factor.numel() == 1:
-        factor = factor.reshape(())
-    return torch.mul(matrix, factor, out=out)
-
-
-def _scale(gram: Tensor, schedule: Schedule, eps: float) -> tuple[Tensor, Tensor]:
-    """1 / norm and ||X||_F / norm, both (batch, 1, 1); 1 for a zero matrix."""
+def _numbers(plan: Chain, schedule: Schedule, gram: Tensor, eps: float, slack: Tensor) -> Tensor:
+    """The chain's numbers for every matrix, (batch, columns), from its norm; fills ``slack``.   1 for a zero matrix."""
     bound, trace = squared_norm_bound(gram)
     square = (bound if schedule.norm == "tight" else trace).clamp_min(eps * eps)
     square = torch.where(square == 0, torch.ones_like(square), square)
-    return square.rsqrt(), (trace / square).sqrt()
+    ratio = (trace / square).sqrt()
+    slack.copy_(ratio.flatten())
+    # What is traced or fake is no constant to keep.
+    constants = _constants if type(gram) is Tensor and not torch.compiler.is_compiling() else _constants.__wrapped__
+    table = constants(plan, square.dtype, square.device)
+    chosen = table[len(plan.constants) - 1]
+    for row, least in zip(table[: len(schedule.slacks)].flip(0), schedule.slacks[::-1], strict=True):
+        chosen = torch.where(ratio.squeeze(-1) >= least, row, chosen)
+    return chosen * square.squeeze(-1).rsqrt() ** table[-1]
 
 
-def _choose(schedule: Schedule, k: int, slack: Tensor) -> list[Number]:
-    """Step k's coefficients: those of the first table whose slack is reached, per matrix where the tables differ."""
-    chosen: list[Number] = list(schedule.tables[-1][k])
-    for table, least in zip(schedule.tables[-2::-1], schedule.slacks[::-1], strict=True):
-        reached = slack >= least
-        for i, value in enumerate(table[k]):
-            if isinstance(chosen[i], Tensor) or value != chosen[i]:
-                chosen[i] = torch.where(reached, torch.full_like(slack, value), chosen[i])
-    return chosen
+@functools.cache
+def _constants(plan: Chain, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A row for each table, and one of the powers."""
+    return torch.tensor([*plan.constants, plan.powers], dtype=dtype, device=device)
 
 
-def _polynomial(gram: Tensor, step: list[Number], square: Tensor, alpha: float, workspace: Workspace) -> Tensor:
-    """Z = (alpha / a) (b R + c R^2 + d R^3 + e R^4) for R = ``square`` gram, in the workspace's "z".
+class _Run:
+    """The buffers and numbers of one batch; called with a node, it does what the node says."""
 
-    Degree 9 by completing the square, T = R^2 + u R with u = d / 2e, so that e R^4 + d R^3 + c R^2 + b R =
-    e (T^2 + kappa T + lambda R): the large terms of opposite sign, which in bf16 leave an off-diagonal error of .04-.26
-    instead of .01-.03, never meet.
-    """
-    ratio = alpha / step[0]
-    b, c, d, e = [ratio * v for v in step[1:]] + [0.0] * (5 - len(step))
-    z, t = workspace.like("z", gram), workspace.like("t", gram)
-    if len(step) == 2:
-        return times(gram, b * square, out=z)
-    if len(step) == 3:
-        return _linear_plus_product(gram, b * square, gram, c * square**2, z, t)
-    if len(step) == 4:
-        inner = _linear_plus_product(gram, c * square**2, gram, d * square**3, t, z)
-        return symm_gemm(gram, inner, times(gram, b * square, out=z), out=z)
-    u = d / (2 * e)
-    kappa = c / e - u * u
-    _linear_plus_product(gram, u * square, gram, square**2, t, z)
-    spare = workspace.like("half", gram)
-    _linear_plus_product(t, e * kappa, t, e, z, spare)
-    return z.add_(times(gram, (b - e * u * kappa) * square, out=spare))
+    def __init__(self, x: Tensor, workspace: Workspace) -> None:
+        self.x, self.workspace = x, workspace
+        self.tall = x.shape[-2] > x.shape[-1]
+        self.numbers: Tensor | None = None
 
+    def __getitem__(self, name: str) -> Tensor:
+        if name == "x":
+            return self.x
+        m = min(self.x.shape[-2:])
+        return self.workspace.get(name, self.x.shape if name == "y" else (len(self.x), m, m), self.x)
 
-def _linear_plus_product(a: Tensor, beta: Number, b: Tensor, gamma: Number, out: Tensor, scratch: Tensor) -> Tensor:
-    """beta A + gamma A B into ``out``, with per-matrix numbers, the sum accumulated in one product."""
-    return symm_gemm(a, times(b, gamma, out=scratch), times(a, beta, out=out), out=out)
+    def value(self, number: Number) -> float | Tensor:
+        if not isinstance(number, Column):
+            return number
+        assert self.numbers is not None
+        return self.numbers[:, number.index]
 
-
-def _gram(x: Tensor, out: Tensor | None = None) -> Tensor:
-    return symm_gemm(x.mT, x, out=out) if x.shape[-2] > x.shape[-1] else symm_gemm(x, x.mT, out=out)
-
-
-def _advance_gram_(gram: Tensor, z: Tensor, alpha: float, workspace: Workspace) -> None:
-    """R <- (alpha I + Z) R (alpha I + Z), in place; the factors commute."""
-    half = symm_gemm(gram, z, gram, beta=alpha, out=workspace.like("half", gram))
-    symm_gemm(z, half, half, beta=alpha, out=gram)
-
-
-def _advance_q(q: Tensor | None, z: Tensor, alpha: float, workspace: Workspace) -> Tensor:
-    """alpha Q + Q Z; alpha I + Z where a segment begins."""
-    if q is not None:
-        other = workspace.like("q" if q is workspace.like("p", q) else "p", q)
-        return symm_gemm(q, z, q, beta=alpha, out=other)
-    q = workspace.like("q", z).copy_(z)
-    q.diagonal(dim1=-2, dim2=-1).add_(alpha)
-    return q
-
-
-def _advance(x: Tensor, z: Tensor, alpha: float, workspace: Workspace) -> Tensor:
-    """alpha X + Z X, or alpha X + X Z when tall."""
-    left, right = (x, z) if x.shape[-2] > x.shape[-1] else (z, x)
-    out = _other(x, workspace)
-    if len(x) == 1:
-        torch.addmm(x[0], left[0], right[0], beta=alpha, out=out[0])
-        return out
-    return torch.baddbmm(x, left, right, beta=alpha, out=out)
-
-
-def _apply(x: Tensor, q: Tensor, workspace: Workspace) -> Tensor:
-    """Q X, or X Q when tall."""
-    left, right = (x, q) if x.shape[-2] > x.shape[-1] else (q, x)
-    return torch.bmm(left, right, out=_other(x, workspace))
-
-
-def _other(x: Tensor, workspace: Workspace) -> Tensor:
-    """Of the two buffers of X's size the one that does not hold X."""
-    return workspace.like("x" if x is workspace.like("y", x) else "y", x)
+    def __call__(self, node: Node) -> None:
+        out, space = self[node.out], self.workspace
+        if isinstance(node, Gram):
+            x = self[node.x].mT if self.tall else self[node.x]
+            gemm(x, x.mT, out=out, symmetric=True)
+            return
+        alpha, beta = self.value(node.alpha), self.value(node.beta)
+        if isinstance(node, Product):
+            a, b, c = self[node.a], self[node.b], self[node.c]
+            gemm(a, b, c, alpha=alpha, beta=beta, out=out, symmetric=True, workspace=space)
+        elif isinstance(node, Apply):
+            q, x = self[node.q], self[node.x]
+            a, b = (x, q) if self.tall else (q, x)
+            gemm(a, b, x if node.beta else None, alpha=alpha, beta=beta, out=out, workspace=space)
+        else:
+            linear(self[node.a], self[node.c] if node.beta else None, alpha=alpha, beta=beta, gamma=node.gamma, out=out)

@@ -12,8 +12,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from ..ops.symm_gemm import Workspace
 from .coefficients import Coefficients, Schedule, presets, schedule
-from .newton_schulz import Workspace, newton_schulz, newton_schulz_plain
+from .newton_schulz import newton_schulz, newton_schulz_plain
 
 FORMS = ("auto", "standard", "gram")
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -1,13 +1,16 @@
-"""Products that are known to be symmetric.   out = alpha A B + beta C,   A, B, C: (batch, m, ·), out: (batch, m, m).
+"""Batched products with numbers of their own for each matrix.   out = alpha A B + beta C + gamma I.
 
-The caller promises that the exact result is symmetric (A B with B = A^T, or commuting symmetric factors).  The result
-is symmetric to the bit: entries below the diagonal are computed and entries above it are copies of them.
+`gemm` with ``symmetric=True`` is for products whose exact result is symmetric (A B with B = A^T, or commuting symmetric
+factors): the caller promises it, and the result is symmetric to the bit: entries below the diagonal are computed and
+entries above it are copies of them.  `linear` is the same without the product.
 
-On a CPU, one matrix at a time, only the block rows at and below the diagonal are multiplied, (p + 1) / 2p of the work
-for p block rows.  Everywhere else the full batched product is taken and then mirrored.
+On a CPU, one matrix at a time, a symmetric product takes only the block rows at and below the diagonal, (p + 1) / 2p of
+the work for p block rows.  Elsewhere torch takes the full batched product and mirrors it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,20 +25,62 @@ MAX_BLOCK_ROWS = 4
 MIN_BLOCK = 128
 
 
-def symm_gemm(
-    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0, out: Tensor | None = None
-) -> Tensor:
-    """``alpha a @ b + beta c`` for a result that is symmetric in exact arithmetic; symmetric to the bit on return.
+Number = float | Tensor  # the same for all matrices, or (batch,) of any stride, one for each
 
-    a: (batch, m, k), b: (batch, k, m), c: (batch, m, m) or None, all of one floating dtype.  Products accumulate in
-    fp32 (fp64 for fp64) and round once.  Only entries of ``c`` at and below the diagonal matter.  ``out`` takes the
-    result; it may be ``c``, not ``a`` or ``b``.  No other argument is written.
+
+class Workspace:
+    """Buffers by name, kept for the next product, step or chunk of the same shape and dtype.
+
+    On a CPU a fresh megabyte costs its page faults: 0.2 of the 1.8 ms of a symmetric 768 x 768 x 768 product in bf16.
     """
-    if out is None:
-        out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A contiguous buffer of this shape, of ``like``'s dtype and device, with undefined contents."""
+        held = self._buffers.get(name)
+        if held is None or held.shape != torch.Size(shape) or held.dtype != like.dtype:
+            held = self._buffers[name] = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return held
+
+
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    *,
+    alpha: Number = 1.0,
+    beta: Number = 1.0,
+    out: Tensor,
+    symmetric: bool = False,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """``alpha a @ b + beta c``, into ``out``, which is returned.
+
+    a: (batch, m, k), b: (batch, k, n), c and out: (batch, m, n), all of one floating dtype.  Products accumulate in
+    fp32 (fp64 for fp64) and round once.  ``out`` may be ``c``, not ``a`` or ``b``; no other argument is written, and
+    without ``c`` what ``out`` held does not matter.  Of ``c`` only entries at and below the diagonal matter where
+    ``symmetric``.  Torch's products take plain numbers alone: an ``alpha`` per matrix goes into the smaller operand,
+    which rounds it once more, in a buffer of ``workspace``.
+    """
+    if isinstance(alpha, Tensor):
+        held = workspace or Workspace()
+        if a.numel() < b.numel():
+            a = times(a, alpha, out=held.get("scaled", a.shape, a))
+        else:
+            b = times(b, alpha, out=held.get("scaled", b.shape, b))
+        alpha = 1.0
     if c is None:
-        beta = 0.0
-    elif c is not out:
+        c, beta = out, 0.0
+    elif isinstance(beta, Tensor):
+        c, beta = times(c, beta, out=out), 1.0
+    if not symmetric:
+        if len(out) == 1:
+            torch.addmm(c[0], a[0], b[0], beta=beta, alpha=alpha, out=out[0])
+            return out
+        return torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=out)
+    if c is not out:
         out.copy_(c)
     edges = block_edges(out.shape[-1]) if out.shape[0] == 1 and out.device.type == "cpu" else (0, out.shape[-1])
     if len(edges) == 2:
@@ -43,6 +88,34 @@ def symm_gemm(
     else:
         _lower_block_rows_(out[0], a[0], b[0], alpha, beta, edges)
     return mirror_(out, edges)
+
+
+def linear(
+    a: Tensor, c: Tensor | None = None, *, alpha: Number = 1.0, beta: Number = 1.0, gamma: float = 0.0, out: Tensor
+) -> Tensor:
+    """``alpha a + beta c + gamma I``, into ``out``, which is returned.   a, c, out: (batch, m, n); out may be a."""
+    times(a, alpha, out=out)
+    if c is not None:
+        out.addcmul_(c, _wide(beta, c)) if isinstance(beta, Tensor) else out.add_(c, alpha=beta)
+    if gamma:
+        out.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return out
+
+
+def times(matrix: Tensor, factor: Number, *, out: Tensor) -> Tensor:
+    """``factor matrix`` into ``out``, with the factor in full precision."""
+    if isinstance(factor, Tensor):
+        return torch.mul(matrix, _wide(factor, matrix), out=out)
+    return out.copy_(matrix) if factor == 1 else torch.mul(matrix, factor, out=out)
+
+
+def _wide(factor: Tensor, matrix: Tensor) -> Tensor:
+    """(batch,) beside (batch, m, n).
+
+    On a CPU a 0-dim factor keeps its precision and takes half the time of a broadcast one (bf16, 768 x 768: 0.26
+    against 0.52 ms); elsewhere it would first be rounded to the matrix' dtype.
+    """
+    return factor.reshape(()) if len(factor) == 1 and matrix.device.type == "cpu" else factor[:, None, None]
 
 
 def block_edges(m: int) -> tuple[int, ...]:
