@@ -182,3 +182,36 @@ def test_a_users_hook_has_the_last_word_on_loading(cls: type[MatrixOptimizer]) -
     optimizer.register_load_state_dict_post_hook(forget)
     optimizer.load_state_dict(saved)
     assert all(not next(iter(state.values())).any() for state in optimizer.state.values())
+
+
+@every_optimizer
+def test_a_users_hook_has_the_first_word_on_loading(cls: type[MatrixOptimizer]) -> None:
+    """What it makes of the checkpoint is what is checked and loaded."""
+    (optimizer, params), (wider, more) = both_kinds(cls), both_kinds(cls)
+    train(optimizer, params, range(2))
+    more[0].data = torch.zeros(16, 5)
+
+    def widen(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        state = {key: torch.cat([t, t]) if t.ndim else t for key, t in saved["state"][0].items()}
+        return {**saved, "state": {**saved["state"], 0: state}}
+
+    with pytest.raises(ValueError, match="it is of another model"):
+        wider.load_state_dict(optimizer.state_dict())
+    wider.register_load_state_dict_pre_hook(widen)
+    wider.load_state_dict(optimizer.state_dict())
+    train(wider, more, range(2, 3))
+    assert more[0].isfinite().all()
+
+
+@every_optimizer
+def test_state_of_the_users_own_is_loaded_as_it_is(cls: type[MatrixOptimizer]) -> None:
+    optimizer, params = both_kinds(cls)
+    train(optimizer, params, range(2))
+    optimizer.state[params[0]]["mine"] = torch.arange(3)
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        if "step" in state:
+            state["step"] = state["step"].reshape(1)
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[params[0]]["mine"], torch.arange(3))
+    train(optimizer, params, range(2, 3))

@@ -198,16 +198,22 @@ def keep_old_gradient(p: nn.Parameter) -> None:
     p.data = torch.zeros(2, 3)
 
 
+def resize_gradient(p: nn.Parameter) -> None:
+    p.grad = torch.ones_like(p)
+    p.grad.data = torch.ones(2, 3)
+
+
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
+        (resize_gradient, r"parameter 'b' \(group 1, shape \(4, 3\)\) has a gradient of shape \(2, 3\)"),
         (
             resize,
             r"parameter 'b' \(group 1, shape \(6, 3\)\) has a state 'exp_avg' of shape \(4, 3\): a parameter that",
         ),
         (keep_old_gradient, r"parameter 'b' \(group 1, shape \(2, 3\)\) has a gradient of shape \(4, 3\)"),
     ],
-    ids=["resized", "old gradient"],
+    ids=["resized gradient", "resized", "old gradient"],
 )
 @pytest.mark.parametrize("cls", [MUON, MUADAM])
 def test_a_parameter_that_changed_is_named_before_anything_is_written(
@@ -224,6 +230,15 @@ def test_a_parameter_that_changed_is_named_before_anything_is_written(
         optimizer.step()
     assert torch.equal(a, before[0])
     assert all(torch.equal(t, before[1][key]) for key, t in optimizer.state[a].items())
+
+
+def test_state_that_is_no_tensor() -> None:
+    optimizer, params = both_kinds(MUADAM)
+    train(optimizer, params, range(1))
+    optimizer.state[params[0]]["step"] = 3
+    give_gradients(params, 1)
+    with pytest.raises(RuntimeError, match=r"has a state 'step' that is 3: put a tensor there"):
+        optimizer.step()
 
 
 def test_state_left_on_another_device() -> None:

@@ -165,6 +165,35 @@ def list_in_place(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
     step.param_groups[0]["num_heads"] = 1
 
 
+def state_elsewhere(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    state = step.state[params[0]]["momentum_buffer"]
+    state.data = state.data.clone()
+
+
+def other_group(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    step.param_groups[0] = dict(step.param_groups[0])
+
+
+def between_groups(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    step.param_groups[1]["params"].insert(0, step.param_groups[0]["params"].pop())
+
+
+def late_hook(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    handle = step.optimizer.register_step_pre_hook(lambda *_: None)
+    step.reset = lambda own=step.reset: (handle.remove(), own())  # type: ignore[method-assign]
+
+
+def tensor_in_betas(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    step.param_groups[0]["betas"] = (0.9, torch.tensor(0.999))
+
+
+def no_number(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    step.param_groups[0]["lr"] = 0.7
+    step.param_groups[1]["lr"] = -1.0
+    own = step.reset
+    step.reset = lambda: (step.param_groups[1].update(lr=0.1), own())  # type: ignore[method-assign]
+
+
 CHANGES: list[tuple[Any, str]] = [
     (drop_gradient, r"the gradient of parameter 1 of group 0 \(shape \(5, 8\)\) is not the tensor that was"),
     (move_gradient, r"the gradient of parameter 2 of group 0 \(shape \(6, 6\)\) has moved in memory"),
@@ -176,7 +205,13 @@ CHANGES: list[tuple[Any, str]] = [
     (start_scaling, "captured without a GradScaler's found_inf and is called otherwise"),
     (load_behind, "state was loaded or an ordinary step taken since the capture"),
     (step_behind, "state was loaded or an ordinary step taken since the capture"),
-    (other_state, "the state holds other tensors than at the capture"),
+    (state_elsewhere, "the state lies elsewhere than at the capture"),
+    (other_group, "the parameter groups are others than at the capture"),
+    (between_groups, "the parameter groups are others than at the capture"),
+    (late_hook, "a graph runs no step hooks"),
+    (tensor_in_betas, r"betas was \(0.9, 0.999\) when the step was captured and is \(0.9, tensor"),
+    (no_number, "lr should be one number >= 0 but is: -1.0"),
+    (other_state, "the state lies elsewhere than at the capture"),
 ]
 
 
@@ -184,12 +219,73 @@ CHANGES: list[tuple[Any, str]] = [
 def test_what_a_replay_would_miss(change: Any, message: str, recorded: list[str]) -> None:
     step, params = ready(recorded)
     before = [p.detach().clone() for p in params]
+    lr = step.param_groups[0]["lr"]
+    held = lr.clone()
     change(step, params)
-    with pytest.raises(RuntimeError, match=message):
+    held = lr.clone() if change is step_behind else held
+    with pytest.raises((RuntimeError, ValueError), match=message):
         step.step()
     assert all_same_bits(params, before)
+    assert torch.equal(lr, held)
     recorded.clear()
     step.reset()
+    for _ in range(3):
+        step.step()
+    assert recorded == ["eager", "eager", "capture", "replay"]
+
+
+def test_what_is_not_the_steps_may_change(recorded: list[str]) -> None:
+    """A scheduler made late adds initial_lr; a user counts epochs."""
+    step, _ = ready(recorded)
+    torch.optim.lr_scheduler.StepLR(step.optimizer, 5)
+    step.param_groups[0]["epoch"] = 3
+    step.step()
+    assert recorded[-1] == "replay"
+
+
+def test_groups_that_share_a_tensor_take_one_value(recorded: list[str]) -> None:
+    inner, params = both_kinds(steepest.MuAdam)
+    lr = torch.tensor(0.02)
+    for group in inner.param_groups:
+        group["lr"] = lr
+    step = steepest.graphed(inner)
+    for i in range(4):
+        in_place(params, i)
+        step.step()
+    for group in inner.param_groups:
+        group["lr"] = 0.01
+    step.step()
+    assert torch.equal(lr, torch.tensor(0.01))
+    inner.param_groups[0]["lr"] = 0.5
+    inner.param_groups[1]["lr"] = 0.1
+    with pytest.raises(RuntimeError, match="two groups share one tensor as their lr and were given 0.5 and 0.1: give"):
+        step.step()
+
+
+def test_a_momentum_written_between_replays_is_noticed(recorded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its largest entry bounds the 16-bit input."""
+    step, _ = ready(recorded)
+    plan = step.optimizer._plan
+    assert plan is not None
+    noticed: list[str] = []
+    monkeypatch.setattr(type(plan), "notice_changes", lambda self: noticed.append(recorded[-1]))
+    recorded.append("a write")
+    step.step()
+    assert noticed == ["a write"]
+    assert recorded[-1] == "replay"
+
+
+def test_a_step_that_raises_is_no_warm_up(recorded: list[str]) -> None:
+    inner, params = both_kinds(steepest.MuAdam)
+    step = steepest.graphed(inner)
+    in_place(params, 0)
+    params[0].grad = params[0].grad.to_sparse()  # type: ignore[union-attr]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="sparse"):
+            step.step()
+    params[0].grad = None
+    in_place(params, 0)
+    recorded.clear()
     for _ in range(3):
         step.step()
     assert recorded == ["eager", "eager", "capture", "replay"]

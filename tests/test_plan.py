@@ -58,12 +58,38 @@ def another_state(optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> Non
     optimizer.state[params[0]]["momentum_buffer"] = optimizer.state[params[0]]["momentum_buffer"].clone()
 
 
+def exchanged_state(optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> None:
+    """As in moving an optimizer by hand: the tensors are the same, their memory is not."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.data = value.data.clone()
+
+
+def refilled_state(optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> None:
+    """A new tensor may get the id of the one it replaces."""
+    for state in optimizer.state.values():
+        for key, value in [(key, state[key].clone()) for key in state]:
+            del state[key]
+            state[key] = 0.5 * value if value.ndim else value
+
+
+def inner_list(optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> None:
+    """Of the tuples that the optimizer was given only this list is another one."""
+    group = optimizer.param_groups[0]
+    group["polar"] = table = [[2.0, -1.5, 0.5]]
+    optimizer.step()
+    table[0][0] = 2.5
+
+
 def loaded(optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
 
 KEPT = [nothing, new_rates, exchanged_data]
-MADE_ANEW = [strided_gradient, no_gradient, another_dtype, another_recipe, another_group, another_state, loaded]
+MADE_ANEW = [
+    *(strided_gradient, no_gradient, another_dtype, another_recipe, another_group, another_state, loaded),
+    *(exchanged_state, refilled_state, inner_list),
+]
 
 
 @every_optimizer

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import steepest
+from steepest.ops.multi_tensor import Scaling
 from steepest.optimizer import MatrixOptimizer
 from training import OPTIMIZERS, all_same_bits, both_kinds, copies, give_gradients, state_copies
 
@@ -78,3 +80,11 @@ def test_one_infinity_stops_the_whole_step(cls: type[MatrixOptimizer], backend: 
     for old, new in zip(states, state_copies(optimizer), strict=True):
         assert all(torch.equal(old[key], new[key]) for key in old)
     assert int(optimizer.skipped_updates()[torch.device("cpu")]) == len(params)
+
+
+def test_a_traced_step_takes_the_scale_where_its_parameters_are() -> None:
+    params = [torch.nn.Parameter(torch.zeros(4, 3, device="meta"))]
+    params[0].grad = torch.zeros(4, 3, device="meta")
+    optimizer = steepest.MuAdam(params)
+    batch = optimizer._batch(0, optimizer.param_groups[0], Scaling(torch.zeros(()), torch.ones(())))
+    assert [t.device.type for t in (batch.scaling.found_inf, batch.scaling.grad_scale) if t is not None] == ["meta"] * 2

@@ -102,6 +102,11 @@ class Layout:
                 self.table.column(name)[lines] = torch.linalg.vector_norm(t, dim=-1, dtype=wide).double().square()
         self._versions = [m._version for m in self._watched]
 
+    def notice_changes(self) -> None:
+        """Looks at momenta anew that somebody else changed: a user, or a compiled step."""
+        if [m._version for m in self._watched] != self._versions:
+            self._remember_state()
+
     # ---- what a step measured ---------------------------------------------------------------------------------------
 
     def sums_of(self, group: int) -> dict[str, Tensor]:
@@ -124,8 +129,7 @@ class Layout:
 
     def step(self, hypers: Sequence[Hyper], scaling: Scaling) -> None:
         """One step; hypers[group] are the numbers of a group. The gradients are the parameters' own."""
-        if [m._version for m in self._watched] != self._versions:  # changed by somebody else, a compiled step or a user
-            self._remember_state()
+        self.notice_changes()
         grads = [gradient(entry.param) for entry in self.entries]
         groups = _groups(hypers, self.group_of, self.device)
         arguments = (self.steps, self.table, self.programs, self.first_sums, groups, scaling)

@@ -13,7 +13,7 @@ may change; what may not is checked before every replay, and the error says what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
 
@@ -49,8 +49,7 @@ class GraphedStep:
     def __init__(self, optimizer: MatrixOptimizer) -> None:
         if not isinstance(optimizer, MatrixOptimizer):
             raise TypeError(f"graphed takes an optimizer of steepest but got {type(optimizer).__name__}")
-        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-            raise RuntimeError("a graph runs no step hooks: remove them, or use optimizer.step() itself")
+        _refuse_hooks(optimizer)
         self.optimizer = optimizer
         self._device = _device_of(optimizer)
         optimizer.make_capturable()
@@ -88,8 +87,8 @@ class GraphedStep:
             raise RuntimeError("a graphed step takes no closure: run the model and backward() before step()")
         scaling = {name: getattr(self, name, None) for name in ("found_inf", "grad_scale")}
         if self._captured is None and self._steps_until_capture:
-            self._steps_until_capture -= 1
             self._eager(scaling)
+            self._steps_until_capture -= 1
             return
         if self._captured is None:
             self._captured = _Captured(self.optimizer, self._device, scaling)
@@ -111,7 +110,8 @@ class _Captured:
                 "the Triton kernels read addresses from a table, which a graph cannot renew: build the compiled "
                 "kernels (`steepest doctor` says how), or use optimizer.step() itself"
             )
-        self.groups = [_Numbers(group) for group in optimizer.param_groups]
+        keys = {*optimizer.defaults, *optimizer._adamw_defaults}
+        self.groups = [_Numbers(group, keys) for group in optimizer.param_groups]
         self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         self.grads = [p.grad for p in self.params]
         self.addresses = self._addresses()
@@ -121,6 +121,7 @@ class _Captured:
         }
         with _Attributes(optimizer, self.scaling):
             self.run = _capture(optimizer.step, device)
+        assert optimizer._plan is not None
         self.plan = optimizer._plan  # its tables, and the state it writes to, live as long as the graph
         self.state = self._state()
 
@@ -128,31 +129,40 @@ class _Captured:
         found = [p.data_ptr() for p in self.params]
         return found + [0 if g is None else g.data_ptr() for g in self.grads]
 
-    def _state(self) -> list[Tensor]:
+    def _state(self) -> list[int]:
         held = self.optimizer.state
-        return [t for p in self.params if p in held for t in held[p].values() if isinstance(t, Tensor)]
+        return [t.data_ptr() for p in self.params if p in held for t in held[p].values() if isinstance(t, Tensor)]
 
     def replay(self, scaling: dict[str, Tensor | None]) -> None:
-        self._check()
-        for numbers in self.groups:
-            numbers.check()
+        self._check(scaling)
+        self.plan.notice_changes()
         for numbers in self.groups:
             numbers.renew()
         for name, held in self.scaling.items():
             given = scaling[name]
-            if (held is None) != (given is None):
-                raise RuntimeError(
-                    f"the step was captured {'without' if held is None else 'with'} a GradScaler's {name} and is "
-                    "called otherwise: call reset() to capture anew"
-                )
             if held is not None and given is not None:
                 held.copy_(given.reshape(held.shape), non_blocking=True)
         self.run()
 
-    def _check(self) -> None:
-        now = [p for group in self.optimizer.param_groups for p in group["params"]]
+    def _check(self, scaling: dict[str, Tensor | None]) -> None:
+        _refuse_hooks(self.optimizer)
+        for name, held in self.scaling.items():
+            if (held is None) != (scaling[name] is None):
+                raise RuntimeError(
+                    f"the step was captured {'without' if held is None else 'with'} a GradScaler's {name} and is "
+                    "called otherwise: call reset() to capture anew"
+                )
+        if self.optimizer._plan is not self.plan:
+            raise RuntimeError("state was loaded or an ordinary step taken since the capture: call reset()")
+        groups = self.optimizer.param_groups
+        now = [p for group in groups for p in group["params"]]
         if len(now) != len(self.params) or not all(map(is_, now, self.params)):
             raise RuntimeError("parameters were added or removed after the capture: call reset() to capture anew")
+        same = len(groups) == len(self.groups) and all(
+            group is old.group and len(group["params"]) == old.size for group, old in zip(groups, self.groups)
+        )
+        if not same:
+            raise RuntimeError("the parameter groups are others than at the capture: call reset() to capture anew")
         if not all(map(is_, (p.grad for p in self.params), self.grads)):
             i = next(i for i, p in enumerate(self.params) if p.grad is not self.grads[i])
             raise RuntimeError(
@@ -165,11 +175,11 @@ class _Captured:
             i = next(i for i, at in enumerate(addresses) if at != self.addresses[i])
             what = self._name(i) if i < len(self.params) else f"the gradient of {self._name(i - len(self.params))}"
             raise RuntimeError(f"{what} has moved in memory since the capture: call reset() to capture anew")
-        if self.optimizer._plan is not self.plan:
-            raise RuntimeError("state was loaded or an ordinary step taken since the capture: call reset()")
-        now = self._state()
-        if len(now) != len(self.state) or not all(map(is_, now, self.state)):
-            raise RuntimeError("the state holds other tensors than at the capture: call reset() to capture anew")
+        if self._state() != self.state:
+            raise RuntimeError("the state lies elsewhere than at the capture: call reset() to capture anew")
+        for numbers in self.groups:
+            numbers.check()
+        _check_shared(self.groups)
 
     def _name(self, i: int) -> str:
         for number, group in enumerate(self.optimizer.param_groups):
@@ -184,20 +194,24 @@ class _Captured:
 class _Numbers:
     """A group's values at the capture: those on the device take new ones, all others must stay."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, keys: set[str]) -> None:
         self.group = group
+        self.size = len(group["params"])
         self.on_device: dict[str, Tensor] = {key: group[key] for key in ON_DEVICE}
-        self.fixed = self._fixed()
-
-    def _fixed(self) -> Group:
-        return frozen(self.group, (key for key in self.group if key != "params" and key not in ON_DEVICE))
+        self.keys = keys.difference(ON_DEVICE)  # what a scheduler or a user adds is not the step's
+        self.fixed = frozen(group, self.keys)
 
     def check(self) -> None:
-        key = changed(self.fixed, self._fixed())
-        if key is not None:
+        for key in ON_DEVICE:
+            value = self.group[key]
+            one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float)) and value >= 0
+            if not one:
+                raise ValueError(f"{key} should be one number >= 0 but is: {value!r}")
+        other = changed(self.fixed, frozen(self.group, self.keys))
+        if other is not None:
             raise RuntimeError(
-                f"{key} was {self.fixed.get(key)!r} when the step was captured and is {self.group.get(key)!r}: only "
-                f"{' and '.join(ON_DEVICE)} may change; call reset() to capture anew"
+                f"{other} was {self.fixed.get(other)!r} when the step was captured and is {self.group.get(other)!r}: "
+                f"only {' and '.join(ON_DEVICE)} may change; call reset() to capture anew"
             )
 
     def renew(self) -> None:
@@ -210,6 +224,28 @@ class _Numbers:
             else:
                 held.fill_(value)
             self.group[key] = held
+
+
+def _check_shared(groups: Sequence[_Numbers]) -> None:
+    """Groups that hold one tensor for a number of theirs take one new value together, or none."""
+    for key in ON_DEVICE:
+        for i, numbers in enumerate(groups):
+            held = numbers.on_device[key]
+            for other in groups[:i]:
+                if other.on_device[key] is held and not _equal(other.group[key], numbers.group[key]):
+                    raise RuntimeError(
+                        f"two groups share one tensor as their {key} and were given {other.group[key]!r} and "
+                        f"{numbers.group[key]!r}: give each a tensor of its own before the first step"
+                    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _refuse_hooks(optimizer: MatrixOptimizer) -> None:
+    if optimizer.has_step_hooks():
+        raise RuntimeError("a graph runs no step hooks: remove them, or use optimizer.step() itself")
 
 
 class _Attributes:

@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import plan, routing, stacks, unfused
 from .matrices import Piece, pieces
@@ -268,7 +269,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return self._plan
 
     def _key(self) -> list[object]:
-        """What a plan is made for, apart from where tensors lie."""
+        """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds."""
         found: list[object] = []
         for group in self.param_groups:
             found.append((id(group), self._known_recipe(group)[1]))
@@ -278,10 +279,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     found.append(None)
                     continue
                 own = self.state.get(p)
-                state = None if own is None else tuple(map(id, own.values()))
+                state = None if own is None else tuple([_place(value) for value in own.values()])
                 # Few layouts of five dimensions and more, and of Triton's tensors, can be walked.
                 strides = None if g.is_contiguous() and p.is_contiguous() else (p.stride(), g.stride())
-                found.append((id(p), p.shape, p.dtype, p.device, g.dtype, g.layout, strides, state))
+                found.append((id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state))
         return found
 
     def _new_plan(self) -> plan.Plan:
@@ -343,6 +344,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             held = state.get(key)
             if held is None:
                 continue
+            if not isinstance(held, Tensor):
+                raise RuntimeError(f"{what} has a state {key!r} that is {held!r}: put a tensor there")
             if held.device != p.device:
                 raise RuntimeError(
                     f"{what} is on {p.device} and its state {key!r} on {held.device}: move the state too"
@@ -383,7 +386,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             pieces=[self._pieces(p, group) for p in params],
             places=[(number, i) for i, p in enumerate(group["params"]) if p.grad is not None],
             maximize=group["maximize"],
-            scaling=scaling,
+            scaling=plan.scaling_on(scaling, params[0].device) if params else scaling,
         )
 
     def _init_group(
@@ -465,6 +468,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         groups = {f"{i}/{name}": t for i, each in enumerate(self._plan.metrics()) for name, t in each.items()}
         return groups | {f"skipped/{device}": count.clone() for device, count in self._skipped.items()}
 
+    def has_step_hooks(self) -> bool:
+        """Whether something is to run around every step: hooks of this optimizer or of all of torch's."""
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
     def make_capturable(self) -> None:
         """Sets capturable in every group and puts its numbers on the device, as the argument of that name does.
 
@@ -536,8 +544,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Raises ValueError for state of another shape than its parameter, before anything is loaded.
         """
         saved: dict[str, Any] = {"rules": [group["use_muon"] for group in self.param_groups]}
-        self._check_shapes(state_dict)
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: saved.update(given))  # after the user's hooks
+
+        def look(_: Any, given: dict[str, Any]) -> None:
+            self._check_shapes(given)
+            saved.update(given)
+
+        handle = self.register_load_state_dict_pre_hook(look)  # after the user's hooks
         self._loading = saved  # for __setstate__, which torch calls before the user's post-hooks
         try:
             super().load_state_dict(state_dict)
@@ -552,9 +564,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return  # torch says what is wrong with it
         for saved, group in zip(groups, self.param_groups, strict=True):
+            own = {*self._recipe(group).keys} - {"step"}
             for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 for name, value in state_dict["state"].get(key, {}).items():
-                    if isinstance(value, Tensor) and value.ndim and value.numel() and value.shape != p.shape:
+                    if name in own and isinstance(value, Tensor) and value.numel() and value.shape != p.shape:
                         what = f"the checkpoint's {name!r} of {parameter_name(group, i)}"
                         raise ValueError(
                             f"{what} has shape {tuple(value.shape)} and the "
@@ -575,8 +588,13 @@ def _refuse_capture(why: str) -> None:
         raise RuntimeError(f"this step cannot be captured in a CUDA graph: {why}")
 
 
+def _place(value: object) -> int:
+    """Where a tensor of the state lies. A plan's views keep the memory, so that no other tensor comes to lie there."""
+    return value.data_ptr() if isinstance(value, Tensor) else id(value)
+
+
 def _elsewhere(value: Any, device: torch.device | None) -> bool:
-    values = value if isinstance(value, tuple) else (value,)
+    values = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(each, Tensor) and each.device != device for each in values)
 
 
@@ -587,5 +605,5 @@ def _effective_lr(lr: Number, recipe: Recipe, parts: tuple[Piece, ...]) -> str:
 
 def _restored(name: str, value: Any, p: Tensor) -> Any:
     if name == "step":
-        return torch.as_tensor(value).detach().clone().to(p.device, torch.float32)
+        return torch.as_tensor(value).detach().clone().reshape(()).to(p.device, torch.float32)
     return value.detach().clone().to(p.device) if isinstance(value, Tensor) else value

@@ -112,7 +112,7 @@ class Plan:
     def step(self, hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED) -> None:
         """One step in place; hypers[i] are the numbers of group i. Gradients are read from the parameters."""
         for layout in self._layouts:
-            layout.step(hypers, _scaling_on(scaling, layout.device))
+            layout.step(hypers, scaling_on(scaling, layout.device))
         for number, group in self._unfused:
             batch = unfused.Batch(
                 group.params,
@@ -122,11 +122,16 @@ class Plan:
                 group.pieces,
                 group.places,
                 group.maximize,
-                _scaling_on(scaling, group.params[0].device),
+                scaling_on(scaling, group.params[0].device),
             )
             self._unfused_sums[number] = unfused.update(
                 group.recipe, hypers[number], batch, max_workspace_bytes=group.max_workspace_bytes
             )
+
+    def notice_changes(self) -> None:
+        """What a step does first, for a graph, which replays only what follows."""
+        for layout in self._layouts:
+            layout.notice_changes()
 
     def metrics(self) -> list[dict[str, Tensor]]:
         """For each group what its last step measured, as 0-d fp64 tensors; see `MatrixOptimizer.metrics`."""
@@ -178,7 +183,7 @@ def _only(group: Group, kept: Sequence[int]) -> Group:
     )
 
 
-def _scaling_on(scaling: Scaling, device: torch.device) -> Scaling:
+def scaling_on(scaling: Scaling, device: torch.device) -> Scaling:
     def moved(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().to(device, torch.float32, non_blocking=device.type == "cuda")
 

@@ -71,16 +71,24 @@ def number_on(value: Number, device: torch.device) -> Tensor:
 
 def frozen(group: Group, keys: Iterable[str]) -> Group:
     """A copy of these values that later changes of the group, of its lists too, do not reach."""
-    return {key: tuple(group[key]) if isinstance(group[key], list) else group[key] for key in keys if key in group}
+    return {key: _frozen(group[key]) for key in keys if key in group}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
 def changed(before: Group, now: Group) -> str | None:
     """The first key whose value is another one, or None; tensors count by identity."""
-    for key in {**before, **now}:
-        a, b = before.get(key), now.get(key)
-        if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b):
-            return key
-    return None
+    return next((key for key in {**before, **now} if not _same(before.get(key), now.get(key))), None)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
 
 
 def parameter_name(group: Group, i: int) -> str:
