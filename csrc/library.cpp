@@ -35,6 +35,9 @@ STABLE_TORCH_LIBRARY(steepest, m) {
       "after(Tensor[] directions, Tensor[] seconds, Tensor(a!)[] params, Tensor(b!)[] mantissas, Tensor[] lengths, "
       "Tensor rows, Tensor(c!) sums, Tensor(d!) scratch, int[] programs, int[] row_of, int[] matrices, "
       "int[] first_sums, int[] places, float[] ratios) -> ()");
+  m.def(
+      "chain_numbers(Tensor gram, Tensor(a!) numbers, Tensor(b!) slack, Tensor(c!) scratch, float[] constants, "
+      "int[] powers, float[] slacks, bool tight, float eps) -> ()");
 }
 
 namespace {

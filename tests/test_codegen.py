@@ -59,7 +59,7 @@ class Kernel:
     sass: str
 
 
-#: Every kernel of the fused elementwise ops, by how the parts of its mangled name end.
+#: Every kernel, by parts of its mangled name.
 KERNELS = {
     "inspect flat": ("inspect", "FlatGradient"),
     "inspect strided": ("inspect", "StridedGradient"),
@@ -67,6 +67,7 @@ KERNELS = {
     "before strided": ("run", "Before", "StridedItem"),
     "after flat": ("run", "After", "FlatItem"),
     "after strided": ("run", "After", "StridedItem"),
+    "chain numbers": ("chain_numbers",),
 }
 
 

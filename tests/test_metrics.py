@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import steepest
-from steepest.linalg.norm_bound import squared_norm_bound
+from steepest.ops.chain_numbers import squared_norm_bound
 from steepest.optimizer import MatrixOptimizer
 from training import MATRICES, OPTIMIZERS, both_kinds, copies, give_gradients, train
 

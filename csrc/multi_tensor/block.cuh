@@ -1,4 +1,4 @@
-// What a block of a fused elementwise kernel does whatever its formulas: find its work, move elements, add up sums.
+// What a block of a fused elementwise kernel does whatever its formulas: find its work and move elements.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "common/block.cuh"
 #include "common/floats.h"
 #include "multi_tensor/formulas.cuh"
 #include "multi_tensor/params.h"
@@ -15,7 +16,6 @@
 
 namespace steepest::multi_tensor {
 
-constexpr int kThreads = 256;
 constexpr int kVector = 8;  // elements a thread takes at once: 16 bytes of a 16-bit type, twice 16 of fp32
 
 // What a launch can be told: 32764 bytes where toolkit and driver are of CUDA 12.1 or newer, else 4 KB.
@@ -179,72 +179,8 @@ __device__ inline void for_each_element(const Span& span, bool aligned, Body& bo
   for (int64_t i = cut + threadIdx.x; i < end; i += kThreads) body.template operator()<1>(i);
 }
 
-// ---- sums ----------------------------------------------------------------------------------------------------------
-
-template <class R>
-__device__ inline R combine(bool largest, R a, R b) {
-  return largest ? (a > b ? a : b) : a + b;
-}
-
-// Combines `count` values over a block, in an order that is always the same; the result is thread 0's. The columns in
-// `largest`, a bit each, take the maximum and the others the sum.
-template <int kCount, uint32_t kLargest, class R>
-__device__ inline void combine_block(R (&values)[kCount]) {
-  __shared__ R of_warp[kCount][kThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int c = 0; c < kCount; ++c) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2)
-      values[c] = combine(kLargest >> c & 1, values[c], __shfl_down_sync(0xffffffff, values[c], step));
-    if (lane == 0) of_warp[c][warp] = values[c];
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-      values[c] = of_warp[c][0];
-      for (int w = 1; w < kThreads / 32; ++w) values[c] = combine(kLargest >> c & 1, values[c], of_warp[c][w]);
-    }
-  }
-  __syncthreads();  // of_warp may be used again
-}
-
-// A chunk's values become its line of partials; the block that comes last combines all `chunks` lines, from
-// `first_line` on, in their order, and returns true with the totals in thread 0's values. Every thread of a block calls
-// it; `values` are thread 0's.
-template <int kCount, uint32_t kLargest>
-__device__ inline bool combine_chunks(const Scratch& scratch, int64_t counter, int32_t chunks, int64_t first_line,
-                                      int64_t line, double (&values)[kCount]) {
-  if (chunks == 1) return true;
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    for (int c = 0; c < kCount; ++c) scratch.partials[line * kSums + c] = values[c];
-    __threadfence();  // the partials are visible before the count is
-    auto* done = reinterpret_cast<unsigned long long*>(scratch.counters + counter);
-    last = atomicAdd(done, 1ull) == static_cast<unsigned long long>(chunks) - 1;
-    if (last) *done = 0;
-  }
-  __syncthreads();
-  if (!last) return false;
-  __threadfence();
-  for (int c = 0; c < kCount; ++c) values[c] = 0;
-  for (int i = threadIdx.x; i < chunks; i += kThreads)
-    for (int c = 0; c < kCount; ++c)
-      values[c] = combine(kLargest >> c & 1, values[c], __ldcg(scratch.partials + (first_line + i) * kSums + c));
-  combine_block<kCount, kLargest>(values);
-  return true;
-}
-
 // ---- launches
 // --------------------------------------------------------------------------------------------------------
-
-inline void check_launch(const char* op, int32_t chunks, size_t items) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("steepest::") + op + ": a launch of " + std::to_string(chunks) +
-                           " blocks over " + std::to_string(items) + " tensors failed: " + cudaGetErrorString(error));
-}
 
 // Launches `kernel` over items; `convert(i)` is the kernel's form of the i-th, whose extent is extents[i].
 template <class Batch, class Kernel, class Convert>

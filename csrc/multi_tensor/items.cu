@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2) run(const __grid_constant__ Batch
   for (int c = 0; c < kSums; ++c) totals[c] = work.sums.at[c];
   const int64_t line = item.first_sum + part.matrix;
   const int64_t first = item.first_chunk + part.matrix * part.chunks;
-  if (!combine_chunks<kSums, kLargestColumns>(head.scratch, line, part.chunks, first, block, totals)) return;
+  if (!combine_chunks<kSums, kSums, kLargestColumns>(head.scratch, line, part.chunks, first, block, totals)) return;
   if (threadIdx.x != 0) return;
   const bool whole = item.program.direction != Program::kGiven;
 #pragma unroll

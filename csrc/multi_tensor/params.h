@@ -9,12 +9,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/dtype.h"
 #include "common/host_device.h"
+#include "common/scratch.h"
 #include "multi_tensor/layout.h"
 
 namespace steepest::multi_tensor {
-
-enum class Dtype : uint8_t { f32, bf16, f16, f64, i16 };
 
 // What an item's tensors are.
 enum Slot : int {
@@ -138,13 +138,7 @@ struct Scaling {
   const float* grad_scale;  // nullptr, or what the gradients were multiplied by
 };
 
-// Memory that outlives an op: `counters`, one for each row or line of sums, are 0 between ops; `partials` are a chunk's
-// results, kSums for each of them.
-struct Scratch {
-  uint64_t* counters;
-  double* partials;
-};
-
+// Of scratch, a counter belongs to a row or a line of sums, and a chunk's partials are kSums.
 struct InspectParams {
   std::vector<Gradient> gradients;  // the i-th belongs to row i
   Scaling scaling;

@@ -4,9 +4,6 @@
 // tensor is one without elements, and a list without elements is a list of absent tensors.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
@@ -14,52 +11,17 @@
 #include <vector>
 
 #include "multi_tensor/params.h"
-
-// Lives in libtorch_cuda. Weak, so that a torch without CUDA still loads this library.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#include "ops/door.h"
 
 namespace steepest {
 namespace {
 
 using namespace multi_tensor;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 constexpr const char* kNames[kSlots] = {"grads", "momenta", "seconds", "directions", "params", "mantissas"};
 
 Ints to_ints(torch::headeronly::IntHeaderOnlyArrayRef values) { return {values.begin(), values.end()}; }
-
-// Where an op runs: every tensor is on the device of its table of rows.
-struct Place {
-  bool cuda;
-  int32_t index;
-
-  explicit Place(const Tensor& rows) : cuda(rows.is_cuda()), index(cuda ? rows.get_device_index() : 0) {}
-  void check(const Tensor& tensor, const char* name, size_t i = 0) const {
-    STD_TORCH_CHECK(tensor.is_cuda() == cuda && (cuda ? tensor.get_device_index() == index : tensor.is_cpu()), name,
-                    "[", i, "] is not on the device of rows; call once per device");
-  }
-};
-
-Dtype element_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    case ScalarType::Short:
-      return Dtype::i16;
-    case ScalarType::Double:
-      if (!place.cuda) return Dtype::f64;
-      [[fallthrough]];
-    default:
-      STD_TORCH_CHECK(false, name, "[", i, "] is ", torch::headeronly::toString(tensor.scalar_type()),
-                      "; accepted are float32, bfloat16 and float16, on the CPU float64 as well");
-  }
-}
 
 // A contiguous fp64 table of `width` columns, its number of lines.
 int64_t check_table(const Tensor& table, const Place& place, int64_t width, const char* name) {
@@ -68,21 +30,6 @@ int64_t check_table(const Tensor& table, const Place& place, int64_t width, cons
       table.scalar_type() == ScalarType::Double && table.is_contiguous() && table.dim() == 2 && table.size(1) == width,
       name, " must be a contiguous float64 table of ", width, " columns");
   return table.size(0);
-}
-
-template <class T>
-T* pointer(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// The scratch of an op over so many chunks and counters.
-Scratch check_scratch(const Tensor& scratch, const Place& place, int64_t counters, int64_t chunks) {
-  place.check(scratch, "scratch");
-  const int64_t wanted = counters + chunks * kSums;
-  STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Double && scratch.is_contiguous() && scratch.numel() >= wanted,
-                  "scratch must be a contiguous float64 tensor of at least ", wanted, " elements, all zero at first");
-  double* begin = pointer<double>(scratch);
-  return {reinterpret_cast<uint64_t*>(begin), begin + counters};
 }
 
 void check_lengths(size_t found, size_t wanted, const char* name) {
@@ -140,14 +87,6 @@ Program make_program(int64_t bits, size_t i) {
 }
 
 Number make_number(double value) { return {nullptr, value, Dtype::f64}; }
-
-void* current_stream(int32_t device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "no current stream on CUDA device ",
-                  device);
-  return stream;
-}
 
 const float* check_scalar(const std::optional<Tensor>& scalar, const Place& place, const char* name) {
   if (!scalar.has_value()) return nullptr;
@@ -224,7 +163,7 @@ void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, con
   params.rows = pointer<double>(rows);
   params.sums = static_cast<const double*>(sums.const_data_ptr());
   params.skipped = pointer<int64_t>(skipped);
-  params.scratch = check_scratch(scratch, place, std::max(lines, static_cast<int64_t>(grads.size())), chunks);
+  params.scratch = check_scratch(scratch, place, kSums, std::max(lines, static_cast<int64_t>(grads.size())), chunks);
 #ifdef STEEPEST_HAS_CUDA
   if (place.cuda) {
     const torch::stable::accelerator::DeviceGuard guard(place.index);
@@ -335,7 +274,7 @@ void run(Stage stage, const Lists& lists, const Tensor& rows, const Tensor& sums
   if (count == 0) return;
   params.rows = static_cast<const double*>(rows.const_data_ptr());
   params.sums = pointer<double>(sums);
-  params.scratch = check_scratch(scratch, place, std::max(lines, parameters), chunks);
+  params.scratch = check_scratch(scratch, place, kSums, std::max(lines, parameters), chunks);
 #ifdef STEEPEST_HAS_CUDA
   if (place.cuda) {
     const torch::stable::accelerator::DeviceGuard guard(place.index);

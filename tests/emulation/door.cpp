@@ -1,7 +1,8 @@
-// The kernels in the place of the host's version: with csrc/ops/multi_tensor.cpp, an op on CPU tensors launches them.
+// The kernels in the place of the host's version: with the doors of csrc/ops, an op on CPU tensors launches them.
 #include <cuda_runtime.h>
 
 #include "multi_tensor/params.h"
+#include "polar/params.h"
 
 namespace steepest::multi_tensor {
 
@@ -9,6 +10,12 @@ void inspect_on_host(const InspectParams& params) { inspect_on_device(params, nu
 void run_on_host(Stage stage, const ItemsParams& params) { run_on_device(stage, params, nullptr); }
 
 }  // namespace steepest::multi_tensor
+
+namespace steepest::polar {
+
+void numbers_on_host(const NumbersParams& params) { numbers_on_device(params, nullptr); }
+
+}  // namespace steepest::polar
 
 extern "C" {
 void emulation_order(int order) { emulation::order = static_cast<emulation::Order>(order); }

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 import twins
+from chains import given, grams, kernel
+from steepest.linalg.coefficients import SCHEDULES
 from steepest.ops import backend
 from steepest.ops.multi_tensor import CHUNK, Table
 from twins import State, assert_close, compare, compare_step, random_state
@@ -30,9 +32,10 @@ ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "g++")
 CPU = torch.device("cpu")
 F = torch.float32
-KERNELS = ("csrc/multi_tensor/inspect.cu", "csrc/multi_tensor/items.cu")
+KERNELS = ("csrc/multi_tensor/inspect.cu", "csrc/multi_tensor/items.cu", "csrc/polar/numbers.cu")
 REST = (
     "csrc/ops/multi_tensor.cpp",
+    "csrc/ops/polar.cpp",
     "csrc/multi_tensor/layout.cpp",
     "csrc/multi_tensor/plan.cpp",
     "tests/emulation/door.cpp",
@@ -46,7 +49,7 @@ class Emulated:
     def __init__(self, path: Path) -> None:
         # Under the schemas of the compiled part, in a namespace of its own.
         self.definitions = torch.library.Library("steepest_emulated", "DEF")
-        for op in ("inspect", "before", "after"):
+        for op in ("inspect", "before", "after", "chain_numbers"):
             self.definitions.define(str(getattr(torch.ops.steepest, op).default._schema).removeprefix("steepest::"))
         torch.ops.load_library(path)
         self.ops: Any = torch.ops.steepest_emulated
@@ -155,6 +158,17 @@ def emulated(
 
 def test_every_program(emulated: Emulated) -> None:
     compare(emulated.ops, CPU)
+
+
+@pytest.mark.parametrize("dtype", [F, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 5, 64, 136, 139])
+def test_chain_numbers(m: int, dtype: torch.dtype, emulated: Emulated) -> None:
+    schedule, gram = SCHEDULES["auto"], grams(m, dtype)
+    arguments = given(schedule)
+    for some in (gram, gram[:1]):
+        found, wanted = (kernel(ops, some, arguments, True, 1e-7) for ops in (emulated.ops, torch.ops.steepest))
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0, equal_nan=True)
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------

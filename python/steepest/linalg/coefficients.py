@@ -6,7 +6,7 @@ applied to the singular values: X <- (a I + b A + c A^2 + ...) X with A = X X^T.
 
 A schedule says how the matrix is normalised and which table it gets.  With the norm ``"frobenius"`` X is divided by
 ||X||_F.  With ``"tight"`` it is divided by an upper bound of ||X||_2 taken from the first Gram product
-(`steepest.linalg.norm_bound`), and the *slack* ||X||_F / bound says how much larger the singular values are than after
+(`steepest.ops.chain_numbers`), and the *slack* ||X||_F / bound says how much larger the singular values are than after
 the Frobenius norm.  A schedule of several tables gives a matrix the first whose slack it reaches; the last takes any.
 """
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
+from ..ops.chain_numbers import chain_numbers
 from ..ops.symm_gemm import Workspace, gemm, linear
-from .chain import Apply, Chain, Column, Gram, Node, Number, Product, chain
+from .chain import Apply, Column, Gram, Node, Number, Product, chain
 from .coefficients import Schedule, Table
-from .norm_bound import squared_norm_bound
 
 
 def newton_schulz(
@@ -26,7 +25,10 @@ def newton_schulz(
     plan = chain(schedule, tuple(sorted(restarts)))
     run = _Run(x, workspace)
     run(Gram("gram", "x"))
-    run.numbers = _numbers(plan, schedule, run["gram"], eps, slack)
+    tight = schedule.norm == "tight"
+    run.numbers = chain_numbers(
+        run["gram"], plan.constants, plan.powers, schedule.slacks, tight=tight, eps=eps, slack=slack
+    )
     for node in plan.nodes:
         run(node)
     return run[plan.result]
@@ -44,28 +46,6 @@ def newton_schulz_plain(x: Tensor, table: Table, *, eps: float) -> Tensor:
         gram = torch.bmm(wide, wide.mT)
         wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide.mT if x.shape[-2] > x.shape[-1] else wide
-
-
-def _numbers(plan: Chain, schedule: Schedule, gram: Tensor, eps: float, slack: Tensor) -> Tensor:
-    """The chain's numbers for every matrix, (batch, columns), from its norm; fills ``slack``.   1 for a zero matrix."""
-    bound, trace = squared_norm_bound(gram)
-    square = (bound if schedule.norm == "tight" else trace).clamp_min(eps * eps)
-    square = torch.where(square == 0, torch.ones_like(square), square)
-    ratio = (trace / square).sqrt()
-    slack.copy_(ratio.flatten())
-    # What is traced or fake is no constant to keep.
-    constants = _constants if type(gram) is Tensor and not torch.compiler.is_compiling() else _constants.__wrapped__
-    table = constants(plan, square.dtype, square.device)
-    chosen = table[len(plan.constants) - 1]
-    for row, least in zip(table[: len(schedule.slacks)].flip(0), schedule.slacks[::-1], strict=True):
-        chosen = torch.where(ratio.squeeze(-1) >= least, row, chosen)
-    return chosen * square.squeeze(-1).rsqrt() ** table[-1]
-
-
-@functools.cache
-def _constants(plan: Chain, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A row for each table, and one of the powers."""
-    return torch.tensor([*plan.constants, plan.powers], dtype=dtype, device=device)
 
 
 class _Run:
