@@ -590,7 +590,7 @@ def _refuse_capture(why: str) -> None:
 
 def _place(value: object) -> int:
     """Where a tensor of the state lies. A plan's views keep the memory, so that no other tensor comes to lie there."""
-    return value.data_ptr() if isinstance(value, Tensor) else id(value)
+    return value.data_ptr() if type(value) is Tensor else id(value)  # a fake tensor has no address
 
 
 def _elsewhere(value: Any, device: torch.device | None) -> bool:

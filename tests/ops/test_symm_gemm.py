@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
+from torch import Tensor
 
-from steepest.ops.symm_gemm import block_edges, gemm
+from steepest.linalg.polar import polar
+from steepest.ops import symm_gemm
+from steepest.ops.symm_gemm import Number, block_edges, gemm
 
 
 @pytest.mark.parametrize("m", [1, 5, 100, 300, 801])
@@ -46,3 +52,35 @@ def test_block_edges_cover_the_matrix_in_rising_order(m: int) -> None:
     assert edges[-1] == m
     assert all(low < high for low, high in zip(edges[:-1], edges[1:], strict=True))
     assert len(edges) <= 6
+
+
+@pytest.mark.parametrize("preset", ["auto", "turbo", "exact"])
+@pytest.mark.parametrize("shape", [(3, 40, 60), (2, 60, 40), (1, 200, 300)])
+def test_what_a_kernel_is_given(preset: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With products by a kernel's signature, `polar` is what it is with torch's own."""
+
+    def product(
+        a: Tensor,
+        b: Tensor,
+        c: Tensor | None,
+        alpha: Number,
+        beta: Number,
+        gamma: Number,
+        out: Tensor,
+        *,
+        symmetric: bool,
+    ) -> None:
+        def wide(x: Number) -> Number:
+            return x[:, None, None] if isinstance(x, Tensor) else x
+
+        assert gamma == 0
+        d = wide(alpha) * (a @ b) + (0.0 if c is None else wide(beta) * c)
+        out.copy_(d.tril() + d.tril(-1).mT if symmetric else d)
+
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = polar(x, preset, form="gram")
+    kernels = types.ModuleType("steepest.kernels.symm_gemm")
+    kernels.product = product  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "steepest.kernels.symm_gemm", kernels)
+    monkeypatch.setattr(symm_gemm, "_route", lambda a, b: "triton")
+    torch.testing.assert_close(polar(x, preset, form="gram"), wanted, atol=1e-9, rtol=0)

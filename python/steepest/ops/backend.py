@@ -155,20 +155,24 @@ def requested(backend: str) -> str:
 def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: torch.device) -> str:
     """The backend that runs this call of `op`.
 
-    reasons: for every name but "torch", which always can, why it cannot take the call, or None.
+    reasons: for every backend that the op has a version for, why it cannot take the call, or None. torch always can,
+    and takes what is forced to a backend that the op has no version for.
     Raises ValueError for an unknown name and RuntimeError, with the reason, when a forced backend cannot run.
     """
     name = requested(backend)
+    if name not in reasons and name != "auto":
+        return "torch"
     if name == "auto":
-        taken = next(n for n in NAMES if n == "torch" or reasons[n] is None)
-        _log_once(op, taken, reasons, device)
+        taken = next(n for n in NAMES if n == "torch" or reasons.get(n, "") is None)
+        log_once(op, taken, reasons, device)
         return taken
     if (reason := reasons.get(name)) is not None:
         raise RuntimeError(f"{op}: backend={name!r} cannot run: {reason}. backend='auto' takes one that can")
     return name
 
 
-def _log_once(op: str, taken: str, reasons: Mapping[str, str | None], device: torch.device) -> None:
+def log_once(op: str, taken: str, reasons: Mapping[str, str | None], device: torch.device) -> None:
+    """The first time that an op falls back to this backend."""
     best = "cpu" if device.type == "cpu" else NAMES[0]
     if torch.compiler.is_compiling() or taken == best or (op, device.type, taken) in _logged:
         return

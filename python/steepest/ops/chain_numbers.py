@@ -46,8 +46,7 @@ def chain_numbers(
     zero matrix, whose slack is 0. A matrix with an entry that is not finite gets numbers that are NaN where its norm is
     in them.
     """
-    count = sum(map(len, constants))
-    if _route(gram, len(constants), count) == "torch":
+    if _route(gram, constants) == "torch":
         return _numbers(gram, constants, powers, slacks, tight, eps, slack)
     numbers = torch.empty(len(gram), len(powers), device=gram.device)
     scratch = torch.zeros(len(gram) * SCRATCH, dtype=torch.float64, device=gram.device)
@@ -56,17 +55,20 @@ def chain_numbers(
     return numbers
 
 
-def _route(gram: Tensor, tables: int, count: int) -> str:
-    why = f"the tensors are on {gram.device.type}"
+def too_many(constants: Sequence[Sequence[float]]) -> bool:
+    """Whether a launch's arguments do not hold them."""
+    return len(constants) > MOST_TABLES or sum(map(len, constants)) > MOST_NUMBERS
+
+
+def _route(gram: Tensor, constants: Sequence[Sequence[float]]) -> str:
+    why: str | None = f"the tensors are on {gram.device.type}"
     if gram.is_cuda:
         why = _backend.cuda_reason(gram.device.index)
         if gram.dtype not in DTYPES:
             why = f"the compute dtype is {gram.dtype}"
-        elif tables > MOST_TABLES or count > MOST_NUMBERS:
-            why = f"the schedule has {count} numbers"
-    name = "auto" if _backend.requested("auto") in ("auto", "cuda") else "torch"  # there are no other versions
-    reasons = {"cuda": why, "triton": "there is no Triton version", "cpu": "torch is as fast on a CPU"}
-    return _backend.choose("chain_numbers", name, reasons, gram.device)
+        elif too_many(constants):
+            why = "the schedule has too many numbers"
+    return _backend.choose("chain_numbers", "auto", {"cuda": why}, gram.device)
 
 
 def _numbers(

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import backend as _backend
+
 # Two cores with AVX512-BF16, torch 2.13, bf16, ratio to the time of the full product, mirroring included:
 #   768x768x768    p=2 0.84   p=3 0.74   p=4 0.73   p=6 0.75
 #   768x2304x768   p=2 0.79   p=3 0.69   p=4 0.68   p=6 0.66
@@ -64,6 +66,11 @@ def gemm(
     ``symmetric``.  Torch's products take plain numbers alone: an ``alpha`` per matrix goes into the smaller operand,
     which rounds it once more, in a buffer of ``workspace``.
     """
+    if _route(a, b) == "triton":
+        from ..kernels.symm_gemm import product
+
+        product(a, b, c, alpha, beta, 0.0, out, symmetric=symmetric)
+        return out
     if isinstance(alpha, Tensor):
         held = workspace or Workspace()
         if a.numel() < b.numel():
@@ -88,6 +95,20 @@ def gemm(
     else:
         _lower_block_rows_(out[0], a[0], b[0], alpha, beta, edges)
     return mirror_(out, edges)
+
+
+def _route(a: Tensor, b: Tensor) -> str:
+    if not a.is_cuda or torch.compiler.is_compiling():  # what is traced is torch's own products
+        return "torch"
+    return _backend.choose("gemm", "auto", {"triton": _backend.triton_reason() or _triton_takes(a, b)}, a.device)
+
+
+def _triton_takes(a: Tensor, b: Tensor) -> str | None:
+    if a.dtype.itemsize != 2:
+        return f"products of {a.dtype} are faster in torch"
+    from ..kernels.symm_gemm import can_use
+
+    return can_use(a) or can_use(b)
 
 
 def linear(

@@ -1,0 +1,480 @@
+"""Batched products in Triton, all of the output or the lower triangle of a symmetric one and its mirror image.
+
+    out[i] = alpha[i] a[i] b[i] + beta[i] c[i] + gamma[i] I    a: (batch, m, k), b: (batch, k, n), c, out: (batch, m, n)
+
+A program computes a tile of one matrix. Symmetric products have programs for the tiles at and below the diagonal only;
+each stores its tile and the transpose of it. Coefficients are read at run time, from an argument or from memory, so
+that new ones compile nothing and numbers computed on the device need not come back to the host.
+
+Nothing is tuned or allocated by a call: what has run once, with operands of the same kind, can be captured in a CUDA
+graph.
+
+Operands are loaded by address, not by TMA: strides that are no multiple of 16 bytes take addresses in any case,
+descriptors would be made on the host for every launch, and the loop has room for the arithmetic. That of the largest
+tile on sm_90 is 103 instructions a warp (Triton 3.7.1), 206 cycles of a scheduler in 1024 cycles of the tensor cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Elements of 16 bits in 16 bytes: the widest load, and the only one that goes to shared memory in bulk before sm_90.
+VECTOR = tl.constexpr(8)
+# Tile rows that are taken together: their programs run at about the same time and find each other's operands in L2.
+GROUP = 8
+MAX_PROGRAMS = 2**31 - 1  # of a launch, along the only dimension of the grid that takes so many
+
+
+# ---- configurations ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Tile of the output, k elements of a turn of the loop, turns in flight, warps of a program."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+
+    def shared_bytes(self, element: int = 2) -> int:
+        """Operands of all turns in flight."""
+        return self.stages * (self.block_m + self.block_n) * self.block_k * element
+
+
+# Bytes of shared memory that a program may have: CUDA C++ Programming Guide, technical specifications by capability.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+# One number for all tiles: whichever of them is chosen (the size of the batch has a say), an element of the output is
+# added up over k by instructions of one kind in one order, so that a matrix has the same result alone and in a batch.
+# 64 elements are 128 bytes: a cache line, and the widest swizzle of the tensor cores' operands.
+BLOCK_K = 64
+# stages * (BM + BN) * 64 * 2 bytes and how many programs share a multiprocessor, from the largest tile to the smallest;
+# square ones serve symmetric products. Triton 3.6 to 3.9 keeps a turn less in shared memory for HMMA (sm_80, sm_86).
+# The numbers of warps are such that no register is spilled: eight for the squares of sm_100, where the whole tile comes
+# out of tensor memory at once. On sm_90, four leave room for two programs, of which one multiplies while one stores.
+# Found by this arithmetic and by reading machine code; none has been timed yet.
+CONFIGURATIONS = {
+    "sm_80": (
+        Configuration(128, 256, BLOCK_K, 3, 8),  # 144 KB
+        Configuration(128, 128, BLOCK_K, 4, 8),  # 128 KB
+        Configuration(64, 128, BLOCK_K, 3, 4),  # 72 KB, two
+        Configuration(64, 64, BLOCK_K, 3, 4),  # 48 KB, three
+    ),
+    "sm_86": (
+        Configuration(128, 128, BLOCK_K, 3, 8),  # 96 KB
+        Configuration(64, 128, BLOCK_K, 3, 4),  # 72 KB
+        Configuration(64, 64, BLOCK_K, 3, 4),  # 48 KB, two
+    ),
+    "sm_90": (
+        Configuration(128, 256, BLOCK_K, 4, 8),  # 192 KB
+        Configuration(128, 128, BLOCK_K, 3, 4),  # 96 KB, two
+        Configuration(64, 128, BLOCK_K, 4, 4),  # 96 KB, two
+        Configuration(64, 64, BLOCK_K, 4, 4),  # 64 KB, three
+    ),
+    "sm_100": (
+        Configuration(128, 256, BLOCK_K, 4, 8),  # 192 KB
+        Configuration(128, 128, BLOCK_K, 3, 8),  # 96 KB
+        Configuration(64, 128, BLOCK_K, 4, 4),  # 96 KB, two
+        Configuration(64, 64, BLOCK_K, 4, 8),  # 64 KB, three
+    ),
+}
+# fp32 without tensor cores ("ieee"): for correctness, not for speed. 2 * (64 + 64) * 32 * 4 bytes = 64 KB.
+FP32 = Configuration(64, 64, 32, 2, 4)
+# Cost of a tile: BM BN multiply-adds and TRAFFIC (BM + BN) for moving its operands. At 64 a square of 128 has half of
+# either, and a square of 64 runs at two thirds of its speed. A model, not a measurement.
+TRAFFIC = 64
+LONGEST_SIDE = 256  # of any tile
+# The largest tile, in elements, of operands that are not aligned.
+UNALIGNED_TILE = 64 * 64
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The key of CONFIGURATIONS for a device of compute capability >= 8.0."""
+    major, minor = capability
+    if major == 8:
+        return "sm_80" if minor in (0, 7) else "sm_86"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_86")
+
+
+@functools.lru_cache(maxsize=4096)
+def configuration(
+    m: int,
+    n: int,
+    k: int,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    batch: int,
+    symmetric: bool,
+    aligned: bool = True,
+) -> Configuration:
+    """The tile of least modelled time for operands of 16 bits.
+
+    Time is the number of waves (multiprocessors take a tile each) times the cost of a tile; of equals, the larger tile.
+    k multiplies both and decides nothing. Operands that are not aligned are loaded element by element, and the
+    addresses of a large tile's do not fit in the registers.
+    """
+    listed = [
+        c
+        for c in CONFIGURATIONS[architecture(capability)]
+        if (c.block_m == c.block_n or not symmetric) and (c.block_m * c.block_n <= UNALIGNED_TILE or aligned)
+    ]
+
+    def time(c: Configuration) -> int:
+        waves = -(-batch * tile_count(m, n, c, symmetric) // multiprocessors)
+        return waves * (c.block_m * c.block_n + TRAFFIC * (c.block_m + c.block_n))
+
+    return min(listed, key=time)
+
+
+def tile_count(m: int, n: int, c: Configuration, symmetric: bool) -> int:
+    """Programs of one matrix."""
+    rows, columns = -(-m // c.block_m), -(-n // c.block_n)
+    return rows * (rows + 1) // 2 if symmetric else rows * columns
+
+
+# ---- the tile of a program -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def triangle(t):
+    # (i, j) with t = i (i + 1) / 2 + j, 0 <= j <= i, for t < 2^30, where i < 2^15.5. The root in fp32, relative error
+    # below 2^-21 with the approximate instruction, is less than one off.
+    return settle(t, ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32))
+
+
+@triton.jit
+def settle(t, i):
+    # The same from an i that is one off at most, in whole numbers.
+    i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+    return i, t - i * (i + 1) // 2
+
+
+@triton.jit
+def tile_of(t, rows, columns, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr):
+    # Tile row and tile column of the t-th tile of a matrix; bands of GROUP tile rows, in each column after column.
+    if SYMMETRIC:
+        # The t-th tile in rows one after another lies in the same band as the t-th in bands.
+        row, _ = triangle(t)
+        first = row // GROUP * GROUP
+        t -= first * (first + 1) // 2
+        height = tl.minimum(rows - first, GROUP)
+        whole = height * first  # `first` columns of full height; then the band's own triangle
+        own_row, own_column = triangle(tl.maximum(t - whole, 0))
+        i = first + tl.where(t < whole, t % height, own_row)
+        j = tl.where(t < whole, t // height, first + own_column)
+    else:
+        first = t // (GROUP * columns) * GROUP
+        t -= first * columns
+        height = tl.minimum(rows - first, GROUP)
+        i = first + t % height
+        j = t // height
+    return i, j
+
+
+@triton.jit
+def _number(x, stride, matrix):
+    # x, or where it has a stride, what lies there for the matrix.
+    return x if stride is None else tl.load(x + matrix.to(tl.int64) * stride)
+
+
+@triton.jit
+def _corner(x, matrix, matrix_stride, stride, row, column, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    # Address of element (row, column) of a matrix whose rows, or else whose columns, are contiguous. In 64 bits: a
+    # matrix, or the distance to the next, may exceed 2^31 elements.
+    x += matrix.to(tl.int64) * matrix_stride.to(tl.int64)
+    if ROWS:
+        x += row.to(tl.int64) * stride + column
+    else:
+        x += column.to(tl.int64) * stride + row
+    return tl.multiple_of(x, 16) if ALIGNED else x
+
+
+@triton.jit
+def _offsets(i, j, stride, ROWS: tl.constexpr, ALIGNED: tl.constexpr, OFFSET: tl.constexpr):
+    # Of elements (i, j) of a tile from its corner, in 32 bits where they fit: they stay in registers over the loop.
+    stride = stride.to(OFFSET)
+    if ALIGNED:
+        stride = stride // VECTOR * VECTOR  # says that it is a multiple
+    return i * stride + j if ROWS else i + j * stride
+
+
+@triton.jit
+def _load(x, offsets, inside, k, k_left, ALONG_K: tl.constexpr, EVEN_K: tl.constexpr):
+    # Tile of an operand. Where k is contiguous no mask is needed for rows outside, which were moved inside.
+    if EVEN_K:
+        return tl.load(x + offsets) if ALONG_K else tl.load(x + offsets, mask=inside, other=0.0)
+    else:
+        return tl.load(x + offsets, mask=k < k_left if ALONG_K else inside & (k < k_left), other=0.0)
+
+
+ADDRESSES = ("a", "b", "c", "out", "alpha", "beta", "gamma")
+INTEGERS = ("m", "n", "k", "alpha_stride", "beta_stride", "gamma_stride")
+STRIDES = ("a_batch", "a_stride", "b_batch", "b_stride", "c_batch", "c_stride", "out_batch", "out_stride")
+
+
+@triton.jit(do_not_specialize=(*ADDRESSES, *INTEGERS, *STRIDES))
+def product_kernel(
+    a,
+    b,
+    c,  # or None
+    out,
+    m,
+    n,
+    k,
+    a_batch,  # elements from one matrix to the next
+    a_stride,  # from one row to the next, or from one column where columns are contiguous
+    b_batch,
+    b_stride,
+    c_batch,
+    c_stride,
+    out_batch,
+    out_stride,
+    alpha,  # a number, or the address of the first matrix's; fp32
+    beta,
+    gamma,  # or None
+    alpha_stride,  # None for a number
+    beta_stride,
+    gamma_stride,
+    A_ALONG_K: tl.constexpr,
+    B_ALONG_K: tl.constexpr,
+    C_ROWS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    ALIGNED: tl.constexpr,  # addresses are multiples of 16 bytes; strides, and sizes of contiguous dims, of VECTOR
+    EVEN_K: tl.constexpr,  # k is a multiple of BLOCK_K
+    OFFSET: tl.constexpr,  # integers that count the elements from a tile's first to its last
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    rows, columns = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    tiles = rows * (rows + 1) // 2 if SYMMETRIC else rows * columns
+    matrix = tl.program_id(0) // tiles
+    i, j = tile_of(tl.program_id(0) % tiles, rows, columns, SYMMETRIC, GROUP)
+    row, column = i * BLOCK_M, j * BLOCK_N
+    at_row, at_column, at_k = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :], tl.arange(0, BLOCK_K)
+    rows_left, columns_left = m - row, n - column
+    if ALIGNED:
+        columns_left = tl.multiple_of(columns_left, VECTOR)
+        if SYMMETRIC or not A_ALONG_K or (c is not None and not C_ROWS):
+            rows_left = tl.multiple_of(rows_left, VECTOR)
+
+    a_at = _corner(a, matrix, a_batch, a_stride, row, 0 * row, A_ALONG_K, ALIGNED)
+    b_at = _corner(b, matrix, b_batch, b_stride, 0 * column, column, not B_ALONG_K, ALIGNED)
+    a_row = tl.minimum(at_row, rows_left - 1) if A_ALONG_K else at_row
+    b_column = tl.minimum(at_column, columns_left - 1) if B_ALONG_K else at_column
+    a_offsets = _offsets(a_row, at_k[None, :], a_stride, A_ALONG_K, ALIGNED, OFFSET)
+    b_offsets = _offsets(at_k[:, None], b_column, b_stride, not B_ALONG_K, ALIGNED, OFFSET)
+    a_step = BLOCK_K if A_ALONG_K else BLOCK_K * a_stride.to(tl.int64)
+    b_step = BLOCK_K if B_ALONG_K else BLOCK_K * b_stride.to(tl.int64)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, k, BLOCK_K):
+        k_left = k - first
+        if ALIGNED and (A_ALONG_K or B_ALONG_K):
+            k_left = tl.multiple_of(k_left, VECTOR)
+        x = _load(a_at, a_offsets, at_row < rows_left, at_k[None, :], k_left, A_ALONG_K, EVEN_K)
+        y = _load(b_at, b_offsets, at_column < columns_left, at_k[:, None], k_left, B_ALONG_K, EVEN_K)
+        total = tl.dot(x, y, total, input_precision="ieee")
+        a_at += a_step
+        b_at += b_step
+
+    # Which product is fused into the sum is said outright: left to the compiler it could differ between configurations.
+    total *= _number(alpha, alpha_stride, matrix)
+    mask = (at_row < rows_left) & (at_column < columns_left)
+    if c is not None:
+        c_at = _corner(c, matrix, c_batch, c_stride, row, column, C_ROWS, ALIGNED)
+        c_at += _offsets(at_row, at_column, c_stride, C_ROWS, ALIGNED, OFFSET)
+        total = tl.fma(tl.load(c_at, mask=mask, other=0.0).to(tl.float32), _number(beta, beta_stride, matrix), total)
+    if gamma is not None:
+        total = tl.where(row + at_row == column + at_column, total + _number(gamma, gamma_stride, matrix), total)
+    tile = total.to(out.dtype.element_ty)
+    if SYMMETRIC:
+        if i == j:  # what c has above the diagonal ends here
+            tile = tl.where(at_row >= at_column, tile, tl.trans(tile))
+        else:
+            mirror = _corner(out, matrix, out_batch, out_stride, column, row, True, ALIGNED)
+            mirror += _offsets(at_column, at_row, out_stride, True, ALIGNED, OFFSET)
+            tl.store(mirror, tile, mask=mask)
+    at = _corner(out, matrix, out_batch, out_stride, row, column, True, ALIGNED)
+    tl.store(at + _offsets(at_row, at_column, out_stride, True, ALIGNED, OFFSET), tile, mask=mask)
+
+
+# ---- the op --------------------------------------------------------------------------------------------------------
+
+
+def can_use(a: Tensor) -> str | None:
+    """None when `product` takes such an operand, else the reason."""
+    if a.dtype not in DTYPES:
+        return f"a matrix is {a.dtype}; accepted are {', '.join(map(str, DTYPES))}"
+    if _place(a) is None:
+        return f"neither rows nor columns are contiguous: shape {tuple(a.shape)}, strides {a.stride()}"
+    if a.device.type != "cuda":
+        return f"a matrix is on {a.device}; Triton needs a CUDA device"
+    capability, _ = _machine(a.device)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]}; needed is 8.0 or higher"
+    return None
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    alpha: Tensor | float,
+    beta: Tensor | float,
+    gamma: Tensor | float,
+    out: Tensor,
+    *,
+    symmetric: bool,
+) -> None:
+    """``out[i] = alpha[i] a[i] @ b[i] + beta[i] c[i] + gamma[i] I``, accumulated in fp32, rounded once.
+
+    a: (batch, m, k), b: (batch, k, n), c: (batch, m, n) or None, all fp16, all bf16 or all fp32, each of contiguous
+    rows or of contiguous columns and at any distance from one another; out: (batch, m, n), contiguous rows. alpha,
+    beta, gamma: a number, or (batch,) fp32 of any stride. gamma other than the number 0 takes m = n. With the number 0
+    for beta, c is not read.  Only out is written; it may be c, not a or b.
+
+    symmetric: the exact result is, of which the caller is sure. Its tiles at and below the diagonal are computed, the
+    others are copies, so that out is symmetric to the bit; what c has above the diagonal does not count.
+
+    A matrix has the same result alone and in a batch. ValueError for what it does not take. fp32 is multiplied without
+    tensor cores, far slower than torch does.
+    """
+    batch, m, k = a.shape
+    n = b.shape[-1]
+    if c is None or (not isinstance(beta, Tensor) and beta == 0):
+        c, beta = None, 0.0
+    has_gamma = isinstance(gamma, Tensor) or gamma != 0
+    _check(a, b, c, out, square=symmetric or has_gamma)
+    if out.numel() == 0:
+        return
+    a_place, b_place, out_place = _checked_place(a), _checked_place(b), _checked_place(out)
+    c_place = out_place if c is None else _checked_place(c)
+    if not out_place.by_rows:
+        raise ValueError(f"the rows of out are not contiguous: shape {tuple(out.shape)}, strides {out.stride()}")
+    aligned = a_place.aligned and b_place.aligned and c_place.aligned and out_place.aligned
+    chosen = _choose(a, n, symmetric, aligned)
+    programs = batch * tile_count(m, n, chosen, symmetric)
+    if programs > MAX_PROGRAMS:
+        raise ValueError(f"{batch} matrices of {m} x {n} are {programs} tiles; a launch has {MAX_PROGRAMS} at most")
+    last = max(a_place.stride, b_place.stride, c_place.stride, out_place.stride) * (LONGEST_SIDE - 1)
+    with _on(a.device):
+        product_kernel[(programs,)](
+            a,
+            b,
+            c,
+            out,
+            m,
+            n,
+            k,
+            a_place.apart,
+            a_place.stride,
+            b_place.apart,
+            b_place.stride,
+            c_place.apart,
+            c_place.stride,
+            out_place.apart,
+            out_place.stride,
+            _number_of(alpha, batch),
+            _number_of(beta, batch),
+            _number_of(gamma, batch) if has_gamma else None,
+            *(x.stride(0) if isinstance(x, Tensor) else None for x in (alpha, beta, gamma)),
+            A_ALONG_K=a_place.by_rows,
+            B_ALONG_K=not b_place.by_rows,
+            C_ROWS=c_place.by_rows,
+            SYMMETRIC=symmetric,
+            ALIGNED=aligned,
+            EVEN_K=k % chosen.block_k == 0,
+            OFFSET=tl.int32 if last + LONGEST_SIDE <= 2**31 else tl.int64,
+            BLOCK_M=chosen.block_m,
+            BLOCK_N=chosen.block_n,
+            BLOCK_K=chosen.block_k,
+            GROUP=GROUP,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+            enable_fp_fusion=False,
+        )
+
+
+def _check(a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, square: bool) -> None:
+    (batch, m, k), n = a.shape, b.shape[-1]
+    if b.shape != (batch, k, n) or out.shape != (batch, m, n) or (c is not None and c.shape != out.shape):
+        given = ", ".join(str(tuple(x.shape)) for x in (a, b, c, out) if x is not None)
+        raise ValueError(f"shapes do not make a product: {given}")
+    if square and m != n:
+        raise ValueError(f"a symmetric result, or a multiple of the identity in it, is square, not {m} x {n}")
+    dtype = a.dtype
+    if dtype not in DTYPES or b.dtype != dtype or out.dtype != dtype or (c is not None and c.dtype != dtype):
+        given = ", ".join(str(x.dtype) for x in (a, b, c, out) if x is not None)
+        raise ValueError(f"matrices are {given}; accepted is one of {', '.join(map(str, DTYPES))} for all of them")
+
+
+class _Place(NamedTuple):
+    """How matrices lie in memory; numbers of elements."""
+
+    by_rows: bool  # rows are contiguous; if not, columns are
+    stride: int  # from one of them to the next
+    apart: int  # from one matrix to the next
+    aligned: bool  # as the kernel's ALIGNED
+
+
+def _place(x: Tensor) -> _Place | None:
+    """None where neither rows nor columns are contiguous. Strides of dimensions of one element do not count."""
+    batch, rows, columns = x.shape
+    apart, row, column = x.stride()
+    if column == 1 or columns <= 1:
+        by_rows, length, stride = True, columns, row if rows > 1 else 0
+    elif row == 1 or rows <= 1:
+        by_rows, length, stride = False, rows, column
+    else:
+        return None
+    apart = apart if batch > 1 else 0
+    aligned = (length | stride | apart) % VECTOR.value == 0 and x.data_ptr() % 16 == 0
+    return _Place(by_rows, stride, apart, aligned)
+
+
+def _checked_place(x: Tensor) -> _Place:
+    place = _place(x)
+    if place is None:
+        raise ValueError(f"neither rows nor columns are contiguous: shape {tuple(x.shape)}, strides {x.stride()}")
+    return place
+
+
+def _number_of(x: Tensor | float, batch: int) -> Tensor | float:
+    if not isinstance(x, Tensor):
+        return float(x)
+    if x.dtype != torch.float32 or x.shape != (batch,):
+        raise ValueError(f"a coefficient is {x.dtype} of shape {tuple(x.shape)}; as a tensor it is fp32, ({batch},)")
+    return x
+
+
+def _choose(a: Tensor, n: int, symmetric: bool, aligned: bool) -> Configuration:
+    if a.dtype == torch.float32:
+        return FP32
+    batch, m, k = a.shape
+    return configuration(m, n, k, *_machine(a.device), batch, symmetric, aligned)
+
+
+@functools.cache
+def _machine(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors; of no GPU in Triton's interpreter."""
+    if device.type != "cuda":
+        return (8, 0), 1
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: makes it the tensors' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
