@@ -46,7 +46,7 @@ $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steepest needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(bin)/python -m pip install --quiet --upgrade pip
-	$(bin)/python -m pip install --quiet "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" nvidia-cutlass $(if $(TORCH),"$(TORCH)")
+	$(bin)/python -m pip install --quiet "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" nvidia-cutlass==4.2.0.0 $(if $(TORCH),"$(TORCH)")
 	touch $@
 
 $(ready): $(VENV)/.torch $(sources)

@@ -12,7 +12,7 @@ BuildInfo build_info() {
   std::istringstream names(STEEPEST_ARCHITECTURES);
   for (std::string name; std::getline(names, name, ',');) architectures.push_back(name);
   return {STEEPEST_VERSION, STEEPEST_COMMIT,          STEEPEST_TORCH_VERSION, STEEPEST_CUDA_VERSION,
-          architectures,    STEEPEST_CUTLASS_VERSION, STEEPEST_COMPILER};
+          architectures,    STEEPEST_CUTLASS_VERSION, STEEPEST_HOPPER != 0,   STEEPEST_COMPILER};
 }
 
 }  // namespace steepest

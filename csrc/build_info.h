@@ -14,6 +14,7 @@ struct BuildInfo {
   std::string cuda;
   std::vector<std::string> architectures;  // "sm_80", ..., and "compute_120" for PTX
   std::string cutlass;
+  bool hopper;  // the products for compute capability 9.0
   std::string compiler;
 };
 

@@ -19,6 +19,7 @@
 #include "multi_tensor/layout.h"
 #include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
+#include "small_polar/params.h"
 
 namespace py = pybind11;
 
@@ -38,6 +39,12 @@ STABLE_TORCH_LIBRARY(steepest, m) {
   m.def(
       "chain_numbers(Tensor gram, Tensor(a!) numbers, Tensor(b!) slack, Tensor(c!) scratch, float[] constants, "
       "int[] powers, float[] slacks, bool tight, float eps) -> ()");
+  m.def(
+      "polar_chain(Tensor(a!)[] xs, Tensor(b!)[] ys, Tensor(c!)[] slacks, int[] ints, float[] floats, "
+      "float[] constants, int[] powers, float[] least, bool tight, float eps) -> ()");
+  m.def(
+      "small_polar(Tensor[] xs, Tensor(a!)[] outs, Tensor(b!)[] slacks, float[] coefficients, int tables, "
+      "float[] least, bool tight, float eps) -> ()");
 }
 
 namespace {
@@ -53,6 +60,7 @@ py::dict build_info() {
   out["cuda"] = or_none(info.cuda);
   out["architectures"] = info.architectures;
   out["cutlass"] = or_none(info.cutlass);
+  out["hopper"] = info.hopper;
   out["compiler"] = info.compiler;
   return out;
 }
@@ -109,6 +117,16 @@ py::dict float_formats(double value) {
   return out;
 }
 
+std::optional<std::string> small_polar_refusal(const std::vector<steepest::small_polar::Table>& tables,
+                                               const std::vector<double>& least) {
+  try {
+    steepest::small_polar::numbers({tables, least, false, 0});
+    return std::nullopt;
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -122,5 +140,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("is_flat", &mt::is_flat, py::arg("sizes"), py::arg("strides"));
   m.def("may_overlap", &mt::may_overlap, py::arg("sizes"), py::arg("strides"));
   m.def("merge_dims", &merge_dims, py::arg("sizes"), py::arg("strides"));
+  m.def(
+      "small_polar_rows",
+      [](int capability) { return steepest::small_polar::most_rows(steepest::small_polar::shared_limit(capability)); },
+      py::arg("capability"));
+  m.def("small_polar_refusal", &small_polar_refusal, py::arg("tables"), py::arg("least"));
   m.def("float_formats", &float_formats, py::arg("value"));
 }

@@ -30,6 +30,13 @@ __device__ inline unsigned char* dynamic_shared() {
 // Nothing that follows from the value is known, or computed, before.
 __device__ inline void hide(int& value) { asm volatile("" : "+r"(value)); }
 
+// Said as one instruction: an assignment is four stores to the compiler, which it does not always join again.
+__device__ inline void store_16_bytes(uint16_t* at, uint4 words) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(at))),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 template <bool kTransposed>
 __device__ inline void load_matrices(uint32_t (&to)[4], const uint16_t* row) {
   const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -47,7 +54,8 @@ __device__ inline void load_matrices(uint32_t (&to)[4], const uint16_t* row) {
 
 // c += A B; tensor cores cut the sum off below fp32's last place instead of rounding it.
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kThreads) inspect(const __grid_constant__ Batc
   combine_block<kValues, kLargestValues>(values);
   double totals[kValues] = {values[kMost], values[kSquare]};
   const Head& head = batch.head;
-  if (!combine_chunks<kSums, kValues, kLargestValues>(head.scratch, item.index, part.chunks, item.first_chunk, block, totals))
+  if (!combine_chunks<kSums, kValues, kLargestValues>(head.scratch, item.index, part.chunks, item.first_chunk, block,
+                                                      totals))
     return;
   double momentum_max[1] = {};
   for (int64_t line = item.owner.first_sum + threadIdx.x; line < item.owner.end_sum; line += kThreads)

@@ -1,12 +1,19 @@
 // The door of the ops of the polar iteration: check -> params -> device guard, stream -> launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "common/device.h"
 #include "ops/door.h"
+#include "polar/chain.h"
 #include "polar/params.h"
+#include "small_polar/params.h"
+#include "symm_gemm/plan.h"
 
 namespace steepest {
 namespace {
@@ -34,6 +41,196 @@ void check_floats(const Tensor& tensor, const Place& place, int64_t elements, co
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == elements,
                   name, " must be a contiguous float32 tensor of ", elements, " elements");
 }
+
+constexpr int kNodeInts = 7;    // kind, out, a, b, c, columns of alpha and of beta or -1
+constexpr int kNodeFloats = 3;  // alpha, beta, gamma
+
+std::vector<Node> make_nodes(const std::vector<int64_t>& ints, const std::vector<double>& floats, int64_t columns) {
+  const size_t count = ints.size() / kNodeInts;
+  STD_TORCH_CHECK(ints.size() == count * kNodeInts && floats.size() == count * kNodeFloats, "a node is ", kNodeInts,
+                  " integers and ", kNodeFloats, " numbers; got ", ints.size(), " and ", floats.size());
+  std::vector<Node> nodes;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t* own = &ints[i * kNodeInts];
+    const double* value = &floats[i * kNodeFloats];
+    const auto number = [&](int64_t column, double plain) {
+      STD_TORCH_CHECK(column >= -1 && column < columns, "node ", i, " names column ", column, " of ", columns);
+      return Number{static_cast<int32_t>(column), static_cast<float>(plain)};
+    };
+    STD_TORCH_CHECK(own[0] >= 0 && own[0] <= static_cast<int64_t>(Kind::apply), "node ", i, " is of kind ", own[0]);
+    for (int k = 1; k <= 4; ++k)
+      STD_TORCH_CHECK(own[k] >= 0 && own[k] < kBuffers, "node ", i, " names buffer ", own[k]);
+    const bool multiplies = own[0] != static_cast<int64_t>(Kind::sum);
+    STD_TORCH_CHECK(!multiplies || (own[1] != own[2] && own[1] != own[3]), "node ", i, " writes what it multiplies");
+    const auto buffer = [&](int k) { return static_cast<int8_t>(own[k]); };
+    nodes.push_back({static_cast<Kind>(own[0]), buffer(1), buffer(2), buffer(3), buffer(4), number(own[5], value[0]),
+                     number(own[6], value[1]), static_cast<float>(value[2])});
+  }
+  return nodes;
+}
+
+// Where a chain runs: tensors of its stacks' squares, numbers and scratch live as long as this.
+struct Room {
+  std::vector<Stack> stacks;
+  std::vector<NumbersParams> numbers;
+  std::vector<Tensor> held;
+};
+
+Room make_room(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, const std::vector<Tensor>& slacks,
+               const std::vector<Node>& nodes, const Numbering& numbering, const Place& place, Dtype dtype) {
+  bool used[kBuffers] = {true, true, true};
+  for (const Node& node : nodes) used[node.out] = true;
+  Room room;
+  const auto hold = [&](Tensor tensor) { return room.held.emplace_back(std::move(tensor)).mutable_data_ptr(); };
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const Tensor &x = xs[i], &y = ys[i];
+    STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous() && x.numel() > 0, "xs[", i,
+                    "] must be a contiguous stack of matrices");
+    STD_TORCH_CHECK(element_type(x, place, "xs", i) == dtype, "xs[", i, "] is of another type than xs[0]");
+    place.check(x, "xs", i), place.check(y, "ys", i);
+    STD_TORCH_CHECK(y.scalar_type() == x.scalar_type() && y.is_contiguous() && y.numel() == x.numel(), "ys[", i,
+                    "] must be like xs[", i, "]");
+    Stack stack{x.size(0), x.size(1), x.size(2), {}, nullptr, numbering.columns};
+    check_floats(slacks[i], place, stack.matrices, "slacks");
+    const int64_t side = stack.side();
+    stack.at[kX] = x.mutable_data_ptr(), stack.at[kY] = y.mutable_data_ptr();
+    for (int buffer = kGram; buffer < kBuffers; ++buffer)
+      if (used[buffer]) stack.at[buffer] = hold(torch::stable::new_empty(x, {stack.matrices, side, side}));
+    auto* numbers =
+        static_cast<float*>(hold(torch::stable::new_empty(x, {stack.matrices, numbering.columns}, ScalarType::Float)));
+    const int64_t blocks = stack.matrices * blocks_of(side);
+    const Tensor scratch = torch::stable::new_zeros(x, {stack.matrices + blocks * kSpreadSums}, ScalarType::Double);
+    room.held.push_back(scratch);
+    stack.numbers = numbers;
+    room.numbers.push_back({stack.at[kGram], dtype, stack.matrices, side, numbering, numbers, pointer<float>(slacks[i]),
+                            check_scratch(scratch, place, kSpreadSums, stack.matrices, blocks)});
+    room.stacks.push_back(stack);
+  }
+  return room;
+}
+
+template <class Products, class Numbers, class Sums>
+void run_chain(const std::vector<Node>& nodes, const Room& room, const Products& products, const Numbers& numbers,
+               const Sums& sums) {
+  const Number one{-1, 1}, zero{-1, 0};
+  products(products_of({Kind::gram, kGram, kX, kX, kX, one, zero, 0}, room.stacks));
+  for (const NumbersParams& each : room.numbers) numbers(each);
+  for (const Node& node : nodes) {
+    if (node.kind == Kind::sum)
+      for (const Stack& stack : room.stacks) sums(node, stack);
+    else
+      products(products_of(node, room.stacks));
+  }
+}
+
+#ifdef STEEPEST_HAS_HOPPER
+// Plans of all nodes first, so that one workspace serves them one after another.
+void run_on_hopper(const std::vector<Node>& nodes, const Room& room, const Place& place, Dtype dtype, const Tensor& x) {
+  const torch::stable::accelerator::DeviceGuard guard(place.index);
+  void* stream = current_stream(place.index);
+  const int multiprocessors = multiprocessors_of(place.index);
+  std::vector<symm_gemm::Plan> plans;
+  int64_t floats = 0, counters = 0;
+  const auto plan = [&](const std::vector<symm_gemm::Problem>& some) {
+    std::vector<symm_gemm::Shape> shapes;
+    for (const symm_gemm::Problem& problem : some) shapes.push_back(problem.shape);
+    plans.push_back(make_plan(shapes, multiprocessors));
+    for (const std::string& reason : plans.back().reasons) STD_TORCH_CHECK(reason.empty(), "polar_chain: ", reason);
+    floats = std::max(floats, plans.back().workspace_floats);
+    counters = std::max(counters, plans.back().workspace_counters);
+  };
+  run_chain(nodes, room, plan, [](const NumbersParams&) {}, [](const Node&, const Stack&) {});
+  const Tensor partials = torch::stable::new_empty(x, {floats}, ScalarType::Float);
+  const Tensor counts = torch::stable::new_zeros(x, {counters}, ScalarType::Int);
+  const symm_gemm::Workspace workspace{pointer<float>(partials), pointer<uint32_t>(counts)};
+  auto next = plans.begin();
+  const auto type = dtype == Dtype::f16 ? symm_gemm::Dtype::f16 : symm_gemm::Dtype::bf16;
+  run_chain(
+      nodes, room,
+      [&](const std::vector<symm_gemm::Problem>& some) { run_on_sm90(*next++, some, type, workspace, stream); },
+      [&](const NumbersParams& each) { numbers_on_device(each, stream); },
+      [&](const Node& node, const Stack& stack) { sum_on_device(node, stack, dtype, stream); });
+}
+#endif
+
+void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, const std::vector<Tensor>& slacks,
+                 const std::vector<int64_t>& ints, const std::vector<double>& floats,
+                 const std::vector<double>& constants, const std::vector<int64_t>& powers,
+                 const std::vector<double>& least, bool tight, double eps) {
+  STD_TORCH_CHECK(ys.size() == xs.size() && slacks.size() == xs.size(), "xs, ys and slacks go by one another");
+  if (xs.empty()) return;
+  const Place place(xs[0]);
+  const Dtype dtype = element_type(xs[0], place, "xs", 0);
+  STD_TORCH_CHECK(dtype == Dtype::f16 || dtype == Dtype::bf16, "xs must be float16 or bfloat16");
+  const Numbering numbering = make_numbering(constants, powers, least, tight, eps);
+  const std::vector<Node> nodes = make_nodes(ints, floats, numbering.columns);
+  const Room room = make_room(xs, ys, slacks, nodes, numbering, place, dtype);
+#ifdef STEEPEST_HAS_HOPPER
+  if (place.cuda) return run_on_hopper(nodes, room, place, dtype, xs[0]);
+#endif
+  run_chain(
+      nodes, room, [&](const std::vector<symm_gemm::Problem>& some) { products_on_host(some, dtype); },
+      [](const NumbersParams& each) { numbers_on_host(each); },
+      [&](const Node& node, const Stack& stack) { sum_on_host(node, stack, dtype); });
+}
+
+#if defined(STEEPEST_HAS_CUDA) || defined(STEEPEST_EMULATION)
+small_polar::Dtype small_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
+  const Dtype type = element_type(tensor, place, name, i);
+  STD_TORCH_CHECK(type != Dtype::f64 && type != Dtype::i16, name, "[", i, "] must be float32, bfloat16 or float16");
+  return type == Dtype::f32    ? small_polar::Dtype::f32
+         : type == Dtype::bf16 ? small_polar::Dtype::bf16
+                               : small_polar::Dtype::f16;
+}
+
+small_polar::Schedule make_schedule(const std::vector<double>& coefficients, int64_t tables,
+                                    const std::vector<double>& least, bool tight, double eps) {
+  const int64_t terms = small_polar::kMostTerms, count = static_cast<int64_t>(coefficients.size());
+  STD_TORCH_CHECK(tables > 0 && count > 0 && count % (tables * terms) == 0, "coefficients has ", count,
+                  " elements; wanted are ", terms, " for each step of ", tables, " tables");
+  small_polar::Schedule schedule{{}, least, tight, eps};
+  auto at = coefficients.begin();
+  for (int64_t t = 0; t < tables; ++t) {
+    small_polar::Table table;
+    for (int64_t k = 0; k < count / (tables * terms); ++k, at += terms)
+      table.emplace_back(at, std::find_if(at, at + terms, [](double value) { return value != value; }));
+    schedule.tables.push_back(std::move(table));
+  }
+  return schedule;
+}
+
+void small_polar_op(const std::vector<Tensor>& xs, const std::vector<Tensor>& outs, const std::vector<Tensor>& slacks,
+                    const std::vector<double>& coefficients, int64_t tables, const std::vector<double>& least,
+                    bool tight, double eps) {
+  STD_TORCH_CHECK(outs.size() == xs.size() && slacks.size() == xs.size(), "xs, outs and slacks go by one another");
+  if (xs.empty()) return;
+  const Place place(xs[0]);
+  const small_polar::Schedule schedule = make_schedule(coefficients, tables, least, tight, eps);
+  std::vector<small_polar::Matrices> matrices;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const Tensor &x = xs[i], &out = outs[i];
+    place.check(x, "xs", i), place.check(out, "outs", i);
+    STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.stride(2) == 1 && out.stride(2) == 1, "xs[", i,
+                    "] and outs must be stacks of matrices with contiguous rows");
+    const auto own = x.sizes(), other = out.sizes();
+    STD_TORCH_CHECK(std::equal(own.begin(), own.end(), other.begin()), "outs[", i, "] is not of the shape of xs[", i,
+                    "]");
+    STD_TORCH_CHECK(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX, "xs[", i, "] has too long a side");
+    check_floats(slacks[i], place, x.size(0), "slacks");
+    matrices.push_back({x.const_data_ptr(), out.mutable_data_ptr(), pointer<float>(slacks[i]), x.size(0),
+                        static_cast<int32_t>(x.size(1)), static_cast<int32_t>(x.size(2)), x.stride(1), x.stride(0),
+                        out.stride(1), out.stride(0), small_type(x, place, "xs", i),
+                        small_type(out, place, "outs", i)});
+  }
+#ifdef STEEPEST_EMULATION
+  polar_on_device(matrices, schedule, small_polar::shared_limit(90), nullptr);
+#else
+  const torch::stable::accelerator::DeviceGuard guard(place.index);
+  const size_t limit = small_polar::shared_limit(capability_of(place.index));
+  polar_on_device(matrices, schedule, limit, current_stream(place.index));
+#endif
+}
+#endif
 
 void chain_numbers(const Tensor& gram, const Tensor& numbers, const Tensor& slack, const Tensor& scratch,
                    const std::vector<double>& constants, const std::vector<int64_t>& powers,
@@ -64,10 +261,22 @@ void chain_numbers(const Tensor& gram, const Tensor& numbers, const Tensor& slac
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) { m.impl("chain_numbers", TORCH_BOX(&chain_numbers)); }
+STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
+  m.impl("chain_numbers", TORCH_BOX(&chain_numbers));
+  m.impl("polar_chain", TORCH_BOX(&polar_chain));
+#ifdef STEEPEST_EMULATION
+  m.impl("small_polar", TORCH_BOX(&small_polar_op));
+#endif
+}
 
 #ifdef STEEPEST_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(steepest, CUDA, m) { m.impl("chain_numbers", TORCH_BOX(&chain_numbers)); }
+STABLE_TORCH_LIBRARY_IMPL(steepest, CUDA, m) {
+  m.impl("chain_numbers", TORCH_BOX(&chain_numbers));
+  m.impl("small_polar", TORCH_BOX(&small_polar_op));
+#ifdef STEEPEST_HAS_HOPPER
+  m.impl("polar_chain", TORCH_BOX(&polar_chain));
+#endif
+}
 #endif
 
 }  // namespace steepest

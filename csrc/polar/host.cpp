@@ -1,6 +1,7 @@
-// The numbers of a chain on the host: the kernel's formulas, one matrix after another.
+// The numbers of a chain and its sums on the host: the kernels' formulas, one matrix after another.
 #include "common/floats.h"
 #include "polar/formulas.cuh"
+#include "polar/sum.cuh"
 
 namespace steepest::polar {
 namespace {
@@ -31,6 +32,16 @@ void numbers_on_host(const NumbersParams& params) {
     params.slack[i] = static_cast<float>(slack);
     for (int j = 0; j < numbering.columns; ++j)
       params.numbers[i * numbering.columns + j] = number(numbering, table, j, 1 / std::sqrt(square));
+  }
+}
+
+void sum_on_host(const Node& node, const Stack& stack, Dtype dtype) {
+  const SumParams params = sum_params(node, stack);
+  for (int64_t i = 0; i < params.matrices * params.side * params.side; ++i) {
+    const uint16_t a[1] = {params.a[i]}, c[1] = {params.c != nullptr ? params.c[i] : uint16_t{0}};
+    uint16_t out[1];
+    sum_entries(params, dtype, i, a, c, out);
+    params.out[i] = out[0];
   }
 }
 

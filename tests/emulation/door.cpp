@@ -2,7 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "multi_tensor/params.h"
-#include "polar/params.h"
+#include "polar/chain.h"
 
 namespace steepest::multi_tensor {
 
@@ -14,6 +14,7 @@ void run_on_host(Stage stage, const ItemsParams& params) { run_on_device(stage, 
 namespace steepest::polar {
 
 void numbers_on_host(const NumbersParams& params) { numbers_on_device(params, nullptr); }
+void sum_on_host(const Node& node, const Stack& stack, Dtype dtype) { sum_on_device(node, stack, dtype, nullptr); }
 
 }  // namespace steepest::polar
 

@@ -11,7 +11,9 @@ from cases import SPECTRA, polynomial_of, with_spectrum
 from steepest.linalg import newton_schulz
 from steepest.linalg.chain import Apply, Chain, Column, Gram, Product, Sum, chain
 from steepest.linalg.coefficients import SCHEDULES, Schedule, polar_express
-from steepest.linalg.polar import _prescaled, default_restarts
+from steepest.linalg.polar import _prescaled, default_restarts, polar
+from steepest.ops import backend
+from steepest.ops.polar_chain import polar_chain
 from steepest.ops.symm_gemm import Number, Workspace
 
 ALL = SCHEDULES | {"polar_express": Schedule((polar_express(),))}
@@ -87,6 +89,41 @@ def linear(
     return out.copy_(d + gamma * torch.eye(a.shape[-1]))
 
 
+@pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("restarts", [(), (2,), (1, 2)], ids=str)
+def test_the_op_runs_the_chain(
+    name: str, restarts: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide, tall and square stacks in one call, each as if alone; against the same nodes in torch ops."""
+    monkeypatch.setattr(newton_schulz, "gemm", gemm)
+    monkeypatch.setattr(newton_schulz, "linear", linear)
+    schedule, plan = ALL[name], chain(ALL[name], restarts)
+    spectra = ("gaussian", "root", "flat")
+    stacks = [
+        _prescaled(torch.stack([with_spectrum(m, n, spectrum) for spectrum in spectra]).float(), dtype)
+        for m, n in ((24, 40), (40, 24), (17, 17))
+    ]
+
+    def run(some: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        xs, ys = [x.clone() for x in some], [torch.full_like(x, torch.nan) for x in some]
+        slacks = [torch.empty(len(x)) for x in some]
+        numbers = (plan.packed, plan.constants, plan.powers, schedule.slacks)
+        polar_chain(xs, ys, slacks, *numbers, tight=schedule.norm == "tight", eps=1e-7)
+        return (xs if plan.result == "x" else ys), slacks
+
+    found, slacks = run(stacks)
+    for x, y, slack in zip(stacks, found, slacks, strict=True):
+        held = torch.empty(len(x))
+        wanted = newton_schulz.newton_schulz(x.clone(), schedule, restarts, Workspace(), eps=1e-7, slack=held)
+        torch.testing.assert_close(slack, held, rtol=1e-5, atol=0)
+        torch.testing.assert_close(y.float(), wanted.float(), rtol=0, atol=16 * torch.finfo(dtype).eps)
+        for i in range(len(x)):
+            ((alone,), _) = run([x[i : i + 1]])
+            assert torch.equal(alone[0], y[i])
+
+
 # Off-diagonal error and largest singular value, the worst of eleven spectra and four shapes, with a fifth to spare.
 # The polynomial itself lands at 1.20 (exact), 1.15 (you), 1.23 (auto), 1.18 (turbo), 1.12 (polar_express).
 BOUNDS = {
@@ -128,3 +165,27 @@ def test_rounding_of_every_preset(dtype: torch.dtype, name: str, form: str, monk
                     m,
                     n,
                 )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype,name", BOUNDS)
+@pytest.mark.parametrize("forced", ["auto", "triton", "torch"])
+def test_rounding_on_a_gpu(dtype: torch.dtype, name: str, forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a batch and in a captured graph, to the bit."""
+    monkeypatch.setattr(backend, "forced", forced)
+    off_diagonal, largest = BOUNDS[dtype, name]
+    for m, n in ((128, 128), (128, 512), (512, 128), (192, 256), (1000, 1300)):
+        x = torch.stack([with_spectrum(m, n, spectrum) for spectrum in ("gaussian", *SPECTRA)])
+        given = x.float().cuda()
+        found = polar(given, name, dtype=dtype)
+        for spectrum, a, y in zip(("gaussian", *SPECTRA), x, found.cpu(), strict=True):
+            error = polar_error(a, y)
+            assert error.off_diagonal <= off_diagonal, (spectrum, m, n, error)
+            assert error.largest <= largest, (spectrum, m, n, error)
+        if forced != "torch":
+            assert torch.equal(polar(given[3], name, dtype=dtype), found[3])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = polar(given, name, dtype=dtype)
+        graph.replay()
+        assert torch.equal(again, found)

@@ -20,9 +20,13 @@ import torch
 from torch import Tensor
 
 import twins
+from cases import polynomial_of, with_spectrum
 from chains import given, grams, kernel
+from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import SCHEDULES
-from steepest.ops import backend
+from steepest.linalg.polar import _prescaled
+from steepest.ops import backend, small_polar
+from steepest.ops.chain_numbers import squared_norm_bound
 from steepest.ops.multi_tensor import CHUNK, Table
 from twins import State, assert_close, compare, compare_step, random_state
 
@@ -32,10 +36,18 @@ ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "g++")
 CPU = torch.device("cpu")
 F = torch.float32
-KERNELS = ("csrc/multi_tensor/inspect.cu", "csrc/multi_tensor/items.cu", "csrc/polar/numbers.cu")
+KERNELS = (
+    "csrc/multi_tensor/inspect.cu",
+    "csrc/multi_tensor/items.cu",
+    "csrc/polar/numbers.cu",
+    "csrc/polar/sum.cu",
+    "csrc/small_polar/small_polar.cu",
+)
 REST = (
     "csrc/ops/multi_tensor.cpp",
     "csrc/ops/polar.cpp",
+    "csrc/polar/chain.cpp",
+    "csrc/small_polar/plan.cpp",
     "csrc/multi_tensor/layout.cpp",
     "csrc/multi_tensor/plan.cpp",
     "tests/emulation/door.cpp",
@@ -49,7 +61,7 @@ class Emulated:
     def __init__(self, path: Path) -> None:
         # Under the schemas of the compiled part, in a namespace of its own.
         self.definitions = torch.library.Library("steepest_emulated", "DEF")
-        for op in ("inspect", "before", "after", "chain_numbers"):
+        for op in ("inspect", "before", "after", "chain_numbers", "polar_chain", "small_polar"):
             self.definitions.define(str(getattr(torch.ops.steepest, op).default._schema).removeprefix("steepest::"))
         torch.ops.load_library(path)
         self.ops: Any = torch.ops.steepest_emulated
@@ -77,10 +89,11 @@ def build(folder: Path) -> Path:
     flags = [
         *("-std=c++17", "-O1", "-g1", "-fPIC", "-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"),
         "-Dsteepest=steepest_emulated",  # the namespace of the code, and of the ops
+        "-DSTEEPEST_EMULATION",  # ops that have kernels alone
         "-U_FORTIFY_SOURCE",  # takes a jump to another fiber's stack for an attack
         *("-I", "tests/emulation", "-I", "csrc", "-isystem", str(torch_folder / "include")),
     ]
-    objects = {source: folder / f"{Path(source).name}.o" for source in (*KERNELS, *REST)}
+    objects = {source: folder / f"{source.replace('/', '_')}.o" for source in (*KERNELS, *REST)}
     commands = [
         [COMPILER, *flags, *(sanitizer if source in KERNELS else []), "-c", source, "-o", str(to)]
         for source, to in objects.items()
@@ -169,6 +182,44 @@ def test_chain_numbers(m: int, dtype: torch.dtype, emulated: Emulated) -> None:
         found, wanted = (kernel(ops, some, arguments, True, 1e-7) for ops in (emulated.ops, torch.ops.steepest))
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@in_one_order
+def test_small_polar(emulated: Emulated) -> None:
+    """Through its door: stacks of all types and shapes in one call, rows with gaps, a transposed matrix."""
+    schedule = SCHEDULES["auto"]
+    xs = [with_spectrum(m, n, "root").float()[None] for m, n in ((3, 5), (40, 17), (33, 70))]
+    xs += [torch.stack([xs[2][0], 0 * xs[2][0]])[..., 2:], xs[1].bfloat16(), xs[1].half()]
+    outs = [torch.empty(x.shape, dtype=x.dtype) for x in xs]
+    slacks = [torch.empty(len(x)) for x in xs]
+    flat = [v for table in schedule.tables for step in table for v in small_polar._padded(step)]
+    before = emulated.launches()
+    emulated.ops.small_polar(xs, outs, slacks, flat, len(schedule.tables), schedule.slacks, True, 1e-7)
+    assert emulated.launches() == before + 1
+    for x, out, slack in zip(xs, outs, slacks, strict=True):
+        for each, found, own in zip(x.double(), out.double(), slack, strict=True):
+            if not each.any():
+                assert not found.any()
+                continue
+            torch.testing.assert_close(found, polynomial_of(each, schedule), rtol=0, atol=0.03)
+            norm = torch.linalg.matrix_norm(each)
+            bound, _ = squared_norm_bound((each @ each.mT if len(each) <= each.shape[1] else each.mT @ each)[None])
+            assert own.item() == pytest.approx((norm / bound.sqrt()).item(), rel=1e-2)
+
+
+@in_one_order
+def test_polar_chain_with_the_kernels_of_its_sums(emulated: Emulated) -> None:
+    """Sums by their kernel, products by the host: 16 entries and more a row."""
+    schedule, plan = SCHEDULES["auto"], chain(SCHEDULES["auto"], (2,))
+    x = _prescaled(torch.stack([with_spectrum(16, 24, "root"), with_spectrum(16, 24, "log")]).float(), torch.float16)
+    found = []
+    for ops in (emulated.ops, torch.ops.steepest):
+        own, y, slack = x.clone(), torch.empty_like(x), torch.empty(2)
+        constants = [value for row in plan.constants for value in row]
+        ops.polar_chain([own], [y], [slack], *plan.packed, constants, plan.powers, schedule.slacks, True, 1e-7)
+        found.append((own, y, slack))
+    for a, b in zip(*found, strict=True):  # the kernel of the numbers adds in another order
+        torch.testing.assert_close(a, b, rtol=1e-6 if a.dtype == torch.float32 else 2e-3, atol=2e-3)
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..ops.polar_chain import BUFFERS, KINDS
 from .coefficients import Schedule
 
 
@@ -92,6 +93,26 @@ class Chain:
     constants: tuple[tuple[float, ...], ...]
     powers: tuple[int, ...]
     result: str
+
+    @functools.cached_property
+    def packed(self) -> tuple[list[int], list[float]]:
+        """The nodes as `steepest.ops.polar_chain` takes them."""
+        ints, floats = [], []
+        for node in self.nodes:
+            numbers: tuple[Number, Number, float] = (1.0, 0.0, 0.0)
+            if isinstance(node, Gram):
+                names = (node.x, node.x, node.x)
+            elif isinstance(node, Apply):
+                names, numbers = (node.q, node.x, node.x), (node.alpha, node.beta, 0.0)
+            elif isinstance(node, Product):
+                names, numbers = (node.a, node.b, node.c), (node.alpha, node.beta, 0.0)
+            else:
+                names, numbers = (node.a, node.a, node.c), (node.alpha, node.beta, node.gamma)
+            columns = [x.index if isinstance(x, Column) else -1 for x in numbers[:2]]
+            buffers = [BUFFERS.index(name) for name in (node.out, *names)]
+            ints += [KINDS.index(type(node).__name__.lower()), *buffers, *columns]
+            floats += [0.0 if isinstance(x, Column) else x for x in numbers]
+        return ints, floats
 
 
 @functools.cache

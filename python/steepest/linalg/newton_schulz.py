@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.chain_numbers import chain_numbers
+from ..ops.polar_chain import polar_chain, takes
 from ..ops.symm_gemm import Workspace, gemm, linear
 from .chain import Apply, Column, Gram, Node, Number, Product, chain
 from .coefficients import Schedule, Table
@@ -24,11 +25,13 @@ def newton_schulz(
     """
     plan = chain(schedule, tuple(sorted(restarts)))
     run = _Run(x, workspace)
-    run(Gram("gram", "x"))
+    numbers = (plan.constants, plan.powers, schedule.slacks)
     tight = schedule.norm == "tight"
-    run.numbers = chain_numbers(
-        run["gram"], plan.constants, plan.powers, schedule.slacks, tight=tight, eps=eps, slack=slack
-    )
+    if takes([x], plan.constants):
+        polar_chain([x], [run["y"]], [slack], plan.packed, *numbers, tight=tight, eps=eps)
+        return run[plan.result]
+    run(Gram("gram", "x"))
+    run.numbers = chain_numbers(run["gram"], *numbers, tight=tight, eps=eps, slack=slack)
     for node in plan.nodes:
         run(node)
     return run[plan.result]

@@ -12,6 +12,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from ..ops.small_polar import small_polar, takes
 from ..ops.symm_gemm import Workspace
 from .coefficients import Coefficients, Schedule, presets, schedule
 from .newton_schulz import newton_schulz, newton_schulz_plain
@@ -105,9 +106,14 @@ def polar(
     if x.numel() == 0:
         return torch.empty_like(x)
     batch = x.reshape(-1, *x.shape[-2:])
+    out = torch.empty(batch.shape, dtype=x.dtype, device=x.device)
+    free = name != PLAIN and dtype is None and form == "auto" and restarts is None
+    if free and takes([batch], plan.tables, plan.slacks):
+        tight = plan.norm == "tight"
+        small_polar([batch], [out], [slack], plan.tables, plan.slacks, tight=tight, eps=eps)
+        return out.reshape(x.shape)
     size = _chunk(batch, work, max_workspace_bytes)
     workspace = Workspace()
-    out = torch.empty(batch.shape, dtype=x.dtype, device=x.device)
     for chunk, target, found in zip(batch.split(size), out.split(size), slack.split(size), strict=True):
         y = _prescaled(chunk, work)
         if plain:

@@ -1,0 +1,102 @@
+#include "polar/chain.h"
+
+#include "common/floats.h"
+
+namespace steepest::polar {
+namespace {
+
+using symm_gemm::Majors;
+using symm_gemm::Problem;
+using symm_gemm::Scalar;
+using symm_gemm::Shape;
+using symm_gemm::Strides;
+
+Scalar scalar(const Number& number, const Stack& stack) {
+  if (number.column < 0) return {nullptr, 0, number.value};
+  return {stack.numbers + number.column, stack.number_columns, 0};
+}
+
+// The entry of row i and column j of a factor whose memory runs along the one or the other.
+int64_t place(const Strides& strides, bool along_columns, int64_t i, int64_t j) {
+  return along_columns ? i * strides.row + j : j * strides.row + i;
+}
+
+float load(const void* at, Dtype dtype, int64_t index) {
+  const uint16_t bits = static_cast<const uint16_t*>(at)[index];
+  return dtype == Dtype::bf16 ? from_bf16(bits) : from_f16(bits);
+}
+
+void store(void* at, Dtype dtype, int64_t index, float value) {
+  static_cast<uint16_t*>(at)[index] = dtype == Dtype::bf16 ? to_bf16(value) : to_f16(value);
+}
+
+float value_of(const Scalar& scalar, int64_t matrix) {
+  return scalar.at != nullptr ? scalar.at[matrix * scalar.stride] : scalar.value;
+}
+
+void product_on_host(const Problem& problem, Dtype dtype, int64_t matrix) {
+  const Shape& shape = problem.shape;
+  const float alpha = value_of(problem.alpha, matrix), beta = value_of(problem.beta, matrix);
+  const float gamma = value_of(problem.gamma, matrix);
+  const bool a_along_k = shape.majors != Majors::mnmn, b_along_k = shape.majors == Majors::kk;
+  const int64_t a = matrix * shape.a.matrix, b = matrix * shape.b.matrix, d = matrix * shape.d.matrix;
+  for (int64_t i = 0; i < shape.m; ++i) {
+    for (int64_t j = 0; j < (shape.symmetric ? i + 1 : shape.n); ++j) {
+      float sum = 0;
+      for (int64_t k = 0; k < shape.k; ++k)
+        sum += load(problem.a, dtype, a + place(shape.a, a_along_k, i, k)) *
+               load(problem.b, dtype, b + place(shape.b, !b_along_k, k, j));
+      float value = alpha * sum + (i == j ? gamma : 0.0f);
+      if (problem.c != nullptr && beta != 0)
+        value += beta * load(problem.c, dtype, matrix * shape.c.matrix + i * shape.c.row + j);
+      store(problem.d, dtype, d + i * shape.d.row + j, value);
+    }
+  }
+  for (int64_t i = 0; shape.symmetric && i < shape.m; ++i)
+    for (int64_t j = 0; j < i; ++j)
+      store(problem.d, dtype, d + j * shape.d.row + i, load(problem.d, dtype, d + i * shape.d.row + j));
+}
+
+}  // namespace
+
+std::vector<Problem> products_of(const Node& node, const std::vector<Stack>& stacks) {
+  std::vector<Problem> found;
+  for (const Stack& stack : stacks) {
+    const int64_t side = stack.side(), size = stack.rows * stack.columns;
+    const Strides square{side, side * side}, whole{stack.columns, size};
+    Problem problem{};
+    Shape& shape = problem.shape;
+    shape.batch = stack.matrices;
+    shape.symmetric = node.kind != Kind::apply;
+    problem.d = stack.at[node.out];
+    problem.alpha = scalar(node.alpha, stack), problem.beta = scalar(node.beta, stack);
+    problem.c = node.beta.column < 0 && node.beta.value == 0 ? nullptr : stack.at[node.c];
+    if (node.kind == Kind::gram) {
+      shape.m = shape.n = side, shape.k = size / side;
+      shape.majors = stack.tall() ? Majors::mnmn : Majors::kk;
+      shape.a = shape.b = whole, shape.c = shape.d = square;
+      problem.a = problem.b = stack.at[node.a];
+    } else if (node.kind == Kind::product) {
+      shape.m = shape.n = shape.k = side;
+      shape.majors = Majors::kk;  // B^T = B
+      shape.a = shape.b = shape.c = shape.d = square;
+      problem.a = stack.at[node.a], problem.b = stack.at[node.b];
+    } else {
+      shape.m = stack.rows, shape.n = stack.columns, shape.k = side;
+      shape.majors = stack.tall() ? Majors::kk : Majors::kmn;
+      shape.a = stack.tall() ? whole : square, shape.b = stack.tall() ? square : whole;
+      shape.c = shape.d = whole;
+      problem.a = stack.at[stack.tall() ? node.b : node.a], problem.b = stack.at[stack.tall() ? node.a : node.b];
+    }
+    shape.has_c = problem.c != nullptr;
+    found.push_back(problem);
+  }
+  return found;
+}
+
+void products_on_host(const std::vector<Problem>& problems, Dtype dtype) {
+  for (const Problem& problem : problems)
+    for (int64_t matrix = 0; matrix < problem.shape.batch; ++matrix) product_on_host(problem, dtype, matrix);
+}
+
+}  // namespace steepest::polar

@@ -1,0 +1,56 @@
+// A chain of products (steepest/linalg/chain.py) on stacks of matrices; no torch in here.
+//
+// Every stack has its own shape, and all go through the chain together: a node of it is one list of products, whatever
+// the shapes. Matrices are contiguous rows, fp16 or bf16.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "polar/params.h"
+#include "symm_gemm/params.h"
+
+namespace steepest::polar {
+
+enum class Kind : int8_t {
+  gram,     // out = A A^T, or A^T A of a tall A
+  product,  // out = alpha A B + beta C, symmetric
+  sum,      // out = alpha A + beta C + gamma I
+  apply,    // out = alpha A B + beta B of A square, or alpha B A + beta B of a tall B
+};
+enum Buffer : int8_t { kX, kY, kGram, kZ, kT, kQ, kP, kBuffers };  // X and Y have the matrix' shape
+
+// The value where column < 0, else every matrix' own number.
+struct Number {
+  int32_t column;
+  float value;
+};
+
+struct Node {
+  Kind kind;
+  int8_t out, a, b, c;
+  Number alpha, beta;
+  float gamma;
+};
+
+struct Stack {
+  int64_t matrices, rows, columns;
+  void* at[kBuffers];
+  const float* numbers;  // (matrices, number_columns)
+  int64_t number_columns;
+
+  int64_t side() const { return rows < columns ? rows : columns; }
+  bool tall() const { return rows > columns; }
+};
+
+// What a node that multiplies asks for, a product for every stack.
+std::vector<symm_gemm::Problem> products_of(const Node& node, const std::vector<Stack>& stacks);
+
+// A node that does not.
+void sum_on_host(const Node& node, const Stack& stack, Dtype dtype);
+void sum_on_device(const Node& node, const Stack& stack, Dtype dtype, void* stream);
+
+// The reference: one matrix and one entry after another, summed in fp32 along k, rounded once.
+void products_on_host(const std::vector<symm_gemm::Problem>& problems, Dtype dtype);
+
+}  // namespace steepest::polar

@@ -1,0 +1,190 @@
+// Square matrices of halves in shared memory, and the products by which a block of warps computes one from others.
+//
+// A result is tiles of 16 x 16; every warp holds some of them in registers, in fp32, until all have read what they
+// need. Only then are they written, so that a result may take the place of a factor.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/floats.h"
+#include "common/mma.cuh"
+#include "small_polar/elements.cuh"
+
+namespace steepest::small_polar {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+// Halves in shared memory, rows of whole 16 bytes.
+struct Halves {
+  uint16_t* at;
+  int stride, mask;  // as in Layout
+
+  __device__ uint16_t* chunk(int row, int number) const {
+    return at + row * stride + (number ^ (row & mask)) * kVector;
+  }
+  __device__ uint16_t* element(int row, int column) const { return chunk(row, column >> 3) + (column & 7); }
+
+  // The tile at (row, column) for load_matrices, quarters in the order  0 2 / 1 3  (kAcross false) or  0 1 / 2 3.
+  template <bool kAcross>
+  __device__ const uint16_t* lane_row(int row, int column) const {
+    const int lane = threadIdx.x % 32, quarter = lane / 8;
+    const int below = kAcross ? quarter / 2 : quarter % 2, beside = kAcross ? quarter % 2 : quarter / 2;
+    const int inside = lane % 8 + below * 8;  // row is a multiple of 16
+    return at + (row + inside) * stride +
+           ((static_cast<unsigned>(column) / kVector + beside) ^ (inside & mask)) * kVector;
+  }
+};
+
+// A factor of a product as it is stored: by its own rows, or by the other factor's, transposed.
+template <bool kTransposed>
+struct Left {
+  Halves x;
+  __device__ void load(uint32_t (&to)[4], int row, int k) const {
+    if constexpr (kTransposed)
+      load_matrices<true>(to, x.lane_row<true>(k, row));
+    else
+      load_matrices<false>(to, x.lane_row<false>(row, k));
+  }
+};
+template <bool kTransposed>  // true: stored as B^T
+struct Right {
+  Halves x;
+  __device__ void load(uint32_t (&to)[4], int k, int column) const {
+    if constexpr (kTransposed)
+      load_matrices<false>(to, x.lane_row<true>(column, k));
+    else
+      load_matrices<true>(to, x.lane_row<false>(k, column));
+  }
+};
+
+// The tiles of a result that a warp computes, all of one row of tiles: (row, (row + offset) mod columns) for every
+// step-th offset from the first on. Of a symmetric one each pair (i, j), (j, i) is computed once, and the warps have
+// equal shares. Made anew for every product: the compiler would keep all addresses that follow from it in registers
+// through the whole iteration, a kilobyte more than there are.
+struct Share {
+  int row, columns, start, first, step, end;  // start: row mod columns
+
+  __device__ static Share of(int rows, int columns, bool symmetric) {
+    int warp = threadIdx.x / 32;
+    hide(warp);
+    const int step = kWarps / rows, row = warp / step;
+    int end = columns;
+    if (symmetric) end = columns / 2 + (columns % 2 == 1 || row < columns / 2 ? 1 : 0);
+    return {row, columns, row % columns, warp % step, step, row < rows ? end : 0};
+  }
+  __device__ bool has(int i) const { return first + i * step < end; }
+  __device__ int column(int i) const {
+    const int at = start + first + i * step;
+    return at < columns ? at : at - columns;
+  }
+};
+
+template <int kTiles>
+using Tiles = float[kTiles][2][4];
+
+template <int kTiles>
+__device__ inline void clear(Tiles<kTiles>& sums) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sums[i][j / 4][j % 4] = 0;
+}
+
+// sums += sum of a B over the parts of one factor; the other has one.   depth: tiles of what is summed over.
+template <int kTiles, class A, int kA, class B, int kB>
+__device__ inline void multiply(Tiles<kTiles>& sums, const Share& share, const A (&a)[kA], const B (&b)[kB],
+                                int depth) {
+  static_assert(kA == 1 || kB == 1);
+  if (!share.has(0)) return;
+  for (int k = 0; k < depth; ++k) {
+    uint32_t left[kA][4];
+#pragma unroll
+    for (int p = 0; p < kA; ++p) a[p].load(left[p], share.row * kTile, k * kTile);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (!share.has(i)) break;
+#pragma unroll
+      for (int p = 0; p < kB; ++p) {
+        uint32_t right[4];
+        b[p].load(right, k * kTile, share.column(i) * kTile);
+#pragma unroll
+        for (int q = 0; q < kA; ++q) {
+          multiply_add(sums[i][0], left[q], right[0], right[1]);
+          multiply_add(sums[i][1], left[q], right[2], right[3]);
+        }
+      }
+    }
+  }
+}
+
+// Calls body(row, column, first, second) for every two neighbours that this lane holds.
+template <int kTiles, class Body>
+__device__ inline void for_each_pair(Tiles<kTiles>& sums, const Share& share, const Body& body) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    if (!share.has(i)) break;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = share.row * kTile + lane / 4 + j % 2 * 8;
+      const int column = share.column(i) * kTile + j / 2 * 8 + lane % 4 * 2;
+      body(row, column, sums[i][j / 2][j % 2 * 2], sums[i][j / 2][j % 2 * 2 + 1]);
+    }
+  }
+}
+
+// ---- squares -------------------------------------------------------------------------------------------------------
+
+// A square matrix in one part or in two: the nearest half and the half nearest to the rest.
+template <int kParts>
+struct Square {
+  Halves part[kParts];
+
+  __device__ void read(int row, int column, float& first, float& second) const {
+    first = second = 0;
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+      const uint32_t both = *reinterpret_cast<const uint32_t*>(part[p].element(row, column));
+      first += from_f16(static_cast<uint16_t>(both)), second += from_f16(static_cast<uint16_t>(both >> 16));
+    }
+  }
+
+  // Also at (column, row) where `mirrored`.
+  __device__ void write(int row, int column, float first, float second, bool mirrored) const {
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+      const uint32_t both = pack(first, second);
+      const uint16_t low = static_cast<uint16_t>(both), high = static_cast<uint16_t>(both >> 16);
+      *reinterpret_cast<uint32_t*>(part[p].element(row, column)) = both;
+      if (mirrored) *part[p].element(column, row) = low, *part[p].element(column + 1, row) = high;
+      first -= from_f16(low), second -= from_f16(high);
+    }
+  }
+
+  // Every thread of the block writes its tiles, and waits before, for those that still read, and after. Symmetric: all
+  // but the tiles on the diagonal are mirrored. Those are as symmetric as the formula that computed them, which is
+  // enough, for nobody relies on it: (a I + Z) R (a I + Z)^T and (a I + Z) Q belong together whatever Z is.
+  template <bool kSymmetric, int kTiles>
+  __device__ void store(Tiles<kTiles>& sums, const Share& share) const {
+    __syncthreads();
+    for_each_pair(sums, share, [this](int row, int column, float first, float second) {
+      write(row, column, first, second, kSymmetric && (row ^ column) >= kTile);
+    });
+    __syncthreads();
+  }
+};
+
+// sums <- alpha sums + beta S
+template <int kTiles, int kParts>
+__device__ inline void combine(Tiles<kTiles>& sums, const Share& share, float alpha, float beta,
+                               const Square<kParts>& s) {
+  for_each_pair(sums, share, [&](int row, int column, float& first, float& second) {
+    float one, other;
+    s.read(row, column, one, other);
+    first = alpha * first + beta * one, second = alpha * second + beta * other;
+  });
+}
+
+}  // namespace steepest::small_polar

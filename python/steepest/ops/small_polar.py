@@ -1,0 +1,80 @@
+"""The whole polar iteration of small matrices, each in the shared memory of one block: one launch for all of them.
+
+    out = s Q X of every matrix X, with Q and s as in `steepest.linalg.chain`, in the Gram form without restarts
+
+R and Q are kept to 22 bits, as an fp16 high and low half, because 16 bits do not bear that form on a short side below
+128 (csrc/small_polar/params.h; the table of arrangements is in small_polar.cu). CUDA only; elsewhere the chain of
+products takes small matrices like all others.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_TERMS = 5  # kMostTerms in csrc/small_polar/params.h
+Tables = tuple[tuple[tuple[float, ...], ...], ...]
+
+
+def small_polar(
+    xs: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    slacks: Sequence[Tensor],
+    tables: Tables,
+    least: Sequence[float],
+    *,
+    tight: bool,
+    eps: float,
+) -> None:
+    """Fills outs with the polar factors of xs, and slacks.
+
+    xs, outs: (batch, m, n), contiguous rows, fp16, bf16 or fp32, min(m, n) at most 128 (96 where a block has 99 KB of
+    shared memory); slacks: (batch,) fp32 for each, ||X||_F over the norm taken. tables: steps of coefficients, least:
+    the slack from which each table but the last is taken; tight: the norm is the bound of `chain_numbers`, else
+    ||X||_F. A matrix that is not finite gives NaN and leaves the others alone.
+    """
+    flat = [value for table in tables for step in table for value in _padded(step)]
+    torch.ops.steepest.small_polar(xs, outs, slacks, flat, len(tables), least, tight, eps)
+
+
+def takes(xs: Sequence[Tensor], tables: Tables, least: tuple[float, ...]) -> bool:
+    """Whether the kernel takes all of these matrices and this schedule."""
+    if torch.compiler.is_compiling() or _backend.requested("auto") not in ("auto", "cuda"):
+        return False
+    device = xs[0].device
+    if not xs[0].is_cuda or _backend.cuda_reason(device.index) is not None or _refusal(tables, least) is not None:
+        return False
+    most = _most_rows(torch.cuda.get_device_capability(device))
+    return all(x.dtype in DTYPES and x.stride(-1) == 1 and 0 < min(x.shape[-2:]) <= most and x.numel() > 0 for x in xs)
+
+
+def _padded(step: Sequence[float]) -> list[float]:
+    return [*step, *[math.nan] * (MOST_TERMS - len(step))]
+
+
+@functools.cache
+def _most_rows(capability: tuple[int, int]) -> int:
+    assert _backend.extension is not None
+    return int(_backend.extension.small_polar_rows(10 * capability[0] + capability[1]))
+
+
+@functools.cache
+def _refusal(tables: Tables, least: tuple[float, ...]) -> str | None:
+    """Why the kernel does not bear this schedule, None where it does."""
+    assert _backend.extension is not None
+    refusal: str | None = _backend.extension.small_polar_refusal(tables, least)
+    return refusal
+
+
+if _backend.extension is not None:
+
+    @torch.library.register_fake("steepest::small_polar")
+    def _(*arguments: object) -> None:
+        """Mutates outs and slacks; no metadata changes."""

@@ -1,0 +1,55 @@
+// The kernel of csrc/small_polar on a CPU, for ctypes.
+#include <cuda_runtime.h>
+
+#include <exception>
+
+#include "common/mma.cuh"
+#include "small_polar/params.h"
+
+using namespace steepest::small_polar;
+
+namespace {
+
+std::string message;
+
+template <class Body>
+int guarded(const Body& body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return 1;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* small_polar_message() { return message.c_str(); }
+void small_polar_order(int order) { emulation::order = static_cast<emulation::Order>(order); }
+void small_polar_truncating(int truncating) { emulation::truncating = truncating != 0; }
+int64_t small_polar_launches() { return emulation::launches; }
+int64_t small_polar_products() { return emulation::products; }
+size_t small_polar_bytes(int64_t rows) { return shared_bytes(rows); }
+size_t small_polar_limit(int capability) { return shared_limit(capability); }
+int64_t small_polar_most_rows(size_t limit) { return most_rows(limit); }
+
+// coefficients: (tables, steps, 5), the highest ones NaN where a step has fewer.
+int small_polar_run(const Matrices* matrices, int count, const double* coefficients, int tables, int steps,
+                    const double* slacks, int tight, double eps, size_t limit) {
+  return guarded([&] {
+    Schedule schedule{{}, {slacks, slacks + tables - 1}, tight != 0, eps};
+    for (int t = 0; t < tables; ++t) {
+      schedule.tables.emplace_back();
+      for (int k = 0; k < steps; ++k, coefficients += kMostTerms) {
+        schedule.tables.back().emplace_back();
+        for (int i = 0; i < kMostTerms && coefficients[i] == coefficients[i]; ++i)
+          schedule.tables.back().back().push_back(coefficients[i]);
+      }
+    }
+    polar_on_device({matrices, matrices + count}, schedule, limit, nullptr);
+  });
+}
+}
