@@ -2,9 +2,9 @@
 
     zoo -> optimizer -> plan -> {fused, unfused} -> rounds -> recipe -> parts -> linalg -> ops -> {_C, kernels, torch}
 
-`matrices`, `stacks`, `values` and `routing` stand beside `recipe`; `graph` stands on `optimizer`. `kernels` imports
-torch and triton only; only `optimizer` knows `torch.optim`; only `ops` knows the compiled part and the kernels; no
-torch header lies below csrc/ops. When the picture should change, change it here in the same commit.
+`matrices`, `stacks`, `values` and `routing` stand beside `recipe`, `budget` below all; `graph` stands on `optimizer`.
+`kernels` imports torch and triton only; only `optimizer` knows `torch.optim`; only `ops` knows the compiled part and
+the kernels; no torch header lies below csrc/ops. When the picture should change, change it here in the same commit.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ BELOW = {
     "optimizer": {"plan", "values", "unfused", "recipe", "stacks", "routing", "matrices", "parts", "ops"},
     "plan": {"fused", "unfused", "rounds", "recipe", "matrices", "parts", "ops"},
     "fused": {"rounds", "recipe", "parts", "ops"},
-    "rounds": {"recipe", "matrices", "parts", "ops"},
-    "unfused": {"rounds", "recipe", "matrices", "parts", "ops"},
+    "rounds": {"budget", "recipe", "matrices", "parts", "ops"},
+    "unfused": {"budget", "recipe", "matrices", "parts", "ops"},
     "stacks": {"recipe"},
     "values": {"parts"},
     "routing": {"matrices"},
     "matrices": set(),
     "recipe": {"parts"},
     "parts": {"linalg"},
-    "linalg": {"ops"},
+    "linalg": {"budget", "ops"},
+    "budget": set(),
     "ops": {"_C", "kernels"},
     "cli": {"_version", "ops"},
     "__main__": {"cli"},

@@ -7,20 +7,18 @@ workspace has room for. The members that take their whole step in `before` go in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .budget import cut
 from .matrices import Piece
 from .ops.multi_tensor import Item, Items, Table
 from .ops.program import Program
 from .parts import shape_ratio
 from .recipe import Recipe, State
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -189,18 +187,3 @@ def rounds_of(members: Sequence[Member], max_bytes: int) -> Iterator[Round]:
 
 def _bytes_of_call(member: Member) -> int:
     return member.input_bytes + member.workspace_bytes
-
-
-def cut(things: Iterable[T], bytes_of: Callable[[T], int], max_bytes: int) -> Iterator[list[T]]:
-    """The things in their order, in runs of at most max_bytes; one that is larger goes alone."""
-    run: list[T] = []
-    used = 0
-    for thing in things:
-        size = bytes_of(thing)
-        if run and used + size > max_bytes:
-            yield run
-            run, used = [], 0
-        run.append(thing)
-        used += size
-    if run:
-        yield run

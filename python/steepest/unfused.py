@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .budget import cut
 from .matrices import Piece
 from .ops.multi_tensor import NOT_SCALED, Scaling
 from .parts import Hyper, shape_ratio
 from .recipe import Recipe, State, all_finite
-from .rounds import cut
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def test_the_op_runs_the_chain(
     found, slacks = run(stacks)
     for x, y, slack in zip(stacks, found, slacks, strict=True):
         held = torch.empty(len(x))
-        wanted = newton_schulz.newton_schulz(x.clone(), schedule, restarts, Workspace(), eps=1e-7, slack=held)
+        wanted = newton_schulz.newton_schulz([x.clone()], schedule, restarts, Workspace(), eps=1e-7, slacks=[held])[0]
         torch.testing.assert_close(slack, held, rtol=1e-5, atol=0)
         torch.testing.assert_close(y.float(), wanted.float(), rtol=0, atol=16 * torch.finfo(dtype).eps)
         for i in range(len(x)):
@@ -155,7 +155,7 @@ def test_rounding_of_every_preset(dtype: torch.dtype, name: str, form: str, monk
             x = with_spectrum(m, n, spectrum)
             y = _prescaled(x.float()[None], dtype)
             restarts = default_restarts(ALL[name], form, m, n, dtype)
-            y = newton_schulz.newton_schulz(y, ALL[name], restarts, Workspace(), eps=1e-7, slack=torch.empty(1))
+            y = newton_schulz.newton_schulz([y], ALL[name], restarts, Workspace(), eps=1e-7, slacks=[torch.empty(1)])[0]
             error = polar_error(x, y[0])
             assert error.off_diagonal <= off_diagonal, (spectrum, m, n, error)
             assert error.largest <= largest, (spectrum, m, n, error)

@@ -14,7 +14,7 @@ from assertions import assert_polar, polar_error
 from cases import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, polynomial_of, with_spectrum
 from steepest.linalg import coefficients as tables
 from steepest.linalg.newton_schulz import newton_schulz
-from steepest.linalg.polar import _prescaled, compute_dtype, default_restarts, polar
+from steepest.linalg.polar import _prescaled, compute_dtype, default_restarts, polar, polars
 from steepest.ops.symm_gemm import Workspace
 
 PRESETS = (*tables.SCHEDULES, "polar_express", "svd")
@@ -251,7 +251,7 @@ def test_the_fp16_path_keeps_its_range(spectrum: str, scale: float) -> None:
     x = with_spectrum(24, 64, spectrum)[None]
     plan = tables.SCHEDULES["auto"]
     y = _prescaled((scale * x).float(), torch.float16)
-    y = newton_schulz(y, plan, (2,), Workspace(), eps=1e-7, slack=torch.empty(len(x)))
+    (y,) = newton_schulz([y], plan, (2,), Workspace(), eps=1e-7, slacks=[torch.empty(len(x))])
     assert y.isfinite().all()
     assert (y[0].double() - expected(x[0], "auto")).norm() / max(1, expected(x[0], "auto").norm()) < 0.3
 
@@ -314,3 +314,16 @@ def test_nearly_equal_singular_values_stay_within_the_bound(preset: str) -> None
 def test_a_parameter_is_taken_as_it_is() -> None:
     weight = torch.nn.Parameter(torch.randn(8, 8))
     assert not polar(weight).requires_grad
+
+
+@pytest.mark.parametrize("preset", ["auto", "turbo", "jordan", "svd"])
+def test_several_stacks_equal_each_alone(preset: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(3, 12, 40), (150, 130), (0, 3, 4), (2, 2, 7, 7)]
+    xs = [torch.randn(*shape, generator=generator) for shape in shapes]
+    slacks = [torch.empty(size) for size in (3, 1, 0, 4)]
+    alone = [torch.empty_like(slack) for slack in slacks]
+    together = polars(xs, preset, slacks=slacks, max_workspace_bytes=1 << 16)
+    for x, out, slack, own in zip(xs, together, slacks, alone, strict=True):
+        assert torch.equal(out, polar(x, preset, slack=own, max_workspace_bytes=1 << 16))
+        assert torch.equal(slack.nan_to_num(-1), own.nan_to_num(-1))

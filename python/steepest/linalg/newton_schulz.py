@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -15,26 +15,42 @@ from .coefficients import Schedule, Table
 
 
 def newton_schulz(
-    x: Tensor, schedule: Schedule, restarts: Collection[int], workspace: Workspace, *, eps: float, slack: Tensor
-) -> Tensor:
-    """Run ``schedule`` on x: (batch, m, n) in x's dtype, entries of order 1 at most; a zero matrix gives zero.
+    xs: Sequence[Tensor],
+    schedule: Schedule,
+    restarts: Collection[int],
+    workspace: Workspace,
+    *,
+    eps: float,
+    slacks: Sequence[Tensor],
+) -> list[Tensor]:
+    """Run ``schedule`` on every x: (batch, m, n) in its dtype, entries of order 1 at most; a zero matrix gives zero.
 
     ``restarts`` are the steps (from 1) before which a new Gram product is taken.  The norm is never taken below
-    ``eps``.  x is overwritten; the result is x or a buffer of the workspace.  A tall matrix is handled as X^T X and X
-    Q, without a transpose in memory.  ``slack``, (batch,), is filled with ||X||_F over the norm taken.
+    ``eps``.  Every x is overwritten; the results are xs or other memory, buffers of the workspace where there is one x.
+    A tall matrix is handled as X^T X and X Q, without a transpose in memory.  ``slacks``, (batch,) each, are filled
+    with ||X||_F over the norm taken.
     """
     plan = chain(schedule, tuple(sorted(restarts)))
-    run = _Run(x, workspace)
     numbers = (plan.constants, plan.powers, schedule.slacks)
     tight = schedule.norm == "tight"
-    if takes([x], plan.constants):
-        polar_chain([x], [run["y"]], [slack], plan.packed, *numbers, tight=tight, eps=eps)
-        return run[plan.result]
-    run(Gram("gram", "x"))
-    run.numbers = chain_numbers(run["gram"], *numbers, tight=tight, eps=eps, slack=slack)
-    for node in plan.nodes:
-        run(node)
-    return run[plan.result]
+    found = list(xs)
+    at_once = [i for i, x in enumerate(xs) if takes(x, plan.constants)]
+    if at_once:
+        own = [xs[i] for i in at_once]
+        ys = [torch.empty_like(x) for x in own]
+        polar_chain(own, ys, [slacks[i] for i in at_once], plan.packed, *numbers, tight=tight, eps=eps)
+        for i, y in zip(at_once, ys if plan.result == "y" else own, strict=True):
+            found[i] = y
+    for i, x in enumerate(xs):
+        if i in at_once:
+            continue
+        run = _Run(x, workspace if len(xs) == 1 else Workspace())
+        run(Gram("gram", "x"))
+        run.numbers = chain_numbers(run["gram"], *numbers, tight=tight, eps=eps, slack=slacks[i])
+        for node in plan.nodes:
+            run(node)
+        found[i] = run[plan.result]
+    return found
 
 
 def newton_schulz_plain(x: Tensor, table: Table, *, eps: float) -> Tensor:

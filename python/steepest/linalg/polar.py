@@ -7,11 +7,13 @@ the shape, bounds the workspace, and hands the rest to `newton_schulz`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..budget import cut
 from ..ops.small_polar import small_polar, takes
 from ..ops.symm_gemm import Workspace
 from .coefficients import Coefficients, Schedule, presets, schedule
@@ -93,36 +95,100 @@ def polar(
             range, a negative eps, fp16 on a CPU, slack of another shape.
         TypeError: x is not real floating point, or dtype is not a compute dtype.
     """
-    _check(x, preset, dtype, form, eps, max_workspace_bytes)
-    slack = _slack_buffer(x, slack)
+    slacks = None if slack is None else [slack]
+    return polars(
+        [x],
+        preset,
+        coefficients=coefficients,
+        steps=steps,
+        eps=eps,
+        dtype=dtype,
+        form=form,
+        restarts=restarts,
+        max_workspace_bytes=max_workspace_bytes,
+        slacks=slacks,
+    )[0]
+
+
+@torch.no_grad()
+def polars(
+    xs: Sequence[Tensor],
+    preset: str = "auto",
+    *,
+    coefficients: Coefficients | None = None,
+    steps: int | None = None,
+    eps: float = 1e-7,
+    dtype: torch.dtype | None = None,
+    form: str = "auto",
+    restarts: Collection[int] | None = None,
+    max_workspace_bytes: int | None = None,
+    slacks: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """`polar` of every x, of any shapes, all on one device; launches are shared where kernels take several stacks."""
+    held = [None] * len(xs) if slacks is None else slacks
+    for x in xs:
+        _check(x, preset, dtype, form, eps, max_workspace_bytes)
+    held = [_slack_buffer(x, slack) for x, slack in zip(xs, held, strict=True)]
     if preset == "svd" and coefficients is None:
-        slack.fill_(math.nan)
-        return _svd(x, eps, dtype)
+        for slack in held:
+            slack.fill_(math.nan)
+        return [_svd(x, eps, dtype) for x in xs]
     plan = schedule(preset, coefficients, steps)
     name = preset if coefficients is None else None
-    work = dtype or compute_dtype(name or PLAIN, x.dtype, x.device)
-    plain = name == PLAIN and form == "auto" and restarts is None
-    positions = _positions(plan, form, restarts, x, work)
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    batch = x.reshape(-1, *x.shape[-2:])
-    out = torch.empty(batch.shape, dtype=x.dtype, device=x.device)
-    free = name != PLAIN and dtype is None and form == "auto" and restarts is None
-    if free and takes([batch], plan.tables, plan.slacks):
-        tight = plan.norm == "tight"
-        small_polar([batch], [out], [slack], plan.tables, plan.slacks, tight=tight, eps=eps)
-        return out.reshape(x.shape)
-    size = _chunk(batch, work, max_workspace_bytes)
-    workspace = Workspace()
-    for chunk, target, found in zip(batch.split(size), out.split(size), slack.split(size), strict=True):
-        y = _prescaled(chunk, work)
-        if plain:
-            y = newton_schulz_plain(y, plan.tables[0], eps=eps)
-            found.fill_(1)
-        else:
-            y = newton_schulz(y, plan, positions, workspace, eps=eps, slack=found)
-        target.copy_(y)
-    return out.reshape(x.shape)
+    free = dtype is None and form == "auto" and restarts is None
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
+    jobs = [
+        _Job(x.reshape(-1, *x.shape[-2:]), out.reshape(-1, *x.shape[-2:]), slack)
+        for x, out, slack in zip(xs, outs, held, strict=True)
+        if x.numel()
+    ]
+    small = [job for job in jobs if free and name != PLAIN and takes([job.x], plan.tables, plan.slacks)]
+    if small:
+        own, targets, found = ([getattr(job, name) for job in small] for name in ("x", "out", "slack"))
+        small_polar(own, targets, found, plan.tables, plan.slacks, tight=plan.norm == "tight", eps=eps)
+    alike: dict[tuple[torch.dtype, tuple[int, ...]], list[_Job]] = {}
+    for job in jobs:
+        if any(job is each for each in small):
+            continue
+        work = dtype or compute_dtype(name or PLAIN, job.x.dtype, job.x.device)
+        positions = _positions(plan, form, restarts, job.x, work)
+        alike.setdefault((work, positions), []).extend(job.split(_chunk(job.x, work, max_workspace_bytes)))
+    for (work, positions), some in alike.items():
+        if name == PLAIN and form == "auto" and restarts is None:
+            for job in some:
+                job.out.copy_(newton_schulz_plain(_prescaled(job.x, work), plan.tables[0], eps=eps))
+                job.slack.fill_(1)
+            continue
+        workspace = Workspace()
+        for run in _runs(some, work, max_workspace_bytes):
+            ys = [_prescaled(job.x, work) for job in run]
+            ys = newton_schulz(ys, plan, positions, workspace, eps=eps, slacks=[job.slack for job in run])
+            for job, y in zip(run, ys, strict=True):
+                job.out.copy_(y)
+    return outs
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """x, out: (batch, m, n); slack: (batch,)."""
+
+    x: Tensor
+    out: Tensor
+    slack: Tensor
+
+    def split(self, size: int) -> list[_Job]:
+        return [_Job(*parts) for parts in zip(self.x.split(size), self.out.split(size), self.slack.split(size))]
+
+    def workspace_bytes(self, work: torch.dtype) -> int:
+        batch, m, n = self.x.shape
+        return batch * workspace_bytes(m, n, work)
+
+
+def _runs(jobs: list[_Job], work: torch.dtype, max_bytes: int | None) -> Iterable[list[_Job]]:
+    """Jobs that are worked on at once: on a CPU one, whose buffers then stay in its cache."""
+    if jobs[0].x.device.type == "cpu":
+        return [[job] for job in jobs]
+    return [jobs] if max_bytes is None else cut(jobs, lambda job: job.workspace_bytes(work), max_bytes)
 
 
 def compute_dtype(preset: str, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:

@@ -48,35 +48,33 @@ def polar_chain(
     torch.ops.steepest.polar_chain(xs, ys, slacks, *nodes, flat, powers, least, tight, eps)
 
 
-def takes(xs: Sequence[Tensor], constants: Sequence[Sequence[float]]) -> bool:
-    """Whether the compiled kernels run this chain; products one by one have more versions."""
+def takes(x: Tensor, constants: Sequence[Sequence[float]]) -> bool:
+    """Whether the compiled kernels run this chain on x; products one by one have more versions."""
     if torch.compiler.is_compiling() or _backend.requested("auto") not in ("auto", "cuda"):
         return False
-    why = _reason(xs, constants)
-    if why is not None and xs[0].is_cuda:
-        _backend.log_once("polar_chain", "torch", {"cuda": why}, xs[0].device)
+    why = _reason(x, constants)
+    if why is not None and x.is_cuda:
+        _backend.log_once("polar_chain", "torch", {"cuda": why}, x.device)
     return why is None
 
 
-def _reason(xs: Sequence[Tensor], constants: Sequence[Sequence[float]]) -> str | None:
+def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
     """Why not; None where they do."""
-    device = xs[0].device
-    if not xs[0].is_cuda:
-        return f"the tensors are on {device.type}"
-    if (why := _backend.cuda_reason(device.index)) is not None:
+    if not x.is_cuda:
+        return f"the tensor is on {x.device.type}"
+    if (why := _backend.cuda_reason(x.device.index)) is not None:
         return why
     assert _backend.extension is not None
     if not _backend.extension.build_info()["hopper"]:
         return "the products for Hopper were not built; `pip install nvidia-cutlass` and rebuild for sm_90a"
-    if torch.cuda.get_device_capability(device) != (9, 0):
+    if torch.cuda.get_device_capability(x.device) != (9, 0):
         return "the compiled products are for compute capability 9.0"
     if too_many(constants):
         return "the schedule has too many numbers"
-    for x in xs:
-        if x.dtype not in DTYPES:
-            return f"the compute dtype is {x.dtype}"
-        if any(size % MULTIPLE for size in x.shape[-2:]) or x.numel() == 0:
-            return f"the shape {tuple(x.shape)} is no multiple of {MULTIPLE}"
+    if x.dtype not in DTYPES:
+        return f"the compute dtype is {x.dtype}"
+    if any(size % MULTIPLE for size in x.shape[-2:]) or x.numel() == 0:
+        return f"the shape {tuple(x.shape)} is no multiple of {MULTIPLE}"
     return None
 
 
