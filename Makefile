@@ -29,14 +29,12 @@ check: $(ready)
 bench: $(ready)
 	$(bin)/python bench/bench_step.py $(ARGS)
 
-# On a machine with a GPU and a torch of its own: the whole suite, kernels included, and then the figures, whatever the
-# suite said.
+# On a machine with a GPU and a torch of its own: builds, runs the tests that need a GPU and takes the figures, each
+# whatever the others said, with $(PYTHON) as it is. ARGS: --quick, --dry-run, --parts ...
 RESULTS ?= bench/results
 MODELS ?= gpt2-124m llama-1b
 gpu:
-	-$(MAKE) test VENV_FLAGS=--system-site-packages TORCH=
-	$(bin)/python bench/bench_fused.py --device cuda --elements 1e8 1e9 --model $(MODELS) --csv $(RESULTS)/fused-gpu.csv
-	$(bin)/python bench/bench_step.py --device cuda --whole --shapes $(MODELS) --csv $(RESULTS)/step-gpu.csv
+	PYTHON="$(PYTHON)" MODELS="$(MODELS)" bash bench/gpu.sh $(RESULTS) $(ARGS)
 
 doctor: $(ready)
 	$(bin)/python -m steepest doctor $(ARGS)

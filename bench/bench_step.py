@@ -12,21 +12,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-from torch import nn
-
-import steepest
-
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
-
 from shapes import Model, parse
 from timing import header, interleaved, write_csv
+from torch import nn
+from truth import Error, Truth
 
-from assertions import polar_error
+import steepest
 
 Step = Callable[[], object]
 Build = Callable[[list[nn.Parameter], list[nn.Parameter]], list[torch.optim.Optimizer]]
@@ -71,27 +65,29 @@ def build_parameters(model: Model, kind: str, device: str, dtype: torch.dtype) -
     return found
 
 
-def direction_error(name: str, shapes: Sequence[tuple[int, int]], device: str) -> tuple[float, float]:
-    """(relative error, off-diagonal part), the worst over the shapes."""
-    worst = (0.0, 0.0)
-    for m, n in shapes:
+def direction_errors(shapes: Sequence[tuple[int, int]], device: str) -> dict[str, Error]:
+    """Of every variant, the worst over the shapes."""
+    worst = dict.fromkeys(VARIANTS, Error(0.0, 0.0))
+    for m, n in dict.fromkeys(shapes):
         g = 1e-3 * torch.randn(m, n, generator=torch.Generator().manual_seed(m + n)).to(device)
-        w = nn.Parameter(torch.zeros_like(g))
-        w.grad = g
-        (optimizer,) = VARIANTS[name]([w], [])
-        optimizer.step()
-        into = g.abs().sqrt() if name.startswith("MuAdam") else torch.ones_like(g)  # D of the first step
-        d = w.detach() * into / -(1e-3 * math.sqrt(max(1, m / n)))
-        given = torch.where(into > 0, g / into, 0)  # a Gaussian sample may be 0
-        error = polar_error(given.cpu(), d.cpu())
-        worst = (max(worst[0], error.relative), max(worst[1], error.off_diagonal))
+        # D of the first step; a Gaussian sample may be 0.
+        metrics = {"Muon": torch.ones_like(g), "MuAdam": g.abs().sqrt()}
+        truths = {name: Truth(torch.where(into > 0, g / into, 0)) for name, into in metrics.items()}
+        for name, build in VARIANTS.items():
+            w = nn.Parameter(torch.zeros_like(g))
+            w.grad = g
+            (optimizer,) = build([w], [])
+            optimizer.step()
+            metric = "MuAdam" if name.startswith("MuAdam") else "Muon"
+            d = w.detach() * metrics[metric] / -(1e-3 * math.sqrt(max(1, m / n)))
+            worst[name] = worst[name].worse(truths[metric].error(d))
     return worst
 
 
 def measure(model_name: str, options: argparse.Namespace) -> list[dict[str, object]]:
     model = parse(model_name)
     shapes = [(p.shape[0], p.shape[1]) for p in model if p.kind == "matrix"]
-    errors = {name: direction_error(name, shapes, options.device) for name in VARIANTS}
+    errors = direction_errors(shapes, options.device)
     matrices = build_parameters(model, "matrix", options.device, options.dtype)
     others = build_parameters(model, "other", options.device, options.dtype) if options.whole else []
     steps: dict[str, Step] = {}
@@ -110,8 +106,8 @@ def measure(model_name: str, options: argparse.Namespace) -> list[dict[str, obje
             "fastest_ms": round(timing.fastest * 1e3, 2),
             "ratio": round(base.median / timing.median, 3),
             "ratio_fastest": round(base.fastest / timing.fastest, 3),
-            "relative_error": round(errors[name][0], 4),
-            "off_diagonal": round(errors[name][1], 4),
+            "relative_error": round(errors[name].relative, 4),
+            "off_diagonal": round(errors[name].off_diagonal, 4),
         }
         for name, timing in timings.items()
     ]

@@ -7,6 +7,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -19,7 +21,9 @@
 #include "multi_tensor/layout.h"
 #include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
+#include "polar/chain.h"
 #include "small_polar/params.h"
+#include "symm_gemm/plan.h"
 
 namespace py = pybind11;
 
@@ -127,6 +131,70 @@ std::optional<std::string> small_polar_refusal(const std::vector<steepest::small
   }
 }
 
+namespace sg = steepest::symm_gemm;
+
+constexpr const char* kMajors[] = {"kk", "mnmn", "kmn"};  // by sg::Majors
+
+// (batch, m, n, k, majors, symmetric) of contiguous factors.
+using Product = std::tuple<int64_t, int64_t, int64_t, int64_t, std::string, bool>;
+
+sg::Shape to_shape(const Product& product) {
+  const auto& [batch, m, n, k, name, symmetric] = product;
+  const auto found = std::find(std::begin(kMajors), std::end(kMajors), name);
+  if (found == std::end(kMajors)) throw std::invalid_argument("majors are kk, mnmn or kmn, got '" + name + "'");
+  const auto majors = static_cast<sg::Majors>(found - std::begin(kMajors));
+  const int64_t a = majors == sg::Majors::mnmn ? m : k, b = majors == sg::Majors::kk ? k : n;
+  return {batch, m, n, k, majors, symmetric, {a, m * k}, {b, n * k}, {n, m * n}, {n, m * n}, false};
+}
+
+// What a node of a chain multiplies for matrices of this shape.
+Product chain_product(const std::string& kind, int64_t matrices, int64_t rows, int64_t columns) {
+  using steepest::polar::Kind;
+  const Kind of = kind == "gram" ? Kind::gram : kind == "product" ? Kind::product : Kind::apply;
+  if (of == Kind::apply && kind != "apply")
+    throw std::invalid_argument("kind is gram, product or apply, got '" + kind + "'");
+  const steepest::polar::Node node{of, 0, 0, 0, 0, {-1, 1}, {-1, 0}, 0};
+  const sg::Shape shape = products_of(node, {{matrices, rows, columns, {}, nullptr, 0}})[0].shape;
+  return {shape.batch, shape.m, shape.n, shape.k, kMajors[static_cast<int>(shape.majors)], shape.symmetric};
+}
+
+// The launches of a list of products, why products are refused, and the memory that all launches share, in bytes.
+py::dict symm_gemm_plan(const std::vector<Product>& products, int multiprocessors) {
+  std::vector<sg::Shape> shapes;
+  for (const Product& product : products) shapes.push_back(to_shape(product));
+  const sg::Plan plan = sg::make_plan(shapes, multiprocessors);
+  py::list launches, reasons;
+  for (const std::string& reason : plan.reasons) reasons.append(or_none(reason));
+  for (const sg::Launch& launch : plan.launches) {
+    const sg::TileShape tile = sg::shape_of(launch.tile);
+    py::list problems;
+    for (const sg::PlannedProblem& problem : launch.problems) {
+      py::dict each;
+      each["index"] = problem.index;
+      each["tiles"] = problem.tiling.tiles;
+      each["k_tiles"] = problem.tiling.k_tiles;
+      problems.append(each);
+    }
+    py::dict out;
+    out["majors"] = kMajors[static_cast<int>(launch.majors)];
+    out["tile"] = std::tuple<int, int, int>(tile.rows, tile.columns, tile.depth);
+    out["cluster"] = tile.cluster;
+    out["clusters"] = launch.schedule.clusters;
+    out["tiles"] = launch.tiles;
+    out["whole"] = launch.schedule.whole;
+    out["steps"] = launch.schedule.steps;
+    out["waves"] = launch.waves;
+    out["efficiency"] = launch.efficiency;
+    out["problems"] = problems;
+    launches.append(out);
+  }
+  py::dict out;
+  out["launches"] = launches;
+  out["reasons"] = reasons;
+  out["workspace_bytes"] = 4 * (plan.workspace_floats + plan.workspace_counters);
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -145,5 +213,7 @@ PYBIND11_MODULE(_C, m) {
       [](int capability) { return steepest::small_polar::most_rows(steepest::small_polar::shared_limit(capability)); },
       py::arg("capability"));
   m.def("small_polar_refusal", &small_polar_refusal, py::arg("tables"), py::arg("least"));
+  m.def("chain_product", &chain_product, py::arg("kind"), py::arg("matrices"), py::arg("rows"), py::arg("columns"));
+  m.def("symm_gemm_plan", &symm_gemm_plan, py::arg("products"), py::arg("multiprocessors"));
   m.def("float_formats", &float_formats, py::arg("value"));
 }

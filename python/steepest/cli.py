@@ -1,4 +1,8 @@
-"""The command line: `steepest doctor` says what this machine can run, why not the rest, and what to do about it."""
+"""The command line: what this machine can run and what to do about the rest, and what a polar call does on a GPU.
+
+steepest doctor [--json]
+steepest plan --shape 24x1024x4096 [--shape ...] [--preset auto] [--dtype float16] [--json]
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import planner
 from ._version import __version__
 from .ops import backend
 
@@ -21,9 +26,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what to do about the rest")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    shown = commands.add_parser("plan", help="forms, products and launches of a polar call on Hopper; needs no GPU")
+    shown.add_argument(
+        "--shape", action="append", required=True, metavar="[COUNTx]ROWSxCOLUMNS", help="a stack; all go in one call"
+    )
+    shown.add_argument("--preset", default="auto", help="of polar (default: auto)")
+    shown.add_argument("--dtype", help="compute dtype, float16 or bfloat16 (default: what polar chooses)")
+    shown.add_argument("--multiprocessors", type=int, default=planner.MULTIPROCESSORS)
+    shown.add_argument("--l2", type=float, default=planner.L2_MB, metavar="MB", help="size of the L2 cache")
+    shown.add_argument("--json", action="store_true", help="the same as JSON")
     arguments = parser.parse_args(argv)
-    facts = diagnose()
-    print(json.dumps(facts, indent=2) if arguments.json else describe(facts))
+    if arguments.command == "doctor":
+        facts = diagnose()
+        print(json.dumps(facts, indent=2) if arguments.json else describe(facts))
+        return 0
+    try:
+        plan = planner.plan(
+            [planner.parse(text) for text in arguments.shape],
+            arguments.preset,
+            dtype=arguments.dtype,
+            multiprocessors=arguments.multiprocessors,
+            l2_mb=arguments.l2,
+        )
+    except ValueError as error:
+        shown.error(str(error))
+    print(json.dumps(plan.json(), indent=2) if arguments.json else planner.describe(plan))
     return 0
 
 
@@ -69,7 +96,8 @@ def _describe_build(facts: dict[str, Any]) -> str:
         return f"no: {facts['compiled_reason']}"
     cuda = f"CUDA {info['cuda']} for {', '.join(info['architectures'])}" if info["cuda"] else "without CUDA"
     commit = f", commit {info['commit']}" if info["commit"] else ""
-    return f"{info['version']} {cuda}; torch {info['torch']} headers, {info['compiler']}{commit}"
+    hopper = f"{'with' if info['hopper'] else 'without'} products for Hopper"
+    return f"{info['version']} {cuda}, {hopper}; torch {info['torch']} headers, {info['compiler']}{commit}"
 
 
 def _device(index: int) -> str:

@@ -1,0 +1,420 @@
+"""What one call of `polar` does on a Hopper GPU, found on any machine: forms, products, launches, work and memory.
+
+All stacks go in together.  Those that take the same chain of products share its launches, node by node; matrices with a
+short side of at most 128 go into the small matrices' kernel, one launch for all of them.  Work is counted in
+floating-point operations, 2 for a multiply and add:
+
+    asked      m (m + 1) k of a symmetric product (entries at and below the diagonal), 2 m n k of another
+    executed   what the tiles of the launches compute, those above the diagonal left out; asked where no launch is known
+    reference  torch.optim.Muon's five quintic steps with full products, 5 (4 m^2 n + 2 m^3) for m <= n
+
+The launches are those of `make_plan` in csrc/symm_gemm/plan.cpp, with its model of time, which orders choices and is
+not measured: *efficiency* is the work asked for over what the busiest cluster's time would hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .linalg.chain import Apply, Column, Gram, Node, Number, Product, Sum, chain
+from .linalg.coefficients import Schedule, presets, schedule
+from .linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, PLAIN, compute_dtype, default_restarts
+from .ops import backend
+from .ops.chain_numbers import too_many
+from .ops.polar_chain import MULTIPLE
+
+CAPABILITY = 90
+MULTIPROCESSORS = 132  # of an H100 SXM or H200
+L2_MB = 50  # of either
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+CLOCK_FLOP = 4096  # of a multiprocessor's tensor cores in a clock, 16-bit operands
+MUON_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Stack:
+    """``matrices`` of ``rows`` x ``columns``."""
+
+    matrices: int
+    rows: int
+    columns: int
+
+    @property
+    def short(self) -> int:
+        return min(self.rows, self.columns)
+
+    @property
+    def long(self) -> int:
+        return max(self.rows, self.columns)
+
+    @property
+    def reference_flop(self) -> int:
+        return MUON_STEPS * self.matrices * self.short**2 * (4 * self.long + 2 * self.short)
+
+    def __str__(self) -> str:
+        return f"{self.matrices}x{self.rows}x{self.columns}"
+
+
+@dataclass(frozen=True)
+class Multiplication:
+    """``batch`` products of m x k and k x n; majors as in csrc/symm_gemm/params.h."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    majors: str
+    symmetric: bool
+
+    @property
+    def flop(self) -> int:
+        return self.batch * self.k * (self.m * (self.m + 1) if self.symmetric else 2 * self.m * self.n)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch of the grouped product: tiles of clusters, dealt out whole or streamed step by step of their sums."""
+
+    majors: str
+    tile: tuple[int, int, int]  # rows, columns and k of a block
+    cluster: int  # blocks, one below the other
+    clusters: int
+    tiles: int  # of clusters
+    whole: int  # tiles dealt out; the rest is streamed
+    steps: int  # k tiles of the rest
+    waves: float
+    efficiency: float
+    asked: int
+    executed: int
+
+    def clocks(self, multiprocessors: int) -> float:
+        return self.asked / (CLOCK_FLOP * multiprocessors * self.efficiency)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A node of a chain for all stacks of a call."""
+
+    kind: str
+    formula: str
+    products: tuple[Multiplication, ...]
+    launches: tuple[Launch, ...]
+    workspace_bytes: int
+
+    @property
+    def asked(self) -> int:
+        return sum(product.flop for product in self.products)
+
+    @property
+    def executed(self) -> int:
+        return sum(launch.executed for launch in self.launches) or self.asked
+
+
+@dataclass(frozen=True)
+class Call:
+    """Stacks that go through the same stages together."""
+
+    form: str  # gram, standard, small or plain
+    restarts: tuple[int, ...]
+    dtype: str  # of the products
+    stacks: tuple[Stack, ...]
+    why: tuple[str, ...]  # this form, for each stack
+    stages: tuple[Stage, ...]
+    no_launches: str | None  # why none are shown
+    working_set_bytes: int  # X, its second buffer, squares and workspace
+    matrix_bytes: tuple[int, ...]  # of it, for one matrix of each stack
+
+
+@dataclass(frozen=True)
+class Plan:
+    preset: str
+    multiprocessors: int
+    l2_bytes: int
+    calls: tuple[Call, ...]
+
+    def json(self) -> dict[str, Any]:
+        """As plain data, with the sums."""
+        return {**dataclasses.asdict(self), "totals": self.totals()}
+
+    def totals(self) -> dict[str, Any]:
+        """FLOP asked, executed and of the reference, launches, clocks and efficiency where every launch is known."""
+        stages = [stage for call in self.calls for stage in call.stages]
+        reference = sum(stack.reference_flop for call in self.calls for stack in call.stacks)
+        known = all(call.no_launches is None for call in self.calls)
+        launches = [launch for stage in stages for launch in stage.launches]
+        clocks = sum(launch.clocks(self.multiprocessors) for launch in launches)
+        asked = sum(launch.asked for launch in launches)
+        return {
+            "asked_flop": sum(stage.asked for stage in stages),
+            "executed_flop": sum(stage.executed for stage in stages),
+            "reference_flop": reference,
+            "product_launches": len(launches) if known else None,
+            "product_clocks": clocks if known else None,
+            "efficiency": asked / (CLOCK_FLOP * self.multiprocessors * clocks) if known and clocks else None,
+        }
+
+
+def parse(text: str) -> Stack:
+    """A stack from "24x1024x4096", or one matrix from "1024x4096"."""
+    try:
+        *count, rows, columns = (int(part) for part in text.split("x"))
+        (matrices,) = count or [1]
+    except ValueError:
+        raise ValueError(f"shape {text!r} is not [COUNTx]ROWSxCOLUMNS, such as 24x1024x4096") from None
+    if min(matrices, rows, columns) < 1:
+        raise ValueError(f"shape {text!r} has a size below 1; count, rows and columns are at least 1")
+    return Stack(matrices, rows, columns)
+
+
+def plan(
+    stacks: Sequence[Stack],
+    preset: str = "auto",
+    *,
+    dtype: str | None = None,
+    multiprocessors: int = MULTIPROCESSORS,
+    l2_mb: float = L2_MB,
+) -> Plan:
+    """What `polar` does with these stacks on a device of compute capability 9.0.
+
+    dtype: the compute dtype, "float16" or "bfloat16", as `polar` takes it; by default what `polar` chooses.  ValueError
+    for an unknown preset or dtype, "svd" (which has no products), and sizes below 1.
+    """
+    if preset not in presets():
+        raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(presets())}")
+    if preset == "svd":
+        raise ValueError("preset 'svd' is a singular value decomposition; there is no list of products to plan")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not planned for; choose one of {', '.join(DTYPES)}")
+    if multiprocessors < 1 or not l2_mb > 0:
+        raise ValueError(f"multiprocessors and the L2 cache are positive, got {multiprocessors} and {l2_mb} MB")
+    work = DTYPES[dtype] if dtype else compute_dtype(preset, torch.float32, "cuda")
+    known = schedule(preset, None, None)
+    alike: dict[tuple[str, tuple[int, ...], str | None], list[tuple[Stack, str]]] = {}
+    for stack in stacks:
+        form, restarts, why = _form(stack, preset, known, work, free=dtype is None)
+        alike.setdefault((form, restarts, _no_launches(form, stack, known, restarts)), []).append((stack, why))
+    calls = [
+        _call(form, restarts, known, work, some, no_launches, multiprocessors)
+        for (form, restarts, no_launches), some in alike.items()
+    ]
+    return Plan(preset, multiprocessors, int(l2_mb * 2**20), tuple(calls))
+
+
+def _form(
+    stack: Stack, preset: str, known: Schedule, work: torch.dtype, *, free: bool
+) -> tuple[str, tuple[int, ...], str]:
+    """The form, the steps before which a new Gram product is taken, and why."""
+    every = tuple(range(1, known.steps))
+    if preset == PLAIN:
+        return "plain", every, "the preset is torch.optim.Muon's function, product for product"
+    small = _small_reason(stack, known, free)
+    if small is None:
+        return "small", (), f"short side {stack.short}: a block takes a matrix and keeps it in shared memory"
+    positions = default_restarts(known, "auto", stack.rows, stack.columns, work)
+    aspect = stack.long / stack.short
+    if stack.short < GRAM_SHORT_SIDE:
+        why = f"short side {stack.short} is below {GRAM_SHORT_SIDE}, and 16 bits do not bear the Gram form; {small}"
+    elif aspect < GRAM_ASPECT:
+        why = f"aspect {aspect:.2f} is below {GRAM_ASPECT}, where the Gram form saves nothing"
+    elif positions == every:
+        why = f"{work} does not bear the Gram form of this preset".replace("torch.", "")
+    else:
+        return "gram", positions, f"aspect {aspect:.2f} is at least {GRAM_ASPECT}"
+    return "standard", positions, why
+
+
+def _small_reason(stack: Stack, known: Schedule, free: bool) -> str | None:
+    """Why the small matrices' kernel does not take the stack; None where it does."""
+    if backend.extension is None:
+        return f"no kernel for small matrices: {backend.extension_reason}"
+    most: int = backend.extension.small_polar_rows(CAPABILITY)
+    if stack.short > most:
+        return f"the kernel for small matrices takes a short side up to {most}"
+    if not free:
+        return "the kernel for small matrices chooses its own dtype"
+    refusal: str | None = backend.extension.small_polar_refusal(known.tables, known.slacks)
+    return refusal
+
+
+def _no_launches(form: str, stack: Stack, known: Schedule, restarts: tuple[int, ...]) -> str | None:
+    if form == "plain":
+        return "the products are torch's own"
+    if form == "small":
+        return None
+    if stack.rows % MULTIPLE or stack.columns % MULTIPLE:
+        return f"a side is no multiple of {MULTIPLE}: products one by one, in Triton"
+    if too_many(chain(known, restarts).constants):
+        return "the schedule has too many numbers: products one by one, in Triton"
+    if backend.extension is None:
+        return backend.extension_reason
+    if not hasattr(backend.extension, "symm_gemm_plan"):
+        return "the compiled part is older than these sources; run `pip install --no-build-isolation .` again"
+    return None
+
+
+def _call(
+    form: str,
+    restarts: tuple[int, ...],
+    known: Schedule,
+    work: torch.dtype,
+    some: list[tuple[Stack, str]],
+    no_launches: str | None,
+    multiprocessors: int,
+) -> Call:
+    stacks = tuple(stack for stack, _ in some)
+    nodes = _plain_nodes(known) if form == "plain" else (Gram("gram", "x"), *chain(known, restarts).nodes)
+    launched = no_launches is None and form != "small"
+    stages = [_stage(node, stacks, form == "plain", multiprocessors if launched else None) for node in nodes]
+    if form != "plain":
+        stages.insert(1, Stage("numbers", "the norm bound, and with it the numbers n of every matrix", (), (), 0))
+    # The small kernel keeps squares to itself, and needs no second buffer but the result.
+    squares = 0 if form == "small" else len({node.out for node in nodes} - {"x", "y"})
+    each = tuple(work.itemsize * (2 * s.rows * s.columns + squares * s.short**2) for s in stacks)
+    held = sum(stack.matrices * size for stack, size in zip(stacks, each)) + max(s.workspace_bytes for s in stages)
+    name = "16 bits, high and low" if form == "small" else str(work).removeprefix("torch.")
+    return Call(form, restarts, name, stacks, tuple(why for _, why in some), tuple(stages), no_launches, held, each)
+
+
+def _plain_nodes(known: Schedule) -> tuple[Node, ...]:
+    nodes: list[Node] = []
+    for (a, b, c), (x, y) in zip(known.tables[0], (("x", "y"), ("y", "x")) * known.steps):
+        nodes += [Gram("gram", x), Product("z", "gram", "gram", "gram", c, b), Apply(y, "z", x, 1.0, a)]
+    return tuple(nodes)
+
+
+def _stage(node: Node, stacks: tuple[Stack, ...], full: bool, multiprocessors: int | None) -> Stage:
+    """multiprocessors: None where launches are not known."""
+    products = () if isinstance(node, Sum) else tuple(multiplication(node, stack, full=full) for stack in stacks)
+    kind = type(node).__name__.lower()
+    if multiprocessors is None or not products:
+        return Stage(kind, _formula(node), products, (), 0)
+    assert backend.extension is not None
+    found = backend.extension.symm_gemm_plan([dataclasses.astuple(product) for product in products], multiprocessors)
+    launches = tuple(_launch(launch, products) for launch in found["launches"])
+    return Stage(kind, _formula(node), products, launches, found["workspace_bytes"])
+
+
+def multiplication(node: Node, stack: Stack, *, full: bool = False) -> Multiplication:
+    """What a node multiplies, as csrc/polar/chain.cpp has it; ``full`` takes symmetric products as any others."""
+    tall = stack.rows > stack.columns
+    if isinstance(node, Apply):
+        sizes = (stack.rows, stack.columns, stack.short)
+        return Multiplication(stack.matrices, *sizes, "kk" if tall else "kmn", False)
+    k = stack.long if isinstance(node, Gram) else stack.short
+    majors = "mnmn" if tall and isinstance(node, Gram) else "kk"
+    return Multiplication(stack.matrices, stack.short, stack.short, k, majors, not full)
+
+
+def _launch(found: dict[str, Any], products: Sequence[Multiplication]) -> Launch:
+    _, side, depth = found["tile"]
+    own = [(products[problem["index"]], problem) for problem in found["problems"]]
+    executed = sum(p.batch * each["tiles"] * 2 * side * side * each["k_tiles"] * depth for p, each in own)
+    names = ("majors", "tile", "cluster", "clusters", "tiles", "whole", "steps", "waves", "efficiency")
+    return Launch(**{name: found[name] for name in names}, asked=sum(p.flop for p, _ in own), executed=executed)
+
+
+def _formula(node: Node) -> str:
+    def times(number: Number) -> str:
+        if isinstance(number, Column):
+            return f"n{number.index} "
+        return "" if number == 1 else f"{number:.4g} "
+
+    if isinstance(node, Gram):
+        return f"{node.out} = {node.x} {node.x}^T"
+    if isinstance(node, Product):
+        right = f" + {times(node.beta)}{node.c}" if node.beta != 0 else ""
+        return f"{node.out} = {times(node.alpha)}{node.a} {node.b}{right}"
+    if isinstance(node, Apply):
+        right = f" + {times(node.beta)}{node.x}" if node.beta != 0 else ""
+        return f"{node.out} = {times(node.alpha)}{node.q} {node.x}{right}"
+    right = f" + {times(node.beta)}{node.c}" if node.beta != 0 else ""
+    return f"{node.out} = {times(node.alpha)}{node.a}{right}" + (f" + {node.gamma:.4g} I" if node.gamma else "")
+
+
+def describe(plan: Plan) -> str:
+    """A plan as text for a person."""
+    lines = [f"polar preset {plan.preset!r} on {plan.multiprocessors} multiprocessors of compute capability 9.0"]
+    info = backend.extension.build_info() if backend.extension is not None else {"hopper": True}
+    if not info["hopper"]:
+        lines.append("This build has no kernels for Hopper; the launches are those of a build that has them.")
+    for call in plan.calls:
+        lines += ["", *_describe_call(call, plan)]
+    totals = plan.totals()
+    asked, reference = totals["asked_flop"], totals["reference_flop"]
+    lines += [
+        "",
+        f"in all       {_flop(asked)} asked, {_flop(totals['executed_flop'])} executed",
+        f"reference    {_flop(reference)} by torch.optim.Muon's full products, {reference / asked:.2f} times as much",
+    ]
+    if totals["efficiency"] is not None:
+        lines.append(
+            f"model        {totals['product_launches']} launches of products, {totals['product_clocks'] / 1e3:.0f} "
+            f"thousand clocks, efficiency {totals['efficiency']:.2f} (not measured)"
+        )
+    return "\n".join(lines)
+
+
+NAMES = {
+    "gram": "Gram form",
+    "standard": "standard form",
+    "small": "small matrices' kernel, one launch",
+    "plain": "full products as torch.optim.Muon has them",
+}
+
+
+def _describe_call(call: Call, plan: Plan) -> list[str]:
+    fresh = f", a new Gram product before step {', '.join(map(str, _from_one(call)))}" if call.form == "gram" else ""
+    if call.form == "gram" and not call.restarts:
+        fresh = ", one Gram product"
+    lines = [f"{NAMES[call.form]}, {call.dtype}{fresh}"]
+    lines += [f"  {stack!s:<18} {why}" for stack, why in zip(call.stacks, call.why)]
+    seen: dict[tuple[Multiplication, ...], int] = {}
+    for number, stage in enumerate(call.stages, start=1):
+        known = f"   as {seen[stage.products]}" if stage.products in seen else ""
+        lines.append(f"{number:3} {stage.kind:<8} {stage.formula}{known}")
+        if not stage.products or known:
+            continue
+        seen[stage.products] = number
+        for stack, product in zip(call.stacks, stage.products):
+            half = ", lower triangle" if product.symmetric else ""
+            sizes = f"m {product.m} n {product.n} k {product.k}"
+            lines.append(f"      {stack!s:<18} {sizes:<26} {_flop(product.flop)}{half}")
+        lines += [f"      -> {_describe_launch(launch, plan.multiprocessors)}" for launch in stage.launches]
+        if stage.workspace_bytes:
+            lines.append(f"         workspace {stage.workspace_bytes / 2**20:.1f} MB")
+    if call.no_launches:
+        lines.append(f"    launches are not shown: {call.no_launches}")
+    held = call.working_set_bytes
+    fits = "fits" if held <= plan.l2_bytes else "does not fit"
+    lines.append(f"    working set {held / 2**20:.1f} MB, {fits} an L2 cache of {plan.l2_bytes / 2**20:.0f} MB")
+    for stack, size in zip(call.stacks, call.matrix_bytes):
+        if held > plan.l2_bytes:
+            lines.append(f"      {stack!s:<18} {size / 2**20:.1f} MB a matrix, {plan.l2_bytes // size} at once fit")
+    return lines
+
+
+def _from_one(call: Call) -> list[int]:
+    return [position + 1 for position in call.restarts]
+
+
+def _describe_launch(launch: Launch, multiprocessors: int) -> str:
+    rows, columns, depth = launch.tile
+    streamed = f", {launch.tiles - launch.whole} streamed in {launch.steps} steps" if launch.steps else ""
+    return (
+        f"{launch.majors} tile {rows}x{columns}x{depth}, {launch.clusters} clusters of {launch.cluster}, "
+        f"{launch.tiles} tiles in {launch.waves:.2f} waves: {launch.whole} whole{streamed}; "
+        f"{_flop(launch.executed)} executed, efficiency {launch.efficiency:.2f}, "
+        f"{launch.clocks(multiprocessors) / 1e3:.0f} thousand clocks"
+    )
+
+
+def _flop(value: float) -> str:
+    for size, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e6:.3g} MFLOP"

@@ -1,0 +1,175 @@
+"""`steepest plan` says what a polar call does; `steepest doctor` what is compiled in (more of it in test_build.py)."""
+
+from __future__ import annotations
+
+import json
+import types
+from typing import Any
+
+import pytest
+
+from steepest import cli, planner
+from steepest.linalg.chain import Apply, Gram, Product
+from steepest.ops import backend
+from steepest.planner import Plan, Stack
+
+NO_LAUNCHES = planner._no_launches("gram", Stack(1, 256, 512), planner.schedule("auto", None, None), (2,))
+needs_launches = pytest.mark.skipif(NO_LAUNCHES is not None, reason=f"{NO_LAUNCHES}")
+needs_extension = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
+
+
+def plan_of(*shapes: str, preset: str = "auto", **options: Any) -> Plan:
+    return planner.plan([planner.parse(shape) for shape in shapes], preset, **options)
+
+
+@pytest.mark.parametrize(
+    ("preset", "aspect", "half_products"),
+    # Gram form of T steps with r restarts: 4T - 3 + 3a + 3r(a - 1) halves of m^3 products, one more for a degree 9.
+    [("auto", 4, 14 + 12 + 9), ("auto", 2, 14 + 6 + 3), ("exact", 4, 17 + 12 + 9), ("turbo", 8, 10 + 24)]
+    # Standard form: T (3a + 1).
+    + [("auto", 1, 4 * 4 + 1), ("exact", 1, 5 * 4), ("turbo", 1, 3 * 4 + 1)],
+)
+def test_work(preset: str, aspect: int, half_products: int) -> None:
+    m = 1024
+    totals = plan_of(f"3x{m}x{aspect * m}", f"{aspect * m}x{m}", preset=preset).totals()
+    assert totals["asked_flop"] == pytest.approx(4 * half_products * m**3, rel=2 / m)
+    assert totals["reference_flop"] == 4 * 5 * (4 * aspect + 2) * m**3
+
+
+def test_the_reference_is_the_preset_that_is_torchs() -> None:
+    plan = plan_of("2x96x160", preset="jordan")
+    assert plan.totals()["asked_flop"] == plan.totals()["reference_flop"] == plan.totals()["executed_flop"]
+    assert [stage.kind for stage in plan.calls[0].stages] == ["gram", "product", "apply"] * 5
+    assert "torch's own" in planner.describe(plan)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "form", "restarts", "why"),
+    [
+        ("24x1024x4096", {}, "gram", (2,), "aspect 4.00 is at least 1.25"),
+        ("4096x1024", {"preset": "turbo"}, "gram", (), "aspect 4.00"),
+        ("4096x4096", {}, "standard", (1, 2, 3), "aspect 1.00 is below 1.25"),
+        ("512x2048", {"dtype": "bfloat16"}, "gram", (2, 3), "aspect 4.00"),
+        ("512x2048", {"dtype": "bfloat16", "preset": "exact"}, "standard", (1, 2, 3, 4), "bfloat16 does not bear"),
+        ("64x512", {"dtype": "float16"}, "standard", (1, 2, 3), "short side 64 is below 128"),
+        ("256x512", {"preset": "jordan"}, "plain", (1, 2, 3, 4), "torch.optim.Muon's function"),
+    ],
+)
+def test_forms(shape: str, options: dict[str, Any], form: str, restarts: tuple[int, ...], why: str) -> None:
+    (call,) = plan_of(shape, **options).calls
+    assert (call.form, call.restarts) == (form, restarts)
+    assert why in call.why[0]
+
+
+@needs_extension
+def test_stacks_that_take_the_same_chain_share_a_call() -> None:
+    plan = plan_of("126x64x256", "2x512x2048", "2048x2048", "2048x512", "96x96", "512x2044")
+    assert [(call.form, [str(stack) for stack in call.stacks]) for call in plan.calls] == [
+        ("small", ["126x64x256", "1x96x96"]),
+        ("gram", ["2x512x2048", "1x2048x512"]),
+        ("standard", ["1x2048x2048"]),
+        ("gram", ["1x512x2044"]),
+    ]
+    assert plan.calls[3].no_launches == "a side is no multiple of 8: products one by one, in Triton"
+    assert plan.totals()["efficiency"] is None
+
+
+@needs_launches
+@pytest.mark.parametrize("shape", [(3, 512, 2048), (2, 2048, 512), (1, 256, 256)])
+@pytest.mark.parametrize("node", [Gram("gram", "x"), Product("z", "z", "t", "t", 1.0, 0.0), Apply("y", "q", "x", 1, 0)])
+def test_products_are_those_of_the_compiled_chain(node: Gram | Product | Apply, shape: tuple[int, int, int]) -> None:
+    found = planner.multiplication(node, Stack(*shape))
+    assert backend.extension is not None
+    product = backend.extension.chain_product(type(node).__name__.lower(), *shape)
+    assert product == (found.batch, found.m, found.n, found.k, found.majors, found.symmetric)
+
+
+@needs_launches
+def test_launches() -> None:
+    """One matrix of 4096: 136 cluster tiles of 256 in the lower triangle, on 66 clusters of two blocks."""
+    (call,) = plan_of("4096x4096").calls
+    (gram,) = call.stages[0].launches
+    assert (gram.majors, gram.tile, gram.cluster, gram.clusters, gram.tiles) == ("kk", (128, 256, 64), 2, 66, 136)
+    assert gram.executed == 136 * 256 * 256 * 4096 * 2
+    assert gram.waves == 136 / 66
+    assert gram.whole + gram.steps // (4096 // 64) == 136
+    assert 0.5 < gram.efficiency < gram.asked / gram.executed
+    assert call.stages[0].workspace_bytes >= 66 * 2 * 2 * 128 * 256 * 4
+    for stage in call.stages:
+        assert sum(launch.asked for launch in stage.launches) == stage.asked <= stage.executed
+
+
+@needs_launches
+def test_a_stage_is_a_launch_for_each_way_that_factors_lie() -> None:
+    (call,) = plan_of("2x512x2048", "2048x512", "4x512x1024").calls
+    assert [sorted(launch.majors for launch in stage.launches) for stage in call.stages[:3]] == [
+        ["kk", "mnmn"],
+        [],
+        ["kk"],
+    ]
+
+
+def test_memory() -> None:
+    """X, its second buffer, gram, z, t, q and p, in 16 bits; the workspace of streamed tiles comes on top."""
+    (call,) = plan_of("24x1024x4096").calls
+    assert call.matrix_bytes == (2 * (2 * 1024 * 4096 + 5 * 1024**2),)
+    assert call.working_set_bytes == 24 * call.matrix_bytes[0] + max(stage.workspace_bytes for stage in call.stages)
+    assert "does not fit an L2 cache of 50 MB\n      24x1024x4096       26.0 MB a matrix, 1 at once fit" in (
+        planner.describe(plan_of("24x1024x4096"))
+    )
+    assert ", fits an L2 cache of 2000 MB" in planner.describe(plan_of("24x1024x4096", l2_mb=2000))
+
+
+@pytest.mark.parametrize("why", ["there is none", None])
+def test_without_the_compiled_part(monkeypatch: pytest.MonkeyPatch, why: str | None) -> None:
+    """Absent, or of a version before the plan."""
+    old = types.SimpleNamespace(small_polar_rows=lambda _: 128, build_info=lambda: {"hopper": False})
+    monkeypatch.setattr(backend, "extension", None if why else old)
+    monkeypatch.setattr(backend, "extension_reason", why)
+    plan = plan_of("2x512x2048")
+    text = planner.describe(plan)
+    assert f"launches are not shown: {why or 'the compiled part is older than these sources; run `pip'}" in text
+    assert "gram = x x^T" in text
+    assert "->" not in text
+    assert plan.totals()["executed_flop"] == plan.totals()["asked_flop"] > 0
+    assert plan.totals()["efficiency"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "24x1024"], None),
+        (["--shape", "24"], "shape '24' is not [COUNTx]ROWSxCOLUMNS"),
+        (["--shape", "2x3xx4"], "shape '2x3xx4' is not"),
+        (["--shape", "1x2x3x4"], "shape '1x2x3x4' is not"),
+        (["--shape", "4x64x0"], "shape '4x64x0' has a size below 1"),
+        (["--shape", "64x-64"], "shape '64x-64' has a size below 1"),
+        (["--shape", "64x64", "--preset", "fast"], "preset 'fast' is not known; choose one of jordan, exact"),
+        (["--shape", "64x64", "--preset", "svd"], "preset 'svd' is a singular value decomposition"),
+        (["--shape", "64x64", "--dtype", "fp8"], "dtype 'fp8' is not planned for; choose one of float16, bfloat16"),
+        (["--shape", "64x64", "--multiprocessors", "0"], "multiprocessors and the L2 cache are positive, got 0"),
+        (["--shape", "64x64", "--l2", "nan"], "are positive, got 132 and nan MB"),
+    ],
+)
+def test_arguments(arguments: list[str], message: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    if message is None:
+        assert cli.main(["plan", *arguments]) == 0
+        assert arguments[1] in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ["2x512x2048", "512x512"]
+    assert cli.main(["plan", "--json", *[part for shape in shapes for part in ("--shape", shape)]]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(plan_of(*shapes).json()))
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+def test_doctor_says_whether_the_products_for_hopper_are_there(hopper: bool) -> None:
+    info = {"version": "1", "commit": None, "torch": "2", "cuda": None, "compiler": "c++", "hopper": hopper}
+    text = cli.describe({**cli.diagnose(), "compiled": info})
+    assert f"without CUDA, {'with' if hopper else 'without'} products for Hopper; torch 2 headers" in text
