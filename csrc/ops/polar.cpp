@@ -124,17 +124,22 @@ void run_chain(const std::vector<Node>& nodes, const Room& room, const Products&
 }
 
 #ifdef STEEPEST_HAS_HOPPER
-// Plans of all nodes first, so that one workspace serves them one after another.
+// Plans of all nodes first, so that one workspace serves them one after another; of a chain's lists three or so differ.
 void run_on_hopper(const std::vector<Node>& nodes, const Room& room, const Place& place, Dtype dtype, const Tensor& x) {
   const torch::stable::accelerator::DeviceGuard guard(place.index);
   void* stream = current_stream(place.index);
   const int multiprocessors = multiprocessors_of(place.index);
+  std::vector<std::vector<symm_gemm::Shape>> known;
   std::vector<symm_gemm::Plan> plans;
+  std::vector<size_t> plan_of;
   int64_t floats = 0, counters = 0;
   const auto plan = [&](const std::vector<symm_gemm::Problem>& some) {
     std::vector<symm_gemm::Shape> shapes;
     for (const symm_gemm::Problem& problem : some) shapes.push_back(problem.shape);
+    plan_of.push_back(std::find(known.begin(), known.end(), shapes) - known.begin());
+    if (plan_of.back() < known.size()) return;
     plans.push_back(make_plan(shapes, multiprocessors));
+    known.push_back(std::move(shapes));
     for (const std::string& reason : plans.back().reasons) STD_TORCH_CHECK(reason.empty(), "polar_chain: ", reason);
     floats = std::max(floats, plans.back().workspace_floats);
     counters = std::max(counters, plans.back().workspace_counters);
@@ -143,11 +148,11 @@ void run_on_hopper(const std::vector<Node>& nodes, const Room& room, const Place
   const Tensor partials = torch::stable::new_empty(x, {floats}, ScalarType::Float);
   const Tensor counts = torch::stable::new_zeros(x, {counters}, ScalarType::Int);
   const symm_gemm::Workspace workspace{pointer<float>(partials), pointer<uint32_t>(counts)};
-  auto next = plans.begin();
+  auto next = plan_of.begin();
   const auto type = dtype == Dtype::f16 ? symm_gemm::Dtype::f16 : symm_gemm::Dtype::bf16;
   run_chain(
       nodes, room,
-      [&](const std::vector<symm_gemm::Problem>& some) { run_on_sm90(*next++, some, type, workspace, stream); },
+      [&](const std::vector<symm_gemm::Problem>& some) { run_on_sm90(plans[*next++], some, type, workspace, stream); },
       [&](const NumbersParams& each) { numbers_on_device(each, stream); },
       [&](const Node& node, const Stack& stack) { sum_on_device(node, stack, dtype, stream); });
 }

@@ -23,6 +23,7 @@ enum class Majors : uint8_t { kk, mnmn, kmn };
 // A stack of matrices: `row` elements from one memory row to the next, `matrix` from one matrix to the next.
 struct Strides {
   int64_t row, matrix;
+  bool operator==(const Strides& other) const { return row == other.row && matrix == other.matrix; }
 };
 
 struct Shape {
@@ -31,6 +32,10 @@ struct Shape {
   bool symmetric;  // the caller's word; tiles above the diagonal are mirrored, and of C only the lower triangle is read
   Strides a, b, c, d;
   bool has_c;
+  bool operator==(const Shape& o) const {
+    return batch == o.batch && m == o.m && n == o.n && k == o.k && majors == o.majors && symmetric == o.symmetric &&
+           a == o.a && b == o.b && c == o.c && d == o.d && has_c == o.has_c;
+  }
 };
 
 // at[i * stride] for matrix i where `at` is not null, else `value`.

@@ -296,16 +296,16 @@ def workspace_bytes(m: int, n: int, dtype: torch.dtype) -> int:
 def _prescaled(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A new contiguous x in ``dtype``, times a power of two that brings its largest entry into [1/2, 1).
 
-    The factor is exact, so neither a Gram product nor a conversion over- or underflows and no digit is lost.  In fp16 a
-    second one brings the mean eigenvalue of X X^T to order 1, the largest to at most order m.  NaN if x is not finite.
+    The factor is exact, so neither a Gram product nor a conversion over- or underflows and no digit is lost.  In fp16
+    it brings the mean eigenvalue of X X^T into [1/4, 1) instead, the largest below m.  NaN if x is not finite.
     """
-    factor = _inverse_power_of_two(torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True)))
     if dtype != torch.float16:
-        return _scaled_copy(x, factor, dtype)
-    scaled = x * factor
-    wide = torch.promote_types(x.dtype, torch.float32)
-    root = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True, dtype=wide) / math.sqrt(min(x.shape[-2:]))
-    return _scaled_copy(scaled, _inverse_power_of_two(root), dtype)
+        largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+        return _scaled_copy(x, _inverse_power_of_two(largest), dtype)
+    if x.dtype == torch.float64:  # whose squares may leave its range
+        x = _prescaled(x, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    return _scaled_copy(x, _inverse_power_of_two(norm / math.sqrt(min(x.shape[-2:]))).float(), dtype)
 
 
 def _scaled_copy(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
