@@ -63,25 +63,20 @@ def gemm(
     a: (batch, m, k), b: (batch, k, n), c and out: (batch, m, n), all of one floating dtype.  Products accumulate in
     fp32 (fp64 for fp64) and round once.  ``out`` may be ``c``, not ``a`` or ``b``; no other argument is written, and
     without ``c`` what ``out`` held does not matter.  Of ``c`` only entries at and below the diagonal matter where
-    ``symmetric``.  Torch's products take plain numbers alone: an ``alpha`` per matrix goes into the smaller operand,
-    which rounds it once more, in a buffer of ``workspace``.
+    ``symmetric``.  Torch's products take plain numbers alone: where one is a tensor the product is rounded by itself,
+    and the sum of the two once more.
     """
     if _route(a, b) == "triton":
         from ..kernels.symm_gemm import product
 
         product(a, b, c, alpha, beta, 0.0, out, symmetric=symmetric)
         return out
-    if isinstance(alpha, Tensor):
-        held = workspace or Workspace()
-        if a.numel() < b.numel():
-            a = times(a, alpha, out=held.get("scaled", a.shape, a))
-        else:
-            b = times(b, alpha, out=held.get("scaled", b.shape, b))
-        alpha = 1.0
+    if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
+        product = out if c is None else (workspace or Workspace()).get("product", out.shape, out)
+        gemm(a, b, out=product, symmetric=symmetric, workspace=workspace)
+        return linear(product, c, alpha=alpha, beta=beta, out=out)
     if c is None:
         c, beta = out, 0.0
-    elif isinstance(beta, Tensor):
-        c, beta = times(c, beta, out=out), 1.0
     if not symmetric:
         if len(out) == 1:
             torch.addmm(c[0], a[0], b[0], beta=beta, alpha=alpha, out=out[0])
@@ -114,13 +109,18 @@ def _triton_takes(a: Tensor, b: Tensor) -> str | None:
 def linear(
     a: Tensor, c: Tensor | None = None, *, alpha: Number = 1.0, beta: Number = 1.0, gamma: float = 0.0, out: Tensor
 ) -> Tensor:
-    """``alpha a + beta c + gamma I``, into ``out``, which is returned.   a, c, out: (batch, m, n); out may be a."""
-    times(a, alpha, out=out)
+    """``alpha a + beta c + gamma I``, into ``out``, which is returned.   a, c, out: (batch, m, n); out may be a.
+
+    Summed in fp32 (fp64 for fp64) and rounded once.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    held = out if out.dtype == wide and out is not c else torch.empty(out.shape, dtype=wide, device=out.device)
+    times(a, alpha, out=held)
     if c is not None:
-        out.addcmul_(c, _wide(beta, c)) if isinstance(beta, Tensor) else out.add_(c, alpha=beta)
+        held.addcmul_(c, _wide(beta, c)) if isinstance(beta, Tensor) else held.add_(c, alpha=beta)
     if gamma:
-        out.diagonal(dim1=-2, dim2=-1).add_(gamma)
-    return out
+        held.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return out if held is out else out.copy_(held)
 
 
 def times(matrix: Tensor, factor: Number, *, out: Tensor) -> Tensor:
