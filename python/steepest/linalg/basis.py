@@ -1,0 +1,495 @@
+"""The eigenbasis of a slowly changing symmetric matrix: refreshed from the last one, almost entirely by products.
+
+P is an exponential average and Q the eigenbasis of an earlier one, so B = Q^T P Q is nearly diagonal, d = diag B.  One
+*simultaneous Jacobi rotation* moves every column at once, by a skew-symmetric generator X:
+
+    X_ij = B_ij (d_j - d_i) / ((d_j - d_i)^2 + eta^2 (d_i + f)(d_j + f)),    f = 8 eps max d
+    Q' = polar(Q + Q X),   Newton-Schulz steps  Y <- Y - Y (Y^T Y - I) / 2,   (I + X)^T (I + X) = I - X^2
+
+The Lorentz factor leaves alone what is not resolved: pairs of nearly equal values.  eta is the smallest of .025 2^k for
+which no row of X is longer than 1/2.  Columns keep their slot and sign, so whatever else lives in the basis stays
+aligned, without a permutation or a sort.
+
+What matters to a preconditioner is the *whitening error* of a basis, that of diag(B)^-1/2 B diag(B)^-1/2 = I, in which
+small eigenvalues count as much as large ones.  A refresh is accepted only where it does not raise it.
+
+Orthogonalising P Q by its polar factor, by Newton-Schulz or otherwise, is not offered and would be wrong: for positive
+definite P, polar(P Q) = P Q (Q^T P^2 Q)^-1/2 = Q, no progress at all.  Orthogonal iteration needs a triangular factor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Method = Literal["auto", "jr", "qr", "eigh"]
+
+# Bits of a status.
+ACCEPTED = 1  # the basis returned is a new one; otherwise it is the one that came in
+FELL_BACK = 2  # "auto": the Jacobi rotation alone was not enough, and a later stage was tried
+LARGE_ROTATION = 4  # the Jacobi rotation had to be held back, or left Q less orthonormal than promised
+WANTS_EXACT = 8  # no stage got hold of the basis: refresh this matrix with method="eigh" when convenient
+NOT_FINITE = 16  # P has an entry that is not finite: the basis stays, its values are 0
+NOT_ORTHONORMAL = 32  # Q was not finite, or ||Q^T Q - I||_F > .01 sqrt n: the identity took its place
+NOT_SYMMETRIC = 64  # |P - P^T| > 1e-3 max |P| somewhere: the symmetric part was taken
+
+# What ||Q^T Q - I||_F / sqrt n a new basis may have, by dtype, and the Newton-Schulz steps that lead there.
+ORTHONORMAL = {torch.float32: 1e-5, torch.float64: 1e-11}
+STEPS = {torch.float32: 4, torch.float64: 5}
+POWER_STEPS = 6
+# Relative error of a product in `_fast`: that of TF32 operands, which fp32 may be rounded to.
+FAST_EPS = {torch.float32: 2.0**-10, torch.float64: 2.0**-52}
+ORTHONORMAL_ON_ENTRY = 1e-2
+SYMMETRIC = 1e-3
+
+SMALLEST_ETA, ETAS = 0.025, 11
+LONGEST_ROW = 0.5
+# Beyond this eta a rotation is held back so much that orthogonal iteration or an exact solver goes further.
+LARGEST_ETA = 0.4
+# A stage has done its work where it left a whitening error of at most TRACKED and lowered it by the factor PROGRESS, or
+# found one so small that there was nothing to do.
+TRACKED = 0.1
+PROGRESS = 0.95
+SETTLED = 1e-2
+SHIFTED_PASSES, PASSES = 3, 5
+
+
+class Refreshed(NamedTuple):
+    """A basis (..., n, n), its values (..., n), the status (...) and the order (..., n) of `eigh_refresh`."""
+
+    basis: Tensor
+    values: Tensor
+    status: Tensor
+    order: Tensor
+
+
+@torch.no_grad()
+def eigh_refresh(
+    P: Tensor,
+    Q: Tensor,
+    *,
+    method: Method = "auto",
+    sweeps: int = 1,
+    exact: bool | None = None,
+    check: bool = False,
+) -> Refreshed:
+    """A better eigenbasis Q' of P than Q, and its values d' = diag(Q'^T P Q').
+
+    P: (..., n, n) symmetric positive semidefinite, fp32 or fp64.  Q: of P's shape and dtype, orthonormal.  Neither is
+    changed.  Deterministic; a matrix's result does not depend on its batch but by the rounding of batched products.
+
+        method  basis                                                  columns                       reads the device
+        jr      ``sweeps`` simultaneous Jacobi rotations               keep slot and sign            never
+        qr      orthogonal iteration, QR of P Q sorted, R_ii >= 0      sorted by diag(Q^T P Q)       never
+        eigh    exact (in fp64 on a CPU)                               values descend                yes
+        auto    jr, else qr and jr, else eigh, for each matrix apart   keep slot (and sign)          with ``exact``
+
+    "qr" is the refresh of SOAP's reference (N. Vyas et al., arXiv:2409.11321) up to the sign of columns.  "jr" at every
+    step has a third to two thirds of its whitening error.  It needs a basis that is near: after ten steps without a
+    refresh it may be too far and then does not catch up alone; "auto" does, and stays below "qr".  "eigh" in fp32, as
+    on a GPU, errs by eps max d in the smallest values; where that would raise the whitening error the old basis stays.
+
+    "auto" takes for each matrix the first stage that was not held back and left a whitening error of at most .1, less
+    than before.  ``exact`` says what happens to the rest.  True reads the flags, waiting for the device, and runs each
+    later stage, eigh the last, on the matrices that need it, placing the k-th largest value where the k-th largest was
+    and choosing signs by the old columns.  False reads nothing: the second stage runs for all matrices, the best
+    accepted basis is kept, and WANTS_EXACT asks for a later refresh by "eigh".  None is True on a CPU, where there is
+    no device to wait for.
+
+    Guaranteed for every matrix, whatever came in: without ACCEPTED, Q' is Q bit for bit, or the identity if Q was not
+    orthonormal; with it, ||Q'^T Q' - I||_F <= 1e-5 sqrt n (fp64: 1e-11), and the whitening error is no greater than
+    that of Q beyond rounding, except by "qr", which is the reference's step whether it helps or not.  The values are
+    diag(Q'^T P Q'), at least 0.  The scale of P does not matter; of P = 0 every basis is as good, so Q stays.
+
+    Returns:
+        basis and values, in P's dtype; status, (...) int32, a sum of the bits above; order, (..., n) int64: column i
+        of the new basis comes from column order[i] of the old one.  Second moments in the old basis are permuted by
+        it; it is the identity except for "qr" and "eigh", whose columns are sorted.
+
+    Raises:
+        TypeError: P is not fp32 or fp64, or Q is of another dtype or device.
+        ValueError: shapes that do not fit, an unknown method, sweeps < 1.  With ``check``, which reads the device: P
+            that is not finite or not symmetric, Q that is not orthonormal.
+    """
+    _check_arguments(P, Q, method, sweeps)
+    n = P.shape[-1]
+    if P.numel() == 0:
+        empty = torch.zeros(P.shape[:-2], dtype=torch.int32, device=P.device)
+        order = torch.arange(n, device=P.device).expand(P.shape[:-1])
+        return Refreshed(Q.clone(), P.new_zeros(P.shape[:-1]), empty, order.clone())
+    problem = _problem(P.reshape(-1, n, n), Q.reshape(-1, n, n))
+    if check:
+        _check_values(problem.status)
+    old, slots = problem.old, torch.arange(n, device=P.device).expand(len(problem.P), n)
+    order = slots
+    if method == "auto":
+        read = P.device.type == "cpu" if exact is None else exact
+        new, taken, bits = _cascade(problem.P, old, sweeps, read)
+    elif method == "jr":
+        found, small = _rotate(problem.P, old, sweeps)
+        new = _better(found, old)
+        taken = new.error < old.error
+        bits = _bits((~small, LARGE_ROTATION), (~(small & _progress(new, old)), WANTS_EXACT))
+    else:
+        found, order = _iterate(problem.P, old) if method == "qr" else _solve(problem.P, old)
+        taken = _orthonormal(found)
+        if method == "eigh":
+            # A basis as good as rounding lets it be is taken as well, so that its columns are sorted.
+            taken = taken & ((found.error <= old.error) | (found.error <= _rounding(old.B)))
+        new = _where(taken, found, old)
+        bits = _bits((~_orthonormal(found), WANTS_EXACT))
+    # P that is zero or not finite has come to this as zero, of which every basis is an eigenbasis: nothing was won.
+    nothing = problem.factor == 0
+    taken = taken & ~nothing
+    basis = torch.where(nothing[:, None, None], old.Q, new.Q)
+    order = torch.where(taken[:, None], order, slots)
+    values = torch.where(nothing[:, None], 0, _diagonal(new.B) / problem.factor[:, None])
+    status = torch.where(nothing, 0, bits | _bits((taken, ACCEPTED))) | problem.status
+    return Refreshed(
+        basis.reshape(P.shape), values.reshape(P.shape[:-1]), status.reshape(P.shape[:-2]), order.reshape(P.shape[:-1])
+    )
+
+
+def symmetrize(P: Tensor) -> Tensor:
+    """(P + P^T) / 2."""
+    return (P + P.mT) * 0.5
+
+
+@torch.no_grad()
+def orthonormality(Q: Tensor) -> Tensor:
+    """||Q^T Q - I||_F / sqrt n of every matrix.   Q: (..., n, n) -> (...)."""
+    return _frobenius(_minus_identity(_exact(Q.mT, Q)))
+
+
+@torch.no_grad()
+def off_diagonal(P: Tensor, Q: Tensor) -> Tensor:
+    """||B - diag B||_F / ||P||_F for B = Q^T P Q; 0 for P = 0.   P, Q: (..., n, n) -> (...)."""
+    factor = inverse_power_of_two(P)[..., None, None]
+    B = _exact(Q.mT, _exact(factor * P, Q))
+    norm = torch.linalg.matrix_norm(factor * P)
+    return torch.linalg.matrix_norm(_without_diagonal(B)) / torch.where(norm == 0, 1, norm)
+
+
+@torch.no_grad()
+def whitening_error(P: Tensor, Q: Tensor, *, floor_rel: float | None = None) -> Tensor:
+    """||D^-1/2 B D^-1/2 - I||_F / sqrt n off the diagonal, B = Q^T P Q and D = diag B.   P, Q: (..., n, n) -> (...).
+
+    It is how far from I the covariance of a gradient stays that was whitened in the basis Q.  D is not taken below
+    ``floor_rel`` max D, by default 8 eps; 0 for P = 0.
+    """
+    factor = inverse_power_of_two(P)[..., None, None]
+    return _whitening(symmetrize(_exact(Q.mT, _exact(factor * P, Q))), floor_rel)
+
+
+@torch.no_grad()
+def shifted_cholesky_qr(Y: Tensor) -> Tensor:
+    """The orthonormal factor of Y = Q R with R_ii > 0, without Householder reflections.   Y: (..., m, n), m >= n.
+
+    Five passes G = Y^T Y, R^T R = G + s I, Y <- Y R^-1 on normalised columns, s = 4 n eps in the first three and 0 in
+    the last two (shifted Cholesky QR, T. Fukaya et al., arXiv:1809.11085), and a Newton-Schulz step.  Equals
+    torch.linalg.qr up to signs for columns of any length as long as the normalised ones are not dependent to working
+    precision; of those that are it returns some orthonormal completion, as torch.linalg.qr does, or, where rounding
+    defeats it, something that is not finite or not orthonormal.  A zero column stays zero.  No host synchronisation.
+    """
+    shift = 4 * Y.shape[-1] * torch.finfo(Y.dtype).eps
+    length = torch.linalg.vector_norm(Y, dim=-2, keepdim=True)
+    Y = Y / torch.where(length == 0, 1, length)
+    for k in range(PASSES):
+        gram = _exact(Y.mT, Y)
+        if k < SHIFTED_PASSES:
+            gram.diagonal(dim1=-2, dim2=-1).add_(shift)
+        R = torch.linalg.cholesky_ex(gram, upper=True).L
+        Y = torch.linalg.solve_triangular(R, Y, upper=True, left=False)
+    return Y - 0.5 * _fast(Y, _minus_identity(_exact(Y.mT, Y)))
+
+
+def _exact(A: Tensor, B: Tensor) -> Tensor:
+    """A product whose rounding decides the result, Q^T P Q or a Gram matrix: fp32, or TF32 in three terms."""
+    return A @ B
+
+
+def _fast(A: Tensor, B: Tensor) -> Tensor:
+    """A product that corrects a basis by a little, whose rounding the next exact product sees: TF32 will do."""
+    return A @ B
+
+
+class _Basis(NamedTuple):
+    """A basis and what was measured on it, batch by batch."""
+
+    Q: Tensor
+    image: Tensor  # P Q
+    B: Tensor  # Q^T P Q
+    residual: Tensor  # ||Q^T Q - I||_F / sqrt n
+    error: Tensor  # the whitening error
+
+
+class _Problem(NamedTuple):
+    P: Tensor  # symmetric, finite, scaled by a power of two to entries of order 1
+    factor: Tensor  # that power of two; 0 where P is zero or not finite and counts as zero
+    old: _Basis
+    status: Tensor
+
+
+def _problem(P: Tensor, Q: Tensor) -> _Problem:
+    factor = inverse_power_of_two(P)
+    finite = factor.isfinite()
+    factor = torch.where(finite, factor, 0)
+    P = torch.where(finite[:, None, None], P, 0) * factor[:, None, None]
+    skew = (P - P.mT).abs().amax((-2, -1)) > SYMMETRIC * P.abs().amax((-2, -1))
+    P = symmetrize(P)
+    residual = orthonormality(Q)
+    orthonormal = residual <= ORTHONORMAL_ON_ENTRY
+    Q = torch.where(orthonormal[:, None, None], Q, torch.eye(P.shape[-1], dtype=P.dtype, device=P.device))
+    status = _bits((~finite, NOT_FINITE), (~orthonormal, NOT_ORTHONORMAL), (skew, NOT_SYMMETRIC))
+    return _Problem(P, factor, _measured(P, Q, torch.where(orthonormal, residual, 0)), status)
+
+
+def _measured(P: Tensor, Q: Tensor, residual: Tensor) -> _Basis:
+    image = _exact(P, Q)
+    B = symmetrize(_exact(Q.mT, image))
+    return _Basis(Q, image, B, residual, _whitening(B))
+
+
+def _rotate(P: Tensor, basis: _Basis, sweeps: int) -> tuple[_Basis, Tensor]:
+    """``sweeps`` simultaneous Jacobi rotations, and whether the last was small enough to be trusted."""
+    small = torch.ones_like(basis.error, dtype=torch.bool)
+    for _ in range(sweeps):
+        X, small = _generator(basis.B)
+        Q, residual = _orthonormalized(basis.Q + _fast(basis.Q, X))
+        basis = _measured(P, Q, residual)
+    return basis, small & _orthonormal(basis)
+
+
+def _generator(B: Tensor) -> tuple[Tensor, Tensor]:
+    """The X of the module's docstring, and whether its eta is at most LARGEST_ETA."""
+    d = _diagonal(B)
+    gap = d[:, None, :] - d[:, :, None]
+    shifted = d + 8 * torch.finfo(B.dtype).eps * d.amax(-1, keepdim=True)
+    width = shifted[:, :, None] * shifted[:, None, :]
+    turn, gap = B * gap, gap * gap
+    etas = [SMALLEST_ETA * 2.0**k for k in range(ETAS)]
+    rows = [torch.linalg.vector_norm(_filtered(turn, gap, width, eta), dim=-1).amax(-1) for eta in etas]
+    longest = torch.stack(rows, dim=-1)
+    # The last eta is taken where none will do; then X is shortened.
+    fits = longest <= LONGEST_ROW
+    fits[:, -1] = True
+    chosen = fits.int().argmax(-1, keepdim=True)
+    eta = torch.ldexp(torch.full_like(longest[:, :1], SMALLEST_ETA), chosen)
+    X = _filtered(turn, gap, width, eta[:, :, None])
+    length = longest.gather(-1, chosen)
+    X = X * (LONGEST_ROW / torch.where(length > LONGEST_ROW, length, LONGEST_ROW))[:, :, None]
+    return X, eta[:, 0] <= LARGEST_ETA
+
+
+def _filtered(turn: Tensor, square: Tensor, width: Tensor, eta: float | Tensor) -> Tensor:
+    denominator = square + eta * eta * width
+    return turn / torch.where(denominator == 0, 1, denominator)
+
+
+def _orthonormalized(Y: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton-Schulz steps on Y = Q (I + X), and a bound on the residual ||Y^T Y - I||_F / sqrt n of the result.
+
+    The eigenvalues of Y^T Y lie in [1, 1 + m], so Y is first divided by sqrt(1 + m / 2), which brings E = Y^T Y - I
+    from [0, m] to +-m / (2 + m).  A step turns E into (E^3 - 3 E^2) / 4 up to rounding, of Frobenius norm at most
+    (3 + ||E||_F) ||E||_F^2 / 4.  So the last E is not formed: its bound comes from the one before.
+    """
+    n = Y.shape[-1]
+    E = _minus_identity(_exact(Y.mT, Y))
+    shrink = 1 / (1 + 0.5 * _largest_eigenvalue(E))[:, None, None]
+    Y, E = Y * shrink.sqrt(), _minus_identity(E * shrink, 1 - shrink)
+    for _ in range(STEPS[Y.dtype] - 1):
+        Y = Y - 0.5 * _fast(Y, E)
+        E = _minus_identity(_exact(Y.mT, Y))
+    residual = _frobenius(E)
+    norm = math.sqrt(n) * residual
+    bound = norm * residual * (3 + norm) / 4 + FAST_EPS[Y.dtype] * residual
+    return Y - 0.5 * _fast(Y, E), bound + 4 * torch.finfo(Y.dtype).eps
+
+
+def _largest_eigenvalue(E: Tensor) -> Tensor:
+    """||E||_2, a little underestimated, by power iteration from the column with the largest diagonal entry."""
+    column = E.diagonal(dim1=-2, dim2=-1).argmax(-1)[:, None, None].expand(-1, E.shape[-1], 1)
+    v = E.gather(-1, column)
+    for _ in range(POWER_STEPS):
+        length = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+        v = E @ (v / torch.where(length == 0, 1, length))
+    return torch.linalg.vector_norm(v, dim=(-2, -1))
+
+
+def _iterate(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
+    """One step of orthogonal iteration on sorted columns; those that P sends to zero stay, as far as they can."""
+    order = _descending(old)
+    image = _columns(old.image, order)
+    gone = (image == 0).all(-2, keepdim=True)
+    Q = _orthonormal_factor(torch.where(gone, _columns(old.Q, order), image))
+    return _measured(P, Q, orthonormality(Q)), order
+
+
+def _solve(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
+    """The exact eigenbasis, values descending, signs nearest to the columns that had the same rank."""
+    order = _descending(old)
+    # fp64 takes LAPACK twice as long and leaves no error of eps max d in the small eigenvalues.
+    wide = P.double() if P.device.type == "cpu" else P
+    try:
+        Q = torch.linalg.eigh(wide).eigenvectors
+    except torch.linalg.LinAlgError:
+        Q = torch.full_like(P, torch.nan)
+    Q = Q.flip(-1).to(P.dtype)
+    along = (Q * _columns(old.Q, order)).sum(-2, keepdim=True)
+    Q = torch.where(along < 0, -Q, Q)
+    return _measured(P, Q, orthonormality(Q)), order
+
+
+def _orthonormal_factor(Y: Tensor) -> Tensor:
+    """Q of Y = Q R with R_ii >= 0, by LAPACK's reflections on a CPU, where they are four times as fast."""
+    if Y.device.type != "cpu":
+        return shifted_cholesky_qr(Y)
+    Q, R = torch.linalg.qr(Y)
+    return torch.where(R.diagonal(dim1=-2, dim2=-1)[:, None, :] < 0, -Q, Q)
+
+
+def _cascade(P: Tensor, old: _Basis, sweeps: int, read: bool) -> tuple[_Basis, Tensor, Tensor]:
+    """The method "auto": the new bases, which are new, and the other bits of their status but those of the input."""
+    found, small = _rotate(P, old, sweeps)
+    new = _better(found, old)
+    done = first = small & _progress(new, old)
+    if not read:
+        second, done_again = _iterate_and_rotate(P, old, new, sweeps)
+        new, done = _where(done, new, second), done | done_again
+    else:
+        for stage in (_iterate_and_rotate, _solve_in_place):
+            left = (~done).nonzero()[:, 0]
+            if len(left) == 0:
+                break
+            part, ended = stage(P[left], _rows(old, left), _rows(new, left), sweeps)
+            new = _Basis(*(whole.index_copy(0, left, some) for whole, some in zip(new, part)))
+            done = done.index_copy(0, left, ended)
+    bits = _bits((~first, FELL_BACK), (~small, LARGE_ROTATION), (~done, WANTS_EXACT))
+    return new, new.error < old.error, bits
+
+
+def _iterate_and_rotate(P: Tensor, old: _Basis, best: _Basis, sweeps: int) -> tuple[_Basis, Tensor]:
+    """Second stage: one orthogonal iteration, its columns back in their slots, then Jacobi."""
+    iterated, order = _iterate(P, old)
+    found, small = _rotate(P, _measured(P, _in_slots(iterated.Q, order), iterated.residual), sweeps)
+    new = _better(found, best)
+    return new, small & (found.error < best.error) & _progress(new, old)
+
+
+def _solve_in_place(P: Tensor, old: _Basis, best: _Basis, sweeps: int) -> tuple[_Basis, Tensor]:
+    """Last stage: the exact solver, its columns where the values of the same rank were."""
+    solved, order = _solve(P, old)
+    found = _measured(P, _in_slots(solved.Q, order), solved.residual)
+    return _better(found, best), _orthonormal(found)
+
+
+def _orthonormal(basis: _Basis) -> Tensor:
+    """False for what is not finite."""
+    return basis.error.isfinite() & (basis.residual <= ORTHONORMAL[basis.Q.dtype])
+
+
+def _better(new: _Basis, old: _Basis) -> _Basis:
+    return _where(_orthonormal(new) & (new.error < old.error), new, old)
+
+
+def _progress(new: _Basis, old: _Basis) -> Tensor:
+    lowered = (new.error <= TRACKED) & (new.error <= PROGRESS * old.error)
+    return lowered | (old.error <= SETTLED) | (old.error <= _rounding(old.B))
+
+
+def _rounding(B: Tensor) -> Tensor:
+    """A whitening error that rounding alone can make: of entries eps max d / 32, three times what was seen."""
+    d = _floored(_diagonal(B), 8 * torch.finfo(B.dtype).eps)
+    top = d.amax(-1, keepdim=True)
+    return torch.finfo(B.dtype).eps / 32 * (top / torch.where(d == 0, 1, d)).sum(-1) / math.sqrt(d.shape[-1])
+
+
+def _where(condition: Tensor, new: _Basis, old: _Basis) -> _Basis:
+    pairs = zip(new, old, strict=True)
+    return _Basis(*(torch.where(condition.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+
+
+def _rows(basis: _Basis, index: Tensor) -> _Basis:
+    return _Basis(*(x[index] for x in basis))
+
+
+def _columns(Q: Tensor, order: Tensor) -> Tensor:
+    return Q.gather(-1, order[:, None, :].expand_as(Q))
+
+
+def _in_slots(Q: Tensor, order: Tensor) -> Tensor:
+    return torch.empty_like(Q).scatter_(-1, order[:, None, :].expand_as(Q), Q)
+
+
+def _diagonal(B: Tensor) -> Tensor:
+    return B.diagonal(dim1=-2, dim2=-1).clamp_min(0)
+
+
+def _floored(d: Tensor, floor_rel: float) -> Tensor:
+    return torch.maximum(d, floor_rel * d.amax(-1, keepdim=True))
+
+
+def _descending(basis: _Basis) -> Tensor:
+    return _diagonal(basis.B).argsort(dim=-1, descending=True, stable=True)
+
+
+def _without_diagonal(B: Tensor) -> Tensor:
+    eye = torch.eye(B.shape[-1], dtype=torch.bool, device=B.device)
+    return torch.where(eye, 0, B)
+
+
+def _minus_identity(gram: Tensor, times: Tensor | float = 1) -> Tensor:
+    return gram - times * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _frobenius(E: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(E, dim=(-2, -1)) / math.sqrt(E.shape[-1])
+
+
+def _whitening(B: Tensor, floor_rel: float | None = None) -> Tensor:
+    d = _floored(_diagonal(B), 8 * torch.finfo(B.dtype).eps if floor_rel is None else floor_rel)
+    scale = torch.where(d == 0, 0, d.rsqrt())
+    return _frobenius(_without_diagonal(B) * scale[..., :, None] * scale[..., None, :])
+
+
+def inverse_power_of_two(P: Tensor) -> Tensor:
+    """2^-k for the k with max |P| in [2^(k-1), 2^k); 0 for P = 0, NaN for what is not finite."""
+    largest = P.abs().amax((-2, -1))
+    _, exponent = torch.frexp(largest)
+    reach = 126 if P.dtype == torch.float32 else 1022
+    factor = torch.ldexp(torch.ones_like(largest), -exponent.clamp(-reach, reach))
+    return torch.where(largest.isfinite(), torch.where(largest == 0, 0, factor), torch.nan)
+
+
+def _bits(*flags: tuple[Tensor, int]) -> Tensor:
+    return torch.stack([torch.where(flag, bit, 0) for flag, bit in flags]).sum(0, dtype=torch.int32)
+
+
+def _check_arguments(P: Tensor, Q: Tensor, method: str, sweeps: int) -> None:
+    if P.dtype not in ORTHONORMAL:
+        raise TypeError(f"eigh_refresh takes float32 or float64, got P of {P.dtype}; convert it first")
+    if Q.dtype != P.dtype or Q.device != P.device:
+        raise TypeError(f"Q must be of P's dtype and device, {P.dtype} on {P.device}, got {Q.dtype} on {Q.device}")
+    if P.ndim < 2 or P.shape[-1] != P.shape[-2]:
+        raise ValueError(f"eigh_refresh takes square matrices (..., n, n), got P of shape {tuple(P.shape)}")
+    if Q.shape != P.shape:
+        raise ValueError(f"Q must have P's shape {tuple(P.shape)}, got {tuple(Q.shape)}")
+    if method not in get_args(Method):
+        raise ValueError(f"method {method!r} is not known; choose one of {', '.join(get_args(Method))}")
+    if sweeps < 1:
+        raise ValueError(f"sweeps must be at least 1, got {sweeps}")
+
+
+def _check_values(status: Tensor) -> None:
+    wrong = {
+        NOT_FINITE: "P has an entry that is not finite; leave that gradient out of the average",
+        NOT_SYMMETRIC: "P is not symmetric; pass symmetrize(P)",
+        NOT_ORTHONORMAL: "Q is not orthonormal; begin with the identity or orthonormalise it",
+    }
+    for bit, message in wrong.items():
+        where = (status & bit).nonzero()[:, 0].tolist()
+        if where:
+            raise ValueError(f"{message} (matrix {', '.join(map(str, where[:5]))} of {len(status)})")
