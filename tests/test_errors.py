@@ -53,7 +53,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "adjust_lr_fn": (
         lambda: MUON(matrix(), adjust_lr_fn="spectral"),
         ValueError,
-        r"function spectral is not supported; use one of original, match_rms_adamw, .*, none or None \(original\)",
+        r"function spectral is not supported; use one of original, match_rms_adamw, .*, none.* or None \(original\)",
     ),
     "ns_steps": (
         lambda: MUON(matrix(), ns_steps=100),

@@ -4,7 +4,8 @@
     optimizer = steepest.MuAdam(model, lr=2e-3)        # matrices by MuAdam, everything else by AdamW
     optimizer.step()
 
-Optimizers: `Muon` (drop-in for torch.optim.Muon), `MuAdam`, `MuAdamSANIA`. `param_groups` says which parameter goes
+Optimizers: `Muon` (drop-in for torch.optim.Muon), `MuAdam`, `MuAdamSANIA`; in the eigenbases of Kronecker factors
+`Shampoo`, `OneSidedShampoo`, `KLShampoo`, `SOAP`, `KLSOAP`, `SPlus`, `KFAC`. `param_groups` says which parameter goes
 where, `graphed` makes a step one CUDA graph, `polar` is the orthogonalization itself, `backends` what this machine can
 run.
 """
@@ -16,6 +17,22 @@ from .graph import graphed
 from .linalg.polar import polar
 from .ops.backend import backends
 from .routing import param_groups
-from .zoo import MuAdam, MuAdamSANIA, Muon
+from .zoo import KFAC, KLSOAP, SOAP, KLShampoo, MuAdam, MuAdamSANIA, Muon, OneSidedShampoo, Shampoo, SPlus
 
-__all__ = ["MuAdam", "MuAdamSANIA", "Muon", "__version__", "backends", "graphed", "param_groups", "polar"]
+__all__ = [
+    "KFAC",
+    "KLSOAP",
+    "SOAP",
+    "KLShampoo",
+    "MuAdam",
+    "MuAdamSANIA",
+    "Muon",
+    "OneSidedShampoo",
+    "SPlus",
+    "Shampoo",
+    "__version__",
+    "backends",
+    "graphed",
+    "param_groups",
+    "polar",
+]

@@ -33,6 +33,10 @@ _POWERS: dict[float, Power] = {0.25: "quarter", 0.5: "half", 1 / 6: "sixth"}
 def program(recipe: Recipe, *, maximize: bool = False) -> Program | str:
     """The recipe as the fused ops take it, or the reason why they do not."""
     momentum, precondition, direction = recipe.momentum, recipe.precondition, recipe.direction
+    if recipe.decay.after or recipe.decay.scaled:
+        return "weight decay comes after the update or goes by the matrix' shape"
+    if recipe.graft is not None:
+        return "a grafted update's length is that of another one"
     whole = Program(
         heavy_ball=momentum.kind == "heavy_ball",
         nesterov=momentum.nesterov,

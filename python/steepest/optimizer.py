@@ -19,7 +19,7 @@ from .matrices import Piece, pieces
 from .ops.backend import requested
 from .ops.multi_tensor import Scaling
 from .parts import ADJUST_LR, Hyper, Number, shape_ratio
-from .recipe import Recipe, State, adamw
+from .recipe import CLOCK, Recipe, State, adamw
 from .values import (
     CHANGING,
     ON_DEVICE,
@@ -258,6 +258,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             self._numbers_on_device(group)
+            if self._recipe(group).basis is not None:
+                _refuse_capture("the host decides when its bases are refreshed")
         key = self._key()
         if self._plan is None or self._plan_key != key:
             _refuse_capture("what it steps has changed since the last step: take one with these gradients first")
@@ -340,27 +342,45 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _check_state(self, p: Tensor, group: Group, what: str) -> None:
         recipe, state = self._recipe(group), self.state.get(p, {})
-        for key in recipe.keys:
+        for key, shape in self._state_shapes(p, group).items() if state else ():
             held = state.get(key)
             if held is None:
                 continue
             if not isinstance(held, Tensor):
                 raise RuntimeError(f"{what} has a state {key!r} that is {held!r}: put a tensor there")
-            if held.device != p.device:
+            if held.device != (torch.device("cpu") if key == CLOCK else p.device):
+                where = "to the host" if key == CLOCK else "too"
                 raise RuntimeError(
-                    f"{what} is on {p.device} and its state {key!r} on {held.device}: move the state too"
+                    f"{what} is on {p.device} and its state {key!r} on {held.device}: move the state {where}"
                 )
             if key in recipe.rounding.keys and bool(held.numel()) != (p.dtype is torch.bfloat16 and p.numel() > 0):
                 del state[key]  # the parameter's dtype has changed: what was kept of the old one says nothing
-            elif held.numel() and held.shape != (() if key == "step" else p.shape):
+            elif held.numel() and held.shape != shape:
                 raise RuntimeError(
                     f"{what} has a state {key!r} of shape {tuple(held.shape)}: a parameter that was resized, or a "
                     "checkpoint of another model; delete optimizer.state[p] to start it anew"
                 )
 
+    def _state_shapes(self, p: Tensor, group: Group) -> dict[str, torch.Size]:
+        """What a parameter's state holds, and in which shapes."""
+        like = torch.empty(p.shape, dtype=p.dtype, device="meta")
+        return {key: value.shape for key, value in self._fresh_state(like, p.dtype, group).items()}
+
+    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
+        """State before the first gradient, which has this dtype."""
+        recipe, g = self._recipe(group), torch.empty_like(p, dtype=dtype, requires_grad=False)
+        if recipe.basis is None:
+            return recipe.init(p.detach(), g)
+        return recipe.init(p.detach(), g, [piece.view(g).reshape(piece.shape) for piece in self._pieces(p, group)])
+
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""
         for number, group in enumerate(self.param_groups):
+            if self._recipe(group).basis is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__} cannot be traced by torch.compile: the host decides when it refreshes its "
+                    "bases; call its step outside of the compiled function"
+                )
             self._check_step(number, group)
         batches = [self._batch(i, group, scaling) for i, group in enumerate(self.param_groups)]
         for group, batch in zip(self.param_groups, batches, strict=True):
@@ -400,7 +420,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
-            self._init_state(p, p.grad.dtype, recipe)
+            self._init_state(p, p.grad.dtype, group)
             params.append(p)
             grads.append(p.grad)
             states.extend(self.state[p][key] for key in recipe.keys)
@@ -409,19 +429,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _init_states(self, params: Iterable[tuple[Tensor, torch.dtype, Group]]) -> None:
         """State for those that have none yet, in stacks; each with the dtype of its gradient and its group."""
-        fresh = [
-            self.state[p] for p, dtype, group in params if self._init_state(p, dtype, self._recipe(group)) is not None
-        ]
+        fresh = [self.state[p] for p, dtype, group in params if self._init_state(p, dtype, group)]
         stacks.stack(fresh)
 
-    def _init_state(self, p: Tensor, dtype: torch.dtype, recipe: Recipe) -> State | None:
-        """Completes a parameter's state; None where there was nothing to add."""
-        state = self.state[p]
-        if all(key in state for key in recipe.keys):
-            return None
-        for key, value in recipe.init(p.detach(), torch.empty_like(p, dtype=dtype, requires_grad=False)).items():
+    def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
+        """Completes a parameter's state; whether there was something to add."""
+        state, keys = self.state[p], self._recipe(group).keys
+        if all(key in state for key in keys):
+            return False
+        for key, value in self._fresh_state(p, dtype, group).items():
             state.setdefault(key, value)
-        return state
+        return True
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._skipped:
@@ -480,6 +498,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         for number, group in enumerate(self.param_groups):
             direction, why = self._recipe(group).direction, None
+            if self._recipe(group).basis is not None:
+                why = "the host decides when its bases are refreshed; call its step outside of the graph"
             if not direction.capturable:
                 why = f"{direction} reads from the device; choose an iterative preset, such as polar='auto'"
             device = group["params"][0].device if group["params"] else None
@@ -564,15 +584,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return  # torch says what is wrong with it
         for saved, group in zip(groups, self.param_groups, strict=True):
-            own = {*self._recipe(group).keys} - {"step"}
             for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                for name, value in state_dict["state"].get(key, {}).items():
-                    if name in own and isinstance(value, Tensor) and value.numel() and value.shape != p.shape:
-                        what = f"the checkpoint's {name!r} of {parameter_name(group, i)}"
-                        raise ValueError(
-                            f"{what} has shape {tuple(value.shape)} and the "
-                            f"parameter {tuple(p.shape)}: it is of another model, or of another order of parameters"
-                        )
+                held = state_dict["state"].get(key, {})
+                for name, shape in self._state_shapes(p, group).items() if held else ():
+                    value = held.get(name)
+                    if name == "step" or not isinstance(value, Tensor) or not value.numel() or value.shape == shape:
+                        continue
+                    raise ValueError(
+                        f"the checkpoint's {name!r} of {parameter_name(group, i)} has shape {tuple(value.shape)} and "
+                        f"the parameter {tuple(p.shape)}: it is of another model, or of another order of parameters"
+                    )
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
         ids = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
@@ -604,6 +625,8 @@ def _effective_lr(lr: Number, recipe: Recipe, parts: tuple[Piece, ...]) -> str:
 
 
 def _restored(name: str, value: Any, p: Tensor) -> Any:
+    if name == CLOCK:
+        return torch.as_tensor(value, dtype=torch.int64).clone().reshape(()).cpu()
     if name == "step":
         return torch.as_tensor(value).detach().clone().reshape(()).to(p.device, torch.float32)
     return value.detach().clone().to(p.device) if isinstance(value, Tensor) else value

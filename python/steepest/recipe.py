@@ -4,8 +4,9 @@
     P.observe(G)                 statistics, from the raw gradient
     x  = P.into(m)               to the variables in which the norm is the base norm
     d  = direction(x)            steepest there, of length 1 ("lmo") or of length dual_norm(x) ("dual")
-    u  = P.back(d)               back to the weight's variables
+    u  = P.back(d)               back to the weight's variables, as long as the graft's update where there is one
     W <- decay(W) - lr ratio(m, n) u
+    P.learn(G), P.refresh()      factors and now and then their bases, where P has them; before or after the rest
 
 This is Algorithm 1 of arXiv:2510.10777 with the two step types of its section 2: "lmo" is constrained steepest descent
 (Muon, SignSGD, MuAdam), "dual" the regularized one (SGD, Adam). `step_one` is the reference: plain torch, any dtype,
@@ -14,21 +15,39 @@ nothing in place. `plan.Plan` does the same for all parameters at once and must 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .parts import Decay, Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Precondition, Rounding, shape_ratio
-from .parts.precondition import State
+from .parts import (
+    Decay,
+    Diagonal,
+    Direction,
+    Frobenius,
+    Hyper,
+    Identity,
+    Momentum,
+    Precondition,
+    Rotated,
+    Rounding,
+    shape_ratio,
+)
+from .parts.precondition import Phase, State
 
-__all__ = ["ADAMW", "Recipe", "State", "adamw", "all_finite", "step_one"]
+__all__ = ["ADAMW", "CLOCK", "Recipe", "State", "adamw", "all_finite", "step_one"]
+
+CLOCK = "clock"  # steps that a basis has seen: int64 on the host, where it is decided when to refresh
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The parts of a method. Frozen and hashable: two equal recipes are one program."""
+    """The parts of a method. Frozen and hashable: two equal recipes are one program.
+
+    graft: every matrix's update is made as long, in the Frobenius norm, as what this preconditioner alone would give.
+    """
 
     momentum: Momentum = Momentum()
     precondition: Precondition = Identity()
@@ -37,45 +56,95 @@ class Recipe:
     adjust_lr: str = "none"
     decay: Decay = Decay()
     rounding: Rounding = Rounding()
+    graft: Diagonal | None = None
 
     def __post_init__(self) -> None:
         if self.scale not in ("lmo", "dual"):
             raise ValueError(f"scale {self.scale!r} is not known; use 'lmo' (length lr in the norm) or 'dual'")
         shape_ratio(self.adjust_lr, 1, 1)
+        if self.graft is not None and self.graft.key in self.precondition.keys:
+            raise ValueError(
+                f"the graft keeps its second moment under {self.graft.key!r}, which is taken; name another"
+            )
 
     @property
     def counts_steps(self) -> bool:
         """Whether the state holds a step count t."""
-        return self.momentum.bias_correction or self.precondition.counts_steps or self.rounding.counts_steps
+        parts = (self.precondition, self.rounding, *(() if self.graft is None else (self.graft,)))
+        return self.momentum.bias_correction or any(part.counts_steps for part in parts)
+
+    @property
+    def basis(self) -> Rotated | None:
+        """The preconditioner, where it has a basis."""
+        return self.precondition if isinstance(self.precondition, Rotated) else None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of the state tensors, in a fixed order."""
+        """Names of the state tensors of a single matrix, in a fixed order."""
         own = (self.momentum.key, *self.precondition.keys, *self.rounding.keys)
+        own += () if self.graft is None else self.graft.keys
+        own += (CLOCK,) if self.basis is not None else ()
         return (*own, "step") if self.counts_steps else own
 
-    def init(self, w: Tensor, g: Tensor | None = None) -> State:
-        """State of weight w before its first gradient, whose dtype g has (None: that of w); `step` is 0-d fp32."""
+    @property
+    def by_matrix(self) -> bool:
+        """Whether a step needs to know the matrices of a weight before and after its direction."""
+        return self.basis is not None or self.graft is not None
+
+    def input_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Of what the direction is given for (batch, m, n)."""
+        return shape if self.basis is None else self.basis.input_shape(shape)
+
+    def names(self, piece: int) -> dict[str, str]:
+        """The preconditioner's keys, and those under which the state of a parameter has them for one of its pieces.
+
+        Elementwise state is the whole parameter's. A basis belongs to matrices of one shape: its second piece has keys
+        of its own.
+        """
+        own = self.precondition.keys
+        return {key: key if piece == 0 or self.basis is None else f"{key}.{piece}" for key in own}
+
+    def init(self, w: Tensor, g: Tensor | None = None, matrices: Sequence[Tensor] | None = None) -> State:
+        """State of weight w before its first gradient, whose dtype g has (None: that of w); `step` is 0-d fp32.
+
+        matrices: tensors (batch, m, n) of g's dtype, one for each piece that w is read as; None: w is one, (..., m, n).
+        """
         g = w if g is None else g
-        state = {self.momentum.key: self.momentum.init(g), **self.precondition.init(g), **self.rounding.init(w)}
+        state = {self.momentum.key: self.momentum.init(g), **self.rounding.init(w)}
+        if self.graft is not None:
+            state |= self.graft.init(g)
+        if self.basis is None:
+            state |= self.precondition.init(g)
+        else:
+            state[CLOCK] = torch.zeros((), dtype=torch.int64)
+            for number, matrix in enumerate([_matrices(g)] if matrices is None else matrices):
+                own = self.basis.init(matrix)
+                state |= {name: own[key] for key, name in self.names(number).items()}
         if self.counts_steps:
             state["step"] = torch.zeros((), dtype=torch.float32, device=g.device)
         return state
 
+    def phase(self, state: State) -> Phase:
+        """What a step from this state does; reads the host only."""
+        return Phase() if self.basis is None else self.basis.phase(int(state[CLOCK]))
+
     def observe(self, state: State, g: Tensor, hyper: Hyper) -> State:
-        """The state after gradient g, in the state's dtypes; what belongs to the stored weight is not in it."""
+        """The state after gradient g but for a basis, in the state's dtypes; the stored weight's part is not in it."""
         m = state[self.momentum.key]
         fresh = {self.momentum.key: self.momentum.observe(m, g, hyper.beta1).to(m.dtype)}
-        fresh |= self.precondition.observe(state, g, hyper)
+        for part in (self.graft, None if self.basis is not None else self.precondition):
+            fresh |= {} if part is None else part.observe(state, g, hyper)
         if self.counts_steps:
             fresh["step"] = state["step"] + 1
         return fresh
 
+    def momentum_of(self, state: State, g: Tensor, hyper: Hyper) -> Tensor:
+        """What the momentum reads, in the weight's variables."""
+        return self.momentum.read(state[self.momentum.key], g, hyper.beta1, state.get("step"))
+
     def into(self, state: State, g: Tensor, hyper: Hyper) -> Tensor:
         """What the direction is asked about: the momentum in the preconditioner's variables."""
-        step = state.get("step")
-        m = self.momentum.read(state[self.momentum.key], g, hyper.beta1, step)
-        return self.precondition.into(state, m, hyper, step)
+        return self.precondition.into(state, self.momentum_of(state, g, hyper), hyper, state.get("step"))
 
     def towards(self, x: Tensor) -> Tensor:
         """The step in the preconditioner's variables, before the learning rate."""
@@ -83,6 +152,39 @@ class Recipe:
 
     def back(self, state: State, d: Tensor, hyper: Hyper) -> Tensor:
         return self.precondition.back(state, d, hyper, state.get("step"))
+
+    def update(self, state: State, d: Tensor, g: Tensor, hyper: Hyper) -> Tensor:
+        """The update, of g's shape, which is (batch, m, n) for a recipe that goes `by_matrix`."""
+        u = self.back(state, d, hyper)
+        if self.basis is not None:
+            u = self.basis.unblock(u, *g.shape[-2:])
+        if self.graft is None:
+            return u
+        step, m = state.get("step"), self.momentum_of(state, g, hyper)
+        model = self.graft.back(state, self.graft.into(state, m, hyper, step), hyper, step)
+        wanted, own = (torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True) for t in (model, u))
+        return u * torch.where(own > 0, wanted / own, 0)
+
+    def moved(self, w: Tensor, u: Tensor, hyper: Hyper, ratio: float) -> Tensor:
+        """The weight after its update and decay; ratio: of the matrix' shape."""
+        decay = hyper.lr * hyper.weight_decay * (ratio if self.decay.scaled else 1.0)
+        return self.decay.apply(w, u, decay, hyper.lr * ratio)
+
+    def learn(self, states: Sequence[State], grads: Sequence[Tensor], hyper: Hyper, phase: Phase) -> list[State]:
+        """What the bases of these matrices learn from their gradients, (batch, m, n) each; refreshed when due."""
+        basis = self.basis
+        assert basis is not None
+        fresh = [basis.learn(state, g, hyper) for state, g in zip(states, grads, strict=True)]
+        if phase.refreshes:
+            now = [{**state, **own} for state, own in zip(states, fresh, strict=True)]
+            for own, new in zip(fresh, basis.refresh(now, exact=phase.exact), strict=True):
+                own |= new
+        return fresh
+
+
+def _matrices(t: Tensor) -> Tensor:
+    """(..., m, n) -> (batch, m, n)."""
+    return t.reshape(-1, *t.shape[-2:])
 
 
 def all_finite(g: Tensor) -> Tensor:
@@ -93,18 +195,29 @@ def all_finite(g: Tensor) -> Tensor:
 def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step for one weight (..., m, n): (new weight, new state), inputs untouched.
 
-    A gradient that is not finite leaves the weight and its state as they were.
+    A gradient that is not finite leaves the weight and its state as they were, but for the clock of a basis.
     """
-    finite = all_finite(g)
-    fresh = recipe.observe(state, g, hyper)
-    value = recipe.rounding.value(w, state)
-    x = recipe.into(fresh, g, hyper).to(value.dtype)
-    u = recipe.back(fresh, recipe.towards(x), hyper)
-    step = hyper.lr * shape_ratio(recipe.adjust_lr, *w.shape[-2:])
-    moved = recipe.decay.apply(value, u.to(value.dtype), hyper.lr * hyper.weight_decay, step)
-    stored, left_over = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
-    fresh |= left_over
-    kept = {key: torch.where(finite, fresh.get(key, state[key]), state[key]) for key in state}
+    finite, phase = all_finite(g), recipe.phase(state)
+    matrices = _matrices(g) if recipe.by_matrix else g
+    fresh, stored = dict(state), w
+    if phase.before:
+        fresh |= recipe.learn([fresh], [matrices], hyper, phase)[0]
+    if phase.steps:
+        fresh |= recipe.observe(fresh, g, hyper)
+        if recipe.basis is not None:
+            fresh |= recipe.precondition.observe(fresh, matrices, hyper)
+        value = recipe.rounding.value(w, state)
+        read = {key: t if t.shape != w.shape else t.reshape(matrices.shape) for key, t in fresh.items()}
+        x = recipe.into(read, matrices, hyper).to(value.dtype)
+        u = recipe.update(read, recipe.towards(x), matrices, hyper).reshape(w.shape)
+        moved = recipe.moved(value, u.to(value.dtype), hyper, shape_ratio(recipe.adjust_lr, *w.shape[-2:]))
+        stored, left_over = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
+        fresh |= left_over
+    if phase.after:
+        fresh |= recipe.learn([fresh], [matrices], hyper, phase)[0]
+    kept = {key: torch.where(finite, fresh[key], state[key]) for key in state if key != CLOCK}
+    if CLOCK in state:
+        kept[CLOCK] = state[CLOCK] + 1
     return torch.where(finite, stored, w), kept
 
 

@@ -6,6 +6,7 @@ traces and fuses itself.
       gather   P.into(momentum), stacked in the direction's own dtype      (b, m, n)
       towards  one direction call for the chunk
       store    P.back, step size, decay and rounding
+    learn      where the preconditioner has bases: what they learn, before or after the rest; refreshed all at once
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .budget import cut
 from .matrices import Piece
 from .ops.multi_tensor import NOT_SCALED, Scaling
 from .parts import Hyper, shape_ratio
-from .recipe import Recipe, State, all_finite
+from .parts.precondition import Phase
+from .recipe import CLOCK, Recipe, State, all_finite
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Member:
-    """One piece of one parameter: its place, views of the parameter's tensors, the flag of its whole gradient."""
+    """One piece of one parameter: its place, views of the parameter's tensors, the flag of its whole gradient.
+
+    state: under the recipe's keys; what is elementwise in the piece's natural shape.
+    """
 
     place: tuple[int, int, int]
     piece: Piece
@@ -64,6 +69,12 @@ class Member:
     grad: Tensor
     state: State
     finite: Tensor
+    phase: Phase
+
+    def keep(self, fresh: State) -> None:
+        """Takes these tensors into the state, unless the gradient was not finite."""
+        for key, t in fresh.items():
+            torch.where(self.finite, t.to(self.state[key].dtype), self.state[key], out=self.state[key])
 
 
 @dataclass(frozen=True)
@@ -96,30 +107,66 @@ def update(recipe: Recipe, hyper: Hyper, batch: Batch, *, max_workspace_bytes: i
     """
     members: list[Member] = []
     sums = Sums([], [], [], [])
-    for i, (p, g, state) in enumerate(zip(batch.params, batch.grads, batch.states, strict=True)):
-        g = batch.signed(g)
-        finite = batch.finite(g)
-        batch.skipped[i].add_(finite.logical_not())
-        for key, fresh in recipe.observe(state, g, hyper).items():
-            torch.where(finite, fresh.to(state[key].dtype), state[key], out=state[key])
+    flags, phases = [], [recipe.phase(state) for state in batch.states]
+    grads = [batch.signed(g) for g in batch.grads]
+    for i, (p, g, state, phase) in enumerate(zip(batch.params, grads, batch.states, phases, strict=True)):
+        flags.append(batch.finite(g))
+        batch.skipped[i].add_(flags[i].logical_not())
+        for number, piece in enumerate(batch.pieces[i] if p.numel() else ()):
+            members.append(_member(recipe, (*batch.places[i], number), piece, p, g, state, flags[i], phase))
+    _learn(recipe, hyper, [member for member in members if member.phase.before])
+    for g, state, finite, phase in zip(grads, batch.states, flags, phases, strict=True):
+        fresh = recipe.observe(state, g, hyper) if phase.steps else {}
+        for key, t in fresh.items():
+            torch.where(finite, t.to(state[key].dtype), state[key], out=state[key])
         sums.grad.append(torch.where(finite, _square(g), 0))
         sums.momentum.append(_square(state[recipe.momentum.key]))
-        for number, piece in enumerate(batch.pieces[i] if p.numel() else ()):
-            members.append(_member((*batch.places[i], number), piece, p, g, state, finite))
-    for chunk in _chunks(recipe, members, max_workspace_bytes):
+    stepping = [member for member in members if member.phase.steps]
+    if recipe.basis is not None:
+        for member in stepping:
+            member.keep(recipe.basis.observe(member.state, member.grad.reshape(member.piece.shape), hyper))
+    for chunk in _chunks(recipe, stepping, max_workspace_bytes):
         x = _gather(recipe, hyper, chunk)
         sums.update.extend(_store(recipe, hyper, chunk, recipe.towards(x)))
+    _learn(recipe, hyper, [member for member in members if member.phase.after])
+    for state in batch.states if recipe.basis is not None else ():
+        state[CLOCK].add_(1)
     sums.update.extend(torch.zeros((), dtype=torch.float64, device=p.device) for p in batch.params[:1])
     sums.param.extend(map(_square, batch.params))
     return sums
 
 
-def _member(place: tuple[int, int, int], piece: Piece, p: Tensor, g: Tensor, state: State, finite: Tensor) -> Member:
+def _member(
+    recipe: Recipe,
+    place: tuple[int, int, int],
+    piece: Piece,
+    p: Tensor,
+    g: Tensor,
+    state: State,
+    finite: Tensor,
+    phase: Phase,
+) -> Member:
     def look(t: Tensor) -> Tensor:
         return piece.view(t) if t.ndim else t.unsqueeze(0)
 
-    parts = {key: look(t) if t.shape == p.shape else t for key, t in state.items()}
-    return Member(place, piece, look(p), look(g), parts, finite)
+    own = {name: key for key, name in recipe.names(place[-1]).items()} if recipe.basis is not None else {}
+    parts = {own[key]: t for key, t in state.items() if key in own}
+    parts |= {
+        key: look(t) if t.shape == p.shape else t for key, t in state.items() if key not in own and key not in parts
+    }
+    return Member(place, piece, look(p), look(g), parts, finite, phase)
+
+
+def _learn(recipe: Recipe, hyper: Hyper, members: Sequence[Member]) -> None:
+    """What the bases learn from the gradients; those that are due are refreshed together."""
+    phases: dict[Phase, list[Member]] = {}
+    for member in members:
+        phases.setdefault(member.phase, []).append(member)
+    for phase, some in phases.items():
+        grads = [member.grad.reshape(member.piece.shape) for member in some]
+        fresh = recipe.learn([member.state for member in some], grads, hyper, phase)
+        for member, own in zip(some, fresh, strict=True):
+            member.keep(own)
 
 
 def _chunks(recipe: Recipe, members: list[Member], max_bytes: int) -> Iterator[list[Member]]:
@@ -141,32 +188,44 @@ def _chunks(recipe: Recipe, members: list[Member], max_bytes: int) -> Iterator[l
 def _store(recipe: Recipe, hyper: Hyper, chunk: list[Member], d: Tensor) -> Iterator[Tensor]:
     """P.back, step size, decay and rounding for the directions d of a chunk; the updates' sums of squares."""
     ratio = shape_ratio(recipe.adjust_lr, chunk[0].piece.rows, chunk[0].piece.cols)
-    parts = d.split([member.piece.batch for member in chunk])
+    parts = d.split([recipe.input_shape(member.piece.shape)[0] for member in chunk])
     for member, part in zip(chunk, parts, strict=True):
-        u = recipe.back(member.state, part.reshape(member.param.shape), hyper)
+        state, g = _as_matrices(recipe, member)
+        u = recipe.update(state, part if recipe.by_matrix else part.reshape(g.shape), g, hyper)
         value = recipe.rounding.value(member.param, member.state)
-        u = torch.where(member.finite, u, 0).to(value.dtype)  # 0 NaN is NaN
-        moved = recipe.decay.apply(value, u, hyper.lr * hyper.weight_decay, hyper.lr * ratio)
+        u = torch.where(member.finite, u.reshape(member.param.shape), 0).to(value.dtype)  # 0 NaN is NaN
+        moved = recipe.moved(value, u, hyper, ratio)
         stored, left_over = recipe.rounding.store(moved, member.param.dtype, member.state.get("step"), member.place)
         member.param.copy_(torch.where(member.finite, stored, member.param))
-        for key, t in left_over.items():
-            member.state[key].copy_(torch.where(member.finite, t, member.state[key]))
+        member.keep(left_over)
         yield _square(u * (hyper.lr * ratio))
+
+
+def _as_matrices(recipe: Recipe, member: Member) -> tuple[State, Tensor]:
+    """State and gradient as the recipe reads them: (batch, m, n) where it goes by matrices."""
+    if not recipe.by_matrix:
+        return member.state, member.grad
+    shape = member.piece.shape
+    elementwise = (recipe.momentum.key, *(() if recipe.graft is None else recipe.graft.keys))
+    state = {key: t.reshape(shape) if key in elementwise else t for key, t in member.state.items()}
+    return state, member.grad.reshape(shape)
 
 
 def _gather(recipe: Recipe, hyper: Hyper, chunk: list[Member]) -> Tensor:
     """The direction's input, (b, rows, cols) in its own dtype; a lone member is reshaped, several are stacked."""
 
     def given(member: Member) -> Tensor:
-        return recipe.into(member.state, member.grad, hyper)
+        return recipe.into(*_as_matrices(recipe, member), hyper)
 
     first, dtype = chunk[0], _work_dtype(recipe, chunk[0])
+    shapes = [recipe.input_shape(member.piece.shape) for member in chunk]
     if len(chunk) == 1:
-        return given(first).to(dtype).reshape(first.piece.shape)
-    sizes = [member.piece.batch for member in chunk]
-    x = torch.empty((sum(sizes), *first.piece.shape[1:]), dtype=dtype, device=first.param.device)
+        return given(first).to(dtype).reshape(shapes[0])
+    sizes = [shape[0] for shape in shapes]
+    x = torch.empty((sum(sizes), *shapes[0][1:]), dtype=dtype, device=first.param.device)
     for member, part in zip(chunk, x.split(sizes), strict=True):
-        part.view(member.param.shape).copy_(given(member))
+        own = given(member)
+        part.view(own.shape).copy_(own)
     return x
 
 

@@ -15,7 +15,7 @@ from .decay import Decay
 from .direction import Direction, Frobenius, Sign, Spectral
 from .hyper import Hyper, Number
 from .momentum import Momentum
-from .precondition import Diagonal, Identity, Precondition
+from .precondition import Diagonal, Identity, Precondition, Rotated, Sides
 from .rounding import Rounding
 from .step_size import ADJUST_LR, shape_ratio
 
@@ -30,7 +30,9 @@ __all__ = [
     "Momentum",
     "Number",
     "Precondition",
+    "Rotated",
     "Rounding",
+    "Sides",
     "Sign",
     "Spectral",
     "shape_ratio",

@@ -2,12 +2,19 @@
 
     unit(x) = argmax { <x, d> : N(d) <= 1 }        dual_norm(x) = <x, unit(x)>        scaled(x) = dual_norm(x) unit(x)
 
-    Frobenius   x / ||x||_F          ||x||_F             (SGD, Adam, Shampoo, SOAP when scaled)
-    Sign        sign(x)              sum |x_ij|          (SignSGD, SPlus; the norm is max |x_ij|)
-    Spectral    U V^T, x = U S V^T   sum of S            (Muon, MuAdam; the norm is the largest singular value)
+                N(x)                unit(x), x = U S V^T       dual_norm(x)
+    Frobenius   sqrt(sum x_ij^2)    x / ||x||_F                ||x||_F             SGD, Adam, Shampoo, SOAP when scaled
+    Sign        max |x_ij|          sign(x)                    sum |x_ij|          SignSGD, SPlus
+    OneHot      sum |x_ij|          sign of the largest x_ij   max |x_ij|
+    Rows        max_i ||x_i:||_2    x_i: / ||x_i:||_2          sum_i ||x_i:||_2    Scion's embeddings and heads
+    Columns     max_j ||x_:j||_2    x_:j / ||x_:j||_2          sum_j ||x_:j||_2
+    Spectral    max S               U V^T                      sum S               Muon, MuAdam
+    Nuclear     sum S               u_1 v_1^T                  max S
+    Schatten    (sum S^p)^(1/p)     U S^(q-1) V^T / its norm   (sum S^q)^(1/q)     Schattor; q = p / (p - 1)
 
 x is (..., m, n), one matrix per batch element; dual norms are (..., 1, 1) in fp32, or fp64 for fp64 inputs. The zero
-matrix has the zero direction. Source: arXiv:2510.10777, section 2; arXiv:2409.20325.
+matrix has the zero direction, a zero row or column a zero one. Factors of the shape, such as those of operator norms
+between RMS norms, are in `steepest.parts.step_size`. Source: arXiv:2510.10777, section 2; arXiv:2409.20325.
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import polar
+from ..linalg import polar, schatten
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,7 @@ class Frobenius(Direction):
     """Euclidean length of the matrix as a vector. `scaled` is the identity."""
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
-        if x.numel() == 0:
-            return x.clone()
-        # The largest entry is divided out first: squares of 1e-25 and of 1e25 leave fp32.
-        largest = x.abs().amax(dim=(-2, -1), keepdim=True).to(torch.promote_types(x.dtype, torch.float32))
-        y = torch.where(largest > 0, x / largest, 0)
-        norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)  # >= 1, or 0 for the zero matrix
-        return (y / norm.clamp(min=1)).to(x.dtype)
+        return _of_length_one(x, (-2, -1))
 
     def scaled(self, x: Tensor) -> Tensor:
         return x
@@ -80,6 +81,38 @@ class Sign(Direction):
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return x.sign()
+
+
+@dataclass(frozen=True)
+class OneHot(Direction):
+    """Sum of the magnitudes of the entries. Of several largest entries the first counts, row by row."""
+
+    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+        if x.numel() == 0:
+            return x.clone()
+        flat = x.reshape(*x.shape[:-2], -1)
+        largest = flat.abs().argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(flat).scatter_(-1, largest, flat.gather(-1, largest).sign()).reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class Rows(Direction):
+    """Largest Euclidean length of a row: every row of the direction has length 1.
+
+    With the factors "embedding" (a row is a token) and "head_rows" of `shape_ratio` a norm of Scion and the modular
+    norm: the largest RMS of a row, and the operator norm from RMS to max.
+    """
+
+    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+        return _of_length_one(x, (-1,))
+
+
+@dataclass(frozen=True)
+class Columns(Direction):
+    """Largest Euclidean length of a column; with the factor "embedding_columns" that of an embedding (dim, tokens)."""
+
+    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+        return _of_length_one(x, (-2,))
 
 
 @dataclass(frozen=True)
@@ -117,3 +150,55 @@ class Spectral(Direction):
 
     def workspace_bytes(self, m: int, n: int, dtype: torch.dtype) -> int:
         return polar.workspace_bytes(m, n, dtype)
+
+
+@dataclass(frozen=True)
+class Schatten(Direction):
+    """The p-norm of the singular values, 1 <= p <= inf; arguments as in `steepest.linalg.schatten.schatten`.
+
+    p = 1 is `Nuclear`, 2 `Frobenius`, inf `Spectral`. The direction is within rounding, or near the value given there,
+    of length 1, and the dual norm <x, unit(x)> falls short of the q-norm by the square of the direction's error.
+    """
+
+    p: float = 4.0
+    method: str = "auto"
+    eps: float = 1e-7
+    max_workspace_bytes: int | None = None
+
+    batched = True
+
+    def __post_init__(self) -> None:
+        schatten.check_norm(self.p, self.method)
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        return schatten.by_products(self.p, self.method)
+
+    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+        return schatten.schatten(
+            x, self.p, method=self.method, eps=self.eps, max_workspace_bytes=self.max_workspace_bytes
+        )
+
+    def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        return schatten.compute_dtype(self.p, dtype, device, method=self.method)
+
+    def workspace_bytes(self, m: int, n: int, dtype: torch.dtype) -> int:
+        return schatten.workspace_bytes(self.p, m, n, dtype, method=self.method)
+
+
+@dataclass(frozen=True)
+class Nuclear(Schatten):
+    """Sum of the singular values: a direction of rank one, by products alone."""
+
+    p: float = 1.0
+
+
+def _of_length_one(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """x divided by its Euclidean length over dim; 0 stays 0."""
+    if x.numel() == 0:
+        return x.clone()
+    # The largest entry is divided out first: squares of 1e-25 and of 1e25 leave fp32.
+    largest = x.abs().amax(dim=dim, keepdim=True).to(torch.promote_types(x.dtype, torch.float32))
+    y = torch.where(largest > 0, x / largest, 0)
+    norm = torch.linalg.vector_norm(y, dim=dim, keepdim=True)  # >= 1, or 0
+    return (y / norm.clamp(min=1)).to(x.dtype)

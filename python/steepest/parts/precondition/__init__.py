@@ -3,5 +3,7 @@
 from .base import Precondition, State
 from .diagonal import Diagonal
 from .none import Identity
+from .rotated import Phase, Rotated
+from .sides import Sides
 
-__all__ = ["Diagonal", "Identity", "Precondition", "State"]
+__all__ = ["Diagonal", "Identity", "Phase", "Precondition", "Rotated", "Sides", "State"]

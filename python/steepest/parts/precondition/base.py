@@ -17,7 +17,14 @@ State = dict[str, Tensor]
 
 
 class Precondition(Protocol):
-    """The verbs of a preconditioner. Its state is a dictionary of tensors under `keys`; all functions are pure."""
+    """The verbs of a preconditioner. Its state is a dictionary of tensors under `keys`; all functions are pure.
+
+    Of an elementwise one the state has the weight's shape and everything works on tensors of any shape; `Rotated`, the
+    other kind, takes (batch, m, n) and has verbs of its own besides.
+    """
+
+    @property
+    def elementwise(self) -> bool: ...
 
     @property
     def keys(self) -> tuple[str, ...]:

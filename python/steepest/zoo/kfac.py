@@ -1,0 +1,192 @@
+"""K-FAC: the Fisher matrix of a layer as a Kronecker product of what goes in and of what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import unfold
+from torch.nn.parallel import DistributedDataParallel
+
+from ..parts import Hyper, Momentum, Number, Sides
+from ..parts.precondition.rotated import FACTORS
+from ..values import Group, adam_hyper
+from .kronecker import BasesAndExtras, KroneckerOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# Of a parameter's state: the terms that its factors are averages of.
+PASSES = "backward_passes"
+
+
+class KFAC(KroneckerOptimizer):
+    """Natural gradient descent for linear layers and convolutions, with the Fisher matrix as S (x) A.
+
+        A <- beta2 A + (1 - beta2) E[a a^T]       a: inputs of the layer
+        S <- beta2 S + (1 - beta2) E[d d^T]       d: gradients of a sample's loss by the layer's outputs
+        m <- beta1 m + (1 - beta1) g;   pi^2 = mean eigenvalue of A / mean eigenvalue of S
+        W <- (1 - lr weight_decay) W - lr (S + sqrt(damping) / pi I)^-1 m (A + pi sqrt(damping) I)^-1
+
+    A and S, with Adam's bias correction, come from hooks that see every forward pass in training mode and the backward
+    pass after it: each adds one term to the averages, unless it is not finite. The loss is the mean over rows (Linear)
+    or images (Conv2d); for a sum over c of them, multiply damping by c^2. With the labels of the data these are the
+    factors of the empirical Fisher matrix, with labels sampled from the model those of the true one. A convolution's A
+    sums over positions and its S averages over them (arXiv:1602.01407). The inverses are of the factors' diagonals in
+    the bases of the last refresh, which comes before its own step.
+
+    model: its Linear and Conv2d weights (groups=1) are stepped by this rule, everything else by AdamW. A bias is not
+        part of its layer's matrix. Of a DistributedDataParallel model all ranks share their factors at a refresh.
+    lr, weight_decay: numbers >= 0.   betas: of m, and of A and S.   damping: > 0, in units of the Fisher matrix.
+    extra: as in `SOAP` but for shampoo_beta and block_preconditioner, which are not taken.
+
+    `remove_hooks()` ends the collecting. A copy of model and optimizer made at once collects for itself. Not for
+    torch.amp.GradScaler: the hooks would see scaled gradients; bf16 autocast needs none. Steps are invariant to
+    invertible linear changes of a layer's inputs and outputs but for the damping. Source: arXiv:1503.05671.
+    """
+
+    _ranks: Any = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: Number = 1e-2,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        damping: float = 1e-3,
+        **extra: Unpack[BasesAndExtras],
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"KFAC takes a module, whose layers it watches, but is given: {type(model).__name__}")
+        if "shampoo_beta" in extra:
+            raise TypeError("KFAC does not take shampoo_beta: the decay rate of its factors is betas[1]")
+        if "block_preconditioner" in extra:
+            raise TypeError("KFAC does not take block_preconditioner: a layer's sides have one factor or none")
+        layers = [layer for layer in model.modules() if _is_taken(layer)]
+        if not layers:
+            raise ValueError("KFAC found no Linear or Conv2d (groups=1, zero padding) to watch; use torch.optim.AdamW")
+        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "damping": damping}
+        super().__init__(list(_groups(model)), own, extra)
+        self._handles = [layer.register_forward_hook(self._watch, with_kwargs=True) for layer in layers]
+        if isinstance(model, DistributedDataParallel):
+            self._ranks = model.process_group
+
+    def parts(self, group: Group) -> dict[str, Any]:
+        sides = Sides(exponent=1.0, damping="factored")
+        precondition = self.rotated(group, sides, given=True, current=True)
+        return {"momentum": Momentum(dtype=group["momentum_dtype"]), "precondition": precondition}
+
+    def hyper(self, group: Group) -> Hyper:
+        return adam_hyper({**group, "eps": group["damping"]})
+
+    def remove_hooks(self) -> None:
+        """Stops looking at the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; see `MatrixOptimizer.step`. RuntimeError under a GradScaler, and where nothing was collected."""
+        if hasattr(self, "found_inf"):
+            raise RuntimeError("KFAC cannot step under a GradScaler: its hooks have seen scaled gradients; use bf16")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"] if group["use_muon"] else ():
+                if p.grad is not None:
+                    self._ready(p, group)
+        super().step()
+        return loss
+
+    def _ready(self, p: Tensor, group: Group) -> None:
+        """Checks that p's factors have been collected, and shares them among ranks where they are about to be used."""
+        state = self.state[p]
+        if PASSES not in state:
+            raise RuntimeError(
+                f"a weight of shape {tuple(p.shape)} has a gradient and no factors: no backward pass went through its "
+                "layer in training mode since the hooks were set"
+            )
+        if self._ranks is not None and self._recipe(group).phase(state).refreshes:
+            for key in FACTORS:
+                dist.all_reduce(state[key], group=self._ranks)
+                state[key].div_(dist.get_world_size(self._ranks))
+
+    def _watch(self, layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if layer.training and torch.is_grad_enabled() and weight.requires_grad:
+            a = (inputs[0] if inputs else named["input"]).detach()
+            output.register_hook(lambda d: self._collect(layer, a, d.detach()))
+
+    @torch.no_grad()
+    def _collect(self, layer: nn.Module, a: Tensor, d: Tensor) -> None:
+        weight, group = self._group_of(layer)
+        if PASSES not in self.state[weight]:
+            self._init_states([(weight, weight.dtype, group)])
+            self.state[weight][PASSES] = torch.zeros((), dtype=torch.float64, device=weight.device)
+        state = self.state[weight]
+        passes, factors = state[PASSES], [state[key] for key in FACTORS]
+        products = _products(layer, *(t.to(factors[0].dtype) for t in (a, d)))
+        finite = torch.stack([torch.isfinite(product).all() for product in products]).all()
+        passes.add_(finite)
+        beta = group["betas"][1]
+        share = torch.where(finite, (1 - beta) / (1 - beta**passes), 0)
+        for factor, product in zip(factors, products, strict=True):
+            if factor.numel():
+                factor.lerp_(torch.where(finite, product, 0)[None], share.to(factor.dtype))
+
+    def _group_of(self, layer: nn.Module) -> tuple[Tensor, Group]:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        for group in self.param_groups:
+            if any(p is weight for p in group["params"]):
+                return weight, group
+        raise RuntimeError(f"the weight of {layer} is not among the optimizer's parameters any more: call remove_hooks")
+
+    def _check_values(self, group: Group) -> None:
+        if not group["damping"] > 0:
+            raise ValueError(f"damping should be > 0 but is: {group['damping']}")
+        super()._check_values(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_handles": self._handles}
+
+
+def _is_taken(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+    return isinstance(layer, nn.Linear)
+
+
+def _groups(model: nn.Module) -> Iterator[Group]:
+    """Watched weights, other tensors, and those of fewer than two dimensions, which are not decayed; each once."""
+    taken = {layer.weight for layer in model.modules() if _is_taken(layer)}
+    named = list(model.named_parameters())
+    kinds: tuple[tuple[Group, Callable[[Tensor], bool]], ...] = (
+        ({"use_muon": True, "batch_dims": 0}, lambda p: p in taken),
+        ({"use_muon": False}, lambda p: p not in taken and p.ndim >= 2),
+        ({"use_muon": False, "weight_decay": 0.0}, lambda p: p not in taken and p.ndim < 2),
+    )
+    for values, belongs in kinds:
+        own = [(name, p) for name, p in named if belongs(p)]
+        if own:
+            yield {"params": own, **values}
+
+
+def _products(layer: nn.Module, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """(E[d d^T], E[a a^T]) of one pass, d being the gradient of a mean over rows or images."""
+    if isinstance(layer, nn.Conv2d):
+        assert not isinstance(layer.padding, str)
+        batch = (a, d) if a.ndim == 4 else (a[None], d[None])
+        rows = unfold(batch[0], layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
+        images, positions = rows.shape[:2]
+        a, d = rows.flatten(0, 1), batch[1].flatten(2).transpose(1, 2).flatten(0, 1)
+        return (d.mT @ d) * (images / max(1, positions)), (a.mT @ a) / max(1, images)
+    a, d = a.reshape(-1, a.shape[-1]), d.reshape(-1, d.shape[-1])
+    return (d.mT @ d) * len(d), (a.mT @ a) / max(1, len(a))

@@ -1,0 +1,406 @@
+"""Methods that work in the eigenbases of Kronecker factors: Shampoo, KL-Shampoo, SOAP, SPlus and what lies between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypedDict, get_args
+
+import torch
+from torch import Tensor
+
+from ..linalg.basis import Method
+from ..optimizer import MatrixOptimizer, Params
+from ..parts import Decay, Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Rotated, Sides, Sign
+from ..parts.precondition.rotated import LEARNED
+from ..recipe import Recipe, State
+from ..values import Group, adam_hyper, check_at_least_zero, check_betas
+from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+NORMS = ("frobenius", "spectral", "sign")
+# State of SPlus: the average that began at zero, its total weight, and the weights while the average is in their place.
+AVERAGE, MASS, WEIGHTS = "average", "average_mass", "weights"
+
+
+class Bases(TypedDict, total=False):
+    """Keyword arguments of every method with bases; all are group values.
+
+    shampoo_beta: decay rate of the factors; None: betas[1], 1: sums.
+    precondition_frequency: steps between two refreshes of the bases.
+    refresh: how, a method of `steepest.linalg.basis.eigh_refresh`; "auto" is exact where nothing cheaper will do.
+    exact_refreshes: how many of the first refreshes are exact eigendecompositions.
+    max_preconditioner_dim: a longer side has no factor, or with block_preconditioner=True is cut into blocks of at most
+        this length with factors of their own.
+    norm: the base norm in the bases, "frobenius" (scaled by its dual norm), "spectral" or "sign" (of length 1);
+        None is the method's own. With "spectral" every method here becomes one of its own: Muon in its metric.
+    polar: of norm="spectral", as in `steepest.MuAdam`.
+    adjust_lr_fn: as in `steepest.Muon`; None is "original" with norm="spectral" and the method's own otherwise.
+    parity: "authors" does, step for step, what the authors' implementation does, where the class says so.
+    """
+
+    shampoo_beta: float | None
+    precondition_frequency: int
+    refresh: str
+    exact_refreshes: int
+    max_preconditioner_dim: int
+    block_preconditioner: bool
+    norm: str | None
+    polar: Polar
+    adjust_lr_fn: str | None
+    parity: str | None
+
+
+class BasesAndExtras(Bases, Extras, total=False):
+    """`Bases` and what every optimizer takes."""
+
+
+class KroneckerOptimizer(MatrixOptimizer):
+    """Base of the methods here: a subclass gives its `Bases` and the parts that differ."""
+
+    _bases = Bases(
+        shampoo_beta=None,
+        precondition_frequency=10,
+        refresh="auto",
+        exact_refreshes=1,
+        max_preconditioner_dim=10000,
+        block_preconditioner=False,
+        norm=None,
+        polar="auto",
+        adjust_lr_fn=None,
+        parity=None,
+    )
+    _norm = "frobenius"
+    _ratio = "none"
+    _parities: tuple[str | None, ...] = (None,)
+
+    def __init__(self, params: Params, own: Group, extra: BasesAndExtras) -> None:
+        shared = {key: extra[key] for key in extra if key not in self._bases}  # type: ignore[literal-required]
+        bases = {key: extra.get(key, value) for key, value in self._bases.items()}
+        values, adamw = defaults_of(type(self).__name__, {**own, **bases}, shared)  # type: ignore[arg-type]
+        super().__init__(params, values, adamw)
+
+    def parts(self, group: Group) -> dict[str, Any]:
+        """The method's momentum, preconditioner and whatever else differs."""
+        raise NotImplementedError
+
+    def recipe(self, group: Group) -> Recipe:
+        norm, parts = group["norm"] or self._norm, self.parts(group)
+        if group["parity"] is not None:
+            parts.setdefault("decay", Decay(cautious=group["cautious_wd"], after=True))
+        ratio = "original" if norm == "spectral" else self._ratio
+        scale = "dual" if norm == "frobenius" else "lmo"
+        return recipe_of(group, ratio=ratio, direction=self._direction(norm, group), scale=scale, **parts)
+
+    def hyper(self, group: Group) -> Hyper:
+        return adam_hyper(group)
+
+    def _direction(self, norm: str, group: Group) -> Direction:
+        if norm == "spectral":
+            return polar_of(group)
+        return Frobenius() if norm == "frobenius" else Sign()
+
+    def rotated(self, group: Group, inner: Identity | Diagonal | Sides = Identity(), **own: Any) -> Rotated:
+        """The preconditioner with the group's values, but for what `own` says."""
+        values: dict[str, Any] = {
+            "inner": inner,
+            "beta": group["shampoo_beta"],
+            "max_dim": group["max_preconditioner_dim"],
+            "blocks": group["block_preconditioner"],
+            "every": group["precondition_frequency"],
+            "method": group["refresh"],
+            "exact": group["exact_refreshes"],
+        }
+        return Rotated(**{**values, **own})
+
+    def _check_values(self, group: Group) -> None:
+        check_betas(group["betas"])
+        if "eps" in group:
+            check_at_least_zero("eps", group["eps"])
+        beta = group["shampoo_beta"]
+        if beta is not None and not 0.0 <= beta <= 1.0:
+            raise ValueError(f"shampoo_beta should be in [0, 1] or None but is: {beta}")
+        for name, least in (("precondition_frequency", 1), ("exact_refreshes", 0), ("max_preconditioner_dim", 1)):
+            if not isinstance(group[name], int) or group[name] < least:
+                raise ValueError(f"{name} should be a whole number of at least {least} but is: {group[name]!r}")
+        _check_choice("refresh", group["refresh"], get_args(Method))
+        _check_choice("norm", group["norm"], (*NORMS, None))
+        _check_choice("parity", group["parity"], self._parities)
+        polar_of(group)
+        super()._check_values(group)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not known; use {' or '.join(map(repr, choices))}")
+
+
+class Shampoo(KroneckerOptimizer):
+    """Full-matrix AdaGrad, one factor a side, with the length of Adam's step.
+
+        L <- L + g g^T;   R <- R + g^T g;   m <- beta1 m + (1 - beta1) g
+        u = L^-1/4 m R^-1/4;   W <- (1 - lr weight_decay) W - lr u ||adam|| / ||u||,   adam = m / (sqrt(v) + eps)
+
+    params: a module, named parameters, an iterable of tensors (routed by shape) or groups; see `steepest.param_groups`.
+    lr, weight_decay: numbers >= 0.   betas: of m, and of Adam's v in the graft (of the factors: shampoo_beta).
+    eps: added to a factor's eigenvalues, besides 1e-6 of the largest, and to Adam's sqrt(v).
+    graft: "adam", or None for the length of u itself.
+    extra: see `Bases`, here with shampoo_beta=1 (sums), max_preconditioner_dim=1024 and block_preconditioner=True, and
+        `steepest.zoo.shared.Extras`.  A gradient is in the factors before its own step; roots are of the last refresh.
+
+    Without accumulation (shampoo_beta=0, betas=(0, ...)) u is polar(g), Muon's direction. Source: arXiv:1802.09568,
+    grafting and blocks arXiv:2309.06497.
+    """
+
+    _bases = Bases(
+        **{  # type: ignore[typeddict-item]
+            **KroneckerOptimizer._bases,
+            "shampoo_beta": 1.0,
+            "max_preconditioner_dim": 1024,
+            "block_preconditioner": True,
+        }
+    )
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-12,
+        *,
+        graft: str | None = "adam",
+        **extra: Unpack[BasesAndExtras],
+    ) -> None:
+        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "graft": graft}
+        super().__init__(params, own, extra)
+
+    def parts(self, group: Group) -> dict[str, Any]:
+        _check_choice("graft", group["graft"], ("adam", None))
+        graft = Diagonal(eps_inside=False, key="graft_exp_avg_sq") if group["graft"] else None
+        precondition = self.rotated(group, Sides(exponent=0.25), current=True)
+        momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
+        return {"momentum": momentum, "precondition": precondition, "graft": graft}
+
+
+class OneSidedShampoo(KroneckerOptimizer):
+    """Shampoo with one factor, that of the shorter side, at the power that one alone takes (ASGO).
+
+        m <- beta1 m + (1 - beta1) g;   L <- beta2 L + (1 - beta2) g g^T
+        W <- (1 - lr weight_decay) W - lr (L^1/2 + eps)^-1 m        (from the right, where there are fewer columns)
+
+    m and L have Adam's bias corrections, so that the first update is polar(g), as is every one without accumulation
+    (betas=(0, 0)). A gradient is in L before its own step; roots are of the last refresh. Arguments as in `SOAP`; eps
+    is added to the square root. Sources: arXiv:2503.20762, arXiv:2503.10537, which do not correct the averages.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        **extra: Unpack[BasesAndExtras],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}, extra)
+
+    def parts(self, group: Group) -> dict[str, Any]:
+        sides = Sides(exponent=0.5, damping="outside")
+        precondition = self.rotated(group, sides, side="smaller", current=True)
+        momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
+        return {"momentum": momentum, "precondition": precondition}
+
+
+#: Values of the authors of KL-Shampoo: averages in the current basis that begin at 0.1.
+_COUPLED = Sides(exponent=0.5, values="average", initial=0.1, damping="outside", limited=True)
+
+
+class KLShampoo(KroneckerOptimizer):
+    """Shampoo whose factors minimise a KL divergence: each is measured in the metric of the other.
+
+        L <- beta2 L + (1 - beta2) g R^-1 g^T / n;   R <- beta2 R + (1 - beta2) g^T L^-1 g / m
+        W <- (1 - lr weight_decay) W - lr L^-1/2 m R^-1/2
+
+    The eigenvalues are averages that every step adds to in the bases of the last refresh. Arguments as in `SOAP`. The
+    first step only makes the bases. parity="authors": orthogonal iteration for every refresh and weight decay after the
+    update (the authors' iteration does not sort its columns, ours does). Source: arXiv:2509.03378.
+    """
+
+    _parities = (None, "authors")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-4,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        **extra: Unpack[BasesAndExtras],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}, extra)
+
+    def parts(self, group: Group) -> dict[str, Any]:
+        method = "qr" if group["parity"] else group["refresh"]
+        precondition = self.rotated(group, _COUPLED, coupling=_COUPLED, first="skip", method=method)
+        return {"momentum": Momentum(dtype=group["momentum_dtype"]), "precondition": precondition}
+
+
+class SOAP(KroneckerOptimizer):
+    """Adam in the eigenbases of Shampoo's factors.
+
+        L <- beta2 L + (1 - beta2) g g^T;   R <- beta2 R + (1 - beta2) g^T g;   Q_L, Q_R their eigenbases
+        m <- beta1 m + (1 - beta1) g;   v <- beta2 v + (1 - beta2) (Q_L^T g Q_R)^2
+        W <- (1 - lr weight_decay) W - lr Q_L (Q_L^T m Q_R / (sqrt(v) + eps)) Q_R^T        with Adam's bias corrections
+
+    params: a module, named parameters, an iterable of tensors (routed by shape) or groups; see `steepest.param_groups`.
+    lr, weight_decay: numbers >= 0.   betas: of m, and of v and the factors (see shampoo_beta).   eps: added to sqrt(v).
+    extra: see `Bases` and `steepest.zoo.shared.Extras`.
+
+    The first step only makes the bases: in them the first gradient is diagonal, and Adam would divide the rounding
+    errors beside it by themselves. parity="authors": the bases are refreshed by orthogonal iteration with v permuted as
+    its columns are sorted, and weight decay follows the update; the trajectory is that of the authors' implementation.
+    eps is divided by sqrt(1 - beta2^t), as they have it. With identity bases it is Adam, with norm="spectral" MuAdam in
+    these bases. Source: arXiv:2409.11321.
+    """
+
+    _parities = (None, "authors")
+    _coupling: Sides | None = None
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 3e-3,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        **extra: Unpack[BasesAndExtras],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}, extra)
+
+    def parts(self, group: Group) -> dict[str, Any]:
+        method = "qr" if group["parity"] else group["refresh"]
+        inner = Diagonal(power=0.25)
+        precondition = self.rotated(group, inner, coupling=self._coupling, first="skip", method=method)
+        momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
+        return {"momentum": momentum, "precondition": precondition}
+
+
+class KLSOAP(SOAP):
+    """SOAP in the bases of KL-Shampoo's factors; see `SOAP` and `KLShampoo`. Source: arXiv:2509.03378."""
+
+    _coupling = _COUPLED
+
+
+class SPlus(KroneckerOptimizer):
+    """The sign of the momentum in Shampoo's eigenbases, and an average of the iterates to evaluate.
+
+        m <- beta1 m + (1 - beta1) g;   L <- beta2 L + (1 - beta2) g g^T;   R <- beta2 R + (1 - beta2) g^T g
+        W <- (1 - lr' weight_decay) W - lr 2 / (m + n) Q_L sign(Q_L^T m Q_R) Q_R^T
+        average <- rate average + (1 - rate) W,   divided by 1 - rate^t in `eval`
+
+    The bases are those of the last refresh, at step 1 the identity; lr' = 2 lr / (m + n). `eval()` puts the average, of
+    every parameter, in place of the weights, `train()` the weights back; a step in between is refused.
+
+    lr: .1 is the authors'.   average_rate: of the iterates; 0: no average is kept.   Other arguments as in `SOAP`.
+    parity="authors": weight decay follows the update (their average takes the weights between the two, ours after both:
+    it is smaller by a factor 1 - lr' weight_decay). With identity bases it is signum. Source: arXiv:2506.07254.
+    """
+
+    _bases = Bases(
+        **{  # type: ignore[typeddict-item]
+            **KroneckerOptimizer._bases,
+            "precondition_frequency": 100,
+            "refresh": "eigh",
+        }
+    )
+    _norm = "sign"
+    _ratio = "splus"
+    _parities = (None, "authors")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 0.1,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-30,
+        *,
+        average_rate: float = 0.999,
+        **extra: Unpack[BasesAndExtras],
+    ) -> None:
+        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "average_rate": average_rate}
+        super().__init__(params, own, extra)
+
+    def parts(self, group: Group) -> dict[str, Any]:
+        return {
+            "momentum": Momentum(dtype=group["momentum_dtype"]),
+            "precondition": self.rotated(group, first="identity"),
+            "decay": Decay(cautious=group["cautious_wd"], after=group["parity"] is not None, scaled=True),
+        }
+
+    def _check_values(self, group: Group) -> None:
+        if not 0.0 <= group["average_rate"] < 1.0:
+            raise ValueError(f"average_rate should be in [0, 1) but is: {group['average_rate']}")
+        super()._check_values(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step, after which the averages take the weights that were stepped; see `MatrixOptimizer.step`.
+
+        RuntimeError after `eval`, before `train`.
+        """
+        if self._averaged():
+            raise RuntimeError("the weights are averages since eval(); call train() before the next step")
+        before = {p: _steps_taken(state).clone() for p, state in self.state.items() if AVERAGE in state}
+        loss = super().step(closure)
+        self._start_averages()
+        for group in self.param_groups:
+            for p in group["params"] if group["average_rate"] else ():
+                if p.grad is not None:
+                    state = self.state[p]
+                    taken = _steps_taken(state) != before.get(p, 0)
+                    weight = taken.to(torch.float64) * (1 - group["average_rate"])
+                    value = self._recipe(group).rounding.value(p, state)
+                    state[AVERAGE].lerp_(value.to(state[AVERAGE].dtype), weight.to(state[AVERAGE].dtype))
+                    state[MASS].lerp_(torch.ones_like(weight), weight)
+        return loss
+
+    def init_state(self) -> None:
+        """As `MatrixOptimizer.init_state`; the averages too."""
+        super().init_state()
+        self._start_averages()
+
+    def _start_averages(self) -> None:
+        """Averages of no iterate yet, for every parameter that has a state and none."""
+        for group in self.param_groups:
+            for p in group["params"] if group["average_rate"] else ():
+                state = self.state.get(p)
+                if state and AVERAGE not in state:
+                    state[AVERAGE] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                    state[MASS] = torch.zeros((), dtype=torch.float64, device=p.device)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the averages of the iterates in place of the weights, which are kept in the state."""
+        for p, state in self.state.items():
+            if AVERAGE in state and WEIGHTS not in state:
+                state[WEIGHTS] = p.clone()
+                average, mass = state[AVERAGE], state[MASS].to(state[AVERAGE].dtype)
+                p.copy_(torch.where(mass > 0, average / mass, p.to(average.dtype)))
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the weights back."""
+        for p, state in self.state.items():
+            if WEIGHTS in state:
+                p.copy_(state.pop(WEIGHTS))
+
+    def _averaged(self) -> bool:
+        return any(WEIGHTS in state for state in self.state.values())
+
+
+def _steps_taken(state: State) -> Tensor:
+    """The count of a matrix' gradients, or of an AdamW parameter's steps; one that is not finite is in neither."""
+    return state[LEARNED] if LEARNED in state else state["step"]

@@ -1,0 +1,107 @@
+"""What the named optimizers share: arguments, defaults, and the parts that are the same in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import torch
+
+from ..linalg.coefficients import schedule
+from ..parts import Number, Spectral
+from ..recipe import Recipe
+from ..values import Group, check_at_least_zero, finish
+
+#: A preset of `steepest.polar`, or a table of odd polynomials, one tuple of coefficients a step.
+Polar = str | Sequence[Sequence[float]]
+
+
+class Extras(TypedDict, total=False):
+    """Keyword arguments every optimizer here takes; all but adamw_* are group values.
+
+    num_heads, split_sizes, batch_dims: how fused or stacked weights are read as matrices; see `steepest.matrices`.
+    cautious_wd: decay only where it agrees with the update.      maximize: ascend.
+    momentum_dtype: dtype of the momentum (None: the gradient's). stochastic_rounding: of bf16 parameters.
+    keep_mantissa: of bf16 parameters, the 16 bits that bf16 drops are kept as state, as if they were fp32.
+    capturable: lr and weight_decay become tensors on the device, so that a step can be captured in a CUDA graph;
+        schedulers fill them in place. `steepest.graphed` captures a whole step.
+    backend: "auto", "cuda", "triton", "cpu" or "torch", of everything elementwise.
+    max_workspace_bytes: about what a step may borrow at once, inputs of the direction included; one matrix is always
+        worked on, and a launch covers all matrices that fit.
+    adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW groups; adamw_lr=None is 3e-4, or lr itself with
+        adjust_lr_fn="match_rms_adamw".
+    """
+
+    num_heads: int | Sequence[int] | None
+    split_sizes: Sequence[int] | None
+    batch_dims: int | None
+    cautious_wd: bool
+    maximize: bool
+    momentum_dtype: torch.dtype | None
+    stochastic_rounding: bool
+    keep_mantissa: bool
+    capturable: bool
+    backend: str
+    max_workspace_bytes: int
+    adamw_lr: Number | None
+    adamw_betas: tuple[float, float]
+    adamw_eps: float
+    adamw_weight_decay: float
+
+
+EXTRAS = Extras(
+    num_heads=None,
+    split_sizes=None,
+    batch_dims=None,
+    cautious_wd=False,
+    maximize=False,
+    momentum_dtype=None,
+    stochastic_rounding=False,
+    keep_mantissa=False,
+    capturable=False,
+    backend="auto",
+    max_workspace_bytes=1 << 30,
+    adamw_lr=None,
+    adamw_betas=(0.9, 0.95),
+    adamw_eps=1e-8,
+    adamw_weight_decay=0.0,
+)
+
+
+def defaults_of(name: str, own: Group, extra: Extras) -> tuple[Group, Group]:
+    """(defaults of matrix groups, defaults of AdamW groups) from a class's own arguments and the shared ones."""
+    unknown = sorted(set(extra) - set(EXTRAS))
+    if unknown:
+        raise TypeError(f"{name} got an unexpected argument {unknown[0]!r}; it takes {', '.join([*own, *EXTRAS])}")
+    values: Group = {**own, **EXTRAS, **extra}
+    adamw = {key.removeprefix("adamw_"): values.pop(key) for key in list(values) if key.startswith("adamw_")}
+    if adamw["lr"] is None:
+        adamw["lr"] = own["lr"] if own["adjust_lr_fn"] == "match_rms_adamw" else 3e-4
+    return values, adamw
+
+
+def recipe_of(group: Group, *, ratio: str = "original", **parts: Any) -> Recipe:
+    """A recipe from a method's parts and the group values all methods share; ratio: what adjust_lr_fn=None means."""
+    return Recipe(adjust_lr=group["adjust_lr_fn"] or ratio, **{**finish(group), **parts})
+
+
+def spectral(
+    group: Group, preset: str, coefficients: Any = None, steps: int | None = None, eps: float = 1e-7
+) -> Spectral:
+    """The direction; an error now for what `polar` would refuse in the middle of a step."""
+    check_at_least_zero("eps", eps)
+    table = None if coefficients is None else tuple(tuple(row) for row in coefficients)
+    if preset != "svd":
+        schedule(preset, table, steps)
+    return Spectral(preset, table, steps, eps, group["max_workspace_bytes"])
+
+
+def polar_of(group: Group, eps: float = 1e-7) -> Spectral:
+    """The direction for the group's `polar`; eps as in `steepest.polar`."""
+    polar = group["polar"]
+    if isinstance(polar, str):
+        return spectral(group, polar, eps=eps)
+    rows: tuple[Any, ...] = tuple(polar) if isinstance(polar, Sequence) else ()
+    if not rows or not all(isinstance(row, Sequence) for row in rows):
+        raise TypeError(f"polar must be a preset's name or a list of coefficient tuples, one a step, but is: {polar!r}")
+    return spectral(group, "jordan", rows, eps=eps)
