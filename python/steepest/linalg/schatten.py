@@ -39,9 +39,9 @@ METHODS = ("auto", "matmul", "eigh")
 Steps = tuple[tuple[float, float, float, float], ...]
 
 # Compositions for s^(q-1), by p.  Minimised: the larger of max |f(x) - x^(q-1)| over [1e-3, 1.01] and half of the same
-# where every term of every step but the last is off by 2^-9, bf16's rounding, over all signs of the steps; fitted without
-# the second, one in thousands of small matrices came out wrong.  Local minima of a search from many starts; the errors
-# stand in `schatten`, and the tests compute them again.
+# where every term of every step but the last is off by 2^-9, bf16's rounding, over all signs of the steps; fitted
+# without the second, one in thousands of small matrices came out wrong.  Local minima of a search from many starts; the
+# errors stand in `schatten`, and the tests compute them again.
 STEPS: dict[float, Steps] = {
     1.5: (
         (17.94584, -25.29578, 8.371484, 0.0),
@@ -107,20 +107,20 @@ def schatten(
 
                        largest error on [1e-3, 1]               falls    16 bits      work, "auto" polar = 1
         p              f          rounded to bf16    gain       short    bf16  fp16   m x m   m x 4m
-        3/2            .0019      .0025              .08        .0011    .005  .001   .47     .59
-        3              .0153      .023               16         .0008    .028  .004   1.18    1.48
-        4              .0264      .047               76         .0022    .094  .012   1.47    1.86
-        6              .0397      .060               234        .0047    .21   .031   1.53    1.89
-        8              .0523      .086               365        .0064    .31   .046   1.53    1.89
+        3/2            .0019      .0064              .08        .0011    .005  .001   .47     .59
+        3              .0154      .028               16         .0008    .028  .004   1.18    1.48
+        4              .0262      .047               77         .0022    .10   .013   1.47    1.86
+        6              .0390      .064               236        .0041    .21   .031   1.53    1.89
+        8              .0541      .090               363        .0083    .31   .046   1.53    1.89
         4/3, 6/5       exact                                    0        .004  -      .18     .27 (4/3)
 
     *gain*: below 1e-3, f is about gain times s.  *falls short*: the part of ||X||_q by which <X, D> misses it, the
-    worst of eleven spectra; .011 where one to three of 128 singular values stand out at p = 8.  *16 bits*: the
-    rounding, relative to ||D||_F, of matrices of full rank; where nearly all singular values are 0 it is lifted in
-    their place, to .1 (fp16) and .8 (bf16) at p = 8 and rank 2.  *work*: operations in products in bf16; on m x 4m in
-    fp32 1.2 times polar's at p = 8, and in fp16, in which only polar bears the Gram form, 2.4 times.  ||D||_p = 1 up to
-    rounding; at p = 3 and 3/2, where ||f(S)||_p is taken to be <X, U f(S) V^T>^(1/p), up to .013 and .002.  p = 1 has
-    rank one, length 1, and reaches .998 of the largest singular value.
+    worst of eleven spectra; .0135 where one to three singular values stand out at p = 8.  *16 bits*: the rounding,
+    relative to ||D||_F, of matrices of full rank; where nearly all singular values are 0 it is lifted in their place,
+    to .8 (bf16), .1 (fp16) and .05 (fp32, m x 4m) at p = 8 and rank 2.  *work*: operations in products in bf16; on
+    m x 4m in fp32 1.2 times polar's at p = 8, and in fp16, in which only polar bears the Gram form, 2.4 times.
+    ||D||_p = 1 up to rounding; at p = 3 and 3/2, where ||f(S)||_p is taken to be <X, U f(S) V^T>^(1/p), up to .012 and
+    .003.  p = 1 has rank one, length 1, and reaches .998 of the largest singular value.
 
     Args:
         p: at least 1; inf is the polar factor.

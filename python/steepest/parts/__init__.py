@@ -12,7 +12,7 @@ from step to step (those are a `Hyper`) and never state (that is a dictionary of
 """
 
 from .decay import Decay
-from .direction import Direction, Frobenius, Sign, Spectral
+from .direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral
 from .hyper import Hyper, Number
 from .momentum import Momentum
 from .precondition import Diagonal, Identity, Precondition, Rotated, Sides
@@ -21,6 +21,7 @@ from .step_size import ADJUST_LR, shape_ratio
 
 __all__ = [
     "ADJUST_LR",
+    "Columns",
     "Decay",
     "Diagonal",
     "Direction",
@@ -28,10 +29,14 @@ __all__ = [
     "Hyper",
     "Identity",
     "Momentum",
+    "Nuclear",
     "Number",
+    "OneHot",
     "Precondition",
     "Rotated",
     "Rounding",
+    "Rows",
+    "Schatten",
     "Sides",
     "Sign",
     "Spectral",

@@ -19,6 +19,7 @@ between RMS norms, are in `steepest.parts.step_size`. Source: arXiv:2510.10777, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,10 @@ class Direction:
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         """The direction; slack: (batch,) fp32, filled with what `Spectral` knows of its norm bound and else left."""
         raise NotImplementedError
+
+    def units(self, xs: Sequence[Tensor], slacks: Sequence[Tensor]) -> list[Tensor]:
+        """`unit` of every x with its slack; of several shapes, on one device, and not changed in the meantime."""
+        return [self.unit(x, slack=slack) for x, slack in zip(xs, slacks, strict=True)]
 
     def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
         """<x, d>, which for d = unit(x) is the dual norm of x."""
@@ -135,14 +140,20 @@ class Spectral(Direction):
         return self.preset != "svd" or self.coefficients is not None
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
-        return polar.polar(
-            x,
+        return self._polars([x], None if slack is None else [slack])[0]
+
+    def units(self, xs: Sequence[Tensor], slacks: Sequence[Tensor]) -> list[Tensor]:
+        return self._polars(xs, slacks)
+
+    def _polars(self, xs: Sequence[Tensor], slacks: Sequence[Tensor] | None) -> list[Tensor]:
+        return polar.polars(
+            xs,
             self.preset,
             coefficients=self.coefficients,
             steps=self.steps,
             eps=self.eps,
             max_workspace_bytes=self.max_workspace_bytes,
-            slack=slack,
+            slacks=slacks,
         )
 
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
