@@ -3,7 +3,7 @@
     inspect                                    every gradient
     for every round of matrices
         before                                 every matrix of the round; in the first, all that is elementwise
-        d = direction(x)                       bucket by bucket
+        d = direction(x)                       buckets of all shapes at once
         after                                  every matrix of the round
 
 What depends only on shapes, dtypes and recipes is laid out once; a step hands the tensors over. Their addresses travel
@@ -25,7 +25,7 @@ from .ops.multi_tensor import Groups, Scaling, Table
 from .ops.program import Power, Program
 from .parts import Diagonal, Frobenius, Hyper, Identity, Sign
 from .recipe import Recipe
-from .rounds import Entry, Round, members_of, present, rounds_of
+from .rounds import Entry, Round, members_of, rounds_of
 
 _POWERS: dict[float, Power] = {0.25: "quarter", 0.5: "half", 1 / 6: "sixth"}
 
@@ -162,16 +162,13 @@ class Layout:
         )
         if not stacks:
             return
-        lengths: list[Tensor] = []
-        for i, bucket in enumerate(round_.buckets):
-            stacks[i], length = bucket.towards(stacks[i], self.table)  # the input is free from here on
-            lengths += length or [self.absent] * len(bucket.sizes)
+        lengths = round_.towards(stacks, self.table)
         multi_tensor.after(
             round_.of_members(stacks),
             round_.seconds[whole:],
             params[whole:],
             round_.mantissas[whole:],
-            present(lengths),
+            lengths or [],
             self.table,
             round_.after,
             backend=self.backend,

@@ -17,7 +17,7 @@ from .budget import cut
 from .matrices import Piece
 from .ops.multi_tensor import Item, Items, Table
 from .ops.program import Program
-from .parts import shape_ratio
+from .parts import Direction, shape_ratio
 from .recipe import Recipe, State
 
 
@@ -97,7 +97,7 @@ class Member:
 
 
 class Bucket:
-    """Matrices that share a direction call. sizes: matrices of each member; slack: what the call says of each, fp32."""
+    """Matrices whose inputs are one tensor. sizes: matrices of each member; slack: what the direction says of each."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         first = members[0]
@@ -116,16 +116,14 @@ class Bucket:
     def empty(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
-    def towards(self, x: Tensor, table: Table) -> tuple[Tensor, list[Tensor] | None]:
-        """The direction and, where it is to be scaled by its dual norm, that norm for every matrix, by members."""
-        direction = self.recipe.direction
-        d = direction.unit(x, slack=self.slack)
+    def dual_norms(self, x: Tensor, d: Tensor, table: Table) -> list[Tensor] | None:
+        """The dual norm of every matrix of x, with direction d, by members; None where the step is of length 1."""
         if self.recipe.scale == "lmo":
-            return d, None
-        norm = direction.dual_norm(x, d).flatten().double()
+            return None
+        norm = self.recipe.direction.dual_norm(x, d).flatten().double()
         if self._row_of is not None:  # an fp16 x was multiplied by a power of two
             norm = norm / table.column("input_scale").index_select(0, self._row_of)
-        return d, list(norm.split(self.sizes))
+        return list(norm.split(self.sizes))
 
     def slack_of(self, group: int) -> list[Tensor]:
         """The slack of a group's matrices, which follow one another: no tensor or one."""
@@ -147,6 +145,25 @@ class Round:
         self.momenta = [member.view(member.entry.momentum) for member in self.members]
         self.seconds = present([member.state(member.entry.recipe.precondition.keys) for member in self.members])
         self.mantissas = present([member.state(member.entry.recipe.rounding.keys) for member in self.members])
+
+    def towards(self, stacks: list[Tensor], table: Table) -> list[Tensor] | None:
+        """Turns the buckets' inputs into their directions; dual norms by members where one is scaled by them.
+
+        Buckets that differ only in shape share the call.
+        """
+        alike: dict[Direction, list[int]] = {}
+        for i, bucket in enumerate(self.buckets):
+            alike.setdefault(bucket.recipe.direction, []).append(i)
+        norms: dict[int, list[Tensor] | None] = {}
+        for direction, some in alike.items():
+            found = direction.units([stacks[i] for i in some], [self.buckets[i].slack for i in some])
+            for i, d in zip(some, found, strict=True):
+                norms[i] = self.buckets[i].dual_norms(stacks[i], d, table)
+                stacks[i] = d
+        if not any(norms.values()):
+            return None
+        absent = self.no_params[0]
+        return [n for i, bucket in enumerate(self.buckets) for n in norms[i] or [absent] * len(bucket.sizes)]
 
     def of_members(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Each member's matrices in its bucket's tensor."""

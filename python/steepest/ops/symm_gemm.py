@@ -115,7 +115,9 @@ def linear(
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     held = out if out.dtype == wide and out is not c else torch.empty(out.shape, dtype=wide, device=out.device)
-    times(a, alpha, out=held)
+    held.copy_(a)
+    if isinstance(alpha, Tensor) or alpha != 1:
+        held.mul_(_wide(alpha, a) if isinstance(alpha, Tensor) else alpha)
     if c is not None:
         held.addcmul_(c, _wide(beta, c)) if isinstance(beta, Tensor) else held.add_(c, alpha=beta)
     if gamma:
