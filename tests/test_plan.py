@@ -157,7 +157,7 @@ def test_the_elementwise_part_makes_nothing_but_inputs(
     cls: type[MatrixOptimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a direction that is its input, a step in the steady state makes one tensor a shape and nothing else."""
-    monkeypatch.setattr("steepest.parts.direction.Spectral.unit", lambda self, x, slack=None: x)
+    monkeypatch.setattr("steepest.parts.direction.Spectral.units", lambda self, xs, slacks: list(xs))
     optimizer, params = both_kinds(cls)
     train(optimizer, params, range(2))
     give_gradients(params, 2)

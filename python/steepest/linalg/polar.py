@@ -136,15 +136,12 @@ def polars(
     plan = schedule(preset, coefficients, steps)
     name = preset if coefficients is None else None
     free = dtype is None and form == "auto" and restarts is None
-    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
-    jobs = [
-        _Job(x.reshape(-1, *x.shape[-2:]), out.reshape(-1, *x.shape[-2:]), slack)
-        for x, out, slack in zip(xs, outs, held, strict=True)
-        if x.numel()
-    ]
+    outs = [_Out(x) for x in xs]
+    jobs = [_Job(x.reshape(-1, *x.shape[-2:]), slack, out, 0) for x, slack, out in zip(xs, held, outs) if x.numel()]
     small = [job for job in jobs if free and name != PLAIN and takes([job.x], plan.tables, plan.slacks)]
     if small:
-        own, targets, found = ([getattr(job, name) for job in small] for name in ("x", "out", "slack"))
+        own, found = [job.x for job in small], [job.slack for job in small]
+        targets = [job.out.batch() for job in small]
         small_polar(own, targets, found, plan.tables, plan.slacks, tight=plan.norm == "tight", eps=eps)
     alike: dict[tuple[torch.dtype, tuple[int, ...]], list[_Job]] = {}
     for job in jobs:
@@ -156,28 +153,54 @@ def polars(
     for (work, positions), some in alike.items():
         if name == PLAIN and form == "auto" and restarts is None:
             for job in some:
-                job.out.copy_(newton_schulz_plain(_prescaled(job.x, work), plan.tables[0], eps=eps))
+                job.take(newton_schulz_plain(_prescaled(job.x, work), plan.tables[0], eps=eps), own=True)
                 job.slack.fill_(1)
             continue
-        workspace = Workspace()
-        for run in _runs(some, work, max_workspace_bytes):
+        workspace, runs = Workspace(), list(_runs(some, work, max_workspace_bytes))
+        for run in runs:
             ys = [_prescaled(job.x, work) for job in run]
             ys = newton_schulz(ys, plan, positions, workspace, eps=eps, slacks=[job.slack for job in run])
             for job, y in zip(run, ys, strict=True):
-                job.out.copy_(y)
-    return outs
+                job.take(y, own=len(runs) == 1)
+    return [out.result() for out in outs]
+
+
+class _Out:
+    """The result for x: memory of its own, or a tensor that happens to be it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.held: Tensor | None = None
+
+    def batch(self) -> Tensor:
+        """(batch, m, n) to write to."""
+        if self.held is None:
+            self.held = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        return self.held.view(math.prod(self.x.shape[:-2]), *self.x.shape[-2:])
+
+    def result(self) -> Tensor:
+        return self.batch().view(self.x.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """x, out: (batch, m, n); slack: (batch,)."""
+    """Matrices x, (batch, m, n), their slack, (batch,), and where the first of them goes."""
 
     x: Tensor
-    out: Tensor
     slack: Tensor
+    out: _Out
+    first: int
 
     def split(self, size: int) -> list[_Job]:
-        return [_Job(*parts) for parts in zip(self.x.split(size), self.out.split(size), self.slack.split(size))]
+        parts = zip(self.x.split(size), self.slack.split(size), range(0, len(self.x), size), strict=True)
+        return [_Job(x, slack, self.out, first) for x, slack, first in parts]
+
+    def take(self, y: Tensor, *, own: bool) -> None:
+        """Puts y where it belongs; own: nobody else will write to it."""
+        if own and y.numel() == self.out.x.numel() and y.dtype == self.out.x.dtype and y.is_contiguous():
+            self.out.held = y
+        else:
+            self.out.batch()[self.first : self.first + len(y)].copy_(y)
 
     def workspace_bytes(self, work: torch.dtype) -> int:
         batch, m, n = self.x.shape
