@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
-from training import OPTIMIZERS, all_same_bits, both_kinds, copies, noise, same_states, state_copies, train
+from training import KRONECKER, OPTIMIZERS, all_same_bits, both_kinds, copies, noise, same_states, state_copies, train
 
-every_optimizer = pytest.mark.parametrize("cls", OPTIMIZERS)
+every_optimizer = pytest.mark.parametrize("cls", (*OPTIMIZERS, *KRONECKER))
 # dtype of parameters, of gradients
 DTYPES = {
     "fp32": (torch.float32, None),
@@ -43,6 +43,7 @@ def test_a_resumed_run_is_the_run(
     cls: type[MatrixOptimizer], dtypes: tuple[torch.dtype, torch.dtype | None], options: dict[str, Any]
 ) -> None:
     dtype, grad_dtype = dtypes
+    options = {**options, **({"precondition_frequency": 2} if cls in KRONECKER else {})}
     optimizer, params = both_kinds(cls, dtype, grad_dtype, **options)
     train(optimizer, params, range(3), grad_dtype)
     resumed, others = both_kinds(cls, dtype, grad_dtype, **options)
@@ -184,7 +185,7 @@ def test_a_users_hook_has_the_last_word_on_loading(cls: type[MatrixOptimizer]) -
     assert all(not next(iter(state.values())).any() for state in optimizer.state.values())
 
 
-@every_optimizer
+@pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_a_users_hook_has_the_first_word_on_loading(cls: type[MatrixOptimizer]) -> None:
     """What it makes of the checkpoint is what is checked and loaded."""
     (optimizer, params), (wider, more) = both_kinds(cls), both_kinds(cls)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 import steepest
 
 RANKS, STEPS, BATCH = 2, 3, 8
-OPTIMIZERS = (steepest.Muon, steepest.MuAdam)
+OPTIMIZERS = (steepest.Muon, steepest.MuAdam, steepest.KFAC)
+# In the null space of few gradients a basis follows rounding errors: that of the whole batch is another one.
+RANKS_ALONE = (steepest.Shampoo, steepest.SOAP, steepest.KLShampoo, steepest.SPlus)
 
 
 def network() -> nn.Sequential:
@@ -45,10 +47,11 @@ def worker(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
     )
-    for cls in OPTIMIZERS:
+    for cls in (*OPTIMIZERS, *RANKS_ALONE):
         model = nn.parallel.DistributedDataParallel(copy.deepcopy(network()))
         train(cls, model, rank)
         torch.save(model.module.state_dict(), folder / f"{cls.__name__}-{rank}.pt")
+    dist.barrier()  # the first to leave takes the meeting file with it
     dist.destroy_process_group()
 
 
@@ -67,13 +70,14 @@ def test_ranks_agree_with_each_other_and_with_one_process(tmp_path: Path) -> Non
         for rank in ranks:  # one that failed leaves the others waiting for it
             rank.kill()
             rank.communicate()
-    for cls in OPTIMIZERS:
+    for cls in (*OPTIMIZERS, *RANKS_ALONE):
         alone = network()
         train(cls, alone, None)
         first, second = (torch.load(tmp_path / f"{cls.__name__}-{rank}.pt", weights_only=True) for rank in range(RANKS))
         for name, wanted in alone.state_dict().items():
             assert torch.equal(first[name], second[name])
-            torch.testing.assert_close(first[name], wanted, rtol=1e-8, atol=1e-10)
+            if cls in OPTIMIZERS:
+                torch.testing.assert_close(first[name], wanted, rtol=1e-8, atol=1e-10)
 
 
 if __name__ == "__main__":

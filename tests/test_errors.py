@@ -16,6 +16,7 @@ from steepest.optimizer import MatrixOptimizer
 from training import both_kinds, give_gradients, parameters, train
 
 MUON, MUADAM, SANIA = steepest.Muon, steepest.MuAdam, steepest.MuAdamSANIA
+SOAP, SHAMPOO, SPLUS = steepest.SOAP, steepest.Shampoo, steepest.SPlus
 
 
 def matrix(**values: Any) -> list[dict[str, Any]]:
@@ -136,6 +137,85 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"split_sizes \(4, 4\) sum to 8, but dimension 0 of shape \(6, 4\) is 6: .* so that they sum to 6",
     ),
     "batch_dims": (lambda: MUON(matrix(batch_dims=1)), ValueError, "send the parameter to AdamW, or lower batch_dims"),
+    "shampoo_beta": (
+        lambda: SOAP(matrix(), shampoo_beta=1.5),
+        ValueError,
+        r"shampoo_beta should be in \[0, 1\] or None but is: 1.5",
+    ),
+    "sums of coupled factors": (
+        lambda: steepest.KLShampoo(matrix(), shampoo_beta=1.0),
+        ValueError,
+        r"beta \(shampoo_beta\) of coupled factors should be below 1",
+    ),
+    "precondition_frequency": (
+        lambda: SOAP(matrix(), precondition_frequency=0),
+        ValueError,
+        "precondition_frequency should be a whole number of at least 1 but is: 0",
+    ),
+    "precondition_frequency of a group": (
+        lambda: SOAP(matrix(precondition_frequency="10")),
+        ValueError,
+        "precondition_frequency should be a whole number of at least 1 but is: '10'",
+    ),
+    "exact_refreshes": (
+        lambda: SPLUS(matrix(), exact_refreshes=-1),
+        ValueError,
+        "exact_refreshes should be a whole number of at least 0 but is: -1",
+    ),
+    "max_preconditioner_dim": (
+        lambda: SHAMPOO(matrix(), max_preconditioner_dim=0.5),  # type: ignore[arg-type]
+        ValueError,
+        "max_preconditioner_dim should be a whole number of at least 1 but is: 0.5",
+    ),
+    "refresh": (
+        lambda: SOAP(matrix(), refresh="svd"),
+        ValueError,
+        "refresh 'svd' is not known; use 'auto' or 'jr' or 'qr' or 'eigh'",
+    ),
+    "norm": (
+        lambda: SOAP(matrix(), norm="nuclear"),
+        ValueError,
+        "norm 'nuclear' is not known; use 'frobenius' or 'spectral' or 'sign' or None",
+    ),
+    "polar that is not used": (lambda: SOAP(matrix(), polar="best"), ValueError, "preset 'best' is not known"),
+    "parity": (
+        lambda: SOAP(matrix(), parity="paper"),
+        ValueError,
+        "parity 'paper' is not known; use None or 'authors'",
+    ),
+    "parity and cautious decay": (
+        lambda: SOAP(matrix(), parity="authors", cautious_wd=True),
+        ValueError,
+        "cautious decay looks at the weight before the update; choose one of cautious and after",
+    ),
+    "graft": (lambda: SHAMPOO(matrix(), graft="sgd"), ValueError, "graft 'sgd' is not known; use 'adam' or None"),
+    "average_rate": (
+        lambda: SPLUS(matrix(), average_rate=1.0),
+        ValueError,
+        r"average_rate should be in \[0, 1\) but is: 1.0",
+    ),
+    "lr of SOAP": (lambda: SOAP(matrix(), lr=-1.0), ValueError, "Learning rate should be >= 0 but is: -1.0"),
+    "weight_decay of SPlus": (
+        lambda: SPLUS(matrix(), weight_decay=-1.0),
+        ValueError,
+        "weight decay should be >= 0 but is: -1.0",
+    ),
+    "eps of Shampoo": (lambda: SHAMPOO(matrix(), eps=-1.0), ValueError, "eps should be >= 0 but is: -1.0"),
+    "betas of SOAP": (
+        lambda: SOAP(matrix(), betas=(0.9, 1.0)),
+        ValueError,
+        r"two numbers in \[0, 1\) but is: \(0.9, 1.0\)",
+    ),
+    "adjust_lr_fn of SPlus": (
+        lambda: SPLUS(matrix(), adjust_lr_fn="spectral"),
+        ValueError,
+        "function spectral is not supported",
+    ),
+    "argument of SOAP": (
+        lambda: SOAP(matrix(), merge_dims=True),  # type: ignore[call-arg]
+        TypeError,
+        "SOAP got an unexpected argument 'merge_dims'; it takes lr, weight_decay, .*precondition_frequency",
+    ),
     "no matrices": (
         lambda: MUADAM(nn.Sequential(nn.Embedding(8, 4), nn.LayerNorm(4))),
         ValueError,

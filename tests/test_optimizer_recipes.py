@@ -13,6 +13,7 @@ from problems import ADAM_AVERAGE, RECIPES, SHAPES, SVD, TOLERANCE, gap, gaussia
 from steepest.matrices import pieces
 from steepest.parts import Diagonal, Frobenius, Hyper, Momentum
 from steepest.recipe import ADAMW, Recipe, State, step_one
+from training import KRONECKER
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -89,7 +90,7 @@ def test_an_optimizer_is_its_recipe(name: str, cautious_wd: bool, maximize: bool
 
 
 @pytest.mark.parametrize("use_muon", [True, False])
-@pytest.mark.parametrize("kind", [steepest.MuAdam, steepest.MuAdamSANIA])
+@pytest.mark.parametrize("kind", [steepest.MuAdam, steepest.MuAdamSANIA, *KRONECKER])
 def test_numbers_may_be_tensors(kind: type[steepest.MuAdam], use_muon: bool) -> None:
     numbers = {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-6}
     tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}

@@ -12,6 +12,15 @@ import steepest
 from steepest.optimizer import MatrixOptimizer
 
 OPTIMIZERS: tuple[type[MatrixOptimizer], ...] = (steepest.Muon, steepest.MuAdam, steepest.MuAdamSANIA)
+#: Those with bases. SOAP and KL-Shampoo do not move in their first step.
+KRONECKER: tuple[type[MatrixOptimizer], ...] = (
+    steepest.Shampoo,
+    steepest.OneSidedShampoo,
+    steepest.KLShampoo,
+    steepest.SOAP,
+    steepest.KLSOAP,
+    steepest.SPlus,
+)
 MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5))
 VECTORS = ((7,), (4, 3))
 

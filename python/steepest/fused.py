@@ -35,6 +35,14 @@ def program(recipe: Recipe, *, maximize: bool = False) -> Program | str:
     momentum, precondition, direction = recipe.momentum, recipe.precondition, recipe.direction
     if recipe.decay.after or recipe.decay.scaled:
         return "weight decay comes after the update or goes by the matrix' shape"
+    if recipe.coupled:
+        return "its step waits for a number that all layers give"
+    if recipe.decay.inside or recipe.decay.relative:
+        return "its step depends on the weight itself"
+    if momentum.of == "updates":
+        return "momentum comes after the direction"
+    if momentum.start == "first":
+        return "averages begin with the first gradient"
     if recipe.graft is not None:
         return "a grafted update's length is that of another one"
     whole = Program(

@@ -48,8 +48,8 @@ class Piece:
         return self.batch, self.rows, self.cols
 
     def view(self, t: Tensor) -> Tensor:
-        """The piece of `t` in its natural shape: always a view, whatever the strides of `t`."""
-        return t.narrow(self.dim, self.start, self.length)
+        """The piece of `t` in its natural shape: always a view, whatever the strides of `t`. All of a scalar."""
+        return t.narrow(self.dim, self.start, self.length) if t.ndim else t
 
 
 def pieces(

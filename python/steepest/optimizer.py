@@ -20,6 +20,7 @@ from .ops.backend import requested
 from .ops.multi_tensor import Scaling
 from .parts import ADJUST_LR, Hyper, Number, shape_ratio
 from .recipe import CLOCK, Recipe, State, adamw
+from .unfused import Observed as Observed
 from .values import (
     CHANGING,
     ON_DEVICE,
@@ -216,8 +217,25 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             self._traced_step(scaling)
         else:
-            self._ready_plan().step([self._hyper(group) for group in self.param_groups], scaling)
+            self._take_step(scaling, loss)
         return loss
+
+    def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
+        """Moves everything that has a gradient; loss: what a closure returned."""
+        self._ready_plan().step([self._hyper(group) for group in self.param_groups], scaling)
+
+    def _observe(self, scaling: Scaling) -> list[unfused.Observed]:
+        """The first half of a step of every group, for a rule that looks at all of them before it moves one."""
+        batches = [self._batch(number, group, scaling) for number, group in enumerate(self.param_groups)]
+        return [
+            unfused.observe(self._recipe(group), self._hyper(group), batch)
+            for group, batch in zip(self.param_groups, batches, strict=True)
+        ]
+
+    def _finish(self, observed: list[unfused.Observed]) -> None:
+        """The end of a step that began with `_observe`."""
+        assert self._plan is not None
+        self._plan._unfused_sums.update({i: each.finish() for i, each in enumerate(observed) if each.batch.params})
 
     def init_state(self) -> None:
         """Creates the state of every parameter now, as if each had a zero gradient, without a step."""
@@ -525,7 +543,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 "x".join(map(str, p.shape)) or "scalar",
                 type(self).__name__ if group["use_muon"] else "AdamW",
                 self._reasons.get(p, f"use_muon={group['use_muon']} in its group"),
-                _effective_lr(group["lr"], self._recipe(group), self._pieces(p, group)),
+                _effective_lr(self._hyper(group).lr, self._recipe(group), self._pieces(p, group)),
                 self._backend(p, group),
             )
             for name, p in zip(names, group["params"], strict=True)

@@ -5,7 +5,7 @@
     x  = P.into(m)               to the variables in which the norm is the base norm
     d  = direction(x)            steepest there, of length 1 ("lmo") or of length dual_norm(x) ("dual")
     u  = P.back(d)               back to the weight's variables, as long as the graft's update where there is one
-    W <- decay(W) - lr ratio(m, n) u
+    W <- decay(W) - lr scale ratio(m, n) u      scale: 1 but where layers are coupled
     P.learn(G), P.refresh()      factors and now and then their bases, where P has them; before or after the rest
 
 This is Algorithm 1 of arXiv:2510.10777 with the two step types of its section 2: "lmo" is constrained steepest descent
@@ -46,21 +46,26 @@ CLOCK = "clock"  # steps that a basis has seen: int64 on the host, where it is d
 class Recipe:
     """The parts of a method. Frozen and hashable: two equal recipes are one program.
 
+    scale: "lmo", "dual", or "within": the ball's point nearest to the minimiser, which a model with `Decay.inside` has.
     graft: every matrix's update is made as long, in the Frobenius norm, as what this preconditioner alone would give.
+    coupled: its step waits for a number that all layers give: `Hyper.scale`, or the learning rate.
     """
 
     momentum: Momentum = Momentum()
     precondition: Precondition = Identity()
     direction: Direction = Frobenius()
-    scale: Literal["lmo", "dual"] = "lmo"
+    scale: Literal["lmo", "dual", "within"] = "lmo"
     adjust_lr: str = "none"
     decay: Decay = Decay()
     rounding: Rounding = Rounding()
     graft: Diagonal | None = None
+    coupled: bool = False
 
     def __post_init__(self) -> None:
-        if self.scale not in ("lmo", "dual"):
+        if self.scale not in ("lmo", "dual", "within"):
             raise ValueError(f"scale {self.scale!r} is not known; use 'lmo' (length lr in the norm) or 'dual'")
+        if self.scale == "within" and not (self.decay.inside and isinstance(self.precondition, Identity)):
+            raise ValueError("scale 'within' is for weight decay inside the model and no preconditioner")
         shape_ratio(self.adjust_lr, 1, 1)
         if self.graft is not None and self.graft.key in self.precondition.keys:
             raise ValueError(
@@ -71,7 +76,7 @@ class Recipe:
     def counts_steps(self) -> bool:
         """Whether the state holds a step count t."""
         parts = (self.precondition, self.rounding, *(() if self.graft is None else (self.graft,)))
-        return self.momentum.bias_correction or any(part.counts_steps for part in parts)
+        return self.momentum.counts_steps or any(part.counts_steps for part in parts)
 
     @property
     def basis(self) -> Rotated | None:
@@ -131,7 +136,11 @@ class Recipe:
     def observe(self, state: State, g: Tensor, hyper: Hyper) -> State:
         """The state after gradient g but for a basis, in the state's dtypes; the stored weight's part is not in it."""
         m = state[self.momentum.key]
-        fresh = {self.momentum.key: self.momentum.observe(m, g, hyper.beta1).to(m.dtype)}
+        if self.momentum.start == "first":
+            hyper = hyper.beginning(state["step"])
+        fresh = {}
+        if self.momentum.of == "gradients":
+            fresh[self.momentum.key] = self.momentum.observe(m, g, hyper.beta1).to(m.dtype)
         for part in (self.graft, None if self.basis is not None else self.precondition):
             fresh |= {} if part is None else part.observe(state, g, hyper)
         if self.counts_steps:
@@ -140,14 +149,26 @@ class Recipe:
 
     def momentum_of(self, state: State, g: Tensor, hyper: Hyper) -> Tensor:
         """What the momentum reads, in the weight's variables."""
+        if self.momentum.of == "updates":
+            return g
         return self.momentum.read(state[self.momentum.key], g, hyper.beta1, state.get("step"))
 
-    def into(self, state: State, g: Tensor, hyper: Hyper) -> Tensor:
-        """What the direction is asked about: the momentum in the preconditioner's variables."""
-        return self.precondition.into(state, self.momentum_of(state, g, hyper), hyper, state.get("step"))
+    def into(self, state: State, g: Tensor, hyper: Hyper, w: Tensor | None = None) -> Tensor:
+        """What the direction is asked about: the momentum in the preconditioner's variables.
 
-    def towards(self, x: Tensor) -> Tensor:
-        """The step in the preconditioner's variables, before the learning rate."""
+        w: the weight in g's shape, for a recipe that decays `inside`.
+        """
+        m = self.momentum_of(state, g, hyper)
+        if self.decay.inside and w is not None:
+            m = m + w.to(m.dtype) * hyper.weight_decay
+        return self.precondition.into(state, m, hyper, state.get("step"))
+
+    def towards(self, x: Tensor, hyper: Hyper | None = None) -> Tensor:
+        """The step in the preconditioner's variables, before the learning rate; hyper: for scale "within"."""
+        if self.scale == "within":
+            assert hyper is not None
+            radius = hyper.weight_decay * hyper.lr * hyper.scale * shape_ratio(self.adjust_lr, *x.shape[-2:])
+            return self.direction.saturated(x, radius.to(x.dtype) if isinstance(radius, Tensor) else radius)
         return self.direction.unit(x) if self.scale == "lmo" else self.direction.scaled(x)
 
     def back(self, state: State, d: Tensor, hyper: Hyper) -> Tensor:
@@ -165,10 +186,18 @@ class Recipe:
         wanted, own = (torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True) for t in (model, u))
         return u * torch.where(own > 0, wanted / own, 0)
 
+    def remember(self, state: State, u: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
+        """What the momentum makes of an update, and what is new in the state; only where it is `of` updates."""
+        if self.momentum.of == "gradients":
+            return u, {}
+        m = state[self.momentum.key]
+        fresh = self.momentum.observe(m, u.reshape(m.shape), hyper.beta1).to(m.dtype)
+        return self.momentum.read(fresh, u.reshape(m.shape), hyper.beta1, None), {self.momentum.key: fresh}
+
     def moved(self, w: Tensor, u: Tensor, hyper: Hyper, ratio: float) -> Tensor:
         """The weight after its update and decay; ratio: of the matrix' shape."""
         decay = hyper.lr * hyper.weight_decay * (ratio if self.decay.scaled else 1.0)
-        return self.decay.apply(w, u, decay, hyper.lr * ratio)
+        return self.decay.apply(w, u, decay, hyper.lr * ratio * hyper.scale)
 
     def learn(self, states: Sequence[State], grads: Sequence[Tensor], hyper: Hyper, phase: Phase) -> list[State]:
         """What the bases of these matrices learn from their gradients, (batch, m, n) each; refreshed when due."""
@@ -184,7 +213,7 @@ class Recipe:
 
 def _matrices(t: Tensor) -> Tensor:
     """(..., m, n) -> (batch, m, n)."""
-    return t.reshape(-1, *t.shape[-2:])
+    return t.reshape(t.shape[:-2].numel(), *t.shape[-2:])
 
 
 def all_finite(g: Tensor) -> Tensor:
@@ -208,8 +237,9 @@ def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -
             fresh |= recipe.precondition.observe(fresh, matrices, hyper)
         value = recipe.rounding.value(w, state)
         read = {key: t if t.shape != w.shape else t.reshape(matrices.shape) for key, t in fresh.items()}
-        x = recipe.into(read, matrices, hyper).to(value.dtype)
-        u = recipe.update(read, recipe.towards(x), matrices, hyper).reshape(w.shape)
+        x = recipe.into(read, matrices, hyper, value.reshape(matrices.shape)).to(value.dtype)
+        u, remembered = recipe.remember(fresh, recipe.update(read, recipe.towards(x, hyper), matrices, hyper), hyper)
+        u, fresh = u.reshape(w.shape), fresh | remembered
         moved = recipe.moved(value, u.to(value.dtype), hyper, shape_ratio(recipe.adjust_lr, *w.shape[-2:]))
         stored, left_over = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
         fresh |= left_over

@@ -99,12 +99,69 @@ def _square(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double().square()
 
 
+@dataclass(frozen=True)
+class Observed:
+    """A group whose states have taken their gradients and whose weights have not moved yet.
+
+    grads: unscaled and of what is minimised; finite: of each, whether a step is taken with it.
+    """
+
+    recipe: Recipe
+    hyper: Hyper
+    batch: Batch
+    grads: Sequence[Tensor]
+    finite: Sequence[Tensor]
+    members: Sequence[Member]
+    sums: Sums
+
+    def chunks(self, max_bytes: int) -> Iterator[list[Member]]:
+        """What steps, as it shares direction calls."""
+        yield from _chunks(self.recipe, [member for member in self.members if member.phase.steps], max_bytes)
+
+    def towards(self, chunk: list[Member]) -> Tensor:
+        """The direction of a chunk, scaled where the recipe says so."""
+        return self.recipe.towards(_gather(self.recipe, self.hyper, chunk), self.hyper)
+
+    def measured(self, chunk: list[Member]) -> tuple[Tensor, list[Tensor]]:
+        """(direction d, <m, u> for every matrix of each member: fp32 or fp64), where u is d in the weight's variables.
+
+        That is the dual norm, or its square where the recipe scales by it.
+        """
+        x = _gather(self.recipe, self.hyper, chunk)
+        d = self.recipe.towards(x)
+        inner = self.recipe.direction.dual_norm(x, d).flatten()
+        return d, list(inner.split([self.recipe.input_shape(member.piece.shape)[0] for member in chunk]))
+
+    def move(self, hyper: Hyper, chunk: list[Member], d: Tensor) -> None:
+        """Moves the weights of a chunk along its direction."""
+        self.sums.update.extend(_store(self.recipe, hyper, chunk, d))
+
+    def finish(self) -> Sums:
+        """What is left to do once every chunk has moved."""
+        recipe, batch = self.recipe, self.batch
+        _learn(recipe, self.hyper, [member for member in self.members if member.phase.after])
+        for state in batch.states if recipe.basis is not None else ():
+            state[CLOCK].add_(1)
+        self.sums.update.extend(torch.zeros((), dtype=torch.float64, device=p.device) for p in batch.params[:1])
+        self.sums.momentum.extend(_square(state[recipe.momentum.key]) for state in batch.states)
+        self.sums.param.extend(map(_square, batch.params))
+        return self.sums
+
+
 def update(recipe: Recipe, hyper: Hyper, batch: Batch, *, max_workspace_bytes: int = 1 << 30) -> Sums:
     """One step, in place on batch.params, batch.states and batch.skipped.
 
     A parameter whose gradient holds a NaN or an infinity keeps its value and its state, bit for bit, and the counter
     of its device goes up by one.
     """
+    observed = observe(recipe, hyper, batch)
+    for chunk in observed.chunks(max_workspace_bytes):
+        observed.move(hyper, chunk, observed.towards(chunk))
+    return observed.finish()
+
+
+def observe(recipe: Recipe, hyper: Hyper, batch: Batch) -> Observed:
+    """The first half of a step: states and counters, in place, and nothing of a weight."""
     members: list[Member] = []
     sums = Sums([], [], [], [])
     flags, phases = [], [recipe.phase(state) for state in batch.states]
@@ -120,20 +177,11 @@ def update(recipe: Recipe, hyper: Hyper, batch: Batch, *, max_workspace_bytes: i
         for key, t in fresh.items():
             torch.where(finite, t.to(state[key].dtype), state[key], out=state[key])
         sums.grad.append(torch.where(finite, _square(g), 0))
-        sums.momentum.append(_square(state[recipe.momentum.key]))
-    stepping = [member for member in members if member.phase.steps]
     if recipe.basis is not None:
-        for member in stepping:
-            member.keep(recipe.basis.observe(member.state, member.grad.reshape(member.piece.shape), hyper))
-    for chunk in _chunks(recipe, stepping, max_workspace_bytes):
-        x = _gather(recipe, hyper, chunk)
-        sums.update.extend(_store(recipe, hyper, chunk, recipe.towards(x)))
-    _learn(recipe, hyper, [member for member in members if member.phase.after])
-    for state in batch.states if recipe.basis is not None else ():
-        state[CLOCK].add_(1)
-    sums.update.extend(torch.zeros((), dtype=torch.float64, device=p.device) for p in batch.params[:1])
-    sums.param.extend(map(_square, batch.params))
-    return sums
+        for member in members:
+            if member.phase.steps:
+                member.keep(recipe.basis.observe(member.state, member.grad.reshape(member.piece.shape), hyper))
+    return Observed(recipe, hyper, batch, grads, flags, members, sums)
 
 
 def _member(
@@ -192,13 +240,14 @@ def _store(recipe: Recipe, hyper: Hyper, chunk: list[Member], d: Tensor) -> Iter
     for member, part in zip(chunk, parts, strict=True):
         state, g = _as_matrices(recipe, member)
         u = recipe.update(state, part if recipe.by_matrix else part.reshape(g.shape), g, hyper)
+        u, remembered = recipe.remember(member.state, u, hyper)
         value = recipe.rounding.value(member.param, member.state)
         u = torch.where(member.finite, u.reshape(member.param.shape), 0).to(value.dtype)  # 0 NaN is NaN
         moved = recipe.moved(value, u, hyper, ratio)
         stored, left_over = recipe.rounding.store(moved, member.param.dtype, member.state.get("step"), member.place)
         member.param.copy_(torch.where(member.finite, stored, member.param))
-        member.keep(left_over)
-        yield _square(u * (hyper.lr * ratio))
+        member.keep({**left_over, **remembered})
+        yield _square(u * (hyper.lr * ratio * hyper.scale))
 
 
 def _as_matrices(recipe: Recipe, member: Member) -> tuple[State, Tensor]:
@@ -215,7 +264,9 @@ def _gather(recipe: Recipe, hyper: Hyper, chunk: list[Member]) -> Tensor:
     """The direction's input, (b, rows, cols) in its own dtype; a lone member is reshaped, several are stacked."""
 
     def given(member: Member) -> Tensor:
-        return recipe.into(*_as_matrices(recipe, member), hyper)
+        state, g = _as_matrices(recipe, member)
+        w = recipe.rounding.value(member.param, member.state).reshape(g.shape) if recipe.decay.inside else None
+        return recipe.into(state, g, hyper, w)
 
     first, dtype = chunk[0], _work_dtype(recipe, chunk[0])
     shapes = [recipe.input_shape(member.piece.shape) for member in chunk]

@@ -1,6 +1,7 @@
 """The steepest direction of a base norm N and its dual norm.
 
     unit(x) = argmax { <x, d> : N(d) <= 1 }        dual_norm(x) = <x, unit(x)>        scaled(x) = dual_norm(x) unit(x)
+    saturated(x, r) = argmin { ||x - r d||_F : N(d) <= 1 },   unit(x) for r = 0,   x / r for N(x) <= r
 
                 N(x)                unit(x), x = U S V^T       dual_norm(x)
     Frobenius   sqrt(sum x_ij^2)    x / ||x||_F                ||x||_F             SGD, Adam, Shampoo, SOAP when scaled
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import polar, schatten
+from .hyper import Number
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Direction:
         d = self.unit(x)
         return d * self.dual_norm(x, d).to(d.dtype)
 
+    def saturated(self, x: Tensor, radius: Number) -> Tensor:
+        """The point of the unit ball nearest to x / radius, a float or 0-d and >= 0. Of most norms not known here."""
+        raise NotImplementedError(f"{type(self).__name__} has no closed form for the nearest point of its ball")
+
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype in which `unit` works, so that its input can be gathered in it."""
         return dtype
@@ -79,6 +85,9 @@ class Frobenius(Direction):
     def scaled(self, x: Tensor) -> Tensor:
         return x
 
+    def saturated(self, x: Tensor, radius: Number) -> Tensor:
+        return _shortened(x, torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True), radius)
+
 
 @dataclass(frozen=True)
 class Sign(Direction):
@@ -86,6 +95,9 @@ class Sign(Direction):
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return x.sign()
+
+    def saturated(self, x: Tensor, radius: Number) -> Tensor:
+        return _shortened(x, x.abs(), radius)
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,9 @@ class Rows(Direction):
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return _of_length_one(x, (-1,))
 
+    def saturated(self, x: Tensor, radius: Number) -> Tensor:
+        return _shortened(x, torch.linalg.vector_norm(x, dim=-1, keepdim=True), radius)
+
 
 @dataclass(frozen=True)
 class Columns(Direction):
@@ -118,6 +133,9 @@ class Columns(Direction):
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return _of_length_one(x, (-2,))
+
+    def saturated(self, x: Tensor, radius: Number) -> Tensor:
+        return _shortened(x, torch.linalg.vector_norm(x, dim=-2, keepdim=True), radius)
 
 
 @dataclass(frozen=True)
@@ -144,6 +162,11 @@ class Spectral(Direction):
 
     def units(self, xs: Sequence[Tensor], slacks: Sequence[Tensor]) -> list[Tensor]:
         return self._polars(xs, slacks)
+
+    def saturated(self, x: Tensor, radius: Number) -> Tensor:
+        """By the singular value decomposition, whatever the preset."""
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        return (_shortened(s, s, radius).unsqueeze(-2) * u) @ vt
 
     def _polars(self, xs: Sequence[Tensor], slacks: Sequence[Tensor] | None) -> list[Tensor]:
         return polar.polars(
@@ -202,6 +225,12 @@ class Nuclear(Schatten):
     """Sum of the singular values: a direction of rank one, by products alone."""
 
     p: float = 1.0
+
+
+def _shortened(x: Tensor, length: Tensor, radius: Number) -> Tensor:
+    """x / max(length, radius), 0 where both are 0."""
+    longer = length.clamp(min=radius) if isinstance(radius, Tensor) else length.clamp(min=float(radius))
+    return torch.where(longer > 0, x / longer, 0)
 
 
 def _of_length_one(x: Tensor, dim: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ class Hyper:
     """Numbers of one step. Each is a float or a 0-d tensor on the parameters' device (never read by the host).
 
     beta1 multiplies the old momentum, beta2 the old second moment; eps is absolute, in units of the preconditioner's
-    statistics (see `Diagonal`).
+    statistics (see `Diagonal`). scale multiplies the step and not the weight decay: what layers that are coupled agree
+    upon (see `steepest.parts.product_norm`).
     """
 
     lr: Number
@@ -23,6 +24,12 @@ class Hyper:
     beta1: Number = 0.9
     beta2: Number = 0.999
     eps: Number = 1e-8
+    scale: Number = 1.0
+
+    def beginning(self, taken: Tensor) -> Hyper:
+        """With these numbers an average that has taken no term yet takes the first one whole; taken: 0-d, how many."""
+        begun = (taken != 0).double()
+        return replace(self, beta1=begun * self.beta1, beta2=begun * self.beta2)
 
 
 def mass(beta: Number, step: Tensor | None) -> Tensor:

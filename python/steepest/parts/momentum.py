@@ -3,6 +3,8 @@
     ema         m <- beta m + (1 - beta) g        heavy_ball   m <- beta m + g
     nesterov    read  (1 - beta) g + beta m  (ema)  or  g + beta m  (heavy_ball)   instead of  m
     bias_correction   read  m / (1 - beta^t)
+    start="first"     m is the first gradient before the rule begins, where start="zero" has m = 0
+    of="updates"      g is not the gradient but the update that was made of it, and what is read is the step
 
 beta multiplies the old value in every method here. Directions of a norm ball do not see the scale of what they are
 given, so ema and heavy_ball differ only where the step is scaled by the dual norm.
@@ -24,7 +26,12 @@ class Momentum:
     """How gradients are averaged; `key` names the buffer in the state, `dtype` its type (None: the gradient's).
 
     `observe` and `read` take tensors of any one shape. Equals `torch.optim.Muon`'s rule for kind="ema" with
-    nesterov=True, and the first moment of Adam (arXiv:1412.6980, Alg. 1) for kind="ema" with bias_correction=True.
+    nesterov=True, and the first moment of Adam (arXiv:1412.6980, Alg. 1) for kind="ema" with bias_correction=True;
+    `torch.optim.SGD`'s buffer with dampening = momentum = beta for kind="ema" with start="first".
+
+    start="first" is said here and done by the recipe, which knows whether a gradient is the first: by beta = 0 for it.
+    It goes for the second moments of the recipe's preconditioner too, so that no average needs a correction.
+    of="updates" is the recipe's to do as well.
     """
 
     kind: Literal["ema", "heavy_ball"] = "ema"
@@ -32,6 +39,8 @@ class Momentum:
     bias_correction: bool = False
     key: str = "momentum_buffer"
     dtype: torch.dtype | None = None
+    start: Literal["zero", "first"] = "zero"
+    of: Literal["gradients", "updates"] = "gradients"
 
     def __post_init__(self) -> None:
         if self.kind not in ("ema", "heavy_ball"):
@@ -42,6 +51,21 @@ class Momentum:
             raise ValueError("Nesterov momentum with bias correction is not defined here; choose one of the two")
         if self.bias_correction and self.kind != "ema":
             raise ValueError("bias correction belongs to the average ('ema'); a heavy ball has nothing to correct")
+        if self.start not in ("zero", "first"):
+            raise ValueError(f"momentum start {self.start!r} is not known; use 'zero' or 'first'")
+        if self.start == "first" and (self.bias_correction or self.kind != "ema"):
+            raise ValueError(
+                "start='first' is for the average ('ema') and leaves no bias to correct; choose one of them"
+            )
+        if self.of not in ("gradients", "updates"):
+            raise ValueError(f"momentum of {self.of!r} is not known; use 'gradients' or 'updates'")
+        if self.of == "updates" and self.counts_steps:
+            raise ValueError("momentum of updates starts at zero and is not corrected; use 'gradients'")
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it needs to know how many gradients there were."""
+        return self.bias_correction or self.start == "first"
 
     def init(self, g: Tensor) -> Tensor:
         return torch.zeros_like(g, dtype=self.dtype or g.dtype, memory_format=torch.preserve_format)

@@ -46,6 +46,11 @@ def send_to_adamw(place: Place) -> str | None:
     return next((reason for rule in _RULES if (reason := rule(place)) is not None), None)
 
 
+def role(place: Place) -> str:
+    """What a parameter is to its layer: "vector", "embedding", "normalization", "head", "table", or else "matrix"."""
+    return next((name for rule, name in _ROLES.items() if rule(place) is not None), "matrix")
+
+
 def layout(place: Place) -> dict[str, Any]:
     """Group values with which `pieces` reads a parameter of two dimensions or more."""
     if (splits := _fused_rows(place)) is not None:
@@ -153,3 +158,12 @@ _RULES: tuple[Callable[[Place], str | None], ...] = (
     _leading_one,
     _side_of_one,
 )
+
+_ROLES: dict[Callable[[Place], str | None], str] = {
+    _vector: "vector",
+    _embedding_module: "embedding",
+    _normalization: "normalization",
+    _head_name: "head",
+    _embedding_name: "embedding",
+    _leading_one: "table",
+}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 from torch.nn.parallel import DistributedDataParallel
 
+from ..ops.multi_tensor import Scaling
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.rotated import FACTORS
 from ..values import Group, adam_hyper
@@ -39,13 +40,14 @@ class KFAC(KroneckerOptimizer):
     the bases of the last refresh, which comes before its own step.
 
     model: its Linear and Conv2d weights (groups=1) are stepped by this rule, everything else by AdamW. A bias is not
-        part of its layer's matrix. Of a DistributedDataParallel model all ranks share their factors at a refresh.
+        part of its layer's matrix. The ranks of a DistributedDataParallel model share their factors before every step.
     lr, weight_decay: numbers >= 0.   betas: of m, and of A and S.   damping: > 0, in units of the Fisher matrix.
     extra: as in `SOAP` but for shampoo_beta and block_preconditioner, which are not taken.
 
     `remove_hooks()` ends the collecting. A copy of model and optimizer made at once collects for itself. Not for
-    torch.amp.GradScaler: the hooks would see scaled gradients; bf16 autocast needs none. Steps are invariant to
-    invertible linear changes of a layer's inputs and outputs but for the damping. Source: arXiv:1503.05671.
+    torch.amp.GradScaler: the hooks would see scaled gradients; bf16 autocast needs none. With precondition_frequency=1
+    steps are invariant to invertible linear changes of a layer's inputs and outputs, but for the damping. Source:
+    arXiv:1503.05671.
     """
 
     _ranks: Any = None
@@ -88,32 +90,26 @@ class KFAC(KroneckerOptimizer):
             handle.remove()
         self._handles = []
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; see `MatrixOptimizer.step`. RuntimeError under a GradScaler, and where nothing was collected."""
-        if hasattr(self, "found_inf"):
+    def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
+        """RuntimeError under a GradScaler, and for a weight whose layer was not watched, before anything moves."""
+        if scaling.found_inf is not None:
             raise RuntimeError("KFAC cannot step under a GradScaler: its hooks have seen scaled gradients; use bf16")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             for p in group["params"] if group["use_muon"] else ():
                 if p.grad is not None:
-                    self._ready(p, group)
-        super().step()
-        return loss
+                    self._ready(p)
+        super()._take_step(scaling, loss)
 
-    def _ready(self, p: Tensor, group: Group) -> None:
-        """Checks that p's factors have been collected, and shares them among ranks where they are about to be used."""
+    def _ready(self, p: Tensor) -> None:
+        """Checks that p's factors have been collected, and shares them among ranks."""
         state = self.state[p]
         if PASSES not in state:
             raise RuntimeError(
                 f"a weight of shape {tuple(p.shape)} has a gradient and no factors: no backward pass went through its "
                 "layer in training mode since the hooks were set"
             )
-        if self._ranks is not None and self._recipe(group).phase(state).refreshes:
-            for key in FACTORS:
+        for key in FACTORS if self._ranks is not None else ():
+            if state[key].numel():
                 dist.all_reduce(state[key], group=self._ranks)
                 state[key].div_(dist.get_world_size(self._ranks))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 from ..linalg.basis import Method
+from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer, Params
 from ..parts import Decay, Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Rotated, Sides, Sign
 from ..parts.precondition.rotated import LEARNED
@@ -29,7 +29,8 @@ class Bases(TypedDict, total=False):
 
     shampoo_beta: decay rate of the factors; None: betas[1], 1: sums.
     precondition_frequency: steps between two refreshes of the bases.
-    refresh: how, a method of `steepest.linalg.basis.eigh_refresh`; "auto" is exact where nothing cheaper will do.
+    refresh: how, a method of `steepest.linalg.basis.eigh_refresh`; "auto", on a CPU, ends in an exact one where nothing
+        cheaper will do.
     exact_refreshes: how many of the first refreshes are exact eigendecompositions.
     max_preconditioner_dim: a longer side has no factor, or with block_preconditioner=True is cut into blocks of at most
         this length with factors of their own.
@@ -87,14 +88,16 @@ class KroneckerOptimizer(MatrixOptimizer):
 
     def recipe(self, group: Group) -> Recipe:
         norm, parts = group["norm"] or self._norm, self.parts(group)
-        if group["parity"] is not None:
-            parts.setdefault("decay", Decay(cautious=group["cautious_wd"], after=True))
         ratio = "original" if norm == "spectral" else self._ratio
         scale = "dual" if norm == "frobenius" else "lmo"
         return recipe_of(group, ratio=ratio, direction=self._direction(norm, group), scale=scale, **parts)
 
     def hyper(self, group: Group) -> Hyper:
         return adam_hyper(group)
+
+    def decay(self, group: Group, *, scaled: bool = False) -> Decay:
+        """After the update where the authors have it there."""
+        return Decay(cautious=group["cautious_wd"], after=group["parity"] is not None, scaled=scaled)
 
     def _direction(self, norm: str, group: Group) -> Direction:
         if norm == "spectral":
@@ -147,11 +150,15 @@ class Shampoo(KroneckerOptimizer):
     eps: added to a factor's eigenvalues, besides 1e-6 of the largest, and to Adam's sqrt(v).
     graft: "adam", or None for the length of u itself.
     extra: see `Bases`, here with shampoo_beta=1 (sums), max_preconditioner_dim=1024 and block_preconditioner=True, and
-        `steepest.zoo.shared.Extras`.  A gradient is in the factors before its own step; roots are of the last refresh.
+        `steepest.zoo.shared.Extras`.
 
-    Without accumulation (shampoo_beta=0, betas=(0, ...)) u is polar(g), Muon's direction. Source: arXiv:1802.09568,
-    grafting and blocks arXiv:2309.06497.
+    A gradient is in the factors before its own step, and eigenvalues are those of the factors as they are, in the bases
+    of the last refresh. parity="authors": the roots are of the last refresh, eigenvalues too. Without accumulation
+    (shampoo_beta=0, betas=(0, ...)) u is polar(g), Muon's direction, but for what is added to the eigenvalues. Source:
+    arXiv:1802.09568, grafting and blocks arXiv:2309.06497.
     """
+
+    _parities = (None, "authors")
 
     _bases = Bases(
         **{  # type: ignore[typeddict-item]
@@ -179,7 +186,8 @@ class Shampoo(KroneckerOptimizer):
     def parts(self, group: Group) -> dict[str, Any]:
         _check_choice("graft", group["graft"], ("adam", None))
         graft = Diagonal(eps_inside=False, key="graft_exp_avg_sq") if group["graft"] else None
-        precondition = self.rotated(group, Sides(exponent=0.25), current=True)
+        sides = Sides(exponent=0.25, values="refresh" if group["parity"] else "present")
+        precondition = self.rotated(group, sides, current=True)
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition, "graft": graft}
 
@@ -191,9 +199,13 @@ class OneSidedShampoo(KroneckerOptimizer):
         W <- (1 - lr weight_decay) W - lr (L^1/2 + eps)^-1 m        (from the right, where there are fewer columns)
 
     m and L have Adam's bias corrections, so that the first update is polar(g), as is every one without accumulation
-    (betas=(0, 0)). A gradient is in L before its own step; roots are of the last refresh. Arguments as in `SOAP`; eps
-    is added to the square root. Sources: arXiv:2503.20762, arXiv:2503.10537, which do not correct the averages.
+    (betas=(0, 0)). A gradient is in L before its own step, and eigenvalues are those of L as it is, in the basis of the
+    last refresh; parity="authors": the root is of the last refresh, and a gradient that L had not seen by then can be
+    divided by eps. Arguments as in `SOAP`; eps is added to the square root. Sources: arXiv:2503.20762,
+    arXiv:2503.10537, which do not correct the averages.
     """
+
+    _parities = (None, "authors")
 
     def __init__(
         self,
@@ -207,10 +219,17 @@ class OneSidedShampoo(KroneckerOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
-        sides = Sides(exponent=0.5, damping="outside")
+        sides = Sides(exponent=0.5, values="refresh" if group["parity"] else "present", damping="outside")
         precondition = self.rotated(group, sides, side="smaller", current=True)
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition}
+
+
+def _as_the_authors(group: Group) -> Group:
+    """What SOAP and KL-Shampoo have in common, and what parity="authors" means for both."""
+    if group["parity"]:
+        return {"first": "skip", "method": "qr", "transport": "slots"}
+    return {"first": "skip", "method": group["refresh"], "transport": "hadamard"}
 
 
 #: Values of the authors of KL-Shampoo: averages in the current basis that begin at 0.1.
@@ -224,8 +243,9 @@ class KLShampoo(KroneckerOptimizer):
         W <- (1 - lr weight_decay) W - lr L^-1/2 m R^-1/2
 
     The eigenvalues are averages that every step adds to in the bases of the last refresh. Arguments as in `SOAP`. The
-    first step only makes the bases. parity="authors": orthogonal iteration for every refresh and weight decay after the
-    update (the authors' iteration does not sort its columns, ours does). Source: arXiv:2509.03378.
+    first step only makes the bases. A refresh mixes the eigenvalues by the squares of its rotation. parity="authors":
+    orthogonal iteration for every refresh, eigenvalues stay with their columns, and weight decay after the update (the
+    authors' iteration does not sort its columns, ours does). Source: arXiv:2509.03378.
     """
 
     _parities = (None, "authors")
@@ -242,9 +262,9 @@ class KLShampoo(KroneckerOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
-        method = "qr" if group["parity"] else group["refresh"]
-        precondition = self.rotated(group, _COUPLED, coupling=_COUPLED, first="skip", method=method)
-        return {"momentum": Momentum(dtype=group["momentum_dtype"]), "precondition": precondition}
+        precondition = self.rotated(group, _COUPLED, coupling=_COUPLED, **_as_the_authors(group))
+        momentum = Momentum(dtype=group["momentum_dtype"])
+        return {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
 
 
 class SOAP(KroneckerOptimizer):
@@ -259,10 +279,12 @@ class SOAP(KroneckerOptimizer):
     extra: see `Bases` and `steepest.zoo.shared.Extras`.
 
     The first step only makes the bases: in them the first gradient is diagonal, and Adam would divide the rounding
-    errors beside it by themselves. parity="authors": the bases are refreshed by orthogonal iteration with v permuted as
-    its columns are sorted, and weight decay follows the update; the trajectory is that of the authors' implementation.
-    eps is divided by sqrt(1 - beta2^t), as they have it. With identity bases it is Adam, with norm="spectral" MuAdam in
-    these bases. Source: arXiv:2409.11321.
+    errors beside it by themselves. At a refresh v is mixed by the squares of the rotation, v <- (R_L o R_L)^T v (R_R o
+    R_R), as if the gradient's entries were independent: what a large rotation finds in its slots would else be of other
+    directions, and a step tens of times too long. parity="authors": the bases are refreshed by orthogonal iteration
+    with v permuted as its columns are sorted, and weight decay follows the update; the trajectory is that of the
+    authors' implementation. eps is divided by sqrt(1 - beta2^t), as they have it. With identity bases it is Adam, with
+    norm="spectral" MuAdam in these bases. Source: arXiv:2409.11321.
     """
 
     _parities = (None, "authors")
@@ -280,11 +302,10 @@ class SOAP(KroneckerOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
-        method = "qr" if group["parity"] else group["refresh"]
         inner = Diagonal(power=0.25)
-        precondition = self.rotated(group, inner, coupling=self._coupling, first="skip", method=method)
+        precondition = self.rotated(group, inner, coupling=self._coupling, **_as_the_authors(group))
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
-        return {"momentum": momentum, "precondition": precondition}
+        return {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
 
 
 class KLSOAP(SOAP):
@@ -337,7 +358,7 @@ class SPlus(KroneckerOptimizer):
         return {
             "momentum": Momentum(dtype=group["momentum_dtype"]),
             "precondition": self.rotated(group, first="identity"),
-            "decay": Decay(cautious=group["cautious_wd"], after=group["parity"] is not None, scaled=True),
+            "decay": self.decay(group, scaled=True),
         }
 
     def _check_values(self, group: Group) -> None:
@@ -345,16 +366,12 @@ class SPlus(KroneckerOptimizer):
             raise ValueError(f"average_rate should be in [0, 1) but is: {group['average_rate']}")
         super()._check_values(group)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step, after which the averages take the weights that were stepped; see `MatrixOptimizer.step`.
-
-        RuntimeError after `eval`, before `train`.
-        """
+    def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
+        """The averages take the weights that were stepped."""
         if self._averaged():
             raise RuntimeError("the weights are averages since eval(); call train() before the next step")
         before = {p: _steps_taken(state).clone() for p, state in self.state.items() if AVERAGE in state}
-        loss = super().step(closure)
+        super()._take_step(scaling, loss)
         self._start_averages()
         for group in self.param_groups:
             for p in group["params"] if group["average_rate"] else ():
@@ -365,7 +382,6 @@ class SPlus(KroneckerOptimizer):
                     value = self._recipe(group).rounding.value(p, state)
                     state[AVERAGE].lerp_(value.to(state[AVERAGE].dtype), weight.to(state[AVERAGE].dtype))
                     state[MASS].lerp_(torch.ones_like(weight), weight)
-        return loss
 
     def init_state(self) -> None:
         """As `MatrixOptimizer.init_state`; the averages too."""

@@ -61,8 +61,8 @@ class Rotated:
         without a rotation, as SPlus; "skip": it only makes the bases, as SOAP's authors have it. In its own bases the
         first gradient is diagonal: an elementwise inner part would divide the rounding errors beside it by themselves.
     current: every gradient goes into the factors before its step, and not after.
-    transport: second moments at a refresh: "slots" stay with their columns, which a refresh keeps in place or says
-        where they went; "hadamard" mixes them by the squares of the rotation.
+    transport: averages of squares at a refresh: "slots" stay with their columns, which a refresh keeps in place or says
+        where they went; "hadamard" mixes them by the squares of the rotation, as if rotated entries were independent.
     """
 
     inner: Identity | Diagonal | Sides = _IDENTITY
@@ -195,8 +195,18 @@ class Rotated:
         """The factors, and averages of values, after gradient g."""
         learned = state[LEARNED] + 1
         fresh: State = {LEARNED: learned}
-        if self.given:
-            return fresh
+        if not self.given:
+            fresh |= self._factors(state, g, hyper, learned)
+        if self.sides is not None and self.sides.values == "present":
+            for factor, basis, values in zip(FACTORS, BASES, VALUES, strict=True):
+                if state[factor].numel():
+                    q = state[basis]
+                    fresh[values] = ((fresh.get(factor, state[factor]) @ q) * q).sum(-2)
+        return fresh
+
+    def _factors(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> State:
+        """The factors after gradient g, and averages of values."""
+        fresh: State = {}
         x = self._blocks(state, g)
         seen = {"left": x, "right": x.mT}
         beta = hyper.beta2 if self.beta is None else self.beta
@@ -228,7 +238,7 @@ class Rotated:
         found: State = {}
         for factor, other in (("left", RIGHT), ("right", LEFT)):
             y, values = images[factor], state[other]
-            scale = y.new_full((), y.shape[-1] ** -0.5)
+            scale = y.new_full((), max(1, y.shape[-1]) ** -0.5)
             if values.numel():
                 scale = sides.whitening(values).unsqueeze(-2) * scale
             found[factor] = y * torch.where(started, scale, 1)
@@ -242,7 +252,7 @@ class Rotated:
             if state[key].numel():
                 if state[other].numel():
                     y = y * sides.whitening(state[other]).square().unsqueeze(-2)
-                mixed = state[key] * beta + y.mean(-1) * (1 - beta)
+                mixed = state[key] * beta + y.sum(-1) / max(1, y.shape[-1]) * (1 - beta)
                 fresh[key] = torch.where(started, mixed.to(state[key].dtype), state[key])
         return fresh
 
@@ -270,19 +280,17 @@ class Rotated:
         return fresh
 
     def _take(self, state: State, fresh: State, side: int, basis: Tensor, values: Tensor, order: Tensor) -> None:
+        def moved(v: Tensor) -> Tensor:
+            """Averages of squares, whose last dimension is this side's."""
+            if self.transport == "hadamard":
+                return v @ (state[BASES[side]].mT @ basis).square()
+            return v.gather(-1, order.unsqueeze(-2).expand_as(v))
+
         fresh[BASES[side]] = basis
-        dim = side - 2
         if self.sides is not None:
             own = VALUES[side]
-            if self.sides.values == "refresh":
-                fresh[own] = values.clamp(min=0)
-            else:
-                fresh[own] = state[own].gather(-1, order)
+            average = self.sides.values == "average"
+            fresh[own] = moved(state[own].unsqueeze(-2)).squeeze(-2) if average else values
         if isinstance(self.inner, Diagonal):
             v = fresh.get(self.inner.key, state[self.inner.key])
-            if self.transport == "hadamard":
-                mixing = (state[BASES[side]].mT @ basis).square()
-                fresh[self.inner.key] = mixing.mT @ v if side == 0 else v @ mixing
-            else:
-                index = order.unsqueeze(-1 if side == 0 else -2).expand_as(v)
-                fresh[self.inner.key] = v.gather(dim, index)
+            fresh[self.inner.key] = moved(v) if side else moved(v.mT).mT

@@ -28,14 +28,17 @@ LEFT, RIGHT = "left_values", "right_values"
 
 @dataclass(frozen=True)
 class Sides:
-    """values: those of the last refresh of the basis, or an average in the basis that every step adds to.
+    """Where the values come from, and their power.
 
+    values: "present", the diagonal of the factor as it is now in the basis of the last refresh; "refresh", what that
+        was at the refresh: a direction without a gradient until then has a value near 0, by which the first gradient
+        that has it is divided; "average", an average of squares in the basis, which every gradient adds to.
     initial: what an average begins with. limited: 1/sqrt(v) is at most max(10, min(n, 4000)) for a side of length n, as
     KL-Shampoo's authors have it.
     """
 
     exponent: float = 0.25
-    values: Literal["refresh", "average"] = "refresh"
+    values: Literal["present", "refresh", "average"] = "present"
     initial: float = 0.0
     ridge: float = 1e-6
     damping: Literal["added", "outside", "factored"] = "added"
@@ -49,8 +52,8 @@ class Sides:
             raise ValueError(f"exponent should be in (0, 1] but is: {self.exponent}")
         if self.damping not in ("added", "outside", "factored"):
             raise ValueError(f"damping {self.damping!r} is not known; use 'added', 'outside' or 'factored'")
-        if self.values not in ("refresh", "average"):
-            raise ValueError(f"values {self.values!r} is not known; use 'refresh' or 'average'")
+        if self.values not in ("present", "refresh", "average"):
+            raise ValueError(f"values {self.values!r} is not known; use 'present', 'refresh' or 'average'")
         if not self.ridge >= 0 or not self.initial >= 0:
             raise ValueError(f"ridge and initial should be >= 0 but are: {self.ridge} and {self.initial}")
 
