@@ -29,8 +29,7 @@ class Bases(TypedDict, total=False):
 
     shampoo_beta: decay rate of the factors; None: betas[1], 1: sums.
     precondition_frequency: steps between two refreshes of the bases.
-    refresh: how, a method of `steepest.linalg.basis.eigh_refresh`; "auto", on a CPU, ends in an exact one where nothing
-        cheaper will do.
+    refresh: how, a method of `steepest.linalg.basis.eigh_refresh`; "auto" is "eigh" on a CPU.
     exact_refreshes: how many of the first refreshes are exact eigendecompositions.
     max_preconditioner_dim: a longer side has no factor, or with block_preconditioner=True is cut into blocks of at most
         this length with factors of their own.
