@@ -5,9 +5,9 @@
     optimizer.step()
 
 Optimizers: `Muon` (drop-in for torch.optim.Muon), `MuAdam`, `MuAdamSANIA`; in the eigenbases of Kronecker factors
-`Shampoo`, `OneSidedShampoo`, `KLShampoo`, `SOAP`, `KLSOAP`, `SPlus`, `KFAC`. `param_groups` says which parameter goes
-where, `graphed` makes a step one CUDA graph, `polar` is the orthogonalization itself, `backends` what this machine can
-run.
+`Shampoo`, `OneSidedShampoo`, `KLShampoo`, `SOAP`, `KLSOAP`, `SPlus`, `KFAC`; and their relatives down to `Adam`, one row each
+in docs/optimizers.md. `param_groups` says which parameter goes where, `graphed` makes a step one CUDA graph, `polar` is
+the orthogonalization itself, `backends` what this machine can run.
 """
 
 from __future__ import annotations
@@ -17,22 +17,59 @@ from .graph import graphed
 from .linalg.polar import polar
 from .ops.backend import backends
 from .routing import param_groups
-from .zoo import KFAC, KLSOAP, SOAP, KLShampoo, MuAdam, MuAdamSANIA, Muon, OneSidedShampoo, Shampoo, SPlus
+from .zoo import (
+    KFAC,
+    KLSOAP,
+    MADGRAD,
+    NIGT,
+    SOAP,
+    AdaGrad,
+    Adam,
+    AdamSANIA,
+    Fromage,
+    KLShampoo,
+    MuAdam,
+    MuAdamSANIA,
+    Muon,
+    NormalizedSGD,
+    OneSidedShampoo,
+    OrthogonalSGDM,
+    Scion,
+    Shampoo,
+    SignSGD,
+    SPlus,
+    TrustRegion,
+    hasd,
+    scion_groups,
+)
 
 __all__ = [
     "KFAC",
     "KLSOAP",
+    "MADGRAD",
+    "NIGT",
     "SOAP",
+    "AdaGrad",
+    "Adam",
+    "AdamSANIA",
+    "Fromage",
     "KLShampoo",
     "MuAdam",
     "MuAdamSANIA",
     "Muon",
+    "NormalizedSGD",
     "OneSidedShampoo",
+    "OrthogonalSGDM",
     "SPlus",
+    "Scion",
     "Shampoo",
+    "SignSGD",
+    "TrustRegion",
     "__version__",
     "backends",
     "graphed",
+    "hasd",
     "param_groups",
     "polar",
+    "scion_groups",
 ]

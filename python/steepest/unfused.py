@@ -7,6 +7,8 @@ traces and fuses itself.
       towards  one direction call for the chunk
       store    P.back, step size, decay and rounding
     learn      where the preconditioner has bases: what they learn, before or after the rest; refreshed all at once
+
+Where layers are coupled, all groups observe before any of them moves: `Observed` is a group between the two.
 """
 
 from __future__ import annotations

@@ -1,19 +1,36 @@
 """The named optimizers: a signature, an equation and a recipe each."""
 
+from .hasd import hasd
 from .kfac import KFAC
 from .kronecker import KLSOAP, SOAP, KLShampoo, OneSidedShampoo, Shampoo, SPlus
 from .muadam import MuAdam, MuAdamSANIA
 from .muon import Muon
+from .scion import Scion, scion_groups
+from .trust_region import NIGT, Fromage, OrthogonalSGDM, TrustRegion
+from .vector import MADGRAD, AdaGrad, Adam, AdamSANIA, NormalizedSGD, SignSGD
 
 __all__ = [
     "KFAC",
     "KLSOAP",
+    "MADGRAD",
+    "NIGT",
     "SOAP",
+    "AdaGrad",
+    "Adam",
+    "AdamSANIA",
+    "Fromage",
     "KLShampoo",
     "MuAdam",
     "MuAdamSANIA",
     "Muon",
+    "NormalizedSGD",
     "OneSidedShampoo",
+    "OrthogonalSGDM",
     "SPlus",
+    "Scion",
     "Shampoo",
+    "SignSGD",
+    "TrustRegion",
+    "hasd",
+    "scion_groups",
 ]

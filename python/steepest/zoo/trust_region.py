@@ -1,0 +1,278 @@
+"""Steps of a given length: the trust region in any norm, and the methods that came before Muon.
+
+TrustRegion      argmin { <m, X> + R(X) : ||X - W|| <= lr },  m an average of gradients     arXiv:2503.12645
+OrthogonalSGDM   polar(g) first, momentum after                                             Tuddenham et al. 2022
+NIGT             ||step||_F = lr, the gradient taken further along the way                  arXiv:2002.03305
+Fromage          ||step||_F = lr ||W||_F, divided by sqrt(1 + lr^2)                         arXiv:2002.03432
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..matrices import LAYOUT_KEYS
+from ..optimizer import MatrixOptimizer, Params
+from ..parts import Columns, Decay, Direction, Frobenius, Hyper, Identity, Momentum, Nuclear, Number, OneHot, Rows, Sign
+from ..recipe import Recipe, State, all_finite
+from ..values import Group, check_at_least_zero, number
+from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
+from .vector import MomentumOptimizer, VectorOptimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_NORMS: dict[str, Direction] = {
+    "frobenius": Frobenius(),
+    "sign": Sign(),
+    "rows": Rows(),
+    "columns": Columns(),
+    "nuclear": Nuclear(),
+    "one_hot": OneHot(),
+}
+#: The names of the norms: those of `steepest.parts.direction`.
+NORMS = ("spectral", *_NORMS)
+# Whose ball has a nearest point in closed form.
+_NEAREST = ("spectral", "frobenius", "sign", "rows", "columns")
+# State of NIGT: the iterate, where the parameter is the point ahead of it; and that point while eval() has put it away.
+WEIGHTS, AHEAD = "weights", "ahead"
+
+
+class TrustRegion(VectorOptimizer):
+    """The model of the loss is linear, and so far as lr in a norm it is trusted.
+
+        m <- momentum m + (1 - momentum) g,  m = g at first
+        W <- argmin { <m, X> : ||X - (1 - lr weight_decay) W|| <= lr }                       composite="decay"
+        W <- argmin { <m, X> + weight_decay / 2 ||X||_F^2 : ||X - W|| <= lr }                composite="ridge"
+
+    The first is W <- (1 - lr weight_decay) W - lr ratio unit(m), in the spectral norm Muon without Nesterov: from a
+    start in it no iterate leaves the ball ||W|| <= 1 / weight_decay, and it is Frank and Wolfe's step for that ball. In
+    the second the step is -lr times the point of the unit ball nearest to (m + weight_decay W) / (lr weight_decay): it
+    ends at the minimiser as soon as that is near enough, where the first goes around it. The norm is that of `norm`
+    divided by ratio(rows, cols), which is 1 unless adjust_lr_fn says otherwise.
+
+    params: a module, named parameters or tensors, of which matrices go by this rule and the rest to AdamW, or groups,
+        which may hold any shape (fewer than two dimensions are one column).
+    norm: "spectral", "frobenius", "sign" (largest entry), "rows", "columns", "nuclear" or "one_hot" (sum of entries); a
+        group value. composite="ridge" knows the first five, the spectral one by SVD whatever `polar` says.
+    momentum: in [0, 1), 1 - alpha of the paper.   polar, adjust_lr_fn: as in `steepest.MuAdam`.   extra: see `Extras`.
+
+    Equals `NormalizedSGD`, `SignSGD` and `steepest.Muon(nesterov=False)` in their norms but for the first average,
+    which there begins at zero. With an iterative `polar` the ball is as exact as that is. Steps by torch operations.
+
+    Source: arXiv:2503.12645, Algorithm 1.
+    """
+
+    _route = MatrixOptimizer._route
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        *,
+        norm: str = "spectral",
+        composite: str = "decay",
+        adjust_lr_fn: str | None = None,
+        polar: Polar = "auto",
+        **extra: Unpack[Extras],
+    ) -> None:
+        own = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "norm": norm,
+            "composite": composite,
+            "adjust_lr_fn": adjust_lr_fn,
+            "polar": polar,
+        }
+        super().__init__(params, *defaults_of("TrustRegion", own, extra))
+
+    def recipe(self, group: Group) -> Recipe:
+        parts: dict[str, Any] = {
+            "momentum": Momentum(start="first", dtype=group["momentum_dtype"]),
+            "precondition": Identity(),
+            "direction": _NORMS[group["norm"]] if group["norm"] in _NORMS else polar_of(group),
+        }
+        if group["composite"] == "ridge":
+            parts |= {"scale": "within", "decay": Decay(cautious=group["cautious_wd"], inside=True)}
+        return recipe_of(group, ratio="none", **parts)
+
+    def hyper(self, group: Group) -> Hyper:
+        return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
+
+    def _check_values(self, group: Group) -> None:
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"momentum should be in [0, 1) but is: {group['momentum']}")
+        if group["norm"] not in NORMS:
+            raise ValueError(f"norm {group['norm']!r} is not known; use one of {', '.join(NORMS)}")
+        if group["composite"] not in ("decay", "ridge"):
+            raise ValueError(f"composite {group['composite']!r} is not known; use 'decay' or 'ridge'")
+        if group["composite"] == "ridge" and group["norm"] not in _NEAREST:
+            raise ValueError(f"composite 'ridge' with norm {group['norm']!r} has no closed form; use composite='decay'")
+        super()._check_values(group)
+
+
+class OrthogonalSGDM(MatrixOptimizer):
+    """SGD with momentum of orthogonalized gradients: polar first and momentum after, where Muon has them around.
+
+        o = polar(g + weight_decay W);   m <- momentum m + o;   W <- W - lr ratio(rows, cols) m
+
+    What the momentum averages are directions: noise that hides the gradient is not averaged before it is orthogonalized
+    (so arXiv:2503.12645 on why the other order is better). A step is up to lr / (1 - momentum) long.
+
+    Arguments as in `steepest.MuAdam`; adjust_lr_fn=None is "none" here. With momentum=0 and no decay it equals
+    `steepest.Muon(momentum=0)` without its ratio. Steps by torch operations.
+
+    Source: Tuddenham, Prugel-Bennett and Hare, Orthogonalising gradients to speed up neural network optimisation, 2022.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        *,
+        adjust_lr_fn: str | None = None,
+        polar: Polar = "auto",
+        **extra: Unpack[Extras],
+    ) -> None:
+        own = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "adjust_lr_fn": adjust_lr_fn,
+            "polar": polar,
+        }
+        super().__init__(params, *defaults_of("OrthogonalSGDM", own, extra))
+
+    def recipe(self, group: Group) -> Recipe:
+        parts = {
+            "momentum": Momentum("heavy_ball", of="updates", dtype=group["momentum_dtype"]),
+            "precondition": Identity(),
+            "direction": polar_of(group),
+            "decay": Decay(cautious=group["cautious_wd"], inside=True),
+        }
+        return recipe_of(group, ratio="none", **parts)
+
+    def hyper(self, group: Group) -> Hyper:
+        return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
+
+    def _check_values(self, group: Group) -> None:
+        check_at_least_zero("momentum", group["momentum"])
+        super()._check_values(group)
+
+
+class NIGT(MomentumOptimizer):
+    """Normalized SGD with implicit gradient transport: gradients are taken ahead of the iterate.
+
+        X = W + momentum / (1 - momentum) (W - W'),  W' the iterate before W;   g the gradient at X
+        m <- momentum m + (1 - momentum) g;   W <- (1 - lr weight_decay) W - lr m / ||m||_F
+
+    At X the old average, transported, and the new gradient agree to second order, so that more of the past can be
+    averaged. The parameters hold X, where the loss is to be evaluated; `eval()` puts the iterates W in their place and
+    `train()` takes them out again. A step in between is refused.
+
+    Arguments as in `NormalizedSGD`, momentum in [0, 1); equals it with momentum=0. W is kept in the state, in the
+    parameter's dtype, and a step begins there: what others write to the parameters after the first step is lost. A step
+    holds a copy of all of them. Not for torch.compile.
+
+    Source: arXiv:2002.03305, Algorithm 1.
+    """
+
+    _direction = Frobenius()
+
+    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
+        own = {WEIGHTS: p.detach().clone()} if group["use_muon"] else {}
+        return {**super()._fresh_state(p, dtype, group), **own}
+
+    def _take_step(self, scaling: Any, loss: Number | None) -> None:
+        if any(AHEAD in state for state in self.state.values()):
+            raise RuntimeError("the weights are iterates since eval(); call train() before the next step")
+        self._ready_plan()
+        stepping = [(p, g) for g in self.param_groups if g["use_muon"] for p in g["params"] if p.grad is not None]
+        ahead = [p.clone() for p, _ in stepping]
+        before = [self._iterate(self.state[p][WEIGHTS], p, group) for p, group in stepping]
+        for p, _ in stepping:
+            p.copy_(self.state[p][WEIGHTS])
+        super()._take_step(scaling, loss)
+        for (p, group), x, w in zip(stepping, ahead, before, strict=True):
+            taken, beta = all_finite(p.grad), number(group["momentum"])
+            if scaling.found_inf is not None:
+                taken = taken & (scaling.found_inf.reshape(()).to(p.device) == 0)
+            after = self._iterate(p, p, group)
+            further = after + (after - w) * (beta / (1 - beta))
+            self.state[p][WEIGHTS].copy_(p)  # as it was where no step was taken
+            p.copy_(torch.where(taken, further.to(p.dtype), x))
+
+    def _iterate(self, stored: Tensor, p: Tensor, group: Group) -> Tensor:
+        """W with the bits that its dtype drops, where they are kept."""
+        return self._recipe(group).rounding.value(stored, self.state[p])
+
+    def _traced_step(self, scaling: Any) -> None:
+        raise RuntimeError("NIGT cannot be traced by torch.compile: call its step outside of the compiled function")
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the iterates W in place of the points ahead of them."""
+        for p, state in self.state.items():
+            if WEIGHTS in state and AHEAD not in state:
+                state[AHEAD] = p.clone()
+                p.copy_(state[WEIGHTS])
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the points ahead back."""
+        for p, state in self.state.items():
+            if AHEAD in state:
+                p.copy_(state.pop(AHEAD))
+
+    def _check_values(self, group: Group) -> None:
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"momentum should be in [0, 1) but is: {group['momentum']}")
+        super()._check_values(group)
+
+
+class Fromage(VectorOptimizer):
+    """Every tensor turns by the same angle: a step is as long, relative to its tensor, as lr.
+
+        W <- (W - lr ||W||_F g / ||g||_F) / sqrt(1 + lr^2),   W <- (W - lr g) / sqrt(1 + lr^2) where W = 0 or g = 0
+
+    The division keeps ||W||_F where g is orthogonal to W, as it is before a normalization layer, and stops it from
+    growing by more where it is not. No weight decay and no averages, though the buffer of a momentum is there. A tensor
+    is a parameter, or a split of it; heads and batches of matrices are refused. The bound on ||W||_F / ||W_0||_F of the
+    authors' code is not here. Steps by torch operations.
+
+    params: a module, named parameters or tensors, all by this rule, or groups.   lr: a number >= 0 or a 1-element
+    tensor.   extra: see `Extras`. Source: arXiv:2002.03432, Algorithm 1.
+    """
+
+    def __init__(self, params: Params, lr: Number = 1e-2, **extra: Unpack[Extras]) -> None:
+        own = {"lr": lr, "weight_decay": 0.0, "adjust_lr_fn": None}
+        super().__init__(params, *defaults_of("Fromage", own, extra))
+
+    def recipe(self, group: Group) -> Recipe:
+        parts = {
+            "momentum": Momentum(dtype=group["momentum_dtype"]),
+            "precondition": Identity(),
+            "direction": Frobenius(),
+            "decay": Decay(cautious=group["cautious_wd"], relative=True),
+        }
+        return recipe_of(group, ratio="none", scale="dual", **parts)
+
+    def hyper(self, group: Group) -> Hyper:
+        return Hyper(number(group["lr"]), beta1=0.0)
+
+    def _check_values(self, group: Group) -> None:
+        taken = [key for key in LAYOUT_KEYS[1:] if group[key] not in (None, 0, 1)]
+        if taken:
+            raise ValueError(f"Fromage's length is that of a whole tensor: leave out {taken[0]}={group[taken[0]]!r}")
+        if group["adjust_lr_fn"] not in (None, "none"):
+            raise ValueError(f"Fromage's step has no ratio of a shape but adjust_lr_fn is: {group['adjust_lr_fn']!r}")
+        if not isinstance(group["weight_decay"], Tensor) and group["weight_decay"] != 0:
+            raise ValueError(f"Fromage has no weight decay, its norm is its own, but is given: {group['weight_decay']}")
+        super()._check_values(group)
