@@ -5,9 +5,9 @@
     optimizer.step()
 
 Optimizers: `Muon` (drop-in for torch.optim.Muon), `MuAdam`, `MuAdamSANIA`; in the eigenbases of Kronecker factors
-`Shampoo`, `OneSidedShampoo`, `KLShampoo`, `SOAP`, `KLSOAP`, `SPlus`, `KFAC`; and their relatives down to `Adam`, one row each
-in docs/optimizers.md. `param_groups` says which parameter goes where, `graphed` makes a step one CUDA graph, `polar` is
-the orthogonalization itself, `backends` what this machine can run.
+`Shampoo`, `OneSidedShampoo`, `KLShampoo`, `SOAP`, `KLSOAP`, `SPlus`, `KFAC`; and their relatives down to `Adam`, a row
+each in docs/optimizers.md. `param_groups` says which parameter goes where, `graphed` makes a step one CUDA graph,
+`polar` is the orthogonalization itself, `backends` what this machine can run.
 """
 
 from __future__ import annotations
@@ -28,12 +28,18 @@ from .zoo import (
     AdamSANIA,
     Fromage,
     KLShampoo,
+    Momo,
     MuAdam,
     MuAdamSANIA,
     Muon,
+    MuonAdam,
+    MuonMax,
     NormalizedSGD,
     OneSidedShampoo,
     OrthogonalSGDM,
+    ProdigyMuon,
+    ProductNormDescent,
+    Schattor,
     Scion,
     Shampoo,
     SignSGD,
@@ -54,13 +60,19 @@ __all__ = [
     "AdamSANIA",
     "Fromage",
     "KLShampoo",
+    "Momo",
     "MuAdam",
     "MuAdamSANIA",
     "Muon",
+    "MuonAdam",
+    "MuonMax",
     "NormalizedSGD",
     "OneSidedShampoo",
     "OrthogonalSGDM",
+    "ProdigyMuon",
+    "ProductNormDescent",
     "SPlus",
+    "Schattor",
     "Scion",
     "Shampoo",
     "SignSGD",

@@ -20,7 +20,6 @@ from .ops.backend import requested
 from .ops.multi_tensor import Scaling
 from .parts import ADJUST_LR, Hyper, Number, shape_ratio
 from .recipe import CLOCK, Recipe, State, adamw
-from .unfused import Observed as Observed
 from .values import (
     CHANGING,
     ON_DEVICE,
@@ -235,7 +234,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _finish(self, observed: list[unfused.Observed]) -> None:
         """The end of a step that began with `_observe`."""
         assert self._plan is not None
-        self._plan._unfused_sums.update({i: each.finish() for i, each in enumerate(observed) if each.batch.params})
+        self._plan.remember({i: each.finish() for i, each in enumerate(observed) if each.batch.params})
 
     def init_state(self) -> None:
         """Creates the state of every parameter now, as if each had a zero gradient, without a step."""
@@ -535,13 +534,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         counter = itertools.count()
         return routing.format_table([row for group in self.param_groups for row in self._rows(group, counter)])
 
+    def _others(self, group: Group) -> str:
+        """The rule of groups that are no matrices."""
+        return "AdamW"
+
     def _rows(self, group: Group, counter: Iterator[int]) -> list[tuple[str, ...]]:
         names = group.get("param_names") or [f"param_{next(counter)}" for _ in group["params"]]
         return [
             (
                 name,
                 "x".join(map(str, p.shape)) or "scalar",
-                type(self).__name__ if group["use_muon"] else "AdamW",
+                type(self).__name__ if group["use_muon"] else self._others(group),
                 self._reasons.get(p, f"use_muon={group['use_muon']} in its group"),
                 _effective_lr(self._hyper(group).lr, self._recipe(group), self._pieces(p, group)),
                 self._backend(p, group),

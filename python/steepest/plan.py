@@ -128,6 +128,10 @@ class Plan:
                 group.recipe, hypers[number], batch, max_workspace_bytes=group.max_workspace_bytes
             )
 
+    def remember(self, sums: dict[int, unfused.Sums]) -> None:
+        """Sums of a step that was taken elsewhere, by the number of the group, for `metrics`."""
+        self._unfused_sums.update(sums)
+
     def notice_changes(self) -> None:
         """What a step does first, for a graph, which replays only what follows."""
         for layout in self._layouts:

@@ -5,6 +5,8 @@ from .kfac import KFAC
 from .kronecker import KLSOAP, SOAP, KLShampoo, OneSidedShampoo, Shampoo, SPlus
 from .muadam import MuAdam, MuAdamSANIA
 from .muon import Muon
+from .product import Momo, MuonAdam, MuonMax, ProdigyMuon, ProductNormDescent
+from .schattor import Schattor
 from .scion import Scion, scion_groups
 from .trust_region import NIGT, Fromage, OrthogonalSGDM, TrustRegion
 from .vector import MADGRAD, AdaGrad, Adam, AdamSANIA, NormalizedSGD, SignSGD
@@ -20,13 +22,19 @@ __all__ = [
     "AdamSANIA",
     "Fromage",
     "KLShampoo",
+    "Momo",
     "MuAdam",
     "MuAdamSANIA",
     "Muon",
+    "MuonAdam",
+    "MuonMax",
     "NormalizedSGD",
     "OneSidedShampoo",
     "OrthogonalSGDM",
+    "ProdigyMuon",
+    "ProductNormDescent",
     "SPlus",
+    "Schattor",
     "Scion",
     "Shampoo",
     "SignSGD",
