@@ -3,9 +3,9 @@
 #
 #   bench/gpu.sh RESULTS [--quick] [--dry-run] [--parts PART...]
 #
-# Parts: build machine plan tests fused step polar; all of them by default, one after the other whatever the others said.
-# In RESULTS: the figures as fused-gpu.csv, step-gpu.csv and polar-gpu.csv, and in RESULTS/logs what each part said, with
-# summary.txt. The package goes into build/gpu-site and nowhere else. Exit status 1 if a part failed.
+# Parts: build machine plan tests fused step polar refresh; all of them by default, one after the other whatever the
+# others said. In RESULTS: the figures as fused-gpu.csv, step-gpu.csv, polar-gpu.csv and refresh-gpu.csv, and in
+# RESULTS/logs what each part said, with summary.txt. The package goes into build/gpu-site and nowhere else. Exit status 1 if a part failed.
 #
 # PYTHON (python3) has torch, setuptools>=77, cmake, ninja, pybind11 and pytest; nvcc is in CUDA_HOME/bin or on PATH; the
 # products for Hopper are built where nvidia-cutlass can be imported, and peers are measured where they can: either may
@@ -14,7 +14,7 @@ set -uo pipefail
 
 python=${PYTHON:-python3}
 models=(${MODELS:-gpt2-124m llama-1b})
-all=(build machine plan tests fused step polar)
+all=(build machine plan tests fused step polar refresh)
 parts=()
 results="" quick="" dry=""
 
@@ -114,6 +114,9 @@ for name in "${all[@]}"; do
       ;;
     polar)
       part polar 330 "$python" bench/bench_polar.py --device cuda ${quick:+--quick} --csv "$results/polar-gpu.csv"
+      ;;
+    refresh)
+      part refresh 330 "$python" bench/bench_refresh.py --device cuda ${quick:+--quick} --csv "$results/refresh-gpu.csv"
       ;;
   esac
 done

@@ -1,10 +1,18 @@
 """Batched products in Triton, all of the output or the lower triangle of a symmetric one and its mirror image.
 
     out[i] = alpha[i] a[i] b[i] + beta[i] c[i] + gamma[i] I    a: (batch, m, k), b: (batch, k, n), c, out: (batch, m, n)
+    out[i] = c[i] + alpha[i] (a[i] b[i] - c[i])                the same without beta: a moving average
 
 A program computes a tile of one matrix. Symmetric products have programs for the tiles at and below the diagonal only;
 each stores its tile and the transpose of it. Coefficients are read at run time, from an argument or from memory, so
 that new ones compile nothing and numbers computed on the device need not come back to the host.
+
+Products of fp16 and bf16 are exact and added up in fp32. Those of fp32 have a `Precision`:
+
+    tf32x3  x = h + l, h the nearest TF32: l h' + h l' + h h', on tensor cores, each turn of the loop added up apart and
+            then to the rest in fp32. Errs by 2^-20 of a term at most and by 2^-24 as a rule, as fp32 does.
+    tf32    on tensor cores, which cut off what TF32 has no room for: 2^-9 of a term at most, 2^-10 as a rule.
+    ieee    fp32, without tensor cores.
 
 Nothing is tuned or allocated by a call: what has run once, with operands of the same kind, can be captured in a CUDA
 graph.
@@ -18,13 +26,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+Precision = Literal["tf32x3", "tf32", "ieee"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Elements of 16 bits in 16 bytes: the widest load, and the only one that goes to shared memory in bulk before sm_90.
@@ -47,9 +57,16 @@ class Configuration:
     stages: int
     warps: int
 
-    def shared_bytes(self, element: int = 2) -> int:
-        """Operands of all turns in flight."""
-        return self.stages * (self.block_m + self.block_n) * self.block_k * element
+    def shared_bytes(self, element: int = 2, precision: Precision = "ieee", wide: bool = False) -> int:
+        """Operands of all turns in flight, or the tile on its way to memory, in fp32 with ``wide``.
+
+        "tf32x3" has a turn less in flight and of b both terms; those of a stay in registers, or in tensor memory.
+        """
+        turn = (self.block_m + self.block_n) * self.block_k * element
+        tile = self.block_m * self.block_n * 4 if wide else 0
+        if precision == "tf32x3":
+            return max((self.stages - 1) * turn + 2 * self.block_n * self.block_k * element, tile)
+        return max(self.stages * turn, tile)
 
 
 # Bytes of shared memory that a program may have: CUDA C++ Programming Guide, technical specifications by capability.
@@ -90,6 +107,50 @@ CONFIGURATIONS = {
 }
 # fp32 without tensor cores ("ieee"): for correctness, not for speed. 2 * (64 + 64) * 32 * 4 bytes = 64 KB.
 FP32 = Configuration(64, 64, 32, 2, 4)
+# c and out of fp32 beside operands of 16 bits: the same bytes. Tiles of 128 x 256, and of 128 x 128 with four warps,
+# are spilled.
+WIDE = {
+    "sm_80": (
+        Configuration(128, 128, BLOCK_K, 4, 8),  # 128 KB
+        Configuration(64, 128, BLOCK_K, 3, 4),  # 72 KB, two
+        Configuration(64, 64, BLOCK_K, 3, 4),  # 48 KB, three
+    ),
+    "sm_86": (
+        Configuration(64, 128, BLOCK_K, 3, 4),  # 72 KB
+        Configuration(64, 64, BLOCK_K, 3, 4),  # 48 KB, two
+    ),
+    "sm_90": (
+        Configuration(128, 128, BLOCK_K, 3, 8),  # 96 KB
+        Configuration(64, 128, BLOCK_K, 4, 4),  # 96 KB, two
+        Configuration(64, 64, BLOCK_K, 4, 4),  # 64 KB, three
+    ),
+}
+WIDE["sm_100"] = WIDE["sm_90"]
+# "tf32": half as many elements of twice the size.
+TF32 = {name: tuple(replace(c, block_k=BLOCK_K // 2) for c in listed) for name, listed in WIDE.items()}
+# "tf32x3": ((stages - 1) (BM + BN) + 2 BN) BK 4 bytes. The two terms of both operands of a turn are in registers at
+# once on sm_80, where only 16 elements of k leave room for them. On sm_100 the sum of a turn goes through tensor memory
+# five times: 64 elements halve its share. Programs that share a multiprocessor split while another multiplies.
+TF32X3 = {
+    "sm_80": (
+        Configuration(64, 128, 16, 4, 4),  # 52 KB, two
+        Configuration(64, 64, 16, 4, 4),  # 32 KB, three
+    ),
+    "sm_86": (
+        Configuration(64, 128, 16, 3, 4),  # 40 KB, two
+        Configuration(64, 64, 16, 4, 4),  # 32 KB, three
+    ),
+    "sm_90": (
+        Configuration(128, 128, 32, 3, 8),  # 96 KB
+        Configuration(64, 128, 32, 3, 4),  # 80 KB, two
+        Configuration(64, 64, 32, 3, 4),  # 48 KB, three
+    ),
+    "sm_100": (
+        Configuration(128, 128, 64, 2, 8),  # 128 KB
+        Configuration(64, 128, 64, 2, 4),  # 112 KB, two
+        Configuration(64, 64, 64, 2, 8),  # 64 KB, two
+    ),
+}
 # Cost of a tile: BM BN multiply-adds and TRAFFIC (BM + BN) for moving its operands. At 64 a square of 128 has half of
 # either, and a square of 64 runs at two thirds of its speed. A model, not a measurement.
 TRAFFIC = 64
@@ -116,16 +177,22 @@ def configuration(
     batch: int,
     symmetric: bool,
     aligned: bool = True,
+    precision: Precision | None = None,
+    wide: bool = False,
 ) -> Configuration:
-    """The tile of least modelled time for operands of 16 bits.
+    """The tile of least modelled time for operands of 16 bits, or of fp32 with a precision.
 
     Time is the number of waves (multiprocessors take a tile each) times the cost of a tile; of equals, the larger tile.
     k multiplies both and decides nothing. Operands that are not aligned are loaded element by element, and the
-    addresses of a large tile's do not fit in the registers.
+    addresses of a large tile's do not fit in the registers. ``wide``: c and out are fp32 beside operands of 16 bits.
     """
+    if precision == "ieee":
+        return FP32
+    name = architecture(capability)
+    kinds = {None: WIDE if wide else CONFIGURATIONS, "tf32": TF32, "tf32x3": TF32X3}
     listed = [
         c
-        for c in CONFIGURATIONS[architecture(capability)]
+        for c in kinds[precision][name]
         if (c.block_m == c.block_n or not symmetric) and (c.block_m * c.block_n <= UNALIGNED_TILE or aligned)
     ]
 
@@ -241,7 +308,7 @@ def product_kernel(
     out_batch,
     out_stride,
     alpha,  # a number, or the address of the first matrix's; fp32
-    beta,
+    beta,  # or None: out moves from c towards the product by alpha
     gamma,  # or None
     alpha_stride,  # None for a number
     beta_stride,
@@ -257,6 +324,7 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     rows, columns = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     tiles = rows * (rows + 1) // 2 if SYMMETRIC else rows * columns
@@ -285,17 +353,24 @@ def product_kernel(
             k_left = tl.multiple_of(k_left, VECTOR)
         x = _load(a_at, a_offsets, at_row < rows_left, at_k[None, :], k_left, A_ALONG_K, EVEN_K)
         y = _load(b_at, b_offsets, at_column < columns_left, at_k[:, None], k_left, B_ALONG_K, EVEN_K)
-        total = tl.dot(x, y, total, input_precision="ieee")
+        total = tl.dot(x, y, total, input_precision=PRECISION)
         a_at += a_step
         b_at += b_step
 
     # Which product is fused into the sum is said outright: left to the compiler it could differ between configurations.
-    total *= _number(alpha, alpha_stride, matrix)
+    scale = _number(alpha, alpha_stride, matrix)
     mask = (at_row < rows_left) & (at_column < columns_left)
     if c is not None:
         c_at = _corner(c, matrix, c_batch, c_stride, row, column, C_ROWS, ALIGNED)
         c_at += _offsets(at_row, at_column, c_stride, C_ROWS, ALIGNED, OFFSET)
-        total = tl.fma(tl.load(c_at, mask=mask, other=0.0).to(tl.float32), _number(beta, beta_stride, matrix), total)
+        held = tl.load(c_at, mask=mask, other=0.0).to(tl.float32)
+        if beta is None:  # as torch.lerp: exact at both ends
+            near = tl.abs(scale) < 0.5
+            total = tl.fma(total - held, tl.where(near, scale, scale - 1.0), tl.where(near, held, total))
+        else:
+            total = tl.fma(held, _number(beta, beta_stride, matrix), total * scale)
+    else:
+        total *= scale
     if gamma is not None:
         total = tl.where(row + at_row == column + at_column, total + _number(gamma, gamma_stride, matrix), total)
     tile = total.to(out.dtype.element_ty)
@@ -332,28 +407,31 @@ def product(
     b: Tensor,
     c: Tensor | None,
     alpha: Tensor | float,
-    beta: Tensor | float,
+    beta: Tensor | float | None,
     gamma: Tensor | float,
     out: Tensor,
     *,
     symmetric: bool,
+    precision: Precision = "ieee",
 ) -> None:
     """``out[i] = alpha[i] a[i] @ b[i] + beta[i] c[i] + gamma[i] I``, accumulated in fp32, rounded once.
 
     a: (batch, m, k), b: (batch, k, n), c: (batch, m, n) or None, all fp16, all bf16 or all fp32, each of contiguous
-    rows or of contiguous columns and at any distance from one another; out: (batch, m, n), contiguous rows. alpha,
-    beta, gamma: a number, or (batch,) fp32 of any stride. gamma other than the number 0 takes m = n. With the number 0
-    for beta, c is not read.  Only out is written; it may be c, not a or b.
+    rows or of contiguous columns and at any distance from one another; out: (batch, m, n), contiguous rows. c and out
+    may be fp32 beside a and b of 16 bits. alpha, beta, gamma: a number, or (batch,) fp32 of any stride. gamma other
+    than the number 0 takes m = n. With the number 0 for beta, c is not read; with None, ``alpha[i]`` is the weight of
+    the product in an average with c, ``c[i] + alpha[i] (a[i] @ b[i] - c[i])``.  Only out is written; it may be c, not a
+    or b.  precision: of a and b in fp32, see the module.
 
     symmetric: the exact result is, of which the caller is sure. Its tiles at and below the diagonal are computed, the
     others are copies, so that out is symmetric to the bit; what c has above the diagonal does not count.
 
-    A matrix has the same result alone and in a batch. ValueError for what it does not take. fp32 is multiplied without
-    tensor cores, far slower than torch does.
+    A matrix has the same result alone and in a batch. ValueError for what it does not take. "ieee" multiplies far
+    slower than torch does.
     """
     batch, m, k = a.shape
     n = b.shape[-1]
-    if c is None or (not isinstance(beta, Tensor) and beta == 0):
+    if c is None or (isinstance(beta, float | int) and beta == 0):
         c, beta = None, 0.0
     has_gamma = isinstance(gamma, Tensor) or gamma != 0
     _check(a, b, c, out, square=symmetric or has_gamma)
@@ -364,7 +442,8 @@ def product(
     if not out_place.by_rows:
         raise ValueError(f"the rows of out are not contiguous: shape {tuple(out.shape)}, strides {out.stride()}")
     aligned = a_place.aligned and b_place.aligned and c_place.aligned and out_place.aligned
-    chosen = _choose(a, n, symmetric, aligned)
+    precise = a.dtype == torch.float32
+    chosen = _choose(a, n, symmetric, aligned, precision if precise else None, out.dtype != a.dtype)
     programs = batch * tile_count(m, n, chosen, symmetric)
     if programs > MAX_PROGRAMS:
         raise ValueError(f"{batch} matrices of {m} x {n} are {programs} tiles; a launch has {MAX_PROGRAMS} at most")
@@ -387,7 +466,7 @@ def product(
             out_place.apart,
             out_place.stride,
             _number_of(alpha, batch),
-            _number_of(beta, batch),
+            None if beta is None else _number_of(beta, batch),
             _number_of(gamma, batch) if has_gamma else None,
             *(x.stride(0) if isinstance(x, Tensor) else None for x in (alpha, beta, gamma)),
             A_ALONG_K=a_place.by_rows,
@@ -401,6 +480,7 @@ def product(
             BLOCK_N=chosen.block_n,
             BLOCK_K=chosen.block_k,
             GROUP=GROUP,
+            PRECISION=precision if precise else "ieee",
             num_warps=chosen.warps,
             num_stages=chosen.stages,
             enable_fp_fusion=False,
@@ -415,9 +495,11 @@ def _check(a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, square: bool) ->
     if square and m != n:
         raise ValueError(f"a symmetric result, or a multiple of the identity in it, is square, not {m} x {n}")
     dtype = a.dtype
-    if dtype not in DTYPES or b.dtype != dtype or out.dtype != dtype or (c is not None and c.dtype != dtype):
+    wide = out.dtype in (dtype, torch.float32) and (c is None or c.dtype == out.dtype)
+    if dtype not in DTYPES or b.dtype != dtype or not wide:
         given = ", ".join(str(x.dtype) for x in (a, b, c, out) if x is not None)
-        raise ValueError(f"matrices are {given}; accepted is one of {', '.join(map(str, DTYPES))} for all of them")
+        accepted = ", ".join(map(str, DTYPES))
+        raise ValueError(f"matrices are {given}; accepted is one of {accepted} for all, or float32 for c and out")
 
 
 class _Place(NamedTuple):
@@ -459,11 +541,11 @@ def _number_of(x: Tensor | float, batch: int) -> Tensor | float:
     return x
 
 
-def _choose(a: Tensor, n: int, symmetric: bool, aligned: bool) -> Configuration:
-    if a.dtype == torch.float32:
-        return FP32
+def _choose(
+    a: Tensor, n: int, symmetric: bool, aligned: bool, precision: Precision | None, wide: bool
+) -> Configuration:
     batch, m, k = a.shape
-    return configuration(m, n, k, *_machine(a.device), batch, symmetric, aligned)
+    return configuration(m, n, k, *_machine(a.device), batch, symmetric, aligned, precision, wide)
 
 
 @functools.cache

@@ -67,12 +67,37 @@ def tf32(x: Tensor) -> Tensor:
     return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
+def cut(x: Tensor) -> Tensor:
+    """x with 10 bits of mantissa and the rest left out, as tensor cores take it."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
 def tf32_product(A: Tensor, B: Tensor) -> Tensor:
-    return tf32(A) @ tf32(B)
+    return cut(A) @ cut(B)
 
 
 def tf32x3_product(A: Tensor, B: Tensor) -> Tensor:
     """Operands split in two; the product of the two small parts is left out."""
     high_a, high_b = tf32(A), tf32(B)
-    low_a, low_b = tf32(A - high_a), tf32(B - high_b)
+    low_a, low_b = cut(A - high_a), cut(B - high_b)
     return high_a @ high_b + (high_a @ low_b + low_a @ high_b)
+
+
+def on_tensor_cores(exact: Callable[[Tensor, Tensor], Tensor] = tf32x3_product) -> Callable[..., Tensor]:
+    """`steepest.ops.products.product` as a GPU rounds it, or with another way to be exact."""
+
+    def product(
+        A: Tensor,
+        B: Tensor,
+        C: Tensor | None = None,
+        *,
+        precision: str,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        symmetric: bool = False,
+    ) -> Tensor:
+        AB = {"tf32x3": exact, "tf32": tf32_product}[precision](A, B)
+        AB = alpha * (AB.tril() + AB.tril(-1).mT if symmetric else AB)
+        return AB if C is None else AB + beta * C
+
+    return product

@@ -277,12 +277,12 @@ def test_the_run_on_a_gpu_as_a_list_of_commands(tmp_path: Path) -> None:
     done = shell(str(results), "--dry-run", PYTHON="some-python", MODELS="tiny small")
     assert done.returncode == 0, done.stderr
     commands = dict(line.split(": timeout ", 1) for line in done.stdout.splitlines())
-    assert list(commands) == ["build", "machine", "plan", "tests", "fused", "step", "polar"]
+    assert list(commands) == ["build", "machine", "plan", "tests", "fused", "step", "polar", "refresh"]
     assert "some-python -m pip" in commands["build"]
     assert "--no-index --no-deps --no-build-isolation" in commands["build"]
     assert "some-python -m pytest -q -m gpu" in commands["tests"]
     assert "bench/bench_step.py --device cuda --whole --shapes tiny small --csv" in commands["step"]
-    for name in ("fused", "step", "polar"):
+    for name in ("fused", "step", "polar", "refresh"):
         assert f"--csv {results}/{name}-gpu.csv" in commands[name]
     assert not results.exists()
     quick = shell(str(results), "--dry-run", "--quick", "--parts", "polar", "step", MODELS="tiny small")
@@ -316,6 +316,35 @@ def test_a_part_that_fails_leaves_the_others(tmp_path: Path) -> None:
     lines = (results / "logs" / "summary.txt").read_text().splitlines()
     assert [line.rsplit(", ", 1)[0] for line in lines] == ["plan: ok", "fused: failed with 3", "step: ok"]
     assert "bench/bench_step.py --device cuda" in (results / "logs" / "step.log").read_text()
+
+
+def test_refreshes_and_roots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What would take too long is skipped, and one of ours that is wrong is not timed."""
+    table = tmp_path / "refresh.csv"
+    run(monkeypatch, "bench_refresh", "--quick", "--shapes", "2x16", "--seconds", "0", "--csv", str(table))
+    rows = list(csv.DictReader(table.open()))
+    assert {row["status"] for row in rows} == {"ok"}
+    found = {(row["part"], row["variant"]): row for row in rows}
+    assert {part for part, _ in found} == {"products", "averages", "refresh", "roots p=2", "roots p=4"}
+    assert all(float(row["ms"]) > 0 for row in rows if row["variant"] != "no refresh")
+    whitening = {variant: float(row["whitening"]) for (part, variant), row in found.items() if part == "refresh"}
+    assert whitening["jr"] < whitening["torch sorted QR"] < whitening["no refresh"]
+    assert 0 < float(found["roots p=4", "inverse_root"]["residual"]) < 1e-3
+    assert found["refresh", "jr"]["base"] == "torch sorted QR"
+    refresh = importlib.import_module("bench_refresh")
+    refreshed = refresh.eigh_refresh
+    damaged = types.SimpleNamespace(basis=torch.ones(2, 16, 16))
+    monkeypatch.setattr(
+        refresh,
+        "eigh_refresh",
+        lambda *a, method, **k: damaged if method == "jr" else refreshed(*a, method=method, **k),
+    )
+    with pytest.raises(SystemExit, match="wrong or failed:\n  refresh 2x16 jr: WRONG$"):
+        refresh.main(["--quick", "--shapes", "2x16", "--parts", "refresh", "--guard", "0", "--csv", str(table)])
+    status = {row["variant"]: (row["status"], row["ms"]) for row in csv.DictReader(table.open())}
+    assert status["jr"] == ("WRONG", "")
+    assert float(status["auto"][1]) > 0
+    assert status["torch.linalg.eigh"][0].startswith("skipped: about 0.0 s, more than --guard 0")
 
 
 def test_unknown_shapes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import gaussian, orthogonal
-from spectra import EIGENVALUES, drifting, spiked, symmetric, tf32_product, tf32x3_product, whitening
+from spectra import EIGENVALUES, drifting, on_tensor_cores, spiked, symmetric, tf32_product, whitening
 from steepest.linalg import basis
 from steepest.linalg.basis import eigh_refresh, off_diagonal, orthonormality, shifted_cholesky_qr, whitening_error
 
@@ -85,11 +85,10 @@ def test_precision_of_each_product(spectrum: str, monkeypatch: pytest.MonkeyPatc
     """B and Gram matrices in three-term TF32 and the rest in TF32 are as good as fp32; all in TF32 is not."""
     matrices = list(drifting(128, spectrum, 14))
     fp32 = mean_of_last_half(track(WAYS["jr"], matrices))
-    monkeypatch.setattr(basis, "_fast", tf32_product)
-    monkeypatch.setattr(basis, "_exact", tf32x3_product)
+    monkeypatch.setattr(basis, "product", on_tensor_cores())
     mixed = mean_of_last_half(track(WAYS["jr"], matrices))
     assert mixed < 1.1 * fp32 + 1e-4, (mixed, fp32)
-    monkeypatch.setattr(basis, "_exact", tf32_product)
+    monkeypatch.setattr(basis, "product", on_tensor_cores(exact=tf32_product))
     low = mean_of_last_half(track(WAYS["jr"], matrices))
     assert low > 3 * fp32 or "exp" not in spectrum, (low, fp32)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import gaussian, orthogonal
-from spectra import symmetric, tf32_product, tf32x3_product
+from spectra import on_tensor_cores, symmetric, tf32_product
 from steepest.linalg import roots
 from steepest.linalg.basis import eigh_refresh
 from steepest.linalg.coefficients import evaluate
@@ -124,9 +124,9 @@ def test_precision_of_the_products(kind: str, condition: float, p: int, monkeypa
     A = symmetric(spectrum(kind, condition)).float()
     exact = exact_root(A, p)
     fp32 = relative(inverse_root(A, p)[0], exact)
-    monkeypatch.setattr(roots, "_exact", tf32x3_product)
+    monkeypatch.setattr(roots, "product", on_tensor_cores())
     assert relative(inverse_root(A, p)[0], exact) < 1.5 * fp32
-    monkeypatch.setattr(roots, "_exact", tf32_product)
+    monkeypatch.setattr(roots, "product", on_tensor_cores(exact=tf32_product))
     low = relative(inverse_root(A, p)[0], exact)
     assert not low < 3 * fp32
     if condition == 1e8 and kind == "spikes":

@@ -334,6 +334,22 @@ def test_new_numbers_and_sizes_compile_nothing(launches: list[Launch]) -> None:
     assert all(other == first for other in others)
 
 
+def test_an_average_in_fp32_of_gradients(launches: list[Launch]) -> None:
+    """Of 16 bits, wherever they lie; a precision is one of fp32 and compiles nothing of its own for them."""
+    factor, weight = torch.empty(2, 256, 256), torch.ones(2)
+    for precision in ("ieee", "tf32x3"):
+        for g in (torch.empty(2, 256, 512, dtype=B), torch.empty(2, 512, 256, dtype=B).mT):
+            kernels.product(g, g.mT, factor, weight, None, 0.0, factor, symmetric=True, precision=precision)
+    assert [launch.options["PRECISION"] for launch in launches] == ["ieee"] * 4
+    names = [argument.name for argument in KERNEL.params]
+    for launch in launches:
+        given = dict(zip(names, launch.arguments))
+        assert given["beta"] is given["beta_stride"] is given["gamma"] is None
+        assert given["c"] is given["out"] is factor
+        assert given["alpha"] is weight
+    assert [launch.options["A_ALONG_K"] for launch in launches] == [True, False] * 2
+
+
 def test_a_triangle_has_no_idle_programs(launches: list[Launch]) -> None:
     a, out = torch.empty(5, 4096, 64, dtype=H), torch.empty(5, 4096, 4096, dtype=H)
     for symmetric in (True, False):
@@ -379,8 +395,12 @@ def test_nothing_is_launched_for_no_elements(launches: list[Launch]) -> None:
         ({"out": torch.ones(2, 4, 4).mT}, "the rows of out are not contiguous"),
         ({"alpha": torch.ones(2, dtype=torch.float64)}, "a coefficient is torch.float64 of shape (2,)"),
         ({"gamma": torch.ones(())}, "a coefficient is torch.float32 of shape (); as a tensor it is fp32, (2,)"),
+        (
+            {"a": torch.ones(2, 4, 3).half(), "b": torch.ones(2, 3, 4).half(), "c": torch.ones(2, 4, 4).half()},
+            "torch.float16, torch.float16, torch.float16, torch.float32; accepted is one of torch.float16,",
+        ),
     ],
-    ids=["k", "batch", "c", "dtype", "square", "strides", "out", "fp64", "shape"],
+    ids=["k", "batch", "c", "dtype", "square", "strides", "out", "fp64", "shape", "wide"],
 )
 def test_errors(change: dict[str, Any], message: str, launches: list[Launch]) -> None:
     given: dict[str, Any] = {"a": torch.ones(2, 4, 3), "b": torch.ones(2, 3, 4), "c": torch.ones(2, 4, 4)}
@@ -436,6 +456,29 @@ def test_which_configuration_is_chosen(name: str) -> None:
     assert {chosen(m, m, batch, True) for m in range(64, 4096, 64) for batch in (1, 8)} == set(square)
 
 
+@pytest.mark.parametrize("name", kernels.CONFIGURATIONS)
+@pytest.mark.parametrize("precision", [None, "tf32", "tf32x3"])
+def test_configurations_of_results_in_fp32(name: str, precision: Any) -> None:
+    """They fit, add up in one order, are chosen for some size, and one of the small ones takes what is not aligned."""
+    table = {None: kernels.WIDE, "tf32": kernels.TF32, "tf32x3": kernels.TF32X3}[precision][name]
+    element = 2 if precision is None else 4
+    assert len({c.block_k for c in table}) == 1
+    for c in table:
+        turn = (c.block_m + c.block_n) * c.block_k * element
+        terms = 2 * c.block_n * c.block_k * element - turn if precision == "tf32x3" else 0
+        assert c.shared_bytes(element, precision or "ieee") == c.stages * turn + terms
+        assert c.shared_bytes(element, precision or "ieee", wide=True) <= kernels.SHARED_LIMIT[name]
+
+    def chosen(m: int, n: int, batch: int, symmetric: bool, aligned: bool = True) -> Any:
+        machine = (CAPABILITIES[name], MULTIPROCESSORS[name])
+        return kernels.configuration(m, n, 1024, *machine, batch, symmetric, aligned, precision, precision is None)
+
+    assert {chosen(m, n, 1, False) for m in range(64, 2048, 64) for n in range(64, 2048, 64)} == set(table)
+    assert chosen(8192, 8192, 4, True).block_m == max(c.block_m for c in table if c.block_m == c.block_n)
+    assert chosen(8191, 8191, 4, True, aligned=False) == table[-1]
+    assert kernels.configuration(64, 64, 64, (9, 0), 132, 1, True, True, "ieee") == kernels.FP32
+
+
 def test_every_device_has_configurations() -> None:
     names = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_80", (8, 9): "sm_86", (9, 0): "sm_90", (10, 0): "sm_100"}
     names |= {(10, 3): "sm_100", (11, 0): "sm_100", (12, 0): "sm_86", (12, 1): "sm_86"}
@@ -446,12 +489,16 @@ def test_every_device_has_configurations() -> None:
 
 #: Tensor core instructions by compute capability: of a warp, of four warps, of the whole program.
 PRODUCTS = {80: r"HMMA\.16816\.F32", 89: r"HMMA\.16816\.F32", 90: "HGMMA", 100: "UTCHMMA", 120: r"HMMA\.16816\.F32"}
+TF32_PRODUCTS = {80: r"HMMA\.1688\.F32\.TF32", 90: r"HGMMA\.\S*F32\.TF32", 100: "UTCHMMA"}
 TYPES = {H: "fp16", B: "bf16", F: "fp32"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a compilation depends on apart from the configuration. numbers: "none" but alpha, "floats", "tensors"."""
+    """What a compilation depends on apart from the configuration.
+
+    numbers: "none" but alpha, "floats", "tensors", "average" (of the product and c).
+    """
 
     dtype: torch.dtype
     a_along_k: bool
@@ -460,6 +507,8 @@ class Kind:
     numbers: str = "floats"
     aligned: bool = True
     even_k: bool = True
+    precision: str = "ieee"
+    wide: bool = False  # c and out are fp32
 
 
 PLAIN = Kind(B, True, False, False, "tensors", even_k=False)  # Q X
@@ -468,6 +517,11 @@ TALL_GRAM = Kind(B, False, False, True, "none", even_k=False)  # X^T X
 SQUARE = Kind(H, True, False, True)  # Q Z + a Q
 TALL = Kind(H, False, True, False)
 ODD = Kind(H, True, False, True, "tensors", aligned=False, even_k=False)
+# Results in fp32: of square tiles, and of those that are not.
+AVERAGE = Kind(B, True, True, True, "average", wide=True)  # L + w (G G^T - L)
+FAST = (Kind(F, True, True, False, precision="tf32"), Kind(F, True, False, False, "tensors", precision="tf32"))
+EXACT = Kind(F, True, False, False, "tensors", even_k=False, precision="tf32x3")  # P Q
+THREE = (kernels.TF32X3, (replace(EXACT, a_along_k=False), EXACT), EXACT)
 
 
 def compilations() -> Iterator[Any]:
@@ -482,6 +536,12 @@ def compilations() -> Iterator[Any]:
         yield from ((capability, listed, kind) for kind in kinds)
     yield 120, kernels.CONFIGURATIONS["sm_86"][0], SQUARE
     yield from ((capability, kernels.FP32, replace(SQUARE, dtype=F)) for capability in (80, 90, 100))
+    for table, by_tile, odd in ((kernels.WIDE, (AVERAGE, None), AVERAGE), (kernels.TF32, FAST, FAST[1]), THREE):
+        for name, listed in ((each, c) for each in ("sm_80", "sm_90", "sm_100") for c in table[each]):
+            capability = 10 * CAPABILITIES[name][0] + CAPABILITIES[name][1]
+            square, small = listed.block_m == listed.block_n, listed == table[name][-1]
+            kinds = [by_tile[not square], replace(odd, aligned=False, even_k=False) if small else None]
+            yield from ((capability, listed, replace(kind, symmetric=square)) for kind in kinds if kind)
 
 
 def name_of(x: Any) -> str:
@@ -494,11 +554,10 @@ def name_of(x: Any) -> str:
 def test_code(capability: int, listed: Any, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # what is read is what was compiled now
     compiled = compile_for(capability, listed, kind)
-    fp32 = kind.dtype == F
+    without_tensor_cores = kind.dtype == F and kind.precision == "ieee"
     shared = compiled.metadata.shared
-    assert shared <= listed.shared_bytes(kind.dtype.itemsize) + 64, (
-        "barriers take a few bytes, the tile those of the loop"
-    )
+    room = listed.shared_bytes(kind.dtype.itemsize, kind.precision, kind.wide or kind.dtype == F)
+    assert shared <= room + 64, "barriers take a few bytes, the tile those of the loop"
     assert shared <= kernels.SHARED_LIMIT[kernels.architecture(divmod(capability, 10))]
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
@@ -508,10 +567,13 @@ def test_code(capability: int, listed: Any, kind: Kind, tmp_path: Path, monkeypa
     code = dump("--dump-sass", str(cubin))
     assert (stack, local) == (0, 0), f"{registers} registers are not enough"
     assert not re.search(r"\b(LDL|STL)\b", code)
-    assert bool(re.search(PRODUCTS[capability], code)) != fp32
-    if kind.aligned and not fp32:
+    tensor_cores = (TF32_PRODUCTS if kind.dtype == F else PRODUCTS)[capability]
+    assert bool(re.search(tensor_cores, code)) != without_tensor_cores
+    if kind.aligned and not without_tensor_cores:
         assert re.search(r"\bLDGSTS\.E\.\S*128\b", code)
-        assert not re.search(r"\bLDGSTS\.E\.(?!\S*128)", code)
+        # Tensor cores of sm_90 and later take TF32 along k only: what lies otherwise is turned on its way, by elements.
+        turned = kind.precision == "tf32" and capability >= 90 and not (kind.a_along_k and kind.b_along_k)
+        assert turned or not re.search(r"\bLDGSTS\.E\b(?!\S*128)", code)
         stores = re.findall(r"\bSTG\.E\S*", code)
         assert stores
         assert all(".128" in store for store in stores), stores
@@ -533,12 +595,16 @@ def compile_for(capability: int, listed: Any, kind: Kind) -> Any:
         "BLOCK_N": listed.block_n,
         "BLOCK_K": listed.block_k,
         "GROUP": kernels.GROUP,
+        "PRECISION": kind.precision,
     }
     if kind.numbers != "tensors":
         constants |= dict.fromkeys(("alpha_stride", "beta_stride", "gamma_stride"))
     if kind.numbers == "none":
         constants |= dict.fromkeys(("c", "gamma"))
+    if kind.numbers == "average":
+        constants |= dict.fromkeys(("beta", "gamma"))
     types = dict.fromkeys(("a", "b", "c", "out"), f"*{TYPES[kind.dtype]}")
+    types |= dict.fromkeys(("c", "out"), "*fp32") if kind.wide else {}
     types |= dict.fromkeys(("alpha", "beta", "gamma"), "*fp32" if kind.numbers == "tensors" else "fp32")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in KERNEL.arg_names}
     options = {"num_warps": listed.warps, "num_stages": listed.stages, "enable_fp_fusion": False}
@@ -560,7 +626,7 @@ if __name__ == "__main__":
 
     mend_the_interpreter()
     kernels.GROUP = 2
-    kernels._choose = lambda a, n, symmetric, aligned: kernels.Configuration(16, 16 if symmetric else 32, 16, 2, 4)
+    kernels._choose = lambda a, n, symmetric, *_: kernels.Configuration(16, 16 if symmetric else 32, 16, 2, 4)
     compare(torch.device("cpu"), F, 48, 40)
     far_apart(torch.device("cpu"))
     triangle_is_exact(torch.device("cpu"), 2**16)

@@ -25,6 +25,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ..ops.products import product
+
 Method = Literal["auto", "jr", "qr", "eigh"]
 
 # Bits of a status.
@@ -40,7 +42,7 @@ NOT_SYMMETRIC = 64  # |P - P^T| > 1e-3 max |P| somewhere: the symmetric part was
 ORTHONORMAL = {torch.float32: 1e-5, torch.float64: 1e-11}
 STEPS = {torch.float32: 4, torch.float64: 5}
 POWER_STEPS = 6
-# Relative error of a product in `_fast`: that of TF32 operands, which fp32 may be rounded to.
+# Relative error of the product in `_fast`: that of TF32 operands, which fp32 may be rounded to.
 FAST_EPS = {torch.float32: 2.0**-10, torch.float64: 2.0**-52}
 ORTHONORMAL_ON_ENTRY = 1e-2
 SYMMETRIC = 1e-3
@@ -161,7 +163,7 @@ def symmetrize(P: Tensor) -> Tensor:
 @torch.no_grad()
 def orthonormality(Q: Tensor) -> Tensor:
     """||Q^T Q - I||_F / sqrt n of every matrix.   Q: (..., n, n) -> (...)."""
-    return _frobenius(_minus_identity(_exact(Q.mT, Q)))
+    return _frobenius(_minus_identity(_gram(Q)))
 
 
 @torch.no_grad()
@@ -198,22 +200,30 @@ def shifted_cholesky_qr(Y: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(Y, dim=-2, keepdim=True)
     Y = Y / torch.where(length == 0, 1, length)
     for k in range(PASSES):
-        gram = _exact(Y.mT, Y)
+        gram = _gram(Y)
         if k < SHIFTED_PASSES:
             gram.diagonal(dim1=-2, dim2=-1).add_(shift)
         R = torch.linalg.cholesky_ex(gram, upper=True).L
         Y = torch.linalg.solve_triangular(R, Y, upper=True, left=False)
-    return Y - 0.5 * _fast(Y, _minus_identity(_exact(Y.mT, Y)))
+    return _fast(Y, _minus_identity(_gram(Y)).mT, -0.5)
 
 
 def _exact(A: Tensor, B: Tensor) -> Tensor:
-    """A product whose rounding decides the result, Q^T P Q or a Gram matrix: fp32, or TF32 in three terms."""
-    return A @ B
+    """A product whose rounding decides the result: fp32, or TF32 in three terms."""
+    return product(A, B, precision="tf32x3")
 
 
-def _fast(A: Tensor, B: Tensor) -> Tensor:
-    """A product that corrects a basis by a little, whose rounding the next exact product sees: TF32 will do."""
-    return A @ B
+def _gram(Y: Tensor) -> Tensor:
+    """Y^T Y, the same and symmetric to the bit."""
+    return product(Y.mT, Y, precision="tf32x3", symmetric=True)
+
+
+def _fast(Y: Tensor, X: Tensor, times: float) -> Tensor:
+    """Y + times Y X, a basis corrected by a little.  The next exact product sees its rounding: TF32 will do.
+
+    Tensor cores of sm_90 take TF32 in columns of X: of symmetric and skew X callers hand over the transpose.
+    """
+    return product(Y, X, Y, precision="tf32", alpha=times)
 
 
 class _Basis(NamedTuple):
@@ -249,7 +259,7 @@ def _problem(P: Tensor, Q: Tensor) -> _Problem:
 
 def _measured(P: Tensor, Q: Tensor, residual: Tensor) -> _Basis:
     image = _exact(P, Q)
-    B = symmetrize(_exact(Q.mT, image))
+    B = product(Q.mT, image, precision="tf32x3", symmetric=True)
     return _Basis(Q, image, B, residual, _whitening(B))
 
 
@@ -258,7 +268,7 @@ def _rotate(P: Tensor, basis: _Basis, sweeps: int) -> tuple[_Basis, Tensor]:
     small = torch.ones_like(basis.error, dtype=torch.bool)
     for _ in range(sweeps):
         X, small = _generator(basis.B)
-        Q, residual = _orthonormalized(basis.Q + _fast(basis.Q, X))
+        Q, residual = _orthonormalized(_fast(basis.Q, X.mT, -1.0))
         basis = _measured(P, Q, residual)
     return basis, small & _orthonormal(basis)
 
@@ -297,16 +307,16 @@ def _orthonormalized(Y: Tensor) -> tuple[Tensor, Tensor]:
     (3 + ||E||_F) ||E||_F^2 / 4.  So the last E is not formed: its bound comes from the one before.
     """
     n = Y.shape[-1]
-    E = _minus_identity(_exact(Y.mT, Y))
+    E = _minus_identity(_gram(Y))
     shrink = 1 / (1 + 0.5 * _largest_eigenvalue(E))[:, None, None]
     Y, E = Y * shrink.sqrt(), _minus_identity(E * shrink, 1 - shrink)
     for _ in range(STEPS[Y.dtype] - 1):
-        Y = Y - 0.5 * _fast(Y, E)
-        E = _minus_identity(_exact(Y.mT, Y))
+        Y = _fast(Y, E.mT, -0.5)
+        E = _minus_identity(_gram(Y))
     residual = _frobenius(E)
     norm = math.sqrt(n) * residual
     bound = norm * residual * (3 + norm) / 4 + FAST_EPS[Y.dtype] * residual
-    return Y - 0.5 * _fast(Y, E), bound + 4 * torch.finfo(Y.dtype).eps
+    return _fast(Y, E.mT, -0.5), bound + 4 * torch.finfo(Y.dtype).eps
 
 
 def _largest_eigenvalue(E: Tensor) -> Tensor:

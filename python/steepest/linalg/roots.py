@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops.products import product
 from .basis import inverse_power_of_two, symmetrize
 from .coefficients import Table
 
@@ -113,7 +114,7 @@ def root_of_basis(Q: Tensor, d: Tensor, p: int, *, ridge_rel: float = 1e-6) -> T
     d = d.clamp_min(0)
     shifted = d + ridge_rel * d.amax(-1, keepdim=True)
     half = Q * torch.where(shifted == 0, 0, shifted ** (-0.5 / p))[..., None, :]
-    return half @ half.mT
+    return product(half, half.mT, precision="tf32x3", symmetric=True)
 
 
 @torch.no_grad()
@@ -152,10 +153,10 @@ def _coupled(A: Tensor, eye: Tensor, low: float) -> tuple[Tensor, Tensor]:
     Y, Z = A, eye.expand_as(A)
     for a, b, c in (*lifting_steps(math.sqrt(low)), *(STEADY,) * STEADY_STEPS[A.dtype]):
         T = _exact(Z, Y)
-        V = b * T + c * _exact(T, T)
-        Y, Z = a * Y + _exact(Y, V), a * Z + _exact(V, Z)
-    E = 0.5 * (eye - _exact(Z, Y))
-    return Y + _exact(Y, E), Z + _exact(E, Z)
+        V = _exact(T, T, T, alpha=c, beta=b)
+        Y, Z = _exact(Y, V, Y, beta=a), _exact(V, Z, Z, beta=a)
+    E = _exact(Z, Y, eye.expand_as(A), alpha=-0.5, beta=0.5)
+    return _exact(Y, E, Y), _exact(E, Z, Z)
 
 
 def _bound(A: Tensor) -> Tensor:
@@ -171,9 +172,9 @@ def _whitened(A: Tensor, X: Tensor, p: int) -> Tensor:
     return _exact(half, A) if p == 1 else _exact(half, _exact(A, half))
 
 
-def _exact(A: Tensor, B: Tensor) -> Tensor:
-    """Any product here: fp32, or TF32 in three terms.  Plain TF32, in some or all of them, can end in NaN."""
-    return A @ B
+def _exact(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """alpha A B + beta C, any product here: fp32, or TF32 in three terms.  Plain TF32 can end in NaN."""
+    return product(A, B, C, precision="tf32x3", alpha=alpha, beta=beta)
 
 
 def _check(A: Tensor, p: int, ridge_rel: float) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...linalg.basis import Method, eigh_refresh
 from ...linalg.blocks import block_length, from_blocks, parts, to_blocks
+from ...ops.products import syrk_ema
 from ..hyper import Hyper, Number, mass
 from .base import State
 from .diagonal import Diagonal
@@ -207,24 +208,24 @@ class Rotated:
     def _factors(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> State:
         """The factors after gradient g, and averages of values."""
         fresh: State = {}
-        x = self._blocks(state, g)
-        seen = {"left": x, "right": x.mT}
         beta = hyper.beta2 if self.beta is None else self.beta
-        if self.coupling is not None:
+        if self.coupling is None:
+            _, rows, cols = self.input_shape((len(g), *g.shape[-2:]))
+            x = to_blocks(g, rows, cols)  # products of narrow numbers are exact in wide sums
+            seen = {"left": x, "right": x.mT}
+        else:
+            x = self._blocks(state, g)
             # The first gradient makes the bases; only then is there a metric of the other side.
             started = learned > 1
             images = self._images(state, x)
             fresh |= self._values(state, images, self.coupling, beta, started)
             seen = self._measured(state, images, self.coupling, started)
+        sums = isinstance(beta, float | int) and beta == 1
+        weight = None if sums else (1 - beta) / mass(beta, learned)
         for factor, y in seen.items():
             if state[factor].numel():
-                fresh[factor] = self._average(state[factor], y @ y.mT, beta, learned)
+                fresh[factor] = syrk_ema(state[factor], y, weight)
         return fresh
-
-    def _average(self, factor: Tensor, product: Tensor, beta: Number, learned: Tensor) -> Tensor:
-        if isinstance(beta, float | int) and beta == 1:
-            return factor + product
-        return torch.lerp(factor, product, ((1 - beta) / mass(beta, learned)).to(factor.dtype))
 
     def _images(self, state: State, x: Tensor) -> State:
         """G Q_R for the left side and G^T Q_L for the right one."""
