@@ -19,10 +19,11 @@ import torch
 from demo import rates
 from demo.environment import environment
 from demo.methods import METHODS
-from demo.options import positive
-from demo.progress import Progress
-from demo.text import Corpus, load
 from demo.training import Run, Settings, train
+
+from steepest.compare.command import positive
+from steepest.compare.progress import Progress
+from steepest.compare.text import Corpus, load
 
 METHOD_NAMES = ("muadam", "muon", "adamw")
 

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from demo import rates, report
 from demo.methods import METHODS
-from demo.options import positive
-from demo.progress import Progress
-from demo.text import Corpus, load
 from demo.training import QUICK, Run, Settings, train
+
+from steepest.compare.command import positive
+from steepest.compare.progress import Progress
+from steepest.compare.text import Corpus, load
 
 DEFAULT = Settings()
 

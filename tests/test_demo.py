@@ -13,6 +13,9 @@ import pytest
 import torch
 
 import steepest
+from steepest.compare import text
+from steepest.compare.gpt import GPT, Shape
+from steepest.compare.progress import Progress
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -22,17 +25,23 @@ pytest.importorskip("matplotlib", reason="the demo draws its picture with matplo
 import seeds  # noqa: E402
 import sweep  # noqa: E402
 import train_gpt  # noqa: E402
-from demo import rates, text  # noqa: E402
-from demo.gpt import GPT, Shape  # noqa: E402
+from demo import rates  # noqa: E402
 from demo.methods import METHODS  # noqa: E402
-from demo.progress import Progress  # noqa: E402
 from demo.report import catch_up  # noqa: E402
 from demo.training import QUICK, Run, Settings, learning_rate_factor, train  # noqa: E402
 
 TINY = Settings(
     shape=Shape(layers=1, width=16, heads=2, context=16), batch=4, steps=6, validate_every=3, validation_windows=8
 )
-RATES = {"adamw": 4e-3, "muon": 0.02, "torch-muon": 0.02, "muadam": 1e-3, "muadam-sania": 1e-5}
+RATES = {
+    "adamw": 4e-3,
+    "muon": 0.02,
+    "torch-muon": 0.02,
+    "muadam": 1e-3,
+    "muadam-sania": 1e-5,
+    "soap": 4e-3,
+    "kl-soap": 4e-3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +162,7 @@ def test_the_standard_library_is_read_in_order_and_cut(tmp_path: Path, monkeypat
     (tmp_path / "b.py").write_bytes(b"second")
     (tmp_path / "a.py").write_bytes(b"first")
     assert text.standard_library(tmp_path) == b"first\nsecond"
-    monkeypatch.setattr(text, "STANDARD_LIBRARY_LIMIT", 7)
+    monkeypatch.setattr(text, "LIMIT", 7)
     assert text.standard_library(tmp_path) == b"first\ns"
 
 
@@ -310,11 +319,6 @@ def test_a_text_too_short_for_the_context_is_refused(tmp_path: Path, capsys: pyt
 def test_an_output_folder_that_cannot_be_written_is_refused(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "--text", str(book), "--out", str(book / "out"))
     assert "cannot write there (Not a directory); pass another folder" in said
-
-
-def test_a_standard_library_without_source_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no Python source in the standard library's folder .*pass a text with --text"):
-        text.standard_library(tmp_path)
 
 
 def test_a_method_without_a_sweep_is_refused() -> None:

@@ -15,8 +15,8 @@ import torch
 from torch.optim import Optimizer
 
 import steepest
-from demo.gpt import GPT
 from demo.rates import Row, best
+from steepest.compare.gpt import GPT
 
 BETAS = (0.9, 0.95)  # of every method that has Adam's two averages
 ADAMW_DECAY = 0.1
@@ -53,6 +53,14 @@ def _muon(model: GPT, lr: float, adamw_lr: float) -> list[Optimizer]:
     return [steepest.Muon(model, lr=lr, weight_decay=0.0, polar="auto", **_adamw_part(adamw_lr))]
 
 
+def _soap(model: GPT, lr: float, adamw_lr: float) -> list[Optimizer]:
+    return [steepest.SOAP(model, lr=lr, weight_decay=0.0, **_adamw_part(adamw_lr))]
+
+
+def _kl_soap(model: GPT, lr: float, adamw_lr: float) -> list[Optimizer]:
+    return [steepest.KLSOAP(model, lr=lr, weight_decay=0.0, **_adamw_part(adamw_lr))]
+
+
 def _adamw_part(lr: float) -> dict[str, Any]:
     """What steepest's optimizers are told about the parameters that are AdamW's."""
     return {"adamw_lr": lr, "adamw_betas": BETAS, "adamw_weight_decay": ADAMW_DECAY}
@@ -80,6 +88,8 @@ METHODS = {
         Method("muon", "Muon", _muon),
         Method("adamw", "AdamW", _adamw),
         Method("muadam-sania", "MuAdam-SANIA", _muadam_sania),
+        Method("soap", "SOAP", _soap),
+        Method("kl-soap", "KL-SOAP", _kl_soap),
         Method("torch-muon", "Muon (torch.optim)", _torch_muon, swept_as="muon"),
     )
 }

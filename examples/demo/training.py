@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from demo.gpt import GPT, Shape
 from demo.methods import Method
-from demo.text import Corpus, windows
+from steepest.compare.gpt import GPT, Shape
+from steepest.compare.text import Corpus, windows
 
 WARM_UP = 0.15  # of all steps
 FINAL_LEARNING_RATE = 0.1  # of the highest

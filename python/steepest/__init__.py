@@ -13,6 +13,7 @@ each in docs/optimizers.md. `param_groups` says which parameter goes where, `gra
 from __future__ import annotations
 
 from ._version import __version__
+from .diagnostics import watch
 from .graph import graphed
 from .linalg.polar import polar
 from .ops.backend import backends
@@ -84,4 +85,5 @@ __all__ = [
     "param_groups",
     "polar",
     "scion_groups",
+    "watch",
 ]

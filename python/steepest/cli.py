@@ -1,7 +1,8 @@
-"""The command line: what this machine can run and what to do about the rest, and what a polar call does on a GPU.
+"""The command line: what this machine can run, what a polar call does on a GPU, and all optimizers side by side.
 
 steepest doctor [--json]
 steepest plan --shape 24x1024x4096 [--shape ...] [--preset auto] [--dtype float16] [--json]
+steepest compare [--quick] [--optimizers Muon,MuAdam] [--tasks gpt] [--out FOLDER] [--resume]
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import planner
+from . import compare, planner
 from ._version import __version__
 from .ops import backend
 
@@ -35,11 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown.add_argument("--multiprocessors", type=int, default=planner.MULTIPROCESSORS)
     shown.add_argument("--l2", type=float, default=planner.L2_MB, metavar="MB", help="size of the L2 cache")
     shown.add_argument("--json", action="store_true", help="the same as JSON")
+    compared = commands.add_parser(
+        "compare", help="all optimizers on a small GPT and a classifier, over learning rates"
+    )
+    compare.add_options(compared)
     arguments = parser.parse_args(argv)
     if arguments.command == "doctor":
         facts = diagnose()
         print(json.dumps(facts, indent=2) if arguments.json else describe(facts))
         return 0
+    if arguments.command == "compare":
+        try:
+            return compare.run(arguments)
+        except ValueError as error:
+            compared.error(str(error))
     try:
         plan = planner.plan(
             [planner.parse(text) for text in arguments.shape],

@@ -1,10 +1,12 @@
-"""Bytes to train on: a file, or the Python standard library's own source; split by blocks and cut into windows.
+"""Bytes to train on: a file, the Python standard library's own source, or, where that is not there, made-up sentences.
 
-A text is a sequence of bytes, so the vocabulary is 256 and any file will do.
+A text is a sequence of bytes, so the vocabulary is 256 and any file will do. It is split by blocks, some of which are
+held out, and cut into windows.
 """
 
 from __future__ import annotations
 
+import random
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 256
-STANDARD_LIBRARY_LIMIT = 4_000_000  # bytes
+LIMIT = 4_000_000  # bytes
 VALIDATION_EVERY = 10  # one block in ten is held out
 LARGEST_BLOCK = 1 << 16  # bytes
 WINDOWS_PER_BLOCK = 4  # a block must hold at least this many windows, or the text is too short
@@ -32,14 +34,18 @@ class Corpus:
 
 
 def load(path: Path | None, context: int) -> Corpus:
-    """The corpus in the file `path`, or the standard library's source if `path` is None.
+    """The corpus in the file `path`; with None the standard library's source, or made-up sentences without one.
 
     `context` is the number of bytes the model sees; it decides how short a text may be.
     Raises ValueError for a missing, empty or too short file.
     """
-    source, data = ("Python standard library", standard_library()) if path is None else (str(path), read(path))
-    train, validation = split(data, source, context)
-    return Corpus(source, train, validation)
+    if path is not None:
+        source, data = str(path), read(path)
+    elif data := standard_library():
+        source = "Python standard library"
+    else:
+        source, data = "made-up sentences", sentences()
+    return Corpus(source, *split(data, source, context))
 
 
 def read(path: Path) -> bytes:
@@ -55,12 +61,23 @@ def read(path: Path) -> bytes:
 
 
 def standard_library(folder: Path | None = None) -> bytes:
-    """The top-level modules of Python's standard library in order of their names, cut at STANDARD_LIBRARY_LIMIT."""
+    """The top-level modules of Python's standard library in order of their names, cut at LIMIT; empty without them."""
     folder = folder or Path(sysconfig.get_paths()["stdlib"])
-    data = b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
-    if not data:
-        raise ValueError(f"no Python source in the standard library's folder {folder}; pass a text with --text FILE")
-    return data[:STANDARD_LIBRARY_LIMIT]
+    return b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py")))[:LIMIT]
+
+
+def sentences(size: int = 500_000, seed: int = 0) -> bytes:
+    """This many bytes of sentences over made-up words, frequent ones short and rare ones long; the same every time."""
+    generator = random.Random(seed)
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    words = ["".join(generator.choices(syllables, k=1 + rank // 150)) for rank in range(600)]
+    weights = [1 / (1 + rank) for rank in range(len(words))]
+    text: list[str] = []
+    length = 0
+    while length < size:
+        text.append(" ".join(generator.choices(words, weights, k=generator.randint(4, 14))).capitalize() + ". ")
+        length += len(text[-1])
+    return "".join(text).encode()[:size]
 
 
 def split(data: bytes, source: str, context: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,47 @@
+"""What has been run, a line of JSON each, so that a comparison that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .training import Record
+
+#: What must be alike for records of one file to be compared, besides the task.
+SHARED = ("steps", "seed", "described")
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file, without a last line that a stop has cut off; none if the file is not there."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        path.write_text("".join(lines[:-1]))
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+def append(path: Path, record: Record) -> None:
+    """Adds one record: what was measured survives a stop."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def done(records: Sequence[Record]) -> set[tuple[str, str, float]]:
+    """(task, optimizer, learning rate) of every record."""
+    return {(record["task"], record["optimizer"], record["lr"]) for record in records}
+
+
+def check_alike(path: Path, records: Sequence[Record], task: str, wanted: Record) -> None:
+    """ValueError if a record of the task was run with other steps, seed, model or data than are wanted now."""
+    for record in records:
+        if record["task"] == task:
+            for key in SHARED:
+                if record[key] != wanted[key]:
+                    raise ValueError(
+                        f"{path} holds runs on {task} with {key} {record[key]!r}, not {wanted[key]!r}: pass the same "
+                        "options again, or another --out"
+                    )

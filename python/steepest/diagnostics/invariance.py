@@ -1,0 +1,202 @@
+"""Does training notice that the weights are written in other variables?
+
+The model f(W) and its twin f(read(W')), started at W'_0 = read^-1(W_0), see the same batches. A method is invariant to
+the change when read(W'_t) = W_t for all t: its result does not depend on the units of features and layers.
+
+    scale     read(W') = A o W', A > 0 entry by entry      MuAdamSANIA with eps=0
+    affine    read(W') = L W' R, L and R invertible        Muon and SGD for orthogonal L and R
+
+Both are compared through `read`, so that rounding is the only other source of a gap. Source: arXiv:2510.10777,
+Theorem 2.4 and the corollary on MuAdam-SANIA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+MakeOptimizer = Callable[[nn.Module], Optimizer]
+Loss = Callable[[nn.Module, Any], Tensor]
+Chosen = Callable[[str, Tensor], bool]
+
+
+@dataclass(frozen=True)
+class Change:
+    """`read` gives the weight from the twin's, `write` the twin's from the weight."""
+
+    read: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far the twin went from the model.
+
+    losses: largest relative difference of two losses at the same step.
+    weights: largest difference of each parameter after the last step, relative to its largest entry.
+    moved: how far training moved the changed weights, measured alike: a gap of 0 means something only beside it.
+    changed: names of the parameters that were written in other variables.
+    """
+
+    losses: float
+    weights: Mapping[str, float]
+    moved: float
+    changed: tuple[str, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest of all gaps; NaN where a loss or a weight is not finite."""
+        values = [self.losses, *self.weights.values()]
+        return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def check_scale_invariance(
+    make_model: Callable[[], nn.Module],
+    make_optimizer: MakeOptimizer,
+    loss: Loss,
+    batches: Sequence[Any],
+    *,
+    spread: float = 10.0,
+    only: Chosen | None = None,
+    seed: int = 0,
+) -> Gap:
+    """Trains a model and its twin with W = A o W', log A uniform in [0, spread]; one step a batch.
+
+    loss(model, batch) is a 0-d tensor. only(name, parameter): what to write in other variables (None: parameters of two
+    dimensions and more, without those that the optimizer leaves to AdamW). In fp64 an invariant method has a gap of
+    about 1e-14 times the condition of the training, others are above 1e-2; fp32 blurs both. Both runs draw the same
+    random numbers. The method must read gradients only: one that watches layers from outside (KFAC) is not told of the
+    change. ValueError where nothing would be changed, and without batches.
+    """
+
+    def change(w: Tensor, generator: torch.Generator) -> Change:
+        a = (spread * torch.rand(w.shape, generator=generator, dtype=torch.float64)).exp().to(w)
+        return Change(lambda x: x * a, lambda x: x / a)
+
+    return _gap(make_model, make_optimizer, loss, batches, change, lambda p: p.ndim >= 2, only, seed)
+
+
+def check_affine_invariance(
+    make_model: Callable[[], nn.Module],
+    make_optimizer: MakeOptimizer,
+    loss: Loss,
+    batches: Sequence[Any],
+    *,
+    condition: float = 1.0,
+    only: Chosen | None = None,
+    seed: int = 0,
+) -> Gap:
+    """Trains a model and its twin with W = L W' R for random L and R of this condition number; 1: orthogonal.
+
+    Other arguments, and what is said there, as in `check_scale_invariance`; only matrices are changed. ValueError for a
+    condition below 1.
+    """
+    if not condition >= 1:
+        raise ValueError(f"condition should be at least 1 but is: {condition}")
+
+    def change(w: Tensor, generator: torch.Generator) -> Change:
+        left, right = (_random_matrix(n, condition, generator).to(w) for n in w.shape)
+        inverse_left, inverse_right = torch.linalg.inv(left), torch.linalg.inv(right)
+        return Change(lambda x: left @ x @ right, lambda x: inverse_left @ x @ inverse_right)
+
+    return _gap(make_model, make_optimizer, loss, batches, change, lambda p: p.ndim == 2, only, seed)
+
+
+class _Loss(nn.Module):
+    """The loss as a module, whose parameters `functional_call` exchanges."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+def _gap(
+    make_model: Callable[[], nn.Module],
+    make_optimizer: MakeOptimizer,
+    loss: Loss,
+    batches: Sequence[Any],
+    change: Callable[[Tensor, torch.Generator], Change],
+    changeable: Callable[[Tensor], bool],
+    only: Chosen | None,
+    seed: int,
+) -> Gap:
+    if not len(batches):
+        raise ValueError("there are no batches to train on: give one for each step")
+    model, twin = make_model(), make_model()
+    twin.load_state_dict(model.state_dict())
+    optimizer, other = make_optimizer(model), make_optimizer(twin)
+    of_adamw = _of_adamw(optimizer)
+    chosen = [
+        name
+        for name, p in model.named_parameters()
+        if changeable(p) and (p not in of_adamw if only is None else only(name, p))
+    ]
+    if not chosen:
+        raise ValueError("no parameter would be written in other variables: say which with only=lambda name, p: ...")
+    generator = torch.Generator().manual_seed(seed)
+    weights, own = dict(model.named_parameters()), dict(twin.named_parameters())
+    start = {name: weights[name].detach().clone() for name in chosen}
+    changes = {name: change(weights[name].detach(), generator) for name in chosen}
+    with torch.no_grad():
+        for name, its in changes.items():
+            own[name].copy_(its.write(weights[name]))
+
+    def twin_loss(_: nn.Module, batch: Any) -> Tensor:
+        read = {f"model.{name}": its.read(own[name]) for name, its in changes.items()}
+        return functional_call(_Loss(twin, loss), read, (batch,))
+
+    plain = _train(model, optimizer, loss, batches, seed)
+    changed = _train(twin, other, twin_loss, batches, seed)
+    with torch.no_grad():
+        read = {name: changes[name].read(p) if name in changes else p for name, p in own.items()}
+        gaps = {name: _relative(read[name], p) for name, p in weights.items()}
+        moved = max(_relative(start[name], weights[name]) for name in chosen)
+    losses = [abs(a - b) / abs(b) if b else abs(a) for a, b in zip(changed, plain, strict=True)]
+    return Gap(math.nan if any(map(math.isnan, losses)) else max(losses), gaps, moved, tuple(chosen))
+
+
+def _train(model: nn.Module, optimizer: Optimizer, loss: Loss, batches: Sequence[Any], seed: int) -> list[float]:
+    """The losses before each step."""
+    losses: list[float] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in batches:
+
+            def closure(batch: Any = batch) -> float:
+                optimizer.zero_grad()
+                value = loss(model, batch)
+                value.backward()
+                return value.detach()  # type: ignore[return-value]
+
+            losses.append(float(optimizer.step(closure)))  # type: ignore[arg-type]
+    return losses
+
+
+def _of_adamw(optimizer: Optimizer) -> set[Tensor]:
+    """The parameters that a matrix method's groups leave to AdamW."""
+    return {p for group in optimizer.param_groups if group.get("use_muon") is False for p in group["params"]}
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    if not wanted.numel():
+        return 0.0
+    largest = wanted.detach().double().abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
+    return float((found.detach().double() - wanted.detach().double()).abs().amax() / largest)
+
+
+def _random_matrix(n: int, condition: float, generator: torch.Generator) -> Tensor:
+    """Q1 diag(s) Q2 with log s uniform in the range that the condition number leaves."""
+    q1, q2 = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    s = condition ** (torch.rand(n, generator=generator, dtype=torch.float64) - 0.5)
+    return (q1 * s) @ q2
