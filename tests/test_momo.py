@@ -15,7 +15,8 @@ import steepest
 from problems import gap, gaussian, minibatches, mushrooms, polar_by_svd
 from steepest.parts import Spectral
 from steepest.parts.product_norm import truncation
-from steepest.zoo.product import Momo, MuonAdam, MuonMax, ProductNormDescent, ProductNormOptimizer
+from steepest.zoo.momo import Momo
+from steepest.zoo.product import MuonAdam, MuonMax, ProductNormDescent, ProductNormOptimizer
 
 # ---- a regression with three matrices and two vectors, a fresh minibatch a step ------------------------------------
 

@@ -29,7 +29,8 @@ from steepest.optimizer import MatrixOptimizer
 from steepest.parts import Hyper, Momentum, Spectral
 from steepest.parts.product_norm import Box, ProductNorm, escalated
 from steepest.recipe import Recipe, step_one
-from steepest.zoo.product import MuonAdam, MuonMax, ProdigyMuon, ProductNormDescent
+from steepest.zoo.prodigy import ProdigyMuon
+from steepest.zoo.product import MuonAdam, MuonMax, ProductNormDescent
 from steepest.zoo.schattor import Schattor
 from test_contracts import no_host_reads
 from training import MATRICES, VECTORS, all_same_bits, copies, give_gradients, parameters, same_states, state_copies

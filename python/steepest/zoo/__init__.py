@@ -3,9 +3,11 @@
 from .hasd import hasd
 from .kfac import KFAC
 from .kronecker import KLSOAP, SOAP, KLShampoo, OneSidedShampoo, Shampoo, SPlus
+from .momo import Momo
 from .muadam import MuAdam, MuAdamSANIA
 from .muon import Muon
-from .product import Momo, MuonAdam, MuonMax, ProdigyMuon, ProductNormDescent
+from .prodigy import ProdigyMuon
+from .product import MuonAdam, MuonMax, ProductNormDescent
 from .schattor import Schattor
 from .scion import Scion, scion_groups
 from .trust_region import NIGT, Fromage, OrthogonalSGDM, TrustRegion

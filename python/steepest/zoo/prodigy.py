@@ -1,0 +1,98 @@
+"""Prodigy's step size: it escalates until the distance to the start stops growing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..optimizer import Params
+from ..parts import Direction, Number, Sign
+from ..parts.product_norm import ProductNorm, escalated
+from ..recipe import Recipe, State
+from ..values import Group
+from .momo import Layers, dot
+from .product import Coupling, ProductNormOptimizer, own_values
+from .shared import Polar, polar_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# State of every parameter: where it began. Of the first one: the step size.
+START, STEP_SIZE = "start", "step_size"
+
+
+class ProdigyMuon(ProductNormOptimizer):
+    """Spectral and sign descent whose step size is found: Prodigy without averages, in the norm of the largest layer.
+
+        eta <- max(eta, <M, W_0 - W> / d),  d = sum over layers of the dual norm of M_l
+        W_l <- (1 - lr weight_decay) W_l - lr eta dz_l(M_l)
+
+    dz is polar(M) for matrices (norm="spectral") and sign(M) for all else; with norm="sign" for matrices too, which is
+    the rule of arXiv:2409.20325: Prodigy (arXiv:2306.06101) with all averages switched off, eta being updated before
+    it is used, as in Prodigy's code. With exact gradients of a convex loss and momentum=0, eta never exceeds the larger
+    of initial_step and the distance from W_0 to a minimizer, in the norm of the largest layer.
+
+    initial_step: the first eta > 0, far too small.   lr: a factor on eta, for schedules.
+    momentum: with 0 M is the gradient and the rule the paper's; more is a variant of it.
+    Other arguments as in `ProductNormDescent`, `Coupling`. Keeps W_0, as large as the parameters, and all directions
+    of a step at once. This is not all of Prodigy, whose averages weight gradients by eta.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        initial_step: float = 1e-6,
+        norm: Literal["spectral", "sign"] = "spectral",
+        adjust_lr_fn: str | None = None,
+        *,
+        polar: Polar = "auto",
+        **extra: Unpack[Coupling],
+    ) -> None:
+        if norm not in ("spectral", "sign"):
+            raise ValueError(f"norm {norm!r} is not known; use 'spectral' or 'sign'")
+        if not initial_step > 0:
+            raise ValueError(f"initial_step should be > 0, far below any good step, but is: {initial_step}")
+        self.norm, self.initial_step = norm, initial_step
+        own = own_values(lr, weight_decay, (momentum, 0.0), 0.0, adjust_lr_fn, polar)
+        super().__init__(params, own, extra, product=ProductNorm("max"), scale="lmo", others="sign")
+
+    def direction(self, group: Group) -> Direction:
+        return polar_of(group) if self.norm == "spectral" else Sign()
+
+    def _couples(self) -> bool:
+        return True
+
+    def _stale(self, recipe: Recipe) -> bool:
+        return False
+
+    def _factors(self, layers: Sequence[Layers]) -> list[Number]:
+        gain = torch.zeros((), dtype=torch.float64, device=self._device)
+        for each in layers:
+            observed = each.observed
+            recipe, batch = observed.recipe, observed.batch
+            for p, g, state, finite, place in zip(
+                batch.params, observed.grads, batch.states, observed.finite, batch.places, strict=True
+            ):
+                w, m = recipe.rounding.value(p, state), recipe.momentum_of(state, g, observed.hyper)
+                start = self._state_at(place)[START].to(w.dtype)
+                gain = gain + torch.where(finite, dot(m, start - w), 0)
+        eta = self._shared_state()[STEP_SIZE]
+        eta.copy_(escalated(eta, gain, self.product.dual_norm(*self._dual_norms(layers))))
+        return [eta for _ in layers]
+
+    def _fresh_shared_state(self) -> State:
+        size = torch.full((), self.initial_step, dtype=torch.float64, device=self._device)
+        return {**super()._fresh_shared_state(), STEP_SIZE: size}
+
+    def _own_state(self, p: Tensor, group: Group) -> State:
+        start = {} if START in self.state[p] else {START: p.detach().clone()}
+        return {**super()._own_state(p, group), **start}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "norm": self.norm, "initial_step": self.initial_step}
