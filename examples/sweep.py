@@ -20,16 +20,19 @@ import torch
 from demo import rates
 from demo.environment import environment
 from demo.methods import METHODS
-from demo.options import positive
-from demo.progress import Progress
-from demo.text import Corpus, load
 from demo.training import QUICK, Run, Settings, train
+
+from steepest.compare.command import positive
+from steepest.compare.progress import Progress
+from steepest.compare.text import Corpus, load
 
 GRIDS = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "muon": (1e-2, 2e-2, 4e-2, 8e-2),
     "muadam": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "muadam-sania": (5e-6, 1e-5, 2e-5, 4e-5),
+    "soap": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "kl-soap": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
 }
 
 
