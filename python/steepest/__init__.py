@@ -12,78 +12,14 @@ each in docs/optimizers.md. `param_groups` says which parameter goes where, `gra
 
 from __future__ import annotations
 
+from . import zoo
 from ._version import __version__
 from .diagnostics import watch
 from .graph import graphed
 from .linalg.polar import polar
 from .ops.backend import backends
 from .routing import param_groups
-from .zoo import (
-    KFAC,
-    KLSOAP,
-    MADGRAD,
-    NIGT,
-    SOAP,
-    AdaGrad,
-    Adam,
-    AdamSANIA,
-    Fromage,
-    KLShampoo,
-    Momo,
-    MuAdam,
-    MuAdamSANIA,
-    Muon,
-    MuonAdam,
-    MuonMax,
-    NormalizedSGD,
-    OneSidedShampoo,
-    OrthogonalSGDM,
-    ProdigyMuon,
-    ProductNormDescent,
-    Schattor,
-    Scion,
-    Shampoo,
-    SignSGD,
-    SPlus,
-    TrustRegion,
-    hasd,
-    scion_groups,
-)
+from .zoo import *  # noqa: F403
 
-__all__ = [
-    "KFAC",
-    "KLSOAP",
-    "MADGRAD",
-    "NIGT",
-    "SOAP",
-    "AdaGrad",
-    "Adam",
-    "AdamSANIA",
-    "Fromage",
-    "KLShampoo",
-    "Momo",
-    "MuAdam",
-    "MuAdamSANIA",
-    "Muon",
-    "MuonAdam",
-    "MuonMax",
-    "NormalizedSGD",
-    "OneSidedShampoo",
-    "OrthogonalSGDM",
-    "ProdigyMuon",
-    "ProductNormDescent",
-    "SPlus",
-    "Schattor",
-    "Scion",
-    "Shampoo",
-    "SignSGD",
-    "TrustRegion",
-    "__version__",
-    "backends",
-    "graphed",
-    "hasd",
-    "param_groups",
-    "polar",
-    "scion_groups",
-    "watch",
-]
+__all__ = ["__version__", "backends", "graphed", "param_groups", "polar", "watch"]
+__all__ += zoo.__all__

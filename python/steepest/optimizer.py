@@ -275,8 +275,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             self._numbers_on_device(group)
-            if self._recipe(group).basis is not None:
-                _refuse_capture("the host decides when its bases are refreshed")
         key = self._key()
         if self._plan is None or self._plan_key != key:
             _refuse_capture("what it steps has changed since the last step: take one with these gradients first")
@@ -285,6 +283,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._check_step(number, group)
             self._plan = self._new_plan()
             self._plan_key = self._key()
+        if any(group.recipe.basis is not None for group in self._plan.groups):
+            _refuse_capture("the host decides when its bases are refreshed")
         return self._plan
 
     def _key(self) -> list[object]:

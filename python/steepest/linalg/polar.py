@@ -138,18 +138,19 @@ def polars(
     free = dtype is None and form == "auto" and restarts is None
     outs = [_Out(x) for x in xs]
     jobs = [_Job(x.reshape(-1, *x.shape[-2:]), slack, out, 0) for x, slack, out in zip(xs, held, outs) if x.numel()]
-    small = [job for job in jobs if free and name != PLAIN and takes([job.x], plan.tables, plan.slacks)]
-    if small:
-        own, found = [job.x for job in small], [job.slack for job in small]
-        targets = [job.out.batch() for job in small]
-        small_polar(own, targets, found, plan.tables, plan.slacks, tight=plan.norm == "tight", eps=eps)
+    small: list[_Job] = []
     alike: dict[tuple[torch.dtype, tuple[int, ...]], list[_Job]] = {}
     for job in jobs:
-        if any(job is each for each in small):
+        if free and name != PLAIN and takes([job.x], plan.tables, plan.slacks):
+            small.append(job)
             continue
         work = dtype or compute_dtype(name or PLAIN, job.x.dtype, job.x.device)
         positions = _positions(plan, form, restarts, job.x, work)
         alike.setdefault((work, positions), []).extend(job.split(_chunk(job.x, work, max_workspace_bytes)))
+    if small:
+        own, found = [job.x for job in small], [job.slack for job in small]
+        targets = [job.out.batch() for job in small]
+        small_polar(own, targets, found, plan.tables, plan.slacks, tight=plan.norm == "tight", eps=eps)
     for (work, positions), some in alike.items():
         if name == PLAIN and form == "auto" and restarts is None:
             for job in some:

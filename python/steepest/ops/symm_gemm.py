@@ -115,9 +115,7 @@ def linear(
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     held = out if out.dtype == wide and out is not c else torch.empty(out.shape, dtype=wide, device=out.device)
-    held.copy_(a)
-    if isinstance(alpha, Tensor) or alpha != 1:
-        held.mul_(_wide(alpha, a) if isinstance(alpha, Tensor) else alpha)
+    times(held.copy_(a), alpha, out=held)
     if c is not None:
         held.addcmul_(c, _wide(beta, c)) if isinstance(beta, Tensor) else held.add_(c, alpha=beta)
     if gamma:
