@@ -15,9 +15,21 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
-from training import KRONECKER, OPTIMIZERS, all_same_bits, both_kinds, copies, noise, same_states, state_copies, train
+from training import (
+    COUPLED,
+    KRONECKER,
+    OPTIMIZERS,
+    RELATIVES,
+    all_same_bits,
+    both_kinds,
+    copies,
+    noise,
+    same_states,
+    state_copies,
+    train,
+)
 
-every_optimizer = pytest.mark.parametrize("cls", (*OPTIMIZERS, *KRONECKER))
+every_optimizer = pytest.mark.parametrize("cls", (*OPTIMIZERS, *KRONECKER, *RELATIVES))
 # dtype of parameters, of gradients
 DTYPES = {
     "fp32": (torch.float32, None),
@@ -44,6 +56,8 @@ def test_a_resumed_run_is_the_run(
 ) -> None:
     dtype, grad_dtype = dtypes
     options = {**options, **({"precondition_frequency": 2} if cls in KRONECKER else {})}
+    if cls in (steepest.Fromage, steepest.OrthogonalSGDM):  # their own decay cannot be cautious
+        options.pop("cautious_wd", None)
     optimizer, params = both_kinds(cls, dtype, grad_dtype, **options)
     train(optimizer, params, range(3), grad_dtype)
     resumed, others = both_kinds(cls, dtype, grad_dtype, **options)
@@ -62,7 +76,7 @@ def test_second_moments_of_bf16_parameters_are_fp32(cls: type[MatrixOptimizer]) 
     optimizer, params = both_kinds(cls, torch.bfloat16)
     train(optimizer, params, range(1))
     states = [state for state in state_copies(optimizer) if "exp_avg_sq" in state]
-    assert states
+    assert states or cls in (steepest.Schattor, steepest.ProdigyMuon)
     assert all(state["exp_avg_sq"].dtype == torch.float32 for state in states)
 
 
@@ -70,7 +84,8 @@ def test_second_moments_of_bf16_parameters_are_fp32(cls: type[MatrixOptimizer]) 
 def test_momentum_dtype(cls: type[MatrixOptimizer]) -> None:
     optimizer, params = both_kinds(cls, momentum_dtype=torch.bfloat16)
     train(optimizer, params, range(2))
-    assert optimizer.state[params[0]]["momentum_buffer"].dtype == torch.bfloat16
+    state = optimizer.state[params[0]]
+    assert state.get("momentum_buffer", state.get("exp_avg")).dtype == torch.bfloat16
     second, _ = both_kinds(cls)
     second.load_state_dict(through_a_file(optimizer.state_dict()))
     assert second.param_groups[0]["momentum_dtype"] == torch.bfloat16
@@ -127,7 +142,8 @@ def test_init_state_makes_the_state_of_a_first_step(cls: type[MatrixOptimizer]) 
     ready.init_state()
     assert all_same_bits(a, start)
     train(lazy, b, range(1))
-    assert [set(s) for s in state_copies(ready)] == [set(s) for s in state_copies(lazy)]
+    later = {"descent"} if cls in COUPLED else set()  # what a matrix has once it has moved
+    assert [set(s) for s in state_copies(ready)] == [set(s) - later for s in state_copies(lazy)]
     train(ready, a, range(1))
     assert all_same_bits(a, b)
 

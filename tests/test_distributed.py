@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import steepest
+from training import KRONECKER, RELATIVES
 
 RANKS, STEPS, BATCH = 2, 3, 8
-OPTIMIZERS = (steepest.Muon, steepest.MuAdam, steepest.KFAC)
+OPTIMIZERS = (steepest.Muon, steepest.MuAdam, steepest.MuAdamSANIA, steepest.KFAC, *RELATIVES)
 # In the null space of few gradients a basis follows rounding errors: that of the whole batch is another one.
-RANKS_ALONE = (steepest.Shampoo, steepest.SOAP, steepest.KLShampoo, steepest.SPlus)
+RANKS_ALONE = KRONECKER
 
 
 def network() -> nn.Sequential:

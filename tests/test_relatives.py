@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from problems import SHAPES, gap, gaussian, refer
 from steepest.matrices import pieces
@@ -123,36 +123,3 @@ def test_bf16_with_the_mantissa_kept_follows_fp32(name: str) -> None:
         optimizer.step()
         wide.step()
     assert all(relative(p.detach(), q.detach()) < 2e-2 for p, q in zip(params, others))
-
-
-@every_method
-def test_a_scheduler_sets_the_steps(name: str) -> None:
-    """A learning rate of 0 moves nothing, and one in a tensor is read anew."""
-    optimizer, params = made(name, lr=torch.tensor(0.02))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 2))
-    moved: list[bool] = []
-    for step in range(4):
-        before = copies(params[:4])
-        train(optimizer, params, range(step, step + 1))
-        scheduler.step()
-        moved.append(not all_same_bits(params[:4], before))
-    # NIGT's weights are ahead of its iterates, to which they return when these stand still.
-    assert moved == ([True, True, True, False] if name == "NIGT" else [True, True, False, False])
-
-
-@every_method
-def test_a_scaled_loss_is_unscaled_in_the_step(name: str) -> None:
-    """As torch.amp.GradScaler tells the step, and an overflow leaves everything as it was."""
-    (optimizer, params), (plain, others) = (made(name) for _ in range(2))
-    for step in range(3):
-        for instance, own, factor in ((optimizer, params, 1024.0), (plain, others, 1.0)):
-            give_gradients(own, step)
-            for p in own:
-                p.grad.mul_(factor)  # type: ignore[union-attr]
-            instance.grad_scale, instance.found_inf = torch.tensor(factor), torch.tensor(0.0)  # type: ignore[attr-defined]
-            instance.step()
-    assert all(relative(p.detach(), q.detach()) < 1e-5 for p, q in zip(params, others))
-    before: list[Tensor] = copies(params)
-    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
-    optimizer.step()
-    assert all_same_bits(params, before)

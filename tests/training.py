@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
+from steepest.zoo.product import ProductNormOptimizer
 
 OPTIMIZERS: tuple[type[MatrixOptimizer], ...] = (steepest.Muon, steepest.MuAdam, steepest.MuAdamSANIA)
 #: Those with bases. SOAP and KL-Shampoo do not move in their first step.
@@ -21,6 +22,27 @@ KRONECKER: tuple[type[MatrixOptimizer], ...] = (
     steepest.KLSOAP,
     steepest.SPlus,
 )
+#: The rest of the zoo, less hasd, Momo (a part of one) and KFAC, which wants a module.
+RELATIVES: tuple[type[MatrixOptimizer], ...] = (
+    steepest.NormalizedSGD,
+    steepest.SignSGD,
+    steepest.AdaGrad,
+    steepest.Adam,
+    steepest.MADGRAD,
+    steepest.AdamSANIA,
+    steepest.Scion,
+    steepest.TrustRegion,
+    steepest.OrthogonalSGDM,
+    steepest.NIGT,
+    steepest.Fromage,
+    steepest.Schattor,
+    steepest.MuonMax,
+    steepest.MuonAdam,
+    steepest.ProductNormDescent,
+    steepest.ProdigyMuon,
+)
+#: Those whose layers depend on one another.
+COUPLED = (steepest.MuonMax, steepest.ProductNormDescent, steepest.ProdigyMuon)
 MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5))
 VECTORS = ((7,), (4, 3))
 
@@ -64,7 +86,18 @@ def both_kinds(
     n = len(MATRICES)
     groups = [{"params": params[:n]}, {"params": params[n:], "use_muon": False}]
     values = {"lr": 0.02, "weight_decay": 0.1, "adamw_weight_decay": 0.1, "adamw_lr": 0.01, **extra}
-    return cls(groups, **values), params
+    return made(cls, groups, **values), params
+
+
+def made(cls: type[MatrixOptimizer], params: Any, **values: Any) -> MatrixOptimizer:
+    """cls(params, ...) without the arguments that it does not take: some have no decay, some no AdamW beside them."""
+    refused = {"weight_decay"} if cls is steepest.Fromage else set()
+    if issubclass(cls, ProductNormOptimizer):
+        refused |= {"adamw_lr", "adamw_betas", "adamw_eps"}
+    given = {key: value for key, value in values.items() if key not in refused}
+    if cls is steepest.ProdigyMuon:
+        given.setdefault("initial_step", 0.1)  # one that bf16 sees at once
+    return cls(params, **given)
 
 
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -20,8 +20,6 @@ FACTORS = {
     "match_rms_adamw": (0.2 * math.sqrt(12), 0.2 * math.sqrt(12), 0.2 * math.sqrt(5)),
     "spectral_unclamped": (2.0, 0.5, 1.0),
     "none": (1.0, 1.0, 1.0),
-    "conv": (2.0, 0.5, 1.0),
-    "conv_tap": (2.0, 0.5, 1.0),
     "embedding": (math.sqrt(3), math.sqrt(12), math.sqrt(5)),
     "embedding_columns": (math.sqrt(12), math.sqrt(3), math.sqrt(5)),
     "head": (1 / 3, 1 / 12, 1 / 5),
@@ -96,31 +94,23 @@ def test_an_embedding_step_moves_every_token_by_an_rms_of_one() -> None:
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("channels", [(4, 6), (6, 4), (8, 8)])
 def test_convolutions(kernel: int, channels: tuple[int, int]) -> None:
-    """Scion: sqrt(out / in) / k^2 on the flattened kernel's polar factor; modular norm: the same on every tap's."""
+    """Scion's factor for the flattened kernel is the modular norm's for every tap: sqrt(out / in) / k^2."""
     out, inp = channels
     taps = kernel * kernel
-    factor = math.sqrt(out / inp) / taps
-    assert shape_ratio("conv", out, inp * taps, taps) == pytest.approx(factor, rel=1e-15)
-    assert shape_ratio("conv_tap", out, inp, taps) == pytest.approx(factor, rel=1e-15)
+    flattened = shape_ratio("spectral_unclamped", out, inp * taps) / math.sqrt(taps)
+    assert flattened == pytest.approx(shape_ratio("spectral_unclamped", out, inp) / taps, rel=1e-15)
 
 
 def test_a_kernel_of_the_modular_norm_keeps_the_rms() -> None:
     """Taps of norm sqrt(out / in) / k^2 sum to at most the norm of one linear layer, whatever the input."""
     direction: Direction = Spectral("svd")
     kernel = gaussian(9, 6, 4)
-    step = shape_ratio("conv_tap", 6, 4, 9) * direction.unit(kernel)
+    step = shape_ratio("spectral_unclamped", 6, 4) / 9 * direction.unit(kernel)
     weight = step.reshape(3, 3, 6, 4).permute(2, 3, 0, 1)
     image = gaussian(1, 4, 16, 16)
     image = torch.nn.functional.normalize(image, dim=1)
     found = torch.nn.functional.conv2d(image, weight)
     assert rms(found, 1).max() <= rms(image, 1).max() * (1 + 1e-12)
-
-
-def test_taps_are_counted_from_one() -> None:
-    with pytest.raises(
-        ValueError, match="taps must be at least 1, got 0; give the positions of the kernel, 9 for 3 x 3"
-    ):
-        shape_ratio("conv", 2, 2, 0)
 
 
 @pytest.mark.parametrize("name", FACTORS)

@@ -12,7 +12,7 @@ import torch
 from . import methods, pictures, records, report, tasks
 from .methods import Method
 from .progress import Progress
-from .tasks import QUICK, Size, Task
+from .tasks import FULL, QUICK, Size, Task
 from .training import train
 
 RECORDS, TABLE = "runs.jsonl", "summary.csv"
@@ -45,7 +45,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     p.add_argument("--threads", type=positive, default=1, help="default: 1, for the models are small")
-    p.add_argument("--quick", action="store_true", help="smaller and shorter, three rates: under two minutes")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="smaller and shorter, three rates: under two minutes")
+    size.add_argument(
+        "--full", action="store_true", help="the GPT of the example with AdamW, Muon and MuAdam: a minute a run"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -95,7 +99,7 @@ class Job:
 
 
 def _jobs(options: argparse.Namespace) -> tuple[list[Job], Size]:
-    size = QUICK if options.quick else Size()
+    size = QUICK if options.quick else FULL if options.full else Size()
     names = [name.strip() for name in options.tasks.split(",")]
     chosen, rates = methods.chosen(options.optimizers), methods.rates(options.rates)
     made = tasks.make(names, size, options.text, options.mushrooms)

@@ -49,8 +49,10 @@ RATES: Mapping[str, tuple[float, float]] = {
     "Scion": (6e-4, 1e-2),
     "Schattor": (0.25, 0.16),
     "MuonMax": (1.5e-2, 6e-2),
+    "MuonMax-Momo": (6e-2, 0.25),
     "MuonAdam": (3e-2, 0.1),
-    "ProductNormDescent": (1.5e-2, 6e-2),
+    "MuonAdam-Momo": (6e-2, 0.25),
+    "PolarGrad": (1.5e-2, 6e-2),
     "ProdigyMuon": (4.0, 4.0),
 }
 
@@ -63,6 +65,14 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "AdamSANIA": {"eps": 0.0},
     "SPlus": {"average_rate": 0.9},
 }
+#: Methods that are a class with arguments of their own.
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "MuonMax-Momo": ("MuonMax", {"lower_bound": 0.0}),
+    "MuonAdam-Momo": ("MuonAdam", {"lower_bound": 0.0}),
+    "PolarGrad": ("ProductNormDescent", {"product": "l2"}),
+}
+#: With its default arguments this one is MuonMax.
+NOT_ALONE = ("ProductNormDescent",)
 #: Optimizers that are given the module, whose layers they watch.
 TAKE_MODULE = ("KFAC",)
 
@@ -77,7 +87,7 @@ class Method:
 
     def build(self, model: nn.Module, lr: float, routed: bool) -> Optimizer:
         """routed: the module is given, so that embeddings and heads go to AdamW; else its parameters, all of them."""
-        whole = self.name in TAKE_MODULE or (routed and issubclass(self.kind, MatrixOptimizer))
+        whole = self.kind.__name__ in TAKE_MODULE or (routed and issubclass(self.kind, MatrixOptimizer))
         make: Callable[..., Optimizer] = self.kind
         given = partial(make, model if whole else list(model.parameters()), lr=lr, **self.options)
         try:
@@ -98,11 +108,15 @@ class Method:
 
 
 def known() -> dict[str, Method]:
-    """By name: torch's own first, then what the zoo exports and what takes a learning rate."""
+    """By name: torch's own first, then what the zoo exports and takes a learning rate, then the variants."""
     kinds: dict[str, type[Optimizer]] = {"torch.AdamW": torch.optim.AdamW, "torch.SGD": torch.optim.SGD}
     exported = {name: getattr(zoo, name) for name in zoo.__all__}
     kinds |= {name: kind for name, kind in exported.items() if isinstance(kind, type) and issubclass(kind, Optimizer)}
-    return {name: Method(name, kind, _options(name, kind)) for name, kind in kinds.items() if _argument(kind, "lr")}
+    kinds = {name: kind for name, kind in kinds.items() if _argument(kind, "lr")}
+    found = {name: Method(name, kind, _options(name, kind)) for name, kind in kinds.items() if name not in NOT_ALONE}
+    for name, (of, own) in VARIANTS.items():
+        found[name] = Method(name, kinds[of], {**_options(of, kinds[of]), **own})
+    return found
 
 
 def _options(name: str, kind: type[Optimizer]) -> dict[str, Any]:

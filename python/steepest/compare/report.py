@@ -2,6 +2,7 @@
 
 sensitivity     mean over the grid of min(loss, loss before training), less that of the best rate. A run that diverged
                 counts with the loss before training. Source: arXiv:2309.14322, section 2
+spread          highest less lowest of those losses
 good rates      how many learning rates of the grid reach 90 % of the fall that the best one reaches
 """
 
@@ -24,6 +25,7 @@ HEADER = (
     "learning rate",
     "loss",
     "sensitivity",
+    "spread",
     "good rates",
     "step ms",
     "optimizer ms",
@@ -62,6 +64,13 @@ class Summary:
         return statistics.mean(self._loss(run) for run in self.runs) - self._loss(self.best)
 
     @property
+    def spread(self) -> float | None:
+        """None where nothing was trained."""
+        if self.best is None or not self.trained:
+            return None
+        return max(self._loss(run) for run in self.runs) - self._loss(self.best)
+
+    @property
     def good_rates(self) -> int:
         if self.best is None or not self.trained:
             return 0
@@ -77,13 +86,14 @@ class Summary:
         """Its cells under HEADER."""
         best = self.best
         if best is None:
-            return (self.task, self.optimizer, "", self.runs[0]["status"], "", f"0/{len(self.runs)}", "", "")
+            return (self.task, self.optimizer, "", self.runs[0]["status"], "", "", f"0/{len(self.runs)}", "", "")
         return (
             self.task,
             self.optimizer,
             f"{best['lr']:g}{' *' if self.at_the_edge else ''}",
             _number(best["loss"]),
             "" if self.sensitivity is None else _number(self.sensitivity),
+            "" if self.spread is None else _number(self.spread),
             f"{self.good_rates}/{len(self.runs)}",
             f"{best['step_ms']:.2f}",
             f"{best['optimizer_ms']:.2f}",

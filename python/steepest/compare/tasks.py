@@ -43,6 +43,7 @@ class Size:
     evaluations: int = 20
 
 
+FULL = Size(Shape(), windows=32)
 QUICK = Size(Shape(layers=1, width=32, heads=2, context=32), 8, 64, 64, 40, 60, 3, 10)
 
 

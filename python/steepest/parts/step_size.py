@@ -11,13 +11,14 @@ norm of which the factor times the direction is the unit step:
     layer                 factor                 direction   |X|
     spectral_unclamped    sqrt(m / n)            Spectral    RMS to RMS: sqrt(n / m) ||X||_2; a linear layer
     original              sqrt(max(1, m / n))    Spectral    Scion's choice for a first layer
-    conv                  sqrt(m / (n taps))     Spectral    sqrt(n taps / m) ||X||_2 of the kernel as (out, in taps)
-    conv_tap              sqrt(m / n) / taps     Spectral    taps sqrt(n / m) ||X||_2 of each tap's (out, in)
     embedding             sqrt(n)                Rows        largest RMS of a row, a token as in torch.nn.Embedding
     embedding_columns     sqrt(m)                Columns     largest RMS of a column, a token
     head                  1 / n                  Sign        n max |x_ij|; Scion's last layer
     head_rows             1 / sqrt(n)            Rows        RMS to max: sqrt(n) max_i ||x_i:||_2
     splus                 2 / (m + n)            Sign        SPlus (arXiv:2506.07254); no operator norm
+
+A kernel of k taps is k linear maps in one: Scion takes spectral_unclamped of (out, in k) over sqrt(k), its norm
+"conv"; the modular norm that of (out, in) over k for every tap.
 
 Names follow `torch.optim.Muon`'s adjust_lr_fn where it has them. The ratio is taken from the matrix that is really
 orthogonalized: a convolution's flattened kernel, one head, one expert.
@@ -28,32 +29,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-_RATIOS: dict[str, Callable[[int, int, int], float]] = {
-    "original": lambda m, n, taps: math.sqrt(max(1.0, m / n)),
-    "match_rms_adamw": lambda m, n, taps: 0.2 * math.sqrt(max(m, n)),
-    "spectral_unclamped": lambda m, n, taps: math.sqrt(m / n),
-    "none": lambda m, n, taps: 1.0,
-    "conv": lambda m, n, taps: math.sqrt(m / (n * taps)),
-    "conv_tap": lambda m, n, taps: math.sqrt(m / n) / taps,
-    "embedding": lambda m, n, taps: math.sqrt(n),
-    "embedding_columns": lambda m, n, taps: math.sqrt(m),
-    "head": lambda m, n, taps: 1 / n,
-    "head_rows": lambda m, n, taps: 1 / math.sqrt(n),
-    "splus": lambda m, n, taps: 2 / (m + n),
+_RATIOS: dict[str, Callable[[int, int], float]] = {
+    "original": lambda m, n: math.sqrt(max(1.0, m / n)),
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "spectral_unclamped": lambda m, n: math.sqrt(m / n),
+    "none": lambda m, n: 1.0,
+    "embedding": lambda m, n: math.sqrt(n),
+    "embedding_columns": lambda m, n: math.sqrt(m),
+    "head": lambda m, n: 1 / n,
+    "head_rows": lambda m, n: 1 / math.sqrt(n),
+    "splus": lambda m, n: 2 / (m + n),
 }
 
 #: The accepted names.
 ADJUST_LR = tuple(_RATIOS)
 
 
-def shape_ratio(name: str, m: int, n: int, taps: int = 1) -> float:
-    """The factor on the learning rate for an (m, n) matrix; 1 for an empty one.
-
-    taps: positions of a convolution's kernel, k^2 of a k x k one; "conv" and "conv_tap" read it.  ValueError for a name
-    not in `ADJUST_LR` and for taps below 1.
-    """
+def shape_ratio(name: str, m: int, n: int) -> float:
+    """The factor on the learning rate for an (m, n) matrix; 1 for an empty one. ValueError off `ADJUST_LR`'s names."""
     if name not in _RATIOS:
         raise ValueError(f"Adjust learning rate function {name} is not supported; use one of {', '.join(_RATIOS)}")
-    if taps < 1:
-        raise ValueError(f"taps must be at least 1, got {taps}; give the positions of the kernel, 9 for 3 x 3")
-    return _RATIOS[name](m, n, taps) if m and n else 1.0
+    return _RATIOS[name](m, n) if m and n else 1.0

@@ -307,6 +307,8 @@ class Momo(MatrixOptimizer):
         added = super()._init_state(p, dtype, group)
         own = self._own_state(p, group)
         self.state[p].update(own)
+        if p is self._first:
+            self._shared_state()
         return added or bool(own)
 
     def _check_devices(self, group: Group) -> None:
