@@ -16,6 +16,7 @@ import steepest
 from steepest.compare import text
 from steepest.compare.gpt import GPT, Shape
 from steepest.compare.progress import Progress
+from steepest.compare.training import learning_rate_factor
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -28,7 +29,7 @@ import train_gpt  # noqa: E402
 from demo import rates  # noqa: E402
 from demo.methods import METHODS  # noqa: E402
 from demo.report import catch_up  # noqa: E402
-from demo.training import QUICK, Run, Settings, learning_rate_factor, train  # noqa: E402
+from demo.training import QUICK, Run, Settings, train  # noqa: E402
 
 TINY = Settings(
     shape=Shape(layers=1, width=16, heads=2, context=16), batch=4, steps=6, validate_every=3, validation_windows=8

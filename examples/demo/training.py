@@ -17,9 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from demo.methods import Method
 from steepest.compare.gpt import GPT, Shape
 from steepest.compare.text import Corpus, windows
+from steepest.compare.training import learning_rate_factor
 
-WARM_UP = 0.15  # of all steps
-FINAL_LEARNING_RATE = 0.1  # of the highest
 VALIDATION_SEED = 20_261_010  # the held-out windows are the same for every seed
 UNTIMED_STEPS = 5  # the first steps allocate and are left out of the medians
 
@@ -48,15 +47,6 @@ class Point:
     train_loss: float | None
     validation_loss: float | None
     seconds: float
-
-
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over WARM_UP of the steps, then linear decay to FINAL_LEARNING_RATE; `step` counts from 0."""
-    warm = max(1, round(WARM_UP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    left = (steps - step) / max(1, steps - warm)
-    return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * max(0.0, left)
 
 
 class Run:
