@@ -23,6 +23,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 pytest.importorskip("matplotlib", reason="the demo draws its picture with matplotlib")
 
+import robustness  # noqa: E402
 import seeds  # noqa: E402
 import sweep  # noqa: E402
 import train_gpt  # noqa: E402
@@ -246,6 +247,39 @@ def test_the_committed_seeds_show_muadam_and_muon_below_adamw() -> None:
         assert by_seed[seed, "muadam"] < by_seed[seed, "adamw"]
         assert by_seed[seed, "muon"] < by_seed[seed, "adamw"]
     assert len(seeds.margins(rows)) == 3
+
+
+def test_the_committed_robustness_has_its_grids_and_muonmax_momo_varies_less_than_muon() -> None:
+    rows = rates.read(robustness.RESULT)
+    found = {name: robustness.losses(rows, name) for name in robustness.GRIDS}
+    assert {name: tuple(own) for name, own in found.items()} == robustness.GRIDS
+    assert robustness.spread(found["MuonMax-Momo"])[1] < 0.5 * robustness.spread(found["Muon"])[1]
+
+
+def test_the_spread_is_that_of_the_flattest_hundredfold_range() -> None:
+    own = {0.01: 5.0, 0.1: 3.0, 1.0: 2.0, 10.0: 2.5, 100.0: 4.0}
+    assert robustness.spread(own) == ({0.1: 3.0, 1.0: 2.0, 10.0: 2.5}, 1.0)
+    with pytest.raises(ValueError, match=r"learning rates 0\.1, 1 span less than a factor of 100"):
+        robustness.spread({0.1: 1.0, 1.0: 2.0})
+
+
+def test_robustness_goes_on_where_it_was_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(robustness, "GRIDS", {"Muon": (1e-3, 1e-1), "MuonMax-Momo": (1e-2, 1.0)})
+    path, picture = tmp_path / "robustness.csv", tmp_path / "robustness.png"
+    arguments = ["--quick", "--steps", "2", "--threads", "1", "--out", str(path), "--picture", str(picture)]
+    threads = torch.get_num_threads()
+    try:
+        assert robustness.main(arguments) == 0
+        lines = path.read_text().splitlines()
+        assert len(lines) == 5
+        path.write_text("\n".join(lines[:3]) + "\n")
+        assert robustness.main(arguments) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert [line.split(",")[:4] for line in path.read_text().splitlines()] == [line.split(",")[:4] for line in lines]
+    assert picture.stat().st_size > 1000
+    with pytest.raises(SystemExit, match="holds runs with steps 2; delete it or pass another --out"):
+        robustness.main([*arguments, "--steps", "3"])
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
