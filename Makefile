@@ -27,10 +27,10 @@ check: $(ready)
 	$(bin)/clang-format --dry-run -Werror $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 bench: $(ready)
-	$(bin)/python bench/bench_step.py $(ARGS)
+	$(bin)/python -m steepest bench $(ARGS)
 
 # On a machine with a GPU and a torch of its own: builds, runs the tests that need a GPU and takes the figures, each
-# whatever the others said, with $(PYTHON) as it is. ARGS: --quick, --dry-run, --parts ...
+# whatever the others said, with $(PYTHON) as it is, in nine minutes. ARGS: --quick, --dry-run, --parts ...
 RESULTS ?= bench/results
 MODELS ?= gpt2-124m llama-1b
 gpu:

@@ -3,9 +3,9 @@
     zoo -> optimizer -> plan -> {fused, unfused} -> rounds -> recipe -> parts -> linalg -> ops -> {_C, kernels, torch}
 
 `matrices`, `stacks`, `values` and `routing` stand beside `recipe`, `budget` below all; `graph` and `diagnostics` stand
-on `optimizer`, `compare` on `zoo`. `kernels` imports torch and triton only; only `optimizer`, and what looks at any
-optimizer from outside, knows `torch.optim`; only `ops` knows the compiled part and the kernels; no torch header lies
-below csrc/ops. When the picture should change, change it here in the same commit.
+on `optimizer`, `compare` on `zoo`, `bench` on all of them. `kernels` imports torch and triton only; only `optimizer`,
+and what looks at any optimizer from outside, knows `torch.optim`; only `ops` knows the compiled part and the kernels;
+no torch header lies below csrc/ops. When the picture should change, change it here in the same commit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "steepest"
 
 BELOW = {
+    "bench": {"_version", "compare", "diagnostics", "graph", "linalg", "ops", "optimizer", "planner", "zoo"},
     "graph": {"optimizer", "values"},
     "diagnostics": {"optimizer", "matrices"},
     "compare": {"zoo", "optimizer", "diagnostics"},
@@ -40,7 +41,7 @@ BELOW = {
     "budget": set(),
     "ops": {"_C", "kernels"},
     "planner": {"linalg", "ops"},
-    "cli": {"_version", "compare", "planner", "ops"},
+    "cli": {"_version", "bench", "compare", "planner", "ops"},
     "__main__": {"cli"},
     "__init__": {"_version", "diagnostics", "graph", "zoo", "routing", "linalg", "ops"},
     "_version": set(),
@@ -83,7 +84,7 @@ def test_imports_only_from_below(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_the_optimizer_knows_torch_optim(path: Path) -> None:
-    if room(path) in ("optimizer", "diagnostics", "compare"):
+    if room(path) in ("optimizer", "diagnostics", "compare", "bench"):
         return
     code = ast.parse(path.read_text())
     uses = [node for node in ast.walk(code) if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.optim"]

@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from steepest.bench.counting import Peak
 from steepest.optimizer import MatrixOptimizer
 from training import OPTIMIZERS, give_gradients, parameters
 
 SIDE, COUNT = 64, 16
 MATRIX_BYTES = SIDE * SIDE * 4  # fp32
-
-
-class Peak(TorchDispatchMode):
-    """The largest number of bytes alive at once in tensors that were made inside this mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: set[int] = set()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for storage in storages((args, kwargs)):
-            if storage._cdata not in self.live:
-                self.known.add(storage._cdata)
-        result = func(*args, **kwargs)
-        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
-        for storage in storages(result):
-            if storage._cdata not in self.known:
-                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return result
-
-
-def storages(tree: Any) -> Iterable[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def peak_of_a_step(cls: type[MatrixOptimizer], count: int, **options: Any) -> int:

@@ -1,8 +1,10 @@
-"""The command line: what this machine can run, what a polar call does on a GPU, and all optimizers side by side.
+"""The command line: what this machine can run, what a polar call does on a GPU, all optimizers side by side, and how
+fast all of it is.
 
 steepest doctor [--json]
 steepest plan --shape 24x1024x4096 [--shape ...] [--preset auto] [--dtype float16] [--json]
 steepest compare [--quick] [--optimizers Muon,MuAdam] [--tasks gpt] [--out FOLDER] [--resume]
+steepest bench [SUITE ...] [--quick] [--shapes gpt2-124m] [--out FOLDER] [--compare OLD.json]
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import compare, planner
+from . import bench, compare, planner
 from ._version import __version__
 from .ops import backend
 
@@ -40,16 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare", help="all optimizers on a small GPT and a classifier, over learning rates"
     )
     compare.add_options(compared)
+    benched = commands.add_parser(
+        "bench", help="how fast: suites beside torch and peers, as a table, data and pictures"
+    )
+    bench.add_options(benched)
     arguments = parser.parse_args(argv)
     if arguments.command == "doctor":
         facts = diagnose()
         print(json.dumps(facts, indent=2) if arguments.json else describe(facts))
         return 0
-    if arguments.command == "compare":
-        try:
-            return compare.run(arguments)
-        except ValueError as error:
-            compared.error(str(error))
+    for command, parser_of, run in (("compare", compared, compare.run), ("bench", benched, bench.run)):
+        if arguments.command == command:
+            try:
+                return run(arguments)
+            except ValueError as error:
+                parser_of.error(str(error))
     try:
         plan = planner.plan(
             [planner.parse(text) for text in arguments.shape],

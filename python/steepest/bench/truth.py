@@ -23,6 +23,10 @@ class Error:
     relative: float
     off_diagonal: float
 
+    def row(self) -> dict[str, float]:
+        """As errors of a variant."""
+        return {"relative_error": self.relative, "off_diagonal": self.off_diagonal}
+
     def worse(self, other: Error) -> Error:
         """The larger of either; NaN is larger than anything."""
         pairs = ((self.relative, other.relative), (self.off_diagonal, other.off_diagonal))

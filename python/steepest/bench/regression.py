@@ -1,0 +1,102 @@
+"""What got worse from one run to another: the regression gate of `steepest bench --compare`.
+
+Slower is a variant of ours whose time less its spread is above the old one with its spread, and at least MARGIN above
+it: the middle halves of the two samples do not meet. Less exact is an error beyond MORE of what it was. Rows that other
+people's code stands for are not judged, and runs on other hardware are not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .case import OK, Row
+from .records import Record
+
+MARGIN = 1.03
+MORE = 1.25
+#: What is judged, and the spread it comes with; without one, only beyond MARGIN.
+MEASURES = {"ms": "spread_ms", "host_us": "spread_us", "extra_mib": None, "state_mib": None, "launches": None}
+ERRORS = ("relative_error", "off_diagonal", "whitening", "residual")
+
+Key = tuple[str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Change:
+    key: Key
+    what: str
+    old: float
+    new: float
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.key)}: {self.what} {self.old:.4g} -> {self.new:.4g} ({self.new / self.old:.2f} x)"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """worse: what exits with an error; better and lost are said too. lost: rows that were timed and are no longer."""
+
+    worse: Sequence[Change]
+    better: Sequence[Change]
+    lost: Sequence[str]
+    compared: int
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.worse or self.lost)
+
+    def __str__(self) -> str:
+        lines = [f"{self.compared} rows compared"]
+        for title, found in (("worse", self.worse), ("lost", self.lost), ("better", self.better)):
+            lines += [f"{title}: {each}" for each in found]
+        return "\n".join(lines if len(lines) > 1 else [*lines, "nothing changed beyond the spread"])
+
+
+def compare(old: Sequence[Record], new: Sequence[Record]) -> Comparison:
+    """ValueError where the hardware is another, or no row is in both."""
+    check_machine([record.machine for record in (*old, *new)])
+    before, after = _ours(old), _ours(new)
+    suites = {key[0] for key in after}
+    common = [key for key in before if key in after]
+    if not common:
+        raise ValueError("the two runs have no row in common: pass the suites and shapes of the old one")
+    changes = [change for key in common for change in _changes(key, before[key], after[key])]
+    timed = [key for key in common if before[key]["status"] == OK != after[key]["status"]]
+    cases = {key[:3] for key in after}
+    missing = [key for key in before if key[0] in suites and key not in after and key[:3] in cases]
+    lost = [f"{' '.join(key)}: {after[key]['status']}" for key in timed] + [
+        f"{' '.join(key)}: not there" for key in missing if before[key]["status"] == OK
+    ]
+    return Comparison(
+        [change for change in changes if change.new > change.old],
+        [change for change in changes if change.new < change.old],
+        lost,
+        len(common),
+    )
+
+
+def check_machine(facts: Iterable[Mapping[str, str]]) -> None:
+    """ValueError for more than one."""
+    names = sorted({str(each.get("machine")) for each in facts})
+    if len(names) > 1:
+        raise ValueError(f"runs on different machines are not compared: {', '.join(names)}")
+
+
+def _ours(records: Iterable[Record]) -> Mapping[Key, Row]:
+    rows = (row for record in records for row in record.rows if row.get("ours") and "variant" in row)
+    return {(row["suite"], row.get("case", ""), row.get("dtype", ""), row["variant"]): row for row in rows}
+
+
+def _changes(key: Key, old: Row, new: Row) -> list[Change]:
+    found = []
+    for name, spread in MEASURES.items():
+        if name in old and name in new and old[name] > 0:
+            slack = 0.0 if spread is None else old.get(spread, 0.0) + new.get(spread, 0.0)
+            low, high = sorted((old[name], new[name]))
+            if high - low > slack and high > MARGIN * low:
+                found.append(Change(key, name, old[name], new[name]))
+    for name in ERRORS:
+        if name in old and name in new and old[name] > 0 and new[name] > MORE * old[name]:
+            found.append(Change(key, name, old[name], new[name]))
+    return found

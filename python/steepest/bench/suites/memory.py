@@ -1,0 +1,74 @@
+"""What an optimizer holds: its state, and what a step needs beyond parameters, gradients and state at its peak."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..case import OK, Job, Row, Settings, failure
+from ..ceilings import Ceilings
+from ..counting import peak_bytes, storages
+from ..optimizers import BASE, Method, Problem, muons, soaps
+from ..shapes import Model, elements, matrices, parse
+from .common import sizes
+
+SHAPES = ("gpt2-124m", "llama-1b", "moe-64")
+CPU = ("tiny", "small")
+SOAP_SIDE = {True: 4096, False: 256}  # of a model whose bases are refreshed in every step, on a GPU and on a CPU
+WARM_UP = 4  # steps: a graph is captured at the third
+
+
+def memory(settings: Settings) -> Iterator[Job]:
+    for name in sizes(settings, SHAPES, SHAPES[:1], CPU):
+        yield Job("memory", f"{name} whole", "float32", functools.partial(_rows, name, settings))
+
+
+def _rows(name: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
+    """One optimizer after the other, so that each has the memory to itself."""
+    model = parse(name)
+    longest = max(max(m, n) for _, m, n in matrices(model))
+    methods = muons(settings, model) | (soaps(settings) if longest <= SOAP_SIDE[settings.cuda] else {})
+    rows: list[Row] = []
+    for variant, method in methods.items():
+        row: Row = {"suite": "memory", "case": f"{name} whole", "dtype": "float32", "variant": variant}
+        row |= {"ours": method.ours, "version": method.version}
+        try:
+            rows.append(row | {"status": OK} | _measure(model, method, settings.device))
+        except Exception as error:
+            rows.append(row | {"status": failure(error)})
+    base = next((row for row in rows if row["variant"] == BASE and row["status"] == OK), None)
+    for row in rows:
+        if row["status"] == OK:
+            row["state_bytes_per_parameter"] = round(row["state_mib"] * 2**20 / elements(model), 3)
+            if base is not None and row["extra_mib"]:
+                row |= {"base": BASE, "ratio": round(base["extra_mib"] / row["extra_mib"], 3)}
+    return rows
+
+
+def _measure(model: Model, method: Method, device: str) -> Row:
+    problem = Problem(model, device, whole=True)
+    optimizers = problem.build(method)
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    for _ in range(WARM_UP):
+        problem.give(problem.grads)
+        step()
+    problem.give(problem.grads)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    extra = peak_bytes(step, device)
+    # State of several parameters may lie in one memory.
+    held = {s._cdata: s.nbytes() for each in optimizers for s in storages(_state(each))}
+    return {"extra_mib": round(extra / 2**20, 3), "state_mib": round(sum(held.values()) / 2**20, 3)}
+
+
+def _state(optimizer: Any) -> list[Any]:
+    state = getattr(optimizer, "state", {})
+    return [leaf for own in list(state.values()) for leaf in tree_leaves(own)]
