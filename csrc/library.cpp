@@ -210,8 +210,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("merge_dims", &merge_dims, py::arg("sizes"), py::arg("strides"));
   m.def(
       "small_polar_rows",
-      [](int capability) { return steepest::small_polar::most_rows(steepest::small_polar::shared_limit(capability)); },
+      [](int capability) { return steepest::small_polar::most_rows(steepest::small_polar::room_of(capability)); },
       py::arg("capability"));
+  m.def(
+      "small_polar_blocks",
+      [](int64_t rows, int capability) {
+        return steepest::small_polar::blocks_for(rows, steepest::small_polar::room_of(capability));
+      },
+      py::arg("rows"), py::arg("capability"));
   m.def("small_polar_refusal", &small_polar_refusal, py::arg("tables"), py::arg("least"));
   m.def("chain_product", &chain_product, py::arg("kind"), py::arg("matrices"), py::arg("rows"), py::arg("columns"));
   m.def("symm_gemm_plan", &symm_gemm_plan, py::arg("products"), py::arg("multiprocessors"));

@@ -52,6 +52,7 @@ def test_the_reference_is_the_preset_that_is_torchs() -> None:
         ("512x2048", {"dtype": "bfloat16"}, "gram", (2, 3), "aspect 4.00"),
         ("512x2048", {"dtype": "bfloat16", "preset": "exact"}, "standard", (1, 2, 3, 4), "bfloat16 does not bear"),
         ("64x512", {"dtype": "float16"}, "standard", (1, 2, 3), "short side 64 is below 128"),
+        ("257x300", {}, "standard", (1, 2, 3), "aspect 1.17 is below 1.25"),
         ("256x512", {"preset": "jordan"}, "plain", (1, 2, 3, 4), "torch.optim.Muon's function"),
     ],
 )
@@ -59,6 +60,14 @@ def test_forms(shape: str, options: dict[str, Any], form: str, restarts: tuple[i
     (call,) = plan_of(shape, **options).calls
     assert (call.form, call.restarts) == (form, restarts)
     assert why in call.why[0]
+
+
+@needs_extension
+@pytest.mark.parametrize(("shape", "who"), [("9x1024x128", "a block"), ("256x256", "a cluster of 4 blocks")])
+def test_small_matrices(shape: str, who: str) -> None:
+    (call,) = plan_of(shape).calls
+    assert (call.form, call.restarts, call.no_launches) == ("small", (), None)
+    assert f"{who} takes a matrix and keeps it in shared memory" in call.why[0]
 
 
 @needs_extension

@@ -228,11 +228,10 @@ void small_polar_op(const std::vector<Tensor>& xs, const std::vector<Tensor>& ou
                         small_type(out, place, "outs", i)});
   }
 #ifdef STEEPEST_EMULATION
-  polar_on_device(matrices, schedule, small_polar::shared_limit(90), nullptr);
+  polar_on_device(matrices, schedule, small_polar::room_of(90), nullptr);
 #else
   const torch::stable::accelerator::DeviceGuard guard(place.index);
-  const size_t limit = small_polar::shared_limit(capability_of(place.index));
-  polar_on_device(matrices, schedule, limit, current_stream(place.index));
+  polar_on_device(matrices, schedule, small_polar::room_of(capability_of(place.index)), current_stream(place.index));
 #endif
 }
 #endif

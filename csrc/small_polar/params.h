@@ -3,9 +3,9 @@
 //     out = s Q X,   Q = (a_K I + Z_K) ... (a_1 I + Z_1),   Z_k = b_k R_k + c_k R_k^2 + ...,
 //     R_1 = X X^T / norm^2,   R_{k+1} = (a_k I + Z_k) R_k (a_k I + Z_k),   s = 1 / norm
 //
-// for matrices whose shorter side is at most kMostRows: a block takes a matrix, reads it three times (its range, R, Q
-// X) and keeps the rest in shared memory. "Short" and "long" below are a matrix' sides; a tall one is handled as it
-// lies.
+// for matrices whose shorter side is at most kMostRows: a block takes a matrix, or a cluster of blocks one whose
+// shorter side is beyond what a block holds, reads it three times (its range, R, Q X) and keeps the rest in shared
+// memory. "Short" and "long" below are a matrix' sides; a tall one is handled as it lies.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,8 @@ namespace steepest::small_polar {
 
 enum class Dtype : uint8_t { f32, bf16, f16 };
 
-constexpr int kMostRows = 128;  // of the shorter side
+constexpr int kMostAlone = 128;  // of the shorter side, in a block
+constexpr int kMostRows = 256;   // in a cluster
 constexpr int kMostTables = 3;
 constexpr int kMostSteps = 8;
 constexpr int kMostTerms = 5;
@@ -59,18 +60,27 @@ struct Numbers {
 // Throws where a table is none that the kernel bears; see plan.cpp for the largest gain.
 Numbers numbers(const Schedule& schedule);
 
-// Bytes of shared memory for matrices whose shorter side is `rows`; 0 where it is beyond kMostRows.
-size_t shared_bytes(int64_t rows);
+// What a device offers.
+struct Room {
+  size_t bytes;   // of shared memory, for a block
+  bool clusters;  // blocks reach each other's
+};
 
-// What a block may have of it on a device of this compute capability, 10 major + minor; 0 without ldmatrix and fp16
-// products of depth 16. Capabilities not known are given what the smallest known one has.
-size_t shared_limit(int capability);
+// By compute capability, 10 major + minor; nothing without ldmatrix and fp16 products of depth 16. Capabilities not
+// known are given what the smallest known one has.
+Room room_of(int capability);
 
-// The longest shorter side that fits, a multiple of 16.
-int64_t most_rows(size_t limit);
+// Bytes of shared memory of each of the blocks that share a matrix whose shorter side is `rows`.
+size_t shared_bytes(int64_t rows, int blocks);
 
-// All matrices in one launch, or in as few as the arguments hold. `limit` as above; `stream` is a cudaStream_t on the
-// current device. Throws when a matrix does not fit or a launch fails.
-void polar_on_device(const std::vector<Matrices>& matrices, const Schedule& schedule, size_t limit, void* stream);
+// How many blocks take such a matrix: 1 or, where it is too long for one, a cluster of 4; 0 where there is no room.
+int blocks_for(int64_t rows, const Room& room);
+
+// The longest shorter side for which there is.
+int64_t most_rows(const Room& room);
+
+// All matrices in one launch for blocks and one for clusters, or in as few as the arguments hold. `stream` is a
+// cudaStream_t on the current device. Throws when a matrix does not fit or a launch fails.
+void polar_on_device(const std::vector<Matrices>& matrices, const Schedule& schedule, const Room& room, void* stream);
 
 }  // namespace steepest::small_polar

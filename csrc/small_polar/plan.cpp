@@ -64,19 +64,24 @@ Numbers numbers(const Schedule& schedule) {
   return to;
 }
 
-size_t shared_bytes(int64_t rows) { return rows > kMostRows ? 0 : Layout(rows).bytes(); }
-
-size_t shared_limit(int capability) {
-  if (capability < 80) return 0;
+Room room_of(int capability) {
+  if (capability < 80) return {0, false};
   const bool large = capability == 90 || capability == 100 || capability == 103;
   const bool middle = capability == 80 || capability == 87;
-  return size_t{large ? 227u : middle ? 163u : 99u} << 10;
+  return {size_t{large ? 227u : middle ? 163u : 99u} << 10, capability >= 90};
 }
 
-int64_t most_rows(size_t limit) {
+size_t shared_bytes(int64_t rows, int blocks) { return Layout(rows, blocks).bytes(); }
+
+int blocks_for(int64_t rows, const Room& room) {
+  if (rows <= kMostAlone && shared_bytes(rows, 1) <= room.bytes) return 1;
+  if (rows <= kMostRows && room.clusters && shared_bytes(rows, kCluster) <= room.bytes) return kCluster;
+  return 0;
+}
+
+int64_t most_rows(const Room& room) {
   int64_t rows = 0;
-  // Beside the squares a block has under 1 KB of its own.
-  while (rows < kMostRows && shared_bytes(rows + 16) + 1024 <= limit) rows += 16;
+  while (blocks_for(rows + 16, room) > 0) rows += 16;
   return rows;
 }
 

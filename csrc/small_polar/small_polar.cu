@@ -1,9 +1,9 @@
-// The Newton-Schulz iteration of small matrices, a block each, everything but X in shared memory.
+// The Newton-Schulz iteration of small matrices, a block or a cluster of blocks each, all but X in shared memory.
 //
 // In 16 bits the Gram form of a small matrix is not bounded: rounding makes small eigenvalues of R negative, and R no
 // longer belongs to Q. Here R and Q are kept to 22 bits, as a half and the half that is left, and Z is rounded once
 // and then taken for exact: R <- (a I + Z) R (a I + Z) and Q <- (a I + Z) Q use the very same Z, so that R remains
-// (Q X)(Q X)^T whatever Z's error. For that the products are not commuted either: R (a I + Z) and Q are computed in
+// (Q X)(Q X)^T whatever Z's error. For that the products are not commuted either: (a I + Z) R and Q are computed in
 // full and only R and Z mirrored. Largest singular value / off-diagonal part, simulated over thousands of matrices with
 // log-uniform singular values (1 to 1e-4), "auto":
 //
@@ -22,6 +22,20 @@
 // ends at 1.225, so this arrangement adds nothing to it, as little as the standard form and without touching X. bf16
 // loses X itself: the kernel has no such variant, and bf16 input, brought into fp16's range, is exact in it but for
 // entries 2^-14 times smaller than the mean.
+//
+// R and Q are advanced alike, S <- S (a I + Z)^T: Q^T once, R twice and transposed between. Rows of S go their own
+// ways, and Z is the only matrix that a product reads whole. So a cluster shares a matrix: a block owns some rows of R
+// and Q^T, Z is exchanged when it is new, as are R's high halves, of which Z is made, and transposing moves an entry
+// once.
+//
+// For the room that Z takes there, Q is given 16 bits in a cluster and its diagonal fp32. Where most singular values
+// vanish, Q is close to a multiple of I as large as the gain, beside which 16 bits hold little of what the others need.
+// Distance from the exact polynomial and, log-uniform, off-diagonal part, simulated at 256 x 256, "auto":
+//
+//                                       rank 1   rank 2   1 / i^2   log-uniform
+//     Q in 22 bits                      .002     .018     .009      .002
+//     Q in 16 bits                      .22      .21      .038      .011
+//     Q in 16 bits, diagonal in fp32    .023     .029     .011      .006
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -48,7 +62,7 @@ constexpr size_t kArgumentBytes = 4096;
 
 struct Item {
   Matrices matrices;
-  int32_t first;  // block
+  int32_t first;  // of them in the launch
 };
 
 // A launch's matrices, handed over by value: a captured launch replays without any table in memory.
@@ -60,35 +74,48 @@ struct Batch {
 };
 static_assert(sizeof(Batch) <= kArgumentBytes);
 
-__device__ inline const Item& find(const Batch& batch, int32_t block) {
+__device__ inline const Item& find(const Batch& batch, int32_t matrix) {
   int low = 0, high = batch.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    (batch.items[middle].first <= block ? low : high) = middle;
+    (batch.items[middle].first <= matrix ? low : high) = middle;
   }
   return batch.items[low];
 }
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
 
-// Sums over the block, always in the same order; every thread has them. Waits for the block before it returns.
-template <int kCount>
-__device__ inline void sum_block(float (&values)[kCount]) {
-  __shared__ float of_warp[kCount][kWarps];
+// Sums over the blocks that share a matrix, always in the same order; every thread has them. Waits for all before it
+// returns.
+template <int kBlocks, int kCount>
+__device__ inline void sum(float (&values)[kCount]) {
+  auto* of_warp = reinterpret_cast<float*>(dynamic_shared());
+  float* const of_all = of_warp + kCount * kWarps;
+  static_assert(kCount * (kWarps + 1) * sizeof(float) <= kSums);
 #pragma unroll
   for (int c = 0; c < kCount; ++c) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) values[c] += __shfl_down_sync(0xffffffff, values[c], step);
-    if (threadIdx.x % 32 == 0) of_warp[c][threadIdx.x / 32] = values[c];
+    if (threadIdx.x % 32 == 0) of_warp[c * kWarps + threadIdx.x / 32] = values[c];
   }
   __syncthreads();
 #pragma unroll
   for (int c = 0; c < kCount; ++c) {
-    values[c] = of_warp[c][0];
+    values[c] = of_warp[c * kWarps];
 #pragma unroll
-    for (int warp = 1; warp < kWarps; ++warp) values[c] += of_warp[c][warp];
+    for (int warp = 1; warp < kWarps; ++warp) values[c] += of_warp[c * kWarps + warp];
+    if (kBlocks > 1 && threadIdx.x == 0) of_all[c] = values[c];
   }
-  __syncthreads();  // of_warp may be used again
+  sync_blocks<kBlocks>();
+  if constexpr (kBlocks > 1) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      values[c] = 0;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) values[c] += *of_block<kBlocks>(of_all + c, block);
+    }
+    sync_blocks<kBlocks>();
+  }
 }
 
 // ---- one matrix ----------------------------------------------------------------------------------------------------
@@ -97,37 +124,78 @@ using Plain = Left<false>;
 using Stored = Right<false>;
 using Mirrored = Right<true>;  // stored as its transpose, or symmetric
 
-// kMost: the longest short side. Half of it takes less than half the registers, and so several blocks share a
-// multiprocessor.
+// The same factor from all parts.
+template <class Factor, int kParts>
+struct Factors {
+  Factor of[kParts];
+  __device__ explicit Factors(const Halves (&parts)[kParts]) {
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) of[p] = {parts[p]};
+  }
+};
+
+template <int kMost>
+constexpr int kBlocksFor = kMost > kMostAlone ? kCluster : 1;
+
+// kMost: the longest short side. Half of what one block bears takes less than half the registers, and so several blocks
+// share a multiprocessor; beyond it a cluster takes the matrix.
 template <int kMost>
 struct Block {
-  static_assert(kMost == kMostRows || kMost == kMostRows / 2);
+  static_assert(kMost == kMostRows || kMost == kMostAlone || kMost == kMostAlone / 2);
+  static constexpr int kBlocks = kBlocksFor<kMost>;
+  static constexpr bool kAlone = kBlocks == 1;
   // Tiles of a warp: its row of a square, its share of each pair once, and of a panel's result.
-  static constexpr int kFull = kMost == kMostRows ? 8 : 2;
-  static constexpr int kHalf = kMost == kMostRows ? 5 : 2;
-  static constexpr int kPass = kMost == kMostRows ? 4 : 2;
+  static constexpr int kFull = kMost >= kMostAlone ? 8 : 2;
+  static constexpr int kHalf = kMost >= kMostAlone ? 5 : 2;
+  static constexpr int kPass = kMost > kMostAlone ? 8 : kMost == kMostAlone ? 4 : 2;
+  static constexpr int kParts = kAlone ? 2 : 1;  // of Q
 
   const Source& x;
   Scale scale;  // brings X's elements into the range of fp16
   Layout layout;
   bool tall;
   int32_t lengths;  // the long side
-  Square<2> q, r;
-  Square<1> z;
+  Owners<kBlocks> owners;
+  Square<2, kBlocks> r;
+  Square<kParts, kBlocks> q;  // transposed
+  Square<1, kBlocks, true> z;
+  float* diagonal;  // of Q, in a cluster
   uint16_t* panels;
 
-  __device__ Block(const Source& x, int32_t m)
-      : x(x), layout(m), tall(x.rows > x.columns), lengths(tall ? x.rows : x.columns) {
-    auto* at = reinterpret_cast<uint16_t*>(dynamic_shared());
-    const auto square = [&] {
-      const Halves halves{at, layout.stride, layout.mask};
-      at += layout.square();
+  __device__ Block(const Source& x, int32_t m, int rank)
+      : x(x),
+        layout(m, kBlocks),
+        tall(x.rows > x.columns),
+        lengths(tall ? x.rows : x.columns),
+        owners{layout.tiles, rank},
+        r{{}, owners},
+        q{{}, owners},
+        z{{}, owners},
+        diagonal(reinterpret_cast<float*>(dynamic_shared() + kSums)) {
+    auto* at = reinterpret_cast<uint16_t*>(dynamic_shared() + kSums + layout.diagonal());
+    const auto take = [&](int first, int size) {
+      const Halves halves{at - first * layout.stride, layout.stride, layout.mask};
+      at += size;
       return halves;
     };
-    q.part[0] = square(), q.part[1] = square();
+    const int first = owners.first(rank), own = layout.own();
+    if constexpr (kAlone)
+      q.part[0] = take(0, own), q.part[1] = take(0, own);
+    else
+      z.part[0] = take(0, layout.square());
     panels = at;
-    r.part[0] = square(), r.part[1] = square();
-    z.part[0] = square();
+    r.part[0] = take(first, own), r.part[1] = take(first, own);
+    if constexpr (kAlone)
+      z.part[0] = take(0, own);
+    else
+      q.part[0] = take(first, own);
+  }
+  Block(const Block&) = delete;
+
+  // This block's share of a square.
+  __device__ Share share(bool symmetric) const {
+    const int above = owners.first(owners.rank) / kTile, end = owners.first(owners.rank + 1) / kTile;
+    return Share::of(end - above, layout.tiles, symmetric, above);
   }
 
   // ---- X in passing
@@ -161,7 +229,7 @@ struct Block {
   __device__ void find_scale(int32_t m) {
     float bins[kBins] = {};
 #pragma unroll 1
-    for (int32_t begin = 0; begin < lengths; begin += kPanel) {
+    for (int32_t begin = owners.rank * kPanel; begin < lengths; begin += kBlocks * kPanel) {
       Load load;
       fetch(load, begin);
       for_each_eight([&](int i, int, int) {
@@ -171,7 +239,7 @@ struct Block {
         for (int j = 0; j < kVector; ++j) add_square(values[j], bins);
       });
     }
-    sum_block(bins);
+    sum<kBlocks>(bins);
     scale = range(bins, m);
   }
 
@@ -187,29 +255,31 @@ struct Block {
     });
   }
 
-  // body(panel, begin) for every panel of X; the next is under way meanwhile. No panel may be read before, and the
-  // last may still be read after.
+  // body(panel, begin) for panels of X, every `blocks`-th from number `first` < blocks on; the next is under way
+  // meanwhile. No panel may be read before, and the last may still be read after.
   template <class Body>
-  __device__ void for_each_panel(const Body& body) const {
+  __device__ void for_each_panel(int first, int blocks, const Body& body) const {
+    const int32_t step = blocks * kPanel;
     Load load;
 #pragma unroll 1
-    for (int32_t begin = -kPanel, number = 1; begin < lengths; begin += kPanel, number ^= 1) {
+    for (int32_t begin = first * kPanel - step, number = 1; begin < lengths; begin += step, number ^= 1) {
       const bool fetched = begin >= 0;  // not so in the first turn
       if (fetched) {
         put(load, panel(number));
         __syncthreads();  // written; and the other one is read no longer, so that the next turn may write it
       }
-      if (begin + kPanel < lengths) fetch(load, begin + kPanel);
+      if (begin + step < lengths) fetch(load, begin + step);
       if (fetched) body(panel(number), begin);
     }
   }
 
   // R = X X^T, in fp32. Each panel's sum begins at zero and is added to the others' by the ordinary, rounding addition:
   // tensor cores cut sums off, and over a long side that alone makes R's small eigenvalues negative. Emulated, one sum
-  // over 30000 columns took 16 x 30000 to singular values of 3.3 ("auto") and 17 ("polar_express").
+  // over 30000 columns took 16 x 30000 to singular values of 3.3 ("auto") and 17 ("polar_express"). Every block of a
+  // cluster reads all of X, for its rows of R.
   __device__ void gram(Tiles<kHalf>& sums, const Share& share) const {
     clear(sums);
-    for_each_panel([&](const Halves& panel, int32_t) {
+    for_each_panel(0, 1, [&](const Halves& panel, int32_t) {
       Tiles<kHalf> part;
       clear(part);
       if (tall)
@@ -223,26 +293,62 @@ struct Block {
     });
   }
 
+  // Q, of which the blocks of a cluster own rows, in all of them: in Z's place and on the diagonal.
+  __device__ void collect_q() const {
+    sync_blocks<kBlocks>();  // all have stored theirs
+    for (int row = threadIdx.x; row < layout.tiles * kTile; row += kThreads)
+      if (const int owner = owners.of(row); owner != owners.rank)
+        diagonal[row] = *of_block<kBlocks>(diagonal + row, owner);
+    collect(q, z);
+    sync_blocks<kBlocks>();  // all have read them
+  }
+
   // factor Q X, or factor X^T Q^T of a tall matrix as it lies: body(row, column, first, second) for every two elements.
+  // The blocks of a cluster take turns at panels.
   template <class Body>
   __device__ void apply(float factor, const Body& body) const {
-    const int along = kPanel / kTile;
-    const Share share = tall ? Share::of(along, layout.tiles, false) : Share::of(layout.tiles, along, false);
-    for_each_panel([&](const Halves& panel, int32_t begin) {
-      Tiles<kPass> sums;
-      clear(sums);
-      if (tall)
-        multiply(sums, share, {Plain{panel}}, {Mirrored{q.part[0]}, Mirrored{q.part[1]}}, layout.tiles);
-      else
-        multiply(sums, share, {Plain{q.part[0]}, Plain{q.part[1]}}, {Stored{panel}}, layout.tiles);
-      for_each_pair(sums, share, [&](int row, int column, float first, float second) {
-        (tall ? row : column) += begin;
-        body(row, column, factor * first, factor * second);
-      });
+    if constexpr (!kAlone) collect_q();
+    Halves whole[kParts];
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) whole[p] = kAlone ? q.part[p] : z.part[0];
+    const int along = kPanel / kTile, rows = tall ? along : layout.tiles;
+    for_each_panel(owners.rank, kBlocks, [&](const Halves& panel, int32_t begin) {
+#pragma unroll 1
+      for (int above = 0; above < rows; above += kWarps) {
+        const int below = rows - above < kWarps ? rows - above : kWarps;
+        const Share share = Share::of(below, tall ? layout.tiles : along, false, above);
+        Tiles<kPass> sums;
+        clear(sums);
+        if (tall)
+          multiply(sums, share, {Plain{panel}}, Factors<Stored, kParts>(whole).of, layout.tiles);
+        else
+          multiply(sums, share, Factors<Left<true>, kParts>(whole).of, {Stored{panel}}, layout.tiles);
+        for_each_pair(sums, share, [&](int row, int column, float& first, float& second) {
+          if constexpr (!kAlone) {
+            const uint32_t both = *reinterpret_cast<const uint32_t*>(panel.element(row, column));
+            first += diagonal[tall ? column : row] * from_f16(static_cast<uint16_t>(both));
+            second += diagonal[tall ? column + 1 : row] * from_f16(static_cast<uint16_t>(both >> 16));
+          }
+          (tall ? row : column) += begin;
+          body(row, column, factor * first, factor * second);
+        });
+      }
     });
   }
 
   // ---- steps
+
+  // What R is multiplied by, every row of it: its own high halves, or a copy where Z will be.
+  __device__ Halves whole_r() const { return kAlone ? r.part[0] : z.part[0]; }
+
+  __device__ void store_z(Tiles<kHalf>& sums, const Share& share) const {
+    z.template store<Place::both>(sums, share);
+    if constexpr (!kAlone) collect(z, z);
+  }
+  __device__ void store_r(Tiles<kHalf>& sums, const Share& share) const {
+    r.template store<Place::both>(sums, share);
+    if constexpr (!kAlone) collect(r, z);
+  }
 
   // Z = b R + c R^2 + ...;  `step` as in Numbers, from its second number on. From degree 7 on in two rounds, the first
   // of which leaves  T = c R + d R^2  or  T = u R + R^2  where Z will be.
@@ -251,12 +357,12 @@ struct Block {
     const int rounds = terms > 3 ? 2 : 1;
 #pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
-      const Share share = Share::of(layout.tiles, layout.tiles, true);
+      const Share share = this->share(true);
       const bool second = round == 1, square_of_t = second && terms == 5;
       Tiles<kHalf> sums;
       clear(sums);
       if (terms > 2)
-        multiply(sums, share, {Plain{square_of_t ? t : high}}, {Mirrored{second ? t : high}}, layout.tiles);
+        multiply(sums, share, {Plain{square_of_t ? t : high}}, {Mirrored{second ? t : whole_r()}}, layout.tiles);
       float product = terms == 3 ? step[1] : 1, linear = step[0];
       if (terms == 4 && !second) product = step[2], linear = step[1];
       if (square_of_t) {
@@ -264,57 +370,67 @@ struct Block {
         linear = step[3];
       }
       combine(sums, share, product, linear, r);
-      z.store<true>(sums, share);
+      store_z(sums, share);
     }
   }
 
-  // Q <- (a I + Z) Q, and a I + Z at first.
-  __device__ void advance_q(float a, bool first) const {
-    const Share share = Share::of(layout.tiles, layout.tiles, false);
-    Tiles<kFull> sums;
+  // sums = S (a I + Z)^T
+  template <int kTiles, int kParts>
+  __device__ void advance(Tiles<kTiles>& sums, const Share& share, const Square<kParts, kBlocks>& s, float a) const {
     clear(sums);
-    if (first) {
-      combine(sums, share, 0, 1, z);
-      for_each_pair(sums, share, [a](int row, int column, float& one, float& other) {
-        if (row == column) one += a;
-        if (row == column + 1) other += a;
-      });
-    } else {
-      multiply(sums, share, {Plain{z.part[0]}}, {Stored{q.part[0]}, Stored{q.part[1]}}, layout.tiles);
-      combine(sums, share, 1, a, q);
-    }
-    q.store<false>(sums, share);
+    multiply(sums, share, Factors<Plain, kParts>(s.part).of, {Mirrored{z.part[0]}}, layout.tiles);
+    combine(sums, share, 1, a, s);
   }
 
-  // R <- R (a I + Z), in full, then (a I + Z) R.
+  // Q <- (a I + Z) Q, and a I + Z at first; with Q = P + D in a cluster, where D is the diagonal.
+  __device__ void advance_q(float a, bool first) const {
+    const Share share = this->share(false);
+    Tiles<kFull> sums;
+    if (first)
+      clear(sums);
+    else
+      advance(sums, share, q, a);
+    if (first || !kAlone)
+      for_each_pair(sums, share, [this, a, first](int row, int column, float& one, float& other) {
+        const float d = first ? 1 : diagonal[row];
+        one += d * (from_f16(*z.part[0].element(column, row)) + (row == column ? a : 0));
+        other += d * (from_f16(*z.part[0].element(column + 1, row)) + (row == column + 1 ? a : 0));
+      });
+    if constexpr (!kAlone) {
+      __syncthreads();  // all have read the diagonal
+      for_each_pair(sums, share, [this](int row, int column, float& one, float& other) {
+        if (row == column) diagonal[row] = one, one = 0;
+        if (row == column + 1) diagonal[row] = other, other = 0;
+      });
+    }
+    q.template store<Place::plain>(sums, share);
+  }
+
+  // R <- (a I + Z) R, in full, then ((a I + Z) R) (a I + Z)^T.
   __device__ void advance_r(float a) const {
-    const Share full = Share::of(layout.tiles, layout.tiles, false);
-    Tiles<kFull> right;
-    clear(right);
-    multiply(right, full, {Plain{r.part[0]}, Plain{r.part[1]}}, {Mirrored{z.part[0]}}, layout.tiles);
-    combine(right, full, 1, a, r);
-    r.store<false>(right, full);
-    const Share half = Share::of(layout.tiles, layout.tiles, true);
+    const Share full = share(false);
+    Tiles<kFull> left;
+    advance(left, full, r, a);
+    r.template store<Place::transposed>(left, full);
+    const Share half = share(true);
     Tiles<kHalf> both;
-    clear(both);
-    multiply(both, half, {Plain{z.part[0]}}, {Stored{r.part[0]}, Stored{r.part[1]}}, layout.tiles);
-    combine(both, half, 1, a, r);
-    r.store<true>(both, half);
+    advance(both, half, r, a);
+    store_r(both, half);
   }
 };
 
-// The trace of R and ||R - mean I||_F^2, from the half of it that the block holds.
+// The trace of R and ||R - mean I||_F^2, from the half of it that the blocks hold.
 struct Moments {
   float trace, centred;
 };
 
-template <int kTiles>
+template <int kBlocks, int kTiles>
 __device__ inline Moments moments(Tiles<kTiles>& gram, const Share& share, int32_t m) {
   float trace[1] = {};
   for_each_pair(gram, share, [&](int row, int column, float first, float second) {
     trace[0] += (row == column ? first : 0) + (row == column + 1 ? second : 0);
   });
-  sum_block(trace);
+  sum<kBlocks>(trace);
   const float mean = trace[0] / static_cast<float>(m);
   float centred[1] = {};
   for_each_pair(gram, share, [&](int row, int column, float first, float second) {
@@ -323,24 +439,26 @@ __device__ inline Moments moments(Tiles<kTiles>& gram, const Share& share, int32
     if (row == column + 1 && row < m) second -= mean;
     centred[0] += (own_mirror ? 1.0f : 2.0f) * (first * first + second * second);
   });
-  sum_block(centred);
+  sum<kBlocks>(centred);
   return {trace[0], centred[0]};
 }
 
-__device__ inline void fill(const Target& to, float value) {
-  for (int64_t i = threadIdx.x; i < int64_t{to.rows} * to.columns; i += kThreads)
+__device__ inline void fill(const Target& to, float value, int first, int blocks) {
+  for (int64_t i = first * kThreads + threadIdx.x; i < int64_t{to.rows} * to.columns; i += blocks * kThreads)
     to.one(i / to.columns * to.row + i % to.columns, value);
 }
 
 __device__ inline int width(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 template <int kMost>
-__global__ void __launch_bounds__(kThreads, kMost == kMostRows ? 1 : 2)
-    small_polar(const __grid_constant__ Batch batch) {
+__device__ inline void polar(const Batch& batch) {
+  using Work = Block<kMost>;
+  constexpr int kBlocks = kBlocksFor<kMost>;
   const Numbers& numbers = batch.numbers;
-  const Item& item = find(batch, static_cast<int32_t>(blockIdx.x));
+  const int32_t matrix = static_cast<int32_t>(blockIdx.x) / kBlocks, rank = static_cast<int32_t>(blockIdx.x) % kBlocks;
+  const Item& item = find(batch, matrix);
   const Matrices& all = item.matrices;
-  const int64_t index = static_cast<int32_t>(blockIdx.x) - item.first;
+  const int64_t index = matrix - item.first;
   const auto* from = static_cast<const char*>(all.x) + index * all.x_matrix * width(all.x_dtype);
   auto* to = static_cast<char*>(all.out) + index * all.out_matrix * width(all.out_dtype);
   const Source x{from,        all.x_row,
@@ -354,24 +472,23 @@ __global__ void __launch_bounds__(kThreads, kMost == kMostRows ? 1 : 2)
                       reinterpret_cast<uintptr_t>(to) % (2 * width(all.out_dtype)) == 0 && all.out_row % 2 == 0};
   const int32_t m = all.rows < all.columns ? all.rows : all.columns;
 
-  using Work = Block<kMost>;
-  Work block(x, m);
+  Work block(x, m, rank);
   block.find_scale(m);
   if (block.scale.first != block.scale.first) {
-    fill(target, NAN);
-    if (all.slack != nullptr && threadIdx.x == 0) all.slack[index] = NAN;
+    fill(target, NAN, rank, kBlocks);
+    if (all.slack != nullptr && rank == 0 && threadIdx.x == 0) all.slack[index] = NAN;
     return;
   }
-  const Share half = Share::of(block.layout.tiles, block.layout.tiles, true);
+  const Share half = block.share(true);
   Tiles<Work::kHalf> gram;
   block.gram(gram, half);
-  const Moments moment = moments(gram, half, m);
+  const Moments moment = moments<kBlocks>(gram, half, m);
   const float square = squared_norm(numbers, moment.trace, moment.centred, m), slack = sqrtf(moment.trace / square);
-  if (all.slack != nullptr && threadIdx.x == 0) all.slack[index] = slack;
+  if (all.slack != nullptr && rank == 0 && threadIdx.x == 0) all.slack[index] = slack;
   const int table = choose_table(numbers, slack);
   const float inverse = 1 / square;
   for_each_pair(gram, half, [inverse](int, int, float& first, float& second) { first *= inverse, second *= inverse; });
-  block.r.template store<true>(gram, half);
+  block.store_r(gram, half);
 
 #pragma unroll 1
   for (int k = 0; k < numbers.count; ++k) {
@@ -384,17 +501,38 @@ __global__ void __launch_bounds__(kThreads, kMost == kMostRows ? 1 : 2)
 }
 
 template <int kMost>
-void launch(const Batch& batch, int32_t blocks, size_t bytes, cudaStream_t stream) {
+__global__ void __launch_bounds__(kThreads, kMost == kMostAlone / 2 ? 2 : 1)
+    small_polar(const __grid_constant__ Batch batch) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  polar<kMost>(batch);
+#else
+  if constexpr (kBlocksFor<kMost> == 1)
+    polar<kMost>(batch);
+  else
+    __trap();  // code for devices without clusters
+#endif
+}
+
+template <int kMost>
+void launch(const Batch& batch, int32_t matrices, size_t bytes, cudaStream_t stream) {
+  constexpr int kBlocks = kBlocksFor<kMost>;
+  const int32_t blocks = matrices * kBlocks;
 #ifdef __CUDACC__
   cudaError_t error =
       cudaFuncSetAttribute(small_polar<kMost>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error == cudaSuccess) {
-    small_polar<kMost><<<blocks, kThreads, bytes, stream>>>(batch);
-    error = cudaGetLastError();
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = kBlocks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = bytes, config.stream = stream;
+    config.attrs = &cluster, config.numAttrs = kBlocks > 1 ? 1 : 0;
+    error = cudaLaunchKernelEx(&config, small_polar<kMost>, batch);
   }
 #else
   emulation::ask_for_shared(bytes);  // this source on a CPU: tests/emulation
-  emulation::launch(small_polar<kMost>, blocks, kThreads, batch);
+  emulation::launch(small_polar<kMost>, blocks, kThreads, batch, kBlocks);
   emulation::check_shared();
   const cudaError_t error = cudaGetLastError();
   static_cast<void>(stream);
@@ -404,32 +542,43 @@ void launch(const Batch& batch, int32_t blocks, size_t bytes, cudaStream_t strea
                              std::to_string(bytes) + " bytes of shared memory failed: " + cudaGetErrorString(error));
 }
 
+int64_t short_side(const Matrices& all) {  // 0 where there are none
+  return all.count == 0 ? 0 : all.rows < all.columns ? all.rows : all.columns;
+}
+
 }  // namespace
 
-void polar_on_device(const std::vector<Matrices>& matrices, const Schedule& schedule, size_t limit, void* stream) {
+void polar_on_device(const std::vector<Matrices>& matrices, const Schedule& schedule, const Room& room, void* stream) {
   static thread_local Batch batch;  // 32 KB: not on the stack; the launch copies what it is given
   batch.numbers = numbers(schedule);
-  const int64_t most = most_rows(limit);
-  for (size_t next = 0; next < matrices.size();) {
-    int64_t blocks = 0;
-    size_t bytes = 0;
-    batch.count = 0;
-    for (; next < matrices.size() && batch.count < Batch::kCapacity; ++next) {
-      const Matrices& one = matrices[next];
-      const int64_t m = one.rows < one.columns ? one.rows : one.columns;
-      if (m == 0 || one.count == 0) continue;
-      if (m > most)
-        throw std::invalid_argument("steepest::small_polar: the shorter side must be at most " + std::to_string(most) +
-                                    " with " + std::to_string(limit) + " bytes of shared memory, got " +
-                                    std::to_string(m));
-      if (blocks + one.count > INT32_MAX) break;
-      batch.items[batch.count++] = {one, static_cast<int32_t>(blocks)};
-      blocks += one.count;
-      if (shared_bytes(m) > bytes) bytes = shared_bytes(m);
+  for (const Matrices& one : matrices) {
+    const int64_t m = short_side(one);
+    if (m > 0 && blocks_for(m, room) == 0)
+      throw std::invalid_argument("steepest::small_polar: the shorter side must be at most " +
+                                  std::to_string(most_rows(room)) + " with " + std::to_string(room.bytes) +
+                                  " bytes of shared memory" + (room.clusters ? "" : " and no clusters") + ", got " +
+                                  std::to_string(m));
+  }
+  for (const int blocks : {1, kCluster}) {
+    for (size_t next = 0; next < matrices.size();) {
+      int64_t count = 0;
+      size_t bytes = 0;
+      batch.count = 0;
+      for (; next < matrices.size() && batch.count < Batch::kCapacity; ++next) {
+        const Matrices& one = matrices[next];
+        const int64_t m = short_side(one);
+        if (m == 0 || blocks_for(m, room) != blocks) continue;
+        if ((count + one.count) * blocks > INT32_MAX) break;
+        batch.items[batch.count++] = {one, static_cast<int32_t>(count)};
+        count += one.count;
+        if (shared_bytes(m, blocks) > bytes) bytes = shared_bytes(m, blocks);
+      }
+      if (batch.count == 0) break;
+      const auto start = blocks > 1                                 ? launch<kMostRows>
+                         : bytes <= shared_bytes(kMostAlone / 2, 1) ? launch<kMostAlone / 2>
+                                                                    : launch<kMostAlone>;
+      start(batch, static_cast<int32_t>(count), bytes, static_cast<cudaStream_t>(stream));
     }
-    if (batch.count == 0) return;
-    const auto start = bytes <= shared_bytes(kMostRows / 2) ? launch<kMostRows / 2> : launch<kMostRows>;
-    start(batch, static_cast<int32_t>(blocks), bytes, static_cast<cudaStream_t>(stream));
   }
 }
 

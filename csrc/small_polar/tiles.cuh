@@ -2,15 +2,19 @@
 //
 // A result is tiles of 16 x 16; every warp holds some of them in registers, in fp32, until all have read what they
 // need. Only then are they written, so that a result may take the place of a factor.
+//
+// The blocks of a cluster hold some rows each, and row numbers are the whole matrix' everywhere.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "common/cluster.cuh"
 #include "common/floats.h"
 #include "common/mma.cuh"
 #include "small_polar/elements.cuh"
+#include "small_polar/layout.h"
 
 namespace steepest::small_polar {
 
@@ -18,7 +22,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 // Halves in shared memory, rows of whole 16 bytes.
 struct Halves {
-  uint16_t* at;
+  uint16_t* at;      // row 0, whether or not it is here
   int stride, mask;  // as in Layout
 
   __device__ uint16_t* chunk(int row, int number) const {
@@ -37,7 +41,7 @@ struct Halves {
   }
 };
 
-// A factor of a product as it is stored: by its own rows, or by the other factor's, transposed.
+// A factor of a product as it is stored, or transposed.
 template <bool kTransposed>
 struct Left {
   Halves x;
@@ -66,13 +70,14 @@ struct Right {
 struct Share {
   int row, columns, start, first, step, end;  // start: row mod columns
 
-  __device__ static Share of(int rows, int columns, bool symmetric) {
+  // `rows` rows of tiles, at most one for each warp, below `above` others.
+  __device__ static Share of(int rows, int columns, bool symmetric, int above = 0) {
     int warp = threadIdx.x / 32;
     hide(warp);
-    const int step = kWarps / rows, row = warp / step;
+    const int step = kWarps / rows, row = above + warp / step;
     int end = columns;
     if (symmetric) end = columns / 2 + (columns % 2 == 1 || row < columns / 2 ? 1 : 0);
-    return {row, columns, row % columns, warp % step, step, row < rows ? end : 0};
+    return {row, columns, row % columns, warp % step, step, row < above + rows ? end : 0};
   }
   __device__ bool has(int i) const { return first + i * step < end; }
   __device__ int column(int i) const {
@@ -137,10 +142,28 @@ __device__ inline void for_each_pair(Tiles<kTiles>& sums, const Share& share, co
 
 // ---- squares -------------------------------------------------------------------------------------------------------
 
-// A square matrix in one part or in two: the nearest half and the half nearest to the rest.
-template <int kParts>
+// Which block of a cluster owns which rows of so many tiles.
+template <int kBlocks>
+struct Owners {
+  int tiles, rank;  // this block's
+
+  __device__ int first(int block) const { return tiles * block / kBlocks * kTile; }
+  __device__ int of(int row) const {
+    int block = 0;
+#pragma unroll
+    for (int next = 1; next < kBlocks; ++next) block += row >= first(next);
+    return block;
+  }
+};
+
+enum class Place { plain, transposed, both };  // where entry (i, j) of a result goes: (i, j), (j, i), or either
+
+// A square matrix in one part or in two: the nearest half and the half nearest to the rest. `kWhole`: every block has
+// room for all rows, else for its own.
+template <int kParts, int kBlocks, bool kWhole = false>
 struct Square {
   Halves part[kParts];
+  Owners<kBlocks> owners;
 
   __device__ void read(int row, int column, float& first, float& second) const {
     first = second = 0;
@@ -151,40 +174,85 @@ struct Square {
     }
   }
 
-  // Also at (column, row) where `mirrored`.
-  __device__ void write(int row, int column, float first, float second, bool mirrored) const {
+  __device__ void write(int row, int column, float first, float second) const {
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
       const uint32_t both = pack(first, second);
-      const uint16_t low = static_cast<uint16_t>(both), high = static_cast<uint16_t>(both >> 16);
       *reinterpret_cast<uint32_t*>(part[p].element(row, column)) = both;
-      if (mirrored) *part[p].element(column, row) = low, *part[p].element(column + 1, row) = high;
+      first -= from_f16(static_cast<uint16_t>(both)), second -= from_f16(static_cast<uint16_t>(both >> 16));
+    }
+  }
+
+  // How much further down a row lies in this block than in that one.
+  __device__ int shift(int block) const { return kWhole ? 0 : owners.first(owners.rank) - owners.first(block); }
+
+  // At (column, row) and (column + 1, row) of the block that owns them; column is even.
+  __device__ void write_transposed(int row, int column, float first, float second) const {
+    const int owner = owners.of(column), to = column + shift(owner);
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+      const uint16_t low = to_f16(first), high = to_f16(second);
+      *of_block<kBlocks>(part[p].element(to, row), owner) = low;
+      *of_block<kBlocks>(part[p].element(to + 1, row), owner) = high;
       first -= from_f16(low), second -= from_f16(high);
     }
   }
 
-  // Every thread of the block writes its tiles, and waits before, for those that still read, and after. Symmetric: all
-  // but the tiles on the diagonal are mirrored. Those are as symmetric as the formula that computed them, which is
-  // enough, for nobody relies on it: (a I + Z) R (a I + Z)^T and (a I + Z) Q belong together whatever Z is.
-  template <bool kSymmetric, int kTiles>
+  // Every thread of the block writes its tiles, and waits before, for those that still read, and after: in a cluster
+  // for the other blocks too where they own the entries. Both: but for the tiles on the diagonal. Those are as
+  // symmetric as the formula that computed them, which is enough, for nobody relies on it: (a I + Z) R (a I + Z)^T and
+  // (a I + Z) Q belong together whatever Z is.
+  template <Place kPlace, int kTiles>
   __device__ void store(Tiles<kTiles>& sums, const Share& share) const {
-    __syncthreads();
+    constexpr int kWaiting = kPlace == Place::plain ? 1 : kBlocks;
+    sync_blocks<kWaiting>();
     for_each_pair(sums, share, [this](int row, int column, float first, float second) {
-      write(row, column, first, second, kSymmetric && (row ^ column) >= kTile);
+      if (kPlace != Place::transposed) write(row, column, first, second);
+      if (kPlace == Place::transposed || (kPlace == Place::both && (row ^ column) >= kTile))
+        write_transposed(row, column, first, second);
     });
-    __syncthreads();
+    sync_blocks<kWaiting>();
   }
 };
 
 // sums <- alpha sums + beta S
-template <int kTiles, int kParts>
-__device__ inline void combine(Tiles<kTiles>& sums, const Share& share, float alpha, float beta,
-                               const Square<kParts>& s) {
+template <int kTiles, class S>
+__device__ inline void combine(Tiles<kTiles>& sums, const Share& share, float alpha, float beta, const S& s) {
   for_each_pair(sums, share, [&](int row, int column, float& first, float& second) {
     float one, other;
     s.read(row, column, one, other);
     first = alpha * first + beta * one, second = alpha * second + beta * other;
   });
+}
+
+// The first part of the rows that the blocks of a cluster own, all of them in every block. Each begins with its own, so
+// that they do not all ask the same one, and has several loads under way.
+template <int kParts, int kBlocks, bool kWhole>
+__device__ inline void collect(const Square<kParts, kBlocks, kWhole>& from, const Square<1, kBlocks, true>& to) {
+  constexpr int kLoads = 8;
+  const Owners<kBlocks> owners = from.owners;
+  const int rows = owners.tiles * kTile, own = owners.first(owners.rank);
+  const int begin = kWhole ? owners.first(owners.rank + 1) - own : 0;  // its own rows are there
+  const int chunk = threadIdx.x % 32;
+  const int end = chunk < rows / kVector ? rows : 0;
+#pragma unroll 1
+  for (int some = begin + static_cast<int>(threadIdx.x) / 32; some < end; some += kLoads * kWarps) {
+    uint4 held[kLoads];
+    const auto for_each_row = [&](const auto& body) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int row = some + i * kWarps;
+        if (row < end) body(held[i], own + row < rows ? own + row : own + row - rows);
+      }
+    };
+    for_each_row([&](uint4& words, int row) {
+      const int owner = owners.of(row);
+      const uint16_t* at = from.part[0].chunk(row + from.shift(owner), chunk);
+      words = *reinterpret_cast<const uint4*>(of_block<kBlocks>(at, owner));
+    });
+    for_each_row([&](const uint4& words, int row) { store_16_bytes(to.part[0].chunk(row, chunk), words); });
+  }
+  __syncthreads();
 }
 
 }  // namespace steepest::small_polar

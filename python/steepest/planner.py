@@ -1,8 +1,8 @@
 """What one call of `polar` does on a Hopper GPU, found on any machine: forms, products, launches, work and memory.
 
 All stacks go in together.  Those that take the same chain of products share its launches, node by node; matrices with a
-short side of at most 128 go into the small matrices' kernel, one launch for all of them.  Work is counted in
-floating-point operations, 2 for a multiply and add:
+short side of at most 256 go into the small matrices' kernel, a launch for those up to 128 and one for the others.  Work
+is counted in floating-point operations, 2 for a multiply and add:
 
     asked      m (m + 1) k of a symmetric product (entries at and below the diagonal), 2 m n k of another
     executed   what the tiles of the launches compute, those above the diagonal left out; asked where no launch is known
@@ -27,8 +27,9 @@ from .linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, PLAIN, compute_dtype, de
 from .ops import backend
 from .ops.chain_numbers import too_many
 from .ops.polar_chain import MULTIPLE
+from .ops.small_polar import too_long
 
-CAPABILITY = 90
+CAPABILITY = (9, 0)
 MULTIPROCESSORS = 132  # of an H100 SXM or H200
 L2_MB = 50  # of either
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -214,7 +215,10 @@ def _form(
         return "plain", every, "the preset is torch.optim.Muon's function, product for product"
     small = _small_reason(stack, known, free)
     if small is None:
-        return "small", (), f"short side {stack.short}: a block takes a matrix and keeps it in shared memory"
+        assert backend.extension is not None
+        blocks = backend.extension.small_polar_blocks(stack.short, 10 * CAPABILITY[0] + CAPABILITY[1])
+        who = "a block takes" if blocks == 1 else f"a cluster of {blocks} blocks takes"
+        return "small", (), f"short side {stack.short}: {who} a matrix and keeps it in shared memory"
     positions = default_restarts(known, "auto", stack.rows, stack.columns, work)
     aspect = stack.long / stack.short
     if stack.short < GRAM_SHORT_SIDE:
@@ -232,9 +236,8 @@ def _small_reason(stack: Stack, known: Schedule, free: bool) -> str | None:
     """Why the small matrices' kernel does not take the stack; None where it does."""
     if backend.extension is None:
         return f"no kernel for small matrices: {backend.extension_reason}"
-    most: int = backend.extension.small_polar_rows(CAPABILITY)
-    if stack.short > most:
-        return f"the kernel for small matrices takes a short side up to {most}"
+    if (reason := too_long(stack.short, CAPABILITY)) is not None:
+        return reason
     if not free:
         return "the kernel for small matrices chooses its own dtype"
     refusal: str | None = backend.extension.small_polar_refusal(known.tables, known.slacks)
@@ -362,7 +365,7 @@ def describe(plan: Plan) -> str:
 NAMES = {
     "gram": "Gram form",
     "standard": "standard form",
-    "small": "small matrices' kernel, one launch",
+    "small": "small matrices' kernel, a launch for all in blocks and one for all in clusters",
     "plain": "full products as torch.optim.Muon has them",
 }
 

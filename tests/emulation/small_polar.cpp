@@ -32,13 +32,14 @@ void small_polar_order(int order) { emulation::order = static_cast<emulation::Or
 void small_polar_truncating(int truncating) { emulation::truncating = truncating != 0; }
 int64_t small_polar_launches() { return emulation::launches; }
 int64_t small_polar_products() { return emulation::products; }
-size_t small_polar_bytes(int64_t rows) { return shared_bytes(rows); }
-size_t small_polar_limit(int capability) { return shared_limit(capability); }
-int64_t small_polar_most_rows(size_t limit) { return most_rows(limit); }
+size_t small_polar_bytes(int64_t rows, int blocks) { return shared_bytes(rows, blocks); }
+size_t small_polar_room(int capability) { return room_of(capability).bytes; }
+int small_polar_blocks(int64_t rows, int capability) { return blocks_for(rows, room_of(capability)); }
+int64_t small_polar_most_rows(int capability) { return most_rows(room_of(capability)); }
 
 // coefficients: (tables, steps, 5), the highest ones NaN where a step has fewer.
 int small_polar_run(const Matrices* matrices, int count, const double* coefficients, int tables, int steps,
-                    const double* slacks, int tight, double eps, size_t limit) {
+                    const double* slacks, int tight, double eps, int capability) {
   return guarded([&] {
     Schedule schedule{{}, {slacks, slacks + tables - 1}, tight != 0, eps};
     for (int t = 0; t < tables; ++t) {
@@ -49,7 +50,7 @@ int small_polar_run(const Matrices* matrices, int count, const double* coefficie
           schedule.tables.back().back().push_back(coefficients[i]);
       }
     }
-    polar_on_device({matrices, matrices + count}, schedule, limit, nullptr);
+    polar_on_device({matrices, matrices + count}, schedule, room_of(capability), nullptr);
   });
 }
 }

@@ -11,8 +11,9 @@ from cases import with_spectrum
 from steepest.linalg.polar import polar, polars
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-#: By the kernel that takes them on a Hopper GPU: small matrices, the chain (square, wide, tall), and what goes alone.
-SHAPES = [(24, 40), (1, 9), (9, 1), (256, 256), (136, 264), (264, 136), (131, 200), (200, 203)]
+#: By the kernel that takes them on a Hopper GPU: small matrices, each in a block or in a cluster of them, the chain
+#: (square, wide, tall), and what goes alone.
+SHAPES = [(24, 40), (1, 9), (9, 1), (131, 200), (200, 136), (256, 256), (264, 264), (264, 336), (336, 264), (259, 261)]
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 of_shapes = pytest.mark.parametrize("m,n", SHAPES)

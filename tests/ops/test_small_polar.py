@@ -8,13 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import types
 
 import pytest
 import torch
@@ -22,139 +16,16 @@ from torch import Tensor
 
 from assertions import polar_error
 from cases import SPECTRA, gaussian, with_spectrum
+from small_polar_kernel import DTYPES, LARGEST, ORDERS, Kernel, exact, in_half_precision
 from steepest.linalg import coefficients as tables
 from steepest.linalg.coefficients import Schedule
+from steepest.ops import backend, small_polar
 
-ROOT = Path(__file__).parents[2]
-COMPILER = os.environ.get("CXX", "g++")
-SOURCES = ("csrc/small_polar/small_polar.cu", "csrc/small_polar/plan.cpp", "tests/emulation/small_polar.cpp")
 PRESETS = ("auto", "turbo", "exact", "you")
 SHAPES = ((1, 1), (1, 7), (3, 5), (5, 3), (16, 16), (37, 101), (101, 37), (64, 256), (128, 130))
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ORDERS = ("forward", "backward", "shuffled")  # of blocks and of threads; `Order` in tests/emulation/cuda_runtime.h
-H200 = 227 << 10  # bytes of shared memory
-
-
-class Matrices(ctypes.Structure):
-    """`Matrices` in csrc/small_polar/params.h."""
-
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("slack", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("rows", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
-        ("x_row", ctypes.c_int64),
-        ("x_matrix", ctypes.c_int64),
-        ("out_row", ctypes.c_int64),
-        ("out_matrix", ctypes.c_int64),
-        ("x_dtype", ctypes.c_uint8),
-        ("out_dtype", ctypes.c_uint8),
-    )
-
-
-@dataclass
-class Kernel:
-    library: ctypes.CDLL
-
-    def __call__(
-        self,
-        xs: Sequence[Tensor],
-        plan: Schedule | str,
-        *,
-        outs: Sequence[Tensor] | None = None,
-        eps: float = 1e-7,
-        limit: int = H200,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Polar factors and slacks of batches (count, m, n) whose rows are contiguous, all in one call."""
-        plan = tables.SCHEDULES[plan] if isinstance(plan, str) else plan
-        given = outs
-        outs = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in xs] if given is None else list(given)
-        slacks = [torch.full((len(x),), -1.0) for x in xs]
-        matrices = (Matrices * len(xs))()
-        for to, x, out, slack in zip(matrices, xs, outs, slacks):
-            assert x.stride(2) == out.stride(2) == 1 or x.shape[2] <= 1
-            pointers = (x.data_ptr(), out.data_ptr(), slack.data_ptr())
-            strides = (x.stride(1), x.stride(0), out.stride(1), out.stride(0))
-            dtypes = (DTYPES.index(x.dtype), DTYPES.index(out.dtype))
-            to.__init__(*pointers, *x.shape, *strides, *dtypes)
-        numbers = [v for t in plan.tables for step in t for v in (*step, *[math.nan] * (5 - len(step)))]
-        failed = self.library.small_polar_run(
-            matrices,
-            len(xs),
-            (ctypes.c_double * len(numbers))(*numbers),
-            len(plan.tables),
-            plan.steps,
-            (ctypes.c_double * 3)(*plan.slacks),
-            int(plan.norm == "tight"),
-            ctypes.c_double(eps),
-            ctypes.c_size_t(limit),
-        )
-        if failed:
-            raise ValueError(self.library.small_polar_message().decode())
-        return list(outs), slacks
-
-    def one(self, x: Tensor, plan: Schedule | str, **options: float) -> Tensor:
-        return self([x[None]], plan, **options)[0][0][0]  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if sys.platform != "linux":
-        pytest.skip(f"fibers are those of Linux, not of {sys.platform}")
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no C++ compiler: {COMPILER} is not on PATH")
-    found = subprocess.run([COMPILER, "-print-file-name=libubsan.so"], capture_output=True, text=True, check=True)
-    sanitizer = ["-fsanitize=undefined"] if Path(found.stdout.strip()).is_absolute() else []
-    path = tmp_path_factory.mktemp("small_polar") / "emulated.so"
-    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-x", "c++", "-U_FORTIFY_SOURCE"]
-    # A namespace of its own: another library of this process may hold the real one.
-    folders = ["-Dsteepest=steepest_emulated", "-I", "tests/emulation", "-I", "csrc"]
-    command = [COMPILER, *flags, *sanitizer, *folders, *SOURCES, "-o", str(path)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    loaded = ctypes.CDLL(str(path))
-    loaded.small_polar_message.restype = ctypes.c_char_p
-    for name in ("launches", "products"):
-        getattr(loaded, f"small_polar_{name}").restype = ctypes.c_int64
-    for name in ("bytes", "limit", "most_rows"):
-        getattr(loaded, f"small_polar_{name}").restype = ctypes.c_size_t
-    return loaded
-
-
-@pytest.fixture(params=["shuffled"])
-def kernel(request: pytest.FixtureRequest, library: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> Iterator[Kernel]:
-    library.small_polar_order(ORDERS.index(request.param))
-    library.small_polar_truncating(0)
-    yield Kernel(library)
-    errors = capfd.readouterr().err
-    assert "runtime error" not in errors, errors
 
 
 in_every_order = pytest.mark.parametrize("kernel", ORDERS, indirect=True)
-
-
-def in_half_precision(x: Tensor) -> Tensor:
-    """What the kernel works on: x times a power of two, in fp16; the rest is measured against that."""
-    root = x.norm() / math.sqrt(min(x.shape))
-    return (x * 2.0 ** -math.frexp(root)[1]).half().double()
-
-
-def exact(x: Tensor, plan: Schedule) -> tuple[Tensor, float]:
-    """The schedule's polynomial applied to the fp64 singular values, and the slack."""
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    trace, m = (s * s).sum(), len(s)
-    bound = trace / m + (s * s - trace / m).norm() / math.sqrt(m) * math.sqrt(m - 1)
-    norm = (bound if plan.norm == "tight" else trace).sqrt()
-    slack = (trace.sqrt() / norm).item()
-    table = next((t for t, least in zip(plan.tables, plan.slacks) if slack >= least), plan.tables[-1])
-    values = [tables.evaluate(table, v) for v in (s / norm).tolist()]
-    return (u * torch.tensor(values, dtype=torch.float64)) @ vh, slack
-
-
-# The exact polynomial's largest singular value and what rounding may add to it.
-LARGEST = {"auto": 1.26, "turbo": 1.22, "exact": 1.22, "you": 1.18}
 
 
 def rounding(m: int) -> float:
@@ -377,25 +248,65 @@ def test_nothing_to_do(kernel: Kernel) -> None:
     assert kernel.library.small_polar_launches() == before
 
 
-@pytest.mark.parametrize("capability, rows", [(75, 0), (80, 128), (86, 96), (89, 96), (90, 128), (100, 128), (120, 96)])
-def test_how_long_the_shorter_side_may_be(capability: int, rows: int, library: ctypes.CDLL) -> None:
-    limit = library.small_polar_limit(capability)
-    assert library.small_polar_most_rows(ctypes.c_size_t(limit)) == rows
-    assert rows == 0 or library.small_polar_bytes(ctypes.c_int64(rows)) <= limit
-    assert library.small_polar_bytes(ctypes.c_int64(129)) == 0
+@pytest.mark.parametrize(
+    "capability, alone, together",
+    [(75, 0, 0), (80, 128, 128), (86, 96, 96), (89, 96, 96), (90, 128, 256), (100, 128, 256), (120, 96, 144)],
+)
+def test_how_long_the_shorter_side_may_be(
+    capability: int, alone: int, together: int, small_polar_emulated: ctypes.CDLL
+) -> None:
+    room = small_polar_emulated.small_polar_room(capability)
+    for rows in range(1, 300):
+        blocks = small_polar_emulated.small_polar_blocks(ctypes.c_int64(rows), capability)
+        assert blocks == (1 if rows <= alone else 4 if rows <= together else 0)
+        assert blocks == 0 or small_polar_emulated.small_polar_bytes(ctypes.c_int64(rows), blocks) <= room
+    assert small_polar_emulated.small_polar_most_rows(capability) == together
+
+
+@pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
+def test_why_a_matrix_is_left_to_the_chain() -> None:
+    most = "the kernel for small matrices takes a short side up to"
+    too_long = small_polar.too_long
+    assert too_long(128, (8, 0)) is too_long(96, (8, 9)) is too_long(256, (9, 0)) is too_long(144, (12, 0)) is None
+    assert too_long(129, (8, 0)) == f"{most} 128 on compute capability 8.0, where blocks do not form clusters"
+    assert too_long(97, (8, 6)) == f"{most} 96 on compute capability 8.6, where a block has less shared memory"
+    assert too_long(129, (8, 6)) == f"{most} 96 on compute capability 8.6, where blocks do not form clusters"
+    assert too_long(145, (12, 0)) == f"{most} 144 on compute capability 12.0, where a block has less shared memory"
+    assert too_long(257, (9, 0)) == f"{most} 256"
+    assert too_long(257, (8, 0)) == f"{most} 128"
 
 
 @pytest.mark.parametrize(
-    "shape, plan, limit, message",
+    "architectures, device, wanted",
     [
-        ((129, 200), "auto", H200, "shorter side must be at most 128 with 232448 bytes of shared memory, got 129"),
-        ((97, 100), "auto", 99 << 10, "shorter side must be at most 96 with 101376 bytes of shared memory, got 97"),
-        ((4, 5), tables.schedule("polar_express", None, 8), H200, "first coefficients must be at most 1024, got"),
-        ((4, 5), Schedule((((1.0, -5000.0),),)), H200, "must be at most 4096, got -5000"),
-        ((4, 5), Schedule((((1.0, 2.0, -3.0, 1.0, 1e-5),),)), H200, "ratios to that of degree 9, must be at most 4096"),
-        ((4, 5), tables.schedule("jordan", None, 9), H200, "must have the same 1 to 8 steps, got 9"),
+        (["sm_80", "sm_90a"], (9, 0), (9, 0)),
+        (["sm_80", "compute_80"], (9, 0), (8, 9)),  # the driver compiles what was written for devices without clusters
+        (["sm_90a", "compute_90"], (12, 0), (12, 0)),
+        (["sm_80", "compute_80", "sm_90a"], (12, 0), (8, 9)),
+        (["sm_80", "compute_120"], (8, 0), (8, 0)),
     ],
 )
-def test_messages(shape: tuple[int, int], plan: Schedule | str, limit: int, message: str, kernel: Kernel) -> None:
+def test_code_without_clusters_takes_none(
+    architectures: list[str], device: tuple[int, int], wanted: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = types.SimpleNamespace(build_info=lambda: {"architectures": architectures})
+    monkeypatch.setattr(backend, "extension", built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device)
+    assert small_polar._capability.__wrapped__(0) == wanted
+
+
+@pytest.mark.parametrize(
+    "shape, plan, capability, message",
+    [
+        ((257, 300), "auto", 90, "shorter side must be at most 256 with 232448 bytes of shared memory, got 257"),
+        ((97, 99), "auto", 86, "must be at most 96 with 101376 bytes of shared memory and no clusters, got 97"),
+        ((150, 145), "auto", 120, "must be at most 144 with 101376 bytes of shared memory, got 145"),
+        ((4, 5), tables.schedule("polar_express", None, 8), 90, "first coefficients must be at most 1024, got"),
+        ((4, 5), Schedule((((1.0, -5000.0),),)), 90, "must be at most 4096, got -5000"),
+        ((4, 5), Schedule((((1.0, 2.0, -3.0, 1.0, 1e-5),),)), 90, "ratios to that of degree 9, must be at most 4096"),
+        ((4, 5), tables.schedule("jordan", None, 9), 90, "must have the same 1 to 8 steps, got 9"),
+    ],
+)
+def test_messages(shape: tuple[int, int], plan: Schedule | str, capability: int, message: str, kernel: Kernel) -> None:
     with pytest.raises(ValueError, match=message):
-        kernel([torch.ones(1, *shape)], plan, limit=limit)
+        kernel([torch.ones(1, *shape)], plan, capability=capability)

@@ -42,6 +42,12 @@ def _load_extension() -> tuple[types.ModuleType | None, str | None]:
 extension, extension_reason = _load_extension()
 
 
+def target(architecture: str) -> tuple[int, int]:
+    """The compute capability of "sm_80", "sm_90a" or "compute_120"."""
+    major, minor = divmod(int(architecture.partition("_")[2].rstrip("af")), 10)
+    return major, minor
+
+
 def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     """Whether a binary with these targets ("sm_80", "sm_90a", "compute_120") runs on a device of this capability.
 
@@ -49,12 +55,10 @@ def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     compute_XY (PTX) is compiled by the driver for anything newer, a suffixed one again only for its own.
     """
     for name in architectures:
-        kind, _, text = name.partition("_")
-        number = int(text.rstrip("af"))
-        target = divmod(number, 10)
-        if target == capability:
+        own = target(name)
+        if own == capability:
             return True
-        if text[-1].isdigit() and target < capability and (kind == "compute" or target[0] == capability[0]):
+        if name[-1].isdigit() and own < capability and (name.startswith("compute") or own[0] == capability[0]):
             return True
     return False
 

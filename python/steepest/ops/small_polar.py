@@ -1,10 +1,11 @@
-"""The whole polar iteration of small matrices, each in the shared memory of one block: one launch for all of them.
+"""The whole polar iteration of small matrices, each in the shared memory of a block or of a cluster of four.
 
     out = s Q X of every matrix X, with Q and s as in `steepest.linalg.chain`, in the Gram form without restarts
 
-R and Q are kept to 22 bits, as an fp16 high and low half, because 16 bits do not bear that form on a short side below
-128 (csrc/small_polar/params.h; the table of arrangements is in small_polar.cu). CUDA only; elsewhere the chain of
-products takes small matrices like all others.
+One launch for all matrices with a short side up to 128, one for all from there to 256, which need sm_90 or newer. R and
+Q are kept to 22 bits, as an fp16 high and low half, because 16 bits do not bear that form on a short side below 128; in
+a cluster Q is 16 bits and its diagonal fp32 (csrc/small_polar/params.h; the table of arrangements is in
+small_polar.cu). CUDA only; elsewhere the chain of products takes small matrices like all others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from . import backend as _backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TERMS = 5  # kMostTerms in csrc/small_polar/params.h
+MOST_ALONE, MOST_ROWS = 128, 256  # kMostAlone, kMostRows
+CLUSTERS = (9, 0)  # the first compute capability that has them
 Tables = tuple[tuple[tuple[float, ...], ...], ...]
 
 
@@ -35,10 +38,10 @@ def small_polar(
 ) -> None:
     """Fills outs with the polar factors of xs, and slacks.
 
-    xs, outs: (batch, m, n), contiguous rows, fp16, bf16 or fp32, min(m, n) at most 128 (96 where a block has 99 KB of
-    shared memory); slacks: (batch,) fp32 for each, ||X||_F over the norm taken. tables: steps of coefficients, least:
-    the slack from which each table but the last is taken; tight: the norm is the bound of `chain_numbers`, else
-    ||X||_F. A matrix that is not finite gives NaN and leaves the others alone.
+    xs, outs: (batch, m, n), contiguous rows, fp16, bf16 or fp32, min(m, n) such that `too_long` has nothing against it;
+    slacks: (batch,) fp32 for each, ||X||_F over the norm taken. tables: steps of coefficients, least: the slack from
+    which each table but the last is taken; tight: the norm is the bound of `chain_numbers`, else ||X||_F. A matrix that
+    is not finite gives NaN and leaves the others alone.
     """
     flat = [value for table in tables for step in table for value in _padded(step)]
     torch.ops.steepest.small_polar(xs, outs, slacks, flat, len(tables), least, tight, eps)
@@ -51,15 +54,37 @@ def takes(xs: Sequence[Tensor], tables: Tables, least: tuple[float, ...]) -> boo
     device = xs[0].device
     if not xs[0].is_cuda or _backend.cuda_reason(device.index) is not None or _refusal(tables, least) is not None:
         return False
-    most = _most_rows(torch.cuda.get_device_capability(device))
-    return all(x.dtype in DTYPES and x.stride(-1) == 1 and 0 < min(x.shape[-2:]) <= most and x.numel() > 0 for x in xs)
+    capability = _capability(device.index)
+    taken = (x.numel() > 0 and too_long(min(x.shape[-2:]), capability) is None for x in xs)
+    return all(x.dtype in DTYPES and x.stride(-1) == 1 for x in xs) and all(taken)
+
+
+def too_long(short: int, capability: tuple[int, int]) -> str | None:
+    """Why the kernel does not take matrices of this short side on a device of this capability; None where it does."""
+    most = _most_rows(capability)
+    if short <= most:
+        return None
+    reason = f"the kernel for small matrices takes a short side up to {most}"
+    if short > MOST_ROWS:
+        return reason
+    memory = short <= MOST_ALONE or capability >= CLUSTERS
+    why = "a block has less shared memory" if memory else "blocks do not form clusters"
+    return f"{reason} on compute capability {capability[0]}.{capability[1]}, where {why}"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    """Of a device; (8, 9), without clusters, where it runs code that was made for such devices."""
+    assert _backend.extension is not None
+    capability = torch.cuda.get_device_capability(index)
+    built = [name for name in _backend.extension.build_info()["architectures"] if _backend.target(name) >= CLUSTERS]
+    return capability if capability < CLUSTERS or _backend.covers(built, capability) else (8, 9)
 
 
 def _padded(step: Sequence[float]) -> list[float]:
     return [*step, *[math.nan] * (MOST_TERMS - len(step))]
 
 
-@functools.cache
 def _most_rows(capability: tuple[int, int]) -> int:
     assert _backend.extension is not None
     return int(_backend.extension.small_polar_rows(10 * capability[0] + capability[1]))

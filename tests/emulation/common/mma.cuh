@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "common/floats.h"
+#include "common/shared.h"
 
 namespace emulation {
 
@@ -84,36 +85,11 @@ inline void multiply(Operands (&lanes)[kWarp]) {
   ++products;
 }
 
-constexpr size_t kShared = size_t{227} << 10;
-alignas(16) inline unsigned char shared_memory[kShared + 64];
-inline size_t shared_bytes = 0;
-
-// What a launch asked for; what lies behind it is looked at afterwards.
-inline void ask_for_shared(size_t bytes) {
-  if (bytes > kShared) throw std::invalid_argument("more shared memory than any GPU has");
-  shared_bytes = bytes;
-  std::memset(shared_memory, 0xff, sizeof shared_memory);
-}
-inline void check_shared() {
-  for (size_t i = shared_bytes; i < sizeof shared_memory; ++i)
-    if (shared_memory[i] != 0xff) throw std::runtime_error("written behind the shared memory");
-}
-
 }  // namespace emulation
 
 namespace steepest {
 
 constexpr int kTile = 16;
-
-// A block finds NaN in it.
-__device__ inline unsigned char* dynamic_shared() {
-  using namespace emulation;
-  static int64_t launch = -1;
-  static unsigned block = 0;
-  if (launch != launches || block != blockIdx.x) std::memset(shared_memory, 0xff, shared_bytes);
-  launch = launches, block = blockIdx.x;
-  return shared_memory;
-}
 
 __device__ inline void hide(int&) {}
 
@@ -122,9 +98,8 @@ __device__ inline void store_16_bytes(uint16_t* at, uint4 words) { *reinterpret_
 template <bool kTransposed>
 __device__ inline void load_matrices(uint32_t (&to)[4], const uint16_t* row, int line = __builtin_LINE()) {
   using namespace emulation;
-  const auto* bytes = reinterpret_cast<const unsigned char*>(row);
-  if (bytes < shared_memory || bytes + 16 > shared_memory + shared_bytes) fail("ldmatrix outside of shared memory");
-  if ((bytes - shared_memory) % 16 != 0) fail("ldmatrix of a row that is not aligned");
+  if (!is_shared(row, 16)) fail("ldmatrix outside of shared memory");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix of a row that is not aligned");
   Meeting& meeting = meet();
   const int lane = current % kWarp, g = lane / 4, t = lane % 4;
   meeting.rows[lane] = row;
