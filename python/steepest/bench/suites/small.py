@@ -17,7 +17,8 @@ from ..shapes import matrices, parse, spelled
 from .common import BASE, dtypes, name_of, sizes, stacks, timed
 from .polar import BOUNDS, Gate, flop, may_capture, references
 
-SHAPES = ("ultralytics-126", "per-head", "lora-16")
+# The last four: where clusters take over from blocks, and the chain from clusters.
+SHAPES = ("ultralytics-126", "per-head", "lora-16", "42x136x136", "42x192x192", "42x256x256", "42x264x264")
 QUICK = SHAPES[:2]
 CPU = ("6x16x24+4x32x32",)
 
