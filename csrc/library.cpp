@@ -17,7 +17,10 @@
 #include <vector>
 
 #include "build_info.h"
+#include "common/device.h"
 #include "common/floats.h"
+#include "eigh/cusolver.h"
+#include "eigh/params.h"
 #include "multi_tensor/layout.h"
 #include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
@@ -49,6 +52,10 @@ STABLE_TORCH_LIBRARY(steepest, m) {
   m.def(
       "small_polar(Tensor[] xs, Tensor(a!)[] outs, Tensor(b!)[] slacks, float[] coefficients, int tables, "
       "float[] least, bool tight, float eps) -> ()");
+  m.def(
+      "eigh_refresh(Tensor P, Tensor Q, Tensor(a!) basis, Tensor(b!) values, Tensor(c!) status, Tensor(d!) order, "
+      "int method, int sweeps) -> ()");
+  m.def("eigh_batched(Tensor(a!) A, Tensor(b!) W, Tensor(c!) info) -> ()");
 }
 
 namespace {
@@ -218,6 +225,13 @@ PYBIND11_MODULE(_C, m) {
         return steepest::small_polar::blocks_for(rows, steepest::small_polar::room_of(capability));
       },
       py::arg("rows"), py::arg("capability"));
+  m.def(
+      "eigh_rows", [](int capability) { return steepest::eigh::most_rows(steepest::shared_limit(capability)); },
+      py::arg("capability"));
+  m.def(
+      "load_cusolver",
+      [](const std::vector<std::string>& names) { return or_none(steepest::eigh::load_cusolver(names)); },
+      py::arg("names"));
   m.def("small_polar_refusal", &small_polar_refusal, py::arg("tables"), py::arg("least"));
   m.def("chain_product", &chain_product, py::arg("kind"), py::arg("matrices"), py::arg("rows"), py::arg("columns"));
   m.def("symm_gemm_plan", &symm_gemm_plan, py::arg("products"), py::arg("multiprocessors"));

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 
+from emulations import shared_library
 from steepest.linalg import coefficients as tables
 from steepest.linalg.coefficients import Schedule
 
-ROOT = Path(__file__).parents[1]
-COMPILER = os.environ.get("CXX", "g++")
 SOURCES = ("csrc/small_polar/small_polar.cu", "csrc/small_polar/plan.cpp", "tests/emulation/small_polar.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ORDERS = ("forward", "backward", "shuffled")  # of clusters and of threads; `Order` in tests/emulation/cuda_runtime.h
 HOPPER = 90
 
 
@@ -92,19 +85,7 @@ class Kernel:
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    if sys.platform != "linux":
-        pytest.skip(f"fibers are those of Linux, not of {sys.platform}")
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no C++ compiler: {COMPILER} is not on PATH")
-    found = subprocess.run([COMPILER, "-print-file-name=libubsan.so"], capture_output=True, text=True, check=True)
-    sanitizer = ["-fsanitize=undefined"] if Path(found.stdout.strip()).is_absolute() else []
-    path = folder / "emulated.so"
-    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-x", "c++", "-U_FORTIFY_SOURCE"]
-    # A namespace of its own: another library of this process may hold the real one.
-    folders = ["-Dsteepest=steepest_emulated", "-I", "tests/emulation", "-I", "csrc"]
-    command = [COMPILER, *flags, *sanitizer, *folders, *SOURCES, "-o", str(path)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    path = shared_library(folder / "emulated.so", SOURCES)
     loaded = ctypes.CDLL(str(path))
     loaded.small_polar_message.restype = ctypes.c_char_p
     for name in ("launches", "products"):

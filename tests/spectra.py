@@ -1,4 +1,7 @@
-"""Symmetric matrices with known spectra, averages that drift, and the rounding of tensor cores.   From a seed."""
+"""Symmetric matrices with known spectra, averages that drift, hard sequences, and the rounding of tensor cores.
+
+From a seed.  `assert_refreshed` is what `eigh_refresh` promises of any matrix.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ import torch
 from torch import Tensor
 
 from cases import gaussian, orthogonal
+from steepest.linalg.basis import ACCEPTED, Refreshed, orthonormality
 
+# 8 eps of fp32: below this, eigenvalues are rounding, and the acceptance of a basis does not look.
+FLOOR = 1e-6
 # Eigenvalues, largest 1.
 EIGENVALUES: dict[str, Callable[[int], Tensor]] = {
     "power": lambda n: 1 / torch.arange(1, n + 1).double(),
@@ -54,12 +60,71 @@ def spiked(n: int) -> Iterator[Tensor]:
         yield P.float()
 
 
+def exact_basis(P: Tensor) -> Tensor:
+    return torch.linalg.eigh(P.double()).eigenvectors.flip(-1).to(P.dtype)
+
+
+def toeplitz(n: int) -> Tensor:
+    """All diagonal entries are equal: from the identity, a Jacobi rotation does not know which way to turn."""
+    return 0.5 ** (torch.arange(n)[:, None] - torch.arange(n)).abs().double()
+
+
 def whitening(P: Tensor, Q: Tensor, floor: float = 0) -> float:
     """||D^-1/2 B D^-1/2 - I||_F / sqrt n in fp64, for B = Q^T P Q and D = max(diag B, floor max diag B)."""
     B = Q.double().mT @ P.double() @ Q.double()
     d = B.diagonal().clamp_min(floor * B.diagonal().max().item())
     W = B / (d[:, None] * d).sqrt()
     return (W.fill_diagonal_(0).norm() / len(d) ** 0.5).item()
+
+
+def hard() -> dict[str, tuple[list[Tensor], Tensor]]:
+    """Sequences of matrices, and the basis to begin with."""
+    n, eye = 48, torch.eye(48)
+    cases: dict[str, tuple[list[Tensor], Tensor]] = {}
+    for rank in (0, 1, 2, 12):
+        G = gaussian(n, rank, rank)
+        cases[f"rank {rank}"] = [(G @ G.mT).float()] * 3, eye
+        H = G + 0.05 * gaussian(n, rank, 7)
+        cases[f"rank {rank}, moving"] = [(G @ G.mT).float(), (H @ H.mT).float()], orthogonal(n).float()
+    cases["first steps"] = [(gaussian(n, 3, t) @ gaussian(n, 3, t).mT).float() for t in range(3)], eye
+    cases["a spike"] = list(spiked(n)), eye
+    values = torch.logspace(0, -8, n, dtype=torch.float64)
+    cases["condition 1e8"] = [symmetric(values).float(), symmetric(values, 1).float()], eye
+    near = symmetric(values) + 1e-3 * symmetric(values, 1)
+    cases["condition 1e8, warm"] = [near.float()] * 4, exact_basis(symmetric(values).float())
+    cases["identity"] = [eye] * 2, orthogonal(n).float()
+    cases["clusters"] = [symmetric((torch.arange(n) < 7).double() + 1e-3).float()] * 2, eye
+    cases["toeplitz"] = [toeplitz(n).float()] * 2, eye
+    cases["zero block"] = [torch.block_diag(toeplitz(30).float(), torch.zeros(18, 18))] * 2, eye
+    cases["tiny"] = [symmetric(values).float() * 1e-30] * 2, eye
+    cases["huge"] = [symmetric(values).float() * 1e30] * 2, eye
+    cases["slightly indefinite"] = [(symmetric(values) - 1e-7 * torch.eye(n)).float()] * 2, eye
+    cases["a random basis"] = [symmetric(values).float()] * 3, orthogonal(n, 3).float()
+    cases["stored in bf16"] = [near.float()] * 2, exact_basis(near.float()).bfloat16().float()
+    return cases
+
+
+HARD = hard()
+
+
+def assert_refreshed(P: Tensor, Q: Tensor, refreshed: Refreshed, *, helps: bool = True) -> None:
+    """What is promised of every matrix P and basis Q, and where the refresh ``helps``, no greater whitening error."""
+    scale = P.abs().max().item() or 1
+    unit = P.double() / scale
+    new, values, status, order = refreshed
+    assert new.isfinite().all()
+    assert values.isfinite().all()
+    assert values.min() >= 0
+    rayleigh = (new.double() * (unit @ new.double())).sum(0).clamp_min(0)
+    torch.testing.assert_close(values.double() / scale, rayleigh, atol=1e-5, rtol=1e-5)
+    if not status & ACCEPTED:
+        assert torch.equal(new, Q)
+        assert torch.equal(order, torch.arange(len(P)))
+    else:
+        assert orthonormality(new.double()) <= 1e-5
+    if P.any() and helps:
+        # The difference allowed is the rounding of an fp32 whitening error at condition 1e6.
+        assert whitening(unit, new, FLOOR) <= 1.02 * whitening(unit, Q, FLOOR) + 0.02
 
 
 def tf32(x: Tensor) -> Tensor:

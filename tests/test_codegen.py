@@ -45,9 +45,10 @@ KERNELS = {
     "small polar 64": ("11small_polarILi64E",),
     "small polar 128": ("11small_polarILi128E",),
     "small polar 256": ("11small_polarILi256E",),
+    **{f"eigh {32 * spans}": (f"7refreshILi{spans}E",) for spans in (1, 2, 3, 4)},
 }
 #: Where one block of 256 threads has a multiprocessor; elsewhere two share its 65536 registers.
-ALONE = ("small polar 128", "small polar 256")
+ALONE = ("small polar 128", "small polar 256", "eigh 128")
 IN_CLUSTERS = ("small polar 256",)  # empty before sm_90
 
 
@@ -119,6 +120,18 @@ def test_small_polar_reaches_the_other_blocks_of_its_cluster(cubins: dict[str, l
             assert barriers == (16 if clustered and has_clusters(architecture) else 0), where
             for access in (r"LD\.E\.128", r"ST\.E\.U16"):
                 assert bool(re.search(rf"\b{access}\b", kernel.sass)) == (barriers > 0), (where, access)
+
+
+def test_eigh_computes_in_fp32_in_shared_memory(cubins: dict[str, list[Kernel]]) -> None:
+    """Two elements at once, multiplied and added in one instruction, and no tensor cores."""
+    for architecture, held in cubins.items():
+        for kernel in (kernel for kernel in held if kernel.name.startswith("eigh")):
+            where = f"{kernel.name} on {architecture}"
+            assert kernel.shared % 1024 <= 512, where  # as above, in the 1 KB that plan.cpp leaves
+            assert re.search(r"\bLDS\.64\b", kernel.sass), where
+            spans = int(kernel.name.split()[1]) // 32
+            assert len(re.findall(r"\bFFMA", kernel.sass)) >= 4 * 2 * (2 * spans) ** 2, where
+            assert "HMMA" not in kernel.sass, where
 
 
 def test_flat_kernels_move_16_bytes(cubins: dict[str, list[Kernel]]) -> None:

@@ -42,6 +42,28 @@ __device__ inline void combine_block(R (&values)[kCount]) {
   __syncthreads();  // of_warp may be used again
 }
 
+// The same, and every thread has the result.
+template <uint32_t kLargest, int kCount>
+__device__ inline void reduce_block(float (&values)[kCount]) {
+  __shared__ float of_warp[kCount][kThreads / 32];
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+      values[c] = combine(kLargest >> c & 1, values[c], __shfl_down_sync(0xffffffff, values[c], step));
+    if (threadIdx.x % 32 == 0) of_warp[c][threadIdx.x / 32] = values[c];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    values[c] = of_warp[c][0];
+#pragma unroll
+    for (int warp = 1; warp < kThreads / 32; ++warp)
+      values[c] = combine(kLargest >> c & 1, values[c], of_warp[c][warp]);
+  }
+  __syncthreads();  // of_warp may be used again
+}
+
 // A chunk's values become its line of partials, `kWidth` numbers wide; the block that comes last combines all `chunks`
 // lines, from `first_line` on, in their order, and returns true with the totals in thread 0's values. Every thread of a
 // block calls it; `values` are thread 0's.

@@ -17,18 +17,11 @@
 
 #include <cstdint>
 
+#include "common/shared.cuh"
+
 namespace steepest {
 
 constexpr int kTile = 16;  // rows and columns of a tile, and what a product sums over
-
-// The shared memory that a launch asked for, 16 bytes aligned.
-__device__ inline unsigned char* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char memory[];
-  return memory;
-}
-
-// Nothing that follows from the value is known, or computed, before.
-__device__ inline void hide(int& value) { asm volatile("" : "+r"(value)); }
 
 // Said as one instruction: an assignment is four stores to the compiler, which it does not always join again.
 __device__ inline void store_16_bytes(uint16_t* at, uint4 words) {

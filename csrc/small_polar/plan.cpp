@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/device.h"
 #include "small_polar/layout.h"
 #include "small_polar/params.h"
 
@@ -64,12 +65,7 @@ Numbers numbers(const Schedule& schedule) {
   return to;
 }
 
-Room room_of(int capability) {
-  if (capability < 80) return {0, false};
-  const bool large = capability == 90 || capability == 100 || capability == 103;
-  const bool middle = capability == 80 || capability == 87;
-  return {size_t{large ? 227u : middle ? 163u : 99u} << 10, capability >= 90};
-}
+Room room_of(int capability) { return {shared_limit(capability), capability >= 90}; }
 
 size_t shared_bytes(int64_t rows, int blocks) { return Layout(rows, blocks).bytes(); }
 

@@ -44,6 +44,7 @@
 #include <string>
 #include <vector>
 
+#include "common/shared.cuh"
 #include "small_polar/elements.cuh"
 #include "small_polar/formulas.cuh"
 #include "small_polar/layout.h"

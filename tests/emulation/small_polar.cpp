@@ -3,6 +3,7 @@
 
 #include <exception>
 
+#include "common/device.h"
 #include "common/mma.cuh"
 #include "small_polar/params.h"
 

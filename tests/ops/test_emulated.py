@@ -7,10 +7,7 @@ over a block and over the chunks of a matrix, rows, random bits, mantissas, and 
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-import sys
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,20 +17,21 @@ import torch
 from torch import Tensor
 
 import twins
-from cases import polynomial_of, with_spectrum
+from cases import orthogonal, polynomial_of, with_spectrum
 from chains import given, grams, kernel
+from emulations import COMPILER, FLAGS, ORDERS, require_compiler, run, sanitizer, shared_library
+from spectra import assert_refreshed, drifting, exact_basis, symmetric
+from steepest.linalg.basis import ACCEPTED, FELL_BACK, LARGE_ROTATION, Refreshed, eigh_refresh, orthonormality
 from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import SCHEDULES
 from steepest.linalg.polar import _prescaled
-from steepest.ops import backend, small_polar
+from steepest.ops import backend, eigh, small_polar
 from steepest.ops.chain_numbers import squared_norm_bound
 from steepest.ops.multi_tensor import CHUNK, Table
 from twins import State, assert_close, compare, compare_step, random_state
 
 pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 
-ROOT = Path(__file__).parents[2]
-COMPILER = os.environ.get("CXX", "g++")
 CPU = torch.device("cpu")
 F = torch.float32
 KERNELS = (
@@ -42,17 +40,24 @@ KERNELS = (
     "csrc/polar/numbers.cu",
     "csrc/polar/sum.cu",
     "csrc/small_polar/small_polar.cu",
+    "csrc/eigh/refresh.cu",
+)
+OPS = (
+    *("inspect", "before", "after", "chain_numbers", "polar_chain", "small_polar"),
+    *("eigh_refresh", "eigh_batched"),
 )
 REST = (
+    "csrc/ops/eigh.cpp",
     "csrc/ops/multi_tensor.cpp",
     "csrc/ops/polar.cpp",
     "csrc/polar/chain.cpp",
     "csrc/small_polar/plan.cpp",
+    "csrc/eigh/plan.cpp",
+    "csrc/eigh/cusolver.cpp",
     "csrc/multi_tensor/layout.cpp",
     "csrc/multi_tensor/plan.cpp",
     "tests/emulation/door.cpp",
 )
-ORDERS = ("forward", "backward", "shuffled")  # of blocks and of threads; `Order` in tests/emulation/cuda_runtime.h
 
 
 class Emulated:
@@ -61,12 +66,22 @@ class Emulated:
     def __init__(self, path: Path) -> None:
         # Under the schemas of the compiled part, in a namespace of its own.
         self.definitions = torch.library.Library("steepest_emulated", "DEF")
-        for op in ("inspect", "before", "after", "chain_numbers", "polar_chain", "small_polar"):
+        for op in (
+            "inspect",
+            "before",
+            "after",
+            "chain_numbers",
+            "polar_chain",
+            "small_polar",
+            "eigh_refresh",
+            "eigh_batched",
+        ):
             self.definitions.define(str(getattr(torch.ops.steepest, op).default._schema).removeprefix("steepest::"))
         torch.ops.load_library(path)
         self.ops: Any = torch.ops.steepest_emulated
         self.library = ctypes.CDLL(str(path))
         self.library.emulation_launches.restype = ctypes.c_int64
+        self.library.emulation_load_cusolver.restype = ctypes.c_char_p
 
     def order(self, name: str) -> None:
         self.library.emulation_order(ORDERS.index(name))
@@ -76,49 +91,32 @@ class Emulated:
         return int(self.library.emulation_launches())
 
 
-def has_sanitizer() -> bool:
-    """Whether the compiler can find undefined behaviour at run time: an access of 16 bytes that is not aligned."""
-    found = subprocess.run([COMPILER, "-print-file-name=libubsan.so"], capture_output=True, text=True, check=True)
-    return Path(found.stdout.strip()).is_absolute()
-
-
 def build(folder: Path) -> Path:
     """The door and the kernels as they are in csrc, with the headers of tests/emulation for those of CUDA."""
     torch_folder = Path(torch.__file__).parent
-    sanitizer = ["-fsanitize=undefined"] if has_sanitizer() else []
+    found = sanitizer()
     flags = [
-        *("-std=c++17", "-O1", "-g1", "-fPIC", "-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"),
-        "-Dsteepest=steepest_emulated",  # the namespace of the code, and of the ops
+        *FLAGS,
+        "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
         "-DSTEEPEST_EMULATION",  # ops that have kernels alone
-        "-U_FORTIFY_SOURCE",  # takes a jump to another fiber's stack for an attack
-        *("-I", "tests/emulation", "-I", "csrc", "-isystem", str(torch_folder / "include")),
+        *("-isystem", str(torch_folder / "include")),
     ]
     objects = {source: folder / f"{source.replace('/', '_')}.o" for source in (*KERNELS, *REST)}
-    commands = [
-        [COMPILER, *flags, *(sanitizer if source in KERNELS else []), "-c", source, "-o", str(to)]
-        for source, to in objects.items()
-    ]
-    running = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    for each in running:
-        _, errors = each.communicate(timeout=300)
-        assert each.returncode == 0, errors
+    run(
+        [
+            [COMPILER, *flags, *(found if source in KERNELS else []), "-c", source, "-o", str(to)]
+            for source, to in objects.items()
+        ]
+    )
     library = folder / "emulated.so"
-    libraries = ["-L", str(torch_folder / "lib"), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-    command = [COMPILER, "-shared", "-o", str(library), *map(str, objects.values()), *sanitizer, *libraries]
-    linked = subprocess.run(command, capture_output=True, text=True)
-    assert linked.returncode == 0, linked.stderr
+    libraries = ["-L", str(torch_folder / "lib"), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    run([[COMPILER, "-shared", "-o", str(library), *map(str, objects.values()), *found, *libraries]])
     return library
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    if sys.platform != "linux":
-        pytest.skip(f"fibers and the libraries to link are those of Linux, not of {sys.platform}")
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no C++ compiler: {COMPILER} is not on PATH")
+    require_compiler()
     return Emulated(build(tmp_path_factory.mktemp("emulated")))
 
 
@@ -205,6 +203,46 @@ def test_small_polar(emulated: Emulated) -> None:
             norm = torch.linalg.matrix_norm(each)
             bound, _ = squared_norm_bound((each @ each.mT if len(each) <= each.shape[1] else each.mT @ each)[None])
             assert own.item() == pytest.approx((norm / bound.sqrt()).item(), rel=1e-2)
+
+
+@in_one_order
+def test_eigh_refresh(emulated: Emulated) -> None:
+    """Through its door: where the rotation is enough, and where it is not."""
+    before, after = list(drifting(20, "power", 2))
+    P = torch.stack([after, before])
+    Q = torch.stack([exact_basis(before), orthogonal(20).float()])
+    found = torch.empty(2, 20, 20), torch.empty(2, 20), torch.empty(2, dtype=torch.int32), torch.empty(2, 20).long()
+    launches = emulated.launches()
+    emulated.ops.eigh_refresh(P, Q, *found, eigh.METHODS.index("auto"), 1)
+    assert emulated.launches() == launches + 1
+    for own, Q_of, refreshed in zip(P, Q, zip(*found)):
+        assert_refreshed(own, Q_of, Refreshed(*refreshed))
+    torch.testing.assert_close(found[0][0], eigh_refresh(after, Q[0]).basis, atol=1e-4, rtol=0)
+    assert found[2].tolist() == [ACCEPTED, ACCEPTED | FELL_BACK | LARGE_ROTATION]
+    with pytest.raises(RuntimeError, match="basis must be a contiguous tensor of Float with 800 elements"):
+        emulated.ops.eigh_refresh(P, Q, found[0].double(), *found[1:], 0, 1)
+
+
+@in_one_order
+def test_the_batched_solver(emulated: Emulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of cuSOLVER, of a library with its names: it refuses arguments and a workspace that are wrong."""
+    P = torch.stack([symmetric(torch.logspace(0, -2, 7).double(), seed) for seed in range(3)])
+    with pytest.raises(RuntimeError, match="no cuSOLVER is loaded"):
+        emulated.ops.eigh_batched(P.clone(), torch.empty(3, 7).double(), torch.empty(3, dtype=torch.int32))
+    stand_in = shared_library(tmp_path / "libcusolver.so", ["tests/emulation/cusolver.cpp"])
+    assert emulated.library.emulation_load_cusolver(str(stand_in).encode()) == b""
+    monkeypatch.setattr(eigh, "_batched", lambda P: True)
+    monkeypatch.setattr(torch.ops.steepest, "eigh_batched", emulated.ops.eigh_batched)
+    for dtype, tolerance in ((torch.float64, 1e-12), (F, 1e-5)):
+        own = P.to(dtype)
+        own[1, 2, 2] = math.nan
+        kept, V = own.clone(), eigh.eigenvectors(own)
+        assert V[1].isnan().all()
+        torch.testing.assert_close(own, kept, rtol=0, atol=0, equal_nan=True)
+        for i in (0, 2):
+            values = torch.logspace(0, -2, 7).double().flip(0).to(dtype)
+            torch.testing.assert_close(own[i] @ V[i], V[i] * values, atol=tolerance, rtol=0)
+            assert orthonormality(V[i]) < tolerance
 
 
 @in_one_order

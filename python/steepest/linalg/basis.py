@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ..ops import eigh
 from ..ops.products import product
 
 Method = Literal["auto", "jr", "qr", "eigh"]
@@ -122,6 +123,11 @@ def eigh_refresh(
         empty = torch.zeros(P.shape[:-2], dtype=torch.int32, device=P.device)
         order = torch.arange(n, device=P.device).expand(P.shape[:-1])
         return Refreshed(Q.clone(), P.new_zeros(P.shape[:-1]), empty, order.clone())
+    if eigh.takes(P, method):
+        basis, values, status, order = eigh.refresh(P.reshape(-1, n, n), Q.reshape(-1, n, n), method, sweeps)
+        if check:
+            _check_values(status)
+        return _shaped(P, basis, values, status, order)
     problem = _problem(P.reshape(-1, n, n), Q.reshape(-1, n, n))
     if check:
         _check_values(problem.status)
@@ -150,9 +156,13 @@ def eigh_refresh(
     order = torch.where(taken[:, None], order, slots)
     values = torch.where(nothing[:, None], 0, _diagonal(new.B) / problem.factor[:, None])
     status = torch.where(nothing, 0, bits | _bits((taken, ACCEPTED))) | problem.status
-    return Refreshed(
-        basis.reshape(P.shape), values.reshape(P.shape[:-1]), status.reshape(P.shape[:-2]), order.reshape(P.shape[:-1])
-    )
+    return _shaped(P, basis, values, status, order)
+
+
+def _shaped(P: Tensor, basis: Tensor, values: Tensor, status: Tensor, order: Tensor) -> Refreshed:
+    """Stacks in the shape that P came in."""
+    one = P.shape[:-1]
+    return Refreshed(basis.reshape(P.shape), values.reshape(one), status.reshape(one[:-1]), order.reshape(one))
 
 
 def symmetrize(P: Tensor) -> Tensor:
@@ -343,11 +353,7 @@ def _solve(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
     order = _descending(old)
     # fp64 takes LAPACK twice as long and leaves no error of eps max d in the small eigenvalues.
     wide = P.double() if P.device.type == "cpu" else P
-    try:
-        Q = torch.linalg.eigh(wide).eigenvectors
-    except torch.linalg.LinAlgError:
-        Q = torch.full_like(P, torch.nan)
-    Q = Q.flip(-1).to(P.dtype)
+    Q = eigh.eigenvectors(wide).flip(-1).to(P.dtype)
     along = (Q * _columns(old.Q, order)).sum(-2, keepdim=True)
     Q = torch.where(along < 0, -Q, Q)
     return _measured(P, Q, orthonormality(Q)), order

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "common/shared.h"
+#include "common/shared.cuh"
 
 namespace steepest {
 

@@ -12,7 +12,7 @@
 #include <cstring>
 
 #include "common/floats.h"
-#include "common/shared.h"
+#include "common/shared.cuh"
 
 namespace emulation {
 
@@ -90,8 +90,6 @@ inline void multiply(Operands (&lanes)[kWarp]) {
 namespace steepest {
 
 constexpr int kTile = 16;
-
-__device__ inline void hide(int&) {}
 
 __device__ inline void store_16_bytes(uint16_t* at, uint4 words) { *reinterpret_cast<uint4*>(at) = words; }
 

@@ -1,7 +1,9 @@
-// The shared memory that a launch asks for, of each block of a cluster.
+// csrc/common/shared.cuh on a CPU: the shared memory that a launch asks for, of each block of a cluster.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <cstring>
 
 namespace emulation {
 
@@ -43,5 +45,7 @@ __device__ inline unsigned char* dynamic_shared() {
   launch[own] = launches, block[own] = blockIdx.x;
   return shared_memory[own].bytes;
 }
+
+__device__ inline void hide(int&) {}
 
 }  // namespace steepest
