@@ -25,6 +25,7 @@
 #include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
 #include "polar/chain.h"
+#include "polar/chunks.h"
 #include "small_polar/params.h"
 #include "symm_gemm/plan.h"
 
@@ -47,8 +48,10 @@ STABLE_TORCH_LIBRARY(steepest, m) {
       "chain_numbers(Tensor gram, Tensor(a!) numbers, Tensor(b!) slack, Tensor(c!) scratch, float[] constants, "
       "int[] powers, float[] slacks, bool tight, float eps) -> ()");
   m.def(
-      "polar_chain(Tensor(a!)[] xs, Tensor(b!)[] ys, Tensor(c!)[] slacks, int[] ints, float[] floats, "
-      "float[] constants, int[] powers, float[] least, bool tight, float eps) -> ()");
+      "polar_chain(Tensor(a!)[] xs, Tensor(b!)[] ys, Tensor(c!)[] slacks, Tensor(d!)[] row_sums, "
+      "Tensor(e!)[] weights, Tensor[] etas, Tensor[] betas, int[] ints, float[] floats, float[] constants, "
+      "int[] powers, float[] least, bool tight, float eps, int chunks=0) -> ()");
+  m.def("weight_update(Tensor a, Tensor b, Tensor(a!)[] weights, Tensor alpha, Tensor beta) -> ()");
   m.def(
       "small_polar(Tensor[] xs, Tensor(a!)[] outs, Tensor(b!)[] slacks, float[] coefficients, int tables, "
       "float[] least, bool tight, float eps) -> ()");
@@ -161,7 +164,9 @@ Product chain_product(const std::string& kind, int64_t matrices, int64_t rows, i
   if (of == Kind::apply && kind != "apply")
     throw std::invalid_argument("kind is gram, product or apply, got '" + kind + "'");
   const steepest::polar::Node node{of, 0, 0, 0, 0, {-1, 1}, {-1, 0}, 0};
-  const sg::Shape shape = products_of(node, {{matrices, rows, columns, {}, nullptr, 0}})[0].shape;
+  steepest::polar::Stack stack{};
+  stack.matrices = matrices, stack.rows = rows, stack.columns = columns;
+  const sg::Shape shape = products_of(node, {stack})[0].shape;
   return {shape.batch, shape.m, shape.n, shape.k, kMajors[static_cast<int>(shape.majors)], shape.symmetric};
 }
 
@@ -202,6 +207,42 @@ py::dict symm_gemm_plan(const std::vector<Product>& products, int multiprocessor
   return out;
 }
 
+// How a chain (nodes as polar_chain takes them) cuts stacks of (matrices, rows, columns): for every chunk (first,
+// count) of each stack, and the model's bytes and clocks of these chunks and of all matrices at once.
+py::dict polar_chunks(const std::vector<int64_t>& ints, const std::vector<double>& floats,
+                      const std::vector<std::tuple<int64_t, int64_t, int64_t>>& shapes, int multiprocessors,
+                      int64_t l2_bytes) {
+  std::vector<steepest::polar::Node> nodes;
+  for (size_t i = 0; 7 * i + 6 < ints.size(); ++i) {
+    const int64_t* own = &ints[7 * i];
+    const auto at = [&](int k) { return static_cast<int8_t>(own[k]); };
+    nodes.push_back({static_cast<steepest::polar::Kind>(own[0]),
+                     at(1),
+                     at(2),
+                     at(3),
+                     at(4),
+                     {-1, 1},
+                     {static_cast<int32_t>(own[6]), static_cast<float>(floats[3 * i + 1])},
+                     0});
+  }
+  std::vector<steepest::polar::Stack> stacks;
+  for (const auto& [matrices, rows, columns] : shapes) {
+    stacks.push_back({});
+    stacks.back().matrices = matrices, stacks.back().rows = rows, stacks.back().columns = columns;
+  }
+  const steepest::polar::Chunking found = make_chunks(nodes, stacks, {multiprocessors, l2_bytes});
+  std::vector<std::vector<std::pair<int64_t, int64_t>>> chunks;
+  for (const steepest::polar::Chunk& chunk : found.chunks) {
+    chunks.emplace_back();
+    for (const auto& [first, count] : chunk) chunks.back().emplace_back(first, count);
+  }
+  py::dict out;
+  out["chunks"] = chunks;
+  out["bytes"] = found.cost.traffic, out["bytes_whole"] = found.whole.traffic;
+  out["clocks"] = found.cost.clocks, out["clocks_whole"] = found.whole.clocks;
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -234,6 +275,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("names"));
   m.def("small_polar_refusal", &small_polar_refusal, py::arg("tables"), py::arg("least"));
   m.def("chain_product", &chain_product, py::arg("kind"), py::arg("matrices"), py::arg("rows"), py::arg("columns"));
+  m.def("polar_chunks", &polar_chunks, py::arg("ints"), py::arg("floats"), py::arg("shapes"),
+        py::arg("multiprocessors"), py::arg("l2_bytes"));
   m.def("symm_gemm_plan", &symm_gemm_plan, py::arg("products"), py::arg("multiprocessors"));
   m.def("float_formats", &float_formats, py::arg("value"));
 }

@@ -42,6 +42,7 @@ KERNELS = {
     "after strided": ("3run", "5After", "11StridedItem"),
     "chain numbers": ("13chain_numbers",),
     "matrix sum": ("10matrix_sum",),
+    "row sums": ("9add_lines",),
     "small polar 64": ("11small_polarILi64E",),
     "small polar 128": ("11small_polarILi128E",),
     "small polar 256": ("11small_polarILi256E",),

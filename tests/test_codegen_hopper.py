@@ -21,8 +21,14 @@ KERNEL = "9symm_gemm8multiply"
 DTYPES = {"DtypeE0": "f16", "DtypeE1": "bf16"}
 MAJORS = {"MajorsE0": "kk", "MajorsE1": "mnmn", "MajorsE2": "kmn"}
 TILES = {"TileE0": "wide", "TileE1": "small"}
+ENDS = {"EndE0": "store", "EndE1": "update"}
 NAMES = [
-    f"{dtype} {majors} {tile}" for dtype in DTYPES.values() for majors in MAJORS.values() for tile in TILES.values()
+    f"{dtype} {majors} {tile} {end}"
+    for dtype in DTYPES.values()
+    for majors in MAJORS.values()
+    for tile in TILES.values()
+    for end in ENDS.values()
+    if (majors, end) != ("mnmn", "update")
 ]
 
 
@@ -37,7 +43,7 @@ def cutlass() -> Path:
 
 @pytest.fixture(scope="module")
 def sass() -> dict[str, str]:
-    """By element type, how A and B lie, and tile."""
+    """By element type, how A and B lie, tile, and what becomes of it."""
     path = binary()
     assert backend.extension is not None
     if not backend.extension.build_info()["hopper"]:
@@ -45,7 +51,8 @@ def sass() -> dict[str, str]:
     found = {}
     for _, mangled, body in by_architecture(dump("--dump-sass", path), r"\bFunction : "):
         if KERNEL in mangled:
-            name = [next(name for mark, name in marks.items() if mark in mangled) for marks in (DTYPES, MAJORS, TILES)]
+            kinds = (DTYPES, MAJORS, TILES, ENDS)
+            name = [next(name for mark, name in marks.items() if mark in mangled) for marks in kinds]
             found[" ".join(name)] = body
     assert sorted(found) == sorted(NAMES)
     return found
@@ -69,7 +76,7 @@ def test_tensor_cores(name: str, sass: dict[str, str]) -> None:
 @kernels
 def test_loads_are_multicast_in_a_cluster(name: str, sass: dict[str, str]) -> None:
     """Pieces of a k tile that a block loads: all of A, half of B for both blocks; 64 wide unless along k."""
-    _, majors, tile = name.split()
+    _, majors, tile, _ = name.split()
     a, b = {"kk": (1, 1), "mnmn": (2, 4), "kmn": (1, 4)}[majors]
     expected = (a, b) if tile == "wide" else (a + (b + 1) // 2, 0)
     alone, multicast = (count(rf"\bUTMALDG\.3D{kind} ", sass[name]) for kind in ("", r"\.MULTICAST"))
@@ -78,7 +85,7 @@ def test_loads_are_multicast_in_a_cluster(name: str, sass: dict[str, str]) -> No
     assert count(r"\bUCGABAR_WAIT\b", sass[name]) == (1 if tile == "wide" else 0)
 
 
-@kernels
+@pytest.mark.parametrize("name", [name for name in NAMES if "store" in name])
 def test_epilogue_moves_16_bytes(name: str, sass: dict[str, str]) -> None:
     code, chunks = sass[name], 4 if "wide" in name else 2
     # Directly and transposed, four matrices at a time, and C likewise; one code on the diagonal, one beside it.
@@ -87,10 +94,24 @@ def test_epilogue_moves_16_bytes(name: str, sass: dict[str, str]) -> None:
     # A thread has four vectors of a chunk: C; D directly, joined on the diagonal, or with its mirror image.
     assert count(r"\bLDG\.E\.128 ", code) >= 4 * chunks
     assert count(r"\bSTG\.E\.128 ", code) >= 8 * chunks
-    # By fours, the diagonal, a warp's sum of squares and a counter.
-    assert count(r"\bSTG\.E ", code) == 2 * chunks + 2
+    # By fours, the diagonal and sums of rows, of every vector of D; a warp's sum of squares and a counter.
+    assert count(r"\bSTG\.E ", code) == 2 * chunks + 4 * 4 * chunks + 2
     assert count(r"\bSTG\.E\.(U?16|U8)\b", code) == 0
     # Parts of cut tiles, fp32, past the L1 cache.
+    assert count(r"\bSTG\.E\.128\.STRONG\.GPU\b", code) == count(r"\bLDG\.E\.128\.STRONG\.GPU\b", code) == 8 * chunks
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "update" in name])
+def test_weights_move_16_bytes(name: str, sass: dict[str, str]) -> None:
+    code, chunks = sass[name], 4 if "wide" in name else 2
+    # Of a chunk, products go through shared memory in fp32; a thread has four times eight weights of 32 or 16 bits.
+    assert count(r"\bSTS\.64\b", code) == 16 * chunks
+    assert count(r"\bLDS\.128\b", code) == 8 * chunks
+    assert count(r"\bSTG\.E\.128 ", code) == 4 * (2 + 1) * chunks
+    assert count(r"\bLDG\.E\.128 ", code) >= 4 * 2 * chunks
+    # By fours a counter alone, and nothing narrower.
+    assert count(r"\bSTG\.E ", code) == 1
+    assert count(r"\bSTG\.E\.(U?16|U8|64)\b", code) == 0
     assert count(r"\bSTG\.E\.128\.STRONG\.GPU\b", code) == count(r"\bLDG\.E\.128\.STRONG\.GPU\b", code) == 8 * chunks
 
 

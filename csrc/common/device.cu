@@ -21,6 +21,8 @@ int attribute(cudaDeviceAttr name, int32_t device) {
 
 int multiprocessors_of(int32_t device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
+int64_t l2_bytes_of(int32_t device) { return attribute(cudaDevAttrL2CacheSize, device); }
+
 int capability_of(int32_t device) {
   return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
          attribute(cudaDevAttrComputeCapabilityMinor, device);

@@ -7,6 +7,7 @@
 namespace steepest {
 
 int multiprocessors_of(int32_t device);
+int64_t l2_bytes_of(int32_t device);
 int capability_of(int32_t device);  // 10 major + minor
 
 // What shared memory a block may have on a device of this capability; 0 below 8.0, for which nothing here is built.

@@ -55,6 +55,18 @@ T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// Of a matrix of weights that a product is taken into: contiguous, of the type of the others of its stack.
+inline void* weight_address(const Tensor& weight, const Place& place, size_t i, int64_t rows, int64_t columns,
+                            Dtype dtype) {
+  place.check(weight, "weights", i);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns && weight.is_contiguous(),
+                  "weights[", i, "] must be a contiguous matrix of ", rows, " x ", columns);
+  STD_TORCH_CHECK((dtype == Dtype::f32 || dtype == Dtype::bf16 || dtype == Dtype::f16) &&
+                      element_type(weight, place, "weights", i) == dtype,
+                  "weights[", i, "] must be float32, bfloat16 or float16, like the others of its stack");
+  return weight.mutable_data_ptr();
+}
+
 inline void* current_stream(int32_t device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
   void* stream = nullptr;

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <functional>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +13,7 @@
 #include "common/device.h"
 #include "ops/door.h"
 #include "polar/chain.h"
+#include "polar/chunks.h"
 #include "polar/params.h"
 #include "small_polar/params.h"
 #include "symm_gemm/plan.h"
@@ -69,19 +72,9 @@ std::vector<Node> make_nodes(const std::vector<int64_t>& ints, const std::vector
   return nodes;
 }
 
-// Where a chain runs: tensors of its stacks' squares, numbers and scratch live as long as this.
-struct Room {
+std::vector<Stack> make_stacks(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys,
+                               const std::vector<Tensor>& slacks, int64_t columns, const Place& place, Dtype dtype) {
   std::vector<Stack> stacks;
-  std::vector<NumbersParams> numbers;
-  std::vector<Tensor> held;
-};
-
-Room make_room(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, const std::vector<Tensor>& slacks,
-               const std::vector<Node>& nodes, const Numbering& numbering, const Place& place, Dtype dtype) {
-  bool used[kBuffers] = {true, true, true};
-  for (const Node& node : nodes) used[node.out] = true;
-  Room room;
-  const auto hold = [&](Tensor tensor) { return room.held.emplace_back(std::move(tensor)).mutable_data_ptr(); };
   for (size_t i = 0; i < xs.size(); ++i) {
     const Tensor &x = xs[i], &y = ys[i];
     STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous() && x.numel() > 0, "xs[", i,
@@ -90,93 +83,190 @@ Room make_room(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, con
     place.check(x, "xs", i), place.check(y, "ys", i);
     STD_TORCH_CHECK(y.scalar_type() == x.scalar_type() && y.is_contiguous() && y.numel() == x.numel(), "ys[", i,
                     "] must be like xs[", i, "]");
-    Stack stack{x.size(0), x.size(1), x.size(2), {}, nullptr, numbering.columns};
+    Stack stack{};
+    stack.matrices = x.size(0), stack.rows = x.size(1), stack.columns = x.size(2), stack.number_columns = columns;
     check_floats(slacks[i], place, stack.matrices, "slacks");
-    const int64_t side = stack.side();
     stack.at[kX] = x.mutable_data_ptr(), stack.at[kY] = y.mutable_data_ptr();
-    for (int buffer = kGram; buffer < kBuffers; ++buffer)
-      if (used[buffer]) stack.at[buffer] = hold(torch::stable::new_empty(x, {stack.matrices, side, side}));
-    auto* numbers =
-        static_cast<float*>(hold(torch::stable::new_empty(x, {stack.matrices, numbering.columns}, ScalarType::Float)));
-    const int64_t blocks = stack.matrices * blocks_of(side);
-    const Tensor scratch = torch::stable::new_zeros(x, {stack.matrices + blocks * kSpreadSums}, ScalarType::Double);
-    room.held.push_back(scratch);
-    stack.numbers = numbers;
-    room.numbers.push_back({stack.at[kGram], dtype, stack.matrices, side, numbering, numbers, pointer<float>(slacks[i]),
-                            check_scratch(scratch, place, kSpreadSums, stack.matrices, blocks)});
-    room.stacks.push_back(stack);
+    stack.slack = pointer<float>(slacks[i]);
+    stacks.push_back(stack);
   }
-  return room;
+  return stacks;
 }
 
-template <class Products, class Numbers, class Sums>
-void run_chain(const std::vector<Node>& nodes, const Room& room, const Products& products, const Numbers& numbers,
-               const Sums& sums) {
-  const Number one{-1, 1}, zero{-1, 0};
-  products(products_of({Kind::gram, kGram, kX, kX, kX, one, zero, 0}, room.stacks));
-  for (const NumbersParams& each : room.numbers) numbers(each);
+void add_row_sums(std::vector<Stack>& stacks, const std::vector<Tensor>& row_sums, const Place& place) {
+  if (row_sums.empty()) return;
+  STD_TORCH_CHECK(row_sums.size() == stacks.size(), "row_sums has ", row_sums.size(), " tensors for ", stacks.size(),
+                  " stacks");
+  for (size_t i = 0; i < stacks.size(); ++i) {
+    check_floats(row_sums[i], place, stacks[i].matrices * stacks[i].side(), "row_sums");
+    stacks[i].row_sums = pointer<float>(row_sums[i]);
+  }
+}
+
+// The weights that a chain ends in; the stacks point into `addresses`.
+void add_weights(std::vector<Stack>& stacks, const std::vector<Tensor>& weights, const std::vector<Tensor>& etas,
+                 const std::vector<Tensor>& betas, const Place& place, std::vector<void*>& addresses) {
+  if (weights.empty()) return;
+  int64_t matrices = 0;
+  for (const Stack& stack : stacks) matrices += stack.matrices;
+  STD_TORCH_CHECK(
+      static_cast<int64_t>(weights.size()) == matrices && etas.size() == stacks.size() && betas.size() == stacks.size(),
+      "weights has ", weights.size(), " tensors for ", matrices, " matrices; etas and betas go by xs");
+  addresses.reserve(weights.size());
+  for (size_t i = 0; i < stacks.size(); ++i) {
+    Stack& stack = stacks[i];
+    const size_t first = addresses.size();
+    check_floats(etas[i], place, stack.matrices, "etas"), check_floats(betas[i], place, stack.matrices, "betas");
+    stack.update = {addresses.data() + first, element_type(weights[first], place, "weights", first),
+                    pointer<float>(etas[i]), pointer<float>(betas[i])};
+    for (size_t at = first; at < first + stack.matrices; ++at)
+      addresses.push_back(weight_address(weights[at], place, at, stack.rows, stack.columns, stack.update.dtype));
+  }
+}
+
+// Squares, numbers and scratch of the stacks, which live as long as what is returned. Chunks use them in turn, so there
+// is room for the largest part of a stack that a chunk has.
+std::vector<Tensor> add_room(std::vector<Stack>& stacks, const std::vector<Chunk>& chunks,
+                             const std::vector<Node>& nodes, const Place& place, const Tensor& x) {
+  bool used[kBuffers] = {false, false, true};
+  for (const Node& node : nodes) used[node.out] = true;
+  std::vector<Tensor> held;
+  const auto hold = [&](Tensor tensor) { return held.emplace_back(std::move(tensor)).mutable_data_ptr(); };
+  for (size_t i = 0; i < stacks.size(); ++i) {
+    Stack& stack = stacks[i];
+    int64_t most = 0;
+    for (const Chunk& chunk : chunks) most = std::max(most, chunk[i].count);
+    const int64_t side = stack.side(), blocks = most * blocks_of(side);
+    for (int buffer = kGram; buffer < kBuffers; ++buffer)
+      if (used[buffer]) stack.at[buffer] = hold(torch::stable::new_empty(x, {most, side, side}));
+    stack.numbers =
+        static_cast<float*>(hold(torch::stable::new_empty(x, {most, stack.number_columns}, ScalarType::Float)));
+    held.push_back(torch::stable::new_zeros(x, {most + blocks * kSpreadSums}, ScalarType::Double));
+    stack.scratch = check_scratch(held.back(), place, kSpreadSums, most, blocks);
+    if (stack.row_sums != nullptr)
+      stack.row_lines = static_cast<float*>(
+          hold(torch::stable::new_empty(x, {most, symm_gemm::row_lines(side), side}, ScalarType::Float)));
+  }
+  return held;
+}
+
+// What runs on the host or the device: lists of products, and what is done stack by stack.
+struct Ways {
+  std::function<void(const std::vector<symm_gemm::Problem>&)> products;
+  std::function<void(const Stack&)> numbers, row_sums;
+  std::function<void(const Node&, const Stack&)> sum;
+};
+
+void run_chain(const std::vector<Node>& nodes, const std::vector<Stack>& stacks, const Ways& run) {
+  run.products(first_gram(stacks));
+  for (const Stack& stack : stacks) {
+    run.numbers(stack);
+    if (stack.row_sums != nullptr) run.row_sums(stack);
+  }
   for (const Node& node : nodes) {
     if (node.kind == Kind::sum)
-      for (const Stack& stack : room.stacks) sums(node, stack);
+      for (const Stack& stack : stacks) run.sum(node, stack);
+    else if (&node == &nodes.back() && stacks.front().update.weights != nullptr)
+      run.products(updates_of(node, stacks));
     else
-      products(products_of(node, room.stacks));
+      run.products(products_of(node, stacks));
   }
 }
 
 #ifdef STEEPEST_HAS_HOPPER
-// Plans of all nodes first, so that one workspace serves them one after another; of a chain's lists three or so differ.
-void run_on_hopper(const std::vector<Node>& nodes, const Room& room, const Place& place, Dtype dtype, const Tensor& x) {
-  const torch::stable::accelerator::DeviceGuard guard(place.index);
+// Plans of all nodes and chunks first, so that one workspace serves them one after another; of their lists of products
+// few differ.
+void run_on_hopper(const std::vector<Node>& nodes, const std::vector<std::vector<Stack>>& parts,
+                   const Numbering& numbering, const Place& place, Dtype dtype, const Tensor& x) {
   void* stream = current_stream(place.index);
   const int multiprocessors = multiprocessors_of(place.index);
-  std::vector<std::vector<symm_gemm::Shape>> known;
+  std::vector<std::pair<std::vector<symm_gemm::Shape>, bool>> known;
   std::vector<symm_gemm::Plan> plans;
   std::vector<size_t> plan_of;
   int64_t floats = 0, counters = 0;
   const auto plan = [&](const std::vector<symm_gemm::Problem>& some) {
     std::vector<symm_gemm::Shape> shapes;
     for (const symm_gemm::Problem& problem : some) shapes.push_back(problem.shape);
-    plan_of.push_back(std::find(known.begin(), known.end(), shapes) - known.begin());
+    const bool updates = some.front().update.weights != nullptr;
+    const std::pair<std::vector<symm_gemm::Shape>, bool> key{std::move(shapes), updates};
+    plan_of.push_back(std::find(known.begin(), known.end(), key) - known.begin());
     if (plan_of.back() < known.size()) return;
-    plans.push_back(make_plan(shapes, multiprocessors));
-    known.push_back(std::move(shapes));
+    plans.push_back(make_plan(key.first, multiprocessors, symm_gemm::options_of(updates)));
+    known.push_back(key);
     for (const std::string& reason : plans.back().reasons) STD_TORCH_CHECK(reason.empty(), "polar_chain: ", reason);
     floats = std::max(floats, plans.back().workspace_floats);
     counters = std::max(counters, plans.back().workspace_counters);
   };
-  run_chain(nodes, room, plan, [](const NumbersParams&) {}, [](const Node&, const Stack&) {});
+  for (const std::vector<Stack>& part : parts)
+    run_chain(nodes, part, {plan, [](const Stack&) {}, [](const Stack&) {}, [](const Node&, const Stack&) {}});
   const Tensor partials = torch::stable::new_empty(x, {floats}, ScalarType::Float);
   const Tensor counts = torch::stable::new_zeros(x, {counters}, ScalarType::Int);
   const symm_gemm::Workspace workspace{pointer<float>(partials), pointer<uint32_t>(counts)};
   auto next = plan_of.begin();
   const auto type = dtype == Dtype::f16 ? symm_gemm::Dtype::f16 : symm_gemm::Dtype::bf16;
-  run_chain(
-      nodes, room,
+  const Ways ways{
       [&](const std::vector<symm_gemm::Problem>& some) { run_on_sm90(plans[*next++], some, type, workspace, stream); },
-      [&](const NumbersParams& each) { numbers_on_device(each, stream); },
-      [&](const Node& node, const Stack& stack) { sum_on_device(node, stack, dtype, stream); });
+      [&](const Stack& stack) { numbers_on_device(numbers_params(stack, dtype, numbering), stream); },
+      [&](const Stack& stack) { row_sums_on_device(stack, stream); },
+      [&](const Node& node, const Stack& stack) { sum_on_device(node, stack, dtype, stream); }};
+  for (const std::vector<Stack>& part : parts) run_chain(nodes, part, ways);
 }
 #endif
 
+bool too_many_weights(const Chunk& chunk) {
+  int64_t matrices = 0;
+  for (const Range& range : chunk) matrices += range.count;
+  return matrices > symm_gemm::kMostWeights;
+}
+
+// 0: as many as the planner's model finds, on a CPU one.
+std::vector<Chunk> make_chunks(const std::vector<Node>& nodes, const std::vector<Stack>& stacks,
+                               [[maybe_unused]] const Place& place, int64_t count) {
+#ifdef STEEPEST_HAS_HOPPER
+  if (count == 0 && place.cuda)
+    return known_chunks(nodes, stacks, {multiprocessors_of(place.index), l2_bytes_of(place.index)});
+#endif
+  return cut(nodes, stacks, std::max<int64_t>(count, 1));
+}
+
 void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, const std::vector<Tensor>& slacks,
-                 const std::vector<int64_t>& ints, const std::vector<double>& floats,
-                 const std::vector<double>& constants, const std::vector<int64_t>& powers,
-                 const std::vector<double>& least, bool tight, double eps) {
+                 const std::vector<Tensor>& row_sums, const std::vector<Tensor>& weights,
+                 const std::vector<Tensor>& etas, const std::vector<Tensor>& betas, const std::vector<int64_t>& ints,
+                 const std::vector<double>& floats, const std::vector<double>& constants,
+                 const std::vector<int64_t>& powers, const std::vector<double>& least, bool tight, double eps,
+                 int64_t chunk_count) {
   STD_TORCH_CHECK(ys.size() == xs.size() && slacks.size() == xs.size(), "xs, ys and slacks go by one another");
+  STD_TORCH_CHECK(chunk_count >= 0, "chunks is ", chunk_count, "; 0 stands for what the planner finds");
   if (xs.empty()) return;
   const Place place(xs[0]);
   const Dtype dtype = element_type(xs[0], place, "xs", 0);
   STD_TORCH_CHECK(dtype == Dtype::f16 || dtype == Dtype::bf16, "xs must be float16 or bfloat16");
   const Numbering numbering = make_numbering(constants, powers, least, tight, eps);
   const std::vector<Node> nodes = make_nodes(ints, floats, numbering.columns);
-  const Room room = make_room(xs, ys, slacks, nodes, numbering, place, dtype);
+  std::vector<Stack> stacks = make_stacks(xs, ys, slacks, numbering.columns, place, dtype);
+  std::vector<void*> addresses;
+  add_row_sums(stacks, row_sums, place);
+  add_weights(stacks, weights, etas, betas, place, addresses);
+  STD_TORCH_CHECK(weights.empty() || (!nodes.empty() && nodes.back().kind == Kind::apply &&
+                                      nodes.back().beta.column < 0 && nodes.back().beta.value == 0),
+                  "a chain that ends in weights ends in a product alpha Q X");
 #ifdef STEEPEST_HAS_HOPPER
-  if (place.cuda) return run_on_hopper(nodes, room, place, dtype, xs[0]);
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (place.cuda) guard.emplace(place.index);
 #endif
-  run_chain(
-      nodes, room, [&](const std::vector<symm_gemm::Problem>& some) { products_on_host(some, dtype); },
-      [](const NumbersParams& each) { numbers_on_host(each); },
-      [&](const Node& node, const Stack& stack) { sum_on_host(node, stack, dtype); });
+  std::vector<Chunk> chunks = make_chunks(nodes, stacks, place, chunk_count);
+  while (!weights.empty() && std::any_of(chunks.begin(), chunks.end(), too_many_weights))
+    chunks = cut(nodes, stacks, 2 * static_cast<int64_t>(chunks.size()));
+  const std::vector<Tensor> held = add_room(stacks, chunks, nodes, place, xs[0]);
+  std::vector<std::vector<Stack>> parts;
+  for (const Chunk& chunk : chunks) parts.push_back(part_of(stacks, chunk));
+#ifdef STEEPEST_HAS_HOPPER
+  if (place.cuda) return run_on_hopper(nodes, parts, numbering, place, dtype, xs[0]);
+#endif
+  const Ways ways{[&](const std::vector<symm_gemm::Problem>& some) { products_on_host(some, dtype); },
+                  [&](const Stack& stack) { numbers_on_host(numbers_params(stack, dtype, numbering)); },
+                  row_sums_on_host, [&](const Node& node, const Stack& stack) { sum_on_host(node, stack, dtype); }};
+  for (const std::vector<Stack>& part : parts) run_chain(nodes, part, ways);
 }
 
 #if defined(STEEPEST_HAS_CUDA) || defined(STEEPEST_EMULATION)

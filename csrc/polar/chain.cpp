@@ -1,6 +1,10 @@
 #include "polar/chain.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "common/floats.h"
+#include "symm_gemm/formulas.cuh"
 
 namespace steepest::polar {
 namespace {
@@ -30,6 +34,17 @@ void store(void* at, Dtype dtype, int64_t index, float value) {
   static_cast<uint16_t*>(at)[index] = dtype == Dtype::bf16 ? to_bf16(value) : to_f16(value);
 }
 
+float load_weight(const void* at, Dtype dtype, int64_t index) {
+  return dtype == Dtype::f32 ? static_cast<const float*>(at)[index] : load(at, dtype, index);
+}
+
+void store_weight(void* at, Dtype dtype, int64_t index, float value) {
+  if (dtype == Dtype::f32)
+    static_cast<float*>(at)[index] = value;
+  else
+    store(at, dtype, index, value);
+}
+
 float value_of(const Scalar& scalar, int64_t matrix) {
   return scalar.at != nullptr ? scalar.at[matrix * scalar.stride] : scalar.value;
 }
@@ -38,6 +53,8 @@ void product_on_host(const Problem& problem, Dtype dtype, int64_t matrix) {
   const Shape& shape = problem.shape;
   const float alpha = value_of(problem.alpha, matrix), beta = value_of(problem.beta, matrix);
   const float gamma = value_of(problem.gamma, matrix);
+  const symm_gemm::Update& update = problem.update;
+  const float step = update.weights != nullptr ? symm_gemm::factor(alpha, value_of(update.eta, matrix)) : alpha;
   const bool a_along_k = shape.majors != Majors::mnmn, b_along_k = shape.majors == Majors::kk;
   const int64_t a = matrix * shape.a.matrix, b = matrix * shape.b.matrix, d = matrix * shape.d.matrix;
   for (int64_t i = 0; i < shape.m; ++i) {
@@ -46,6 +63,12 @@ void product_on_host(const Problem& problem, Dtype dtype, int64_t matrix) {
       for (int64_t k = 0; k < shape.k; ++k)
         sum += load(problem.a, dtype, a + place(shape.a, a_along_k, i, k)) *
                load(problem.b, dtype, b + place(shape.b, !b_along_k, k, j));
+      if (update.weights != nullptr) {
+        void* const w = update.weights[matrix];
+        const int64_t at = i * shape.d.row + j;
+        store_weight(w, update.dtype, at, symm_gemm::moved(beta, load_weight(w, update.dtype, at), step, sum));
+        continue;
+      }
       float value = alpha * sum + (i == j ? gamma : 0.0f);
       if (problem.c != nullptr && beta != 0)
         value += beta * load(problem.c, dtype, matrix * shape.c.matrix + i * shape.c.row + j);
@@ -55,6 +78,15 @@ void product_on_host(const Problem& problem, Dtype dtype, int64_t matrix) {
   for (int64_t i = 0; shape.symmetric && i < shape.m; ++i)
     for (int64_t j = 0; j < i; ++j)
       store(problem.d, dtype, d + j * shape.d.row + i, load(problem.d, dtype, d + i * shape.d.row + j));
+  if (problem.row_sums == nullptr) return;
+  const int64_t lines = symm_gemm::row_lines(shape.n);
+  for (int64_t line = 0; line < lines; ++line)
+    for (int64_t i = 0; i < shape.m; ++i) {
+      float sum = 0;
+      for (int64_t j = 64 * line; j < std::min(shape.n, 64 * (line + 1)); ++j)
+        sum += std::fabs(load(problem.d, dtype, d + i * shape.d.row + j));
+      problem.row_sums[(matrix * lines + line) * shape.m + i] = sum;
+    }
 }
 
 }  // namespace
@@ -92,6 +124,32 @@ std::vector<Problem> products_of(const Node& node, const std::vector<Stack>& sta
     found.push_back(problem);
   }
   return found;
+}
+
+NumbersParams numbers_params(const Stack& stack, Dtype dtype, const Numbering& numbering) {
+  return {stack.at[kGram], dtype, stack.matrices, stack.side(), numbering, stack.numbers, stack.slack, stack.scratch};
+}
+
+std::vector<Problem> updates_of(const Node& last, const std::vector<Stack>& stacks) {
+  std::vector<Problem> found = products_of(last, stacks);
+  for (size_t i = 0; i < stacks.size(); ++i) {
+    const Update& update = stacks[i].update;
+    found[i].beta = {update.beta, 1, 0}, found[i].d = nullptr;
+    found[i].update = {update.weights, update.dtype, {update.eta, 1, 0}};
+  }
+  return found;
+}
+
+std::vector<Problem> first_gram(const std::vector<Stack>& stacks) {
+  std::vector<Problem> found = products_of({Kind::gram, kGram, kX, kX, kX, {-1, 1}, {-1, 0}, 0}, stacks);
+  for (size_t i = 0; i < stacks.size(); ++i) found[i].row_sums = stacks[i].row_lines;
+  return found;
+}
+
+void row_sums_on_host(const Stack& stack) {
+  const int64_t side = stack.side(), lines = symm_gemm::row_lines(side);
+  for (int64_t i = 0; i < stack.matrices * side; ++i)
+    stack.row_sums[i] = symm_gemm::row_sum(stack.row_lines, lines, side, i);
 }
 
 void products_on_host(const std::vector<Problem>& problems, Dtype dtype) {

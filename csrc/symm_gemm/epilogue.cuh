@@ -4,7 +4,7 @@
 //   - sync(): all 128 meet, and see what each wrote
 //   - pack, unpack: two 16-bit entries in a word, the first in its lower half
 //   - load_matrices, store_matrices, store_transposed: a warp's four 8 x 8 matrices, every lane giving a row's address
-//   - add_lanes: over the warp, always in the same order
+//   - add_lanes: over the warp, always in the same order; add_row: over eight lanes that follow one another
 //   - publish, acquire: before and after a counter says that something is in memory
 //   - count: adds 1 to a counter, returns what was there
 //   - load_shared, store_shared: 16 bytes that other blocks write or read
@@ -42,9 +42,12 @@ struct Output {
   void* d;
   int64_t c_row, c_matrix, d_row, d_matrix;
   Scalar alpha, beta, gamma;
-  float *partials, *diagonal;
+  float *partials, *diagonal, *row_sums;
   int32_t m, n;
   Tiling tiling;
+  Scalar eta;
+  steepest::Dtype weights;  // of an update
+  int32_t first_weight;     // among the addresses of a launch
 };
 
 inline Output output_of(const Problem& problem, const PlannedProblem& planned) {
@@ -60,9 +63,13 @@ inline Output output_of(const Problem& problem, const PlannedProblem& planned) {
           problem.gamma,
           problem.partials,
           problem.diagonal,
+          problem.row_sums,
           static_cast<int32_t>(shape.m),
           static_cast<int32_t>(shape.n),
-          planned.tiling};
+          planned.tiling,
+          problem.update.eta,
+          problem.update.dtype,
+          0};
 }
 
 // A warpgroup's shared memory.
@@ -88,13 +95,65 @@ STEEPEST_HD inline Vector join(const Vector& lower, const Vector& upper, int row
   return out;
 }
 
+// Leaves this part of a cut tile in memory. The last warpgroup to arrive, whichever it is, adds all parts in their
+// order and has the sum in `sums`; the others get false.
+template <Tile kTile, class Team, int kSums>
+STEEPEST_FLAT bool combine(const Work& work, int rank, const Team& team, Staging& staging, float (&sums)[kSums],
+                           const Workspace& workspace) {
+  constexpr int64_t kHalf = kSums * 128;  // of the warpgroup
+  // Counts halves of blocks' tiles where a cluster tile has this number.
+  const auto half = [&](int32_t number) -> int64_t {
+    return (number * shape_of(kTile).cluster + rank) * kWarpgroups + team.warpgroup;
+  };
+  const auto at = [&](int32_t part) {
+    return workspace.partials + half(slot_of(work.opener, part)) * kHalf + team.thread * 4;
+  };
+  uint32_t* const counter = workspace.counters + half(work.opener);
+  float* const own = at(work.part);
+  STEEPEST_UNROLL
+  for (int i = 0; i < kSums / 4; ++i) {
+    Vector part;
+    STEEPEST_UNROLL
+    for (int j = 0; j < 4; ++j) part.words[j] = bits_of(sums[4 * i + j]);
+    team.store_shared(own + i * 512, part);
+  }
+  team.publish();
+  team.sync();
+  if (team.thread == 0) {
+    staging.last = team.count(counter) == static_cast<uint32_t>(work.parts) - 1;
+    if (staging.last) *counter = 0;  // for the next launch
+  }
+  team.sync();
+  if (!staging.last) return false;
+  team.acquire();
+  STEEPEST_UNROLL
+  for (int i = 0; i < kSums; ++i) sums[i] = 0;
+  STEEPEST_LOOP
+  for (int32_t each = 0; each < work.parts; ++each) {
+    const float* const from = at(each);
+    STEEPEST_UNROLL
+    for (int i = 0; i < kSums / 4; ++i) {
+      const Vector part = team.load_shared(from + i * 512);
+      STEEPEST_UNROLL
+      for (int j = 0; j < 4; ++j) sums[4 * i + j] += float_of(part.words[j]);
+    }
+  }
+  return true;
+}
+
+// First row of a warpgroup's half of a block's tile.
+template <Tile kTile>
+STEEPEST_HD inline int first_row(const Work& work, int rank, int warpgroup) {
+  constexpr TileShape kShape = shape_of(kTile);
+  return (work.place.row * kShape.cluster + rank) * kShape.rows + warpgroup * kChunk;
+}
+
 // Stores one warpgroup's half of a block's tile: 64 rows of `columns / 64` chunks.
 template <class Team, Tile kTile>
 struct TileStore {
   static constexpr TileShape kShape = shape_of(kTile);
   static constexpr int kChunks = kShape.columns / kChunk;
   static constexpr int kSums = kChunks * kChunkSums;  // of a thread
-  static constexpr int64_t kHalf = kSums * 128;       // of the warpgroup
 
   const Output& out;
   const Work& work;
@@ -113,7 +172,7 @@ struct TileStore {
         staging(staging),
         c(out.c == nullptr ? nullptr : static_cast<const uint16_t*>(out.c) + work.matrix * out.c_matrix),
         d(static_cast<uint16_t*>(out.d) + work.matrix * out.d_matrix),
-        row((work.place.row * kShape.cluster + rank) * kShape.rows + team.warpgroup * kChunk),
+        row(first_row<kTile>(work, rank, team.warpgroup)),
         column(work.place.column * kShape.columns),
         rank(rank) {}
 
@@ -133,7 +192,7 @@ struct TileStore {
   // `sums`: this thread's, as the tensor cores leave them.
   STEEPEST_HD void finish(float (&sums)[kSums], const Workspace& workspace) {
     if (work.parts > 1) {
-      if (!combine(sums, workspace)) return;
+      if (!combine<kTile>(work, rank, team, staging, sums, workspace)) return;
       fetch(0);
     }
     const float squares = store(sums);
@@ -143,50 +202,6 @@ struct TileStore {
   }
 
  private:
-  // Counts halves of blocks' tiles where a cluster tile has this number.
-  STEEPEST_HD int64_t half(int32_t number) const {
-    return (number * kShape.cluster + rank) * kWarpgroups + team.warpgroup;
-  }
-
-  // Leaves this part of a cut tile in memory. The last warpgroup to arrive, whichever it is, adds all parts in their
-  // order and has the sum in `sums`; the others get false.
-  STEEPEST_HD bool combine(float (&sums)[kSums], const Workspace& workspace) const {
-    const auto at = [&](int32_t part) {
-      return workspace.partials + half(slot_of(work.opener, part)) * kHalf + team.thread * 4;
-    };
-    uint32_t* const counter = workspace.counters + half(work.opener);
-    float* const own = at(work.part);
-    STEEPEST_UNROLL
-    for (int i = 0; i < kSums / 4; ++i) {
-      Vector part;
-      STEEPEST_UNROLL
-      for (int j = 0; j < 4; ++j) part.words[j] = bits_of(sums[4 * i + j]);
-      team.store_shared(own + i * 512, part);
-    }
-    team.publish();
-    team.sync();
-    if (team.thread == 0) {
-      staging.last = team.count(counter) == static_cast<uint32_t>(work.parts) - 1;
-      if (staging.last) *counter = 0;  // for the next launch
-    }
-    team.sync();
-    if (!staging.last) return false;
-    team.acquire();
-    STEEPEST_UNROLL
-    for (int i = 0; i < kSums; ++i) sums[i] = 0;
-    STEEPEST_LOOP
-    for (int32_t each = 0; each < work.parts; ++each) {
-      const float* const from = at(each);
-      STEEPEST_UNROLL
-      for (int i = 0; i < kSums / 4; ++i) {
-        const Vector part = team.load_shared(from + i * 512);
-        STEEPEST_UNROLL
-        for (int j = 0; j < 4; ++j) sums[4 * i + j] += float_of(part.words[j]);
-      }
-    }
-    return true;
-  }
-
   STEEPEST_HD void fetch(int chunk) {
     if (c == nullptr || !stores(chunk)) return;
     STEEPEST_UNROLL
@@ -204,9 +219,22 @@ struct TileStore {
       staging.direct[staged(moved_row(team.thread, i), moved_vector(team.thread))] = ahead[i];
   }
 
-  // One vector of D; n is a multiple of its 8 entries.
+  // One vector of D; n is a multiple of its 8 entries. Eight lanes have a row of a chunk.
   STEEPEST_HD void put(int at_row, int at_column, const Vector& vector) const {
-    if (at_row < out.m && at_column < out.n) *reinterpret_cast<Vector*>(d + at_row * out.d_row + at_column) = vector;
+    const bool inside = at_row < out.m && at_column < out.n;
+    if (inside) *reinterpret_cast<Vector*>(d + at_row * out.d_row + at_column) = vector;
+    if (out.row_sums == nullptr) return;
+    float sum = 0;
+    STEEPEST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float pair[2];
+      team.unpack(vector.words[i] & 0x7fff7fffu, pair[0], pair[1]);
+      sum += pair[0] + pair[1];
+    }
+    sum = team.add_row(inside ? sum : 0.0f);
+    if (moved_vector(team.thread) != 0 || at_row >= out.m) return;
+    const int64_t line = int64_t{work.matrix} * ((out.n + kChunk - 1) / kChunk) + at_column / kChunk;
+    out.row_sums[line * out.m + at_row] = sum;
   }
 
   STEEPEST_HD void put_chunk(int chunk) const {

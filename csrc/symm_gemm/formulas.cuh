@@ -19,6 +19,21 @@ STEEPEST_HD inline float entry(float alpha, float product, float beta, float c, 
   return fmaf(alpha, product, fmaf(beta, c, gamma));
 }
 
+// What the product of an update is multiplied by, and an entry of beta W + alpha A B. Where a factor is 0 there is no
+// product, NaN or not.
+STEEPEST_HD inline float factor(float alpha, float eta) { return eta == 0 ? 0.0f : alpha * eta; }
+STEEPEST_HD inline float moved(float beta, float weight, float alpha, float product) {
+  return alpha == 0 ? beta * weight : fmaf(alpha, product, beta * weight);
+}
+
+// The i-th of (matrices, m) row sums from (matrices, lines, m).
+STEEPEST_HD inline float row_sum(const float* from, int64_t lines, int64_t m, int64_t i) {
+  const float* at = from + i / m * lines * m + i % m;
+  float sum = 0;
+  for (int64_t line = 0; line < lines; ++line) sum += at[line * m];
+  return sum;
+}
+
 constexpr int kChunk = 64;  // rows and columns
 constexpr int kVector = 8;  // entries of 16 bytes
 constexpr int kRowVectors = kChunk / kVector;
@@ -44,6 +59,13 @@ STEEPEST_HD constexpr int direct_slot(int thread, int quarter) {
 STEEPEST_HD constexpr int mirrored_slot(int thread, int quarter) {
   const int lane = thread % 32, i = lane / 8;
   return staged(matrix_j(quarter, i) * 8 + lane % 8, thread / 32 * 2 + matrix_h(i));
+}
+
+// A chunk in fp32 has 16 vectors of four entries in a row, the even ones in the first half. Writing, eight lanes have
+// pairs of entries of two vectors in four rows; reading, eight even or eight odd vectors of a row.
+constexpr int kWideVectors = kChunk / 4;
+STEEPEST_HD constexpr int staged_wide(int row, int vector) {
+  return row * kWideVectors + vector % 2 * 8 + (vector / 2 ^ row % 8 ^ vector % 2 * 4);
 }
 
 // The vectors that a thread moves between shared and global memory: (row, vector) for i < 4, a row by 8 lanes.

@@ -29,12 +29,13 @@ namespace steepest::symm_gemm {
 
 constexpr size_t kArgumentBytes = 32764;  // of a kernel, from CUDA 12.1 on
 
-template <Dtype kDtype, Majors kMajors, Tile kTile>
+template <Dtype kDtype, Majors kMajors, Tile kTile, End kEnd = End::store>
 struct Traits {
+  static constexpr bool kUpdates = kEnd == End::update;
   static constexpr TileShape kShape = shape_of(kTile);
   using Element = std::conditional_t<kDtype == Dtype::f16, cutlass::half_t, cutlass::bfloat16_t>;
   using Team = Warpgroup<kDtype>;
-  using Store = TileStore<Team, kTile>;
+  using Store = std::conditional_t<kUpdates, UpdateStore<Team, kTile>, TileStore<Team, kTile>>;
   using LayoutA = std::conditional_t<kMajors == Majors::mnmn, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
   using LayoutB = std::conditional_t<kMajors == Majors::kk, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
   using Block = cute::Shape<cute::Int<kShape.rows>, cute::Int<kShape.columns>, cute::Int<kShape.depth>>;
@@ -81,12 +82,17 @@ struct Traits {
     int32_t batch, k;
   };
 
-  struct Batch {
+  static constexpr int kItems = kUpdates ? kUpdateCapacity : kCapacity;
+  struct Weights {
+    void* weights[kMostWeights];
+  };
+  struct None {};
+  struct Batch : std::conditional_t<kUpdates, Weights, None> {
     Workspace workspace;
     Schedule schedule;
     int32_t count;
-    int32_t first_tile[kCapacity], first_step[kCapacity];
-    Item items[kCapacity];
+    int32_t first_tile[kItems], first_step[kItems];
+    Item items[kItems];
   };
   static_assert(sizeof(Batch) <= kArgumentBytes);
 };
@@ -142,6 +148,7 @@ __device__ inline void multiply_tiles(const typename T::Batch& batch, typename T
     const auto& item = batch.items[work.problem];
     const typename T::Team team{thread / 128, anew(thread % 128)};
     typename T::Store store(item.output, work, rank, team, shared.staging[team.warpgroup]);
+    if constexpr (T::kUpdates) store.weights = batch.weights[item.output.first_weight + work.matrix];
     store.begin();
     auto sums = partition_fragment_C(mma, take<0, 2>(typename T::Block{}));
     static_assert(decltype(size(sums))::value == T::Store::kSums &&

@@ -1,18 +1,24 @@
 #include "symm_gemm/launch_sm90.h"
 
+#include <stdexcept>
+
 namespace steepest::symm_gemm {
 namespace {
 
 template <Dtype kDtype>
 void run_launch(const Launch& launch, const std::vector<Problem>& problems, const Workspace& workspace, void* stream,
                 bool overlap) {
+  const bool updates = problems.at(launch.problems.front().index).update.weights != nullptr;
   switch (launch.majors) {
     case Majors::kk:
-      return launch_sm90<kDtype, Majors::kk>(launch, problems, workspace, stream, overlap);
+      if (updates) return launch_sm90<kDtype, Majors::kk, End::update>(launch, problems, workspace, stream, overlap);
+      return launch_sm90<kDtype, Majors::kk, End::store>(launch, problems, workspace, stream, overlap);
     case Majors::mnmn:
-      return launch_sm90<kDtype, Majors::mnmn>(launch, problems, workspace, stream, overlap);
+      if (updates) throw std::invalid_argument("steepest::symm_gemm: no updates by products of transposed factors");
+      return launch_sm90<kDtype, Majors::mnmn, End::store>(launch, problems, workspace, stream, overlap);
     case Majors::kmn:
-      return launch_sm90<kDtype, Majors::kmn>(launch, problems, workspace, stream, overlap);
+      if (updates) return launch_sm90<kDtype, Majors::kmn, End::update>(launch, problems, workspace, stream, overlap);
+      return launch_sm90<kDtype, Majors::kmn, End::store>(launch, problems, workspace, stream, overlap);
   }
 }
 

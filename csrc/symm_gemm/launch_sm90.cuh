@@ -60,6 +60,20 @@ typename T::Item make_item(const Problem& problem, const PlannedProblem& planned
   return item;
 }
 
+// Puts the addresses of a problem's weights behind those that are there; returns how many they are.
+template <class T>
+int32_t add_weights(typename T::Batch& batch, int at, const Problem& problem, int32_t first) {
+  const int64_t count = problem.shape.batch;
+  if (first + count > kMostWeights) throw std::invalid_argument("steepest::symm_gemm: a list has too many weights");
+  for (int64_t i = 0; i < count; ++i) {
+    if (reinterpret_cast<uintptr_t>(problem.update.weights[i]) % 16 != 0)
+      throw std::invalid_argument("steepest::symm_gemm: a matrix of weights does not begin at a multiple of 16 bytes");
+    batch.weights[first + i] = problem.update.weights[i];
+  }
+  batch.items[at].output.first_weight = first;
+  return static_cast<int32_t>(count);
+}
+
 // Once for each device: more shared memory than a kernel has by itself.
 template <class T>
 void allow_shared_memory() {
@@ -80,11 +94,13 @@ void launch_tile(const Launch& launch, const std::vector<Problem>& problems, con
   batch.workspace = workspace;
   batch.schedule = launch.schedule;
   batch.count = static_cast<int32_t>(launch.problems.size());
-  if (batch.count > kCapacity) throw std::invalid_argument("steepest::symm_gemm: a launch has too many problems");
+  if (batch.count > T::kItems) throw std::invalid_argument("steepest::symm_gemm: a launch has too many problems");
+  [[maybe_unused]] int32_t weights = 0;
   for (int i = 0; i < batch.count; ++i) {
     const PlannedProblem& planned = launch.problems[i];
     batch.first_tile[i] = planned.first_tile, batch.first_step[i] = planned.first_step;
     batch.items[i] = make_item<T>(problems.at(planned.index), planned);
+    if constexpr (T::kUpdates) weights += add_weights<T>(batch, i, problems.at(planned.index), weights);
   }
   allow_shared_memory<T>();
   cudaLaunchAttribute attributes[2] = {};
@@ -103,14 +119,14 @@ void launch_tile(const Launch& launch, const std::vector<Problem>& problems, con
   check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(multiply<T>), arguments), "the launch");
 }
 
-template <Dtype kDtype, Majors kMajors>
+template <Dtype kDtype, Majors kMajors, End kEnd>
 void launch_sm90(const Launch& launch, const std::vector<Problem>& problems, const Workspace& workspace, void* stream,
                  bool overlap) {
   const auto on = static_cast<cudaStream_t>(stream);
   if (launch.tile == Tile::wide)
-    launch_tile<Traits<kDtype, kMajors, Tile::wide>>(launch, problems, workspace, on, overlap);
+    launch_tile<Traits<kDtype, kMajors, Tile::wide, kEnd>>(launch, problems, workspace, on, overlap);
   else
-    launch_tile<Traits<kDtype, kMajors, Tile::small>>(launch, problems, workspace, on, overlap);
+    launch_tile<Traits<kDtype, kMajors, Tile::small, kEnd>>(launch, problems, workspace, on, overlap);
 }
 
 }  // namespace steepest::symm_gemm

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "common/dtype.h"
+
 namespace steepest::symm_gemm {
 
 enum class Dtype : uint8_t { f16, bf16 };
@@ -45,6 +47,21 @@ struct Scalar {
   float value;
 };
 
+// Where `weights` is not null, a list's products are not stored but taken into matrices that lie anywhere:
+//
+//   W[i] <- beta[i] W[i] + alpha[i] eta[i] A[i] B[i]        W[i]: (m, n) from weights[i] on, rows d.row elements apart
+//
+// fp32, bf16 or fp16, read once and rounded once. Where eta or alpha is 0 the product does not count, NaN or not.
+struct Update {
+  void* const* weights;  // `batch` addresses, in host memory
+  steepest::Dtype dtype;
+  Scalar eta;
+};
+constexpr int kMostWeights = 1024;  // matrices of a list of updates: their addresses go into the launch
+
+// Lines of row sums of a matrix with n columns.
+inline int64_t row_lines(int64_t n) { return (n + 63) / 64; }
+
 struct Problem {
   Shape shape;
   const void *a, *b, *c;  // c: nullptr, or D itself, or another matrix; a and b do not overlap D
@@ -54,6 +71,10 @@ struct Problem {
   // their sum in any fixed order is the matrix'.
   float* partials;
   float* diagonal;  // nullptr, or m floats for each matrix: D's diagonal before rounding, min(m, n) of them written
+  // nullptr, or row_lines(n) lines of m floats for each matrix: line j has sums of |D|, as it is stored, over columns
+  // 64 j to 64 j + 63. The sum over the lines in any fixed order is a row's.
+  float* row_sums;
+  Update update;
 };
 
 // Memory for the parts of cut tiles: `counters` are 0 between launches.

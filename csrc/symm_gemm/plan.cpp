@@ -33,7 +33,7 @@ struct Candidate {
 Candidate cut(const std::vector<Shape>& shapes, const std::vector<int>& some, Tile tile) {
   const TileShape shape = shape_of(tile);
   const int64_t side = shape.columns;  // of a cluster tile, either way
-  Candidate found{{shapes[some.front()].majors, tile, {}, {}, 0, 0, 0}, 0, 0, true};
+  Candidate found{{shapes[some.front()].majors, tile, {}, {}, 0, 0, 0, 0}, 0, 0, true};
   int64_t tiles = 0;
   for (int index : some) {
     const Shape& from = shapes[index];
@@ -107,6 +107,7 @@ Candidate share_out(Candidate found, int64_t whole, int64_t clusters, int multip
     found.clocks = std::max(found.clocks, clocks);
   }
   found.clocks += slowest_sum;
+  launch.clocks = found.clocks;
   launch.efficiency = found.asked / (found.clocks * multiprocessors);
   launch.waves = static_cast<double>(launch.tiles) / std::max(1, multiprocessors / shape_of(launch.tile).cluster);
   return found;

@@ -11,6 +11,7 @@
 namespace steepest::symm_gemm {
 
 enum class Tile : uint8_t { wide, small };
+enum class End : uint8_t { store, update };  // of a tile: stored as D, or taken into weights
 
 // A block's tile and the blocks of a cluster, one below the other: a cluster tile is square, so that none of its blocks
 // lies wholly above the diagonal.
@@ -36,6 +37,7 @@ struct Launch {
   std::vector<PlannedProblem> problems;  // longest sums first
   int32_t tiles;                         // of clusters
   double waves;                          // tiles for each cluster that the machine could hold
+  double clocks;                         // of the model: of the busiest cluster, with the wait for cut tiles
   double efficiency;  // of the model: arithmetic that is asked for over what the busiest cluster's time would hold
 };
 
@@ -51,12 +53,20 @@ std::string refusal(const Shape& shape);
 
 // What a plan may choose from; by itself it goes by a model of time.
 enum class Streams : uint8_t { by_model, never, always };
-constexpr int kCapacity = 36;  // problems that the kernel's arguments hold
+constexpr int kCapacity = 36;        // problems that the kernel's arguments hold
+constexpr int kUpdateCapacity = 24;  // beside the addresses of weights
 struct Options {
   int capacity = kCapacity;  // problems of one launch
   bool wide = true, small = true;
   Streams streams = Streams::by_model;  // always: wherever a sum is long enough
 };
+
+// For a list of products that are stored, or taken into weights.
+inline Options options_of(bool updates) {
+  Options options;
+  if (updates) options.capacity = kUpdateCapacity;
+  return options;
+}
 
 Plan make_plan(const std::vector<Shape>& shapes, int multiprocessors, const Options& options = {});
 

@@ -1,6 +1,6 @@
 #include "symm_gemm/launch_sm90.cuh"
 
 namespace steepest::symm_gemm {
-template void launch_sm90<Dtype::bf16, Majors::mnmn>(const Launch&, const std::vector<Problem>&, const Workspace&,
-                                                     void*, bool);
+template void launch_sm90<Dtype::bf16, Majors::mnmn, End::store>(const Launch&, const std::vector<Problem>&,
+                                                                 const Workspace&, void*, bool);
 }

@@ -7,7 +7,7 @@
 #include "cute/arch/copy_sm75.hpp"
 #include "cute/arch/copy_sm90.hpp"
 #include "cutlass/arch/barrier.h"
-#include "symm_gemm/epilogue.cuh"
+#include "symm_gemm/update.cuh"
 
 namespace steepest::symm_gemm {
 
@@ -52,6 +52,12 @@ struct Warpgroup {
   __device__ static float add_lanes(float value) {
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+    return value;
+  }
+
+  __device__ static float add_row(float value) {
+#pragma unroll
+    for (int lanes = 4; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
     return value;
   }
 

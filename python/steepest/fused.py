@@ -4,7 +4,7 @@
     for every round of matrices
         before                                 every matrix of the round; in the first, all that is elementwise
         d = direction(x)                       buckets of all shapes at once
-        after                                  every matrix of the round
+        after                                  every matrix of the round, but those whose direction moved the weights
 
 What depends only on shapes, dtypes and recipes is laid out once; a step hands the tensors over. Their addresses travel
 in the launch (Triton's table of them is keyed by its contents), so no new gradient makes them stale, and inputs are
@@ -112,6 +112,9 @@ class Layout:
             for name, t in (("momentum_sq", m), ("param_sq", p)):
                 wide = torch.promote_types(t.dtype, torch.float32)
                 self.table.column(name)[lines] = torch.linalg.vector_norm(t, dim=-1, dtype=wide).double().square()
+        for member in (m for round_ in self.rounds for m in round_.members if m.entry.fuses):
+            for name in ("update_sq", "param_sq"):  # nobody measures them
+                self.table.column(name)[member.line : member.line + member.matrices] = torch.nan
         self._versions = [m._version for m in self._watched]
 
     def notice_changes(self) -> None:
@@ -171,11 +174,14 @@ class Layout:
         if not stacks:
             return
         lengths = round_.towards(stacks, self.table)
+        if not round_.late:
+            return
+        directions = [*round_.no_inputs, *round_.of_members(stacks)]
         multi_tensor.after(
-            round_.of_members(stacks),
-            round_.seconds[whole:],
-            params[whole:],
-            round_.mantissas[whole:],
+            round_.of_late(directions),
+            round_.of_late(round_.seconds),
+            round_.of_late(params),
+            round_.of_late(round_.mantissas),
             lengths or [],
             self.table,
             round_.after,

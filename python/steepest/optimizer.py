@@ -324,6 +324,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 group["maximize"],
                 group["backend"],
                 group["max_workspace_bytes"],
+                group["use_muon"] and group["fuse_update"],
             )
             for number, (params, group) in enumerate(zip(stepping, self.param_groups, strict=True))
         ]

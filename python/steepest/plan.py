@@ -35,6 +35,7 @@ class Group:
     maximize: bool = False
     backend: str = "auto"
     max_workspace_bytes: int = 1 << 30
+    fuse_update: bool = False
 
 
 def reason(group: Group, i: int) -> str | None:
@@ -174,6 +175,7 @@ def _entry(number: int, group: Group, i: int) -> Entry:
         p,
         group.states[i],
         p.dtype if p.grad is None else p.grad.dtype,
+        group.fuse_update,
     )
 
 

@@ -9,19 +9,22 @@ is counted in floating-point operations, 2 for a multiply and add:
     reference  torch.optim.Muon's five quintic steps with full products, 5 (4 m^2 n + 2 m^3) for m <= n
 
 The launches are those of `make_plan` in csrc/symm_gemm/plan.cpp, with its model of time, which orders choices and is
-not measured: *efficiency* is the work asked for over what the busiest cluster's time would hold.
+not measured: *efficiency* is the work asked for over what the busiest cluster's time would hold.  Matrices whose
+buffers are more than the L2 cache holds may be cut into chunks that take the chain one after another, as `make_chunks`
+in csrc/polar/chunks.cpp models it: *traffic* is what goes between the cache and memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .linalg.chain import Apply, Column, Gram, Node, Number, Product, Sum, chain
+from .linalg.chain import Apply, Chain, Column, Gram, Node, Number, Product, Sum, chain
 from .linalg.coefficients import Schedule, presets, schedule
 from .linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, PLAIN, compute_dtype, default_restarts
 from .ops import backend
@@ -117,6 +120,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Chunking:
+    """Matrices that take the chain one chunk after another."""
+
+    chunks: tuple[tuple[int, ...], ...]  # matrices of each stack in each chunk
+    traffic_bytes: int
+    whole_traffic_bytes: int  # of all matrices at once
+    gain: float  # part of the modelled time
+
+
+@dataclass(frozen=True)
 class Call:
     """Stacks that go through the same stages together."""
 
@@ -129,6 +142,7 @@ class Call:
     no_launches: str | None  # why none are shown
     working_set_bytes: int  # X, its second buffer, squares and workspace
     matrix_bytes: tuple[int, ...]  # of it, for one matrix of each stack
+    chunking: Chunking | None  # None where all fit into the cache, or launches are not known
 
 
 @dataclass(frozen=True)
@@ -200,7 +214,7 @@ def plan(
         form, restarts, why = _form(stack, preset, known, work, free=dtype is None)
         alike.setdefault((form, restarts, _no_launches(form, stack, known, restarts)), []).append((stack, why))
     calls = [
-        _call(form, restarts, known, work, some, no_launches, multiprocessors)
+        _call(form, restarts, known, work, some, no_launches, multiprocessors, int(l2_mb * 2**20))
         for (form, restarts, no_launches), some in alike.items()
     ]
     return Plan(preset, multiprocessors, int(l2_mb * 2**20), tuple(calls))
@@ -268,19 +282,38 @@ def _call(
     some: list[tuple[Stack, str]],
     no_launches: str | None,
     multiprocessors: int,
+    l2_bytes: int,
 ) -> Call:
     stacks = tuple(stack for stack, _ in some)
     nodes = _plain_nodes(known) if form == "plain" else (Gram("gram", "x"), *chain(known, restarts).nodes)
     launched = no_launches is None and form != "small"
-    stages = [_stage(node, stacks, form == "plain", multiprocessors if launched else None) for node in nodes]
+    chunking = _chunking(chain(known, restarts), stacks, multiprocessors, l2_bytes) if launched else None
+    parts = [stacks] if chunking is None else [_part(stacks, counts) for counts in chunking.chunks]
+    full, machine = form == "plain", multiprocessors if launched else None
+    stages = [_stage(node, stacks, parts, full, machine) for node in nodes]
     if form != "plain":
         stages.insert(1, Stage("numbers", "the norm bound, and with it the numbers n of every matrix", (), (), 0))
     # The small kernel keeps squares to itself, and needs no second buffer but the result.
     squares = 0 if form == "small" else len({node.out for node in nodes} - {"x", "y"})
+    reasons = tuple(why for _, why in some)
     each = tuple(work.itemsize * (2 * s.rows * s.columns + squares * s.short**2) for s in stacks)
     held = sum(stack.matrices * size for stack, size in zip(stacks, each)) + max(s.workspace_bytes for s in stages)
     name = "16 bits, high and low" if form == "small" else str(work).removeprefix("torch.")
-    return Call(form, restarts, name, stacks, tuple(why for _, why in some), tuple(stages), no_launches, held, each)
+    return Call(form, restarts, name, stacks, reasons, tuple(stages), no_launches, held, each, chunking)
+
+
+def _chunking(plan: Chain, stacks: Sequence[Stack], multiprocessors: int, l2_bytes: int) -> Chunking | None:
+    assert backend.extension is not None
+    shapes = [dataclasses.astuple(stack) for stack in stacks]
+    found = backend.extension.polar_chunks(*plan.packed, shapes, multiprocessors, l2_bytes)
+    if not found["clocks_whole"]:
+        return None
+    chunks = tuple(tuple(count for _, count in chunk) for chunk in found["chunks"])
+    return Chunking(chunks, found["bytes"], found["bytes_whole"], 1 - found["clocks"] / found["clocks_whole"])
+
+
+def _part(stacks: Sequence[Stack], counts: Sequence[int]) -> tuple[Stack, ...]:
+    return tuple(dataclasses.replace(stack, matrices=n) for stack, n in zip(stacks, counts, strict=True) if n)
 
 
 def _plain_nodes(known: Schedule) -> tuple[Node, ...]:
@@ -290,16 +323,29 @@ def _plain_nodes(known: Schedule) -> tuple[Node, ...]:
     return tuple(nodes)
 
 
-def _stage(node: Node, stacks: tuple[Stack, ...], full: bool, multiprocessors: int | None) -> Stage:
-    """multiprocessors: None where launches are not known."""
-    products = () if isinstance(node, Sum) else tuple(multiplication(node, stack, full=full) for stack in stacks)
+def _stage(
+    node: Node,
+    stacks: Sequence[Stack],
+    parts: Sequence[Sequence[Stack]],
+    full: bool,
+    multiprocessors: int | None,
+) -> Stage:
+    """parts: the stacks chunk by chunk; multiprocessors: None where launches are not known."""
+
+    def products_of(some: Sequence[Stack]) -> tuple[Multiplication, ...]:
+        return tuple(multiplication(node, stack, full=full) for stack in some)
+
     kind = type(node).__name__.lower()
-    if multiprocessors is None or not products:
-        return Stage(kind, _formula(node), products, (), 0)
+    if multiprocessors is None or isinstance(node, Sum):
+        return Stage(kind, _formula(node), () if isinstance(node, Sum) else products_of(stacks), (), 0)
     assert backend.extension is not None
-    found = backend.extension.symm_gemm_plan([dataclasses.astuple(product) for product in products], multiprocessors)
-    launches = tuple(_launch(launch, products) for launch in found["launches"])
-    return Stage(kind, _formula(node), products, launches, found["workspace_bytes"])
+    launches, workspace = [], 0
+    for part in parts:
+        own = products_of(part)
+        found = backend.extension.symm_gemm_plan([dataclasses.astuple(product) for product in own], multiprocessors)
+        launches += [_launch(launch, own) for launch in found["launches"]]
+        workspace = max(workspace, found["workspace_bytes"])
+    return Stage(kind, _formula(node), products_of(stacks), tuple(launches), workspace)
 
 
 def multiplication(node: Node, stack: Stack, *, full: bool = False) -> Multiplication:
@@ -387,7 +433,9 @@ def _describe_call(call: Call, plan: Plan) -> list[str]:
             half = ", lower triangle" if product.symmetric else ""
             sizes = f"m {product.m} n {product.n} k {product.k}"
             lines.append(f"      {stack!s:<18} {sizes:<26} {_flop(product.flop)}{half}")
-        lines += [f"      -> {_describe_launch(launch, plan.multiprocessors)}" for launch in stage.launches]
+        for launch, times in Counter(stage.launches).items():
+            again = f"{times} times " if times > 1 else ""
+            lines.append(f"      -> {again}{_describe_launch(launch, plan.multiprocessors)}")
         if stage.workspace_bytes:
             lines.append(f"         workspace {stage.workspace_bytes / 2**20:.1f} MB")
     if call.no_launches:
@@ -398,7 +446,19 @@ def _describe_call(call: Call, plan: Plan) -> list[str]:
     for stack, size in zip(call.stacks, call.matrix_bytes):
         if held > plan.l2_bytes:
             lines.append(f"      {stack!s:<18} {size / 2**20:.1f} MB a matrix, {plan.l2_bytes // size} at once fit")
-    return lines
+    return lines if call.chunking is None else [*lines, f"    {_describe_chunks(call.chunking)}"]
+
+
+def _describe_chunks(chunking: Chunking) -> str:
+    whole = f"{chunking.whole_traffic_bytes / 2**30:.2f} GB between cache and memory"
+    if len(chunking.chunks) == 1:
+        return f"one chunk, {whole}; smaller ones would gain too little (modelled)"
+    sizes = [sum(counts) for counts in chunking.chunks]
+    each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    return (
+        f"{len(sizes)} chunks of {each} matrices, {chunking.traffic_bytes / 2**30:.2f} instead of {whole}, "
+        f"{100 * chunking.gain:.0f}% less time (modelled)"
+    )
 
 
 def _from_one(call: Call) -> list[int]:

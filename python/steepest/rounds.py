@@ -16,8 +16,9 @@ from torch import Tensor
 from .budget import cut
 from .matrices import Piece
 from .ops.multi_tensor import Item, Items, Table
+from .ops.polar_chain import Update
 from .ops.program import Program
-from .parts import Direction, shape_ratio
+from .parts import Direction, Identity, shape_ratio
 from .recipe import Recipe, State
 
 
@@ -33,6 +34,21 @@ class Entry:
     param: Tensor
     state: State
     grad_dtype: torch.dtype
+    fuse_update: bool = False
+
+    @property
+    def fuses(self) -> bool:
+        """Whether its directions may go straight into the weights: nothing else is asked of them or of the weights."""
+        recipe = self.recipe
+        plain = recipe.scale == "lmo" and not recipe.decay.cautious and recipe.rounding.mode == "nearest"
+        return (
+            self.fuse_update
+            and plain
+            and recipe.direction.moves
+            and isinstance(recipe.precondition, Identity)
+            and self.param.is_contiguous()
+            and all(piece.dim == 0 for piece in self.pieces)
+        )
 
     @property
     def momentum(self) -> Tensor:
@@ -107,10 +123,9 @@ class Bucket:
         self.shape = (sum(self.sizes), first.piece.rows, first.piece.cols)
         groups = [member.entry.group for member in members for _ in range(member.matrices)]
         self._spans = {own: slice(groups.index(own), groups.index(own) + groups.count(own)) for own in set(groups)}
-        self._row_of: Tensor | None = None
-        if self.recipe.scale == "dual" and self.dtype is torch.float16:
-            rows = [member.row for member in members for _ in range(member.matrices)]
-            self._row_of = torch.tensor(rows, device=self.device)
+        self.members = members
+        self.fuses = first.entry.fuses
+        self._rows = torch.tensor([m.row for m in members for _ in range(m.matrices)], device=self.device)
         self.slack = torch.full(self.shape[:1], float("nan"), dtype=torch.float32, device=self.device)
 
     def empty(self) -> Tensor:
@@ -121,9 +136,24 @@ class Bucket:
         if self.recipe.scale == "lmo":
             return None
         norm = self.recipe.direction.dual_norm(x, d).flatten().double()
-        if self._row_of is not None:  # an fp16 x was multiplied by a power of two
-            norm = norm / table.column("input_scale").index_select(0, self._row_of)
+        if self.dtype is torch.float16:  # an fp16 x was multiplied by a power of two
+            norm = norm / self._numbers(table, "input_scale")
         return list(norm.split(self.sizes))
+
+    def _numbers(self, table: Table, name: str) -> Tensor:
+        """A column of the table's rows, (matrices,)."""
+        return table.column(name).index_select(0, self._rows)
+
+    def update(self, table: Table) -> Update:
+        """What this step does to the weights, W <- (1 - decay) W - step d; nothing where a gradient is not finite."""
+        taken = self._numbers(table, "finite")
+        first = self.members[0].entry
+        ratio = shape_ratio(first.recipe.adjust_lr, *self.shape[1:])
+        eta = torch.where(taken != 0, -ratio * self._numbers(table, "lr"), 0)
+        beta = torch.where(taken != 0, 1 - self._numbers(table, "decay"), 1)
+        weights = [m.view(m.entry.param.detach()).view(-1, *self.shape[1:]) for m in self.members]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return Update([w for stack in weights for w in stack.unbind()], eta.to(wide), beta.to(wide))
 
     def slack_of(self, group: int) -> list[Tensor]:
         """The slack of a group's matrices, which follow one another: no tensor or one."""
@@ -138,7 +168,9 @@ class Round:
         self.members = [*whole, *(member for part in parts for member in part)]
         self.buckets = [Bucket(part) for part in parts]
         items = tuple(member.item() for member in self.members)
-        self.before, self.after = Items(items), Items(items[self.whole :])
+        #: those that `after` takes
+        self.late = [i for i in range(self.whole, len(items)) if not self.members[i].entry.fuses]
+        self.before, self.after = Items(items), Items(tuple(items[i] for i in self.late))
         absent, rest = self.members[0].entry.param.new_empty(0), len(items) - self.whole
         self.no_inputs, self.no_params = [absent] * self.whole, [absent] * rest
         self.no_mantissas = [absent.to(torch.int16)] * rest
@@ -149,21 +181,30 @@ class Round:
     def towards(self, stacks: list[Tensor], table: Table) -> list[Tensor] | None:
         """Turns the buckets' inputs into their directions; dual norms by members where one is scaled by them.
 
-        Buckets that differ only in shape share the call.
+        Buckets that differ only in shape share the call. Those that fuse their update leave nothing for `after`.
         """
-        alike: dict[Direction, list[int]] = {}
+        alike: dict[tuple[Direction, bool], list[int]] = {}
         for i, bucket in enumerate(self.buckets):
-            alike.setdefault(bucket.recipe.direction, []).append(i)
+            alike.setdefault((bucket.recipe.direction, bucket.fuses), []).append(i)
         norms: dict[int, list[Tensor] | None] = {}
-        for direction, some in alike.items():
-            found = direction.units([stacks[i] for i in some], [self.buckets[i].slack for i in some])
+        for (direction, fuses), some in alike.items():
+            xs, slacks = [stacks[i] for i in some], [self.buckets[i].slack for i in some]
+            if fuses:
+                direction.move(xs, slacks, [self.buckets[i].update(table) for i in some])
+                continue
+            found = direction.units(xs, slacks)
             for i, d in zip(some, found, strict=True):
                 norms[i] = self.buckets[i].dual_norms(stacks[i], d, table)
                 stacks[i] = d
         if not any(norms.values()):
             return None
         absent = self.no_params[0]
-        return [n for i, bucket in enumerate(self.buckets) for n in norms[i] or [absent] * len(bucket.sizes)]
+        late = [(i, bucket) for i, bucket in enumerate(self.buckets) if not bucket.fuses]
+        return [n for i, bucket in late for n in norms[i] or [absent] * len(bucket.sizes)]
+
+    def of_late(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the members that `after` takes, from a list of all members' or an empty one."""
+        return [tensors[i] for i in self.late] if tensors else []
 
     def of_members(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Each member's matrices in its bucket's tensor."""
@@ -192,7 +233,8 @@ def rounds_of(members: Sequence[Member], max_bytes: int) -> Iterator[Round]:
     buckets: dict[tuple[object, ...], list[Member]] = {}
     for member in members:
         if member.piece is not None:
-            key = (member.entry.recipe, member.piece.rows, member.piece.cols, member.entry.input_dtype)
+            entry, sides = member.entry, (member.piece.rows, member.piece.cols)
+            key = (entry.recipe, *sides, entry.input_dtype, entry.fuses, entry.param.dtype if entry.fuses else None)
             buckets.setdefault(key, []).append(member)
     parts = [part for bucket in buckets.values() for part in cut(bucket, _bytes_of_call, max_bytes)]
     for chosen in cut(parts, lambda part: sum(member.input_bytes for member in part), max_bytes):

@@ -51,9 +51,11 @@ REST = (
     "csrc/ops/multi_tensor.cpp",
     "csrc/ops/polar.cpp",
     "csrc/polar/chain.cpp",
+    "csrc/polar/chunks.cpp",
     "csrc/small_polar/plan.cpp",
     "csrc/eigh/plan.cpp",
     "csrc/eigh/cusolver.cpp",
+    "csrc/symm_gemm/plan.cpp",
     "csrc/multi_tensor/layout.cpp",
     "csrc/multi_tensor/plan.cpp",
     "tests/emulation/door.cpp",
@@ -247,17 +249,22 @@ def test_the_batched_solver(emulated: Emulated, tmp_path: Path, monkeypatch: pyt
 
 @in_one_order
 def test_polar_chain_with_the_kernels_of_its_sums(emulated: Emulated) -> None:
-    """Sums by their kernel, products by the host: 16 entries and more a row."""
+    """Sums by their kernels, products by the host: 16 entries and more a row. In chunks too."""
     schedule, plan = SCHEDULES["auto"], chain(SCHEDULES["auto"], (2,))
     x = _prescaled(torch.stack([with_spectrum(16, 24, "root"), with_spectrum(16, 24, "log")]).float(), torch.float16)
-    found = []
-    for ops in (emulated.ops, torch.ops.steepest):
-        own, y, slack = x.clone(), torch.empty_like(x), torch.empty(2)
-        constants = [value for row in plan.constants for value in row]
-        ops.polar_chain([own], [y], [slack], *plan.packed, constants, plan.powers, schedule.slacks, True, 1e-7)
-        found.append((own, y, slack))
-    for a, b in zip(*found, strict=True):  # the kernel of the numbers adds in another order
+    constants = [value for row in plan.constants for value in row]
+
+    def run(ops: Any, chunks: int) -> tuple[Tensor, ...]:
+        own, y, slack, sums = x.clone(), torch.empty_like(x), torch.empty(2), torch.empty(2, 16)
+        numbers = (*plan.packed, constants, plan.powers, schedule.slacks, True, 1e-7, chunks)
+        ops.polar_chain([own], [y], [slack], [sums], [], [], [], *numbers)
+        return own, y, slack, sums
+
+    found = run(emulated.ops, 1)
+    for a, b in zip(found, run(torch.ops.steepest, 0), strict=True):  # the kernel of the numbers adds in another order
         torch.testing.assert_close(a, b, rtol=1e-6 if a.dtype == torch.float32 else 2e-3, atol=2e-3)
+    for a, b in zip(found, run(emulated.ops, 2), strict=True):
+        assert torch.equal(a, b)
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------

@@ -31,14 +31,12 @@ BY_MODEL, NEVER, ALWAYS = range(3)  # Streams
 HOST = r"""
 #include <cuda_runtime.h>
 
-#include "symm_gemm/epilogue.cuh"
+#include "symm_gemm/update.cuh"
 
 #include <cstdio>
 #include <sstream>
 
-using namespace steepest;
-using namespace steepest::symm_gemm;
-
+namespace steepest::symm_gemm {
 namespace {
 
 std::vector<Shape> read_shapes(const int64_t* at, int count) {
@@ -212,6 +210,15 @@ struct Fibers {
     }
     return value;
   }
+  float add_row(float value, int line = __builtin_LINE()) const {
+    for (int lanes = 4; lanes > 0; lanes /= 2) {
+      shown[thread][0] = bits_of(value);
+      meet(line);
+      value += float_of(shown[thread ^ lanes][0]);
+      meet(-line);
+    }
+    return value;
+  }
   void publish() const {}
   void acquire() const {}
   uint32_t count(uint32_t* counter) const { return (*counter)++; }
@@ -229,15 +236,16 @@ struct Run {
   int rank, warpgroup;
 };
 
-template <Tile kTile>
+template <Tile kTile, End kEnd>
 void warpgroup_of(Run run) {
-  using Store = TileStore<Fibers, kTile>;
+  using Store = std::conditional_t<kEnd == End::update, UpdateStore<Fibers, kTile>, TileStore<Fibers, kTile>>;
   static Staging staging;
   const Shape& shape = run.problem->shape;
   const Fibers team{run.warpgroup, static_cast<int>(threadIdx.x), run.dtype};
   if (team.thread == 0) std::memset(&staging, 0xff, sizeof staging);
   team.sync();
   Store store(*run.output, run.work, run.rank, team, staging);
+  if constexpr (kEnd == End::update) store.weights = run.problem->update.weights[run.work.matrix];
   store.begin();
   const float *a = run.a + run.work.matrix * shape.a.matrix, *b = run.b + run.work.matrix * shape.b.matrix;
   const int64_t depth = shape_of(kTile).depth, begin = run.work.k_begin * depth;
@@ -310,21 +318,40 @@ int conflict_free() {
             return staged(moved_row(phase * 8 + lane, q), moved_vector(phase * 8 + lane));
           }))
         return 0;
+      for (int odd = 0; odd < 2; ++odd)
+        if (!spread([&](int lane) {
+              return staged_wide(moved_row(phase * 8 + lane, q), 2 * moved_vector(phase * 8 + lane) + odd);
+            }))
+          return 0;
     }
+  // Sixteen lanes write 8 bytes each: all 32 banks.
+  for (int half = 0; half < 8; ++half)
+    for (int h = 0; h < 2; ++h)
+      for (int j = 0; j < kRowVectors; ++j) {
+        uint32_t banks = 0;
+        for (int thread = half * 16; thread < half * 16 + 16; ++thread) {
+          const int column = fragment_column(thread, j);
+          banks |= 3u << (staged_wide(fragment_row(thread, h), column / 4) % 8 * 4 + column % 4);
+        }
+        if (banks != 0xffffffffu) return 0;
+      }
   return 1;
 }
 
 // Runs one problem's plan, warpgroups in the order of `seed`. pointers: the arrays of alpha, beta and gamma, A, B, C,
-// D, partials, diagonal, the workspace's two. Returns the most parts that a tile has, or an error.
+// D, partials, diagonal, row sums, the workspace's two; for an update the array of eta and then every matrix of
+// weights, of type `weights`, which is -1 where there is none. Returns the most parts that a tile has, or an error.
 const char* run_epilogue(const int64_t* at, int multiprocessors, int tiles, int streams, int dtype,
-                         void* const* pointers, int seed, int order) {
+                         void* const* pointers, int weights, int seed, int order) {
   Problem problem{};
   problem.shape = read_shapes(at, 1)[0];
   const auto scalar = [&](int i) { return Scalar{static_cast<const float*>(pointers[i]), 1, 0}; };
   problem.alpha = scalar(0), problem.beta = scalar(1), problem.gamma = scalar(2);
   problem.a = pointers[3], problem.b = pointers[4], problem.c = pointers[5], problem.d = pointers[6];
   problem.partials = static_cast<float*>(pointers[7]), problem.diagonal = static_cast<float*>(pointers[8]);
-  const Workspace workspace{static_cast<float*>(pointers[9]), static_cast<uint32_t*>(pointers[10])};
+  problem.row_sums = static_cast<float*>(pointers[9]);
+  const Workspace workspace{static_cast<float*>(pointers[10]), static_cast<uint32_t*>(pointers[11])};
+  if (weights >= 0) problem.update = {pointers + 13, static_cast<steepest::Dtype>(weights), scalar(12)};
   emulation::order = static_cast<emulation::Order>(order);
   try {
     const Plan plan = make_plan({problem.shape}, multiprocessors, read_options(1, tiles, streams));
@@ -347,14 +374,18 @@ const char* run_epilogue(const int64_t* at, int multiprocessors, int tiles, int 
     }
     std::mt19937 random(seed);
     if (seed != 0) std::shuffle(runs.begin(), runs.end(), random);
-    for (const Run& run : runs)
-      emulation::launch(launch.tile == Tile::wide ? warpgroup_of<Tile::wide> : warpgroup_of<Tile::small>, 1, 128, run);
+    const auto store = launch.tile == Tile::wide ? warpgroup_of<Tile::wide, End::store>
+                                                 : warpgroup_of<Tile::small, End::store>;
+    const auto update = launch.tile == Tile::wide ? warpgroup_of<Tile::wide, End::update>
+                                                  : warpgroup_of<Tile::small, End::update>;
+    for (const Run& run : runs) emulation::launch(weights >= 0 ? update : store, 1, 128, run);
     return answer(std::to_string(parts));
   } catch (const std::exception& error) {
     return answer(std::string("error: ") + error.what());
   }
 }
-}
+}  // extern "C"
+}  // namespace steepest::symm_gemm
 """
 
 
@@ -604,11 +635,12 @@ class Case:
         (problem,) = plan["launches"][0]["problems"]
         self.partials = torch.full((shape.batch, problem["partials"]), float("nan"))
         self.diagonal = torch.full((shape.batch, shape.m), float("nan"))
+        self.row_sums = torch.full((shape.batch, -(-shape.n // 64), shape.m), float("nan"))
         workspace = torch.full((plan["floats"] + 4,), float("nan"))
         counters = torch.zeros(plan["counters"] + 1, dtype=torch.int32)
         tensors: list[Tensor | None] = [*self.scalars, *(self.rooms[name][1] for name in "ab")]
         tensors += [self.C if shape.has_c else None, self.D]
-        tensors += [self.partials, self.diagonal] if self.tallies else [None, None]
+        tensors += [self.partials, self.diagonal, self.row_sums] if self.tallies else [None] * 3
         tensors += [workspace[-workspace.data_ptr() // 4 % 4 :], counters]
         pointers = [None if each is None else each.data_ptr() for each in tensors]
         answer = host.library.run_epilogue(
@@ -618,6 +650,7 @@ class Case:
             options.streams,
             list(DTYPES.values()).index(self.dtype),
             (ctypes.c_void_p * len(pointers))(*pointers),
+            -1,
             order,  # seeds the order of warpgroups; 0: as they come
             order,
         ).decode()
@@ -645,6 +678,8 @@ class Case:
             torch.testing.assert_close(self.diagonal[:, :length].double(), diagonal, rtol=1e-5, atol=1e-3)
             off = exact.square().sum((-2, -1)) - diagonal.square().sum(-1)
             torch.testing.assert_close(self.partials.double().sum(-1), off, rtol=1e-5, atol=1e-6)
+            blocks = torch.nn.functional.pad(self.D.double().abs(), (0, -shape.n % 64)).unflatten(-1, (-1, 64))
+            torch.testing.assert_close(self.row_sums.double(), blocks.sum(-1).mT, rtol=1e-6, atol=0)
 
 
 CASES = {
@@ -695,9 +730,9 @@ def test_cut_tiles_do_not_depend_on_who_is_last(case: str, host: Host) -> None:
         run = Case(shape, "f16", seed=3, in_place=False, tallies=True)
         assert run.run(host, tile, multiprocessors, ALWAYS, order) == parts
         run.check()
-        found.append((run.D.clone(), run.partials, run.diagonal))
+        found.append((run.D.clone(), run.partials, run.diagonal, run.row_sums))
     for other in found[1:]:
-        for a, b in zip(found[0], other):
+        for a, b in zip(found[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -709,3 +744,63 @@ def test_c_does_not_count_where_beta_is_zero(beta: float, host: Host) -> None:
     run.run(host, SMALL, 132, NEVER, order=0)
     assert bool(run.D.isnan().all()) == (beta != 0)
     assert bool(run.D.isnan().any()) == (beta != 0)
+
+
+# ---- updates -------------------------------------------------------------------------------------------------------
+
+WEIGHTS = {"f32": (torch.float32, 0), "bf16": (torch.bfloat16, 1), "f16": (torch.float16, 2)}  # steepest::Dtype
+UPDATES = {
+    "ragged": Shape(2, 403, 72, 33, KK, symmetric=False),
+    "tiles across": Shape(2, 72, 520, 40, KMN, symmetric=False),
+    "padded": Shape(3, 130, 136, 64, KMN, symmetric=False, d=(152, 152 * 130)),
+    "cut": Shape(1, 300, 136, 1000, KMN, symmetric=False),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("tile", [WIDE, SMALL], ids=["wide", "small"])
+@pytest.mark.parametrize("case", UPDATES)
+def test_update(case: str, tile: int, weights: str, host: Host) -> None:
+    """W <- beta W + alpha eta A B in place, each W in memory of its own; nothing beside it is written."""
+    shape, (dtype, number) = UPDATES[case], WEIGHTS[weights]
+    run = Case(shape, "bf16", seed=5, in_place=False, tallies=False)
+    row, _ = shape.strides("d")
+    rooms = [torch.full((64 + shape.m * row + 64,), float("nan"), dtype=dtype) for _ in range(shape.batch)]
+    inside = [room.as_strided((shape.m, shape.n), (row, 1), 64) for room in rooms]
+    generator = torch.Generator().manual_seed(6)
+    for w in inside:
+        w.copy_(torch.randn(w.shape, generator=generator))
+    before = torch.stack(inside).double()
+    eta = torch.randn(shape.batch, generator=generator)
+    eta[-1] = 0 if shape.batch > 1 else eta[-1]
+    alpha, beta = run.scalars[:2]
+    if shape.batch > 1:  # not taken, whatever the product is
+        run.rooms["a"][1][-1] = float("nan")
+        beta[-1] = 1
+    options = Options(1, 1 << tile, ALWAYS if case == "cut" else NEVER)
+    multiprocessors = (8 if tile == WIDE else 4) if case == "cut" else 132
+    plan = host.plan([shape], multiprocessors, options)
+    workspace = torch.full((plan["floats"] + 4,), float("nan"))
+    counters = torch.zeros(plan["counters"] + 1, dtype=torch.int32)
+    tensors: list[Tensor | None] = [*run.scalars, run.rooms["a"][1], run.rooms["b"][1], None, None, None, None, None]
+    tensors += [workspace[-workspace.data_ptr() // 4 % 4 :], counters, eta, *inside]
+    pointers = [None if each is None else each.data_ptr() for each in tensors]
+    packed = (ctypes.c_void_p * len(pointers))(*pointers)
+    answer = host.library.run_epilogue(
+        pack([shape]), multiprocessors, options.tiles, options.streams, 1, packed, number, 2, 2
+    ).decode()
+    assert answer.isdigit(), answer
+    assert int(answer) == (2 if case == "cut" else 1)
+    found = torch.stack(inside)
+    if shape.batch > 1:
+        assert torch.equal(found[-1].double(), before[-1])
+    taken = slice(0, max(1, shape.batch - 1))
+    factor = (alpha * eta).double()[taken, None, None]
+    product = run.A.double()[taken] @ run.B.double()[taken]
+    size = factor.abs() * (run.A.double()[taken].abs() @ run.B.double()[taken].abs()) + before[taken].abs()
+    exact = beta.double()[taken, None, None] * before[taken] + factor * product
+    bound = exact.abs() * torch.finfo(dtype).eps * 0.5 + size * shape.k**0.5 * 2**-22 + 1e-7
+    assert ((found[taken].double() - exact).abs() <= bound).all()
+    outside = torch.ones_like(rooms[0], dtype=torch.bool)
+    outside.as_strided((shape.m, shape.n), (row, 1), 64).fill_(False)
+    assert all(bool(room[outside].isnan().all()) for room in rooms), "written beside the weights"

@@ -67,6 +67,7 @@ MUONS: dict[str, Method] = {
     "Muon": Method(ours(zoo.Muon), "muon"),
     "Muon exact": Method(ours(zoo.Muon, polar="exact"), "muon"),
     "Muon auto": Method(ours(zoo.Muon, polar="auto"), "muon", essential=True),
+    "Muon auto, fused update": Method(ours(zoo.Muon, polar="auto", fuse_update=True), "muon"),
     "Muon turbo": Method(ours(zoo.Muon, polar="turbo"), "muon"),
     "MuAdam auto": Method(ours(zoo.MuAdam, betas=BETAS), "muadam", essential=True),
     "MuAdam turbo": Method(ours(zoo.MuAdam, betas=BETAS, polar="turbo"), "muadam"),

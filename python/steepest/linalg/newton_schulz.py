@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..ops.chain_numbers import chain_numbers
-from ..ops.polar_chain import polar_chain, takes
+from ..ops.polar_chain import Update, polar_chain, takes
 from ..ops.symm_gemm import Workspace, gemm, linear
+from ..ops.weight_update import weight_update
 from .chain import Apply, Column, Gram, Node, Number, Product, chain
 from .coefficients import Schedule, Table
 
@@ -22,6 +23,7 @@ def newton_schulz(
     *,
     eps: float,
     slacks: Sequence[Tensor],
+    updates: Sequence[Update] = (),
 ) -> list[Tensor]:
     """Run ``schedule`` on every x: (batch, m, n) in its dtype, entries of order 1 at most; a zero matrix gives zero.
 
@@ -29,16 +31,20 @@ def newton_schulz(
     ``eps``.  Every x is overwritten; the results are xs or other memory, buffers of the workspace where there is one x.
     A tall matrix is handled as X^T X and X Q, without a transpose in memory.  ``slacks``, (batch,) each, are filled
     with ||X||_F over the norm taken.
+
+    ``updates``, one for each x or none: the last product goes into the weights, W <- beta W + eta polar(X), and no
+    direction is written; no results then.
     """
     plan = chain(schedule, tuple(sorted(restarts)))
     numbers = (plan.constants, plan.powers, schedule.slacks)
     tight = schedule.norm == "tight"
     found = list(xs)
-    at_once = [i for i, x in enumerate(xs) if takes(x, plan.constants)]
+    at_once = [i for i, x in enumerate(xs) if takes(x, plan.constants, updates[i] if updates else None)]
     if at_once:
         own = [xs[i] for i in at_once]
         ys = [torch.empty_like(x) for x in own]
-        polar_chain(own, ys, [slacks[i] for i in at_once], plan.packed, *numbers, tight=tight, eps=eps)
+        into = [updates[i] for i in at_once] if updates else ()
+        polar_chain(own, ys, [slacks[i] for i in at_once], plan.packed, *numbers, tight=tight, eps=eps, updates=into)
         for i, y in zip(at_once, ys if plan.result == "y" else own, strict=True):
             found[i] = y
     for i, x in enumerate(xs):
@@ -47,10 +53,12 @@ def newton_schulz(
         run = _Run(x, workspace if len(xs) == 1 else Workspace())
         run(Gram("gram", "x"))
         run.numbers = chain_numbers(run["gram"], *numbers, tight=tight, eps=eps, slack=slacks[i])
-        for node in plan.nodes:
+        for node in plan.nodes[:-1] if updates else plan.nodes:
             run(node)
+        if updates:
+            run.update(plan.nodes[-1], updates[i])
         found[i] = run[plan.result]
-    return found
+    return [] if updates else found
 
 
 def newton_schulz_plain(x: Tensor, table: Table, *, eps: float) -> Tensor:
@@ -86,6 +94,14 @@ class _Run:
             return number
         assert self.numbers is not None
         return self.numbers[:, number.index]
+
+    def update(self, node: Node, update: Update) -> None:
+        assert isinstance(node, Apply)
+        assert node.beta == 0
+        q, x = self[node.q], self[node.x]
+        a, b = (x, q) if self.tall else (q, x)
+        alpha = torch.where(update.eta == 0, 0, update.eta * self.value(node.alpha))  # of NaN too
+        weight_update(a, b, update.weights, alpha=alpha, beta=update.beta, workspace=self.workspace)
 
     def __call__(self, node: Node) -> None:
         out, space = self[node.out], self.workspace

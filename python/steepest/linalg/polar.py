@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..budget import cut
+from ..ops.polar_chain import Update
 from ..ops.small_polar import small_polar, takes
 from ..ops.symm_gemm import Workspace
+from ..ops.weight_update import add_into
 from .coefficients import Coefficients, Schedule, presets, schedule
 from .newton_schulz import newton_schulz, newton_schulz_plain
 
@@ -123,8 +125,13 @@ def polars(
     restarts: Collection[int] | None = None,
     max_workspace_bytes: int | None = None,
     slacks: Sequence[Tensor] | None = None,
+    updates: Sequence[Update] | None = None,
 ) -> list[Tensor]:
-    """`polar` of every x, of any shapes, all on one device; launches are shared where kernels take several stacks."""
+    """`polar` of every x, of any shapes, all on one device; launches are shared where kernels take several stacks.
+
+    updates: one for each x, whose polar factors then go into the weights, W <- beta W + eta polar(x), and nothing is
+    returned. Where a chain of products ends in them, the factors are not written anywhere (csrc/symm_gemm/update.cuh).
+    """
     held = [None] * len(xs) if slacks is None else slacks
     for x in xs:
         _check(x, preset, dtype, form, eps, max_workspace_bytes)
@@ -132,12 +139,17 @@ def polars(
     if preset == "svd" and coefficients is None:
         for slack in held:
             slack.fill_(math.nan)
-        return [_svd(x, eps, dtype) for x in xs]
+        exact = [_svd(x, eps, dtype) for x in xs]
+        for u, update in zip(exact, updates or [], strict=False):
+            _take_into(u, update)
+        return exact if updates is None else []
     plan = schedule(preset, coefficients, steps)
     name = preset if coefficients is None else None
     free = dtype is None and form == "auto" and restarts is None
     outs = [_Out(x) for x in xs]
-    jobs = [_Job(x.reshape(-1, *x.shape[-2:]), slack, out, 0) for x, slack, out in zip(xs, held, outs) if x.numel()]
+    into = [None] * len(xs) if updates is None else updates
+    given = zip(xs, held, outs, into, strict=True)
+    jobs = [_Job(x.reshape(-1, *x.shape[-2:]), slack, out, 0, update) for x, slack, out, update in given if x.numel()]
     small: list[_Job] = []
     alike: dict[tuple[torch.dtype, tuple[int, ...]], list[_Job]] = {}
     for job in jobs:
@@ -151,6 +163,9 @@ def polars(
         own, found = [job.x for job in small], [job.slack for job in small]
         targets = [job.out.batch() for job in small]
         small_polar(own, targets, found, plan.tables, plan.slacks, tight=plan.norm == "tight", eps=eps)
+        for job, target in zip(small, targets, strict=True):
+            if job.update is not None:
+                _take_into(target, job.update)
     for (work, positions), some in alike.items():
         if name == PLAIN and form == "auto" and restarts is None:
             for job in some:
@@ -160,10 +175,15 @@ def polars(
         workspace, runs = Workspace(), list(_runs(some, work, max_workspace_bytes))
         for run in runs:
             ys = [_prescaled(job.x, work) for job in run]
-            ys = newton_schulz(ys, plan, positions, workspace, eps=eps, slacks=[job.slack for job in run])
-            for job, y in zip(run, ys, strict=True):
+            own, ends = [job.slack for job in run], [job.update for job in run if job.update is not None]
+            ys = newton_schulz(ys, plan, positions, workspace, eps=eps, slacks=own, updates=ends)
+            for job, y in zip(run, ys, strict=not ends):
                 job.take(y, own=len(runs) == 1)
-    return [out.result() for out in outs]
+    return [out.result() for out in outs] if updates is None else []
+
+
+def _take_into(factors: Tensor, update: Update) -> None:
+    add_into(factors.reshape(-1, *factors.shape[-2:]), update.weights, update.eta, update.beta)
 
 
 class _Out:
@@ -185,20 +205,25 @@ class _Out:
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """Matrices x, (batch, m, n), their slack, (batch,), and where the first of them goes."""
+    """Matrices x, (batch, m, n), their slack, (batch,), and where the first of them goes, or the weights they move."""
 
     x: Tensor
     slack: Tensor
     out: _Out
     first: int
+    update: Update | None
 
     def split(self, size: int) -> list[_Job]:
-        parts = zip(self.x.split(size), self.slack.split(size), range(0, len(self.x), size), strict=True)
-        return [_Job(x, slack, self.out, first) for x, slack, first in parts]
+        firsts = range(0, len(self.x), size)
+        ends = [None] * len(firsts) if self.update is None else self.update.split(size)
+        parts = zip(self.x.split(size), self.slack.split(size), firsts, ends, strict=True)
+        return [_Job(x, slack, self.out, first, end) for x, slack, first, end in parts]
 
     def take(self, y: Tensor, *, own: bool) -> None:
         """Puts y where it belongs; own: nobody else will write to it."""
-        if own and y.numel() == self.out.x.numel() and y.dtype == self.out.x.dtype and y.is_contiguous():
+        if self.update is not None:
+            _take_into(y, self.update)
+        elif own and y.numel() == self.out.x.numel() and y.dtype == self.out.x.dtype and y.is_contiguous():
             self.out.held = y
         else:
             self.out.batch()[self.first : self.first + len(y)].copy_(y)

@@ -4,7 +4,7 @@
     gram       out = A A^T, A^T A where A is tall
     product    out = alpha A B + beta C, symmetric
     sum        out = alpha A + beta C + gamma I
-    apply      out = alpha A X + beta X, alpha X A + beta X where X is tall
+    apply      out = alpha A X + beta X, alpha X A + beta X where X is tall; the last one may go into weights instead
 
 Every stack has its own shape; a node of the chain is one list of products over all of them. fp16 or bf16, accumulated
 in fp32, rounded once. The reference is `steepest.linalg.newton_schulz` in torch ops.
@@ -13,6 +13,7 @@ in fp32, rounded once. The reference is `steepest.linalg.newton_schulz` in torch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,8 +23,27 @@ from .chain_numbers import too_many
 
 DTYPES = (torch.float16, torch.bfloat16)
 MULTIPLE = 8  # rows begin at multiples of 16 bytes
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("gram", "product", "sum", "apply")  # Kind in csrc/polar/chain.h
 BUFFERS = ("x", "y", "gram", "z", "t", "q", "p")  # Buffer there
+
+
+@dataclass(frozen=True)
+class Update:
+    """Where a chain ends in weights: W[i] <- beta[i] W[i] + eta[i] polar(X[i]), in place.
+
+    weights: (m, n) for each matrix of a stack, contiguous and anywhere, all fp32, all bf16 or all fp16; eta, beta:
+    (batch,) fp32, contiguous. Where eta is 0 the polar factor does not count, NaN or not.
+    """
+
+    weights: Sequence[Tensor]
+    eta: Tensor
+    beta: Tensor
+
+    def split(self, size: int) -> list[Update]:
+        """Of so many matrices at a time."""
+        starts = range(0, len(self.weights), size)
+        return [Update(self.weights[i : i + size], self.eta[i : i + size], self.beta[i : i + size]) for i in starts]
 
 
 def polar_chain(
@@ -37,29 +57,56 @@ def polar_chain(
     *,
     tight: bool,
     eps: float,
+    row_sums: Sequence[Tensor] = (),
+    updates: Sequence[Update] = (),
+    chunks: int = 0,
 ) -> None:
     """Runs the chain in place on xs, with ys as the second buffer of each; fills slacks.
 
     xs, ys: (batch, m, n), contiguous, all fp16 or all bf16, on one device; slacks: (batch,) fp32 for each. nodes: seven
     integers for each (place in KINDS, buffers out, a, b, c by their place in BUFFERS, columns of alpha and beta or -1)
     and three numbers (alpha and beta where they are no column, gamma). constants to eps: as for `chain_numbers`.
+
+    row_sums: (batch, min(m, n)) fp32 for each stack, contiguous, filled with sum_j |G_ij| of G = X X^T as it is stored.
+    The largest of a matrix, its infinity norm, bounds the largest eigenvalue of G and so ||X||_2^2 from above.
+
+    updates: one for each stack. The last product then goes into the weights, in fp32 and rounded once, and is not
+    written anywhere else; what is left in xs and ys is undefined.
+
+    The matrices go through the chain in so many ``chunks`` one after another. 0 stands for as many as the planner's
+    model (csrc/polar/chunks.h) finds worth it, so that squares stay in the L2 cache. A matrix does not know the others
+    of its launch, but where its tiles are cut, and so in which order their sums are added up, depends on their number.
     """
     flat = [value for row in constants for value in row]
-    torch.ops.steepest.polar_chain(xs, ys, slacks, *nodes, flat, powers, least, tight, eps)
+    weights = [w for update in updates for w in update.weights]
+    into = (weights, [update.eta for update in updates], [update.beta for update in updates])
+    numbers = (*nodes, flat, powers, least, tight, eps, chunks)
+    torch.ops.steepest.polar_chain(xs, ys, slacks, row_sums, *into, *numbers)
 
 
-def takes(x: Tensor, constants: Sequence[Sequence[float]]) -> bool:
+def weights_reason(weights: Sequence[Tensor]) -> str | None:
+    """Why compiled products do not go into these weights; None where they do."""
+    if any(w.dtype not in WEIGHTS or w.dtype != weights[0].dtype for w in weights):
+        return f"weights are {', '.join(sorted({str(w.dtype) for w in weights}))}; one of {WEIGHTS} is taken"
+    if any(not w.is_contiguous() or w.data_ptr() % 16 for w in weights):
+        return "a weight is not contiguous, or does not begin at a multiple of 16 bytes"
+    return None
+
+
+def takes(x: Tensor, constants: Sequence[Sequence[float]], update: Update | None = None) -> bool:
     """Whether the compiled kernels run this chain on x; products one by one have more versions."""
     if torch.compiler.is_compiling() or _backend.requested("auto") not in ("auto", "cuda"):
         return False
     why = _reason(x, constants)
+    if why is None and update is not None:
+        why = weights_reason(update.weights)
     if why is not None and x.is_cuda:
         _backend.log_once("polar_chain", "torch", {"cuda": why}, x.device)
     return why is None
 
 
-def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
-    """Why not; None where they do."""
+def hopper_reason(x: Tensor) -> str | None:
+    """Why the compiled products do not run where x is; None where they do."""
     if not x.is_cuda:
         return f"the tensor is on {x.device.type}"
     if (why := _backend.cuda_reason(x.device.index)) is not None:
@@ -69,6 +116,13 @@ def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
         return "the products for Hopper were not built; `pip install nvidia-cutlass` and rebuild for sm_90a"
     if torch.cuda.get_device_capability(x.device) != (9, 0):
         return "the compiled products are for compute capability 9.0"
+    return None
+
+
+def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
+    """Why not; None where they do."""
+    if (why := hopper_reason(x)) is not None:
+        return why
     if too_many(constants):
         return "the schedule has too many numbers"
     if x.dtype not in DTYPES:
@@ -82,4 +136,4 @@ if _backend.extension is not None:
 
     @torch.library.register_fake("steepest::polar_chain")
     def _(*arguments: object) -> None:
-        """Mutates xs, ys and slacks; no metadata changes."""
+        """Mutates xs, ys, slacks, row_sums and weights; no metadata changes."""

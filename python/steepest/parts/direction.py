@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import polar, schatten
+from ..ops.polar_chain import Update
 from .hyper import Number
 
 
@@ -36,6 +37,8 @@ class Direction:
 
     #: whether many matrices at once are cheaper than one after the other
     batched = False
+    #: whether `move` is there
+    moves = False
     #: whether `unit` never waits for the device, so that a CUDA graph can hold it
     capturable = True
 
@@ -46,6 +49,10 @@ class Direction:
     def units(self, xs: Sequence[Tensor], slacks: Sequence[Tensor]) -> list[Tensor]:
         """`unit` of every x with its slack; of several shapes, on one device, and not changed in the meantime."""
         return [self.unit(x, slack=slack) for x, slack in zip(xs, slacks, strict=True)]
+
+    def move(self, xs: Sequence[Tensor], slacks: Sequence[Tensor], updates: Sequence[Update]) -> None:
+        """W <- beta W + eta unit(x) for every matrix, in place; as `units`, but that no direction is kept."""
+        raise NotImplementedError(f"{type(self).__name__} has no way straight into weights")
 
     def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
         """<x, d>, which for d = unit(x) is the dual norm of x."""
@@ -152,6 +159,7 @@ class Spectral(Direction):
     max_workspace_bytes: int | None = None
 
     batched = True
+    moves = True
 
     @property
     def capturable(self) -> bool:  # type: ignore[override]
@@ -163,12 +171,17 @@ class Spectral(Direction):
     def units(self, xs: Sequence[Tensor], slacks: Sequence[Tensor]) -> list[Tensor]:
         return self._polars(xs, slacks)
 
+    def move(self, xs: Sequence[Tensor], slacks: Sequence[Tensor], updates: Sequence[Update]) -> None:
+        self._polars(xs, slacks, updates)
+
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
         """By the singular value decomposition, whatever the preset."""
         u, s, vt = torch.linalg.svd(x, full_matrices=False)
         return (_shortened(s, s, radius).unsqueeze(-2) * u) @ vt
 
-    def _polars(self, xs: Sequence[Tensor], slacks: Sequence[Tensor] | None) -> list[Tensor]:
+    def _polars(
+        self, xs: Sequence[Tensor], slacks: Sequence[Tensor] | None, updates: Sequence[Update] | None = None
+    ) -> list[Tensor]:
         return polar.polars(
             xs,
             self.preset,
@@ -177,6 +190,7 @@ class Spectral(Direction):
             eps=self.eps,
             max_workspace_bytes=self.max_workspace_bytes,
             slacks=slacks,
+            updates=updates,
         )
 
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -28,6 +28,9 @@ class Extras(TypedDict, total=False):
     backend: "auto", "cuda", "triton", "cpu" or "torch", of everything elementwise.
     max_workspace_bytes: about what a step may borrow at once, inputs of the direction included; one matrix is always
         worked on, and a launch covers all matrices that fit.
+    fuse_update: directions that nothing else is asked of (step length lr, plain decay, no preconditioner, weights
+        rounded to nearest) go from the last product straight into the weights, in the fused step. Not measured yet, so
+        off; `metrics` has NaN for the norms of updates and parameters then.
     adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW groups; adamw_lr=None is 3e-4, or lr itself with
         adjust_lr_fn="match_rms_adamw".
     """
@@ -43,6 +46,7 @@ class Extras(TypedDict, total=False):
     capturable: bool
     backend: str
     max_workspace_bytes: int
+    fuse_update: bool
     adamw_lr: Number | None
     adamw_betas: tuple[float, float]
     adamw_eps: float
@@ -61,6 +65,7 @@ EXTRAS = Extras(
     capturable=False,
     backend="auto",
     max_workspace_bytes=1 << 30,
+    fuse_update=False,
     adamw_lr=None,
     adamw_betas=(0.9, 0.95),
     adamw_eps=1e-8,

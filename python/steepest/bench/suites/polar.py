@@ -12,12 +12,15 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from ... import planner
+from ...linalg import newton_schulz
 from ...linalg import polar as linalg
+from ...ops import polar_chain
 from .. import peers
 from ..case import Case, Errors, Job, Settings, Variant
 from ..counting import flop_of
@@ -33,6 +36,7 @@ SHAPES = (
     "28x2048x6144",
     "4096x4096",  # Llama 7B
     "4096x11008",
+    "4096x14336",  # Llama 3 8B
     "216x2048x7168",  # Kimi K2, 72 experts
     "8192x28672",  # a 70B Llama
 )
@@ -75,7 +79,20 @@ def _case(name: str, dtype: torch.dtype, settings: Settings) -> Case:
             rate=name_of(compute or linalg.compute_dtype(preset, dtype, settings.device)),
             captured=preset in ("auto", "turbo") and may_capture([x]),
         )
+    if settings.cuda and "polar auto" in found:
+        found["polar auto, uncut"] = replace(found["polar auto"], run=uncut(found["polar auto"].run))
     return Case("polar", name, name_of(dtype), found | theirs(x, settings, errors), BASE)
+
+
+def uncut(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call with its whole batch in every launch, beside chunks that are to stay in the L2 cache."""
+
+    def run() -> Any:
+        whole = functools.partial(polar_chain.polar_chain, chunks=1)
+        with mock.patch.object(newton_schulz, "polar_chain", whole):
+            return call()
+
+    return run
 
 
 def may_capture(xs: Sequence[Tensor]) -> bool:

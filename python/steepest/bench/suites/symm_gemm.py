@@ -113,7 +113,8 @@ def run_chain(x: Tensor, y: Tensor, length: int) -> Tensor:
     """(X X^T)^2 X, into y, which is returned."""
     plan = chain_of(length)
     slack = torch.empty(len(x), device=x.device)
-    polar_chain.polar_chain([x], [y], [slack], plan.packed, plan.constants, plan.powers, (), tight=False, eps=0.0)
+    numbers = (plan.packed, plan.constants, plan.powers, ())
+    polar_chain.polar_chain([x], [y], [slack], *numbers, tight=False, eps=0.0, chunks=1)
     return y
 
 

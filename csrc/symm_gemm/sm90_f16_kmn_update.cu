@@ -1,0 +1,6 @@
+#include "symm_gemm/launch_sm90.cuh"
+
+namespace steepest::symm_gemm {
+template void launch_sm90<Dtype::f16, Majors::kmn, End::update>(const Launch&, const std::vector<Problem>&,
+                                                                const Workspace&, void*, bool);
+}
