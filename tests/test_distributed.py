@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
 
 
+METHODS: dict[str, Any] = {
+    **{cls.__name__: cls for cls in (*OPTIMIZERS, *RANKS_ALONE)},
+    "later": partial(steepest.SOAP, precondition_frequency=1, refresh_delay=1, factor_dtype=torch.bfloat16),
+    "newton": partial(steepest.Shampoo, precondition_frequency=2, refresh_delay=1, inverse_root="newton"),
+}
+
+
 def batch(step: int) -> Tensor:
     generator = torch.Generator().manual_seed(100 + step)
     return torch.randn(BATCH, 6, generator=generator, dtype=torch.float64)
@@ -48,10 +56,10 @@ def worker(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
     )
-    for cls in (*OPTIMIZERS, *RANKS_ALONE):
+    for name, cls in METHODS.items():
         model = nn.parallel.DistributedDataParallel(copy.deepcopy(network()))
         train(cls, model, rank)
-        torch.save(model.module.state_dict(), folder / f"{cls.__name__}-{rank}.pt")
+        torch.save(model.module.state_dict(), folder / f"{name}-{rank}.pt")
     dist.barrier()  # the first to leave takes the meeting file with it
     dist.destroy_process_group()
 
@@ -71,10 +79,10 @@ def test_ranks_agree_with_each_other_and_with_one_process(tmp_path: Path) -> Non
         for rank in ranks:  # one that failed leaves the others waiting for it
             rank.kill()
             rank.communicate()
-    for cls in (*OPTIMIZERS, *RANKS_ALONE):
+    for method, cls in METHODS.items():
         alone = network()
         train(cls, alone, None)
-        first, second = (torch.load(tmp_path / f"{cls.__name__}-{rank}.pt", weights_only=True) for rank in range(RANKS))
+        first, second = (torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True) for rank in range(RANKS))
         for name, wanted in alone.state_dict().items():
             assert torch.equal(first[name], second[name])
             if cls in OPTIMIZERS:

@@ -61,6 +61,15 @@ HOW = {
     "kl-soap": (steepest.KLSOAP, {}),
     "kl-soap, short sides": (steepest.KLSOAP, {"max_preconditioner_dim": 4, "refresh": "qr"}),
     "splus": (steepest.SPlus, {"average_rate": 0.0}),
+    "shampoo, newton roots": (steepest.Shampoo, {"inverse_root": "newton", "max_preconditioner_dim": 3}),
+    "one-sided, newton roots": (steepest.OneSidedShampoo, {"inverse_root": "newton", "norm": "sign"}),
+    "kl-shampoo, newton roots": (steepest.KLShampoo, {"inverse_root": "newton", "refresh_delay": 1}),
+    "shampoo, delayed": (steepest.Shampoo, {"refresh_delay": 1, "parity": "authors"}),
+    "kl-shampoo, delayed": (steepest.KLShampoo, {"refresh_delay": 4}),
+    "soap, delayed": (steepest.SOAP, {"refresh_delay": 2}),
+    "soap, authors, delayed": (steepest.SOAP, {"refresh_delay": 3, "parity": "authors"}),
+    "splus, delayed": (steepest.SPlus, {"refresh_delay": 2, "average_rate": 0.0}),
+    "soap, bf16 factors": (steepest.SOAP, {"factor_dtype": torch.bfloat16, "refresh_delay": 1}),
 }
 SHAPES_OF_ALL = {
     **{key: SHAPES[key] for key in SHAPES if key != "empty"},
@@ -112,6 +121,22 @@ def test_a_step_of_all_is_step_one_of_each(name: str) -> None:
             for key, t in wanted.items():
                 assert found[key].dtype == t.dtype
                 assert gap(found[key].reshape(t.shape), t) < 1e-8, key
+
+
+def test_a_piece_sees_its_own_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a parameter that is read as several matrices, under the names of one."""
+    seen, learn = [], rotated.Rotated.learn
+
+    def watched(self: Any, state: State, g: Tensor, hyper: Any) -> State:
+        seen.append((set(state), state["left"].shape[-1]))
+        return learn(self, state, g, hyper)
+
+    monkeypatch.setattr(rotated.Rotated, "learn", watched)
+    p = torch.nn.Parameter(gaussian(9, 4))
+    optimizer = steepest.SOAP([{"params": [p], "split_sizes": (4, 3, 2)}])
+    p.grad = gaussian(9, 4, seed=1)
+    optimizer.step()
+    assert seen == [(set(optimizer.recipe(optimizer.param_groups[0]).keys), n) for n in (4, 3, 2)]
 
 
 # ---- parity with the published rules --------------------------------------------------------------------------------

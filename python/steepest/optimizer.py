@@ -16,6 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import plan, routing, stacks, unfused
 from .matrices import Piece, pieces
+from .ops import streams
 from .ops.backend import requested
 from .ops.multi_tensor import Scaling
 from .parts import ADJUST_LR, Hyper, Number, shape_ratio
@@ -283,7 +284,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._check_step(number, group)
             self._plan = self._new_plan()
             self._plan_key = self._key()
-        if any(group.recipe.basis is not None for group in self._plan.groups):
+        if any(group.recipe.kronecker is not None for group in self._plan.groups):
             _refuse_capture("the host decides when its bases are refreshed")
         return self._plan
 
@@ -387,14 +388,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
         """State before the first gradient, which has this dtype."""
         recipe, g = self._recipe(group), torch.empty_like(p, dtype=dtype, requires_grad=False)
-        if recipe.basis is None:
+        if recipe.kronecker is None:
             return recipe.init(p.detach(), g)
         return recipe.init(p.detach(), g, [piece.view(g).reshape(piece.shape) for piece in self._pieces(p, group)])
 
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""
         for number, group in enumerate(self.param_groups):
-            if self._recipe(group).basis is not None:
+            if self._recipe(group).kronecker is not None:
                 raise RuntimeError(
                     f"{type(self).__name__} cannot be traced by torch.compile: the host decides when it refreshes its "
                     "bases; call its step outside of the compiled function"
@@ -516,7 +517,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         for number, group in enumerate(self.param_groups):
             direction, why = self._recipe(group).direction, None
-            if self._recipe(group).basis is not None:
+            if self._recipe(group).kronecker is not None:
                 why = "the host decides when its bases are refreshed; call its step outside of the graph"
             if not direction.capturable:
                 why = f"{direction} reads from the device; choose an iterative preset, such as polar='auto'"
@@ -555,7 +556,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. What is made beside the steps is in it: the present stream waits for it."""
+        streams.join()
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
+        streams.join()
         return {
             **super().__getstate__(),
             "_adamw_defaults": self._adamw_defaults,
@@ -585,6 +592,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         State keeps the dtype it was saved in: torch's own loader would cast fp32 averages of bf16 parameters to bf16.
         Raises ValueError for state of another shape than its parameter, before anything is loaded.
         """
+        streams.join()
         saved: dict[str, Any] = {"rules": [group["use_muon"] for group in self.param_groups]}
 
         def look(_: Any, given: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """One step for all groups: what the fused ops take goes there, device by device, the rest by the parts of its recipe.
 
 A `Plan` is made once for a set of parameters with gradients and serves every step until one of them changes. Nothing in
-a step reads a tensor on the host, so it neither waits for the device nor depends on the data's values.
+a step reads a tensor on the host, so it neither waits for the device nor depends on the data's values, but for a
+refresh of eigenbases, which reads the status of the one before it.
 """
 
 from __future__ import annotations

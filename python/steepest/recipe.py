@@ -6,7 +6,7 @@
     d  = direction(x)            steepest there, of length 1 ("lmo") or of length dual_norm(x) ("dual")
     u  = P.back(d)               back to the weight's variables, as long as the graft's update where there is one
     W <- decay(W) - lr scale ratio(m, n) u      scale: 1 but where layers are coupled
-    P.learn(G), P.refresh()      factors and now and then their bases, where P has them; before or after the rest
+    P.learn(G), P.refresh()      factors, and now and then what is made of them, where P has any: before or after
 
 This is Algorithm 1 of arXiv:2510.10777 with the two step types of its section 2: "lmo" is constrained steepest descent
 (Muon, SignSGD, MuAdam), "dual" the regularized one (SGD, Adam). `step_one` is the reference: plain torch, any dtype,
@@ -31,15 +31,14 @@ from .parts import (
     Identity,
     Momentum,
     Precondition,
-    Rotated,
     Rounding,
     shape_ratio,
 )
-from .parts.precondition import Phase, State
+from .parts.precondition import Kronecker, Phase, State
 
 __all__ = ["ADAMW", "CLOCK", "Recipe", "State", "adamw", "all_finite", "step_one"]
 
-CLOCK = "clock"  # steps that a basis has seen: int64 on the host, where it is decided when to refresh
+CLOCK = "clock"  # steps that factors have seen: int64 on the host, where it is decided when to refresh
 
 
 @dataclass(frozen=True)
@@ -79,35 +78,34 @@ class Recipe:
         return self.momentum.counts_steps or any(part.counts_steps for part in parts)
 
     @property
-    def basis(self) -> Rotated | None:
-        """The preconditioner, where it has a basis."""
-        return self.precondition if isinstance(self.precondition, Rotated) else None
+    def kronecker(self) -> Kronecker | None:
+        """The preconditioner, where it has Kronecker factors."""
+        return self.precondition if isinstance(self.precondition, Kronecker) else None
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Names of the state tensors of a single matrix, in a fixed order."""
         own = (self.momentum.key, *self.precondition.keys, *self.rounding.keys)
         own += () if self.graft is None else self.graft.keys
-        own += (CLOCK,) if self.basis is not None else ()
+        own += (CLOCK,) if self.kronecker is not None else ()
         return (*own, "step") if self.counts_steps else own
 
     @property
     def by_matrix(self) -> bool:
         """Whether a step needs to know the matrices of a weight before and after its direction."""
-        return self.basis is not None or self.graft is not None
+        return self.kronecker is not None or self.graft is not None
 
     def input_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Of what the direction is given for (batch, m, n)."""
-        return shape if self.basis is None else self.basis.input_shape(shape)
+        return shape if self.kronecker is None else self.kronecker.input_shape(shape)
 
     def names(self, piece: int) -> dict[str, str]:
-        """The preconditioner's keys, and those under which the state of a parameter has them for one of its pieces.
+        """Keys of Kronecker factors and all that goes with them, and the names they have in the state of a parameter.
 
-        Elementwise state is the whole parameter's. A basis belongs to matrices of one shape: its second piece has keys
-        of its own.
+        Elementwise state is the whole parameter's. Factors belong to matrices of one shape: a second piece has its own.
         """
-        own = self.precondition.keys
-        return {key: key if piece == 0 or self.basis is None else f"{key}.{piece}" for key in own}
+        own = () if self.kronecker is None else self.kronecker.keys
+        return {key: f"{key}.{piece}" if piece else key for key in own}
 
     def init(self, w: Tensor, g: Tensor | None = None, matrices: Sequence[Tensor] | None = None) -> State:
         """State of weight w before its first gradient, whose dtype g has (None: that of w); `step` is 0-d fp32.
@@ -118,12 +116,12 @@ class Recipe:
         state = {self.momentum.key: self.momentum.init(g), **self.rounding.init(w)}
         if self.graft is not None:
             state |= self.graft.init(g)
-        if self.basis is None:
+        if self.kronecker is None:
             state |= self.precondition.init(g)
         else:
             state[CLOCK] = torch.zeros((), dtype=torch.int64)
             for number, matrix in enumerate([_matrices(g)] if matrices is None else matrices):
-                own = self.basis.init(matrix)
+                own = self.kronecker.init(matrix)
                 state |= {name: own[key] for key, name in self.names(number).items()}
         if self.counts_steps:
             state["step"] = torch.zeros((), dtype=torch.float32, device=g.device)
@@ -131,17 +129,17 @@ class Recipe:
 
     def phase(self, state: State) -> Phase:
         """What a step from this state does; reads the host only."""
-        return Phase() if self.basis is None else self.basis.phase(int(state[CLOCK]))
+        return Phase() if self.kronecker is None else self.kronecker.phase(int(state[CLOCK]))
 
     def observe(self, state: State, g: Tensor, hyper: Hyper) -> State:
-        """The state after gradient g but for a basis, in the state's dtypes; the stored weight's part is not in it."""
+        """The state after gradient g but for factors, in the state's dtypes; the stored weight's part is not in it."""
         m = state[self.momentum.key]
         if self.momentum.start == "first":
             hyper = hyper.beginning(state["step"])
         fresh = {}
         if self.momentum.of == "gradients":
             fresh[self.momentum.key] = self.momentum.observe(m, g, hyper.beta1).to(m.dtype)
-        for part in (self.graft, None if self.basis is not None else self.precondition):
+        for part in (self.graft, None if self.kronecker is not None else self.precondition):
             fresh |= {} if part is None else part.observe(state, g, hyper)
         if self.counts_steps:
             fresh["step"] = state["step"] + 1
@@ -177,8 +175,8 @@ class Recipe:
     def update(self, state: State, d: Tensor, g: Tensor, hyper: Hyper) -> Tensor:
         """The update, of g's shape, which is (batch, m, n) for a recipe that goes `by_matrix`."""
         u = self.back(state, d, hyper)
-        if self.basis is not None:
-            u = self.basis.unblock(u, *g.shape[-2:])
+        if self.kronecker is not None:
+            u = self.kronecker.unblock(u, *g.shape[-2:])
         if self.graft is None:
             return u
         step, m = state.get("step"), self.momentum_of(state, g, hyper)
@@ -199,16 +197,16 @@ class Recipe:
         decay = hyper.lr * hyper.weight_decay * (ratio if self.decay.scaled else 1.0)
         return self.decay.apply(w, u, decay, hyper.lr * ratio * hyper.scale)
 
-    def learn(self, states: Sequence[State], grads: Sequence[Tensor], hyper: Hyper, phase: Phase) -> list[State]:
-        """What the bases of these matrices learn from their gradients, (batch, m, n) each; refreshed when due."""
-        basis = self.basis
-        assert basis is not None
-        fresh = [basis.learn(state, g, hyper) for state, g in zip(states, grads, strict=True)]
+    def learn(self, state: State, g: Tensor, hyper: Hyper, phase: Phase) -> State:
+        """The state after what the factors learn from a gradient (batch, m, n), refreshed when due."""
+        part = self.kronecker
+        assert part is not None
+        state = state | part.learn(state, g, hyper)
+        if phase.takes:
+            state |= part.take(state)
         if phase.refreshes:
-            now = [{**state, **own} for state, own in zip(states, fresh, strict=True)]
-            for own, new in zip(fresh, basis.refresh(now, exact=phase.exact), strict=True):
-                own |= new
-        return fresh
+            state |= part.refresh(part.gather([state], exact=phase.exact), [state])[0]
+        return state | part.take(state) if phase.at_once else state
 
 
 def _matrices(t: Tensor) -> Tensor:
@@ -224,28 +222,29 @@ def all_finite(g: Tensor) -> Tensor:
 def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step for one weight (..., m, n): (new weight, new state), inputs untouched.
 
-    A gradient that is not finite leaves the weight and its state as they were, but for the clock of a basis.
+    A gradient that is not finite leaves the weight and its state as they were, but for the clock.
     """
+    if recipe.by_matrix and w.ndim != 3:
+        shaped = {key: _matrices(t) if t.shape == w.shape else t for key, t in state.items()}
+        stepped, shaped = step_one(recipe, _matrices(w), _matrices(g), shaped, hyper)
+        return stepped.reshape(w.shape), {key: t.reshape(state[key].shape) for key, t in shaped.items()}
     finite, phase = all_finite(g), recipe.phase(state)
-    matrices = _matrices(g) if recipe.by_matrix else g
     fresh, stored = dict(state), w
     if phase.before:
-        fresh |= recipe.learn([fresh], [matrices], hyper, phase)[0]
+        fresh = recipe.learn(fresh, g, hyper, phase)
     if phase.steps:
         fresh |= recipe.observe(fresh, g, hyper)
-        if recipe.basis is not None:
-            fresh |= recipe.precondition.observe(fresh, matrices, hyper)
+        if recipe.kronecker is not None:
+            fresh |= recipe.kronecker.observe(fresh, g, hyper)
         value = recipe.rounding.value(w, state)
-        read = {key: t if t.shape != w.shape else t.reshape(matrices.shape) for key, t in fresh.items()}
-        x = recipe.into(read, matrices, hyper, value.reshape(matrices.shape)).to(value.dtype)
-        u, remembered = recipe.remember(fresh, recipe.update(read, recipe.towards(x, hyper), matrices, hyper), hyper)
-        u, fresh = u.reshape(w.shape), fresh | remembered
+        x = recipe.into(fresh, g, hyper, value).to(value.dtype)
+        u, remembered = recipe.remember(fresh, recipe.update(fresh, recipe.towards(x, hyper), g, hyper), hyper)
         moved = recipe.moved(value, u.to(value.dtype), hyper, shape_ratio(recipe.adjust_lr, *w.shape[-2:]))
         stored, left_over = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
-        fresh |= left_over
+        fresh |= remembered | left_over
     if phase.after:
-        fresh |= recipe.learn([fresh], [matrices], hyper, phase)[0]
-    kept = {key: torch.where(finite, fresh[key], state[key]) for key in state if key != CLOCK}
+        fresh = recipe.learn(fresh, g, hyper, phase)
+    kept = {key: torch.where(finite, fresh[key].to(held.dtype), held) for key, held in state.items() if key != CLOCK}
     if CLOCK in state:
         kept[CLOCK] = state[CLOCK] + 1
     return torch.where(finite, stored, w), kept

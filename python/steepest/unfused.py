@@ -6,7 +6,7 @@ traces and fuses itself.
       gather   P.into(momentum), stacked in the direction's own dtype      (b, m, n)
       towards  one direction call for the chunk
       store    P.back, step size, decay and rounding
-    learn      where the preconditioner has bases: what they learn, before or after the rest; refreshed all at once
+    learn      where the preconditioner has factors: what they learn, before or after the rest; refreshed all at once
 
 Where layers are coupled, all groups observe before any of them moves: `Observed` is a group between the two.
 """
@@ -14,6 +14,7 @@ Where layers are coupled, all groups observe before any of them moves: `Observed
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from .budget import cut
 from .matrices import Piece
+from .ops import streams
 from .ops.multi_tensor import NOT_SCALED, Scaling
 from .parts import Hyper, shape_ratio
-from .parts.precondition import Phase
+from .parts.precondition import PENDING, Gathered, Kronecker, Phase
 from .recipe import CLOCK, Recipe, State, all_finite
 
 
@@ -75,8 +77,7 @@ class Member:
 
     def keep(self, fresh: State) -> None:
         """Takes these tensors into the state, unless the gradient was not finite."""
-        for key, t in fresh.items():
-            torch.where(self.finite, t.to(self.state[key].dtype), self.state[key], out=self.state[key])
+        _keep(self.state, fresh, self.finite)
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Sums:
 
     def by_name(self) -> dict[str, Tensor]:
         return {f"{name}_sq": _total(getattr(self, name)) for name in ("grad", "momentum", "update", "param")}
+
+
+def _keep(state: State, fresh: State, finite: Tensor) -> None:
+    for key, t in fresh.items():
+        torch.where(finite, t.to(state[key].dtype), state[key], out=state[key])
 
 
 def _total(parts: list[Tensor]) -> Tensor:
@@ -142,7 +148,7 @@ class Observed:
         """What is left to do once every chunk has moved."""
         recipe, batch = self.recipe, self.batch
         _learn(recipe, self.hyper, [member for member in self.members if member.phase.after])
-        for state in batch.states if recipe.basis is not None else ():
+        for state in batch.states if recipe.kronecker is not None else ():
             state[CLOCK].add_(1)
         self.sums.update.extend(torch.zeros((), dtype=torch.float64, device=p.device) for p in batch.params[:1])
         self.sums.momentum.extend(_square(state[recipe.momentum.key]) for state in batch.states)
@@ -175,14 +181,13 @@ def observe(recipe: Recipe, hyper: Hyper, batch: Batch) -> Observed:
             members.append(_member(recipe, (*batch.places[i], number), piece, p, g, state, flags[i], phase))
     _learn(recipe, hyper, [member for member in members if member.phase.before])
     for g, state, finite, phase in zip(grads, batch.states, flags, phases, strict=True):
-        fresh = recipe.observe(state, g, hyper) if phase.steps else {}
-        for key, t in fresh.items():
-            torch.where(finite, t.to(state[key].dtype), state[key], out=state[key])
+        if phase.steps:
+            _keep(state, recipe.observe(state, g, hyper), finite)
         sums.grad.append(torch.where(finite, _square(g), 0))
-    if recipe.basis is not None:
+    if recipe.kronecker is not None:
         for member in members:
             if member.phase.steps:
-                member.keep(recipe.basis.observe(member.state, member.grad.reshape(member.piece.shape), hyper))
+                member.keep(recipe.kronecker.observe(member.state, member.grad.reshape(member.piece.shape), hyper))
     return Observed(recipe, hyper, batch, grads, flags, members, sums)
 
 
@@ -199,24 +204,48 @@ def _member(
     def look(t: Tensor) -> Tensor:
         return piece.view(t) if t.ndim else t.unsqueeze(0)
 
-    own = {name: key for key, name in recipe.names(place[-1]).items()} if recipe.basis is not None else {}
-    parts = {own[key]: t for key, t in state.items() if key in own}
-    parts |= {
-        key: look(t) if t.shape == p.shape else t for key, t in state.items() if key not in own and key not in parts
-    }
+    names = recipe.names(place[-1])
+    shared = ((key, state[key]) for key in recipe.keys if key not in names)
+    parts = {key: look(t) if t.shape == p.shape else t for key, t in shared}
+    parts |= {key: state[name] for key, name in names.items()}
     return Member(place, piece, look(p), look(g), parts, finite, phase)
 
 
 def _learn(recipe: Recipe, hyper: Hyper, members: Sequence[Member]) -> None:
-    """What the bases learn from the gradients; those that are due are refreshed together."""
+    """What the factors learn from the gradients; those that are due are refreshed together."""
+    part = recipe.kronecker
     phases: dict[Phase, list[Member]] = {}
     for member in members:
         phases.setdefault(member.phase, []).append(member)
     for phase, some in phases.items():
-        grads = [member.grad.reshape(member.piece.shape) for member in some]
-        fresh = recipe.learn([member.state for member in some], grads, hyper, phase)
-        for member, own in zip(some, fresh, strict=True):
-            member.keep(own)
+        assert part is not None
+        device = some[0].param.device
+        for member in some:
+            member.keep(part.learn(member.state, member.grad.reshape(member.piece.shape), hyper))
+        if phase.takes:
+            streams.join(member.state[PENDING] for member in some)
+            for member in some:
+                member.keep(part.take(member.state))
+        if phase.refreshes:
+            states = [member.state for member in some]
+            gathered = part.gather(states, exact=phase.exact)
+            with nullcontext() if phase.at_once else streams.beside(device, _touched(part, gathered, some)):
+                found = part.refresh(gathered, states)
+                for member, own in zip(some, found, strict=True):
+                    member.keep({key: t for key, t in own.items() if key in part.keys})
+                streams.written([state[key] for state, own in zip(states, found) for key in own if key in state])
+            if phase.at_once:
+                for member, own in zip(some, found, strict=True):
+                    member.keep(part.take({**member.state, **own}))
+
+
+def _touched(part: Kronecker, gathered: Sequence[Gathered], members: Sequence[Member]) -> Iterator[Tensor]:
+    """What a refresh reads and writes."""
+    for some in gathered:
+        yield from some.tensors
+    for member in members:
+        yield member.finite
+        yield from (member.state[key] for key in part.keys)
 
 
 def _chunks(recipe: Recipe, members: list[Member], max_bytes: int) -> Iterator[list[Member]]:
@@ -256,9 +285,8 @@ def _as_matrices(recipe: Recipe, member: Member) -> tuple[State, Tensor]:
     """State and gradient as the recipe reads them: (batch, m, n) where it goes by matrices."""
     if not recipe.by_matrix:
         return member.state, member.grad
-    shape = member.piece.shape
-    elementwise = (recipe.momentum.key, *(() if recipe.graft is None else recipe.graft.keys))
-    state = {key: t.reshape(shape) if key in elementwise else t for key, t in member.state.items()}
+    shape, own = member.piece.shape, member.param.shape
+    state = {key: t.reshape(shape) if t.shape == own else t for key, t in member.state.items()}
     return state, member.grad.reshape(shape)
 
 

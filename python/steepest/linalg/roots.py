@@ -5,8 +5,8 @@ The coupled iteration carries the square root and its inverse together.  With A 
     Y = A,  Z = I;    T = Z Y,    Y <- Y W,    Z <- W Z,    W = a I + b T + c T^2,
 
 Y tends to A^(1/2) and Z to A^(-1/2), because with t the eigenvalues of T each step is s <- a s + b s^3 + c s^5 on
-s = sqrt t: the polynomials that send singular values to 1 (Polar Express, arXiv:2505.16932) are those wanted here.  A
-fourth root is the root of a root.  The identity is left out of every product,
+s = sqrt t: the polynomials that send singular values to 1 (Polar Express, arXiv:2505.16932) are those wanted here.
+Fourth and eighth roots are roots of roots.  The identity is left out of every product,
 
     Y <- a Y + Y (b T + c T^2),    and last    Y <- Y + Y (I - T) / 2,
 
@@ -26,7 +26,7 @@ from ..ops.products import product
 from .basis import inverse_power_of_two, symmetrize
 from .coefficients import Table
 
-ROOTS = (1, 2, 4)
+ROOTS = (1, 2, 4, 8)
 # The bound exceeds the norms that it is taken from by more than their rounding.
 BOUND_SAFETY = 1.002
 # Where the lifting steps stop: all s within this of 1.  The steady quintic cubes the distance, the cubic squares it.
@@ -53,23 +53,23 @@ def inverse_root(A: Tensor, p: int, *, ridge_rel: float = 1e-6) -> tuple[Tensor,
     """X = (A + r I)^(-1/p) with r = ridge_rel c, c = `spectral_bound(A)`, and a residual of each X.
 
     A: (..., n, n) symmetric positive semidefinite, fp32 or fp64; of another matrix the symmetric part is taken.  X is
-    symmetric, of A's shape and dtype.  p is 1, 2 or 4.  Not differentiable; no host synchronisation.
+    symmetric, of A's shape and dtype.  p is 1, 2, 4 or 8.  Not differentiable; no host synchronisation.
 
     The residual, (...), is that of X itself, computed in A's dtype: with H = A + r I, ||H X - I||_F / sqrt n for p = 1,
-    ||X H X - I||_F / sqrt n for p = 2, ||X^2 H X^2 - I||_F / sqrt n for p = 4.
+    ||X^(p/2) H X^(p/2) - I||_F / sqrt n for the others.
 
     The ridge bounds the condition number by 1 / ridge_rel, which sets the number of steps (8 for 1e-6, twice that for p
-    = 4) and how far rounding is amplified: in fp32 1e-6 is the least that leaves digits of the smallest eigenvalues.
-    The relative error in the Frobenius norm is then 4e-6 at condition 1e2, 3e-5 at 1e4, 1e-3 at 1e6, 4e-3 at 1e8 for p
-    = 2, twice that for p = 1 and half for p = 4; from 1e4 on a third to a thirtieth of that by torch.linalg.eigh in
-    fp32, whose error is eps times the largest eigenvalue in all of them.
+    = 4, three times for p = 8) and how far rounding is amplified: in fp32 1e-6 is the least that leaves digits of the
+    smallest eigenvalues.  The relative error in the Frobenius norm is then 4e-6 at condition 1e2, 3e-5 at 1e4, 1e-3 at
+    1e6, 4e-3 at 1e8 for p = 2, twice that for p = 1, half for p = 4 and a quarter for p = 8; from 1e4 on a third to a
+    thirtieth of that by torch.linalg.eigh in fp32, whose error is eps times the largest eigenvalue in all of them.
 
     A = 0 gives X = 0 and residual 0.  A that is not finite gives X = 0 and residual inf and leaves the rest of the
     batch alone.  The scale of A does not matter, as long as X itself is representable.
 
     Raises:
         TypeError: A is not fp32 or fp64.
-        ValueError: A is not square, p is not 1, 2 or 4, ridge_rel is not between eps and 1.
+        ValueError: A is not square, p is not 1, 2, 4 or 8, ridge_rel is not between eps and 1.
     """
     _check(A, p, ridge_rel)
     if A.numel() == 0:
@@ -85,8 +85,10 @@ def inverse_root(A: Tensor, p: int, *, ridge_rel: float = 1e-6) -> tuple[Tensor,
     unit = (scaled / bound + ridge_rel * eye) / (1 + ridge_rel)
     low = ridge_rel / (1 + ridge_rel)
     Y, Z = _coupled(unit, eye, low)
-    if p == 4:
-        _, Z = _coupled(Y, eye, math.sqrt(low))
+    for done in (2, 4):
+        if done < p:
+            low = math.sqrt(low)
+            Y, Z = _coupled(Y, eye, low)
     Z = symmetrize(_exact(Z, Z) if p == 1 else Z)
     residual = torch.linalg.matrix_norm(_whitened(unit, Z, p) - eye) / math.sqrt(n)
     scale = torch.where(regular, factor[..., None, None], 1) / (bound * (1 + ridge_rel))
@@ -167,9 +169,12 @@ def _bound(A: Tensor) -> Tensor:
 
 
 def _whitened(A: Tensor, X: Tensor, p: int) -> Tensor:
-    """A of inverse root X brought to the identity: X A, X A X or X^2 A X^2."""
-    half = _exact(X, X) if p == 4 else X
-    return _exact(half, A) if p == 1 else _exact(half, _exact(A, half))
+    """A of inverse root X brought to the identity: X A, or X^(p/2) A X^(p/2)."""
+    if p == 1:
+        return _exact(X, A)
+    for done in (2, 4):
+        X = _exact(X, X) if done < p else X
+    return _exact(X, _exact(A, X))
 
 
 def _exact(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:

@@ -15,7 +15,7 @@ from .decay import Decay
 from .direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral
 from .hyper import Hyper, Number
 from .momentum import Momentum
-from .precondition import Diagonal, Identity, Precondition, Rotated, Sides
+from .precondition import Diagonal, Identity, Kronecker, Precondition, Roots, Rotated, Sides
 from .rounding import Rounding
 from .step_size import ADJUST_LR, shape_ratio
 
@@ -28,11 +28,13 @@ __all__ = [
     "Frobenius",
     "Hyper",
     "Identity",
+    "Kronecker",
     "Momentum",
     "Nuclear",
     "Number",
     "OneHot",
     "Precondition",
+    "Roots",
     "Rotated",
     "Rounding",
     "Rows",

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.multi_tensor import Scaling
 from ..parts import Hyper, Momentum, Number, Sides
-from ..parts.precondition.rotated import FACTORS
+from ..parts.precondition.kronecker import FACTORS
 from ..values import Group, adam_hyper
 from .kronecker import BasesAndExtras, KroneckerOptimizer
 
@@ -42,7 +42,7 @@ class KFAC(KroneckerOptimizer):
     model: its Linear and Conv2d weights (groups=1) are stepped by this rule, everything else by AdamW. A bias is not
         part of its layer's matrix. The ranks of a DistributedDataParallel model share their factors before every step.
     lr, weight_decay: numbers >= 0.   betas: of m, and of A and S.   damping: > 0, in units of the Fisher matrix.
-    extra: as in `SOAP` but for shampoo_beta and block_preconditioner, which are not taken.
+    extra: as in `SOAP` but for shampoo_beta, factor_dtype and block_preconditioner, which are not taken.
 
     `remove_hooks()` ends the collecting. A copy of model and optimizer made at once collects for itself. Not for
     torch.amp.GradScaler: the hooks would see scaled gradients; bf16 autocast needs none. With precondition_frequency=1
@@ -65,6 +65,8 @@ class KFAC(KroneckerOptimizer):
             raise TypeError(f"KFAC takes a module, whose layers it watches, but is given: {type(model).__name__}")
         if "shampoo_beta" in extra:
             raise TypeError("KFAC does not take shampoo_beta: the decay rate of its factors is betas[1]")
+        if "factor_dtype" in extra:
+            raise TypeError("KFAC does not take factor_dtype: its factors are averaged as they are collected, in fp32")
         if "block_preconditioner" in extra:
             raise TypeError("KFAC does not take block_preconditioner: a layer's sides have one factor or none")
         layers = [layer for layer in model.modules() if _is_taken(layer)]

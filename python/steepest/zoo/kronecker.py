@@ -10,8 +10,21 @@ from torch import Tensor
 from ..linalg.basis import Method
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer, Params
-from ..parts import Decay, Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Rotated, Sides, Sign
-from ..parts.precondition.rotated import LEARNED
+from ..parts import (
+    Decay,
+    Diagonal,
+    Direction,
+    Frobenius,
+    Hyper,
+    Identity,
+    Momentum,
+    Number,
+    Roots,
+    Rotated,
+    Sides,
+    Sign,
+)
+from ..parts.precondition.kronecker import LEARNED, Kronecker
 from ..recipe import Recipe, State
 from ..values import Group, adam_hyper, check_at_least_zero, check_betas
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
@@ -19,6 +32,9 @@ from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# Whole numbers, and their least.
+COUNTS = (("precondition_frequency", 1), ("max_preconditioner_dim", 1), ("exact_refreshes", 0), ("refresh_delay", 0))
+INVERSE_ROOTS = ("basis", "newton")
 NORMS = ("frobenius", "spectral", "sign")
 # State of SPlus: the average that began at zero, its total weight, and the weights while the average is in their place.
 AVERAGE, MASS, WEIGHTS = "average", "average_mass", "weights"
@@ -31,6 +47,9 @@ class Bases(TypedDict, total=False):
     precondition_frequency: steps between two refreshes of the bases.
     refresh: how, a method of `steepest.linalg.basis.eigh_refresh`; "auto" is "eigh" on a CPU.
     exact_refreshes: how many of the first refreshes are exact eigendecompositions.
+    refresh_delay: steps from a refresh, but for the first, until its result is used; at most precondition_frequency. On
+        a GPU it is made beside these steps, on a stream of its own. The same on every device and on every run.
+    factor_dtype: torch.bfloat16 stores factors and bases in 16 bits, computed with in fp32; None: fp32.
     max_preconditioner_dim: a longer side has no factor, or with block_preconditioner=True is cut into blocks of at most
         this length with factors of their own.
     norm: the base norm in the bases, "frobenius" (scaled by its dual norm), "spectral" or "sign" (of length 1);
@@ -44,6 +63,8 @@ class Bases(TypedDict, total=False):
     precondition_frequency: int
     refresh: str
     exact_refreshes: int
+    refresh_delay: int
+    factor_dtype: torch.dtype | None
     max_preconditioner_dim: int
     block_preconditioner: bool
     norm: str | None
@@ -64,6 +85,8 @@ class KroneckerOptimizer(MatrixOptimizer):
         precondition_frequency=10,
         refresh="auto",
         exact_refreshes=1,
+        refresh_delay=0,
+        factor_dtype=None,
         max_preconditioner_dim=10000,
         block_preconditioner=False,
         norm=None,
@@ -104,17 +127,30 @@ class KroneckerOptimizer(MatrixOptimizer):
         return Frobenius() if norm == "frobenius" else Sign()
 
     def rotated(self, group: Group, inner: Identity | Diagonal | Sides = Identity(), **own: Any) -> Rotated:
-        """The preconditioner with the group's values, but for what `own` says."""
-        values: dict[str, Any] = {
-            "inner": inner,
+        """The preconditioner in eigenbases with the group's values, but for what `own` says."""
+        values = {"inner": inner, "method": group["refresh"], "exact": group["exact_refreshes"]}
+        return Rotated(**{**self._of_factors(group), **values, **own})
+
+    def by_roots(self, group: Group, exponent: float, **own: Any) -> Roots:
+        """The preconditioner by inverse roots."""
+        scale = "refresh" if group["parity"] else "present"
+        return Roots(**{**self._of_factors(group), "exponent": exponent, "scale": scale, **own})
+
+    def powers(self, group: Group, sides: Sides, **own: Any) -> Kronecker:
+        """The preconditioner in the form that `inverse_root` names."""
+        if group["inverse_root"] == "newton":
+            return self.by_roots(group, sides.exponent, **own)
+        return self.rotated(group, sides, **own)
+
+    def _of_factors(self, group: Group) -> dict[str, Any]:
+        return {
             "beta": group["shampoo_beta"],
             "max_dim": group["max_preconditioner_dim"],
             "blocks": group["block_preconditioner"],
             "every": group["precondition_frequency"],
-            "method": group["refresh"],
-            "exact": group["exact_refreshes"],
+            "delay": group["refresh_delay"],
+            "dtype": group["factor_dtype"],
         }
-        return Rotated(**{**values, **own})
 
     def _check_values(self, group: Group) -> None:
         check_betas(group["betas"])
@@ -123,12 +159,25 @@ class KroneckerOptimizer(MatrixOptimizer):
         beta = group["shampoo_beta"]
         if beta is not None and not 0.0 <= beta <= 1.0:
             raise ValueError(f"shampoo_beta should be in [0, 1] or None but is: {beta}")
-        for name, least in (("precondition_frequency", 1), ("exact_refreshes", 0), ("max_preconditioner_dim", 1)):
+        for name, least in COUNTS:
             if not isinstance(group[name], int) or group[name] < least:
                 raise ValueError(f"{name} should be a whole number of at least {least} but is: {group[name]!r}")
+        if group["refresh_delay"] > group["precondition_frequency"]:
+            raise ValueError(
+                f"refresh_delay should be at most precondition_frequency, {group['precondition_frequency']}, but is: "
+                f"{group['refresh_delay']}"
+            )
+        if group["factor_dtype"] not in (None, torch.bfloat16):
+            raise ValueError(f"factor_dtype should be None (fp32) or torch.bfloat16 but is: {group['factor_dtype']}")
+        if group["factor_dtype"] is not None and group.get("inverse_root") == "newton":
+            raise ValueError(
+                "inverse_root='newton' needs the small eigenvalues that rounding a factor to bf16 loses: use "
+                "inverse_root='basis' or factor_dtype=None"
+            )
         _check_choice("refresh", group["refresh"], get_args(Method))
         _check_choice("norm", group["norm"], (*NORMS, None))
         _check_choice("parity", group["parity"], self._parities)
+        _check_choice("inverse_root", group.get("inverse_root", "basis"), INVERSE_ROOTS)
         polar_of(group)
         super()._check_values(group)
 
@@ -148,6 +197,9 @@ class Shampoo(KroneckerOptimizer):
     lr, weight_decay: numbers >= 0.   betas: of m, and of Adam's v in the graft (of the factors: shampoo_beta).
     eps: added to a factor's eigenvalues, besides 1e-6 of the largest, and to Adam's sqrt(v).
     graft: "adam", or None for the length of u itself.
+    inverse_root: "basis", of eigenvalues in eigenbases, or "newton": by a coupled iteration, all products. Then the
+        1e-6 are of a bound on the largest eigenvalue, eps is Adam's only, and roots are of the last refresh but for
+        their scale; `refresh` and `exact_refreshes` are not used. See `steepest.parts.Roots`.
     extra: see `Bases`, here with shampoo_beta=1 (sums), max_preconditioner_dim=1024 and block_preconditioner=True, and
         `steepest.zoo.shared.Extras`.
 
@@ -177,16 +229,17 @@ class Shampoo(KroneckerOptimizer):
         eps: float = 1e-12,
         *,
         graft: str | None = "adam",
+        inverse_root: str = "basis",
         **extra: Unpack[BasesAndExtras],
     ) -> None:
         own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "graft": graft}
-        super().__init__(params, own, extra)
+        super().__init__(params, {**own, "inverse_root": inverse_root}, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
         _check_choice("graft", group["graft"], ("adam", None))
         graft = Diagonal(eps_inside=False, key="graft_exp_avg_sq") if group["graft"] else None
         sides = Sides(exponent=0.25, values="refresh" if group["parity"] else "present")
-        precondition = self.rotated(group, sides, current=True)
+        precondition = self.powers(group, sides, current=True)
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition, "graft": graft}
 
@@ -200,8 +253,8 @@ class OneSidedShampoo(KroneckerOptimizer):
     m and L have Adam's bias corrections, so that the first update is polar(g), as is every one without accumulation
     (betas=(0, 0)). A gradient is in L before its own step, and eigenvalues are those of L as it is, in the basis of the
     last refresh; parity="authors": the root is of the last refresh, and a gradient that L had not seen by then can be
-    divided by eps. Arguments as in `SOAP`; eps is added to the square root. Sources: arXiv:2503.20762,
-    arXiv:2503.10537, which do not correct the averages.
+    divided by eps. inverse_root="newton": as in `Shampoo`. Other arguments as in `SOAP`; eps is added to the square
+    root. Sources: arXiv:2503.20762, arXiv:2503.10537, which do not correct the averages.
     """
 
     _parities = (None, "authors")
@@ -213,13 +266,16 @@ class OneSidedShampoo(KroneckerOptimizer):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        *,
+        inverse_root: str = "basis",
         **extra: Unpack[BasesAndExtras],
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}, extra)
+        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "inverse_root": inverse_root}
+        super().__init__(params, own, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
         sides = Sides(exponent=0.5, values="refresh" if group["parity"] else "present", damping="outside")
-        precondition = self.rotated(group, sides, side="smaller", current=True)
+        precondition = self.powers(group, sides, side="smaller", current=True)
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition}
 
@@ -245,6 +301,10 @@ class KLShampoo(KroneckerOptimizer):
     first step only makes the bases. A refresh mixes the eigenvalues by the squares of its rotation. parity="authors":
     orthogonal iteration for every refresh, eigenvalues stay with their columns, and weight decay after the update (the
     authors' iteration does not sort its columns, ours does). Source: arXiv:2509.03378.
+
+    inverse_root="newton" (see `Shampoo`) is the formula above, with L^-1/2 and R^-1/2 of the factors themselves at the
+    last refresh; both begin as rms(g) I with the first gradient, which is stepped. There are no averages of eigenvalues
+    and no eps, and the scale of the gradients changes nothing.
     """
 
     _parities = (None, "authors")
@@ -256,12 +316,18 @@ class KLShampoo(KroneckerOptimizer):
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
+        *,
+        inverse_root: str = "basis",
         **extra: Unpack[BasesAndExtras],
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}, extra)
+        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "inverse_root": inverse_root}
+        super().__init__(params, own, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
-        precondition = self.rotated(group, _COUPLED, coupling=_COUPLED, **_as_the_authors(group))
+        if group["inverse_root"] == "newton":
+            precondition: Kronecker = self.by_roots(group, 0.5, coupling=True)
+        else:
+            precondition = self.rotated(group, _COUPLED, coupling=_COUPLED, **_as_the_authors(group))
         momentum = Momentum(dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
 

@@ -2,8 +2,22 @@
 
 from .base import Precondition, State
 from .diagonal import Diagonal
+from .kronecker import PENDING, Gathered, Kronecker, Phase
 from .none import Identity
-from .rotated import Phase, Rotated
+from .roots import Roots
+from .rotated import Rotated
 from .sides import Sides
 
-__all__ = ["Diagonal", "Identity", "Phase", "Precondition", "Rotated", "Sides", "State"]
+__all__ = [
+    "PENDING",
+    "Diagonal",
+    "Gathered",
+    "Identity",
+    "Kronecker",
+    "Phase",
+    "Precondition",
+    "Roots",
+    "Rotated",
+    "Sides",
+    "State",
+]

@@ -19,8 +19,8 @@ State = dict[str, Tensor]
 class Precondition(Protocol):
     """The verbs of a preconditioner. Its state is a dictionary of tensors under `keys`; all functions are pure.
 
-    Of an elementwise one the state has the weight's shape and everything works on tensors of any shape; `Rotated`, the
-    other kind, takes (batch, m, n) and has verbs of its own besides.
+    Of an elementwise one the state has the weight's shape and everything works on tensors of any shape; the
+    other kind, `Kronecker`, takes (batch, m, n) and has verbs of its own besides.
     """
 
     @property
