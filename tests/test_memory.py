@@ -9,7 +9,7 @@ import torch
 
 from steepest.bench.counting import Peak
 from steepest.optimizer import MatrixOptimizer
-from training import OPTIMIZERS, give_gradients, parameters
+from training import KRONECKER, OPTIMIZERS, all_same_bits, give_gradients, parameters, train
 
 SIDE, COUNT = 64, 16
 MATRIX_BYTES = SIDE * SIDE * 4  # fp32
@@ -49,3 +49,24 @@ def test_the_bound_is_respected(cls: type[MatrixOptimizer]) -> None:
     bound = 10 * MATRIX_BYTES
     assert peak_of_a_step(cls, COUNT, max_workspace_bytes=bound) <= 2 * bound
     assert peak_of_a_step(cls, COUNT, max_workspace_bytes=bound) < peak_of_a_step(cls, COUNT)
+
+
+@pytest.mark.parametrize("refresh", ["eigh", "jr", "qr"])
+@pytest.mark.parametrize("cls", KRONECKER)
+def test_refreshes_share_the_bound(cls: type[MatrixOptimizer], refresh: str) -> None:
+    """All matrices are due in every step; two factors of each."""
+    options: dict[str, Any] = {"precondition_frequency": 1, "refresh": refresh, "exact_refreshes": 0}
+    bound = 60 * MATRIX_BYTES
+    assert peak_of_a_step(cls, COUNT, max_workspace_bytes=bound, **options) <= 1.5 * bound
+    assert peak_of_a_step(cls, COUNT, **options) > 2 * bound
+
+
+@pytest.mark.parametrize("cls", KRONECKER)
+def test_refreshes_in_parts_are_the_refreshes(cls: type[MatrixOptimizer]) -> None:
+    found = []
+    for bound in (1, 1 << 30):
+        params = parameters([(12, 8)] * 5 + [(8, 8)])
+        optimizer = cls(params, lr=0.02, precondition_frequency=2, max_workspace_bytes=bound)
+        train(optimizer, params, range(5))
+        found.append(params)
+    assert all_same_bits(*found)

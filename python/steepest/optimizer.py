@@ -403,12 +403,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._check_step(number, group)
         batches = [self._batch(i, group, scaling) for i, group in enumerate(self.param_groups)]
         for group, batch in zip(self.param_groups, batches, strict=True):
-            unfused.update(
-                self._recipe(group),
-                self._hyper(group),
-                batch,
-                max_workspace_bytes=group["max_workspace_bytes"],
-            )
+            unfused.update(self._recipe(group), self._hyper(group), batch)
 
     def _batch(self, number: int, group: Group, scaling: Scaling) -> unfused.Batch:
         params: list[Tensor] = []
@@ -426,6 +421,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             places=[(number, i) for i, p in enumerate(group["params"]) if p.grad is not None],
             maximize=group["maximize"],
             scaling=plan.scaling_on(scaling, params[0].device) if params else scaling,
+            max_workspace_bytes=group["max_workspace_bytes"],
         )
 
     def _init_group(

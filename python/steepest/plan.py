@@ -125,10 +125,9 @@ class Plan:
                 group.places,
                 group.maximize,
                 scaling_on(scaling, group.params[0].device),
+                group.max_workspace_bytes,
             )
-            self._unfused_sums[number] = unfused.update(
-                group.recipe, hypers[number], batch, max_workspace_bytes=group.max_workspace_bytes
-            )
+            self._unfused_sums[number] = unfused.update(group.recipe, hypers[number], batch)
 
     def remember(self, sums: dict[int, unfused.Sums]) -> None:
         """Sums of a step that was taken elsewhere, by the number of the group, for `metrics`."""

@@ -6,7 +6,7 @@ traces and fuses itself.
       gather   P.into(momentum), stacked in the direction's own dtype      (b, m, n)
       towards  one direction call for the chunk
       store    P.back, step size, decay and rounding
-    learn      where the preconditioner has factors: what they learn, before or after the rest; refreshed all at once
+    learn      where the preconditioner has factors: what they learn, before or after the rest; refreshed together
 
 Where layers are coupled, all groups observe before any of them moves: `Observed` is a group between the two.
 """
@@ -25,7 +25,7 @@ from .matrices import Piece
 from .ops import streams
 from .ops.multi_tensor import NOT_SCALED, Scaling
 from .parts import Hyper, shape_ratio
-from .parts.precondition import PENDING, Gathered, Kronecker, Phase
+from .parts.precondition import PENDING, Gathered, Kronecker, Phase, refresh_bytes
 from .recipe import CLOCK, Recipe, State, all_finite
 
 
@@ -45,6 +45,7 @@ class Batch:
     places: Sequence[tuple[int, int]]
     maximize: bool = False
     scaling: Scaling = NOT_SCALED
+    max_workspace_bytes: int = 1 << 30
 
     def signed(self, g: Tensor) -> Tensor:
         """The gradient of what is minimised, unscaled."""
@@ -122,9 +123,10 @@ class Observed:
     members: Sequence[Member]
     sums: Sums
 
-    def chunks(self, max_bytes: int) -> Iterator[list[Member]]:
+    def chunks(self) -> Iterator[list[Member]]:
         """What steps, as it shares direction calls."""
-        yield from _chunks(self.recipe, [member for member in self.members if member.phase.steps], max_bytes)
+        stepping = [member for member in self.members if member.phase.steps]
+        yield from _chunks(self.recipe, stepping, self.batch.max_workspace_bytes)
 
     def towards(self, chunk: list[Member]) -> Tensor:
         """The direction of a chunk, scaled where the recipe says so."""
@@ -147,7 +149,8 @@ class Observed:
     def finish(self) -> Sums:
         """What is left to do once every chunk has moved."""
         recipe, batch = self.recipe, self.batch
-        _learn(recipe, self.hyper, [member for member in self.members if member.phase.after])
+        after = [member for member in self.members if member.phase.after]
+        _learn(recipe, self.hyper, after, batch.max_workspace_bytes)
         for state in batch.states if recipe.kronecker is not None else ():
             state[CLOCK].add_(1)
         self.sums.update.extend(torch.zeros((), dtype=torch.float64, device=p.device) for p in batch.params[:1])
@@ -156,14 +159,14 @@ class Observed:
         return self.sums
 
 
-def update(recipe: Recipe, hyper: Hyper, batch: Batch, *, max_workspace_bytes: int = 1 << 30) -> Sums:
+def update(recipe: Recipe, hyper: Hyper, batch: Batch) -> Sums:
     """One step, in place on batch.params, batch.states and batch.skipped.
 
     A parameter whose gradient holds a NaN or an infinity keeps its value and its state, bit for bit, and the counter
     of its device goes up by one.
     """
     observed = observe(recipe, hyper, batch)
-    for chunk in observed.chunks(max_workspace_bytes):
+    for chunk in observed.chunks():
         observed.move(hyper, chunk, observed.towards(chunk))
     return observed.finish()
 
@@ -179,7 +182,7 @@ def observe(recipe: Recipe, hyper: Hyper, batch: Batch) -> Observed:
         batch.skipped[i].add_(flags[i].logical_not())
         for number, piece in enumerate(batch.pieces[i] if p.numel() else ()):
             members.append(_member(recipe, (*batch.places[i], number), piece, p, g, state, flags[i], phase))
-    _learn(recipe, hyper, [member for member in members if member.phase.before])
+    _learn(recipe, hyper, [member for member in members if member.phase.before], batch.max_workspace_bytes)
     for g, state, finite, phase in zip(grads, batch.states, flags, phases, strict=True):
         if phase.steps:
             _keep(state, recipe.observe(state, g, hyper), finite)
@@ -211,32 +214,36 @@ def _member(
     return Member(place, piece, look(p), look(g), parts, finite, phase)
 
 
-def _learn(recipe: Recipe, hyper: Hyper, members: Sequence[Member]) -> None:
-    """What the factors learn from the gradients; those that are due are refreshed together."""
+def _learn(recipe: Recipe, hyper: Hyper, members: Sequence[Member], max_bytes: int) -> None:
+    """What the factors learn from the gradients, and the refresh of those that are due."""
     part = recipe.kronecker
     phases: dict[Phase, list[Member]] = {}
     for member in members:
         phases.setdefault(member.phase, []).append(member)
     for phase, some in phases.items():
         assert part is not None
-        device = some[0].param.device
         for member in some:
             member.keep(part.learn(member.state, member.grad.reshape(member.piece.shape), hyper))
         if phase.takes:
             streams.join(member.state[PENDING] for member in some)
             for member in some:
                 member.keep(part.take(member.state))
-        if phase.refreshes:
-            states = [member.state for member in some]
-            gathered = part.gather(states, exact=phase.exact)
-            with nullcontext() if phase.at_once else streams.beside(device, _touched(part, gathered, some)):
-                found = part.refresh(gathered, states)
-                for member, own in zip(some, found, strict=True):
-                    member.keep({key: t for key, t in own.items() if key in part.keys})
-                streams.written([state[key] for state, own in zip(states, found) for key in own if key in state])
-            if phase.at_once:
-                for member, own in zip(some, found, strict=True):
-                    member.keep(part.take({**member.state, **own}))
+        for due in cut(some, lambda member: refresh_bytes(member.state), max_bytes) if phase.refreshes else ():
+            _refresh(part, phase, due)
+
+
+def _refresh(part: Kronecker, phase: Phase, members: Sequence[Member]) -> None:
+    states = [member.state for member in members]
+    gathered = part.gather(states, exact=phase.exact)
+    beside = streams.beside(members[0].param.device, _touched(part, gathered, members))
+    with nullcontext() if phase.at_once else beside:
+        found = part.refresh(gathered, states)
+        for member, own in zip(members, found, strict=True):
+            member.keep({key: t for key, t in own.items() if key in part.keys})
+        streams.written([state[key] for state, own in zip(states, found) for key in own if key in state])
+    if phase.at_once:
+        for member, own in zip(members, found, strict=True):
+            member.keep(part.take({**member.state, **own}))
 
 
 def _touched(part: Kronecker, gathered: Sequence[Gathered], members: Sequence[Member]) -> Iterator[Tensor]:

@@ -157,7 +157,7 @@ class Momo(MatrixOptimizer):
         self._ready_plan()
         if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
             return None
-        layers = [self._measure(i, each) for i, each in enumerate(self._observe(scaling))]
+        layers = [self._measure(each) for each in self._observe(scaling)]
         factors = self._factors(layers)
         if self.lower_bound is not None:
             assert loss is not None
@@ -167,10 +167,10 @@ class Momo(MatrixOptimizer):
             self._move(each, factor)
         return self._finish([each.observed for each in layers])
 
-    def _measure(self, group: int, observed: Observed) -> Layers:
+    def _measure(self, observed: Observed) -> Layers:
         recipe, chunks = observed.recipe, []
         inner = [torch.zeros(0, dtype=torch.float64, device=self._device)]
-        for members in observed.chunks(self.param_groups[group]["max_workspace_bytes"]):
+        for members in observed.chunks():
             held = [self._held(recipe, member) for member in members] if self._stale(recipe) else [None]
             if all(values is not None for values in held):
                 chunk = Chunk(members, None, [values for values in held if values is not None])

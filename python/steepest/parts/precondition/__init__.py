@@ -2,7 +2,7 @@
 
 from .base import Precondition, State
 from .diagonal import Diagonal
-from .kronecker import PENDING, Gathered, Kronecker, Phase
+from .kronecker import PENDING, Gathered, Kronecker, Phase, refresh_bytes
 from .none import Identity
 from .roots import Roots
 from .rotated import Rotated
@@ -20,4 +20,5 @@ __all__ = [
     "Rotated",
     "Sides",
     "State",
+    "refresh_bytes",
 ]

@@ -37,6 +37,7 @@ Pair = tuple[str, str]  # keys of the left side and of the right one
 
 FACTORS: Pair = ("left", "right")
 NEXT: Pair = ("left_next", "right_next")
+COPIES = 14  # of a factor, at most, that a refresh holds at once
 PENDING = "pending"  # 0-d, 1 where NEXT waits to be taken
 LEARNED = "learned"
 
@@ -291,6 +292,11 @@ class Kronecker:
         pending = state[PENDING] != 0
         fresh = {key: torch.where(pending, t, state[key]) for key, t in self.taken(state).items()}
         return {**fresh, PENDING: torch.zeros_like(state[PENDING])} if self.delay else fresh
+
+
+def refresh_bytes(state: State) -> int:
+    """About what a refresh of this state needs, copies included."""
+    return sum(COPIES * wide(state[key][:0]).element_size() * state[key].numel() for key in FACTORS)
 
 
 def wide(t: Tensor) -> Tensor:
