@@ -177,7 +177,7 @@ void run_chain(const std::vector<Node>& nodes, const std::vector<Stack>& stacks,
 // Plans of all nodes and chunks first, so that one workspace serves them one after another; of their lists of products
 // few differ.
 void run_on_hopper(const std::vector<Node>& nodes, const std::vector<std::vector<Stack>>& parts,
-                   const Numbering& numbering, const Place& place, Dtype dtype, const Tensor& x) {
+                   const Numbering& numbering, const Place& place, Dtype dtype, const Tensor& x, bool batch_invariant) {
   void* stream = current_stream(place.index);
   const int multiprocessors = multiprocessors_of(place.index);
   std::vector<std::pair<std::vector<symm_gemm::Shape>, bool>> known;
@@ -191,7 +191,10 @@ void run_on_hopper(const std::vector<Node>& nodes, const std::vector<std::vector
     const std::pair<std::vector<symm_gemm::Shape>, bool> key{std::move(shapes), updates};
     plan_of.push_back(std::find(known.begin(), known.end(), key) - known.begin());
     if (plan_of.back() < known.size()) return;
-    plans.push_back(make_plan(key.first, multiprocessors, symm_gemm::options_of(updates)));
+    symm_gemm::Options options = symm_gemm::options_of(updates);
+    // Where a sum is cut follows from how many tiles there are in all.
+    if (batch_invariant) options.streams = symm_gemm::Streams::never;
+    plans.push_back(make_plan(key.first, multiprocessors, options));
     known.push_back(key);
     for (const std::string& reason : plans.back().reasons) STD_TORCH_CHECK(reason.empty(), "polar_chain: ", reason);
     floats = std::max(floats, plans.back().workspace_floats);
@@ -234,7 +237,7 @@ void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, c
                  const std::vector<Tensor>& etas, const std::vector<Tensor>& betas, const std::vector<int64_t>& ints,
                  const std::vector<double>& floats, const std::vector<double>& constants,
                  const std::vector<int64_t>& powers, const std::vector<double>& least, bool tight, double eps,
-                 int64_t chunk_count) {
+                 int64_t chunk_count, [[maybe_unused]] bool batch_invariant) {
   STD_TORCH_CHECK(ys.size() == xs.size() && slacks.size() == xs.size(), "xs, ys and slacks go by one another");
   STD_TORCH_CHECK(chunk_count >= 0, "chunks is ", chunk_count, "; 0 stands for what the planner finds");
   if (xs.empty()) return;
@@ -261,7 +264,7 @@ void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, c
   std::vector<std::vector<Stack>> parts;
   for (const Chunk& chunk : chunks) parts.push_back(part_of(stacks, chunk));
 #ifdef STEEPEST_HAS_HOPPER
-  if (place.cuda) return run_on_hopper(nodes, parts, numbering, place, dtype, xs[0]);
+  if (place.cuda) return run_on_hopper(nodes, parts, numbering, place, dtype, xs[0], batch_invariant);
 #endif
   const Ways ways{[&](const std::vector<symm_gemm::Problem>& some) { products_on_host(some, dtype); },
                   [&](const Stack& stack) { numbers_on_host(numbers_params(stack, dtype, numbering)); },

@@ -211,6 +211,17 @@ def test_chunks_of_runs_that_fit_into_a_budget() -> None:
     assert torch.equal(torch.cat([own for _, (own,) in parts]), slack)
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_the_chain_is_told_whether_bits_may_depend_on_the_batch(
+    invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(torch.ops.steepest, "polar_chain", lambda *arguments: told.append(arguments[-1]))
+    monkeypatch.setattr(backend, "batch_invariant", invariant)
+    polar_chain([], [], [], ([], []), (), (), (), tight=True, eps=0.0)
+    assert told == [invariant]
+
+
 def test_a_number_of_chunks_below_zero_is_refused() -> None:
     with pytest.raises(RuntimeError, match="chunks is -1"):
         run(CHAINS["auto", (2,)], [torch.zeros(1, 8, 8, dtype=torch.float16)], -1)

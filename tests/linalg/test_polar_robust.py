@@ -9,6 +9,7 @@ from torch import Tensor
 from assertions import polar_error
 from cases import with_spectrum
 from steepest.linalg.polar import polar, polars
+from steepest.ops import backend
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 #: By the kernel that takes them on a Hopper GPU: small matrices, each in a block or in a cluster of them, the chain
@@ -25,7 +26,8 @@ def stack(m: int, n: int, device: str, *spectra: str) -> Tensor:
 
 @on_devices
 @of_shapes
-def test_runs_and_batches_agree_to_the_bit(m: int, n: int, device: str) -> None:
+def test_runs_and_batches_agree_to_the_bit(m: int, n: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "batch_invariant", True)
     x = stack(m, n, device, "gaussian", "log", "root")
     found = polar(x)
     assert torch.equal(found, polar(x))
@@ -92,7 +94,8 @@ def test_nothing(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_more_elements_than_an_int_counts() -> None:
+def test_more_elements_than_an_int_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "batch_invariant", True)
     count = 2**31 // (512 * 512) + 2
     if torch.cuda.mem_get_info()[0] < 10 * count * 512 * 512:
         pytest.skip("not enough memory on the device")

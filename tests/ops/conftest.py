@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from small_polar_kernel import ORDERS, Kernel, build
+from emulations import ORDERS
+from small_polar_kernel import Kernel, build
 
 
 @pytest.fixture(scope="session")

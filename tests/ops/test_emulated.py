@@ -68,16 +68,7 @@ class Emulated:
     def __init__(self, path: Path) -> None:
         # Under the schemas of the compiled part, in a namespace of its own.
         self.definitions = torch.library.Library("steepest_emulated", "DEF")
-        for op in (
-            "inspect",
-            "before",
-            "after",
-            "chain_numbers",
-            "polar_chain",
-            "small_polar",
-            "eigh_refresh",
-            "eigh_batched",
-        ):
+        for op in OPS:
             self.definitions.define(str(getattr(torch.ops.steepest, op).default._schema).removeprefix("steepest::"))
         torch.ops.load_library(path)
         self.ops: Any = torch.ops.steepest_emulated

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from assertions import polar_error
 from cases import SPECTRA, gaussian, with_spectrum
-from small_polar_kernel import DTYPES, LARGEST, ORDERS, Kernel, exact, in_half_precision
+from emulations import ORDERS
+from small_polar_kernel import DTYPES, LARGEST, Kernel, exact, in_half_precision
 from steepest.linalg import coefficients as tables
 from steepest.linalg.coefficients import Schedule
 from steepest.ops import backend, small_polar

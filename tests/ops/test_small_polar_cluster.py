@@ -15,7 +15,8 @@ from torch import Tensor
 
 from assertions import polar_error
 from cases import gaussian, with_spectrum
-from small_polar_kernel import LARGEST, ORDERS, Kernel, exact, in_half_precision
+from emulations import ORDERS
+from small_polar_kernel import LARGEST, Kernel, exact, in_half_precision
 from steepest.linalg import coefficients as tables
 from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import Schedule
@@ -68,7 +69,7 @@ def test_it_agrees_with_the_chain_of_products(name: str, kernel: Kernel) -> None
     buffers, slack = {"x": x, "y": torch.empty_like(x)}, torch.empty(1)
     constants = [value for row in plan.constants for value in row]
     numbers = (constants, plan.powers, schedule.slacks, True, 1e-7)
-    torch.ops.steepest.polar_chain([x], [buffers["y"]], [slack], *plan.packed, *numbers)
+    torch.ops.steepest.polar_chain([x], [buffers["y"]], [slack], [], [], [], [], *plan.packed, *numbers)
     (found,), (own,) = kernel([given], "auto")
     wanted = buffers[plan.result].float()
     assert own.item() == pytest.approx(slack.item(), rel=1e-3)

@@ -24,6 +24,8 @@ MINIMUM_TORCH = (2, 10)
 logger = logging.getLogger("steepest")
 # Read once: looking at the environment in every step would cost more than some of the launches.
 forced = os.environ.get("STEEPEST_BACKEND", "auto")
+# Whether a matrix' bits may not depend on which others share its launches; see `steepest.ops.polar_chain`.
+batch_invariant = os.environ.get("STEEPEST_BATCH_INVARIANT", "0") != "0"
 _logged: set[tuple[str, str, str]] = set()
 
 

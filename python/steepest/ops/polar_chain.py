@@ -75,12 +75,14 @@ def polar_chain(
 
     The matrices go through the chain in so many ``chunks`` one after another. 0 stands for as many as the planner's
     model (csrc/polar/chunks.h) finds worth it, so that squares stay in the L2 cache. A matrix does not know the others
-    of its launch, but where its tiles are cut, and so in which order their sums are added up, depends on their number.
+    of its launch, but where its tiles are cut, and so in which order their sums are added up, depends on their number:
+    the same call gives the same bits, another batch may round otherwise. Under STEEPEST_BATCH_INVARIANT=1 no tile is
+    cut, and a matrix has its bits in every batch; a few large matrices then leave much of the GPU idle.
     """
     flat = [value for row in constants for value in row]
     weights = [w for update in updates for w in update.weights]
     into = (weights, [update.eta for update in updates], [update.beta for update in updates])
-    numbers = (*nodes, flat, powers, least, tight, eps, chunks)
+    numbers = (*nodes, flat, powers, least, tight, eps, chunks, _backend.batch_invariant)
     torch.ops.steepest.polar_chain(xs, ys, slacks, row_sums, *into, *numbers)
 
 
