@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import types
 from typing import Any
 
@@ -202,3 +204,12 @@ def test_doctor_says_whether_the_products_for_hopper_are_there(hopper: bool) -> 
     info = {"version": "1", "commit": None, "torch": "2", "cuda": None, "compiler": "c++", "hopper": hopper}
     text = cli.describe({**cli.diagnose(), "compiled": info})
     assert f"without CUDA, {'with' if hopper else 'without'} products for Hopper; torch 2 headers" in text
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "steepest", "plan", "--shape", "64x64"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stdout is not None
+    running.stdout.close()
+    _, errors = running.communicate(timeout=120)
+    assert errors == b""

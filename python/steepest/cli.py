@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,48 +28,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     parser = argparse.ArgumentParser(prog="steepest", description="Steepest descent under preconditioned norms, fast.")
     parser.add_argument("--version", action="version", version=f"steepest {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="what this machine can run, and what to do about the rest")
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        own = commands.add_parser(name, help=text)
+        own.set_defaults(run=run, parser=own)
+        return own
+
+    doctor = command("doctor", _doctor, "what this machine can run, and what to do about the rest")
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
-    shown = commands.add_parser("plan", help="forms, products and launches of a polar call on Hopper; needs no GPU")
-    shown.add_argument(
+    plan = command("plan", _plan, "forms, products and launches of a polar call on Hopper; needs no GPU")
+    plan.add_argument(
         "--shape", action="append", required=True, metavar="[COUNTx]ROWSxCOLUMNS", help="a stack; all go in one call"
     )
-    shown.add_argument("--preset", default="auto", help="of polar (default: auto)")
-    shown.add_argument("--dtype", help="compute dtype, float16 or bfloat16 (default: what polar chooses)")
-    shown.add_argument("--multiprocessors", type=int, default=planner.MULTIPROCESSORS)
-    shown.add_argument("--l2", type=float, default=planner.L2_MB, metavar="MB", help="size of the L2 cache")
-    shown.add_argument("--json", action="store_true", help="the same as JSON")
-    compared = commands.add_parser(
-        "compare", help="all optimizers on a small GPT and a classifier, over learning rates"
+    plan.add_argument("--preset", default="auto", help="of polar (default: auto)")
+    plan.add_argument("--dtype", help="compute dtype, float16 or bfloat16 (default: what polar chooses)")
+    plan.add_argument("--multiprocessors", type=int, default=planner.MULTIPROCESSORS)
+    plan.add_argument("--l2", type=float, default=planner.L2_MB, metavar="MB", help="size of the L2 cache")
+    plan.add_argument("--json", action="store_true", help="the same as JSON")
+    compare.add_options(
+        command("compare", compare.run, "all optimizers on a small GPT and a classifier, over learning rates")
     )
-    compare.add_options(compared)
-    benched = commands.add_parser(
-        "bench", help="how fast: suites beside torch and peers, as a table, data and pictures"
+    bench.add_options(
+        command("bench", bench.run, "how fast: suites beside torch and peers, as a table, data and pictures")
     )
-    bench.add_options(benched)
     arguments = parser.parse_args(argv)
-    if arguments.command == "doctor":
-        facts = diagnose()
-        print(json.dumps(facts, indent=2) if arguments.json else describe(facts))
-        return 0
-    for command, parser_of, run in (("compare", compared, compare.run), ("bench", benched, bench.run)):
-        if arguments.command == command:
-            try:
-                return run(arguments)
-            except ValueError as error:
-                parser_of.error(str(error))
     try:
-        plan = planner.plan(
-            [planner.parse(text) for text in arguments.shape],
-            arguments.preset,
-            dtype=arguments.dtype,
-            multiprocessors=arguments.multiprocessors,
-            l2_mb=arguments.l2,
-        )
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
     except ValueError as error:
-        shown.error(str(error))
-    print(json.dumps(plan.json(), indent=2) if arguments.json else planner.describe(plan))
+        arguments.parser.error(str(error))
+    except BrokenPipeError:  # `steepest plan ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    facts = diagnose()
+    print(json.dumps(facts, indent=2) if arguments.json else describe(facts))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    found = planner.plan(
+        [planner.parse(text) for text in arguments.shape],
+        arguments.preset,
+        dtype=arguments.dtype,
+        multiprocessors=arguments.multiprocessors,
+        l2_mb=arguments.l2,
+    )
+    print(json.dumps(found.json(), indent=2) if arguments.json else planner.describe(found))
     return 0
 
 
