@@ -235,8 +235,8 @@ def _learn(recipe: Recipe, hyper: Hyper, members: Sequence[Member], max_bytes: i
 def _refresh(part: Kronecker, phase: Phase, members: Sequence[Member]) -> None:
     states = [member.state for member in members]
     gathered = part.gather(states, exact=phase.exact)
-    beside = streams.beside(members[0].param.device, _touched(part, gathered, members))
-    with nullcontext() if phase.at_once else beside:
+    device = members[0].param.device
+    with nullcontext() if phase.at_once else streams.beside(device, _touched(part, gathered, members)):
         found = part.refresh(gathered, states)
         for member, own in zip(members, found, strict=True):
             member.keep({key: t for key, t in own.items() if key in part.keys})

@@ -163,7 +163,7 @@ struct Fibers {
   static inline uint32_t shown[128][4];
   static inline const void* rows[128];
 
-  void sync(int line = __builtin_LINE()) const { emulation::wait(emulation::of_block, emulation::count, line); }
+  void sync(int line = __builtin_LINE()) const { emulation::wait(emulation::of_block[0], emulation::count, line); }
   void meet(int line) const { emulation::wait(emulation::of_warp[thread / 32], 32, line); }
   uint32_t pack(float first, float second) const {
     return dtype == Dtype::f16 ? to_f16(first) | uint32_t{to_f16(second)} << 16
