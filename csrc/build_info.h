@@ -16,6 +16,7 @@ struct BuildInfo {
   std::string cutlass;
   bool hopper;  // the products for compute capability 9.0
   std::string compiler;
+  std::string interface;  // SHA-256 of library.cpp, where all ops are declared
 };
 
 BuildInfo build_info();

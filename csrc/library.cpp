@@ -76,6 +76,7 @@ py::dict build_info() {
   out["cutlass"] = or_none(info.cutlass);
   out["hopper"] = info.hopper;
   out["compiler"] = info.compiler;
+  out["interface"] = info.interface;
   return out;
 }
 

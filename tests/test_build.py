@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -47,6 +48,17 @@ def build() -> types.ModuleType:
 def extension() -> types.ModuleType:
     assert backend.extension is not None
     return backend.extension
+
+
+def test_a_binary_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for info in ({}, {"interface": "0" * 64}):
+        other = types.SimpleNamespace(build_info=lambda info=info: info)
+        monkeypatch.setattr(backend.importlib, "import_module", lambda name, other=other: other)
+        monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+        assert backend._load_extension() == (
+            None,
+            "the compiled part is not of these sources; run `pip install --no-build-isolation -e .` again",
+        )
 
 
 # ---- setup.py
@@ -248,6 +260,7 @@ def test_build_info() -> None:
     assert info["version"] == steepest.__version__
     assert info["torch"].split(".")[0] == "2"
     assert info["compiler"]
+    assert info["interface"] == hashlib.sha256((ROOT / "csrc" / "library.cpp").read_bytes()).hexdigest()
     assert bool(info["architectures"]) == (info["cuda"] is not None)
     assert all(name.startswith(("sm_", "compute_")) for name in info["architectures"])
 

@@ -9,12 +9,14 @@ reason. Under "auto" the first that can run is taken, and the first time an op f
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import logging
 import os
 import types
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -36,9 +38,18 @@ def _load_extension() -> tuple[types.ModuleType | None, str | None]:
     if importlib.util.find_spec("steepest._C") is None:
         return None, "the compiled part is not built; run `pip install --no-build-isolation .` in the source tree"
     try:
-        return importlib.import_module("steepest._C"), None
+        module = importlib.import_module("steepest._C")
     except ImportError as error:
         return None, f"the compiled part does not load ({error}); rebuild it against torch {torch.__version__}"
+    if _other_ops(module):
+        return None, "the compiled part is not of these sources; run `pip install --no-build-isolation -e .` again"
+    return module, None
+
+
+def _other_ops(module: types.ModuleType) -> bool:
+    """Whether the sources that this file lies among, if any, declare other ops than the compiled part has."""
+    source = Path(__file__).parents[3] / "csrc" / "library.cpp"
+    return source.exists() and hashlib.sha256(source.read_bytes()).hexdigest() != module.build_info().get("interface")
 
 
 extension, extension_reason = _load_extension()
