@@ -198,3 +198,18 @@ def test_a_step_in_one_compiled_graph_is_refused(cls: Maker) -> None:
     with pytest.raises(Exception, match=f"{cls.__name__} cannot be traced by torch.compile: the host decides when"):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
     assert torch.equal(p, start)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (256, 256)])
+def test_a_first_step_of_low_rank_is_the_polar_factor_in_fp32(shape: tuple[int, int], rank: int, scale: float) -> None:
+    """Without a floor under its eigenvalues rounding errors would be divided by themselves, and be hundreds long."""
+    m, n = shape
+    g = gaussian(m, rank, seed=1) @ gaussian(rank, n, seed=2)
+    p = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = steepest.OneSidedShampoo([p], lr=1.0, weight_decay=0.0)
+    p.grad = (scale * g).float()
+    optimizer.step()
+    u, _, vh = torch.linalg.svd(g)
+    assert (p.detach().double() + u[:, :rank] @ vh[:rank]).norm() < 1e-3 * rank**0.5

@@ -179,10 +179,15 @@ class Rotated(Kronecker):
         return self._resolved(((wide(factor) @ q) * q).sum(-2))
 
     def _resolved(self, values: Tensor) -> Tensor:
-        """Of a factor in bf16 not below a unit in the last place of the largest: what is smaller has been rounded."""
+        """Not below what rounding has left of the largest, or a direction without a gradient would be divided by that.
+
+        A unit in the last place of factors in bf16; else sqrt(n), about what products of length n add up to.
+        """
         if self.dtype is None:
-            return values
-        return torch.maximum(values, values.amax(-1, keepdim=True) * torch.finfo(self.dtype).eps)
+            resolution = torch.finfo(values.dtype).eps * values.shape[-1] ** 0.5
+        else:
+            resolution = torch.finfo(self.dtype).eps
+        return torch.maximum(values, values.amax(-1, keepdim=True) * resolution)
 
     def _measured(self, state: State, images: State, sides: Sides, started: Tensor) -> State:
         """Y with Y Y^T = G R^-1 G^T / n on the left side, and so on the right; G G^T before the start."""
