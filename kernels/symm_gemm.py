@@ -15,24 +15,30 @@ Products of fp16 and bf16 are exact and added up in fp32. Those of fp32 have a `
     ieee    fp32, without tensor cores.
 
 Nothing is tuned or allocated by a call: what has run once, with operands of the same kind, can be captured in a CUDA
-graph.
+graph. A model chooses the configuration, unless `steepest tune` has measured this very product before (tuned.py). All
+that may be chosen for a product add an element up over k in one order, with equal BLOCK_K, so that none changes a bit.
 
-Operands are loaded by address, not by TMA: strides that are no multiple of 16 bytes take addresses in any case,
-descriptors would be made on the host for every launch, and the loop has room for the arithmetic. That of the largest
-tile on sm_90 is 103 instructions a warp (Triton 3.7.1), 206 cycles of a scheduler in 1024 cycles of the tensor cores.
+Operands are loaded by address as a rule: strides that are no multiple of 16 bytes take addresses in any case, and the
+loop has room for the arithmetic. That of the largest tile on sm_90 is 103 instructions a warp (Triton 3.7.1), 206
+cycles of a scheduler in 1024 cycles of the tensor cores. sm_90 and sm_100 have the same configurations with TMA, for
+operands of 16 bits, sm_90 for "tf32x3" as well: the same tiles in the same turns, zeros where a mask would be. The
+descriptors are made on the host for every launch, so that the model leaves them alone and only a measurement asks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import tuned
 
 Precision = Literal["tf32x3", "tf32", "ieee"]
 
@@ -49,13 +55,14 @@ MAX_PROGRAMS = 2**31 - 1  # of a launch, along the only dimension of the grid th
 
 @dataclass(frozen=True)
 class Configuration:
-    """Tile of the output, k elements of a turn of the loop, turns in flight, warps of a program."""
+    """Tile of the output, k elements of a turn of the loop, turns in flight, warps of a program, operands by TMA."""
 
     block_m: int
     block_n: int
     block_k: int
     stages: int
     warps: int
+    tma: bool = False
 
     def shared_bytes(self, element: int = 2, precision: Precision = "ieee", wide: bool = False) -> int:
         """Operands of all turns in flight, or the tile on its way to memory, in fp32 with ``wide``.
@@ -154,6 +161,9 @@ TF32X3 = {
 # Cost of a tile: BM BN multiply-adds and TRAFFIC (BM + BN) for moving its operands. At 64 a square of 128 has half of
 # either, and a square of 64 runs at two thirds of its speed. A model, not a measurement.
 TRAFFIC = 64
+# Where TMA changes nothing but the loads. On sm_100 the loop of "tf32x3" is cut differently, "tf32" turns what does not
+# lie along k in shared memory that is not counted here, and on sm_120 Triton 3.6 spills.
+WITH_TMA: dict[str, tuple[Precision | None, ...]] = {"sm_90": (None, "tf32x3"), "sm_100": (None,)}
 LONGEST_SIDE = 256  # of any tile
 # The largest tile, in elements, of operands that are not aligned.
 UNALIGNED_TILE = 64 * 64
@@ -165,6 +175,32 @@ def architecture(capability: tuple[int, int]) -> str:
     if major == 8:
         return "sm_80" if minor in (0, 7) else "sm_86"
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_86")
+
+
+def candidates(
+    capability: tuple[int, int],
+    symmetric: bool,
+    aligned: bool = True,
+    precision: Precision | None = None,
+    wide: bool = False,
+) -> list[Configuration]:
+    """All that `product` may take for operands of 16 bits, or of fp32 with a precision; the same bits by any of them.
+
+    Operands that are not aligned are loaded element by element, and the addresses of a large tile's do not fit in the
+    registers. ``wide``: c and out are fp32 beside operands of 16 bits. With TMA shared memory has barriers beside the
+    turns, less than 128 bytes.
+    """
+    if precision == "ieee":
+        return [FP32]
+    kinds = {None: WIDE if wide else CONFIGURATIONS, "tf32": TF32, "tf32x3": TF32X3}
+    name = architecture(capability)
+    listed = [
+        c
+        for c in kinds[precision][name]
+        if (c.block_m == c.block_n or not symmetric) and (c.block_m * c.block_n <= UNALIGNED_TILE or aligned)
+    ]
+    by_tma = aligned and precision in WITH_TMA.get(name, ())
+    return listed + [replace(c, tma=True) for c in listed if by_tma]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -179,28 +215,39 @@ def configuration(
     aligned: bool = True,
     precision: Precision | None = None,
     wide: bool = False,
+    gpu: str | None = None,
 ) -> Configuration:
-    """The tile of least modelled time for operands of 16 bits, or of fp32 with a precision.
+    """The fastest candidate where it was measured on ``gpu``, by name; else the tile of least modelled time.
 
-    Time is the number of waves (multiprocessors take a tile each) times the cost of a tile; of equals, the larger tile.
-    k multiplies both and decides nothing. Operands that are not aligned are loaded element by element, and the
-    addresses of a large tile's do not fit in the registers. ``wide``: c and out are fp32 beside operands of 16 bits.
+    Modelled time is the number of waves (multiprocessors take a tile each) times the cost of a tile; of equals, the
+    larger tile. k multiplies both and decides nothing.
     """
-    if precision == "ieee":
-        return FP32
-    name = architecture(capability)
-    kinds = {None: WIDE if wide else CONFIGURATIONS, "tf32": TF32, "tf32x3": TF32X3}
-    listed = [
-        c
-        for c in kinds[precision][name]
-        if (c.block_m == c.block_n or not symmetric) and (c.block_m * c.block_n <= UNALIGNED_TILE or aligned)
-    ]
+    listed = candidates(capability, symmetric, aligned, precision, wide)
+    if gpu is not None and aligned:
+        asked = question(m, n, k, batch, symmetric, precision, wide)
+        fields = tuned.fields(machine(gpu, capability), asked)
+        won = next((c for c in listed if asdict(c) == fields), None)
+        if won is not None:
+            return won
+        if fields is not None:
+            tuned.note(f"{tuned.path()}: {fields} for {asked} is not in the table; `steepest tune` measures it again")
 
     def time(c: Configuration) -> int:
         waves = -(-batch * tile_count(m, n, c, symmetric) // multiprocessors)
         return waves * (c.block_m * c.block_n + TRAFFIC * (c.block_m + c.block_n))
 
-    return min(listed, key=time)
+    return min((c for c in listed if not c.tma), key=time)
+
+
+def machine(gpu: str, capability: tuple[int, int]) -> str:
+    """What a measurement holds for."""
+    return f"{gpu}, Triton {triton.__version__}, {architecture(capability)}"
+
+
+def question(m: int, n: int, k: int, batch: int, symmetric: bool, precision: Precision | None, wide: bool) -> str:
+    """What is measured: a product, however its aligned operands lie."""
+    kind = precision or ("16 bits into fp32" if wide else "16 bits")
+    return f"{batch} x {m} x {n} x {k}, {'symmetric, ' if symmetric else ''}{kind}"
 
 
 def tile_count(m: int, n: int, c: Configuration, symmetric: bool) -> int:
@@ -285,6 +332,15 @@ def _load(x, offsets, inside, k, k_left, ALONG_K: tl.constexpr, EVEN_K: tl.const
         return tl.load(x + offsets, mask=k < k_left if ALONG_K else inside & (k < k_left), other=0.0)
 
 
+@triton.jit
+def _box(x, matrix, row, column, ROWS: tl.constexpr):
+    # The same by its descriptor, in which rows, or else columns, are contiguous; zeros outside of the matrix.
+    if ROWS:
+        return x.load([matrix, row, column]).reshape(x.block_shape[1], x.block_shape[2])
+    else:
+        return tl.trans(x.load([matrix, column, row]).reshape(x.block_shape[1], x.block_shape[2]))
+
+
 ADDRESSES = ("a", "b", "c", "out", "row_lines", "alpha", "beta", "gamma")
 INTEGERS = ("m", "n", "k", "alpha_stride", "beta_stride", "gamma_stride")
 STRIDES = ("a_batch", "a_stride", "b_batch", "b_stride", "c_batch", "c_stride", "out_batch", "out_stride")
@@ -326,6 +382,7 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,  # a and b are descriptors
 ):
     rows, columns = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     tiles = rows * (rows + 1) // 2 if SYMMETRIC else rows * columns
@@ -339,24 +396,29 @@ def product_kernel(
         if SYMMETRIC or not A_ALONG_K or (c is not None and not C_ROWS):
             rows_left = tl.multiple_of(rows_left, VECTOR)
 
-    a_at = _corner(a, matrix, a_batch, a_stride, row, 0 * row, A_ALONG_K, ALIGNED)
-    b_at = _corner(b, matrix, b_batch, b_stride, 0 * column, column, not B_ALONG_K, ALIGNED)
-    a_row = tl.minimum(at_row, rows_left - 1) if A_ALONG_K else at_row
-    b_column = tl.minimum(at_column, columns_left - 1) if B_ALONG_K else at_column
-    a_offsets = _offsets(a_row, at_k[None, :], a_stride, A_ALONG_K, ALIGNED, OFFSET)
-    b_offsets = _offsets(at_k[:, None], b_column, b_stride, not B_ALONG_K, ALIGNED, OFFSET)
-    a_step = BLOCK_K if A_ALONG_K else BLOCK_K * a_stride.to(tl.int64)
-    b_step = BLOCK_K if B_ALONG_K else BLOCK_K * b_stride.to(tl.int64)
+    if not TMA:
+        a_at = _corner(a, matrix, a_batch, a_stride, row, 0 * row, A_ALONG_K, ALIGNED)
+        b_at = _corner(b, matrix, b_batch, b_stride, 0 * column, column, not B_ALONG_K, ALIGNED)
+        a_row = tl.minimum(at_row, rows_left - 1) if A_ALONG_K else at_row
+        b_column = tl.minimum(at_column, columns_left - 1) if B_ALONG_K else at_column
+        a_offsets = _offsets(a_row, at_k[None, :], a_stride, A_ALONG_K, ALIGNED, OFFSET)
+        b_offsets = _offsets(at_k[:, None], b_column, b_stride, not B_ALONG_K, ALIGNED, OFFSET)
+        a_step = BLOCK_K if A_ALONG_K else BLOCK_K * a_stride.to(tl.int64)
+        b_step = BLOCK_K if B_ALONG_K else BLOCK_K * b_stride.to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, k, BLOCK_K):
-        k_left = k - first
-        if ALIGNED and (A_ALONG_K or B_ALONG_K):
-            k_left = tl.multiple_of(k_left, VECTOR)
-        x = _load(a_at, a_offsets, at_row < rows_left, at_k[None, :], k_left, A_ALONG_K, EVEN_K)
-        y = _load(b_at, b_offsets, at_column < columns_left, at_k[:, None], k_left, B_ALONG_K, EVEN_K)
+        if TMA:
+            x = _box(a, matrix, row, first, A_ALONG_K)
+            y = _box(b, matrix, first, column, not B_ALONG_K)
+        else:
+            k_left = k - first
+            if ALIGNED and (A_ALONG_K or B_ALONG_K):
+                k_left = tl.multiple_of(k_left, VECTOR)
+            x = _load(a_at, a_offsets, at_row < rows_left, at_k[None, :], k_left, A_ALONG_K, EVEN_K)
+            y = _load(b_at, b_offsets, at_column < columns_left, at_k[:, None], k_left, B_ALONG_K, EVEN_K)
+            a_at += a_step
+            b_at += b_step
         total = tl.dot(x, y, total, input_precision=PRECISION)
-        a_at += a_step
-        b_at += b_step
 
     # Which product is fused into the sum is said outright: left to the compiler it could differ between configurations.
     scale = _number(alpha, alpha_stride, matrix)
@@ -422,6 +484,7 @@ def product(
     symmetric: bool,
     precision: Precision = "ieee",
     row_sums: Tensor | None = None,
+    chosen: Configuration | None = None,
 ) -> None:
     """``out[i] = alpha[i] a[i] @ b[i] + beta[i] c[i] + gamma[i] I``, accumulated in fp32, rounded once.
 
@@ -437,6 +500,9 @@ def product(
 
     row_sums: (batch, m) fp32, filled with sum_j |out_ij| of what out holds in the end. In another batch, whose tiles
     are of another size, they may be added up in another order.
+
+    chosen: one of `candidates`, in place of `configuration`'s. Operands whose elements share memory are loaded by
+    address in any case.
 
     A matrix has the same result alone and in a batch. ValueError for what it does not take. "ieee" multiplies far
     slower than torch does.
@@ -459,16 +525,17 @@ def product(
         raise ValueError(f"the rows of out are not contiguous: shape {tuple(out.shape)}, strides {out.stride()}")
     aligned = a_place.aligned and b_place.aligned and c_place.aligned and out_place.aligned
     precise = a.dtype == torch.float32
-    chosen = _choose(a, n, symmetric, aligned, precision if precise else None, out.dtype != a.dtype)
+    chosen = chosen or _choose(a, n, symmetric, aligned, precision if precise else None, out.dtype != a.dtype)
     programs = batch * tile_count(m, n, chosen, symmetric)
     if programs > MAX_PROGRAMS:
         raise ValueError(f"{batch} matrices of {m} x {n} are {programs} tiles; a launch has {MAX_PROGRAMS} at most")
     lines = None if row_sums is None else row_sums.new_empty(batch, -(-n // chosen.block_n), m)
+    tma = chosen.tma and aligned and _has_boxes(a, a_place) and _has_boxes(b, b_place)
     last = max(a_place.stride, b_place.stride, c_place.stride, out_place.stride) * (LONGEST_SIDE - 1)
     with _on(a.device):
         product_kernel[(programs,)](
-            a,
-            b,
+            _boxes(a, a_place, chosen.block_m, chosen.block_k) if tma else a,
+            _boxes(b, b_place, chosen.block_k, chosen.block_n) if tma else b,
             c,
             out,
             lines,
@@ -499,6 +566,7 @@ def product(
             BLOCK_K=chosen.block_k,
             GROUP=GROUP,
             PRECISION=precision if precise else "ieee",
+            TMA=tma,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
             enable_fp_fusion=False,
@@ -553,6 +621,24 @@ def _checked_place(x: Tensor) -> _Place:
     return place
 
 
+def _stored(x: Tensor, place: _Place) -> Tensor:
+    return x if place.by_rows else x.mT
+
+
+def _has_boxes(x: Tensor, place: _Place) -> bool:
+    """Whether descriptors describe aligned matrices: nothing empty, no strides of 0, no rows that overlap."""
+    batch, rows, length = _stored(x, place).shape
+    return length > 0 and (rows == 1 or place.stride >= length) and (batch == 1 or place.apart > 0)
+
+
+def _boxes(x: Tensor, place: _Place, rows: int, columns: int) -> TensorDescriptor:
+    """Of matrices that are loaded by tiles of rows x columns."""
+    stored = _stored(x, place)
+    stride = place.stride or stored.shape[2]
+    block = [1, rows, columns] if place.by_rows else [1, columns, rows]
+    return TensorDescriptor(stored, [*stored.shape], [place.apart or stride * stored.shape[1], stride, 1], block)
+
+
 def _number_of(x: Tensor | float, batch: int) -> Tensor | float:
     if not isinstance(x, Tensor):
         return float(x)
@@ -565,7 +651,12 @@ def _choose(
     a: Tensor, n: int, symmetric: bool, aligned: bool, precision: Precision | None, wide: bool
 ) -> Configuration:
     batch, m, k = a.shape
-    return configuration(m, n, k, *_machine(a.device), batch, symmetric, aligned, precision, wide)
+    return configuration(m, n, k, *_machine(a.device), batch, symmetric, aligned, precision, wide, _name(a.device))
+
+
+@functools.cache
+def _name(device: torch.device) -> str | None:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 @functools.cache

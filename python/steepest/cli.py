@@ -1,8 +1,9 @@
-"""The command line: what this machine can run, what a polar call does on a GPU, all optimizers side by side, and how
-fast all of it is.
+"""The command line: what this machine can run, what a polar call does on a GPU, which tiles are fastest on this one,
+all optimizers side by side, and how fast all of it is.
 
 steepest doctor [--json]
 steepest plan --shape 24x1024x4096 [--shape ...] [--preset auto] [--dtype float16] [--json]
+steepest tune [--shape 24x1024x4096 ...] [--model gpt2-124m] [--of polar] [--dtype bfloat16] [--json | --show | --clear]
 steepest compare [--quick] [--optimizers Muon,MuAdam] [--tasks gpt] [--out FOLDER] [--resume]
 steepest bench [SUITE ...] [--quick] [--shapes gpt2-124m] [--out FOLDER] [--compare OLD.json]
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import bench, compare, planner
+from . import bench, compare, planner, tune
 from ._version import __version__
 from .ops import backend
 
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--multiprocessors", type=int, default=planner.MULTIPROCESSORS)
     plan.add_argument("--l2", type=float, default=planner.L2_MB, metavar="MB", help="size of the L2 cache")
     plan.add_argument("--json", action="store_true", help="the same as JSON")
+    tune.add_options(
+        command("tune", tune.run, "time Triton's products of some shapes on this GPU and keep the fastest tiles")
+    )
     compare.add_options(
         command("compare", compare.run, "all optimizers on a small GPT and a classifier, over learning rates")
     )

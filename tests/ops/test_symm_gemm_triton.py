@@ -166,6 +166,27 @@ def compare(device: torch.device, dtype: torch.dtype, count: int, largest: int) 
             assert bool(again[1].isnan().all()) or case.a.shape[2] == 0, f"{case}: a NaN is lost"
 
 
+def tma_changes_no_bit(device: torch.device, dtype: torch.dtype, count: int, largest: int) -> None:
+    """Whatever configuration it goes with."""
+    described: list[Any] = []
+    choose, boxes = kernels._choose, kernels._boxes
+
+    def describe(*given: Any) -> Any:
+        described.append(boxes(*given))
+        return described[-1]
+
+    for case in cases(device, dtype, count, largest):
+        by_address = case.run()
+        try:
+            kernels._choose = lambda *asked: replace(choose(*asked), tma=True)
+            kernels._boxes = describe
+            by_tma = case.run()
+        finally:
+            kernels._choose, kernels._boxes = choose, boxes
+        assert torch.equal(by_address.view(torch.uint8), by_tma.view(torch.uint8)), str(case)
+    assert len(described) > count // 4, f"{len(described)} of {2 * count} operands had descriptors"
+
+
 def far_apart(device: torch.device) -> None:
     """Matrices, rows of one tile and rows of two, 2^31 elements apart in memory of which only theirs is touched."""
     room = torch.empty(2**31 + 256, device=device)
@@ -266,6 +287,14 @@ def test_larger_matrices_on_a_gpu(symmetric: bool) -> None:
             alone = torch.empty_like(out[some])
             kernels.product(a[some], a[some].mT, None, 1.0, 0.0, 0.0, alone, symmetric=symmetric)
             assert torch.equal(alone, out[some])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [H, B])
+def test_tma_on_a_gpu(dtype: torch.dtype) -> None:
+    if kernels.architecture(torch.cuda.get_device_capability()) not in kernels.WITH_TMA:
+        pytest.skip(f"TMA is for {', '.join(kernels.WITH_TMA)}")
+    tma_changes_no_bit(torch.device("cuda"), dtype, 48, 700)
 
 
 @pytest.mark.gpu
@@ -514,6 +543,7 @@ class Kind:
     precision: str = "ieee"
     wide: bool = False  # c and out are fp32
     sums: bool = False  # of rows
+    tma: bool = False
 
 
 PLAIN = Kind(B, True, False, False, "tensors", even_k=False)  # Q X
@@ -548,6 +578,19 @@ def compilations() -> Iterator[Any]:
             square, small = listed.block_m == listed.block_n, listed == table[name][-1]
             kinds = [by_tile[not square], replace(odd, aligned=False, even_k=False) if small else None]
             yield from ((capability, listed, replace(kind, symmetric=square)) for kind in kinds if kind)
+    yield from by_tma()
+
+
+def by_tma() -> Iterator[Any]:
+    """Every configuration with TMA; each way to lay out operands."""
+    narrow = ((90, 100), (None,), (False, True), ((PLAIN, TALL), (GRAM, TALL_GRAM)))
+    exact = ((90,), ("tf32x3",), (False,), ((EXACT, EXACT), (replace(EXACT, symmetric=True, a_along_k=False),) * 2))
+    for capability, precision, wide, kinds in (*product(*narrow), *product(*exact)):
+        symmetric = kinds[0].symmetric
+        for c in kernels.candidates(divmod(capability, 10), symmetric, True, precision, wide):
+            if c.tma and (symmetric or c.block_m != c.block_n):
+                kind = kinds[c.block_m == 64]
+                yield capability, c, replace(kind, wide=wide, numbers="floats" if wide else kind.numbers, tma=True)
 
 
 def name_of(x: Any) -> str:
@@ -563,7 +606,7 @@ def test_code(capability: int, listed: Any, kind: Kind, tmp_path: Path, monkeypa
     without_tensor_cores = kind.dtype == F and kind.precision == "ieee"
     shared = compiled.metadata.shared
     room = listed.shared_bytes(kind.dtype.itemsize, kind.precision, kind.wide or kind.dtype == F)
-    assert shared <= room + 64, "barriers take a few bytes, the tile those of the loop"
+    assert shared <= room + (128 if kind.tma else 64), "barriers take a few bytes, the tile those of the loop"
     assert shared <= kernels.SHARED_LIMIT[kernels.architecture(divmod(capability, 10))]
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
@@ -575,11 +618,19 @@ def test_code(capability: int, listed: Any, kind: Kind, tmp_path: Path, monkeypa
     assert not re.search(r"\b(LDL|STL)\b", code)
     tensor_cores = (TF32_PRODUCTS if kind.dtype == F else PRODUCTS)[capability]
     assert bool(re.search(tensor_cores, code)) != without_tensor_cores
-    if kind.aligned and not without_tensor_cores:
+    assert bool(re.search(r"\bUTMALDG\.3D\b", code)) == kind.tma
+    if kind.tma:
+        assert [len(meta["block_size"]) for meta in compiled.metadata.tensordesc_meta] == [3, 3], "made on the host"
+        assert not re.search(r"\bLDGSTS\b", code)
+        cubin.write_bytes(compile_for(capability, listed, replace(kind, tma=False)).asm["cubin"])
+        products = re.compile(rf"\b{tensor_cores}\S*")
+        assert products.findall(code) == products.findall(dump("--dump-sass", str(cubin))), "the same in the same order"
+    elif kind.aligned and not without_tensor_cores:
         assert re.search(r"\bLDGSTS\.E\.\S*128\b", code)
         # Tensor cores of sm_90 and later take TF32 along k only: what lies otherwise is turned on its way, by elements.
         turned = kind.precision == "tf32" and capability >= 90 and not (kind.a_along_k and kind.b_along_k)
         assert turned or not re.search(r"\bLDGSTS\.E\b(?!\S*128)", code)
+    if kind.aligned and not without_tensor_cores:
         stores = re.findall(r"\bSTG\.E\S*", code)
         assert stores
         assert kind.sums or all(".128" in store for store in stores), stores
@@ -603,6 +654,7 @@ def compile_for(capability: int, listed: Any, kind: Kind) -> Any:
         "BLOCK_K": listed.block_k,
         "GROUP": kernels.GROUP,
         "PRECISION": kind.precision,
+        "TMA": kind.tma,
     }
     if not kind.sums:
         constants["row_lines"] = None
@@ -614,6 +666,10 @@ def compile_for(capability: int, listed: Any, kind: Kind) -> Any:
         constants |= dict.fromkeys(("beta", "gamma"))
     types = dict.fromkeys(("a", "b", "c", "out"), f"*{TYPES[kind.dtype]}")
     types |= dict.fromkeys(("c", "out"), "*fp32") if kind.wide else {}
+    if kind.tma:
+        m, n, k = listed.block_m, listed.block_n, listed.block_k
+        types["a"] = f"tensordesc<{TYPES[kind.dtype]}[1, {f'{m}, {k}' if kind.a_along_k else f'{k}, {m}'}]>"
+        types["b"] = f"tensordesc<{TYPES[kind.dtype]}[1, {f'{n}, {k}' if kind.b_along_k else f'{k}, {n}'}]>"
     types["row_lines"] = "*fp32"
     types |= dict.fromkeys(("alpha", "beta", "gamma"), "*fp32" if kind.numbers == "tensors" else "fp32")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in KERNEL.arg_names}
@@ -638,6 +694,7 @@ if __name__ == "__main__":
     kernels.GROUP = 2
     kernels._choose = lambda a, n, symmetric, *_: kernels.Configuration(16, 16 if symmetric else 32, 16, 2, 4)
     compare(torch.device("cpu"), F, 48, 40)
+    tma_changes_no_bit(torch.device("cpu"), F, 24, 40)
     far_apart(torch.device("cpu"))
     triangle_is_exact(torch.device("cpu"), 2**16)
     every_tile_is_taken_once(torch.device("cpu"), 2**16)
