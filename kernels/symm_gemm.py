@@ -161,9 +161,13 @@ TF32X3 = {
 # Cost of a tile: BM BN multiply-adds and TRAFFIC (BM + BN) for moving its operands. At 64 a square of 128 has half of
 # either, and a square of 64 runs at two thirds of its speed. A model, not a measurement.
 TRAFFIC = 64
-# Where TMA changes nothing but the loads. On sm_100 the loop of "tf32x3" is cut differently, "tf32" turns what does not
-# lie along k in shared memory that is not counted here, and on sm_120 Triton 3.6 spills.
-WITH_TMA: dict[str, tuple[Precision | None, ...]] = {"sm_90": (None, "tf32x3"), "sm_100": (None,)}
+# Where TMA changes nothing but the loads: precisions, and the largest tile. On sm_100 the loop of "tf32x3" is cut
+# differently and Triton 3.9 spills at 128 x 256, "tf32" turns what does not lie along k in shared memory that is not
+# counted here, and on sm_120 Triton 3.6 spills.
+WITH_TMA: dict[str, tuple[tuple[Precision | None, ...], int]] = {
+    "sm_90": ((None, "tf32x3"), 128 * 256),
+    "sm_100": ((None,), 128 * 128),
+}
 LONGEST_SIDE = 256  # of any tile
 # The largest tile, in elements, of operands that are not aligned.
 UNALIGNED_TILE = 64 * 64
@@ -199,8 +203,9 @@ def candidates(
         for c in kinds[precision][name]
         if (c.block_m == c.block_n or not symmetric) and (c.block_m * c.block_n <= UNALIGNED_TILE or aligned)
     ]
-    by_tma = aligned and precision in WITH_TMA.get(name, ())
-    return listed + [replace(c, tma=True) for c in listed if by_tma]
+    precisions, largest = WITH_TMA.get(name, ((), 0))
+    by_tma = aligned and precision in precisions
+    return listed + [replace(c, tma=True) for c in listed if by_tma and c.block_m * c.block_n <= largest]
 
 
 @functools.lru_cache(maxsize=4096)
