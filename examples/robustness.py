@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = p.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    measure(options.out, tasks.QUICK if options.quick else tasks.FULL, options.steps)
+    try:
+        measure(options.out, tasks.QUICK if options.quick else tasks.FULL, options.steps)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     found = {name: losses(rates.read(options.out), name) for name in GRIDS}
     for name, own in found.items():
         inside, least = spread(own)
@@ -59,13 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(path: Path, size: tasks.Size, steps: int) -> None:
     """Train at every learning rate that has no row in `path` yet, and append its row."""
     task, known = tasks.make(["gpt"], size, None, None)["gpt"], methods.known()
-    rows = rates.read(path)
     described = {"steps": str(steps), "seed": "0", "model": task.described}
-    for row in rows:
-        if other := [f"{key} {row[key]}" for key, value in described.items() if row[key] != value]:
-            raise SystemExit(f"{path} holds runs with {', '.join(other)}; delete it or pass another --out")
-    done = {(row["optimizer"], float(row["lr"])) for row in rows}
-    missing = [(name, lr) for name, grid in GRIDS.items() for lr in grid if (name, lr) not in done]
+    missing = list(rates.missing(path, GRIDS, described, "runs"))
     progress = Progress(len(missing), unit="run")
     for number, (name, lr) in enumerate(missing, start=1):
         record = train(task, known[name], lr, steps, 0)

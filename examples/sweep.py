@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,26 +70,15 @@ def parser() -> argparse.ArgumentParser:
 
 def sweep(path: Path, corpus: Corpus, settings: Settings) -> None:
     """Train at every learning rate that has no row in `path` yet, and append its row."""
-    missing = len(list(_missing(path, settings)))
-    for number, (method, lr) in enumerate(_missing(path, settings), start=1):
+    missing = list(rates.missing(path, GRIDS, _described(settings), "a sweep"))
+    for number, (method, lr) in enumerate(missing, start=1):
         adamw_lr = lr if method == "adamw" else rates.best(rates.read(path), "adamw")
         run = Run(METHODS[method], lr, adamw_lr, settings)
-        print(f"{method} at {lr:g} ({number} of {missing})", flush=True)
+        print(f"{method} at {lr:g} ({number} of {len(missing)})", flush=True)
         train([run], corpus, settings, Progress(settings.steps).update)
         row = {"optimizer": method, "lr": f"{lr:g}", "adamw_lr": f"{adamw_lr:g}"}
         outcome = {"validation_loss": f"{run.validation_loss:.4f}", "seconds": f"{run.points[-1].seconds:.1f}"}
         rates.append(path, {**row, **outcome, **_described(settings), **environment()})
-
-
-def _missing(path: Path, settings: Settings) -> Iterator[tuple[str, float]]:
-    """(method, learning rate) of the rows `path` lacks; ValueError if it holds another sweep's rows."""
-    rows = rates.read(path)
-    described = _described(settings)
-    for row in rows:
-        if other := [f"{key} {row[key]}" for key, value in described.items() if row[key] != value]:
-            raise ValueError(f"{path} holds a sweep with {', '.join(other)}; delete it or pass another --out")
-    done = {(row["optimizer"], float(row["lr"])) for row in rows}
-    return ((method, lr) for method, grid in GRIDS.items() for lr in grid if (method, lr) not in done)
 
 
 def _described(settings: Settings) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -33,6 +33,16 @@ def append(path: Path, row: Row) -> None:
         if first:
             writer.writeheader()
         writer.writerow(row)
+
+
+def missing(path: Path, grids: Mapping[str, Sequence[float]], described: Row, what: str) -> Iterator[tuple[str, float]]:
+    """(method, learning rate) of the rows `path` lacks; ValueError if what it holds was described otherwise."""
+    rows = read(path)
+    for row in rows:
+        if other := [f"{key} {row[key]}" for key, value in described.items() if row[key] != value]:
+            raise ValueError(f"{path} holds {what} with {', '.join(other)}; delete it or pass another --out")
+    done = {(row["optimizer"], float(row["lr"])) for row in rows}
+    return ((method, lr) for method, grid in grids.items() for lr in grid if (method, lr) not in done)
 
 
 def best(rows: Sequence[Row], method: str) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -125,7 +126,6 @@ class Bucket:
         self._spans = {own: slice(groups.index(own), groups.index(own) + groups.count(own)) for own in set(groups)}
         self.members = members
         self.fuses = first.entry.fuses
-        self._rows = torch.tensor([m.row for m in members for _ in range(m.matrices)], device=self.device)
         self.slack = torch.full(self.shape[:1], float("nan"), dtype=torch.float32, device=self.device)
 
     def empty(self) -> Tensor:
@@ -139,6 +139,11 @@ class Bucket:
         if self.dtype is torch.float16:  # an fp16 x was multiplied by a power of two
             norm = norm / self._numbers(table, "input_scale")
         return list(norm.split(self.sizes))
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """Of the table, for each matrix; needed by some kinds of step only."""
+        return torch.tensor([m.row for m in self.members for _ in range(m.matrices)], device=self.device)
 
     def _numbers(self, table: Table, name: str) -> Tensor:
         """A column of the table's rows, (matrices,)."""

@@ -188,6 +188,12 @@ def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: tor
     return name
 
 
+def compiled_wanted() -> bool:
+    """Whether an op without a `backend=` of its own asks the compiled kernels: not where torch.compile traces torch's
+    operations instead, nor where another backend is forced."""
+    return not torch.compiler.is_compiling() and requested("auto") in ("auto", "cuda")
+
+
 def log_once(op: str, taken: str, reasons: Mapping[str, str | None], device: torch.device) -> None:
     """The first time that an op falls back to this backend."""
     best = "cpu" if device.type == "cpu" else NAMES[0]

@@ -46,7 +46,7 @@ def takes(P: Tensor, method: str) -> bool:
     """Whether `refresh` is for these matrices (..., n, n); where a device is in the way, the reason is logged once."""
     if not P.is_cuda or P.dtype != torch.float32 or P.shape[-1] > MOST_ROWS or method not in METHODS:
         return False
-    if torch.compiler.is_compiling() or _backend.requested("auto") not in ("auto", "cuda"):
+    if not _backend.compiled_wanted():
         return False
     reason = _backend.cuda_reason(P.device.index) or _too_large(P)
     if reason is not None:
@@ -73,9 +73,7 @@ def eigenvectors(P: Tensor) -> Tensor:
 
 def _batched(P: Tensor) -> bool:
     """Whether cuSOLVER's batched solver takes these matrices; one alone fills a GPU by torch's solver as well."""
-    if not P.is_cuda or len(P) < 2 or torch.compiler.is_compiling():
-        return False
-    if _backend.requested("auto") not in ("auto", "cuda"):
+    if not P.is_cuda or len(P) < 2 or not _backend.compiled_wanted():
         return False
     reason = _backend.cuda_reason(P.device.index) or cusolver_reason()
     if reason is not None:

@@ -97,7 +97,7 @@ def weights_reason(weights: Sequence[Tensor]) -> str | None:
 
 def takes(x: Tensor, constants: Sequence[Sequence[float]], update: Update | None = None) -> bool:
     """Whether the compiled kernels run this chain on x; products one by one have more versions."""
-    if torch.compiler.is_compiling() or _backend.requested("auto") not in ("auto", "cuda"):
+    if not _backend.compiled_wanted():
         return False
     why = _reason(x, constants)
     if why is None and update is not None:

@@ -49,7 +49,7 @@ def small_polar(
 
 def takes(xs: Sequence[Tensor], tables: Tables, least: tuple[float, ...]) -> bool:
     """Whether the kernel takes all of these matrices and this schedule."""
-    if torch.compiler.is_compiling() or _backend.requested("auto") not in ("auto", "cuda"):
+    if not _backend.compiled_wanted():
         return False
     device = xs[0].device
     if not xs[0].is_cuda or _backend.cuda_reason(device.index) is not None or _refusal(tables, least) is not None:
