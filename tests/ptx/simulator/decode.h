@@ -1,0 +1,6 @@
+#pragma once
+#include "program.h"
+
+namespace ptxsim {
+void decode(Instruction& in, const string& base);
+}  // namespace ptxsim
