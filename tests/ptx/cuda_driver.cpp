@@ -10,6 +10,7 @@
 #include "api.h"
 #include "launch.h"
 #include "program.h"
+#include "tensor_copies.h"
 
 namespace {
 using ptxsim::Kernel;
@@ -32,6 +33,12 @@ struct Module {
 int current = 0;
 char contexts[std::size(kDevices)];  // a context is the address of its byte
 string error = "no error";
+std::multiset<std::pair<void*, size_t>> registered;
+bool ptxsim_is_registered(void* p) {
+  for (auto& [at, n] : registered)
+    if (p >= at && p < static_cast<char*>(at) + n) return true;
+  return false;
+}
 
 template <class F>
 CUresult guarded(F f) {
@@ -77,6 +84,8 @@ extern "C" {
 // What torch.cuda.set_device does.
 void ptxsim_set_device(int device) { current = device; }
 
+void ptxsim_register(void* at, size_t bytes) { registered.insert({at, bytes}); }
+void ptxsim_unregister(void* at, size_t bytes) { registered.erase(registered.find({at, bytes})); }
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 // Triton changes bits of the tensor maps that drivers up to 13.1 make.
 CUresult cuDriverGetVersion(int* version) { return *version = 13020, CUDA_SUCCESS; }

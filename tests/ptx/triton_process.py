@@ -55,7 +55,7 @@ def stand_in() -> Path:
     assert spec.origin is not None
     headers = Path(spec.origin).parent / "backends" / "nvidia" / "include"
     parts = [str(path) for path in objects()]
-    command = ["g++", *FLAGS, "-shared", "-isystem", str(headers), str(SOURCE), *parts, "-Wl,-soname,libcuda.so.1"]
+    command = ["g++", *FLAGS, "-shared", "-I", str(SOURCE.parent / "simulator"), "-isystem", str(headers), str(SOURCE), *parts, "-Wl,-soname,libcuda.so.1"]
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
     target = BUILD / f"driver-{key}" / "libcuda.so.1"
     if not target.exists():

@@ -6,14 +6,25 @@
 
 namespace ptxsim {
 namespace {
+// With .ftz a subnormal number of fp32 is zero, where it is read and where it would be the result.
+template <class T>
+T flushed(const Instruction& in, T x) {
+  if constexpr (std::is_same_v<T, float>)
+    if (in.ftz && std::fpclassify(x) == FP_SUBNORMAL) return std::copysign(0.f, x);
+  return x;
+}
+template <class T>
+T source(Warp& w, const Instruction& in, int i, int lane) {
+  return flushed(in, get<T>(w, in.ops[i], lane));
+}
 template <class T, class F>
 void unary(Warp& w, const Instruction& in, u32 mask, F f) {
-  for (const int lane : lanes(mask)) put<T>(w, in.ops[0], lane, f(get<T>(w, in.ops[1], lane)));
+  for (const int lane : lanes(mask)) put<T>(w, in.ops[0], lane, flushed<T>(in, f(source<T>(w, in, 1, lane))));
 }
 template <class T, class F>
 void binary(Warp& w, const Instruction& in, u32 mask, F f) {
   for (const int lane : lanes(mask))
-    put<T>(w, in.ops[0], lane, f(get<T>(w, in.ops[1], lane), get<T>(w, in.ops[2], lane)));
+    put<T>(w, in.ops[0], lane, flushed<T>(in, f(source<T>(w, in, 1, lane), source<T>(w, in, 2, lane))));
 }
 
 // 16-bit floats through float
@@ -141,7 +152,8 @@ void run_fma(Warp& w, const Instruction& in, u32 mask) {
   if (in.t == F32) {
     for (const int lane : lanes(mask))
       put<float>(w, in.ops[0], lane,
-                 fmaf(get<float>(w, in.ops[1], lane), get<float>(w, in.ops[2], lane), get<float>(w, in.ops[3], lane)));
+                 flushed(in, fmaf(source<float>(w, in, 1, lane), source<float>(w, in, 2, lane),
+                                  source<float>(w, in, 3, lane))));
     return;
   }
   if (in.t == F64) {
@@ -209,6 +221,7 @@ void run_max(Warp& w, const Instruction& in, u32 mask) {
   BAD;
 }
 void run_abs(Warp& w, const Instruction& in, u32 mask) {
+  if (in.t == F32 && in.ftz) return unary<float>(w, in, mask, [](float a) { return std::fabs(a); });
   if (in.t == F32) return unary<u32>(w, in, mask, [](u32 a) { return a & 0x7fffffffu; });
   if (in.t == F64) return unary<u64>(w, in, mask, [](u64 a) { return a & ~(1ull << 63); });
   if (is_half(in.t)) return unary<u32>(w, in, mask, [](u32 a) { return a & 0x7fff7fffu; });
@@ -248,10 +261,21 @@ T fn(int which, T x) {
   }
   return x;
 }
+// rcp and rsqrt.approx.ftz.f64 read and make the upper half of a number; subnormal numbers are zero.
+double rough(double x) {
+  u64 bits;
+  memcpy(&bits, &x, 8);
+  if (std::fpclassify(x) == FP_SUBNORMAL) bits &= 1ull << 63;
+  if (x == x) bits &= ~0xffffffffull;
+  memcpy(&x, &bits, 8);
+  return x;
+}
 }  // namespace
 void run_fn(Warp& w, const Instruction& in, u32 mask) {
   const int which = in.a;
   if (in.t == F32) return unary<float>(w, in, mask, [which](float x) { return fn(which, x); });
+  if (in.t == F64 && in.ftz)
+    return unary<double>(w, in, mask, [which](double x) { return rough(fn(which, rough(x))); });
   if (in.t == F64) return unary<double>(w, in, mask, [which](double x) { return fn(which, x); });
   if (is_half(in.t)) return binary_half(w, in, mask, [which](float x, float, float) { return fn(which, x); });
   BAD;

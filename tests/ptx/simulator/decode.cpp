@@ -28,6 +28,7 @@ void decode(Instruction& in, const string& base) {
   }
   in.t = types.empty() ? NONE : types[0];
   in.t2 = types.size() > 1 ? types[1] : NONE;
+  in.ftz = has(m, "ftz");
   auto is = [&](const char* x) { return base == x; };
   if (is("add"))
     in.run = run_add;

@@ -334,6 +334,10 @@ Module read_module(const string& text) {
     while (q < body_end) {
       while (q < body_end && isspace(clean[q])) ++q;
       if (q >= body_end) break;
+      if (clean.compare(q, 5, ".loc ") == 0 || clean.compare(q, 5, ".loc\t") == 0) {  // a line, without a semicolon
+        q = clean.find('\n', q);
+        continue;
+      }
       if (clean[q] == '{') {
         p.scopes.push_back({p.scope, {}, {}});
         p.scope = int(p.scopes.size()) - 1;

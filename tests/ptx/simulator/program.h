@@ -25,6 +25,7 @@ struct Instruction {
   Handler run = nullptr;
   Flow flow = kPlain;
   bool whole = false;   // all lanes of the warp (or of its mask operand) take part
+  bool ftz = false;     // subnormal numbers are zero
   bool yields = false;  // another warp may go on after it
   Type t = NONE, t2 = NONE;
   int pred = -1;

@@ -6,8 +6,8 @@
 
 namespace ptxsim {
 namespace {
-// Byte of element (mn, k) of a factor of 16-bit elements that a descriptor names.
-u32 factor_at(u64 desc, bool mn_major, int mn, int k) {
+// Byte of element (mn, k) of a factor that a descriptor names; `size` bytes an element, 4 along k only.
+u32 factor_at(u64 desc, bool mn_major, int mn, int k, int size) {
   const u32 start = (desc & 0x3fff) << 4, lbo = (desc >> 16 & 0x3fff) << 4, sbo = (desc >> 32 & 0x3fff) << 4;
   const int kind = desc >> 62 & 3;
   static const u32 span[4] = {16, 128, 64, 32};
@@ -15,9 +15,9 @@ u32 factor_at(u64 desc, bool mn_major, int mn, int k) {
   u32 off;
   if (!mn_major) {
     if (kind == 0)
-      off = (mn % 8) * 16 + (mn / 8) * sbo + (k / 8) * lbo + (k % 8) * 2;
+      off = (mn % 8) * 16 + (mn / 8) * sbo + (k * size / 16) * lbo + k * size % 16;
     else
-      off = (mn % 8) * bytes + (mn / 8) * sbo + k * 2;
+      off = (mn % 8) * bytes + (mn / 8) * sbo + k * size;
   } else {
     const int wide = bytes / 2;
     if (kind == 0)
@@ -29,23 +29,27 @@ u32 factor_at(u64 desc, bool mn_major, int mn, int k) {
 }
 void do_wgmma(Warp& w, const Pending& p) {
   const Instruction& in = *p.in;
-  const int n = in.a, k = 16;
+  const int n = in.a, size = size_of(in.t), k = 32 / size;
   vector<float> A(16 * k), B(size_t(k) * n);
   auto read = [&](u64 desc, bool mn_major, int mn, int kk) {
-    const u32 at = factor_at(desc, mn_major, mn, kk);
+    const u32 at = factor_at(desc, mn_major, mn, kk, size);
     Block* block_at = nullptr;
-    const u8* q = shared_at(w, in, at, 2, &block_at);
-    check_written(w, in, block_at, q, 2);
-    u16 v;
-    memcpy(&v, q, 2);
-    return in.t == BF16 ? bf_to(v) : half_to(v);
+    const u8* q = shared_at(w, in, at, size, &block_at);
+    check_written(w, in, block_at, q, size);
+    u32 v = 0;
+    memcpy(&v, q, size);
+    return in.t == TF32 ? tf32_bits(v) : element(v, 0, in.t);
   };
   const int row = w.id % 4 * 16;
   if (p.a_in_regs) {
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i)
-        for (int h = 0; h < 2; ++h)
-          A[(lane / 4 + 8 * (i & 1)) * k + 2 * (lane % 4) + h + 8 * (i >> 1)] = element(p.a_regs[i][lane], h, in.t);
+      for (int i = 0; i < 4; ++i) {
+        float* a = &A[(lane / 4 + 8 * (i & 1)) * k + k / 2 * (i >> 1) + k / 8 * (lane % 4)];
+        if (in.t == TF32)
+          *a = tf32_bits(p.a_regs[i][lane]);
+        else
+          for (int h = 0; h < 2; ++h) a[h] = element(p.a_regs[i][lane], h, in.t);
+      }
   } else
     for (int r = 0; r < 16; ++r)
       for (int kk = 0; kk < k; ++kk) A[r * k + kk] = read(p.desc_a, p.tnsp_a, row + r, kk);
@@ -66,7 +70,6 @@ void do_wgmma(Warp& w, const Pending& p) {
 void run_wgmma(Warp& w, const Instruction& in, u32) {
   Pending p{};
   p.in = &in;
-  int at = 1;
   if (in.ops[1].kind == Operand::Vec) {
     p.a_in_regs = true;
     for (int i = 0; i < 4; ++i)
@@ -76,9 +79,11 @@ void run_wgmma(Warp& w, const Instruction& in, u32) {
   p.desc_b = raw(w, in.ops[2], 0);
   p.scale_d = truth(w, in.ops[3], 0);
   p.imm_a = s32(raw(w, in.ops[4], 0)), p.imm_b = s32(raw(w, in.ops[5], 0));
-  at = 6;
-  if (!p.a_in_regs) p.tnsp_a = raw(w, in.ops[at++], 0);
-  p.tnsp_b = raw(w, in.ops[at], 0);
+  if (in.t != TF32) {  // which has no choice
+    int at = 6;
+    if (!p.a_in_regs) p.tnsp_a = raw(w, in.ops[at++], 0);
+    p.tnsp_b = raw(w, in.ops[at], 0);
+  }
   w.open.push_back(p);
 }
 void finish_group(Warp& w) {
