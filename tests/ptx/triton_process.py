@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -88,10 +87,16 @@ def _process(version: str) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=context, initializer=prepare, initargs=arguments)
 
 
-def run(version: str, check: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns, or raises, in the process of a version."""
+def _check(name: str, arguments: tuple[Any, ...]) -> Any:
+    from ptx import triton_checks
+
+    return getattr(triton_checks, name)(*arguments)
+
+
+def run(version: str, check: str, *arguments: Any) -> Any:
+    """What a function of triton_checks.py returns, or raises, in the process of a version."""
     try:
-        return _process(version).submit(check, *arguments).result(timeout=600)
+        return _process(version).submit(_check, check, arguments).result(timeout=600)
     except BrokenProcessPool:
         _process.cache_clear()
         raise
