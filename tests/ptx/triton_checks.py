@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+
 import triton_products
 import twins
-from torch import Tensor
-from triton_products import B, Case, F, H, make_case
-
 from ptx import triton_device
 from ptx.triton_device import driver, edited, lent
+from ptx.triton_faults import FAULTS
 from steepest.kernels import multi_tensor
 from steepest.kernels import symm_gemm as kernels
+from steepest.ops.multi_tensor import Table
+from triton_products import B, Case, F, H, make_case
 
 Capability = tuple[int, int]
 SEEDS = (1, 2, 3)
@@ -58,7 +60,7 @@ def every_candidate(capability: Capability, kind: str, symmetric: bool) -> None:
 
 
 def _aligned_cases(capability: Capability, kind: str, symmetric: bool) -> Iterator[Case]:
-    """Cut tiles, more turns of the loop than are in flight, whole and cut ones; the layouts differ from kind to kind."""
+    """Cut tiles; more turns of the loop than are in flight, the last one whole or cut; layouts differ with the kind."""
     dtype, precision, into = KINDS[kind]
     block_k = kernels.candidates(capability, symmetric, True, precision, into != dtype)[0].block_k
     torch.manual_seed(0)
@@ -67,8 +69,8 @@ def _aligned_cases(capability: Capability, kind: str, symmetric: bool) -> Iterat
     for turn, k in ((number, 6 * block_k), (number + 13, 6 * block_k - 24)):
         m, n = 136 + 8 * draw.randrange(8), 136 + 8 * draw.randrange(8)
         sizes = (2 if turn % 2 else 1, m, m if symmetric else n, k)
-        with triton_device.device(capability) as device:
-            yield replace(make_case(draw, turn, dtype, sizes, symmetric, 8, device, into), precision=precision or "ieee")
+        case = make_case(draw, turn, dtype, sizes, symmetric, 8, torch.device("cpu"), into)
+        yield replace(case, precision=precision or "ieee")
 
 
 def averages(capability: Capability) -> None:
@@ -169,16 +171,48 @@ def many_chunks(capability: Capability) -> None:
 # ---- planted faults ------------------------------------------------------------------------------------------------
 
 
-def fault(capability: Capability, kind: str, tma: bool, edit: Callable[[str], str]) -> str:
-    """The error that a product with a fault in its PTX ends in under some seed; "" if it goes through."""
-    case = next(_aligned_cases(capability, kind, False))
-    dtype, precision, into = KINDS[kind]
-    listed = kernels.candidates(capability, False, True, precision, into != dtype)
-    case.chosen = [c for c in listed if c.tma == tma][-1]
-    with edited(edit, kernels.product_kernel):
-        for seed in range(1, 9):
+def fault(name: str) -> str:
+    """The error that a kernel with this fault ends in under some seed; "" if it goes through under all."""
+    planted = FAULTS[name]
+    if planted.tma is None:
+        kernel, attempt = multi_tensor.inspect_kernel, _inspection(planted.capability)
+    else:
+        kernel, attempt = kernels.product_kernel, _product(planted.capability, planted.tma)
+    attempt(0)  # as it is, without the fault
+    with edited(planted.plant, kernel):
+        for seed in range(1, 33):
             try:
-                run(case, capability, [seed])
+                attempt(seed)
             except (AssertionError, RuntimeError) as error:
                 return str(error)
     return ""
+
+
+def _product(capability: Capability, tma: bool) -> Callable[[int], None]:
+    case = next(_aligned_cases(capability, "fp16", False))
+    case.chosen = next(c for c in kernels.candidates(capability, False) if c.tma == tma)
+
+    def multiply(seed: int) -> None:
+        run(case, capability, [seed])
+
+    return multiply
+
+
+def inspect_a_stranger() -> None:
+    """A gradient that its table names and nobody lent."""
+    _inspection((9, 0), multi_tensor)(0)
+
+
+def _inspection(capability: Capability, ops: Any = None) -> Callable[[int], None]:
+    grad = torch.randn(3, 1000)
+    table = Table.empty(torch.zeros((), dtype=torch.int64), [grad.numel()], [(1, grad.numel())])
+    numbers = [0.1, 0.0, 0.9, 0.99, 1e-8]
+
+    def inspect(seed: int) -> None:
+        with triton_device.device(capability, seed):
+            where = (table.rows, table.sums, table.skipped, table.scratch)
+            (ops or Ops()).inspect([grad], [], *where, [0], [0, 1], [0], numbers, [], [], None, None)
+        found = float(table.column("grad_sq"))
+        assert abs(found / float(grad.double().square().sum()) - 1) < 1e-5, found
+
+    return inspect

@@ -1,6 +1,6 @@
 """Two GPUs for Triton, of compute capability 8.0 and 9.0, that the simulator of PTX stands for.
 
-Triton itself is as users have it: the JIT specialises and compiles, its own driver.c loads, packs the arguments, encodes
+Triton itself is as users have it: the JIT specialises and compiles, its driver.c loads, packs the arguments, encodes
 tensor maps and launches. What they call of the CUDA driver is in cuda_driver.cpp. Tensors are the host's; a launch may
 touch those that it is given, and those that `lent` names, from their first element to their last.
 

@@ -19,42 +19,35 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from ptx.simulator_library import BUILD, FLAGS, objects
+from requirements import unavailable
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).parent / "cuda_driver.cpp"
-OLDEST = "3.6"
-#: Where the oldest Triton is; a folder that is named there must have it.
-OLDEST_AT = "STEEPEST_OLDEST_TRITON"
-VERSIONS = ("installed", OLDEST)
+#: The installed Triton, and the oldest that the kernels are for, which `make test-kernels` puts into build.
+VERSIONS = ("installed", "3.6")
 
 
 def site(version: str) -> Path | None:
-    """The folder to import a Triton from, None for the installed one; skips, or fails, where it is not there."""
+    """The folder to import a Triton from, None for the installed one."""
     if version == "installed":
-        if importlib.util.find_spec("triton") is None:
-            pytest.skip("Triton is not installed")
         return None
-    named = os.environ.get(OLDEST_AT)
-    folder = Path(named) if named else ROOT / "build" / f"triton-{OLDEST}"
+    folder = ROOT / "build" / f"triton-{version}"
     if not (folder / "triton" / "__init__.py").exists():
-        (pytest.fail if named else pytest.skip)(
-            f"no Triton in {folder}; pip install --target {folder} --no-deps triton=={OLDEST}.0"
-        )
-    return folder.resolve()
+        unavailable(f"{folder} has no Triton: pip install --target {folder} --no-deps triton=={version}.0")
+    return folder
 
 
 @functools.cache
 def stand_in() -> Path:
     """libcuda.so.1, compiled from the simulator and cuda_driver.cpp with the headers that Triton brings."""
     spec = importlib.util.find_spec("triton")
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        unavailable("Triton is not installed")
     headers = Path(spec.origin).parent / "backends" / "nvidia" / "include"
     parts = [str(path) for path in objects()]
-    command = ["g++", *FLAGS, "-shared", "-I", str(SOURCE.parent / "simulator"), "-isystem", str(headers), str(SOURCE), *parts, "-Wl,-soname,libcuda.so.1"]
+    include = ["-I", str(SOURCE.parent / "simulator"), "-isystem", str(headers)]
+    command = ["g++", *FLAGS, "-shared", *include, str(SOURCE), *parts, "-Wl,-soname,libcuda.so.1"]
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
     target = BUILD / f"driver-{key}" / "libcuda.so.1"
     if not target.exists():
