@@ -4,13 +4,11 @@
 #include <cuda.h>
 
 #include <map>
-#include <memory>
-#include <set>
 
-#include "api.h"
+#include "global_memory.h"
 #include "launch.h"
 #include "program.h"
-#include "tensor_copies.h"
+#include "tensor_map.h"
 
 namespace {
 using ptxsim::Kernel;
@@ -25,20 +23,18 @@ struct Function {
   int device;
   Kernel* kernel;
 };
-struct Module {
-  ptxsim::Module text;
-  std::map<string, Function> functions;
-};
 
 int current = 0;
+
+struct Module {
+  explicit Module(const char* ptx) : text(ptx) {}
+  int device = current;
+  ptxsim::Module text;
+  std::map<string, Function> functions;  // those that were asked for
+};
+
 char contexts[std::size(kDevices)];  // a context is the address of its byte
 string error = "no error";
-std::multiset<std::pair<void*, size_t>> registered;
-bool ptxsim_is_registered(void* p) {
-  for (auto& [at, n] : registered)
-    if (p >= at && p < static_cast<char*>(at) + n) return true;
-  return false;
-}
 
 template <class F>
 CUresult guarded(F f) {
@@ -84,8 +80,6 @@ extern "C" {
 // What torch.cuda.set_device does.
 void ptxsim_set_device(int device) { current = device; }
 
-void ptxsim_register(void* at, size_t bytes) { registered.insert({at, bytes}); }
-void ptxsim_unregister(void* at, size_t bytes) { registered.erase(registered.find({at, bytes})); }
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 // Triton changes bits of the tensor maps that drivers up to 13.1 make.
 CUresult cuDriverGetVersion(int* version) { return *version = 13020, CUDA_SUCCESS; }
@@ -136,17 +130,15 @@ CUresult cuCtxGetLimit(size_t* value, CUlimit) { return *value = 0, CUDA_SUCCESS
 CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
 
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
-  return guarded([&] {
-    auto made = std::make_unique<Module>(Module{ptxsim::read_module(static_cast<const char*>(image)), {}});
-    for (auto& [name, kernel] : made->text.kernels) made->functions[name] = {current, kernel.get()};
-    *module = reinterpret_cast<CUmodule>(made.release());  // Triton unloads none
-  });
+  // Triton unloads none.
+  return guarded([&] { *module = reinterpret_cast<CUmodule>(new Module(static_cast<const char*>(image))); });
 }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
-  auto& functions = reinterpret_cast<Module*>(module)->functions;
-  const auto it = functions.find(name);
-  if (it == functions.end()) return error = "no kernel " + string(name), CUDA_ERROR_NOT_FOUND;
-  return *function = reinterpret_cast<CUfunction>(&it->second), CUDA_SUCCESS;
+  Module& m = *reinterpret_cast<Module*>(module);
+  Kernel* kernel = m.text.find(name);
+  if (!kernel) return error = "no kernel " + string(name), CUDA_ERROR_NOT_FOUND;
+  *function = reinterpret_cast<CUfunction>(&(m.functions[name] = {m.device, kernel}));
+  return CUDA_SUCCESS;
 }
 CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction f) {
   return guarded([&] {
@@ -199,7 +191,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** argument
 }
 
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr pointer) {
-  if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER || !ptxsim_is_registered(reinterpret_cast<void*>(pointer)))
+  if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER || !ptxsim::ranges().allows(pointer, 1, false))
     return error = "not an address of the device's", CUDA_ERROR_INVALID_VALUE;
   return *static_cast<CUdeviceptr*>(value) = pointer, CUDA_SUCCESS;
 }

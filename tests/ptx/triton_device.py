@@ -86,14 +86,22 @@ def device(capability: tuple[int, int], seed: int = 1) -> Iterator[torch.device]
 @contextlib.contextmanager
 def lent(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Lets kernels touch these, from the first element to the last."""
-    held = [(ctypes.c_void_p(t.data_ptr()), _bytes(t)) for t in tensors if t.numel() != 0]
-    for address, size in held:
-        library.ptxsim_register(address, ctypes.c_size_t(size))
+    _lent.append([(t.data_ptr(), _bytes(t)) for t in tensors if t.numel() != 0])
+    _register()
     try:
         yield
     finally:
-        for address, size in held:
-            library.ptxsim_unregister(address, ctypes.c_size_t(size))
+        _lent.pop()
+        _register()
+
+
+_lent: list[list[tuple[int, int]]] = []  # addresses and bytes
+
+
+def _register() -> None:
+    library.ptxsim_unregister_all()
+    for address, size in {each for some in _lent for each in some}:
+        library.ptxsim_register(ctypes.c_void_p(address), ctypes.c_uint64(size), b"a tensor", 1)
 
 
 def _bytes(t: Tensor) -> int:

@@ -7,7 +7,7 @@
 
 #include "launch.h"
 #include "scheduler.h"
-#include "tensor_copies.h"
+#include "tensor_map.h"
 
 using std::string;
 
@@ -21,7 +21,7 @@ struct FatWrapper {
 struct Binary {
   const uint8_t* data = nullptr;
   bool read = false;
-  ptxsim::Module module;
+  std::vector<std::unique_ptr<ptxsim::Module>> modules;
 };
 struct Function {
   Binary* binary;
@@ -71,7 +71,7 @@ void read_archive(Binary& binary) {
       if (flags & 0xf000) ptxsim::fail("compressed PTX: compile with nvcc -no-compress");
       string text(reinterpret_cast<const char*>(at + head), bytes);
       text.resize(strlen(text.c_str()));
-      binary.module.kernels.merge(ptxsim::read_module(text).kernels);
+      binary.modules.push_back(std::make_unique<ptxsim::Module>(text));
     }
     at += head + bytes;
   }
@@ -81,9 +81,9 @@ ptxsim::Kernel& kernel_of(const void* function) {
   const auto it = runtime().functions.find(function);
   if (it == runtime().functions.end()) ptxsim::fail("a launch of a kernel that nobody registered");
   read_archive(*it->second.binary);
-  const auto kernel = it->second.binary->module.kernels.find(it->second.name);
-  if (kernel == it->second.binary->module.kernels.end()) ptxsim::fail("no PTX of " + it->second.name);
-  return *kernel->second;
+  for (const auto& module : it->second.binary->modules)
+    if (ptxsim::Kernel* kernel = module->find(it->second.name)) return *kernel;
+  ptxsim::fail("no PTX of " + it->second.name);
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t dynamic, int cluster) {
