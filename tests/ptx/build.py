@@ -1,7 +1,7 @@
 """The kernels of csrc as PTX, with the product's doors and the simulator in one library that this CPU runs.
 
-`PYTHONPATH=tests python -m ptx.build` builds it, says how long it took, and prints its path. Objects are kept by what they are
-made of in build/ptx-cache or $STEEPEST_PTX_CACHE.
+`PYTHONPATH=tests python -m ptx.build` builds it and prints its path. Objects are kept by what they are made of, in
+build/ptx-cache or $STEEPEST_PTX_CACHE.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ SM90 = ("-gencode", "arch=compute_90a,code=compute_90a")
 SM80 = ("-gencode", "arch=compute_80,code=compute_80")
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """What this machine lacks."""
 
 
@@ -78,7 +78,7 @@ def _tool(name: str, *elsewhere: str) -> str:
         found = shutil.which(candidate)
         if found is not None:
             return found
-    raise Unavailable(f"{name} is not on PATH")
+    raise UnavailableError(f"{name} is not on PATH")
 
 
 @cache
@@ -95,7 +95,7 @@ def cuda_headers() -> Path:
     for folder in folders:
         if (folder / "cuda_runtime.h").is_file():
             return folder
-    raise Unavailable(f"{nvcc()} names no folder with cuda_runtime.h")
+    raise UnavailableError(f"{nvcc()} names no folder with cuda_runtime.h")
 
 
 @cache
@@ -104,14 +104,14 @@ def cutlass() -> Path:
     spec = importlib.util.find_spec("cutlass_library")
     folder = Path(spec.origin).parent / "source" / "include" if spec is not None and spec.origin is not None else None
     if folder is None or not (folder / "cutlass" / "cutlass.h").is_file():
-        raise Unavailable("the package nvidia-cutlass, which has the headers, is not installed")
+        raise UnavailableError("the package nvidia-cutlass, which has the headers, is not installed")
     return folder
 
 
 def check_tools() -> None:
-    """Raises Unavailable with the first thing that is missing."""
+    """Raises UnavailableError with the first thing that is missing."""
     if sys.platform != "linux":
-        raise Unavailable(f"kernels are compiled and run on Linux, not on {sys.platform}")
+        raise UnavailableError(f"kernels are compiled and run on Linux, not on {sys.platform}")
     _tool(COMPILER)
     cuda_headers()
     cutlass()

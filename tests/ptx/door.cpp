@@ -25,7 +25,8 @@ namespace {
 // What the tests choose.
 int tiles = 0;    // 0: as the planner has it, 1: wide, 2: small
 int streams = 0;  // 0: as the planner has it, 1: never, 2: always
-int refusals = 0;  // of the next launches
+int refuse_at = -1;  // of the launches from now on the one that is refused, 0 the next; -1: none
+const void* host_tensor = nullptr;  // the memory of a tensor that stays a CPU's
 char current_stream;  // its address stands for one
 
 int guards = 0;
@@ -43,10 +44,8 @@ struct Allowed {
 };
 std::vector<Allowed> allowed;  // every cudaFuncSetAttribute so far
 
-bool is_ready(const void* kernel, cudaStream_t stream, cudaError_t& error) {
-  (void)kernel;
-  if (refusals > 0) {
-    --refusals;
+bool is_ready(cudaStream_t stream, cudaError_t& error) {
+  if (refuse_at >= 0 && refuse_at-- == 0) {
     error = fail(cudaErrorInvalidConfiguration, "refused on purpose");
   } else if (guards == 0) {
     error = fail(cudaErrorInvalidDevice, "a launch without a device guard");
@@ -103,8 +102,10 @@ extern "C" {
 
 // ---- torch
 
-AOTITorchError __wrap_aoti_torch_get_device_type(AtenTensorHandle, int32_t* type) {
-  *type = aoti_torch_device_type_cuda();
+AOTITorchError __wrap_aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* type) {
+  void* at = nullptr;
+  aoti_torch_get_data_ptr(tensor, &at);
+  *type = host_tensor != nullptr && at == host_tensor ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
@@ -173,13 +174,13 @@ cudaError_t __real___cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, 
 cudaError_t __wrap___cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                                       cudaStream_t stream) {
   cudaError_t error;
-  if (!is_ready(kernel, stream, error)) return error;
+  if (!is_ready(stream, error)) return error;
   return __real___cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }
 cudaError_t __real_cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
 cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
   cudaError_t error;
-  if (!is_ready(kernel, config->stream, error)) return error;
+  if (!is_ready(config->stream, error)) return error;
   return __real_cudaLaunchKernelExC(config, kernel, arguments);
 }
 cudaError_t __real_cudaFuncSetAttribute(const void*, cudaFuncAttribute, int);
@@ -205,12 +206,13 @@ void door_remember(const void* begin, uint64_t bytes, bool written) { known.empl
 void door_forget() { known.erase(nullptr); }
 void door_tiles(int mode) { tiles = mode; }
 void door_streams(int mode) { streams = mode; }
-void door_refuse(int launches) { refusals = launches; }
+void door_refuse(int launch) { refuse_at = launch; }
+void door_host(const void* at) { host_tensor = at; }
 // Whether an error waits for somebody who asks.
 int door_stale() { return pending != cudaSuccess || cudaPeekAtLastError() != cudaSuccess; }
 // As a new test finds it.
 void door_clear() {
-  tiles = streams = refusals = 0;
+  tiles = streams = 0, refuse_at = -1, host_tensor = nullptr;
   complaint.clear(), pending = cudaSuccess, allowed.clear();
   ptxsim_clear();
 }

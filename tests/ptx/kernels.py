@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ OPS = (
 )
 TILES = ("any", "wide", "small")
 STREAMS = ("by model", "never", "always")
+
+#: Of the fixture `kernels`, for tests that take a second or two.
+several_seeds = pytest.mark.parametrize("kernels", [0, 1, 2], indirect=True)
 
 
 class Kernels:
@@ -38,14 +42,21 @@ class Kernels:
     def reset(self, *, seed: int = 1, capability: int = 90, multiprocessors: int = 4) -> None:
         """As a test finds it: the order of warps and of asynchronous copies, the device."""
         self.library.door_clear()
-        self.library.ptxsim_seed(ctypes.c_uint64(seed))
+        self.seed(seed)
         self.library.ptxsim_capability(capability)
         self.library.ptxsim_multiprocessors(multiprocessors)
+
+    def seed(self, number: int) -> None:
+        self.library.ptxsim_seed(ctypes.c_uint64(number))
 
     def plan(self, tiles: str = "any", streams: str = "by model") -> None:
         """What the planner of products may choose from."""
         self.library.door_tiles(TILES.index(tiles))
         self.library.door_streams(STREAMS.index(streams))
+
+    def on_the_host(self, tensor: Tensor) -> None:
+        """A tensor that does not pass for one of a GPU."""
+        self.library.door_host(ctypes.c_void_p(tensor.data_ptr()))
 
     def launches(self) -> int:
         """Of all kernels so far."""

@@ -71,7 +71,9 @@ class Product:
     ) -> None:
         self.shape, self.dtype, self.tallies = shape, DTYPES[dtype], tallies
         generator = torch.Generator().manual_seed(seed)
-        self.rooms = {name: room(*shape.memory()[name], shape.batch, shape.strides(name), self.dtype) for name in "abcd"}
+        self.rooms = {
+            name: room(*shape.memory()[name], shape.batch, shape.strides(name), self.dtype) for name in "abcd"
+        }
         for _, inside in self.rooms.values():
             inside.copy_(torch.randn(inside.shape, generator=generator))
         a, b = self.rooms["a"][1], self.rooms["b"][1]
@@ -107,8 +109,13 @@ class Product:
         self.row_sums = torch.full((shape.batch, -(-shape.n // 64), shape.m), torch.nan)
 
     def check(self) -> None:
+        """D, or the weights, and what is left beside them."""
         if self.weights:
-            return self._check_weights()
+            self._check_weights()
+        else:
+            self._check_stored()
+
+    def _check_stored(self) -> None:
         shape = self.shape
         alpha, beta, gamma = (each.double()[:, None, None] for each in self.scalars)
         product = self.A.double() @ self.B.double()

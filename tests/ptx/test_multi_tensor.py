@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import twins
-from ptx.kernels import Kernels
+from ptx.kernels import Kernels, several_seeds
 from steepest.ops.multi_tensor import CHUNK, Table
 from twins import State, assert_close, compare, compare_step, random_state
 
@@ -124,6 +124,7 @@ def test_more_items_than_a_launch_takes(kernels: Kernels) -> None:
     assert kernels.launches() - before > 2 * 6, "each of six kernels is launched at least twice"
 
 
+@several_seeds
 def test_rows_without_a_matrix(kernels: Kernels) -> None:
     """More rows than lines: what `before` leaves in the scratch is behind the counters of `inspect` as well."""
     table = Table.empty(torch.zeros((), dtype=torch.int64), [CHUNK + 1] * 3, [(1, CHUNK + 1)])

@@ -10,12 +10,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from assertions import polar_error
-from cases import SPECTRA, gaussian, with_spectrum
+from cases import gaussian, with_spectrum
 from ptx.kernels import Guards, Kernels
-from ptx.small_polar import DTYPES, LARGEST, SmallPolar, exact, in_half_precision
+from ptx.small_polar import LARGEST, SmallPolar, exact, in_half_precision
 from steepest.linalg import coefficients as tables
 from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import Schedule
@@ -61,7 +60,6 @@ def test_it_is_the_polynomial_of_the_singular_values(
         assert (y - wanted).norm() < 0.05 * wanted.norm(), error
 
 
-@pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 @pytest.mark.parametrize("name", ["log", "spikes", "rank 2"])
 def test_it_agrees_with_the_chain_of_products(name: str, kernel: SmallPolar) -> None:
     """Which takes such matrices elsewhere: in fp16, a new Gram product before every step."""
@@ -93,7 +91,7 @@ def test_degree_9_in_every_step(kernel: SmallPolar) -> None:
 
 
 def test_sums_that_are_cut_off_do_no_harm(kernel: SmallPolar) -> None:
-    kernel.truncate()
+    kernel.kernels.truncate()
     x = with_spectrum(130, 500, "log")
     wanted, _ = exact(half := in_half_precision(x), tables.SCHEDULES["turbo"])
     error = polar_error(half, y := kernel.one(x.float(), "turbo"))
@@ -118,14 +116,15 @@ def test_a_tall_matrix_is_its_transpose(kernel: SmallPolar) -> None:
     assert torch.equal(kernel.one(x.mT.contiguous(), "turbo"), kernel.one(x, "turbo").mT)
 
 
-def test_the_order_of_threads_does_not_matter(kernel: SmallPolar, found: dict[tuple[int, int], Tensor]) -> None:
+def test_the_order_of_warps_does_not_matter(kernel: SmallPolar) -> None:
     """Of all four blocks: where a barrier is missing some order reads what is not there yet, or no longer."""
     for shape in ((145, 200), (300, 230)):
         x = gaussian(*shape).float()
         wanted, _ = exact(in_half_precision(x.double()), tables.SCHEDULES["turbo"])
         y = kernel.one(x, "turbo")
         assert (y - wanted).norm() < 0.02 * wanted.norm()
-        assert torch.equal(found.setdefault(shape, y), y)
+        kernel.kernels.seed(7)
+        assert torch.equal(kernel.one(x, "turbo"), y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,7 +149,9 @@ def test_zero_and_not_finite_are_alone(dtype: torch.dtype, kernel: SmallPolar) -
         (torch.float32, (136, 176), (1, 0)),
     ],
 )
-def test_rows_with_gaps(dtype: torch.dtype, shape: tuple[int, int], padding: tuple[int, int], kernel: SmallPolar) -> None:
+def test_rows_with_gaps(
+    dtype: torch.dtype, shape: tuple[int, int], padding: tuple[int, int], kernel: SmallPolar
+) -> None:
     """Between them nothing is read or written; in place as well as apart."""
     before, after = padding
     x = gaussian(*shape).to(dtype)[None]
