@@ -9,28 +9,30 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/device.h"
 #include "eigh/cusolver.h"
-#include "symm_gemm/plan.h"
 #include "simulator/api.h"
 #include "simulator/cuda_runtime.h"
+#include "symm_gemm/plan.h"
 
 namespace {
 
 // What the tests choose.
-int tiles = 0;    // 0: as the planner has it, 1: wide, 2: small
-int streams = 0;  // 0: as the planner has it, 1: never, 2: always
-int refuse_at = -1;  // of the launches from now on the one that is refused, 0 the next; -1: none
+int tiles = 0;                      // 0: as the planner has it, 1: wide, 2: small
+int streams = 0;                    // 0: as the planner has it, 1: never, 2: always
+int refuse_at = -1;                 // of the launches from now on the one that is refused, 0 the next; -1: none
 const void* host_tensor = nullptr;  // the memory of a tensor that stays a CPU's
-char current_stream;  // its address stands for one
+char current_stream;                // its address stands for one
 
 int guards = 0;
-std::string complaint;            // of what is here, for cudaGetErrorString
+std::string complaint;              // of what is here, for cudaGetErrorString
 cudaError_t pending = cudaSuccess;  // for cudaGetLastError
 
 cudaError_t fail(cudaError_t error, const std::string& what) {
@@ -44,6 +46,51 @@ struct Allowed {
 };
 std::vector<Allowed> allowed;  // every cudaFuncSetAttribute so far
 
+struct Memory {
+  const char* begin;
+  const char* end;
+  bool written;
+};
+std::multimap<AtenTensorHandle, Memory> known;
+bool registered = true;  // whether the simulator knows what is in there
+
+// A tensor's elements, in pieces that lie in a row each: what is between them is not the tensor's.
+void remember(AtenTensorHandle tensor, const void* at, bool written) {
+  int64_t numel = 0, dims = 0, *sizes = nullptr, *strides = nullptr;
+  int32_t dtype = 0;
+  aoti_torch_get_numel(tensor, &numel), aoti_torch_get_dim(tensor, &dims), aoti_torch_get_dtype(tensor, &dtype);
+  aoti_torch_get_sizes(tensor, &sizes), aoti_torch_get_strides(tensor, &strides);
+  if (numel == 0) return;
+  std::vector<std::pair<int64_t, int64_t>> sides;  // stride and size, from the inside out
+  for (int64_t d = 0; d < dims; ++d)
+    if (sizes[d] > 1 && strides[d] > 0) sides.emplace_back(strides[d], sizes[d]);
+  std::sort(sides.begin(), sides.end());
+  int64_t piece = 1;
+  size_t outer = 0;
+  while (outer < sides.size() && sides[outer].first <= piece)
+    piece += (sides[outer].second - 1) * sides[outer].first, ++outer;
+  const int64_t width = aoti_torch_dtype_element_size(dtype);
+  std::vector<int64_t> starts{0};
+  for (; outer < sides.size(); ++outer) {
+    const size_t before = starts.size();
+    for (int64_t i = 1; i < sides[outer].second; ++i)
+      for (size_t k = 0; k < before; ++k) starts.push_back(starts[k] + i * sides[outer].first);
+  }
+  for (const int64_t start : starts) {
+    const char* begin = static_cast<const char*>(at) + start * width;
+    known.emplace(tensor, Memory{begin, begin + piece * width, written});
+  }
+  registered = false;
+}
+
+// Tells the simulator what kernels may read, and what they may write too.
+void register_memory() {
+  if (std::exchange(registered, true)) return;
+  ptxsim_unregister_all();
+  for (const auto& [tensor, memory] : known)
+    ptxsim_register(memory.begin, memory.end - memory.begin, "a tensor", memory.written);
+}
+
 bool is_ready(cudaStream_t stream, cudaError_t& error) {
   if (refuse_at >= 0 && refuse_at-- == 0) {
     error = fail(cudaErrorInvalidConfiguration, "refused on purpose");
@@ -52,28 +99,10 @@ bool is_ready(cudaStream_t stream, cudaError_t& error) {
   } else if (static_cast<void*>(stream) != &current_stream) {
     error = fail(cudaErrorInvalidResourceHandle, "a launch on another stream than the current one");
   } else {
+    register_memory();
     return true;
   }
   return false;
-}
-
-struct Memory {
-  const void* begin;
-  uint64_t bytes;
-  bool written;
-};
-std::multimap<AtenTensorHandle, Memory> known;
-
-// From the first to the last element; between them may lie what is not the tensor's.
-void remember(AtenTensorHandle tensor, const void* begin, bool written) {
-  int64_t numel = 0, dims = 0, *sizes = nullptr, *strides = nullptr;
-  int32_t dtype = 0;
-  aoti_torch_get_numel(tensor, &numel), aoti_torch_get_dim(tensor, &dims), aoti_torch_get_dtype(tensor, &dtype);
-  aoti_torch_get_sizes(tensor, &sizes), aoti_torch_get_strides(tensor, &strides);
-  if (numel == 0) return;
-  int64_t reach = 1;
-  for (int64_t d = 0; d < dims; ++d) reach += (sizes[d] - 1) * strides[d];
-  known.emplace(tensor, Memory{begin, reach * aoti_torch_dtype_element_size(dtype), written});
 }
 
 AOTITorchError filled(AOTITorchError error, AtenTensorHandle tensor, int byte) {
@@ -149,12 +178,12 @@ AOTITorchError __wrap_torch_get_const_data_ptr(AtenTensorHandle tensor, const vo
 }
 AOTITorchError __real_aoti_torch_delete_tensor_object(AtenTensorHandle);
 AOTITorchError __wrap_aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
-  known.erase(tensor);
+  if (known.erase(tensor) != 0) registered = false;
   return __real_aoti_torch_delete_tensor_object(tensor);
 }
 
-AOTITorchError __real_aoti_torch_aten_new_empty(AtenTensorHandle, const int64_t*, int64_t, int32_t*, int32_t*,
-                                                int32_t*, int32_t, int32_t*, AtenTensorHandle*);
+AOTITorchError __real_aoti_torch_aten_new_empty(AtenTensorHandle, const int64_t*, int64_t, int32_t*, int32_t*, int32_t*,
+                                                int32_t, int32_t*, AtenTensorHandle*);
 AOTITorchError __wrap_aoti_torch_aten_new_empty(AtenTensorHandle self, const int64_t* size, int64_t dims,
                                                 int32_t* dtype, int32_t* layout, int32_t*, int32_t, int32_t* pinned,
                                                 AtenTensorHandle* made) {
@@ -202,8 +231,12 @@ cudaError_t __wrap_cudaGetLastError() {
 // ---- the tests
 
 // Memory of a test's own, until door_forget.
-void door_remember(const void* begin, uint64_t bytes, bool written) { known.emplace(nullptr, Memory{begin, bytes, written}); }
-void door_forget() { known.erase(nullptr); }
+void door_remember(const void* begin, uint64_t bytes, bool written) {
+  const char* at = static_cast<const char*>(begin);
+  known.emplace(nullptr, Memory{at, at + bytes, written});
+  registered = false;
+}
+void door_forget() { known.erase(nullptr), registered = false; }
 void door_tiles(int mode) { tiles = mode; }
 void door_streams(int mode) { streams = mode; }
 void door_refuse(int launch) { refuse_at = launch; }
@@ -245,8 +278,17 @@ const char* door_products(const Product* products, int count, int dtype, bool ru
     const Product& p = products[i];
     const int64_t* at = p.shape;
     sg::Problem to{};
-    to.shape = {at[0], at[1], at[2], at[3], static_cast<sg::Majors>(at[4]), at[5] != 0, {at[6], at[7]},
-                {at[8], at[9]}, {at[10], at[11]}, {at[12], at[13]}, at[14] != 0};
+    to.shape = {at[0],
+                at[1],
+                at[2],
+                at[3],
+                static_cast<sg::Majors>(at[4]),
+                at[5] != 0,
+                {at[6], at[7]},
+                {at[8], at[9]},
+                {at[10], at[11]},
+                {at[12], at[13]},
+                at[14] != 0};
     to.a = p.a, to.b = p.b, to.c = p.c, to.d = p.d;
     to.alpha = {p.alpha, 1, 0}, to.beta = {p.beta, 1, 0}, to.gamma = {p.gamma, 1, 0};
     to.partials = p.partials, to.diagonal = p.diagonal, to.row_sums = p.row_sums;
@@ -255,8 +297,7 @@ const char* door_products(const Product* products, int count, int dtype, bool ru
   }
   try {
     const bool updates = problems[0].update.weights != nullptr;
-    const sg::Plan plan =
-        make_plan(shapes, steepest::multiprocessors_of(0), sg::options_of(updates));
+    const sg::Plan plan = make_plan(shapes, steepest::multiprocessors_of(0), sg::options_of(updates));
     *launches = static_cast<int>(plan.launches.size()), *cut = 0;
     for (const sg::Launch& launch : plan.launches) {
       *cut += launch.schedule.steps > 0;
