@@ -30,22 +30,10 @@ HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("STEEPEST_PTX_CACHE") or ROOT / "build" / "ptx-cache")
 DAYS = 14  # that an object nobody asks for is kept
 
-#: Compiled for sm_90a and, as a device without clusters gets them, for sm_80.
-PORTABLE = (
-    *("multi_tensor/inspect", "multi_tensor/items", "polar/numbers", "polar/sum"),
-    *("small_polar/small_polar", "eigh/refresh", "common/device"),
-)
-#: One source of all products of a type: CUTLASS is read once instead of five times.
-HOPPER = {
-    dtype: [f"symm_gemm/sm90_{dtype}_{name}" for name in ("kk", "kmn", "mnmn", "kk_update", "kmn_update")]
-    for dtype in ("f16", "bf16")
-}
-#: As CMakeLists.txt has them, less the module for Python.
-HOST = (
-    *("ops/eigh", "ops/multi_tensor", "ops/polar", "ops/weight_update", "polar/chain", "polar/chunks", "polar/host"),
-    *("small_polar/plan", "eigh/plan", "eigh/cusolver", "symm_gemm/plan", "symm_gemm/launch_sm90"),
-    *("multi_tensor/host", "multi_tensor/host_baseline", "multi_tensor/layout", "multi_tensor/plan"),
-)
+#: Loops that are compiled once more for wider vectors; the module for Python lies in no folder.
+LEFT_OUT = ("multi_tensor/host_avx2", "multi_tensor/host_avx512")
+PRODUCTS = "symm_gemm/sm90_"  # compiled for sm_90a alone; the rest also for a device without clusters, sm_80
+
 #: What the doors ask of torch, the runtime or the planner and door.cpp answers; see there.
 WRAPPED = (
     *("aoti_torch_get_device_type", "aoti_torch_get_device_index", "aoti_torch_create_device_guard"),
@@ -158,6 +146,12 @@ def included(source: Path) -> frozenset[Path]:
     return frozenset(seen)
 
 
+def sources(suffix: str) -> list[str]:
+    """What the folders of csrc have, less what is left out, without the suffix."""
+    paths = (path.relative_to(CSRC).with_suffix("").as_posix() for path in CSRC.glob(f"*/*{suffix}"))
+    return sorted(set(paths) - set(LEFT_OUT))
+
+
 def jobs() -> list[Job]:
     """Of every object in the library, those that take longest first."""
     import torch
@@ -166,22 +160,24 @@ def jobs() -> list[Job]:
     door = (*DOOR_FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-isystem", str(torch_headers))
     door = (*door, f"-DTORCH_{torch.__version__.replace('.', '_').replace('+', '_')}")  # a part of the key
     cuda, made = f"-I{cuda_headers()}", []
-    version = (cutlass() / "cutlass" / "version.h").read_text()
-    for dtype, names in HOPPER.items():
-        CACHE.mkdir(parents=True, exist_ok=True)
+    version = re.findall(
+        r"#define CUTLASS_(?:MAJOR|MINOR|PATCH) (\d+)", (cutlass() / "cutlass" / "version.h").read_text()
+    )
+    products = (*NVCC_FLAGS, *SM90, "-DNDEBUG", "--expt-relaxed-constexpr", f"-DCUTLASS_{'_'.join(version)}")
+    kernels = sources(".cu")
+    for dtype in ("f16", "bf16"):
+        # One source of all products of a type: CUTLASS is read once instead of five times.
+        text = "".join(f'#include "{name}.cu"\n' for name in kernels if name.startswith(f"{PRODUCTS}{dtype}_"))
         source = CACHE / f"products_{dtype}.cu"
-        text = "".join(f'#include "{name}.cu"\n' for name in names)
         if not source.is_file() or source.read_text() != text:
             source.write_text(text)
-        found = re.findall(r"#define CUTLASS_(?:MAJOR|MINOR|PATCH) (\d+)", version)
-        flags = (*NVCC_FLAGS, *SM90, "-DNDEBUG", "--expt-relaxed-constexpr", f"-DCUTLASS_{'_'.join(found)}")
-        made.append(Job(f"products_{dtype}", (nvcc(), *flags, "-isystem", str(cutlass())), source))
-    for name in sorted(PORTABLE, reverse=True):
-        source = CSRC / f"{name}.cu"
-        made.append(Job(name.replace("/", "_"), (nvcc(), *NVCC_FLAGS, *SM90, *SM80), source))
+        made.append(Job(f"products_{dtype}", (nvcc(), *products, "-isystem", str(cutlass())), source))
+    for name in sorted(kernels, key=lambda name: -(CSRC / f"{name}.cu").stat().st_size):
+        if not name.startswith(PRODUCTS):
+            made.append(Job(name.replace("/", "_"), (nvcc(), *NVCC_FLAGS, *SM90, *SM80), CSRC / f"{name}.cu"))
     for path in sorted((HERE / "simulator").glob("*.cpp")):
         made.append(Job(f"simulator_{path.stem}", (COMPILER, *SIMULATOR_FLAGS, "-fno-gnu-unique", cuda), path))
-    for name in HOST:
+    for name in sources(".cpp"):
         extra = ["-Dmake_plan=planned"] if name == "symm_gemm/plan" else []
         made.append(Job(f"host_{name.replace('/', '_')}", (COMPILER, *door, *extra), CSRC / f"{name}.cpp"))
     made.append(Job("door", (COMPILER, *door, cuda), HERE / "door.cpp"))

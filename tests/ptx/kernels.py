@@ -13,10 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-OPS = (
-    *("inspect", "before", "after", "chain_numbers", "polar_chain", "small_polar", "weight_update"),
-    *("eigh_refresh", "eigh_batched"),
-)
 TILES = ("any", "wide", "small")
 STREAMS = ("by model", "never", "always")
 
@@ -30,8 +26,10 @@ class Kernels:
     def __init__(self, path: Path) -> None:
         # Under the schemas of the compiled part, in a namespace of its own.
         self.definitions = torch.library.Library("steepest_ptx", "DEF")
-        for op in OPS:
-            self.definitions.define(str(getattr(torch.ops.steepest, op).default._schema).removeprefix("steepest::"))
+        for name in torch._C._dispatch_get_all_op_names():
+            if name.startswith("steepest::"):
+                schema = getattr(torch.ops.steepest, name.removeprefix("steepest::")).default._schema
+                self.definitions.define(str(schema).removeprefix("steepest::"))
         torch.ops.load_library(str(path))
         self.ops: Any = torch.ops.steepest_ptx
         self.library = ctypes.CDLL(str(path))
@@ -43,6 +41,7 @@ class Kernels:
         """As a test finds it: the order of warps and of asynchronous copies, the device."""
         self.library.door_clear()
         self.seed(seed)
+        self.library.ptxsim_truncating(0)
         self.library.ptxsim_capability(capability)
         self.library.ptxsim_multiprocessors(multiprocessors)
 
@@ -57,6 +56,10 @@ class Kernels:
     def on_the_host(self, tensor: Tensor) -> None:
         """A tensor that does not pass for one of a GPU."""
         self.library.door_host(ctypes.c_void_p(tensor.data_ptr()))
+
+    def truncate(self) -> None:
+        """Tensor cores cut sums off below fp32's last place instead of rounding them."""
+        self.library.ptxsim_truncating(1)
 
     def launches(self) -> int:
         """Of all kernels so far."""

@@ -101,9 +101,7 @@ def test_shared_memory_is_allowed_once_and_for_the_largest(kernels: Kernels, gua
 
 
 def test_what_hopper_does_not_take(kernels: Kernels) -> None:
-    with pytest.raises(
-        RuntimeError, match="polar_chain: A has strides 320 and 20 elements; multiples of 8 .16 bytes. are accepted"
-    ):
+    with pytest.raises(RuntimeError, match="polar_chain: A has strides 320 and 20 elements; multiples of 8"):
         a_chain(kernels.ops, columns=20)
     with pytest.raises(RuntimeError, match="xs must be float16 or bfloat16"):
         a_chain(kernels.ops, dtype=torch.float32)
