@@ -1,4 +1,4 @@
-"""Powers of two that bring matrices of any magnitude to order 1, so that neither squares nor a conversion leave a range.
+"""Powers of two that bring matrices of any magnitude to order 1, so that neither squares nor conversions overflow.
 
 A factor is exact: no digit of a normal number is lost, and a matrix times a power of two has the same bits.  From the
 least fp32, 2^-149, it is 2^148, which fp32 does not hold, and from the largest 2^-128, which a flush of subnormals

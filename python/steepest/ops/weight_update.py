@@ -97,8 +97,10 @@ def factors_reason(a: Tensor, b: Tensor) -> str | None:
         return strides
     of_rows = ((a, a.stride(1), a.shape[2]), (b, b.stride(1 if by_rows else 2), b.shape[2 if by_rows else 1]))
     for factor, row, columns in of_rows:
-        batch = factor.stride(0) if len(factor) > 1 else MULTIPLE
-        if row % MULTIPLE or row < columns or batch % MULTIPLE or batch == 0 or max(row, batch) > MOST_STRIDE:
+        matrix = factor.stride(0)
+        if row % MULTIPLE or row < columns or max(row, matrix) > MOST_STRIDE:
+            return strides
+        if len(factor) > 1 and (matrix == 0 or matrix % MULTIPLE):
             return strides
     return None if max(*a.shape, *b.shape) <= MOST_SIZE else strides
 
