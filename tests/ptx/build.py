@@ -43,6 +43,8 @@ WRAPPED = (
     *("__cudaLaunchKernel", "cudaLaunchKernelExC", "cudaFuncSetAttribute"),
     *("cudaGetErrorString", "cudaGetLastError"),
 )
+#: Functions of the product that door.cpp stands before, by the source that defines or calls them.
+RENAMED = {"symm_gemm/plan": "-Dmake_plan=planned", "ops/polar": "-Dpolar_on_device=polar_in_launches"}
 COMPILER = os.environ.get("CXX", "g++")
 # A namespace of its own: another library of this process may hold the real one.
 NAMESPACE = "-Dsteepest=steepest_ptx"
@@ -178,8 +180,8 @@ def jobs() -> list[Job]:
     for path in sorted((HERE / "simulator").glob("*.cpp")):
         made.append(Job(f"simulator_{path.stem}", (COMPILER, *SIMULATOR_FLAGS, "-fno-gnu-unique", cuda), path))
     for name in sources(".cpp"):
-        extra = ["-Dmake_plan=planned"] if name == "symm_gemm/plan" else []
-        made.append(Job(f"host_{name.replace('/', '_')}", (COMPILER, *door, *extra), CSRC / f"{name}.cpp"))
+        renamed = [RENAMED[name]] if name in RENAMED else []
+        made.append(Job(f"host_{name.replace('/', '_')}", (COMPILER, *door, *renamed), CSRC / f"{name}.cpp"))
     made.append(Job("door", (COMPILER, *door, cuda), HERE / "door.cpp"))
     return made
 

@@ -20,6 +20,7 @@
 #include "eigh/cusolver.h"
 #include "simulator/api.h"
 #include "simulator/cuda_runtime.h"
+#include "small_polar/params.h"
 #include "symm_gemm/plan.h"
 
 namespace {
@@ -27,6 +28,7 @@ namespace {
 // What the tests choose.
 int tiles = 0;                      // 0: as the planner has it, 1: wide, 2: small
 int streams = 0;                    // 0: as the planner has it, 1: never, 2: always
+int most_blocks = INT32_MAX;        // of a launch of small matrices
 int refuse_at = -1;                 // of the launches from now on the one that is refused, 0 the next; -1: none
 const void* host_tensor = nullptr;  // the memory of a tensor that stays a CPU's
 char current_stream;                // its address stands for one
@@ -126,6 +128,13 @@ Plan make_plan(const std::vector<Shape>& shapes, int multiprocessors, const Opti
   return planned(shapes, multiprocessors, options);
 }
 }  // namespace steepest::symm_gemm
+
+namespace steepest::small_polar {
+void polar_in_launches(const std::vector<Matrices>& matrices, const Schedule& schedule, const Room& room, void* stream,
+                       int32_t most) {
+  polar_on_device(matrices, schedule, room, stream, std::min(most, most_blocks));
+}
+}  // namespace steepest::small_polar
 
 extern "C" {
 
@@ -239,13 +248,14 @@ void door_remember(const void* begin, uint64_t bytes, bool written) {
 void door_forget() { known.erase(nullptr), registered = false; }
 void door_tiles(int mode) { tiles = mode; }
 void door_streams(int mode) { streams = mode; }
+void door_most_blocks(int count) { most_blocks = count; }
 void door_refuse(int launch) { refuse_at = launch; }
 void door_host(const void* at) { host_tensor = at; }
 // Whether an error waits for somebody who asks.
 int door_stale() { return pending != cudaSuccess || cudaPeekAtLastError() != cudaSuccess; }
 // As a new test finds it.
 void door_clear() {
-  tiles = streams = 0, refuse_at = -1, host_tensor = nullptr;
+  tiles = streams = 0, refuse_at = -1, most_blocks = INT32_MAX, host_tensor = nullptr;
   complaint.clear(), pending = cudaSuccess, allowed.clear();
   ptxsim_clear();
 }

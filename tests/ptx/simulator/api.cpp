@@ -2,7 +2,7 @@
 
 #include "launch.h"
 #include "scheduler.h"
-#include "tensor_copies.h"
+#include "tensor_map.h"
 
 namespace {
 using namespace ptxsim;
@@ -19,16 +19,16 @@ const char* guarded(F f) {
   }
 }
 
-const Kernel* find(void* module, const char* name) {
-  const auto& kernels = static_cast<Module*>(module)->kernels;
-  const auto it = kernels.find(name);
-  return it == kernels.end() ? nullptr : it->second.get();
-}
+const Kernel* find(void* module, const char* name) { return static_cast<Module*>(module)->find(name); }
 }  // namespace
 
 extern "C" {
 const char* ptxsim_load(const char* ptx, void** module) {
-  return guarded([&] { *module = new Module(read_module(ptx)); });
+  return guarded([&] {
+    auto m = std::make_unique<Module>(ptx);
+    for (const string& name : m->names()) m->find(name);
+    *module = m.release();
+  });
 }
 void ptxsim_unload(void* module) { delete static_cast<Module*>(module); }
 const char* ptxsim_launch(void* module, const char* kernel, const uint32_t* grid, const uint32_t* block, int cluster,
@@ -51,7 +51,13 @@ const char* ptxsim_tensor_map(void* map, int element_bytes, int rank, const void
                               const uint64_t* strides, const uint32_t* box, int swizzle) {
   return guarded([&] { encode_tensor_map(map, element_bytes, rank, address, sides, strides, box, swizzle); });
 }
+void ptxsim_register(const void* address, uint64_t bytes, const char* name, int writable) {
+  ranges().add(reinterpret_cast<u64>(address), bytes, name, writable != 0);
+}
+void ptxsim_unregister(const void* address) { ranges().remove(reinterpret_cast<u64>(address)); }
+void ptxsim_unregister_all() { ranges().clear(); }
 void ptxsim_seed(uint64_t seed) { settings().seed = seed; }
 void ptxsim_multiprocessors(int count) { settings().multiprocessors = count; }
+void ptxsim_truncating(int yes) { settings().truncates = yes != 0; }
 uint64_t ptxsim_launches() { return settings().launches; }
 }

@@ -18,9 +18,17 @@ int64_t ptxsim_parameter_bytes(void* module, const char* kernel, int64_t index);
 // 64 or 128. `map` has 128 bytes.
 const char* ptxsim_tensor_map(void* map, int element_bytes, int rank, const void* address, const uint64_t* sides,
                               const uint64_t* strides, const uint32_t* box, int swizzle);
+// Memory that kernels may access from now on; while nothing is registered they may access everything. An access lies in
+// one range, or in several that touch or overlap. Guards around a tensor, also inside a larger allocation, are what is
+// not registered: of a tensor with padded rows register each row.
+void ptxsim_register(const void* address, uint64_t bytes, const char* name, int writable);
+void ptxsim_unregister(const void* address);
+void ptxsim_unregister_all();
 // The order of warps and the times of asynchronous copies.
 void ptxsim_seed(uint64_t seed);
 void ptxsim_multiprocessors(int count);
+// Whether tensor cores cut the sums of products off below the last place of fp32 instead of rounding them.
+void ptxsim_truncating(int yes);
 // Launches so far.
 uint64_t ptxsim_launches();
 }

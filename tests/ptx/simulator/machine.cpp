@@ -1,191 +1,138 @@
 #include "machine.h"
 
+#include <cstdlib>
+
 namespace ptxsim {
-string where(const Warp& w, const Instruction& in) {
-  return w.cta->launch->kernel->name.substr(0, 120) + ": block " + std::to_string(w.cta->id[0]) + " warp " +
-         std::to_string(w.id) + ", line " + std::to_string(in.line) + ": " + in.text.substr(0, 160);
+Settings::Settings() {
+  if (const char* s = getenv("PTXSIM_SEED")) seed = strtoull(s, nullptr, 10);
+  if (const char* s = getenv("PTXSIM_SMS")) multiprocessors = atoi(s);
 }
-[[noreturn]] void fail(const Warp& w, const Instruction& in, const string& what) {
-  fail(what + " [" + where(w, in) + "]");
+Settings& settings() {
+  static Settings s;
+  return s;
+}
+
+string where(const Warp& w, const Instruction& in) {
+  const Kernel& k = *w.cta->launch->kernel;
+  const u32* id = w.cta->id;
+  string s = k.name.substr(0, 120) + ": block " + std::to_string(id[0]);
+  if (w.cta->launch->grid.y > 1 || w.cta->launch->grid.z > 1)
+    s += "," + std::to_string(id[1]) + "," + std::to_string(id[2]);
+  s += " warp " + std::to_string(w.id) + ", PTX line " + std::to_string(in.line);
+  if (in.loc_file >= 0) {
+    const auto file = k.files.find(in.loc_file);
+    if (file != k.files.end()) s += " (" + file->second + ":" + std::to_string(in.loc_line) + ")";
+  }
+  return s + ": " + in.text.substr(0, 160);
+}
+void fail(const Warp& w, const Instruction& in, const string& what) { fail(what + " [" + where(w, in) + "]"); }
+
+void sleep(Warp& w, Warp::State state) {
+  vector<Warp*>& ready = w.cta->launch->ready;
+  if (w.state == Warp::Run && w.ready_index >= 0) {
+    ready.back()->ready_index = w.ready_index;
+    ready[size_t(w.ready_index)] = ready.back();
+    ready.pop_back();
+    w.ready_index = -1;
+  }
+  w.state = state;
+}
+void wake(Warp& w) {
+  if (w.state == Warp::Run || w.state == Warp::Done) return;
+  w.state = Warp::Run;
+  w.ready_index = int(w.cta->launch->ready.size());
+  w.cta->launch->ready.push_back(&w);
 }
 
 namespace {
-enum SpecialId {
-  kTidX,
-  kTidY,
-  kTidZ,
-  kNtidX,
-  kNtidY,
-  kNtidZ,
-  kCtaX,
-  kCtaY,
-  kCtaZ,
-  kNctaX,
-  kNctaY,
-  kNctaZ,
-  kLane,
-  kWarpId,
-  kNwarpId,
-  kClusterCtaRank,
-  kClusterNctaRank,
-  kClusterIdX,
-  kNclusterX,
-  kClusterCtaX,
-  kClusterCtaY,
-  kClusterCtaZ,
-  kClusterNctaX,
-  kOne,
-  kZero,
-  kClock,
-  kSmid,
-  kLaneLt,
-  kLaneLe,
-  kLaneGt,
-  kLaneGe,
-  kLaneEq,
-  kDynSmem,
-  kTotalSmem
+using Value = u64 (*)(const Warp& w, u32 lane);
+u32 thread_of(const Warp& w, u32 lane) { return u32(w.id) * 32 + lane; }
+u64 zero(const Warp&, u32) { return 0; }
+u64 one(const Warp&, u32) { return 1; }
+
+struct SpecialRegister {
+  const char* name;
+  Value value;
+};
+const SpecialRegister kSpecialRegisters[] = {
+    {"%clock64", [](const Warp& w, u32) -> u64 { return w.cta->launch->executed; }},
+    {"%tid.x", [](const Warp& w, u32 l) -> u64 { return thread_of(w, l) % w.cta->launch->block.x; }},
+    {"%tid.y",
+     [](const Warp& w, u32 l) -> u64 {
+       const Dim3& b = w.cta->launch->block;
+       return thread_of(w, l) / b.x % b.y;
+     }},
+    {"%tid.z",
+     [](const Warp& w, u32 l) -> u64 {
+       const Dim3& b = w.cta->launch->block;
+       return thread_of(w, l) / (b.x * b.y);
+     }},
+    {"%ntid.x", [](const Warp& w, u32) -> u64 { return w.cta->launch->block.x; }},
+    {"%ntid.y", [](const Warp& w, u32) -> u64 { return w.cta->launch->block.y; }},
+    {"%ntid.z", [](const Warp& w, u32) -> u64 { return w.cta->launch->block.z; }},
+    {"%ctaid.x", [](const Warp& w, u32) -> u64 { return w.cta->id[0]; }},
+    {"%ctaid.y", [](const Warp& w, u32) -> u64 { return w.cta->id[1]; }},
+    {"%ctaid.z", [](const Warp& w, u32) -> u64 { return w.cta->id[2]; }},
+    {"%nctaid.x", [](const Warp& w, u32) -> u64 { return w.cta->launch->grid.x; }},
+    {"%nctaid.y", [](const Warp& w, u32) -> u64 { return w.cta->launch->grid.y; }},
+    {"%nctaid.z", [](const Warp& w, u32) -> u64 { return w.cta->launch->grid.z; }},
+    {"%laneid", [](const Warp&, u32 l) -> u64 { return l; }},
+    {"%warpid", [](const Warp& w, u32) -> u64 { return u64(w.id); }},
+    {"%nwarpid", [](const Warp& w, u32) -> u64 { return w.cta->warps.size(); }},
+    {"%smid", [](const Warp& w, u32) -> u64 { return w.cta->id[0] % u32(settings().multiprocessors); }},
+    {"%nsmid", [](const Warp&, u32) -> u64 { return u64(settings().multiprocessors); }},
+    {"%lanemask_eq", [](const Warp&, u32 l) -> u64 { return 1u << l; }},
+    {"%lanemask_lt", [](const Warp&, u32 l) -> u64 { return (1u << l) - 1; }},
+    {"%lanemask_le", [](const Warp&, u32 l) -> u64 { return u32((2ull << l) - 1); }},
+    {"%lanemask_gt", [](const Warp&, u32 l) -> u64 { return u32(~((2ull << l) - 1)); }},
+    {"%lanemask_ge", [](const Warp&, u32 l) -> u64 { return u32(~((1ull << l) - 1)); }},
+    {"%dynamic_smem_size", [](const Warp& w, u32) -> u64 { return w.cta->launch->dynamic; }},
+    {"%total_smem_size", [](const Warp& w, u32) -> u64 { return w.cta->shared_bytes; }},
+    // A cluster lies along x.
+    {"%cluster_ctarank", [](const Warp& w, u32) -> u64 { return u64(w.cta->rank); }},
+    {"%cluster_nctarank", [](const Warp& w, u32) -> u64 { return u64(w.cta->launch->cluster); }},
+    {"%cluster_ctaid.x", [](const Warp& w, u32) -> u64 { return u64(w.cta->rank); }},
+    {"%cluster_ctaid.y", zero},
+    {"%cluster_ctaid.z", zero},
+    {"%cluster_nctaid.x", [](const Warp& w, u32) -> u64 { return u64(w.cta->launch->cluster); }},
+    {"%cluster_nctaid.y", one},
+    {"%cluster_nctaid.z", one},
+    {"%clusterid.x", [](const Warp& w, u32) -> u64 { return w.cta->id[0] / u32(w.cta->launch->cluster); }},
+    {"%clusterid.y", [](const Warp& w, u32) -> u64 { return w.cta->id[1]; }},
+    {"%clusterid.z", [](const Warp& w, u32) -> u64 { return w.cta->id[2]; }},
+    {"%nclusterid.x", [](const Warp& w, u32) -> u64 { return w.cta->launch->grid.x / u32(w.cta->launch->cluster); }},
+    {"%nclusterid.y", [](const Warp& w, u32) -> u64 { return w.cta->launch->grid.y; }},
+    {"%nclusterid.z", [](const Warp& w, u32) -> u64 { return w.cta->launch->grid.z; }},
+    {"%is_explicit_cluster", [](const Warp& w, u32) -> u64 { return w.cta->launch->cluster > 1; }},
 };
 }  // namespace
 
-const std::map<string, int> kSpecials = {{"%tid.x", kTidX},
-                                         {"%tid.y", kTidY},
-                                         {"%tid.z", kTidZ},
-                                         {"%ntid.x", kNtidX},
-                                         {"%ntid.y", kNtidY},
-                                         {"%ntid.z", kNtidZ},
-                                         {"%ctaid.x", kCtaX},
-                                         {"%ctaid.y", kCtaY},
-                                         {"%ctaid.z", kCtaZ},
-                                         {"%nctaid.x", kNctaX},
-                                         {"%nctaid.y", kNctaY},
-                                         {"%nctaid.z", kNctaZ},
-                                         {"%laneid", kLane},
-                                         {"%warpid", kWarpId},
-                                         {"%nwarpid", kNwarpId},
-                                         {"%cluster_ctarank", kClusterCtaRank},
-                                         {"%cluster_nctarank", kClusterNctaRank},
-                                         {"%clusterid.x", kClusterIdX},
-                                         {"%nclusterid.x", kNclusterX},
-                                         {"%cluster_ctaid.x", kClusterCtaX},
-                                         {"%cluster_ctaid.y", kClusterCtaY},
-                                         {"%cluster_ctaid.z", kClusterCtaZ},
-                                         {"%cluster_nctaid.x", kClusterNctaX},
-                                         {"%cluster_nctaid.y", kOne},
-                                         {"%cluster_nctaid.z", kOne},
-                                         {"%clusterid.y", kZero},
-                                         {"%clusterid.z", kZero},
-                                         {"%nclusterid.y", kOne},
-                                         {"%nclusterid.z", kOne},
-                                         {"%clock", kClock},
-                                         {"%clock64", kClock},
-                                         {"%globaltimer", kClock},
-                                         {"%smid", kSmid},
-                                         {"%lanemask_lt", kLaneLt},
-                                         {"%lanemask_le", kLaneLe},
-                                         {"%lanemask_gt", kLaneGt},
-                                         {"%lanemask_ge", kLaneGe},
-                                         {"%lanemask_eq", kLaneEq},
-                                         {"%dynamic_smem_size", kDynSmem},
-                                         {"%total_smem_size", kTotalSmem}};
-
-u64 special(const Warp& w, int id, int lane) {
-  const Launch& l = *w.cta->launch;
-  const u32 t = w.id * 32 + lane;
-  switch (id) {
-    case kTidX:
-      return t % l.block.x;
-    case kTidY:
-      return t / l.block.x % l.block.y;
-    case kTidZ:
-      return t / (l.block.x * l.block.y);
-    case kNtidX:
-      return l.block.x;
-    case kNtidY:
-      return l.block.y;
-    case kNtidZ:
-      return l.block.z;
-    case kCtaX:
-      return w.cta->id[0];
-    case kCtaY:
-      return w.cta->id[1];
-    case kCtaZ:
-      return w.cta->id[2];
-    case kNctaX:
-      return l.grid.x;
-    case kNctaY:
-      return l.grid.y;
-    case kNctaZ:
-      return l.grid.z;
-    case kLane:
-      return lane;
-    case kWarpId:
-      return w.id;
-    case kNwarpId:
-      return (l.block.x * l.block.y * l.block.z + 31) / 32;
-    case kClusterCtaRank:
-    case kClusterCtaX:
-      return w.cta->rank;
-    case kClusterNctaRank:
-    case kClusterNctaX:
-      return l.cluster;
-    case kClusterCtaY:
-    case kClusterCtaZ:
-    case kZero:
-      return 0;
-    case kClusterIdX:
-      return w.cta->id[0] / l.cluster;
-    case kNclusterX:
-      return l.grid.x / l.cluster;
-    case kOne:
-      return 1;
-    case kClock:
-      return l.executed;
-    case kSmid:
-      return w.cta->id[0] % 132;
-    case kLaneLt:
-      return (1u << lane) - 1;
-    case kLaneLe:
-      return (2ull << lane) - 1;
-    case kLaneEq:
-      return 1u << lane;
-    case kLaneGe:
-      return u32(~((1u << lane) - 1));
-    case kLaneGt:
-      return u32(~((2ull << lane) - 1));
-    case kDynSmem:
-      return l.dynamic;
-    case kTotalSmem:
-      return w.cta->shared_bytes;
+int special_register(const string& name) {
+  if (name == "%clock" || name == "%globaltimer" || name == "%globaltimer_lo") return kClock;
+  int id = 0;
+  for (const SpecialRegister& r : kSpecialRegisters) {
+    if (name == r.name) return id;
+    ++id;
   }
-  return 0;
+  return -1;
 }
+u64 special_value(const Warp& w, int id, int lane) { return kSpecialRegisters[id].value(w, u32(lane)); }
 
-u64 symbol_value(const Warp& w, int sym, int lane) {
-  const Symbol& s = w.cta->launch->kernel->symbols[sym];
+u64 address_of_symbol(const Warp& w, int symbol, int lane) {
+  const Kernel& k = *w.cta->launch->kernel;
+  const Symbol& s = k.symbols[size_t(symbol)];
   switch (s.space) {
     case kShared:
       return s.offset;
     case kLocal:
-      return reinterpret_cast<u64>(w.local[lane].data()) + s.offset;
+      return reinterpret_cast<u64>(w.local.data() + size_t(lane) * k.local_bytes) + s.offset;
     case kParam:
       return reinterpret_cast<u64>(w.cta->launch->params.get()) + s.offset;
     case kGlobal:
-      return reinterpret_cast<u64>(s.init.data());
-    case kCall:
-      return 0;
-  }
-  return 0;
-}
-
-u64 slow_value(const Warp& w, const Operand& o, int lane) {
-  switch (o.kind) {
-    case Operand::Special:
-      return special(w, o.special, lane);
-    case Operand::Sym:
-      return symbol_value(w, o.sym, lane) + o.offset;
+    case kConst:
+      return reinterpret_cast<u64>(s.memory.get());
     default:
-      fail("an operand that has no value");
+      return 0;
   }
 }
 }  // namespace ptxsim

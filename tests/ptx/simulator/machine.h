@@ -2,26 +2,50 @@
 #pragma once
 #include <deque>
 #include <functional>
-#include <memory>
 #include <random>
 
+#include "global_memory.h"
 #include "program.h"
 
 namespace ptxsim {
 struct Dim3 {
   u32 x = 1, y = 1, z = 1;
+  u64 count() const { return u64(x) * y * z; }
 };
 
 struct Launch;
 struct Cluster;
 
-struct Pending {  // one wgmma
+struct Product {  // one wgmma of a warp, from its issue until it has read shared memory
   const Instruction* in;
-  u64 desc_a, desc_b;
-  u32 a_regs[4][32];
-  bool a_in_regs;
-  bool scale_d;
-  int imm_a, imm_b, tnsp_a, tnsp_b;
+  u64 a, b;  // descriptors
+  bool a_in_registers, scale_d, a_transposed, b_transposed;
+  int scale_a, scale_b;
+  u32 a_registers[4][32];
+};
+
+struct Copy {  // cp.async of a warp, from its issue until it lands
+  struct Lane {
+    int lane;
+    u64 to, from;
+    u32 bytes;  // read; the rest is zeros
+  };
+  u32 bytes;  // written, a lane
+  vector<Lane> lanes;
+};
+
+struct BulkStore {  // from shared to global memory, until its group is waited for
+  std::function<void()> run;
+};
+struct BulkLoad {  // to shared memory, until it lands
+  const Cluster* to;
+  std::function<void()> land;
+};
+
+struct NamedBarrier {
+  int arrived = 0, expected = 0;
+  u32 generation = 0;
+  int votes = 0;  // bar.red
 };
 
 struct Block {
@@ -30,15 +54,18 @@ struct Block {
   int rank;
   u32 id[3];
   vector<u8> memory;
-  vector<u8> written;  // a flag a byte
   u8* shared = nullptr;
   size_t shared_bytes = 0;
-  struct Named {
-    int arrived = 0, expected = 0;
-    u32 generation = 0;
-  } bars[16];
+  vector<u8> written;      // a flag a byte
+  vector<u8> async_view;   // what wgmma and bulk copies see of shared memory; empty if the kernel has neither
+  vector<u8> unpublished;  // a flag a byte that only the generic view has
+  vector<std::pair<u32, u32>> unpublished_ranges;  // of warps that have met the others since
+  NamedBarrier barriers[16];
   vector<std::unique_ptr<Warp>> warps;
   int done = 0;
+  bool finished() const { return done == int(warps.size()); }
+  StoreBuffer stores;  // global memory that other blocks do not see yet
+  u64 acquired = 0;    // no load returns what was overwritten before this time
 };
 
 struct Cluster {
@@ -49,32 +76,46 @@ struct Cluster {
 };
 
 struct Warp {
+  enum State : u8 { Run, AtBarrier, AtCluster, AtWarpgroup, AtMBarrier, Done };
   Block* cta;
   int id;
-  u32 alive = 0, parked = 0;
-  vector<u64> R;
+  State state = Run;
+  bool together = true, polled = false;
+  int at = 0;                 // the next instruction, of lanes that are together
+  u32 alive = 0, parked = 0;  // parked: at an instruction of the whole warp that others do not reach yet
+  u64* R = nullptr;           // 32 lanes a register
+  vector<u64> registers;
   int pc[32];
-  bool together = true;
-  int at = 0;
-  enum State : u8 { Run, Bar, ClusterWait, Group, Done } state = Run;  // Group: for the warpgroup's other warps
-  u64 committed = 0, finished = 0, wanted = 0;  // groups of wgmma; the warpgroup's tensor cores go together
+  int ready_index = -1;
+  // wgmma
+  u64 committed = 0, finished = 0, wanted = 0;  // groups; the warpgroup's tensor cores go together
+  bool fenced = false;                          // wgmma.fence since the last group
+  vector<Product> open;
+  std::deque<vector<Product>> groups;
+  // barriers
   int bar = 0;
-  u32 generation = 0;          // waited for
+  u32 generation = 0;  // waited for
+  int vote_register = -1, vote_kind = 0;
   u32 cluster_generation = 0;  // of the last arrival
-  bool polled = false;
-  vector<std::vector<u8>> local;
-  vector<Pending> open;
-  std::deque<vector<Pending>> groups;
-  u64 count = 0;
+  bool cluster_arrived = false;
+  const u8* mbarrier = nullptr;
+  // copies
+  vector<Copy> copies_open;
+  std::deque<vector<Copy>> copy_groups;
+  vector<BulkStore> bulk_open;
+  std::deque<vector<BulkStore>> bulk_groups;
+  vector<std::pair<u32, u32>> unpublished;  // shared memory written without a fence of the async proxy
+  vector<u8> local;
 };
 
-struct Copy {  // a bulk tensor copy under way
-  Block* to;
-  vector<std::pair<u32, u8>> unused;
-  u32 dst, mbar;
-  u32 bytes;
-  std::function<void()> land;
+struct Settings {
+  u64 seed = 1;
+  int multiprocessors = 8;
+  u64 launches = 0;
+  bool truncates = false;  // tensor cores, the sums of products
+  Settings();
 };
+Settings& settings();
 
 struct Launch {
   const Kernel* kernel;
@@ -84,18 +125,31 @@ struct Launch {
   std::shared_ptr<u8> params;
   std::mt19937_64 rng;
   vector<std::unique_ptr<Cluster>> live;
-  std::deque<std::function<void()>> copies;
+  vector<Warp*> ready;
+  vector<Warp*> at_mbarriers;
+  vector<BulkLoad> copies;
+  GlobalMemory global;
   u64 executed = 0, progress = 0;
+  bool one_in(u32 n) { return rng() % n == 0; }
 };
 
 string where(const Warp& w, const Instruction& in);
 [[noreturn]] void fail(const Warp& w, const Instruction& in, const string& what);
+[[noreturn]] inline void unknown(const Warp& w, const Instruction& in) {
+  fail(w, in, "an instruction or a type that the simulator does not know");
+}
 
-// The value of a special register, and of a symbol (an address), in one lane.
-u64 special(const Warp& w, int id, int lane);
-u64 symbol_value(const Warp& w, int sym, int lane);
-u64 slow_value(const Warp& w, const Operand& o, int lane);
-extern const std::map<string, int> kSpecials;
+// A warp that waits is not in the launch's list of warps that can run.
+void sleep(Warp& w, Warp::State state);
+void wake(Warp& w);
+
+// The number of a special register such as "%tid.x", -1 where there is none, and its value in one lane.
+int special_register(const string& name);
+constexpr int kClock = 0;
+u64 special_value(const Warp& w, int id, int lane);
+u64 address_of_symbol(const Warp& w, int symbol, int lane);
+
+constexpr u32 kAllLanes = ~0u;
 
 // The set bits of a mask, lowest first.
 struct lanes {
@@ -111,27 +165,19 @@ struct lanes {
   iterator end() const { return {0}; }
 };
 
-inline u64 raw(const Warp& w, const Operand& o, int lane) {
-  if (o.kind == Operand::Reg) return w.R[o.reg * 32 + lane];
-  if (o.kind == Operand::Imm) return o.imm;
-  return slow_value(w, o, lane);
-}
+// The 32 lanes of an operand.
+inline u64* lanes_of(const Warp& w, const Operand& o) { return w.R + size_t(o.reg) * 32; }
+inline u64 raw(const Warp& w, const Operand& o, int lane) { return w.R[size_t(o.reg) * 32 + size_t(lane)]; }
 template <class T>
 inline T get(const Warp& w, const Operand& o, int lane) {
-  u64 v = raw(w, o, lane);
-  T t;
-  memcpy(&t, &v, sizeof t);
-  return t;
+  return from_bits<T>(raw(w, o, lane));
 }
-inline bool truth(const Warp& w, const Operand& o, int lane) { return (raw(w, o, lane) != 0) != o.neg; }
+inline bool truth(const Warp& w, const Operand& o, int lane) { return (raw(w, o, lane) != 0) != o.negated; }
+inline void put_raw(Warp& w, const Operand& o, int lane, u64 v) { w.R[size_t(o.reg) * 32 + size_t(lane)] = v; }
 template <class T>
 inline void put(Warp& w, const Operand& o, int lane, T value) {
-  if (o.kind == Operand::Sink) return;
-  u64 v = 0;
-  memcpy(&v, &value, sizeof value);
-  w.R[o.reg * 32 + lane] = v;
+  put_raw(w, o, lane, to_bits(value));
 }
-inline void put_raw(Warp& w, const Operand& o, int lane, u64 v) {
-  if (o.kind != Operand::Sink) w.R[o.reg * 32 + lane] = v;
-}
+// Element i of a vector operand, or the operand itself.
+inline const Operand& part(const Operand& o, int i) { return o.kind == Operand::Vector ? o.parts[size_t(i)] : o; }
 }  // namespace ptxsim

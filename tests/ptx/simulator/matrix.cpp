@@ -4,80 +4,93 @@
 #include "memory.h"
 
 namespace ptxsim {
-// b: matrices, a: transposed
+// a: transposed, b: how many matrices
 void run_ldmatrix(Warp& w, const Instruction& in, u32) {
-  const int count = in.b;
   u16 rows[4][8][8];
-  for (int i = 0; i < count; ++i)
+  for (int i = 0; i < in.b; ++i)
     for (int r = 0; r < 8; ++r) {
-      Block* block_at = nullptr;
-      const u8* p = address_of(w, in, in.ops[1], kSh, 8 * i + r, 16, &block_at);
-      check_written(w, in, block_at, p, 16);
-      memcpy(rows[i][r], p, 16);
+      const Place p = place_of(w, in, in.ops[1], kShared, 8 * i + r, 16, false);
+      check_written(w, in, p, 16);
+      memcpy(rows[i][r], p.at, 16);
     }
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < in.b; ++i) {
+    u64* d = lanes_of(w, part(in.ops[0], i));
+    for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4 * 2;
-      const u32 v =
+      d[lane] =
           in.a ? u32(rows[i][t][g]) | u32(rows[i][t + 1][g]) << 16 : u32(rows[i][g][t]) | u32(rows[i][g][t + 1]) << 16;
-      put<u32>(w, in.ops[0].kind == Operand::Vec ? in.ops[0].parts[i] : in.ops[0], lane, v);
-    }
-}
-void run_stmatrix(Warp& w, const Instruction& in, u32) {
-  const int count = in.b;
-  u16 rows[4][8][8];
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < count; ++i) {
-      const u32 v = raw(w, in.ops[1].kind == Operand::Vec ? in.ops[1].parts[i] : in.ops[1], lane);
-      const int g = lane / 4, t = lane % 4 * 2;
-      if (in.a)
-        rows[i][t][g] = v, rows[i][t + 1][g] = v >> 16;
-      else
-        rows[i][g][t] = v, rows[i][g][t + 1] = v >> 16;
-    }
-  for (int i = 0; i < count; ++i)
-    for (int r = 0; r < 8; ++r) {
-      Block* block_at = nullptr;
-      u8* p = address_of(w, in, in.ops[0], kSh, 8 * i + r, 16, &block_at);
-      mark(block_at, p, 16);
-      memcpy(p, rows[i][r], 16);
-    }
-}
-// a: k (8 or 16); t: type of factors; d, a, b, c
-void run_mma(Warp& w, const Instruction& in, u32) {
-  float A[16][16], B[16][8], C[16][8];
-  const int k = in.a;
-  for (int lane = 0; lane < 32; ++lane) {
-    const int g = lane / 4, t = lane % 4;
-    auto word = [&](int op, int i) {
-      return u32(raw(w, in.ops[op].kind == Operand::Vec ? in.ops[op].parts[i] : in.ops[op], lane));
-    };
-    if (in.t == TF32) {
-      A[g][t] = tf32_bits(word(1, 0)), A[g + 8][t] = tf32_bits(word(1, 1));
-      if (k == 8) A[g][t + 4] = tf32_bits(word(1, 2)), A[g + 8][t + 4] = tf32_bits(word(1, 3));
-      B[t][g] = tf32_bits(word(2, 0));
-      if (k == 8) B[t + 4][g] = tf32_bits(word(2, 1));
-    } else
-      for (int i = 0; i < (k == 16 ? 4 : 2); ++i)
-        for (int h = 0; h < 2; ++h) {
-          A[g + 8 * (i & 1)][2 * t + h + 8 * (i >> 1)] = element(word(1, i), h, in.t);
-          if (i < k / 8) B[2 * t + h + 8 * i][g] = element(word(2, i), h, in.t);
-        }
-    for (int i = 0; i < 4; ++i) {
-      const u32 b = word(3, i);
-      float f;
-      memcpy(&f, &b, 4);
-      C[g + 8 * (i / 2)][2 * t + i % 2] = f;
     }
   }
-  for (int r = 0; r < 16; ++r)
-    for (int c = 0; c < 8; ++c) {
-      double s = C[r][c];
-      for (int i = 0; i < k; ++i) s += double(A[r][i]) * B[i][c];
-      C[r][c] = float(s);
+}
+void run_stmatrix(Warp& w, const Instruction& in, u32) {
+  u16 rows[4][8][8];
+  for (int i = 0; i < in.b; ++i) {
+    const u64* s = lanes_of(w, part(in.ops[1], i));
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4 * 2;
+      const u16 low = u16(s[lane]), high = u16(s[lane] >> 16);
+      if (in.a)
+        rows[i][t][g] = low, rows[i][t + 1][g] = high;
+      else
+        rows[i][g][t] = low, rows[i][g][t + 1] = high;
     }
+  }
+  for (int i = 0; i < in.b; ++i)
+    for (int r = 0; r < 8; ++r)
+      store_shared(w, place_of(w, in, in.ops[0], kShared, 8 * i + r, 16, true), rows[i][r], 16);
+}
+
+namespace {
+// m8n8k4 of doubles
+void mma_f64(Warp& w, const Instruction& in) {
+  double A[8 * 4], B[4 * 8], C[8 * 8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    A[g * 4 + t] = get<double>(w, part(in.ops[1], 0), lane);
+    B[t * 8 + g] = get<double>(w, part(in.ops[2], 0), lane);
+    for (int i = 0; i < 2; ++i) C[g * 8 + 2 * t + i] = get<double>(w, part(in.ops[3], i), lane);
+  }
+  for (int r = 0; r < 8; ++r)
+    for (int c = 0; c < 8; ++c)
+      for (int k = 0; k < 4; ++k) C[r * 8 + c] = std::fma(A[r * 4 + k], B[k * 8 + c], C[r * 8 + c]);
   for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 2; ++i) put<double>(w, part(in.ops[0], i), lane, C[lane / 4 * 8 + 2 * (lane % 4) + i]);
+}
+}  // namespace
+
+// m16n8: a: k, t: type of the factors; d, a, b, c
+void run_mma(Warp& w, const Instruction& in, u32) {
+  if (in.t == F64) return mma_f64(w, in);
+  double A[16 * 16], B[16 * 8], C[16 * 8];
+  const int k = in.a;
+  const bool bf16 = in.t == BF16;
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    auto word = [&](int op, int i) { return u32(raw(w, part(in.ops[size_t(op)], i), lane)); };
+    if (in.t == TF32) {
+      for (int i = 0; i < k / 2; ++i) A[(g + 8 * (i & 1)) * k + t + 4 * (i >> 1)] = double(tf32_bits(word(1, i)));
+      for (int i = 0; i < k / 4; ++i) B[(t + 4 * i) * 8 + g] = double(tf32_bits(word(2, i)));
+    } else {
+      for (int i = 0; i < k / 4; ++i) {
+        const u32 v = word(1, i);
+        double* to = A + (g + 8 * (i & 1)) * k + 2 * t + 8 * (i >> 1);
+        to[0] = double(widen(u16(v), bf16)), to[1] = double(widen(u16(v >> 16), bf16));
+      }
+      for (int i = 0; i < k / 8; ++i) {
+        const u32 v = word(2, i);
+        double* to = B + (2 * t + 8 * i) * 8 + g;
+        to[0] = double(widen(u16(v), bf16)), to[8] = double(widen(u16(v >> 16), bf16));
+      }
+    }
     for (int i = 0; i < 4; ++i)
-      put<float>(w, in.ops[0].parts[i], lane, C[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2]);
+      C[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = double(get<float>(w, part(in.ops[3], i), lane));
+  }
+  multiply(A, B, C, 16, 8, k);
+  const bool truncates = settings().truncates;
+  for (int i = 0; i < 4; ++i) {
+    u64* d = lanes_of(w, part(in.ops[0], i));
+    for (int lane = 0; lane < 32; ++lane)
+      d[lane] = to_bits(rounded_sum(C[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2], truncates));
+  }
 }
 }  // namespace ptxsim

@@ -1,493 +1,573 @@
 // Reads PTX text into kernels.
 #include <algorithm>
+#include <cctype>
+#include <cstdlib>
 
 #include "decode.h"
 #include "instructions.h"
 
 namespace ptxsim {
 namespace {
-struct Parser {
-  Kernel& k;
-  std::map<string, int> ranges;  // prefix of %r<75> -> first register
+string trim(const string& s) {
+  const size_t a = s.find_first_not_of(" \t\r\n"), b = s.find_last_not_of(" \t\r\n");
+  return a == string::npos ? "" : s.substr(a, b - a + 1);
+}
+// The parts between commas that are not inside brackets.
+vector<string> split(const string& s) {
+  vector<string> out;
+  int depth = 0;
+  string part;
+  for (const char c : s) {
+    if (c == '[' || c == '{' || c == '(') ++depth;
+    if (c == ']' || c == '}' || c == ')') --depth;
+    if (c == ',' && depth == 0) {
+      out.push_back(trim(part));
+      part.clear();
+    } else
+      part += c;
+  }
+  if (!trim(part).empty()) out.push_back(trim(part));
+  return out;
+}
+vector<string> words(const string& s) {
+  vector<string> out;
+  for (size_t i = 0; i < s.size();) {
+    while (i < s.size() && isspace(u8(s[i]))) ++i;
+    const size_t begin = i;
+    while (i < s.size() && !isspace(u8(s[i]))) ++i;
+    if (i > begin) out.push_back(s.substr(begin, i - begin));
+  }
+  return out;
+}
+size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+u64 number(const string& s) {
+  const char* c = s.c_str();
+  if (s.size() > 2 && s[0] == '0' && (s[1] == 'f' || s[1] == 'F' || s[1] == 'd' || s[1] == 'D'))
+    return strtoull(c + 2, nullptr, 16);
+  if (s.size() > 2 && s[0] == '0' && (s[1] == 'b' || s[1] == 'B')) return strtoull(c + 2, nullptr, 2);
+  return s[0] == '-' ? u64(strtoll(c, nullptr, 0)) : strtoull(c, nullptr, 0);
+}
+
+// ".shared .align 4 .b8 name[32] = {...}", a parameter too
+struct Variable {
+  string name;
+  Space space = kShared;
+  size_t size = 0, align = 1;
+  bool dynamic = false;
+  std::shared_ptr<u8> memory;
+};
+Variable read_variable(const string& s) {
+  Variable v;
+  const size_t equals = s.find('=');
+  string declaration = trim(equals == string::npos ? s : s.substr(0, equals));
+  const size_t bracket = declaration.find('[');
+  size_t count = 1;
+  if (bracket != string::npos) {
+    count = 1;
+    for (size_t b = bracket; b != string::npos; b = declaration.find('[', b + 1))
+      count *= strtoull(declaration.c_str() + b + 1, nullptr, 10);
+    declaration = trim(declaration.substr(0, bracket));
+  }
+  size_t element = 1;
+  bool pointer = false;
+  const vector<string> parts = words(declaration);
+  for (size_t i = 0; i + 1 < parts.size(); ++i) {
+    if (parts[i] == ".global") v.space = pointer ? v.space : kGlobal;
+    if (parts[i] == ".const") v.space = pointer ? v.space : kConst;
+    if (parts[i] == ".local") v.space = kLocal;
+    if (parts[i] == ".param") v.space = kParam;
+    if (parts[i] == ".extern") v.dynamic = true;
+    if (parts[i] == ".ptr") pointer = true;  // what follows is about what it points to
+    if (parts[i] == ".align" && !pointer) v.align = strtoull(parts[i + 1].c_str(), nullptr, 10);
+    if (const Type t = type_of(parts[i].substr(1))) element = size_t(size_of(t));
+  }
+  v.name = parts.back();
+  v.align = std::max(v.align, element);
+  v.size = element * count;
+  if (v.space != kGlobal && v.space != kConst) return v;
+  v.memory.reset(static_cast<u8*>(aligned_alloc(256, round_up(v.size + 1, 256))), free);
+  memset(v.memory.get(), 0, round_up(v.size + 1, 256));
+  if (equals != string::npos) {
+    string values = s.substr(equals + 1);
+    std::replace_if(values.begin(), values.end(), [](char c) { return c == '{' || c == '}' || c == ','; }, ' ');
+    size_t at = 0;
+    for (const string& value : words(values)) {
+      if (!isdigit(u8(value[0])) && value[0] != '-') fail("an initial value that is not a number: " + value);
+      const u64 x = number(value);
+      if (at + element <= v.size) memcpy(v.memory.get() + at, &x, element);
+      at += element;
+    }
+  }
+  return v;
+}
+
+class KernelReader {
+ public:
+  KernelReader(Kernel& kernel, const std::map<string, Variable>& variables) : k_(kernel), variables_(variables) {}
+
+  void read_head(const string& parameters, const string& directives);
+  // A body without comments; line_of: of each character.
+  void read_body(const string& text, size_t begin, size_t end, const vector<int>& line_of);
+
+ private:
   struct Scope {
     int parent;
-    std::map<string, int> regs;
-    std::map<string, int> labels;
+    std::map<string, int> registers, labels, ranges;  // ranges: prefix of %r<75> and the first register
   };
-  vector<Scope> scopes{{-1, {}, {}}};
-  int scope = 0;
-  std::map<string, int> symbols;
-  std::map<string, vector<string>> tables;  // of brx.idx
+  struct Jump {
+    size_t instruction;
+    string label;
+    int scope;
+  };
 
-  int find_symbol(const string& n) const {
-    auto it = symbols.find(n);
-    return it == symbols.end() ? -1 : it->second;
+  int new_registers(int n) {
+    const int first = k_.registers;
+    k_.registers += n;
+    return first;
   }
+  int constant(Constant::Kind kind, int id, u64 value);
+  int find_register(const string& name) const;
+  int find_symbol(const string& name);
+  int find_label(const string& label, int scope) const;
+  int add_symbol(Symbol s);
+  int place(const Variable& v);
+  Operand operand(string s);
+  Operand memory_operand(const string& s);
+  void directive(const string& s);
+  void instruction(const string& s, int line);
+  void call_operands(Instruction& in, const string& arguments);
+  void finish();
 
-  int find_reg(const string& n) const {
-    for (int s = scope; s >= 0; s = scopes[s].parent) {
-      auto it = scopes[s].regs.find(n);
-      if (it != scopes[s].regs.end()) return it->second;
-    }
-    size_t e = n.size();
-    while (e > 0 && isdigit(n[e - 1])) --e;
-    if (e < n.size()) {
-      auto it = ranges.find(n.substr(0, e));
-      if (it != ranges.end()) return it->second + atoi(n.c_str() + e);
-    }
-    return -1;
-  }
-
-  static string trim(const string& s) {
-    size_t a = s.find_first_not_of(" \t\r\n"), b = s.find_last_not_of(" \t\r\n");
-    return a == string::npos ? "" : s.substr(a, b - a + 1);
-  }
-  static vector<string> split(const string& s, char by) {  // not inside brackets
-    vector<string> out;
-    int depth = 0;
-    string now;
-    for (char c : s) {
-      if (c == '[' || c == '{' || c == '(') ++depth;
-      if (c == ']' || c == '}' || c == ')') --depth;
-      if (c == by && depth == 0) {
-        out.push_back(trim(now));
-        now.clear();
-      } else
-        now += c;
-    }
-    if (!trim(now).empty()) out.push_back(trim(now));
-    return out;
-  }
-
-  Operand operand(string s) {
-    Operand o;
-    s = trim(s);
-    if (s == "_") {
-      o.kind = Operand::Sink;
-      return o;
-    }
-    if (s[0] == '!') {
-      o = operand(s.substr(1));
-      o.neg = !o.neg;
-      return o;
-    }
-    if (s[0] == '{') {
-      o.kind = Operand::Vec;
-      for (auto& p : split(s.substr(1, s.size() - 2), ',')) o.parts.push_back(operand(p));
-      return o;
-    }
-    if (s[0] == '[') {
-      o.kind = Operand::Mem;
-      auto parts = split(s.substr(1, s.size() - 2), ',');
-      string base = parts[0];
-      size_t plus = base.find('+');
-      if (plus != string::npos) {
-        o.offset = strtoll(base.c_str() + plus + 1, nullptr, 0);
-        base = trim(base.substr(0, plus));
-      }
-      o.reg = find_reg(base);
-      if (o.reg < 0) {
-        o.sym = find_symbol(base);
-        if (o.sym < 0) {
-          if (isdigit(base[0]))
-            o.offset += strtoll(base.c_str(), nullptr, 0);
-          else
-            fail("no such symbol: " + base);
-        }
-      }
-      if (parts.size() > 1) {
-        Operand c = operand(parts[1]);
-        o.parts = c.parts;
-      }
-      return o;
-    }
-    if (isdigit(s[0]) || s[0] == '-') {
-      o.kind = Operand::Imm;
-      if (s.size() > 2 && s[0] == '0' && (s[1] == 'f' || s[1] == 'F'))
-        o.imm = strtoul(s.c_str() + 2, nullptr, 16);
-      else if (s.size() > 2 && s[0] == '0' && (s[1] == 'd' || s[1] == 'D'))
-        o.imm = strtoull(s.c_str() + 2, nullptr, 16);
-      else if (s[0] == '-')
-        o.imm = u64(strtoll(s.c_str(), nullptr, 0));
-      else
-        o.imm = strtoull(s.c_str(), nullptr, 0);
-      return o;
-    }
-    o.reg = find_reg(s);
-    if (o.reg >= 0) {
-      o.kind = Operand::Reg;
-      return o;
-    }
-    auto sp = kSpecials.find(s);
-    if (sp != kSpecials.end()) {
-      o.kind = Operand::Special;
-      o.special = sp->second;
-      return o;
-    }
-    string base = s;
-    size_t plus = s.find('+');
-    if (plus != string::npos) {
-      o.offset = strtoll(s.c_str() + plus + 1, nullptr, 0);
-      base = trim(s.substr(0, plus));
-    }
-    o.sym = find_symbol(base);
-    if (o.sym >= 0) {
-      o.kind = Operand::Sym;
-      return o;
-    }
-    if (s == "%envreg0" || s[0] == '%') fail("a register that is not known: " + s);
-    fail("an operand that is not known: " + s);
-  }
+  Kernel& k_;
+  const std::map<string, Variable>& variables_;
+  vector<Scope> scopes_{{-1, {}, {}, {}}};
+  int scope_ = 0, sink_ = -1, loc_file_ = -1, loc_line_ = 0;
+  std::map<string, int> symbols_;
+  std::map<string, vector<string>> tables_;  // of brx.idx
+  std::map<std::pair<int, std::pair<int, u64>>, int> constants_;
+  vector<Jump> jumps_;
 };
+
+int KernelReader::constant(Constant::Kind kind, int id, u64 value) {
+  const auto [it, is_new] = constants_.try_emplace({int(kind), {id, value}}, 0);
+  if (is_new) {
+    it->second = new_registers(1);
+    k_.constants.push_back({kind, id, value, it->second});
+  }
+  return it->second;
+}
+
+int KernelReader::find_register(const string& name) const {
+  size_t e = name.size();
+  while (e > 0 && isdigit(u8(name[e - 1]))) --e;
+  for (int s = scope_; s >= 0; s = scopes_[size_t(s)].parent) {
+    const Scope& scope = scopes_[size_t(s)];
+    const auto it = scope.registers.find(name);
+    if (it != scope.registers.end()) return it->second;
+    if (e == name.size() || scope.ranges.empty()) continue;
+    const auto range = scope.ranges.find(name.substr(0, e));
+    if (range != scope.ranges.end()) return range->second + atoi(name.c_str() + e);
+  }
+  return -1;
+}
+int KernelReader::add_symbol(Symbol s) {
+  symbols_[s.name] = int(k_.symbols.size());
+  k_.symbols.push_back(std::move(s));
+  return int(k_.symbols.size()) - 1;
+}
+int KernelReader::place(const Variable& v) {
+  Symbol s;
+  s.name = v.name, s.space = v.space, s.size = v.size, s.align = v.align, s.memory = v.memory;
+  s.dynamic = v.dynamic && v.space == kShared;
+  if (s.dynamic)
+    k_.dynamic_align = std::max(k_.dynamic_align, v.align);
+  else if (v.space == kShared) {
+    s.offset = round_up(k_.shared_bytes, v.align);
+    k_.shared_bytes = s.offset + v.size;
+  } else if (v.space == kLocal) {
+    s.offset = round_up(k_.local_bytes, std::max<size_t>(v.align, 16));
+    k_.local_bytes = round_up(s.offset + v.size, 16);
+  }
+  return add_symbol(std::move(s));
+}
+// A variable of the module becomes the kernel's when it is first named.
+int KernelReader::find_symbol(const string& name) {
+  const auto it = symbols_.find(name);
+  if (it != symbols_.end()) return it->second;
+  const auto variable = variables_.find(name);
+  return variable == variables_.end() ? -1 : place(variable->second);
+}
+int KernelReader::find_label(const string& label, int scope) const {
+  for (int s = scope; s >= 0; s = scopes_[size_t(s)].parent) {
+    const auto it = scopes_[size_t(s)].labels.find(label);
+    if (it != scopes_[size_t(s)].labels.end()) return it->second;
+  }
+  fail("no such label: " + label);
+}
+
+Operand KernelReader::memory_operand(const string& s) {
+  Operand o;
+  o.kind = Operand::Memory;
+  const vector<string> parts = split(s.substr(1, s.rfind(']') - 1));
+  string base = parts[0];
+  const size_t plus = base.find('+');
+  if (plus != string::npos) {
+    o.offset = s64(number(trim(base.substr(plus + 1))));
+    base = trim(base.substr(0, plus));
+  }
+  o.reg = find_register(base);
+  if (o.reg < 0) {
+    if (isdigit(u8(base[0])))
+      o.reg = constant(Constant::Value, 0, number(base));
+    else {
+      o.symbol = find_symbol(base);
+      if (o.symbol < 0) fail("no such symbol: " + base);
+      const Symbol& symbol = k_.symbols[size_t(o.symbol)];
+      o.reg = symbol.space == kCall ? symbol.reg : constant(Constant::Address, o.symbol, 0);
+    }
+  }
+  if (parts.size() > 1) o.parts = operand(parts[1]).parts;
+  return o;
+}
+
+Operand KernelReader::operand(string s) {
+  s = trim(s);
+  Operand o;
+  o.kind = Operand::Register;
+  if (s[0] == '!') {
+    o = operand(s.substr(1));
+    o.negated = !o.negated;
+    return o;
+  }
+  if (s[0] == '[') return memory_operand(s);
+  if (s[0] == '{') {
+    o.kind = Operand::Vector;
+    for (const string& p : split(s.substr(1, s.size() - 2))) o.parts.push_back(operand(p));
+    return o;
+  }
+  if (s == "_") {
+    if (sink_ < 0) sink_ = new_registers(1);
+    o.reg = sink_;
+    return o;
+  }
+  if (isdigit(u8(s[0])) || s[0] == '-') {
+    o.reg = constant(Constant::Value, 0, number(s));
+    return o;
+  }
+  o.reg = find_register(s);
+  if (o.reg >= 0) return o;
+  if (s == "WARP_SZ") {
+    o.reg = constant(Constant::Value, 0, 32);
+    return o;
+  }
+  const int special = special_register(s);
+  if (special >= 0) {
+    o.reg = constant(Constant::Special, special, 0);
+    return o;
+  }
+  const size_t plus = s.find('+');
+  const int symbol = find_symbol(trim(s.substr(0, plus)));
+  if (symbol < 0) fail("an operand that is not known: " + s);
+  o.symbol = symbol;
+  const Symbol& named = k_.symbols[size_t(symbol)];
+  o.reg = named.space == kCall
+              ? named.reg
+              : constant(Constant::Address, symbol, plus == string::npos ? 0 : number(trim(s.substr(plus + 1))));
+  return o;
+}
+
+void KernelReader::read_head(const string& parameters, const string& directives) {
+  for (const string& one : split(parameters)) {
+    const Variable v = read_variable(one);
+    Symbol s;
+    s.name = v.name, s.space = kParam, s.offset = round_up(k_.param_bytes, v.align), s.size = v.size;
+    k_.param_offsets.push_back(s.offset), k_.param_sizes.push_back(v.size);
+    k_.param_bytes = s.offset + v.size;
+    add_symbol(std::move(s));
+  }
+  auto product = [&](const char* name) {  // of the numbers after a directive, 0 where it is not there
+    size_t at = directives.find(name);
+    if (at == string::npos) return 0;
+    const char* c = directives.c_str() + at + strlen(name);
+    char* end;
+    long n = strtol(c, &end, 10);
+    for (end += strspn(end, " \t\r\n"); *end == ','; end += strspn(end, " \t\r\n")) n *= strtol(end + 1, &end, 10);
+    return int(n);
+  };
+  k_.threads = product(".reqntid");
+  k_.cluster = product(".reqnctapercluster");
+  if (const int most = product(".maxntid")) k_.most_threads = most;
+}
+
+void KernelReader::directive(const string& s) {
+  const vector<string> parts = words(s);
+  if (parts[0] == ".reg") {
+    for (const string& name : split(s.substr(s.find(parts[1]) + parts[1].size()))) {
+      const size_t angle = name.find('<');
+      Scope& scope = scopes_[size_t(scope_)];
+      if (angle != string::npos)
+        scope.ranges[name.substr(0, angle)] = new_registers(atoi(name.c_str() + angle + 1) + 1);
+      else
+        scope.registers[name] = new_registers(1);
+    }
+  } else if (parts[0] == ".loc") {
+    loc_file_ = atoi(parts[1].c_str()), loc_line_ = atoi(parts[2].c_str());
+  } else if (parts[0] == ".param") {  // of a call: a register
+    Symbol symbol;
+    symbol.name = read_variable(s).name, symbol.space = kCall, symbol.reg = new_registers(1);
+    add_symbol(std::move(symbol));
+  } else if (parts[0] == ".shared" || parts[0] == ".local" || parts[0] == ".const" || parts[0] == ".global") {
+    place(read_variable(s));
+  } else if (parts[0] != ".pragma")
+    fail("a directive that is not known: " + s);
+}
+
+// call (result), name, (arguments);
+void KernelReader::call_operands(Instruction& in, const string& arguments) {
+  string target;
+  for (const string& part : split(arguments))
+    if (part[0] == '(')
+      for (const string& name : split(part.substr(1, part.size() - 2))) in.ops.push_back(operand(name));
+    else if (target.empty())
+      target = part;
+  in.mods.push_back(target);
+}
+
+void KernelReader::instruction(const string& s, int line) {
+  Instruction in;
+  in.text = s, in.line = line, in.scope = scope_, in.loc_file = loc_file_, in.loc_line = loc_line_;
+  string rest = s;
+  if (rest[0] == '@') {
+    const size_t space = rest.find_first_of(" \t");
+    string predicate = rest.substr(1, space - 1);
+    if (predicate[0] == '!') in.negated = true, predicate = predicate.substr(1);
+    in.pred = find_register(predicate);
+    if (in.pred < 0) fail("no such predicate: " + s);
+    rest = trim(rest.substr(space));
+  }
+  const size_t space = rest.find_first_of(" \t{[(");
+  const string op = rest.substr(0, space), arguments = space == string::npos ? "" : trim(rest.substr(space));
+  string name;
+  for (size_t begin = 0; begin <= op.size();) {
+    const size_t dot = std::min(op.find('.', begin), op.size());
+    const string token = op.substr(begin, dot - begin);
+    if (begin == 0)
+      name = token;
+    else
+      in.mods.push_back(token);
+    begin = dot + 1;
+  }
+  decode(in, name);
+  if (in.flow == kBranch)
+    jumps_.push_back({k_.code.size(), arguments, scope_});
+  else if (in.flow == kBranchTable) {
+    const vector<string> parts = split(arguments);
+    in.ops.push_back(operand(parts[0]));
+    in.mods.push_back(parts[1]);
+  } else if (name == "call")
+    call_operands(in, arguments);
+  else if (in.flow == kPlain && in.run != run_nothing)
+    for (const string& argument : split(arguments)) {
+      const size_t bar = argument.find('|');
+      if (bar != string::npos && argument[0] != '[' && argument[0] != '{') {
+        in.ops.push_back(operand(argument.substr(0, bar)));
+        in.ops.push_back(operand(argument.substr(bar + 1)));
+        in.two_results = true;
+      } else
+        in.ops.push_back(operand(argument));
+    }
+  // What a call takes and gives is moved through registers.
+  const size_t symbol_at = in.run == run_ld ? 1 : 0;
+  if ((in.run == run_ld || in.run == run_st) && in.ops[symbol_at].symbol >= 0 &&
+      k_.symbols[size_t(in.ops[symbol_at].symbol)].space == kCall)
+    in.run = run_mov, in.ops[symbol_at].kind = Operand::Register;
+  if (in.run == run_wgmma || in.run == run_bulk_store || in.run == run_bulk_tensor_store)
+    k_.reads_asynchronously = true;
+  k_.code.push_back(std::move(in));
+}
+
+void KernelReader::read_body(const string& text, size_t begin, size_t end, const vector<int>& line_of) {
+  size_t q = begin;
+  int line = 0;
+  try {
+    while (true) {
+      while (q < end && isspace(u8(text[q]))) ++q;
+      if (q >= end) break;
+      line = line_of[q];
+      if (text[q] == '{') {
+        scopes_.push_back({scope_, {}, {}, {}});
+        scope_ = int(scopes_.size()) - 1;
+        ++q;
+        continue;
+      }
+      if (text[q] == '}') {
+        scope_ = scopes_[size_t(scope_)].parent;
+        ++q;
+        continue;
+      }
+      size_t e = q;  // of a label?
+      while (e < end && (isalnum(u8(text[e])) || text[e] == '_' || text[e] == '$' || text[e] == '%')) ++e;
+      size_t colon = e;
+      while (colon < end && (text[colon] == ' ' || text[colon] == '\t')) ++colon;
+      if (e > q && text[colon] == ':' && text[colon + 1] != ':') {
+        const string label = text.substr(q, e - q);
+        q = colon + 1;
+        size_t r = q;
+        while (r < end && isspace(u8(text[r]))) ++r;
+        if (text.compare(r, 14, ".branchtargets") == 0) {
+          const size_t semicolon = text.find(';', r);
+          tables_[label] = split(text.substr(r + 14, semicolon - r - 14));
+          q = semicolon + 1;
+        } else
+          scopes_[size_t(scope_)].labels[label] = int(k_.code.size());
+        continue;
+      }
+      const bool of_line = text.compare(q, 4, ".loc") == 0;
+      size_t stop = q;
+      int depth = 0;
+      while (stop < end) {
+        if (text[stop] == '{') ++depth;
+        if (text[stop] == '}') --depth;
+        if (of_line ? text[stop] == '\n' : text[stop] == ';' && depth == 0) break;
+        ++stop;
+      }
+      string s = text.substr(q, stop - q);
+      q = stop + 1;
+      for (char& c : s)
+        if (c == '\n' || c == '\t' || c == '\r') c = ' ';
+      s = trim(s);
+      if (s.empty()) continue;
+      if (s[0] == '.')
+        directive(s);
+      else
+        instruction(s, line);
+    }
+    finish();
+  } catch (const std::exception& e) {
+    fail(string(e.what()) + " [" + k_.name.substr(0, 120) + ", PTX line " + std::to_string(line) + "]");
+  }
+}
+
+void KernelReader::finish() {
+  for (const Jump& j : jumps_) k_.code[j.instruction].target = find_label(j.label, j.scope);
+  for (Instruction& in : k_.code)
+    if (in.flow == kBranchTable) {
+      const auto table = tables_.find(in.mods.back());
+      if (table == tables_.end()) fail("no such table of labels: " + in.mods.back());
+      for (const string& label : table->second) in.targets.push_back(find_label(label, in.scope));
+    }
+  Instruction leave;
+  leave.flow = kExit, leave.text = "the end";
+  k_.code.push_back(leave);
+  for (Symbol& s : k_.symbols)
+    if (s.dynamic) s.offset = round_up(k_.shared_bytes, k_.dynamic_align);
+}
 }  // namespace
 
-Module read_module(const string& text) {
-  Module module;
-  string clean;
+struct Module::Text {
+  struct Entry {
+    string parameters, directives;
+    size_t begin, end;  // of the body
+  };
+  string clean;  // without comments
+  vector<int> line_of;
+  std::map<string, Variable> variables;
+  std::map<string, Entry> entries;
+  std::map<int, string> files;
+};
+
+Module::~Module() = default;
+
+Module::Module(const string& text) : text_(std::make_unique<Text>()) {
+  string& clean = text_->clean;
   clean.reserve(text.size());
   int line = 1;
-  vector<int> line_of;
   for (size_t i = 0; i < text.size(); ++i) {
     if (text[i] == '/' && i + 1 < text.size() && text[i + 1] == '/') {
       while (i < text.size() && text[i] != '\n') ++i;
-      --i;
-      continue;
-    }
-    if (text[i] == '/' && i + 1 < text.size() && text[i + 1] == '*') {
-      i = text.find("*/", i) + 1;
+      if (i >= text.size()) break;
+    } else if (text[i] == '/' && i + 1 < text.size() && text[i + 1] == '*') {
+      const size_t close = text.find("*/", i);
+      if (close == string::npos) fail("a comment that does not end");
+      i = close + 1;
       continue;
     }
     if (text[i] == '\n') ++line;
     clean += text[i];
-    line_of.push_back(line);
+    text_->line_of.push_back(line);
   }
-  struct Var {
-    string name;
-    Space space;
-    size_t size, align;
-    bool dynamic;
-    vector<u8> init;
-  };
-  vector<Var> module_vars;
-  size_t at = 0;
-  auto skip = [&] {
-    while (at < clean.size() && isspace(clean[at])) ++at;
-  };
-  auto read_var = [&](const string& s) {  // ".shared .align 4 .b8 name[32]"
-    Var v{"", kShared, 0, 1, false, {}};
-    if (s.find(".global") != string::npos || s.find(".const") != string::npos) v.space = kGlobal;
-    if (s.find(".local") != string::npos) v.space = kLocal;
-    v.dynamic = s.find(".extern") != string::npos;
-    size_t eq = s.find('=');
-    string decl = eq == string::npos ? s : s.substr(0, eq);
-    size_t al = decl.find(".align");
-    if (al != string::npos) v.align = strtoul(decl.c_str() + al + 6, nullptr, 10);
-    size_t esize = 1;
-    for (auto& [n, t] : kTypes) {
-      size_t p = decl.find("." + n + " ");
-      if (p != string::npos) esize = std::max<size_t>(esize, size_of(t));
-    }
-    v.align = std::max(v.align, esize);
-    size_t br = decl.find('[');
-    string head = br == string::npos ? decl : decl.substr(0, br);
-    size_t e = head.find_last_not_of(" \t\n"), b = head.find_last_of(" \t\n", e);
-    v.name = head.substr(b + 1, e - b);
-    size_t count = 1;
-    if (br != string::npos) {
-      count = decl[br + 1] == ']' ? 0 : strtoul(decl.c_str() + br + 1, nullptr, 10);
-    }
-    v.size = esize * count;
-    v.init.assign(std::max<size_t>(v.size, 8), 0);
-    if (eq != string::npos) {
-      string vals = s.substr(eq + 1);
-      size_t i = 0;
-      size_t k = 0;
-      while (i < vals.size()) {
-        if (isdigit(vals[i]) || vals[i] == '-') {
-          char* end;
-          u64 x = (vals[i] == '0' && (vals[i + 1] == 'f' || vals[i + 1] == 'd'))
-                      ? strtoull(vals.c_str() + i + 2, &end, 16)
-                      : u64(strtoll(vals.c_str() + i, &end, 0));
-          if ((k + 1) * esize <= v.init.size()) memcpy(&v.init[k * esize], &x, esize);
-          ++k;
-          i = end - vals.c_str();
-        } else
-          ++i;
-      }
-    }
-    return v;
-  };
-  while (true) {
-    skip();
+  if (clean.find(".version") == string::npos) fail("not PTX: it has no .version");
+  for (size_t at = 0;;) {
+    while (at < clean.size() && isspace(u8(clean[at]))) ++at;
     if (at >= clean.size()) break;
+    const bool of_line = clean.compare(at, 8, ".version") == 0 || clean.compare(at, 7, ".target") == 0 ||
+                         clean.compare(at, 13, ".address_size") == 0 || clean.compare(at, 5, ".file") == 0;
     size_t stop = at;
     int depth = 0;
-    while (stop < clean.size()) {
-      char c = clean[stop];
-      if (c == '(') ++depth;
-      if (c == ')') --depth;
-      if (depth == 0 && (c == ';' || c == '{')) {
-        if (c == '{' && clean.substr(at, stop - at).find('=') != string::npos) {
-          while (clean[stop] != ';') ++stop;
-        }
-        break;
-      }
-      if (c == '\n') {
-        string s = Parser::trim(clean.substr(at, stop - at));
-        if (s.rfind(".version", 0) == 0 || s.rfind(".target", 0) == 0 || s.rfind(".address_size", 0) == 0 ||
-            s.rfind(".file", 0) == 0)
-          break;
-      }
-      ++stop;
+    bool equals = false;
+    for (; stop < clean.size(); ++stop) {
+      const char c = clean[stop];
+      if (of_line ? c == '\n' : depth == 0 && (c == ';' || (c == '{' && !equals))) break;
+      if (c == '(' || c == '{') ++depth;
+      if (c == ')' || c == '}') --depth;
+      if (c == '=') equals = true;
     }
-    string head = clean.substr(at, stop - at);
-    const char end = stop < clean.size() ? clean[stop] : ';';
+    const string head = trim(clean.substr(at, stop - at));
     at = stop + 1;
-    if (end != '{') {
-      string t = Parser::trim(head);
-      if (t.find(".shared") != string::npos || t.find(".global") != string::npos || t.find(".const") != string::npos)
-        module_vars.push_back(read_var(t));
+    if (of_line) {
+      const vector<string> parts = words(head);
+      if (parts[0] == ".file" && parts.size() > 2) {
+        const string quoted = head.substr(std::min(head.find('"') + 1, head.size()));
+        string path = quoted.substr(0, quoted.find('"'));
+        text_->files[atoi(parts[1].c_str())] = path.substr(path.rfind('/') + 1);
+      }
       continue;
     }
-    // a body
+    if (stop >= clean.size() || clean[stop] == ';') {
+      if (head.find(".shared") != string::npos || head.find(".global") != string::npos ||
+          head.find(".const") != string::npos) {
+        const Variable v = read_variable(head);
+        text_->variables[v.name] = v;
+      }
+      continue;
+    }
     size_t close = at;
-    depth = 1;
-    while (depth > 0) {
+    for (depth = 1; depth > 0; ++close) {
+      if (close >= clean.size()) fail("a body that does not end");
       if (clean[close] == '{') ++depth;
       if (clean[close] == '}') --depth;
-      ++close;
     }
-    const size_t body_begin = at, body_end = close - 1;
+    const size_t entry = head.find(".entry");
+    if (entry != string::npos) {
+      const size_t open = head.find('(', entry), shut = open == string::npos ? open : head.find(')', open);
+      const string after = head.substr(entry + 6);
+      Text::Entry e;
+      e.begin = at, e.end = close - 1;
+      if (open != string::npos) e.parameters = head.substr(open + 1, shut - open - 1);
+      e.directives = open == string::npos ? after : head.substr(shut + 1);
+      const vector<string> parts = words(open == string::npos ? after : head.substr(entry + 6, open - entry - 6));
+      text_->entries[parts.at(0)] = e;
+    }
     at = close;
-    size_t entry = head.find(".entry");
-    if (entry == string::npos) continue;
-    Kernel k;
-    Parser p{k, {}, {{-1, {}, {}}}, 0, {}, {}};
-    size_t open = head.find('(', entry), shut = head.rfind(')');
-    string after = shut == string::npos ? head.substr(entry + 6) : head.substr(shut + 1);
-    k.name = Parser::trim(
-        head.substr(entry + 6, (open == string::npos ? head.find_first_of(" \n\t", entry + 8) : open) - entry - 6));
-    auto add_symbol = [&](Symbol s) {
-      p.symbols[s.name] = int(k.symbols.size());
-      k.symbols.push_back(std::move(s));
-    };
-    if (open != string::npos)
-      for (auto& one : Parser::split(head.substr(open + 1, shut - open - 1), ',')) {
-        if (one.empty()) continue;
-        Var v = read_var(one);
-        k.param_bytes = (k.param_bytes + v.align - 1) / v.align * v.align;
-        Symbol s;
-        s.name = v.name;
-        s.space = kParam;
-        s.offset = k.param_bytes;
-        s.size = v.size;
-        k.param_offsets.push_back(k.param_bytes), k.param_sizes.push_back(v.size);
-        k.param_bytes += v.size;
-        add_symbol(s);
-      }
-    {
-      size_t r = after.find(".maxntid");
-      if (r == string::npos) r = after.find(".reqntid");
-      if (r != string::npos) k.most_threads = atoi(after.c_str() + r + 8);
-      r = after.find(".reqnctapercluster");
-      if (r != string::npos) k.cluster = atoi(after.c_str() + r + 18);
-    }
-    size_t shared = 0;
-    vector<const Var*> dynamic;
-    const string body = clean.substr(body_begin, body_end - body_begin);
-    auto place = [&](const Var& v) {
-      Symbol s;
-      s.name = v.name;
-      s.space = v.space;
-      s.size = v.size;
-      s.align = v.align;
-      s.dynamic = v.dynamic;
-      s.init = v.init;
-      if (v.space == kShared && !v.dynamic) {
-        shared = (shared + v.align - 1) / v.align * v.align;
-        s.offset = shared;
-        shared += v.size;
-      }
-      if (v.space == kLocal) {
-        k.local_bytes = (k.local_bytes + 15) / 16 * 16;
-        s.offset = k.local_bytes;
-        k.local_bytes += v.size;
-      }
-      if (v.dynamic) k.dynamic_align = std::max(k.dynamic_align, v.align);
-      add_symbol(s);
-    };
-    for (const Var& v : module_vars)
-      if (v.space != kShared || v.dynamic || body.find(v.name) != string::npos) place(v);
-    auto new_regs = [&](int n) {
-      int r = k.registers;
-      k.registers += n;
-      return r;
-    };
-    // statements
-    size_t q = body_begin;
-    struct Fix {
-      int instr;
-      string label;
-      int scope;
-    };
-    vector<Fix> fixes;
-    while (q < body_end) {
-      while (q < body_end && isspace(clean[q])) ++q;
-      if (q >= body_end) break;
-      if (clean[q] == '{') {
-        p.scopes.push_back({p.scope, {}, {}});
-        p.scope = int(p.scopes.size()) - 1;
-        ++q;
-        continue;
-      }
-      if (clean[q] == '}') {
-        p.scope = p.scopes[p.scope].parent;
-        ++q;
-        continue;
-      }
-      // a label?
-      size_t e = q;
-      while (e < body_end && (isalnum(clean[e]) || clean[e] == '_' || clean[e] == '$' || clean[e] == '%')) ++e;
-      size_t colon = e;
-      while (colon < body_end && (clean[colon] == ' ' || clean[colon] == '\t')) ++colon;
-      if (e > q && clean[colon] == ':' && clean[colon + 1] != ':') {
-        const string label = clean.substr(q, e - q);
-        q = colon + 1;
-        size_t r = q;
-        while (isspace(clean[r])) ++r;
-        if (clean.compare(r, 14, ".branchtargets") == 0) {
-          size_t semi = clean.find(';', r);
-          p.tables[label] = Parser::split(clean.substr(r + 14, semi - r - 14), ',');
-          q = semi + 1;
-        } else
-          p.scopes[p.scope].labels[label] = int(k.code.size());
-        continue;
-      }
-      size_t semi = q;
-      int d = 0;
-      while (semi < body_end) {
-        if (clean[semi] == '{') ++d;
-        if (clean[semi] == '}') --d;
-        if (clean[semi] == ';' && d == 0) break;
-        ++semi;
-      }
-      string s = clean.substr(q, semi - q);
-      const int at_line = line_of[q];
-      q = semi + 1;
-      for (char& c : s)
-        if (c == '\n' || c == '\t' || c == '\r') c = ' ';
-      s = Parser::trim(s);
-      if (s.empty()) continue;
-      if (s[0] == '.') {
-        if (s.rfind(".reg", 0) == 0) {
-          size_t sp = s.find(' ', s.find('.', 4));
-          for (auto& name : Parser::split(s.substr(sp), ',')) {
-            size_t lt = name.find('<');
-            if (lt != string::npos) {
-              int n = atoi(name.c_str() + lt + 1);
-              p.ranges[name.substr(0, lt)] = new_regs(n);
-            } else
-              p.scopes[p.scope].regs[name] = new_regs(1);
-          }
-        } else if (s.rfind(".shared", 0) == 0 || s.rfind(".local", 0) == 0 || s.rfind(".const", 0) == 0 ||
-                   s.rfind(".global", 0) == 0)
-          place(read_var(s));
-        else if (s.rfind(".param", 0) == 0) {
-          Var v = read_var(s);
-          Symbol y;
-          y.name = v.name;
-          y.space = kCall;
-          y.reg = new_regs(1);
-          add_symbol(y);
-        }
-        continue;
-      }
-      Instruction in;
-      in.text = s, in.line = at_line, in.scope = p.scope;
-      string rest = s;
-      if (rest[0] == '@') {
-        size_t sp = rest.find(' ');
-        string pr = rest.substr(1, sp - 1);
-        if (pr[0] == '!') in.pred_neg = true, pr = pr.substr(1);
-        in.pred = p.find_reg(pr);
-        if (in.pred < 0) fail("no such predicate: " + s);
-        rest = Parser::trim(rest.substr(sp));
-      }
-      size_t sp = rest.find_first_of(" {[(");
-      string op = sp == string::npos ? rest : Parser::trim(rest.substr(0, sp));
-      string args = sp == string::npos ? "" : Parser::trim(rest.substr(sp));
-      vector<string> tokens;
-      {
-        string now;
-        for (size_t i = 0; i < op.size(); ++i) {
-          if (op[i] == '.') {
-            tokens.push_back(now);
-            now.clear();
-          } else
-            now += op[i];
-        }
-        tokens.push_back(now);
-      }
-      const string base = tokens[0];
-      in.mods.assign(tokens.begin() + 1, tokens.end());
-      decode(in, base);
-      if (in.flow == kBranch)
-        fixes.push_back({int(k.code.size()), args, p.scope});
-      else if (in.flow == kBrx) {
-        auto parts = Parser::split(args, ',');
-        in.ops.push_back(p.operand(parts[0]));
-        in.mods.push_back(parts[1]);
-      } else if (base == "call") {
-        auto parts = Parser::split(args, ',');
-        vector<string> names;
-        string target;
-        for (auto& part : parts)
-          if (part[0] == '(') {
-            for (auto& n : Parser::split(part.substr(1, part.size() - 2), ',')) names.push_back(n);
-          } else
-            target = part;
-        for (auto& n : names) {
-          Operand o;
-          o.kind = Operand::Sym;
-          o.sym = p.find_symbol(n);
-          in.ops.push_back(o);
-        }
-        in.mods.push_back(target);
-      } else if (in.flow == kPlain && in.run != run_nop) {
-        for (auto& a : Parser::split(args, ',')) {
-          size_t bar = a.find('|');
-          if (bar != string::npos && a[0] != '[' && a[0] != '{') {
-            in.ops.push_back(p.operand(a.substr(0, bar)));
-            in.ops.push_back(p.operand(a.substr(bar + 1)));
-            if (base != "elect") in.c = 1;
-          } else
-            in.ops.push_back(p.operand(a));
-        }
-      }
-      if (base == "shfl" && in.ops.size() == 6) in.c = 1;
-      k.code.push_back(std::move(in));
-    }
-    auto find_label = [&](const string& label, int from) {
-      for (int s = from; s >= 0; s = p.scopes[s].parent) {
-        auto it = p.scopes[s].labels.find(label);
-        if (it != p.scopes[s].labels.end()) return it->second;
-      }
-      fail("no such label: " + label);
-    };
-    for (const Fix& f : fixes) k.code[f.instr].target = find_label(f.label, f.scope);
-    for (Instruction& in : k.code)
-      if (in.flow == kBrx)
-        for (auto& l : p.tables.at(in.mods.back())) in.targets.push_back(find_label(l, in.scope));
-    Instruction leave;
-    leave.flow = kExit;
-    leave.text = "end";
-    k.code.push_back(leave);
-    k.shared_bytes = shared;
-    for (Symbol& s : k.symbols)
-      if (s.dynamic) s.offset = (shared + k.dynamic_align - 1) / k.dynamic_align * k.dynamic_align;
-    auto kernel = std::make_unique<Kernel>(std::move(k));
-    module.kernels[kernel->name] = std::move(kernel);
   }
-  return module;
+}
+
+Kernel* Module::find(const string& name) {
+  const auto ready = kernels_.find(name);
+  if (ready != kernels_.end()) return ready->second.get();
+  const auto entry = text_->entries.find(name);
+  if (entry == text_->entries.end()) return nullptr;
+  auto kernel = std::make_unique<Kernel>();
+  kernel->name = name, kernel->files = text_->files;
+  KernelReader reader(*kernel, text_->variables);
+  reader.read_head(entry->second.parameters, entry->second.directives);
+  reader.read_body(text_->clean, entry->second.begin, entry->second.end, text_->line_of);
+  return (kernels_[name] = std::move(kernel)).get();
+}
+vector<string> Module::names() const {
+  vector<string> out;
+  for (const auto& [name, entry] : text_->entries) out.push_back(name);
+  return out;
 }
 }  // namespace ptxsim

@@ -1,10 +1,12 @@
 // The types of PTX, and 16-bit floating-point numbers on the host.
 #pragma once
+#ifdef __F16C__
 #include <immintrin.h>
+#endif
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -45,13 +47,14 @@ enum Type : u8 {
   PRED,
   F16X2,
   BF16X2,
-  TF32
+  TF32,
+  E4M3X2,
+  E5M2X2
 };
-inline const std::map<string, Type> kTypes = {
-    {"u8", U8},     {"u16", U16}, {"u32", U32}, {"u64", U64},   {"s8", S8},       {"s16", S16},       {"s32", S32},
-    {"s64", S64},   {"b8", B8},   {"b16", B16}, {"b32", B32},   {"b64", B64},     {"b128", B128},     {"f16", F16},
-    {"bf16", BF16}, {"f32", F32}, {"f64", F64}, {"pred", PRED}, {"f16x2", F16X2}, {"bf16x2", BF16X2}, {"tf32", TF32}};
-inline int size_of(Type t) {
+// The type of a modifier such as "u32", NONE for other modifiers.
+Type type_of(const string& modifier);
+
+constexpr int size_of(Type t) {
   switch (t) {
     case U8:
     case S8:
@@ -62,6 +65,8 @@ inline int size_of(Type t) {
     case B16:
     case F16:
     case BF16:
+    case E4M3X2:
+    case E5M2X2:
       return 2;
     case U64:
     case S64:
@@ -74,39 +79,31 @@ inline int size_of(Type t) {
       return 4;
   }
 }
-inline bool is_signed(Type t) { return t == S8 || t == S16 || t == S32 || t == S64; }
-inline bool is_float(Type t) { return t == F16 || t == BF16 || t == F32 || t == F64; }
+constexpr bool is_signed(Type t) { return t == S8 || t == S16 || t == S32 || t == S64; }
+constexpr bool is_float(Type t) { return t == F16 || t == BF16 || t == F32 || t == F64; }
+constexpr bool is_half(Type t) { return t == F16 || t == BF16 || t == F16X2 || t == BF16X2; }
 
-inline float half_to(u16 h) { return _cvtsh_ss(h); }
-inline u16 to_half(float f) { return _cvtss_sh(f, 0); }
-inline u16 to_half_rz(float f) { return _cvtss_sh(f, 3); }
-inline float bf_to(u16 h) {
-  u32 b = u32(h) << 16;
-  float f;
-  memcpy(&f, &b, 4);
-  return f;
+// A register has 64 bits; a value lies in its lowest.
+template <class T>
+inline T from_bits(u64 bits) {
+  T value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
 }
-inline u16 to_bf(float f) {
-  u32 b;
-  memcpy(&b, &f, 4);
-  if ((b & 0x7fffffff) > 0x7f800000) return 0x7fff;
-  return u16((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+template <class T>
+inline u64 to_bits(T value) {
+  if constexpr (sizeof(T) == 4) {
+    u32 bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+  } else {
+    u64 bits = 0;
+    memcpy(&bits, &value, sizeof value);
+    return bits;
+  }
 }
-inline float to_tf32(float f) {
-  u32 b;
-  memcpy(&b, &f, 4);
-  if ((b & 0x7f800000) == 0x7f800000) return f;
-  b = (b + 0x1000) & ~0x1fffu;
-  memcpy(&f, &b, 4);
-  return f;
-}
-inline float tf32_bits(u32 b) {
-  b &= ~0x1fffu;
-  float f;
-  memcpy(&f, &b, 4);
-  return f;
-}  // what the tensor cores read
-
+inline u64 low_bits(int bits) { return bits >= 64 ? ~0ull : (1ull << bits) - 1; }
+// A narrow signed integer of a register, in 64 bits.
 inline u64 extend(u64 v, Type t) {
   switch (t) {
     case S8:
@@ -119,4 +116,64 @@ inline u64 extend(u64 v, Type t) {
       return v;
   }
 }
+
+inline float half_to(u16 h) {
+#ifdef __F16C__
+  return _cvtsh_ss(h);
+#else
+  __fp16 value;
+  memcpy(&value, &h, 2);
+  return value;
+#endif
+}
+inline u16 to_half(float f) {
+#ifdef __F16C__
+  return _cvtss_sh(f, 0);
+#else
+  const __fp16 value = f;
+  u16 h;
+  memcpy(&h, &value, 2);
+  return h;
+#endif
+}
+inline u16 to_half_rz(float f) {
+  const u16 h = to_half(f);
+  const bool away = std::fabs(half_to(h)) > std::fabs(f);
+  return away ? u16(h - 1) : h;  // the next number towards zero; from infinity the largest
+}
+inline float bf_to(u16 h) { return from_bits<float>(u64(h) << 16); }
+inline u16 to_bf(float f) {
+  const u32 b = u32(to_bits(f));
+  if ((b & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return u16((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+}
+// To the nearest of 10 bits, ties away from zero (cvt.rna.tf32).
+inline float to_tf32(float f) {
+  const u32 b = u32(to_bits(f));
+  if ((b & 0x7f800000) == 0x7f800000) return f;
+  return from_bits<float>((b + 0x1000) & ~0x1fffu);
+}
+// What the tensor cores read of a word.
+inline float tf32_bits(u32 b) { return from_bits<float>(b & ~0x1fffu); }
+
+inline float widen(u16 bits, bool bf16) { return bf16 ? bf_to(bits) : half_to(bits); }
+inline u16 narrow(float value, bool bf16) { return bf16 ? to_bf(value) : to_half(value); }
+
+// hi + lo (lo a rounding error of hi, or 0) as a float of which another rounding to 16 bits is right: the last bit says
+// whether something was cut off.
+inline float round_to_odd(double hi, double lo) {
+  float f = float(hi);
+  double rest = (hi - double(f)) + lo;
+  if (!std::isfinite(f) || rest == 0) return f;
+  if ((rest < 0) != (f < 0) && f != 0) f = std::nextafterf(f, 0);  // towards zero, then sticky
+  return from_bits<float>(to_bits(f) | 1);
+}
+// a * b + c of 16-bit floats, to be rounded once.
+inline float fma_to_odd(float a, float b, float c) {
+  const double product = double(a) * b, sum = product + c;
+  if (!std::isfinite(sum)) return float(sum);
+  const double t = sum - product, error = (product - (sum - t)) + (double(c) - t);
+  return round_to_odd(sum, error);
+}
+inline float flush(float f) { return std::fpclassify(f) == FP_SUBNORMAL ? std::copysign(0.f, f) : f; }
 }  // namespace ptxsim

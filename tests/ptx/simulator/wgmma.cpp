@@ -1,116 +1,173 @@
-// Products of a warpgroup: factors in shared memory, named by descriptors, read at any time until the wait.
 #include "wgmma.h"
+
+#include <algorithm>
 
 #include "matrix.h"
 #include "memory.h"
 
 namespace ptxsim {
 namespace {
-// Byte of element (mn, k) of a factor of 16-bit elements that a descriptor names.
-u32 factor_at(u64 desc, bool mn_major, int mn, int k) {
-  const u32 start = (desc & 0x3fff) << 4, lbo = (desc >> 16 & 0x3fff) << 4, sbo = (desc >> 32 & 0x3fff) << 4;
-  const int kind = desc >> 62 & 3;
-  static const u32 span[4] = {16, 128, 64, 32};
-  const u32 bytes = span[kind];
-  u32 off;
-  if (!mn_major) {
-    if (kind == 0)
-      off = (mn % 8) * 16 + (mn / 8) * sbo + (k / 8) * lbo + (k % 8) * 2;
+struct Descriptor {
+  u32 start, leading, stride;
+  int swizzle;  // 0: none, 1: 128 bytes, 2: 64, 3: 32
+  explicit Descriptor(u64 bits)
+      : start(u32(bits & 0x3fff) << 4),
+        leading(u32(bits >> 16 & 0x3fff) << 4),
+        stride(u32(bits >> 32 & 0x3fff) << 4),
+        swizzle(int(bits >> 62)) {}
+  // Of the 16 bytes that hold (row, k) and the next elements along k, or, transposed, along the rows.
+  u32 chunk(bool transposed, int row, int k, int element_bytes) const {
+    constexpr u32 kSpans[4] = {16, 128, 64, 32};
+    const u32 span = kSpans[swizzle], r = u32(row), x = u32(k), per_chunk = 16 / u32(element_bytes);
+    u32 at;
+    if (!transposed)
+      at = r % 8 * span + r / 8 * stride + (swizzle == 0 ? x / per_chunk * leading : x * u32(element_bytes));
+    else if (swizzle == 0)
+      at = r / 8 * stride + x % 8 * 16 + x / 8 * leading;
     else
-      off = (mn % 8) * bytes + (mn / 8) * sbo + k * 2;
-  } else {
-    const int wide = bytes / 2;
-    if (kind == 0)
-      off = (mn % 8) * 2 + (mn / 8) * sbo + (k % 8) * 16 + (k / 8) * lbo;
-    else
-      off = (mn % wide) * 2 + (mn / wide) * lbo + (k % 8) * bytes + (k / 8) * sbo;
+      at = r % (span / 2) * 2 + r / (span / 2) * leading + x % 8 * span + x / 8 * stride;
+    return swizzled(start + at, swizzle);
   }
-  return swizzled(start + off, kind);
-}
-void do_wgmma(Warp& w, const Pending& p) {
-  const Instruction& in = *p.in;
-  const int n = in.a, k = 16;
-  vector<float> A(16 * k), B(size_t(k) * n);
-  auto read = [&](u64 desc, bool mn_major, int mn, int kk) {
-    const u32 at = factor_at(desc, mn_major, mn, kk);
-    Block* block_at = nullptr;
-    const u8* q = shared_at(w, in, at, 2, &block_at);
-    check_written(w, in, block_at, q, 2);
-    u16 v;
-    memcpy(&v, q, 2);
-    return in.t == BF16 ? bf_to(v) : half_to(v);
-  };
-  const int row = w.id % 4 * 16;
-  if (p.a_in_regs) {
-    for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i)
-        for (int h = 0; h < 2; ++h)
-          A[(lane / 4 + 8 * (i & 1)) * k + 2 * (lane % 4) + h + 8 * (i >> 1)] = element(p.a_regs[i][lane], h, in.t);
-  } else
-    for (int r = 0; r < 16; ++r)
-      for (int kk = 0; kk < k; ++kk) A[r * k + kk] = read(p.desc_a, p.tnsp_a, row + r, kk);
-  for (int c = 0; c < n; ++c)
-    for (int kk = 0; kk < k; ++kk) B[size_t(kk) * n + c] = read(p.desc_b, p.tnsp_b, c, kk);
-  const Operand& d = in.ops[0];
-  for (int i = 0; i < n / 2; ++i)
-    for (int lane = 0; lane < 32; ++lane) {
-      const int r = lane / 4 + 8 * (i / 2 % 2), c = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-      double s = 0;
-      for (int kk = 0; kk < k; ++kk) s += double(A[r * k + kk]) * B[size_t(kk) * n + c];
-      s *= p.imm_a * p.imm_b;
-      if (p.scale_d) s += get<float>(w, d.parts[i], lane);
-      put<float>(w, d.parts[i], lane, float(s));
+};
+
+// to[row * row_step + k * k_step] = the factor; 32 bytes along k
+void read_factor(const Warp& w, const Instruction& in, u64 bits, bool transposed, int first_row, int rows, double* to,
+                 int row_step, int k_step) {
+  if (bits >> 49 & 7) fail(w, in, "a wgmma descriptor with a base offset");
+  const Descriptor d(bits);
+  const int bytes = size_of(in.t == TF32 ? F32 : in.t), per_chunk = 16 / bytes;
+  if (transposed && bytes != 2) fail(w, in, "a transposed factor of 32 bits");
+  double values[8];
+  if (!transposed) {
+    for (int r = 0; r < rows; ++r)
+      for (int k = 0; k < in.b; k += per_chunk) {
+        widen_16_bytes(load_shared_async(w, in, d.chunk(false, first_row + r, k, bytes), 16), in.t, values);
+        for (int i = 0; i < per_chunk; ++i) to[r * row_step + (k + i) * k_step] = values[i];
+      }
+    return;
+  }
+  for (int k = 0; k < in.b; ++k)
+    for (int r = 0; r < rows; r += 8) {
+      widen_16_bytes(load_shared_async(w, in, d.chunk(true, first_row + r, k, bytes), 16), in.t, values);
+      for (int i = 0; i < 8; ++i) to[(r + i) * row_step + k * k_step] = values[i];
     }
 }
+
+// One product, of all four warps.
+void execute(Warp* const* warps, const Product* const* products) {
+  const Instruction& in = *products[0]->in;
+  const int n = in.a, k = in.b;
+  thread_local vector<double> A(64 * 16), B(16 * 256), C(16 * 256);
+  read_factor(*warps[0], in, products[0]->b, products[0]->b_transposed, 0, n, B.data(), 1, n);
+  for (int g = 0; g < 4; ++g) {
+    Warp& w = *warps[g];
+    const Product& p = *products[g];
+    if (p.in != &in || p.b != products[0]->b) fail(w, in, "the warps of a warpgroup multiply different factors");
+    if (p.a_in_registers) {
+      const bool bf16 = in.t == BF16;
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i) {
+          const u32 v = p.a_registers[i][lane];
+          const int r = lane / 4 + 8 * (i & 1);
+          if (in.t == TF32)
+            A[size_t(r * k + lane % 4 + 4 * (i >> 1))] = double(tf32_bits(v));
+          else
+            for (int h = 0; h < 2; ++h)
+              A[size_t(r * k + 2 * (lane % 4) + h + 8 * (i >> 1))] = double(widen(u16(v >> (16 * h)), bf16));
+        }
+    } else
+      read_factor(w, in, p.a, p.a_transposed, 16 * g, 16, A.data(), k, 1);
+    std::fill(C.begin(), C.begin() + 16 * n, 0.0);
+    multiply(A.data(), B.data(), C.data(), 16, n, k);
+    const double scale = p.scale_a * p.scale_b;
+    const bool truncates = settings().truncates;
+    for (int i = 0; i < n / 2; ++i) {
+      u64* d = lanes_of(w, in.ops[0].parts[size_t(i)]);
+      const double* from = C.data() + 8 * (i / 2 % 2) * n + 8 * (i / 4) + i % 2;
+      for (int lane = 0; lane < 32; ++lane) {
+        double s = scale * from[lane / 4 * n + 2 * (lane % 4)];
+        if (p.scale_d) s += double(from_bits<float>(d[lane]));
+        d[lane] = to_bits(rounded_sum(s, truncates));
+      }
+    }
+  }
+}
+
+struct Warpgroup {
+  Warp* warps[4] = {};
+  explicit Warpgroup(const Warp& w) {
+    const size_t first = size_t(w.id) / 4 * 4;
+    if (first + 4 > w.cta->warps.size()) fail("wgmma in a block whose warpgroup has less than four warps");
+    for (size_t i = 0; i < 4; ++i) warps[i] = w.cta->warps[first + i].get();
+  }
+  bool has_committed(u64 groups) const {
+    for (const Warp* w : warps)
+      if (w->committed < groups) return false;
+    return true;
+  }
+  // Executes groups until so many are finished.
+  void finish(u64 groups) {
+    while (warps[0]->finished < groups) {
+      const size_t count = warps[0]->groups.front().size();
+      for (Warp* w : warps)
+        if (w->groups.front().size() != count) fail("the warps of a warpgroup commit different numbers of wgmma");
+      for (size_t i = 0; i < count; ++i) {
+        const Product* products[4];
+        for (int g = 0; g < 4; ++g) products[g] = &warps[g]->groups.front()[i];
+        execute(warps, products);
+      }
+      for (Warp* w : warps) w->groups.pop_front(), ++w->finished;
+    }
+  }
+};
 }  // namespace
+
+void finish_oldest_group(Warp& w) {
+  Warpgroup group(w);
+  if (group.has_committed(w.finished + 1)) group.finish(w.finished + 1);
+}
+
+// a: n, b: k; d, a or its descriptor, b's descriptor, scale of d, of a, of b (, a transposed), b transposed
 void run_wgmma(Warp& w, const Instruction& in, u32) {
-  Pending p{};
+  if (!w.fenced && w.open.empty()) fail(w, in, "the first wgmma of a group without wgmma.fence");
+  Product p{};
   p.in = &in;
-  int at = 1;
-  if (in.ops[1].kind == Operand::Vec) {
-    p.a_in_regs = true;
+  p.a_in_registers = in.ops[1].kind == Operand::Vector;
+  if (p.a_in_registers)
     for (int i = 0; i < 4; ++i)
-      for (int lane = 0; lane < 32; ++lane) p.a_regs[i][lane] = raw(w, in.ops[1].parts[i], lane);
-  } else
-    p.desc_a = raw(w, in.ops[1], 0);
-  p.desc_b = raw(w, in.ops[2], 0);
+      for (int lane = 0; lane < 32; ++lane) p.a_registers[i][lane] = u32(raw(w, in.ops[1].parts[size_t(i)], lane));
+  else
+    p.a = raw(w, in.ops[1], 0);
+  p.b = raw(w, in.ops[2], 0);
   p.scale_d = truth(w, in.ops[3], 0);
-  p.imm_a = s32(raw(w, in.ops[4], 0)), p.imm_b = s32(raw(w, in.ops[5], 0));
-  at = 6;
-  if (!p.a_in_regs) p.tnsp_a = raw(w, in.ops[at++], 0);
-  p.tnsp_b = raw(w, in.ops[at], 0);
+  p.scale_a = s32(raw(w, in.ops[4], 0)), p.scale_b = s32(raw(w, in.ops[5], 0));
+  size_t at = 6;
+  if (!p.a_in_registers && in.ops.size() > at + 1) p.a_transposed = raw(w, in.ops[at++], 0) != 0;
+  if (in.ops.size() > at) p.b_transposed = raw(w, in.ops[at], 0) != 0;
   w.open.push_back(p);
 }
-void finish_group(Warp& w) {
-  for (const Pending& p : w.groups.front()) do_wgmma(w, p);
-  w.groups.pop_front();
-  ++w.finished;
-}
-bool warpgroup_has(const Warp& w, u64 groups) {
-  for (auto& o : w.cta->warps)
-    if (o->id / 4 == w.id / 4 && o->committed < groups) return false;
-  return true;
-}
-void finish_warpgroup(const Warp& w, u64 groups) {
-  for (auto& o : w.cta->warps)
-    if (o->id / 4 == w.id / 4)
-      while (o->finished < groups) finish_group(*o);
-}
+void run_wgmma_fence(Warp& w, const Instruction&, u32) { w.fenced = true; }
 void run_wgmma_commit(Warp& w, const Instruction&, u32) {
   w.groups.push_back(std::move(w.open));
   w.open.clear();
   ++w.committed;
-  for (auto& o : w.cta->warps)
-    if (o->state == Warp::Group && o->id / 4 == w.id / 4 && warpgroup_has(*o, o->wanted))
-      finish_warpgroup(*o, o->wanted), o->state = Warp::Run, ++w.cta->launch->progress;
+  w.fenced = false;
+  Warpgroup group(w);
+  for (Warp* other : group.warps)
+    if (other->state == Warp::AtWarpgroup && group.has_committed(other->wanted)) {
+      group.finish(other->wanted);
+      wake(*other);
+      ++w.cta->launch->progress;
+    }
 }
-// A group is done when all four warps of the warpgroup have issued it: whoever waits for it waits for them.
+// A group is done when all four warps have issued it: whoever waits for it waits for them.
 void run_wgmma_wait(Warp& w, const Instruction& in, u32) {
-  const u64 n = in.ops[0].imm;
-  w.wanted = w.committed > n ? w.committed - n : 0;
-  if (warpgroup_has(w, w.wanted))
-    finish_warpgroup(w, w.wanted);
+  const u64 left = raw(w, in.ops[0], 0);
+  w.wanted = w.committed > left ? w.committed - left : 0;
+  Warpgroup group(w);
+  if (group.has_committed(w.wanted))
+    group.finish(w.wanted);
   else
-    w.state = Warp::Group;
+    sleep(w, Warp::AtWarpgroup);
 }
 }  // namespace ptxsim
