@@ -101,6 +101,7 @@ bool is_ready(cudaStream_t stream, cudaError_t& error) {
   } else if (static_cast<void*>(stream) != &current_stream) {
     error = fail(cudaErrorInvalidResourceHandle, "a launch on another stream than the current one");
   } else {
+    complaint.clear();
     register_memory();
     return true;
   }
