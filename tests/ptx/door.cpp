@@ -44,7 +44,7 @@ cudaError_t fail(cudaError_t error, const std::string& what) {
 
 struct Allowed {
   const void* kernel;
-  int bytes;
+  int device, bytes;
 };
 std::vector<Allowed> allowed;  // every cudaFuncSetAttribute so far
 
@@ -148,7 +148,7 @@ AOTITorchError __wrap_aoti_torch_get_device_type(AtenTensorHandle tensor, int32_
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
-  *index = 0;
+  cudaGetDevice(index);
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
@@ -224,7 +224,11 @@ cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const v
 }
 cudaError_t __real_cudaFuncSetAttribute(const void*, cudaFuncAttribute, int);
 cudaError_t __wrap_cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) allowed.push_back({kernel, value});
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    int device = 0;
+    cudaGetDevice(&device);
+    allowed.push_back({kernel, device, value});
+  }
   return __real_cudaFuncSetAttribute(kernel, attribute, value);
 }
 const char* __real_cudaGetErrorString(cudaError_t);
@@ -257,12 +261,12 @@ int door_stale() { return pending != cudaSuccess || cudaPeekAtLastError() != cud
 // As a new test finds it.
 void door_clear() {
   tiles = streams = 0, refuse_at = -1, most_blocks = INT32_MAX, host_tensor = nullptr;
-  complaint.clear(), pending = cudaSuccess, allowed.clear();
+  complaint.clear(), pending = cudaSuccess;
   ptxsim_clear();
 }
-int door_allowed(int index, const void** kernel) {
+int door_allowed(int index, const void** kernel, int* device) {
   if (index >= static_cast<int>(allowed.size())) return -1;
-  *kernel = allowed[index].kernel;
+  *kernel = allowed[index].kernel, *device = allowed[index].device;
   return allowed[index].bytes;
 }
 // A list of products as csrc/symm_gemm takes it, with what no op asks for. Each alpha, beta, gamma and eta is an array

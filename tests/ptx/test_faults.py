@@ -278,7 +278,8 @@ def test_a_proxy_fence_less() -> None:
         try:
             Module(text).launch("staged", out, block=128, seed=seed)
         except LaunchError as error:
-            assert UNWRITTEN in str(error)
+            if UNWRITTEN not in str(error):
+                raise
             return None
         return out
 

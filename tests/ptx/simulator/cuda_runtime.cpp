@@ -1,5 +1,7 @@
 // Takes the place of the CUDA runtime: kernels that nvcc compiled to PTX register themselves, launches run here, device
-// memory is host memory. A device of compute capability 9.0.
+// memory is host memory. The device's compute capability is chosen, and with it the PTX that it is given.
+#include "cuda_runtime.h"
+
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -18,14 +20,19 @@ struct FatWrapper {
   const void* data;
   void* file;
 };
+struct Image {
+  bool exact;  // for this architecture alone, as sm_90a
+  string text;
+  std::unique_ptr<ptxsim::Module> module;  // when it is first asked for
+};
 struct Binary {
   const uint8_t* data = nullptr;
-  bool read = false;
-  std::vector<std::unique_ptr<ptxsim::Module>> modules;
+  std::map<int, Image> images;  // by capability
 };
 struct Function {
   Binary* binary;
   string name;
+  std::map<int, size_t> allowed_dynamic;  // bytes of shared memory that were asked for, by device
 };
 struct Configuration {
   dim3 grid, block;
@@ -37,8 +44,10 @@ struct Runtime {
   std::vector<std::unique_ptr<Binary>> binaries;
   std::map<const void*, Function> functions;  // by the host's stub
   std::vector<Configuration> configurations;
+  std::map<string, std::unique_ptr<ptxsim::Module>> replacements;  // by kernel
   string error;
   cudaError_t last = cudaSuccess;
+  int capability = 90;
 };
 Runtime& runtime() {
   static Runtime r;
@@ -56,10 +65,9 @@ T field(const uint8_t* at) {
   return value;
 }
 
-// Reads every text of PTX in an archive of nvcc (-no-compress).
+// Lists the texts of PTX in an archive of nvcc (-no-compress) by their targets.
 void read_archive(Binary& binary) {
-  if (binary.read) return;
-  binary.read = true;
+  if (!binary.images.empty()) return;
   const uint8_t* p = binary.data;
   if (field<uint32_t>(p) != 0xBA55ED50) ptxsim::fail("not a fat binary");
   const uint8_t *at = p + field<uint16_t>(p + 6), *end = at + field<uint64_t>(p + 8);
@@ -71,24 +79,57 @@ void read_archive(Binary& binary) {
       if (flags & 0xf000) ptxsim::fail("compressed PTX: compile with nvcc -no-compress");
       string text(reinterpret_cast<const char*>(at + head), bytes);
       text.resize(strlen(text.c_str()));
-      binary.modules.push_back(std::make_unique<ptxsim::Module>(text));
+      const size_t target = text.find(".target sm_");
+      if (target == string::npos) ptxsim::fail("PTX without a target");
+      char* rest = nullptr;
+      const long capability = strtol(text.c_str() + target + 11, &rest, 10);
+      const bool exact = *rest == 'a';
+      binary.images[int(capability)] = {exact, std::move(text), nullptr};
     }
     at += head + bytes;
   }
 }
 
-ptxsim::Kernel& kernel_of(const void* function) {
-  const auto it = runtime().functions.find(function);
+// What the driver would take: the newest PTX that the device can be given.
+Image& image_of(Binary& binary) {
+  read_archive(binary);
+  for (auto it = binary.images.rbegin(); it != binary.images.rend(); ++it)
+    if (it->second.exact ? it->first == runtime().capability : it->first <= runtime().capability) return it->second;
+  ptxsim::fail("no PTX for compute capability " + std::to_string(runtime().capability));
+}
+
+Function& function_of(const void* host) {
+  const auto it = runtime().functions.find(host);
   if (it == runtime().functions.end()) ptxsim::fail("a launch of a kernel that nobody registered");
-  read_archive(*it->second.binary);
-  for (const auto& module : it->second.binary->modules)
-    if (ptxsim::Kernel* kernel = module->find(it->second.name)) return *kernel;
-  ptxsim::fail("no PTX of " + it->second.name);
+  return it->second;
+}
+
+ptxsim::Kernel& kernel_of(const Function& function) {
+  const auto replaced = runtime().replacements.find(function.name);
+  ptxsim::Module* module = nullptr;
+  if (replaced != runtime().replacements.end()) {
+    module = replaced->second.get();
+  } else {
+    Image& image = image_of(*function.binary);
+    if (!image.module) image.module = std::make_unique<ptxsim::Module>(image.text);
+    module = image.module.get();
+  }
+  ptxsim::Kernel* kernel = module->find(function.name);
+  if (!kernel) ptxsim::fail("no PTX of " + function.name);
+  const auto allowed = function.allowed_dynamic.find(runtime().capability);
+  kernel->allowed_dynamic = allowed != function.allowed_dynamic.end() ? allowed->second : 48 << 10;
+  return *kernel;
+}
+
+int most_shared() {
+  const int capability = runtime().capability;
+  return (capability == 90 || capability == 100 ? 227 : capability == 80 ? 163 : 99) << 10;
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t dynamic, int cluster) {
   try {
-    ptxsim::launch(kernel_of(function), {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, dynamic, args);
+    ptxsim::launch(kernel_of(function_of(function)), {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster,
+                   dynamic, args);
     return cudaSuccess;
   } catch (const ptxsim::Refused& e) {
     return report(cudaErrorInvalidConfiguration, e.what());
@@ -149,7 +190,7 @@ void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 void __cudaRegisterFunction(void** binary, const char* host, char*, const char* device, int, uint3*, uint3*, dim3*,
                             dim3*, int*) {
-  runtime().functions[host] = {reinterpret_cast<Binary*>(binary), device};
+  runtime().functions[host] = {reinterpret_cast<Binary*>(binary), device, {}};
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) {
@@ -187,10 +228,11 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void
 }
 cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int value) {
   try {
-    ptxsim::Kernel& kernel = kernel_of(f);
+    Function& function = function_of(f);
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-      if (value > (227 << 10)) return report(cudaErrorInvalidValue, "more shared memory than a block can have");
-      kernel.allowed_dynamic = size_t(value);
+      if (value < 0 || value > most_shared())
+        return report(cudaErrorInvalidValue, std::to_string(value) + " bytes of shared memory for a block");
+      function.allowed_dynamic[runtime().capability] = size_t(value);
     }
     return cudaSuccess;
   } catch (const std::exception& e) {
@@ -198,7 +240,7 @@ cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int
   }
 }
 cudaError_t cudaGetDevice(int* d) {
-  *d = 0;
+  *d = runtime().capability;  // a device of each kind
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
@@ -211,19 +253,19 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = 50 << 20;
       break;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = runtime().capability / 10;
       break;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = runtime().capability % 10;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 227 << 10;
+      *value = most_shared();
       break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = 228 << 10;
       break;
     case cudaDevAttrClusterLaunch:
-      *value = 1;
+      *value = runtime().capability >= 90;
       break;
     default:
       return report(cudaErrorInvalidValue, "device attribute " + std::to_string(int(attribute)));
@@ -261,10 +303,33 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* s) {
   *s = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-// The last error's text; the runtime's calls return only a code.
 const char* ptxsim_error() { return runtime().error.c_str(); }
 void ptxsim_clear() {
   runtime().error.clear();
   runtime().last = cudaSuccess;
+}
+void ptxsim_capability(int capability) { runtime().capability = capability; }
+const char* ptxsim_text(const char* kernel) {
+  for (const auto& [host, function] : runtime().functions)
+    if (function.name == kernel) return image_of(*function.binary).text.c_str();
+  return nullptr;
+}
+const char* ptxsim_kernel(int index) {
+  for (const auto& [host, function] : runtime().functions)
+    if (index-- == 0) return function.name.c_str();
+  return nullptr;
+}
+const char* ptxsim_replace(const char* kernel, const char* ptx) {
+  runtime().replacements.erase(kernel);
+  if (ptx == nullptr) return nullptr;
+  try {
+    auto module = std::make_unique<ptxsim::Module>(ptx);
+    module->find(kernel);
+    runtime().replacements[kernel] = std::move(module);
+    return nullptr;
+  } catch (const std::exception& e) {
+    runtime().error = e.what();
+    return runtime().error.c_str();
+  }
 }
 }

@@ -80,7 +80,7 @@ struct Kernel {
   int cluster = 0;
   int most_threads = 1024, threads = 0;  // .maxntid, .reqntid
   bool reads_asynchronously = false;     // shared memory, by wgmma or bulk copies
-  mutable size_t allowed_dynamic = 48 << 10;
+  size_t allowed_dynamic = 48 << 10;
 };
 
 // A module of PTX; a kernel is read when it is first asked for.
