@@ -1,5 +1,6 @@
 // The numbers of a chain: one read of the lower triangle of every Gram product, and what follows from its sums.
 #include "common/block.cuh"
+#include "common/check.h"
 #include "common/floats.h"
 #include "polar/formulas.cuh"
 
@@ -84,12 +85,7 @@ void numbers_on_device(const NumbersParams& params, void* stream) {
   const int64_t blocks = params.matrices * arguments.blocks;
   if (blocks > INT32_MAX)
     throw std::invalid_argument("steepest::chain_numbers: more than 2^31 blocks; split the batch");
-#ifdef __CUDACC__
   chain_numbers<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
-#else
-  emulation::launch(chain_numbers, static_cast<int>(blocks), kThreads,
-                    arguments);  // this source on a CPU: tests/emulation
-#endif
   check_launch("chain_numbers", static_cast<int32_t>(blocks), params.matrices);
 }
 

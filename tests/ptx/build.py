@@ -32,7 +32,7 @@ DAYS = 14  # that an object nobody asks for is kept
 
 #: Loops that are compiled once more for wider vectors; the module for Python lies in no folder.
 LEFT_OUT = ("multi_tensor/host_avx2", "multi_tensor/host_avx512")
-PRODUCTS = "symm_gemm/sm90_"  # compiled for sm_90a alone; the rest also for a device without clusters, sm_80
+PRODUCTS = "symm_gemm/sm90_"  # for sm_90a alone; the rest is compiled for devices with clusters and for those without
 
 #: What the doors ask of torch, the runtime or the planner and door.cpp answers; see there.
 WRAPPED = (
@@ -43,6 +43,8 @@ WRAPPED = (
     *("__cudaLaunchKernel", "cudaLaunchKernelExC", "cudaFuncSetAttribute"),
     *("cudaGetErrorString", "cudaGetLastError"),
 )
+#: Functions of the product that door.cpp stands before, by the source that defines or calls them.
+RENAMED = {"symm_gemm/plan": "-Dmake_plan=planned", "ops/polar": "-Dpolar_on_device=polar_in_launches"}
 COMPILER = os.environ.get("CXX", "g++")
 # A namespace of its own: another library of this process may hold the real one.
 NAMESPACE = "-Dsteepest=steepest_ptx"
@@ -53,8 +55,8 @@ NVCC_FLAGS = (
     *("-std=c++17", "-no-compress", "-cudart", "none", NAMESPACE, f"-I{CSRC}"),
     *("-Xcompiler", "-fPIC", "-Xcompiler", "-fno-gnu-unique"),
 )
-SM90 = ("-gencode", "arch=compute_90a,code=compute_90a")
-SM80 = ("-gencode", "arch=compute_80,code=compute_80")
+SM90A = ("-gencode", "arch=compute_90a,code=compute_90a")
+PORTABLE = ("-gencode", "arch=compute_90,code=compute_90", "-gencode", "arch=compute_80,code=compute_80")
 
 
 class UnavailableError(Exception):
@@ -163,7 +165,7 @@ def jobs() -> list[Job]:
     version = re.findall(
         r"#define CUTLASS_(?:MAJOR|MINOR|PATCH) (\d+)", (cutlass() / "cutlass" / "version.h").read_text()
     )
-    products = (*NVCC_FLAGS, *SM90, "-DNDEBUG", "--expt-relaxed-constexpr", f"-DCUTLASS_{'_'.join(version)}")
+    products = (*NVCC_FLAGS, *SM90A, "-DNDEBUG", "--expt-relaxed-constexpr", f"-DCUTLASS_{'_'.join(version)}")
     kernels = sources(".cu")
     for dtype in ("f16", "bf16"):
         # One source of all products of a type: CUTLASS is read once instead of five times.
@@ -174,12 +176,12 @@ def jobs() -> list[Job]:
         made.append(Job(f"products_{dtype}", (nvcc(), *products, "-isystem", str(cutlass())), source))
     for name in sorted(kernels, key=lambda name: -(CSRC / f"{name}.cu").stat().st_size):
         if not name.startswith(PRODUCTS):
-            made.append(Job(name.replace("/", "_"), (nvcc(), *NVCC_FLAGS, *SM90, *SM80), CSRC / f"{name}.cu"))
+            made.append(Job(name.replace("/", "_"), (nvcc(), *NVCC_FLAGS, *PORTABLE), CSRC / f"{name}.cu"))
     for path in sorted((HERE / "simulator").glob("*.cpp")):
         made.append(Job(f"simulator_{path.stem}", (COMPILER, *SIMULATOR_FLAGS, "-fno-gnu-unique", cuda), path))
     for name in sources(".cpp"):
-        extra = ["-Dmake_plan=planned"] if name == "symm_gemm/plan" else []
-        made.append(Job(f"host_{name.replace('/', '_')}", (COMPILER, *door, *extra), CSRC / f"{name}.cpp"))
+        renamed = [RENAMED[name]] if name in RENAMED else []
+        made.append(Job(f"host_{name.replace('/', '_')}", (COMPILER, *door, *renamed), CSRC / f"{name}.cpp"))
     made.append(Job("door", (COMPILER, *door, cuda), HERE / "door.cpp"))
     return made
 

@@ -20,6 +20,7 @@
 #include "eigh/cusolver.h"
 #include "simulator/api.h"
 #include "simulator/cuda_runtime.h"
+#include "small_polar/params.h"
 #include "symm_gemm/plan.h"
 
 namespace {
@@ -27,6 +28,7 @@ namespace {
 // What the tests choose.
 int tiles = 0;                      // 0: as the planner has it, 1: wide, 2: small
 int streams = 0;                    // 0: as the planner has it, 1: never, 2: always
+int most_blocks = INT32_MAX;        // of a launch of small matrices
 int refuse_at = -1;                 // of the launches from now on the one that is refused, 0 the next; -1: none
 const void* host_tensor = nullptr;  // the memory of a tensor that stays a CPU's
 char current_stream;                // its address stands for one
@@ -42,7 +44,7 @@ cudaError_t fail(cudaError_t error, const std::string& what) {
 
 struct Allowed {
   const void* kernel;
-  int bytes;
+  int device, bytes;
 };
 std::vector<Allowed> allowed;  // every cudaFuncSetAttribute so far
 
@@ -99,6 +101,7 @@ bool is_ready(cudaStream_t stream, cudaError_t& error) {
   } else if (static_cast<void*>(stream) != &current_stream) {
     error = fail(cudaErrorInvalidResourceHandle, "a launch on another stream than the current one");
   } else {
+    complaint.clear();
     register_memory();
     return true;
   }
@@ -127,6 +130,13 @@ Plan make_plan(const std::vector<Shape>& shapes, int multiprocessors, const Opti
 }
 }  // namespace steepest::symm_gemm
 
+namespace steepest::small_polar {
+void polar_in_launches(const std::vector<Matrices>& matrices, const Schedule& schedule, const Room& room, void* stream,
+                       int32_t most) {
+  polar_on_device(matrices, schedule, room, stream, std::min(most, most_blocks));
+}
+}  // namespace steepest::small_polar
+
 extern "C" {
 
 // ---- torch
@@ -138,7 +148,7 @@ AOTITorchError __wrap_aoti_torch_get_device_type(AtenTensorHandle tensor, int32_
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
-  *index = 0;
+  cudaGetDevice(index);
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
@@ -214,7 +224,11 @@ cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const v
 }
 cudaError_t __real_cudaFuncSetAttribute(const void*, cudaFuncAttribute, int);
 cudaError_t __wrap_cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) allowed.push_back({kernel, value});
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    int device = 0;
+    cudaGetDevice(&device);
+    allowed.push_back({kernel, device, value});
+  }
   return __real_cudaFuncSetAttribute(kernel, attribute, value);
 }
 const char* __real_cudaGetErrorString(cudaError_t);
@@ -239,19 +253,20 @@ void door_remember(const void* begin, uint64_t bytes, bool written) {
 void door_forget() { known.erase(nullptr), registered = false; }
 void door_tiles(int mode) { tiles = mode; }
 void door_streams(int mode) { streams = mode; }
+void door_most_blocks(int count) { most_blocks = count; }
 void door_refuse(int launch) { refuse_at = launch; }
 void door_host(const void* at) { host_tensor = at; }
 // Whether an error waits for somebody who asks.
 int door_stale() { return pending != cudaSuccess || cudaPeekAtLastError() != cudaSuccess; }
 // As a new test finds it.
 void door_clear() {
-  tiles = streams = 0, refuse_at = -1, host_tensor = nullptr;
-  complaint.clear(), pending = cudaSuccess, allowed.clear();
+  tiles = streams = 0, refuse_at = -1, most_blocks = INT32_MAX, host_tensor = nullptr;
+  complaint.clear(), pending = cudaSuccess;
   ptxsim_clear();
 }
-int door_allowed(int index, const void** kernel) {
+int door_allowed(int index, const void** kernel, int* device) {
   if (index >= static_cast<int>(allowed.size())) return -1;
-  *kernel = allowed[index].kernel;
+  *kernel = allowed[index].kernel, *device = allowed[index].device;
   return allowed[index].bytes;
 }
 // A list of products as csrc/symm_gemm takes it, with what no op asks for. Each alpha, beta, gamma and eta is an array

@@ -65,11 +65,11 @@ class Kernels:
         """Of all kernels so far."""
         return int(self.library.ptxsim_launches())
 
-    def allowed(self) -> list[tuple[int, int]]:
-        """(kernel, bytes) of every call so far that asked for dynamic shared memory beyond the usual."""
-        kernel, calls = ctypes.c_void_p(), []
-        while (size := self.library.door_allowed(len(calls), ctypes.byref(kernel))) >= 0:
-            calls.append((kernel.value or 0, size))
+    def allowed(self) -> list[tuple[int, int, int]]:
+        """(kernel, device, bytes) of every call so far that asked for more dynamic shared memory than the usual."""
+        kernel, device, calls = ctypes.c_void_p(), ctypes.c_int(), []
+        while (size := self.library.door_allowed(len(calls), ctypes.byref(kernel), ctypes.byref(device))) >= 0:
+            calls.append((kernel.value or 0, device.value, size))
         return calls
 
     def names(self) -> list[str]:

@@ -107,7 +107,9 @@ def registered(*arrays: np.ndarray, writable: bool = True) -> Iterator[None]:
     """Lets kernels access these arrays only, until the end."""
     for number, array in enumerate(arrays):
         name = f"array {number}".encode()
-        library().ptxsim_register(ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(array.nbytes), name, int(writable))
+        library().ptxsim_register(
+            ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(array.nbytes), name, int(writable)
+        )
     try:
         yield
     finally:

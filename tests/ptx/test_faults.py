@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from cases import with_spectrum
 from chains import given, grams, kernel
 from ptx.kernels import Guards, Kernels
 from ptx.products import KK, KMN, Product, Shape, multiply
+from ptx.simulator_library import LaunchError, Module
 from ptx.small_polar import SmallPolar, exact, in_half_precision
 from steepest.linalg.coefficients import SCHEDULES
 
@@ -223,3 +225,67 @@ def outcome(fault: Fault, kernels: Kernels, guards: Guards, seed: int) -> str | 
     except AssertionError:
         return "numbers"
     return None
+
+
+# No kernel of csrc writes what tensor cores read; this one does.
+STAGED = """
+.version 8.3
+.target sm_90a
+.address_size 64
+.visible .entry staged(.param .u64 out)
+{
+.reg .pred %p<3>;
+.reg .b32 %r<10>;
+.reg .f32 %f<5>;
+.reg .b64 %rd<10>;
+.shared .align 128 .b8 factors[2304];
+mov.u32 %r1, %tid.x;
+mov.u32 %r2, factors;
+mov.u32 %r3, 0x3C003C00;
+shl.b32 %r4, %r1, 4;
+add.u32 %r5, %r2, %r4;
+st.shared.v4.b32 [%r5], {%r3, %r3, %r3, %r3};
+setp.gt.u32 %p1, %r1, 15;
+@%p1 bra STORED;
+st.shared.v4.b32 [%r5+2048], {%r3, %r3, %r3, %r3};
+STORED:
+fence.proxy.async;
+bar.sync 0;
+wgmma.fence.sync.aligned;
+shr.u32 %r6, %r2, 4;
+cvt.u64.u32 %rd1, %r6;
+or.b64 %rd2, %rd1, 68720001024;
+add.u64 %rd3, %rd2, 128;
+setp.ne.b32 %p2, 0, 0;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %rd2, %rd3, %p2, 1, 1, 0, 0;
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+ld.param.u64 %rd4, [out];
+mul.wide.u32 %rd5, %r1, 16;
+add.u64 %rd6, %rd4, %rd5;
+st.global.v4.f32 [%rd6], {%f1, %f2, %f3, %f4};
+ret;
+}
+"""
+
+
+def test_a_proxy_fence_less() -> None:
+    """Tensor cores may then read what was in shared memory before."""
+    text = without(r"fence\.proxy\.async;")(STAGED)
+
+    def sums(text: str, seed: int) -> np.ndarray | None:
+        out = np.zeros((128, 4), np.float32)
+        try:
+            Module(text).launch("staged", out, block=128, seed=seed)
+        except LaunchError as error:
+            if UNWRITTEN not in str(error):
+                raise
+            return None
+        return out
+
+    for seed in range(4):
+        whole = sums(STAGED, seed)
+        assert whole is not None
+        assert (whole == 16).all()
+    broken = [sums(text, seed) for seed in range(ORDERS)]
+    assert not all(each is not None and (each == 16).all() for each in broken)

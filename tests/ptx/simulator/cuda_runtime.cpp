@@ -32,7 +32,7 @@ struct Binary {
 struct Function {
   Binary* binary;
   string name;
-  size_t allowed_dynamic = 48 << 10;
+  std::map<int, size_t> allowed_dynamic;  // bytes of shared memory that were asked for, by device
 };
 struct Configuration {
   dim3 grid, block;
@@ -116,7 +116,8 @@ ptxsim::Kernel& kernel_of(const Function& function) {
   }
   ptxsim::Kernel* kernel = module->find(function.name);
   if (!kernel) ptxsim::fail("no PTX of " + function.name);
-  kernel->allowed_dynamic = function.allowed_dynamic;
+  const auto allowed = function.allowed_dynamic.find(runtime().capability);
+  kernel->allowed_dynamic = allowed != function.allowed_dynamic.end() ? allowed->second : 48 << 10;
   return *kernel;
 }
 
@@ -189,7 +190,7 @@ void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 void __cudaRegisterFunction(void** binary, const char* host, char*, const char* device, int, uint3*, uint3*, dim3*,
                             dim3*, int*) {
-  runtime().functions[host] = {reinterpret_cast<Binary*>(binary), device, 48 << 10};
+  runtime().functions[host] = {reinterpret_cast<Binary*>(binary), device, {}};
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) {
@@ -231,7 +232,7 @@ cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
       if (value < 0 || value > most_shared())
         return report(cudaErrorInvalidValue, std::to_string(value) + " bytes of shared memory for a block");
-      function.allowed_dynamic = size_t(value);
+      function.allowed_dynamic[runtime().capability] = size_t(value);
     }
     return cudaSuccess;
   } catch (const std::exception& e) {
@@ -239,7 +240,7 @@ cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int
   }
 }
 cudaError_t cudaGetDevice(int* d) {
-  *d = 0;
+  *d = runtime().capability;  // a device of each kind
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }

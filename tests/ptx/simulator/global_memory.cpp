@@ -12,20 +12,20 @@ Ranges& ranges() {
 
 void Ranges::add(u64 address, size_t bytes, const string& name, bool writable) {
   ranges_.push_back({address, address + bytes, name, writable});
-  merge();
+  merged_ = false;
 }
 void Ranges::remove(u64 address) {
   const auto it = std::find_if(ranges_.begin(), ranges_.end(), [&](const Range& r) { return r.begin == address; });
   if (it == ranges_.end()) return;
   ranges_.erase(it);
-  merge();
+  merged_ = false;
 }
 void Ranges::clear() {
   ranges_.clear();
-  merge();
+  merged_ = false;
 }
 
-void Ranges::merge() {
+void Ranges::merge() const {
   auto united = [&](bool only_writable) {
     Intervals all, out;
     for (const Range& r : ranges_)
@@ -42,6 +42,7 @@ void Ranges::merge() {
 }
 
 bool Ranges::allows(u64 address, size_t bytes, bool write) const {
+  if (!merged_) merge(), merged_ = true;
   const Intervals& in = write ? writable_ : readable_;
   auto it = std::upper_bound(in.begin(), in.end(), std::pair<u64, u64>{address, ~0ull});
   return it != in.begin() && (--it)->second >= address + bytes;

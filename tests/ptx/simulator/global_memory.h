@@ -28,9 +28,10 @@ class Ranges {
     bool writable;
   };
   using Intervals = vector<std::pair<u64, u64>>;  // sorted, apart
-  void merge();
+  void merge() const;
   vector<Range> ranges_;
-  Intervals readable_, writable_;
+  mutable bool merged_ = true;
+  mutable Intervals readable_, writable_;
 };
 Ranges& ranges();
 
