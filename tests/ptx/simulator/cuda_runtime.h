@@ -11,6 +11,7 @@ void ptxsim_capability(int capability);
 const char* ptxsim_text(const char* kernel);
 // The mangled name of one of the kernels that are registered; nullptr beyond the last.
 const char* ptxsim_kernel(int index);
-// Launches of a kernel run what this PTX has under its name, or again what was compiled (nullptr). The error or nullptr.
+// Launches of a kernel run what this PTX has under its name, or again what was compiled (nullptr). The error or
+// nullptr.
 const char* ptxsim_replace(const char* kernel, const char* ptx);
 }
