@@ -119,7 +119,7 @@ def test_a_chain_ends_in_weights(dtype: torch.dtype, stored: torch.dtype, kernel
     schedule = SCHEDULES["auto"]
     plan, stacks = chain(schedule, (2,)), stacks_of(((3, 16, 40), (2, 72, 24), (3, 24, 24)), dtype)
     generator = torch.Generator().manual_seed(1)
-    old = [torch.randn(x.shape[1:], generator=generator).to(stored) for stack in stacks for x in stack]
+    old = [torch.randn(x.shape, generator=generator).to(stored) for stack in stacks for x in stack]
     for stack in stacks:
         stack[-1, 0, 0] = torch.nan
     etas = [guards.twin(torch.tensor([-0.1, 0.3, 0.7][: len(stack) - 1] + [0.0])) for stack in stacks]

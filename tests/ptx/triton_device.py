@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import backends, runtime
 from triton.backends.nvidia.compiler import CUDABackend
@@ -39,6 +40,17 @@ class PtxBackend(CUDABackend):
         del stages["cubin"]
 
 
+def fenced(ptx: str) -> str:
+    """With the fence that Triton 3.6 leaves out and 3.7 makes, before wgmma reads what cp.async has written.
+
+    The one reads by the async proxy, the other writes by the generic one: PTX asks for a fence between the two. The
+    simulator shows stale memory without it. Everything else of 3.6 is executed as it is.
+    """
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+        return ptx
+    return ptx.replace("wgmma.fence.sync.aligned;", "fence.proxy.async.shared::cta; wgmma.fence.sync.aligned;")
+
+
 class Launcher(CudaLauncher):
     def __call__(self, *arguments: Any) -> None:
         given = (getattr(x, "base", x) for x in arguments)  # a tensor descriptor has its tensor as base
@@ -59,7 +71,7 @@ class Driver(CudaDriver):
         self.get_current_stream = lambda device: 0
         self.set_current_device = self._set
         load = self.utils.load_binary
-        self.utils.load_binary = lambda name, ptx, *rest: load(name, self.edit(ptx.decode()).encode(), *rest)
+        self.utils.load_binary = lambda name, ptx, *rest: load(name, self.edit(fenced(ptx.decode())).encode(), *rest)
 
     def _set(self, device: int) -> None:
         self.device = device

@@ -7,6 +7,7 @@ libcuda.so.1 must not get this one.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -45,16 +46,19 @@ def stand_in() -> Path:
     if spec is None or spec.origin is None:
         unavailable("Triton is not installed")
     headers = Path(spec.origin).parent / "backends" / "nvidia" / "include"
-    parts = [str(path) for path in objects()]
-    include = ["-I", str(SOURCE.parent / "simulator"), "-isystem", str(headers)]
-    command = ["g++", *FLAGS, "-shared", *include, str(SOURCE), *parts, "-Wl,-soname,libcuda.so.1"]
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-    target = BUILD / f"driver-{key}" / "libcuda.so.1"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{os.getpid()}.so")
-        subprocess.run([*command, "-o", str(partial)], check=True)
-        partial.rename(target)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "driver.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one compiles
+        parts = [str(path) for path in objects()]
+        include = ["-I", str(SOURCE.parent / "simulator"), "-isystem", str(headers)]
+        command = ["g++", *FLAGS, "-shared", *include, str(SOURCE), *parts, "-Wl,-soname,libcuda.so.1"]
+        key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+        target = BUILD / f"driver-{key}" / "libcuda.so.1"
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            partial = target.with_suffix(".partial")
+            subprocess.run([*command, "-o", str(partial)], check=True)
+            partial.rename(target)
     return target
 
 
