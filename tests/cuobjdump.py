@@ -32,7 +32,7 @@ def binary() -> str:
         pytest.skip(str(backend.extension_reason))
     if backend.extension.build_info()["cuda"] is None:
         pytest.skip("the compiled part was built without CUDA")
-    return str(backend.extension.__file__)
+    return str(backend.extension.path)
 
 
 @cache

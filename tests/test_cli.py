@@ -9,10 +9,12 @@ import types
 from typing import Any
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
 
 from steepest import cli, planner
 from steepest.linalg.chain import Apply, Gram, Product
-from steepest.ops import backend
+from steepest.ops import backend, polar_chain
 from steepest.planner import Plan, Stack
 
 NO_LAUNCHES = planner._no_launches("gram", Stack(1, 256, 512), planner.schedule("auto", None, None), (2,))
@@ -151,15 +153,12 @@ def test_chunks() -> None:
     assert "one chunk, 2.60 GB between cache and memory; smaller ones would gain too little (modelled)" in text
 
 
-@pytest.mark.parametrize("why", ["there is none", None])
-def test_without_the_compiled_part(monkeypatch: pytest.MonkeyPatch, why: str | None) -> None:
-    """Absent, or of a version before the plan."""
-    old = types.SimpleNamespace(small_polar_rows=lambda _: 128, build_info=lambda: {"hopper": False})
-    monkeypatch.setattr(backend, "extension", None if why else old)
-    monkeypatch.setattr(backend, "extension_reason", why)
+def test_without_the_compiled_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "extension", None)
+    monkeypatch.setattr(backend, "extension_reason", "there is none")
     plan = plan_of("2x512x2048")
     text = planner.describe(plan)
-    assert f"launches are not shown: {why or 'the compiled part is older than these sources; run `pip'}" in text
+    assert "launches are not shown: there is none" in text
     assert "gram = x x^T" in text
     assert "->" not in text
     assert plan.totals()["executed_flop"] == plan.totals()["asked_flop"] > 0
@@ -200,10 +199,43 @@ def test_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("hopper", [True, False])
-def test_doctor_says_whether_the_products_for_hopper_are_there(hopper: bool) -> None:
-    info = {"version": "1", "commit": None, "torch": "2", "cuda": None, "compiler": "c++", "hopper": hopper}
+@pytest.mark.parametrize("architectures", [[], ["sm_80", "sm_90", "compute_90"]])
+def test_doctor_says_whether_the_products_for_hopper_are_there(hopper: bool, architectures: list[str]) -> None:
+    """And how to get them, where the build is for a Hopper GPU."""
+    cuda = "13.0" if architectures else None
+    info = {"version": "1", "commit": None, "torch": "2", "cuda": cuda, "compiler": "c++"}
+    info |= {"hopper": hopper, "architectures": architectures}
     text = cli.describe({**cli.diagnose(), "compiled": info})
-    assert f"without CUDA, {'with' if hopper else 'without'} products for Hopper; torch 2 headers" in text
+    assert f", {'with' if hopper else 'without'} products for Hopper; torch 2 headers" in text
+    assert (f"compiled  WARNING: {backend.NO_HOPPER}" in text) == (bool(architectures) and not hopper)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hopper", "reason"),
+    [
+        ((9, 0), True, None),
+        ((9, 0), False, backend.NO_HOPPER),
+        ((8, 0), False, "the compiled products are for compute capability 9.0"),
+    ],
+)
+def test_a_hopper_gpu_without_its_products_is_told_once(
+    capability: tuple[int, int],
+    hopper: bool,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    built = types.SimpleNamespace(build_info=lambda: {"hopper": hopper})
+    monkeypatch.setattr(backend, "extension", built)
+    monkeypatch.setattr(backend, "_logged", set())
+    monkeypatch.setattr(backend, "cuda_reason", lambda index=None: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    with FakeTensorMode():
+        x = torch.empty(2, 256, 512, dtype=torch.float16, device="cuda")
+        for _ in range(2):
+            assert polar_chain.takes(x, ((1.0,),)) == (reason is None)
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ([] if reason is None else [f"polar_chain runs on torch (cuda: {reason})"])
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

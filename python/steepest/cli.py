@@ -112,7 +112,7 @@ def describe(facts: dict[str, Any]) -> str:
         f"torch     {facts['torch']} (CUDA {facts['torch_cuda'] or 'none'}; driver: {driver})",
         f"triton    {facts['triton'] or 'not installed'}",
         f"devices   {', '.join(facts['devices']) or 'no CUDA device'}",
-        f"compiled  {_describe_build(facts)}",
+        *(f"compiled  {line}" for line in _describe_build(facts)),
         "backends  (in order of preference)",
     ]
     for name, state in facts["backends"].items():
@@ -122,14 +122,17 @@ def describe(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _describe_build(facts: dict[str, Any]) -> str:
+def _describe_build(facts: dict[str, Any]) -> list[str]:
     info = facts["compiled"]
     if info is None:
-        return f"no: {facts['compiled_reason']}"
+        return [f"no: {facts['compiled_reason']}"]
     cuda = f"CUDA {info['cuda']} for {', '.join(info['architectures'])}" if info["cuda"] else "without CUDA"
     commit = f", commit {info['commit']}" if info["commit"] else ""
     hopper = f"{'with' if info['hopper'] else 'without'} products for Hopper"
-    return f"{info['version']} {cuda}, {hopper}; torch {info['torch']} headers, {info['compiler']}{commit}"
+    lines = [f"{info['version']} {cuda}, {hopper}; torch {info['torch']} headers, {info['compiler']}{commit}"]
+    if not info["hopper"] and any("_90" in name for name in info["architectures"]):
+        lines.append(f"WARNING: {backend.NO_HOPPER}")
+    return lines
 
 
 def _device(index: int) -> str:

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import importlib.util
 import logging
 import os
-import types
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from .extension import LIBRARY, Extension, OtherSourcesError
+
 NAMES = ("cuda", "triton", "cpu", "torch")
 MINIMUM_TORCH = (2, 10)
+NO_HOPPER = (
+    "the products for Hopper were not built, and a Hopper GPU takes the slower route, products one by one in Triton; "
+    "for the fast one `pip install --no-deps nvidia-cutlass` and rebuild with STEEPEST_CUDA=1"
+)
 
 logger = logging.getLogger("steepest")
 # Read once: looking at the environment in every step would cost more than some of the launches.
@@ -31,25 +35,24 @@ batch_invariant = os.environ.get("STEEPEST_BATCH_INVARIANT", "0") != "0"
 _logged: set[tuple[str, str, str]] = set()
 
 
-def _load_extension() -> tuple[types.ModuleType | None, str | None]:
-    """The compiled module, or the reason why there is none and what to do."""
+def _load_extension() -> tuple[Extension | None, str | None]:
+    """The compiled library, or the reason why there is none and what to do."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
         return None, f"torch {torch.__version__} is older than 2.10, which the compiled part needs; upgrade torch"
-    if importlib.util.find_spec("steepest._C") is None:
+    if not LIBRARY.exists():
         return None, "the compiled part is not built; run `pip install --no-build-isolation .` in the source tree"
     try:
-        module = importlib.import_module("steepest._C")
-    except ImportError as error:
-        return None, f"the compiled part does not load ({error}); rebuild it against torch {torch.__version__}"
-    if _other_ops(module):
+        return Extension(LIBRARY, _interface()), None
+    except OtherSourcesError:
         return None, "the compiled part is not of these sources; run `pip install --no-build-isolation -e .` again"
-    return module, None
+    except OSError as error:
+        return None, f"the compiled part does not load ({error}); rebuild it against torch {torch.__version__}"
 
 
-def _other_ops(module: types.ModuleType) -> bool:
-    """Whether the sources that this file lies among, if any, declare other ops than the compiled part has."""
+def _interface() -> str | None:
+    """A hash of what the sources that this file lies among declare; None where there are none."""
     source = Path(__file__).parents[3] / "csrc" / "library.cpp"
-    return source.exists() and hashlib.sha256(source.read_bytes()).hexdigest() != module.build_info().get("interface")
+    return hashlib.sha256(source.read_bytes()).hexdigest() if source.exists() else None
 
 
 extension, extension_reason = _load_extension()

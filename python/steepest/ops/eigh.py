@@ -86,7 +86,7 @@ def cusolver_reason() -> str | None:
     """Why there is no batched solver; None where there is one, which is loaded then."""
     if _backend.extension is None:
         return _backend.extension_reason
-    reason: str | None = _backend.extension.load_cusolver(_cusolver_names(torch.version.cuda))
+    reason = _backend.extension.load_cusolver(_cusolver_names(torch.version.cuda))
     return None if reason is None else f"cuSOLVER does not load: {reason}"
 
 
@@ -109,7 +109,7 @@ def _too_large(P: Tensor) -> str | None:
 @functools.cache
 def _most_rows(capability: tuple[int, int]) -> int:
     assert _backend.extension is not None
-    return int(_backend.extension.eigh_rows(10 * capability[0] + capability[1]))
+    return _backend.extension.eigh_rows(10 * capability[0] + capability[1])
 
 
 if _backend.extension is not None:

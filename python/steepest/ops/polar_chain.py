@@ -113,12 +113,10 @@ def hopper_reason(x: Tensor) -> str | None:
         return f"the tensor is on {x.device.type}"
     if (why := _backend.cuda_reason(x.device.index)) is not None:
         return why
-    assert _backend.extension is not None
-    if not _backend.extension.build_info()["hopper"]:
-        return "the products for Hopper were not built; `pip install nvidia-cutlass` and rebuild for sm_90a"
     if torch.cuda.get_device_capability(x.device) != (9, 0):
         return "the compiled products are for compute capability 9.0"
-    return None
+    assert _backend.extension is not None
+    return None if _backend.extension.build_info()["hopper"] else _backend.NO_HOPPER
 
 
 def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:

@@ -87,15 +87,14 @@ def _padded(step: Sequence[float]) -> list[float]:
 
 def _most_rows(capability: tuple[int, int]) -> int:
     assert _backend.extension is not None
-    return int(_backend.extension.small_polar_rows(10 * capability[0] + capability[1]))
+    return _backend.extension.small_polar_rows(10 * capability[0] + capability[1])
 
 
 @functools.cache
 def _refusal(tables: Tables, least: tuple[float, ...]) -> str | None:
     """Why the kernel does not bear this schedule, None where it does."""
     assert _backend.extension is not None
-    refusal: str | None = _backend.extension.small_polar_refusal(tables, least)
-    return refusal
+    return _backend.extension.small_polar_refusal(tables, least)
 
 
 if _backend.extension is not None:
