@@ -142,6 +142,87 @@ def test_a_wheel_holds_the_packages_and_nothing_else(tree: Path) -> None:
     assert files(tree / "out") == wanted | {"steepest/py.typed"}
 
 
+@pytest.fixture
+def compilerless(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tree, with a cmake that takes this build's library for what it compiled."""
+    trap = tree.parent / "trap"
+    for name in ("CMAKE_BIN_DIR", "BIN_DIR"):
+        package = trap / name.partition("_")[0].lower().replace("bin", "ninja")
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f"{name} = {str(trap / 'bin')!r}\n")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    script(trap / "bin" / "ninja", "")
+    script(
+        trap / "bin" / "cmake",
+        f'case $1 in -S) mkdir -p "$4" ;; --build) cp {extension().path} "$2"; touch "$2/_C{suffix}" ;; esac',
+    )
+    (trap / "torch").mkdir()
+    (trap / "torch" / "version.py").write_text("__version__ = '2.10.0'\n")
+    monkeypatch.setenv("CXX", "sh")
+    monkeypatch.setenv("STEEPEST_CUDA", "0")
+    return tree
+
+
+def check_wheel() -> types.ModuleType:
+    """.ci/check_wheel.py."""
+    spec = importlib.util.spec_from_file_location("check_wheel", ROOT / ".ci" / "check_wheel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_extension
+def test_a_wheel_is_for_every_python(compilerless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library and the package, not with what an earlier wheel had or what only developers look into."""
+    old = compilerless / "python" / "steepest" / "old.py"
+    old.touch()
+    for local in ("", "cu130"):
+        monkeypatch.setenv("STEEPEST_LOCAL_VERSION", local)
+        python(compilerless, "setup.py", "-q", "bdist_wheel")
+        old.unlink(missing_ok=True)
+    with_old, wheel = sorted((compilerless / "dist").iterdir(), key=lambda path: "+cu130" in path.name)
+    assert with_old.name.startswith(f"steepest-{steepest.__version__}-py3-none-linux_")
+    assert wheel.name.startswith(f"steepest-{steepest.__version__}+cu130-py3-none-linux_")
+    check_wheel().check(wheel)
+    with pytest.raises(AssertionError, match="too many: \\['steepest/old.py'\\], too few: \\[\\]"):
+        check_wheel().check(with_old)
+
+
+@needs_extension
+def test_an_editable_build_has_the_module_for_developers(compilerless: Path) -> None:
+    for path in (compilerless / "python" / "steepest").glob("*.so"):
+        path.unlink()
+    python(compilerless, "setup.py", "-q", "build_ext", "--inplace")
+    built = {path.name for path in (compilerless / "python" / "steepest").glob("*.so")}
+    assert built == {"libsteepest.so", f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"}
+
+
+@needs_module
+def test_no_source_sees_torchs_headers_and_pybind11(build: types.ModuleType, tmp_path: Path) -> None:
+    """torch 2.11 has a pybind11 among its headers that is an error beside the stable ABI."""
+    pybind11 = importlib.import_module("pybind11")
+    torch_folder, folder = tmp_path / "torch", tmp_path / "build"
+    options = {
+        "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
+        "CMAKE_MAKE_PROGRAM": build.find_tool("ninja"),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "STEEPEST_TORCH": str(torch_folder),
+    }
+    command = [build.find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+    subprocess.run([*command, *(f"-D{name}={value}" for name, value in options.items())], check=True, timeout=120)
+    commands = {
+        Path(each["file"]): each["command"] for each in json.loads((folder / "compile_commands.json").read_text())
+    }
+    with_torch = {path for path, command in commands.items() if f"-isystem {torch_folder}/include" in command}
+    with_pybind11 = {path for path in commands if "#include <pybind11/" in path.read_text()}
+    assert with_pybind11 == {ROOT / "csrc" / "module.cpp"}
+    assert ROOT / "csrc" / "library.cpp" in with_torch
+    assert not with_torch & with_pybind11
+
+
 def test_an_archive_of_the_sources_holds_what_it_needs(tree: Path) -> None:
     python(tree, "setup.py", "-q", "sdist", "--formats=gztar")
     (archive,) = (tree / "dist").iterdir()
