@@ -37,7 +37,8 @@ MINIMUM_TORCH = (2, 10)
 # Ampere (A100, RTX 30), Ada, Hopper (90a: warpgroup instructions), Blackwell (B200, RTX 50); the newest also as PTX.
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 DEVELOPERS_MODULE = "steepest._C"
-HOST_SECONDS, ARCHITECTURE_SECONDS, HOPPER_SECONDS = 60, 60, 600
+# Of one core, about: host code, each architecture, the products for Hopper.
+HOST_SECONDS, ARCHITECTURE_SECONDS, HOPPER_SECONDS = 60, 30, 360
 # Where the wheels of the build tools say their programs are.
 TOOL_FOLDERS = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 # What CMake reads once, when it first configures a folder, and what it takes anew every time.
@@ -176,8 +177,8 @@ class Build(NamedTuple):
         return "\n".join(filter(None, lines))
 
     def minutes(self) -> str:
-        """A guess from seconds of one core of 2023: host code, each architecture, the products for Hopper."""
-        jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+        """A guess, in round numbers."""
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         real = sum(name.startswith("sm_") for name in self.architectures)
         seconds = HOST_SECONDS / min(jobs, 8)
         if self.nvcc:
@@ -196,7 +197,7 @@ def decide(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> B
     if wish == "local" and not devices:
         return Build(None, [], None, "no GPU here; STEEPEST_CUDA=1 builds for all")
     if nvcc is None:
-        return Build(None, [], None, "no nvcc")
+        return Build(None, [], None, "no nvcc; a GPU runs the Triton kernels")
     if environ.get("TORCH_CUDA_ARCH_LIST") and wish != "local":
         names, why = parse_architectures(environ["TORCH_CUDA_ARCH_LIST"]), "TORCH_CUDA_ARCH_LIST"
     elif devices and (names := supported(parse_architectures(";".join(devices)), nvcc)):
@@ -282,7 +283,7 @@ class CMakeBuild(build_ext):
     def build_extensions(self) -> None:
         require_compiler()
         decided = decide()
-        self.announce(f"steepest: {decided}", level=4)
+        print(f"steepest: {decided}", file=sys.stderr, flush=True)  # pip shows it with -v, and if the build fails
         values = self.values(decided)
         cmake, build = find_tool("cmake"), build_folder(values, os.environ)
         options = [f"-D{name}={value}" for name, value in values.items()]
@@ -343,9 +344,14 @@ class Wheel(bdist_wheel):
 
 
 def version() -> str:
-    """The package's, with STEEPEST_LOCAL_VERSION behind it where that is set."""
-    local = os.environ.get("STEEPEST_LOCAL_VERSION")
-    return read_version(ROOT / "python" / "steepest" / "_version.py") + (f"+{local}" if local else "")
+    """The package's, with a local part (PEP 440) where builds of it differ.
+
+    STEEPEST_LOCAL_VERSION, and no.cutlass where a Hopper GPU would miss its products: of all that a build says, the
+    version is what pip shows.
+    """
+    local = [os.environ.get("STEEPEST_LOCAL_VERSION"), "no.cutlass" if decide().warning else None]
+    public = read_version(ROOT / "python" / "steepest" / "_version.py")
+    return "+".join(filter(None, [public, ".".join(filter(None, local))]))
 
 
 if __name__ == "__main__":

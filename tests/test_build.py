@@ -117,7 +117,7 @@ def python(tree: Path, *arguments: str) -> str:
     trap = tree.parent / "trap" / "torch" / "__init__.py"
     trap.parent.mkdir(parents=True, exist_ok=True)
     trap.write_text("raise AssertionError('packaging imported torch')")
-    environment = {**os.environ, "PYTHONPATH": str(trap.parents[1])}
+    environment = {"STEEPEST_CUDA": "0", **os.environ, "PYTHONPATH": str(trap.parents[1])}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -300,7 +300,11 @@ def test_a_machine_without_a_gpu_builds_no_cuda_unless_asked(machine: Decide) ->
         decided = machine(**arguments)
         assert (decided.nvcc, decided.architectures, decided.hopper) == (None, [], False)
         assert str(decided).startswith("compiling without CUDA (no GPU here; STEEPEST_CUDA=1 builds for all): about ")
-    assert machine("9.0", nvcc=False, STEEPEST_CUDA="local").why == machine(nvcc=False).why == "no nvcc"
+    assert (
+        machine("9.0", nvcc=False, STEEPEST_CUDA="local").why
+        == machine(nvcc=False).why
+        == "no nvcc; a GPU runs the Triton kernels"
+    )
     assert machine("9.0", STEEPEST_CUDA="0").nvcc is None
 
 
@@ -335,6 +339,18 @@ def test_a_list_with_9_0_has_the_products_for_hopper(
     built = machine(TORCH_CUDA_ARCH_LIST=listed, cutlass=False)
     assert (built.architectures, built.hopper) == (without, False)
     assert ("WARNING: no CUTLASS headers. A Hopper GPU (H100, H200) gets the slower" in str(built)) == ("9.0" in listed)
+
+
+@pytest.mark.parametrize("local", ["", "cu130"])
+def test_pip_shows_that_cutlass_is_missing(
+    machine: Decide, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch, local: str
+) -> None:
+    """In the version, which is all it shows of a build that works."""
+    monkeypatch.setenv("STEEPEST_LOCAL_VERSION", local)
+    with_it, without = (machine(TORCH_CUDA_ARCH_LIST="9.0", cutlass=cutlass) for cutlass in (True, False))
+    for decided, label in ((with_it, local), (without, f"{local}.no.cutlass".lstrip("."))):
+        monkeypatch.setattr(build, "decide", lambda decided=decided: decided)
+        assert build.version() == steepest.__version__ + (f"+{label}" if label else "")
 
 
 def test_how_long_it_takes_is_said_in_round_numbers(
