@@ -103,10 +103,12 @@ $(VENV)/.built-all: $(VENV)/.torch $(VENV)/.cutlass $(sources)
 	touch $(VENV)/.built $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@echo "== Packages for the tests: downloads, then some seconds"
 	$(install) --group test --group triton
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo "== Formatters, linter and type checker: downloads, then some seconds"
 	$(install) --group dev
 	touch $@
 

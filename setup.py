@@ -38,7 +38,7 @@ MINIMUM_TORCH = (2, 10)
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 DEVELOPERS_MODULE = "steepest._C"
 # Of one core, about: host code, each architecture, the products for Hopper.
-HOST_SECONDS, ARCHITECTURE_SECONDS, HOPPER_SECONDS = 60, 30, 360
+HOST_SECONDS, ARCHITECTURE_SECONDS, HOPPER_SECONDS = 30, 30, 360
 # Where the wheels of the build tools say their programs are.
 TOOL_FOLDERS = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 # What CMake reads once, when it first configures a folder, and what it takes anew every time.

@@ -117,7 +117,7 @@ def python(tree: Path, *arguments: str) -> str:
     trap = tree.parent / "trap" / "torch" / "__init__.py"
     trap.parent.mkdir(parents=True, exist_ok=True)
     trap.write_text("raise AssertionError('packaging imported torch')")
-    environment = {"STEEPEST_CUDA": "0", **os.environ, "PYTHONPATH": str(trap.parents[1])}
+    environment = {**os.environ, "STEEPEST_CUDA": "0", "PYTHONPATH": str(trap.parents[1])}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -159,7 +159,6 @@ def compilerless(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (trap / "torch").mkdir()
     (trap / "torch" / "version.py").write_text("__version__ = '2.10.0'\n")
     monkeypatch.setenv("CXX", "sh")
-    monkeypatch.setenv("STEEPEST_CUDA", "0")
     return tree
 
 
