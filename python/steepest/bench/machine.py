@@ -44,8 +44,9 @@ def cpu() -> str:
     """The processor's name, what it has for bf16 products, and STEEPEST_CPU_BF16 where that is set."""
     known = _fields(_cpuinfo())
     # /proc/cpuinfo of aarch64 has part numbers, whose names lscpu knows.
-    names = (known.get("model name", ""), _fields(_lscpu()).get("model name", ""), platform.processor())
-    name = next((name for name in names if name not in ("", "-")), platform.machine())
+    name = known.get("model name") or _fields(_lscpu()).get("model name", "-")
+    if name == "-":
+        name = platform.processor() or platform.machine()
     features = f"{known.get('flags', '')} {known.get('features', '')}".split()
     bf16 = [f" with {each}" for each in ("avx512_bf16", "bf16") if each in features]
     switch = [f", STEEPEST_CPU_BF16={polar.cpu_bf16}"] if polar.cpu_bf16 else []
@@ -67,7 +68,9 @@ def _cpuinfo() -> str:
 
 def _lscpu() -> str:
     try:
-        return subprocess.check_output(["lscpu"], text=True, env={**os.environ, "LC_ALL": "C"})
+        return subprocess.check_output(
+            ["lscpu"], text=True, stderr=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -247,10 +247,9 @@ def _runs(jobs: list[_Job], work: torch.dtype, max_bytes: int | None) -> Iterabl
 def compute_dtype(preset: str, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     """The dtype in which `polar` runs ``preset`` on a matrix of ``dtype`` on ``device``.
 
-    fp64 stays.  On a CPU bf16 where its matrix products are native (STEEPEST_CPU_BF16=0 or 1 in the environment says
-    whether, instead of the CPU), else fp32, and never fp16 (1 GFLOP/s).  On a GPU
-    fp16 for the presets that may take the Gram form, in which bf16 has an off-diagonal error of .2, and bf16 for the
-    rest. "svd" runs in fp32.
+    fp64 stays.  On a CPU bf16 where its matrix products are native, else fp32, and never fp16 (1 GFLOP/s);
+    STEEPEST_CPU_BF16=0 or 1 in the environment says whether they are.  On a GPU fp16 for the presets that may take the
+    Gram form, in which bf16 has an off-diagonal error of .2, and bf16 for the rest. "svd" runs in fp32.
     """
     if dtype == torch.float64:
         return dtype
