@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from steepest.linalg import polar
 from steepest.ops import backend
 
 
@@ -15,6 +16,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # Two workers with a thread pool as large as the machine each spend their time waiting for one another.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_report_header() -> str:
+    """Which kind of CPU this was: `polar` computes in bf16 or fp32 by it, and sums go by vectors of its width."""
+    native = polar.compute_dtype("auto", torch.float32, "cpu") is torch.bfloat16
+    switch = f"STEEPEST_CPU_BF16={polar.cpu_bf16}" if polar.cpu_bf16 else "as detected"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"cpu: native bf16 products {'on' if native else 'off'} ({switch}), torch's vectors {vectors}"
 
 
 @pytest.fixture(autouse=True)

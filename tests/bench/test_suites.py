@@ -180,13 +180,15 @@ def test_small_matrices() -> None:
     }
 
 
-def test_a_step() -> None:
+def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda: True)  # torch.optim.Muon computes in bf16
     rows = run("step", whole=True)
     all_timed(rows)
     found = {variant: row for (case, variant), row in rows.items() if case == "tiny whole"}
     assert {"torch.optim.Muon", "Muon", "Muon exact", "Muon auto", "MuAdam turbo"} <= set(found)
     assert all(0 < row["relative_error"] < 0.4 for row in found.values())
-    assert found["Muon"]["relative_error"] == found["torch.optim.Muon"]["relative_error"]
+    # The same products in the same dtype, whose sums may go in another order.
+    assert found["Muon"]["relative_error"] == pytest.approx(found["torch.optim.Muon"]["relative_error"], abs=2e-3)
     assert found["Muon"]["base"] == "torch.optim.Muon"
     assert rows["tiny whole SOAP", "SOAP"]["off_the_parts"] < 1e-4
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal, localcontext
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -689,6 +693,34 @@ def test_tensors_of_many_chunks() -> None:
         at = Formulas(old[i], 1)
         assert_row(old[i], at, row(table, i), f"item {i}")
         assert_step(old[i], mid[i], w, table, i, line, at, f"item {i}")
+
+
+VECTORS = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import torch
+import test_multi_tensor as tests
+for types in tests.TYPES:
+    tests.test_three_steps_are_the_formulas(types, None)
+tests.test_tensors_of_many_chunks()
+works = tests.long_works()
+table = tests.table_of(works)
+tests.inspect(works, table)
+print(table.rows.view(torch.int64).tolist())
+"""
+
+
+def test_narrower_vectors_are_the_formulas_too() -> None:
+    """What ATEN_CPU_CAPABILITY allows; by "default" what processors run that are no x86 or have no AVX2. Sums are kept
+    in as many parts as a vector has lanes, so that their last bits tell whether it was heeded."""
+    folder, results = Path(__file__).parent, []
+    for capability in ("default", "avx2"):
+        command = [sys.executable, "-c", VECTORS, str(folder), str(folder.parent)]
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        results.append(done.stdout)
+    assert (results[0] != results[1]) == torch.cpu._is_avx2_supported()
 
 
 def test_counters_are_zero_between_ops() -> None:

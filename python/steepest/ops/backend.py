@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .extension import LIBRARY, Extension, OtherSourcesError
+from .tracing import assume_constant_result
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 MINIMUM_TORCH = (2, 10)
@@ -79,7 +80,7 @@ def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def cuda_reason(index: int | None = None) -> str | None:
     """Why the compiled CUDA kernels cannot run on this device (None: the current one); None when they can."""
     if index is None and torch.cuda.is_available():
@@ -130,7 +131,7 @@ def driver_cuda() -> str | None:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def triton_reason() -> str | None:
     """Why the Triton kernels cannot run on this machine; None when they can."""
     return _triton_reason()
