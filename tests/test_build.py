@@ -454,6 +454,44 @@ def test_commit_is_our_own(build: types.ModuleType, tmp_path: Path, monkeypatch:
     assert build.commit() == ""
 
 
+# ---- the makefile
+
+
+def make(*arguments: str) -> str:
+    """What it would do from a fresh clone."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    command = ["make", "-C", str(ROOT), "--no-print-directory", "VENV=no-such-folder", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("STEEPEST", "MAKE"))}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60).stdout
+
+
+def test_the_demo_installs_no_tools_for_developers() -> None:
+    assert "examples/train_gpt.py" in make("-n", "demo")
+    assert "--group" not in make("-n", "demo")
+    assert "--group test" in make("-n", "test")
+    assert "triton" not in make("-n", "check")
+
+
+def test_long_steps_are_announced() -> None:
+    """Before them, in lines that begin with ==."""
+    for target, least in (
+        ("demo", 3),
+        ("test", 4),
+        ("test-kernels", 4),
+        ("check", 2),
+        ("check-torch", 1),
+        ("wheel", 2),
+    ):
+        assert make("-n", target).count('"==') >= least, target
+
+
+def test_the_build_is_for_this_machine_unless_asked() -> None:
+    show = "--eval=show: ; @echo $$STEEPEST_CUDA"
+    assert make(show, "show") == "local\n"
+    assert make(show, "show", "STEEPEST_CUDA=1") == "1\n"
+
+
 # ---- the binary
 
 
