@@ -92,7 +92,7 @@ $(VENV)/.cutlass: $(VENV)/.torch
 	$(install) --no-deps nvidia-cutlass==4.2.0.0
 	touch $@
 
-$(VENV)/.built: $(VENV)/.torch $(if $(shell command -v nvidia-smi),$(VENV)/.cutlass) $(sources)
+$(VENV)/.built: $(VENV)/.torch $(if $(shell command -v nvidia-smi 2>/dev/null),$(VENV)/.cutlass) $(sources)
 	@$(say)
 	$(install) --no-build-isolation --editable ".[plot]"
 	touch $@

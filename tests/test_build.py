@@ -298,7 +298,8 @@ def test_a_machine_without_a_gpu_builds_no_cuda_unless_asked(machine: Decide) ->
     for arguments in ({"STEEPEST_CUDA": "local"}, {"STEEPEST_CUDA": "local", "TORCH_CUDA_ARCH_LIST": "8.0"}):
         decided = machine(**arguments)
         assert (decided.nvcc, decided.architectures, decided.hopper) == (None, [], False)
-        assert str(decided).startswith("compiling without CUDA (no GPU here; STEEPEST_CUDA=1 builds for all): about ")
+        assert str(decided).startswith("compiling without CUDA (no GPU of compute capability 8.0 or newer here; STEEP")
+    assert machine("7.5", STEEPEST_CUDA="local").nvcc is None
     assert (
         machine("9.0", nvcc=False, STEEPEST_CUDA="local").why
         == machine(nvcc=False).why
@@ -311,7 +312,7 @@ def test_a_driver_that_answers_something_else_is_no_gpu(build: types.ModuleType,
     path = {"PATH": str(tmp_path)}
     script(tmp_path / "nvidia-smi", "echo 'No devices were found'; exit 6")
     assert build.find_devices(path) == []
-    script(tmp_path / "nvidia-smi", "echo '[N/A]'; echo 12.0; echo 9.0; echo 9.0")
+    script(tmp_path / "nvidia-smi", "echo '[N/A]'; echo 12.0; echo 9.0; echo 7.5; echo 9.0")
     assert build.find_devices(path) == ["9.0", "12.0"]
 
 
