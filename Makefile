@@ -55,13 +55,15 @@ check-torch:
 	$(other)/bin/python -m pytest -n 2 -q -p no:cacheprovider $(compiled_tests)
 	rm -rf $(other)
 
-# The wheel that every Python imports, into dist/, for all architectures; STEEPEST_CUDA=0 makes the one without CUDA.
-wheel: $(VENV)/.torch $(VENV)/.cutlass
-	@$(say)
-	rm -rf dist
-	$(bin)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
-	$(bin)/python .ci/check_wheel.py dist/*.whl
+# The wheel that every Python imports, into dist/, for all architectures; STEEPEST_CUDA=0 makes the one without CUDA. Its
+# tag names the oldest Linux that has what it asks of the system; torch's libraries are the user's own.
 wheel: export STEEPEST_CUDA := $(STEEPEST_CUDA:local=1)
+wheel: $(VENV)/.torch $(VENV)/.cutlass $(VENV)/.release
+	@$(say)
+	rm -rf dist build/wheel
+	$(bin)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(bin)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	$(bin)/python .ci/check_wheel.py dist/*.whl
 
 bench: $(VENV)/.built
 	$(bin)/python -m steepest bench $(ARGS)
@@ -90,7 +92,7 @@ $(VENV)/.cutlass: $(VENV)/.torch
 	$(install) --no-deps nvidia-cutlass==4.2.0.0
 	touch $@
 
-$(VENV)/.built: $(VENV)/.torch $(if $(shell command -v nvidia-smi),$(VENV)/.cutlass) $(sources)
+$(VENV)/.built: $(VENV)/.torch $(if $(shell command -v nvidia-smi 2>/dev/null),$(VENV)/.cutlass) $(sources)
 	@$(say)
 	$(install) --no-build-isolation --editable ".[plot]"
 	touch $@
@@ -105,6 +107,10 @@ $(VENV)/.built-all: $(VENV)/.torch $(VENV)/.cutlass $(sources)
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo "== Packages for the tests: downloads, then some seconds"
 	$(install) --group test --group triton
+	touch $@
+
+$(VENV)/.release: $(VENV)/.torch pyproject.toml
+	$(install) --group release
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
 # Ampere (A100, RTX 30), Ada, Hopper (90a: warpgroup instructions), Blackwell (B200, RTX 50); the newest also as PTX.
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+OLDEST_DEVICE = 8.0
 DEVELOPERS_MODULE = "steepest._C"
 # Of one core, about: host code, each architecture, the products for Hopper.
 HOST_SECONDS, ARCHITECTURE_SECONDS, HOPPER_SECONDS = 30, 30, 360
@@ -93,7 +94,7 @@ def asked(environ: Mapping[str, str]) -> str:
 
 
 def find_devices(environ: Mapping[str, str]) -> list[str]:
-    """Compute capabilities of this machine's GPUs, "9.0", as the driver's nvidia-smi tells them; none without one."""
+    """Compute capabilities, "9.0", of the GPUs here that the kernels run on, as the driver's nvidia-smi tells them."""
     program = shutil.which("nvidia-smi", path=environ.get("PATH"))
     if program is None:
         return []
@@ -102,7 +103,8 @@ def find_devices(environ: Mapping[str, str]) -> list[str]:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return sorted(set(re.findall(r"^\d+\.\d$", answer, re.MULTILINE)), key=float)
+    capabilities = set(re.findall(r"^\d+\.\d$", answer, re.MULTILINE))
+    return sorted((each for each in capabilities if float(each) >= OLDEST_DEVICE), key=float)
 
 
 def find_nvcc(environ: Mapping[str, str], root: Path = Path("/")) -> str | None:
@@ -195,7 +197,12 @@ def decide(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> B
         return Build(None, [], None, "STEEPEST_CUDA=0")
     devices = find_devices(environ) if wish != "1" else []
     if wish == "local" and not devices:
-        return Build(None, [], None, "no GPU here; STEEPEST_CUDA=1 builds for all")
+        return Build(
+            None,
+            [],
+            None,
+            f"no GPU of compute capability {OLDEST_DEVICE} or newer here; STEEPEST_CUDA=1 builds for all",
+        )
     if nvcc is None:
         return Build(None, [], None, "no nvcc; a GPU runs the Triton kernels")
     if environ.get("TORCH_CUDA_ARCH_LIST") and wish != "local":

@@ -298,7 +298,8 @@ def test_a_machine_without_a_gpu_builds_no_cuda_unless_asked(machine: Decide) ->
     for arguments in ({"STEEPEST_CUDA": "local"}, {"STEEPEST_CUDA": "local", "TORCH_CUDA_ARCH_LIST": "8.0"}):
         decided = machine(**arguments)
         assert (decided.nvcc, decided.architectures, decided.hopper) == (None, [], False)
-        assert str(decided).startswith("compiling without CUDA (no GPU here; STEEPEST_CUDA=1 builds for all): about ")
+        assert str(decided).startswith("compiling without CUDA (no GPU of compute capability 8.0 or newer here; STEEP")
+    assert machine("7.5", STEEPEST_CUDA="local").nvcc is None
     assert (
         machine("9.0", nvcc=False, STEEPEST_CUDA="local").why
         == machine(nvcc=False).why
@@ -311,7 +312,7 @@ def test_a_driver_that_answers_something_else_is_no_gpu(build: types.ModuleType,
     path = {"PATH": str(tmp_path)}
     script(tmp_path / "nvidia-smi", "echo 'No devices were found'; exit 6")
     assert build.find_devices(path) == []
-    script(tmp_path / "nvidia-smi", "echo '[N/A]'; echo 12.0; echo 9.0; echo 9.0")
+    script(tmp_path / "nvidia-smi", "echo '[N/A]'; echo 12.0; echo 9.0; echo 7.5; echo 9.0")
     assert build.find_devices(path) == ["9.0", "12.0"]
 
 
@@ -452,6 +453,44 @@ def test_commit_is_our_own(build: types.ModuleType, tmp_path: Path, monkeypatch:
     (tmp_path / "unpacked").mkdir()
     monkeypatch.setattr(build, "ROOT", tmp_path / "unpacked")
     assert build.commit() == ""
+
+
+# ---- the makefile
+
+
+def make(*arguments: str) -> str:
+    """What it would do from a fresh clone."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    command = ["make", "-C", str(ROOT), "--no-print-directory", "VENV=no-such-folder", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("STEEPEST", "MAKE"))}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60).stdout
+
+
+def test_the_demo_installs_no_tools_for_developers() -> None:
+    assert "examples/train_gpt.py" in make("-n", "demo")
+    assert "--group" not in make("-n", "demo")
+    assert "--group test" in make("-n", "test")
+    assert "triton" not in make("-n", "check")
+
+
+def test_long_steps_are_announced() -> None:
+    """Before them, in lines that begin with ==."""
+    for target, least in (
+        ("demo", 3),
+        ("test", 4),
+        ("test-kernels", 4),
+        ("check", 2),
+        ("check-torch", 1),
+        ("wheel", 2),
+    ):
+        assert make("-n", target).count('"==') >= least, target
+
+
+def test_the_build_is_for_this_machine_unless_asked() -> None:
+    show = "--eval=show: ; @echo $$STEEPEST_CUDA"
+    assert make(show, "show") == "local\n"
+    assert make(show, "show", "STEEPEST_CUDA=1") == "1\n"
 
 
 # ---- the binary

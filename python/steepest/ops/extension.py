@@ -115,9 +115,9 @@ class Extension:
         """
         sizes = _ints(size for shape in shapes for size in shape)
         nodes = (_ints(ints), _floats(floats), len(ints) // 7)
-        found: dict[str, Any] = self._text("polar_chunks", *nodes, sizes, len(shapes), multiprocessors, l2_bytes)
-        found["chunks"] = [[tuple(part) for part in chunk] for chunk in found["chunks"]]
-        return found
+        chunking: dict[str, Any] = self._text("polar_chunks", *nodes, sizes, len(shapes), multiprocessors, l2_bytes)
+        chunking["chunks"] = [[tuple(part) for part in chunk] for chunk in chunking["chunks"]]
+        return chunking
 
     def _text(self, name: str, *arguments: Any) -> Any:
         value = json.loads(getattr(self._library, f"steepest_{name}")(*arguments))
