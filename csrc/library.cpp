@@ -45,6 +45,7 @@ STABLE_TORCH_LIBRARY(steepest, m) {
   m.def(
       "small_polar(Tensor[] xs, Tensor(a!)[] outs, Tensor(b!)[] slacks, float[] coefficients, int tables, "
       "float[] least, bool tight, float eps) -> ()");
+  m.def("cluster_launch(int device) -> bool");
   m.def(
       "eigh_refresh(Tensor P, Tensor Q, Tensor(a!) basis, Tensor(b!) values, Tensor(c!) status, Tensor(d!) order, "
       "int method, int sweeps) -> ()");

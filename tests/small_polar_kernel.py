@@ -51,6 +51,7 @@ class Kernel:
         outs: Sequence[Tensor] | None = None,
         eps: float = 1e-7,
         capability: int = HOPPER,
+        most_blocks: int = 2**31 - 1,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Polar factors and slacks of batches (count, m, n) whose rows are contiguous, all in one call."""
         plan = tables.SCHEDULES[plan] if isinstance(plan, str) else plan
@@ -75,6 +76,7 @@ class Kernel:
             int(plan.norm == "tight"),
             ctypes.c_double(eps),
             capability,
+            most_blocks,
         )
         if failed:
             raise ValueError(self.library.small_polar_message().decode())

@@ -45,6 +45,30 @@ def test_compiled_once_and_equal_to_eager(cls: type[MatrixOptimizer], tensor: bo
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
+def graphs_of(optimizer: MatrixOptimizer, params: list[Tensor], steps: int, **options: Any) -> list[int]:
+    """How often the step has been compiled after each of so many, with a scheduler that changes the rate every time."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    give_gradients(params, 0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(1.0, (epoch + 1) / 3) * 0.9**epoch)
+    step = torch.compile(optimizer.step, backend=counter, **options)
+    graphs = []
+    for _ in range(steps):
+        step()
+        scheduler.step()
+        graphs.append(counter.frame_count)
+    return graphs
+
+
+def test_a_scheduled_learning_rate() -> None:
+    """What docs/step.md says of it: a tensor is compiled once, a number once more, with dynamic=False every number."""
+    cls, rates = OPTIMIZERS[0], {"lr": 0.02, "adamw_lr": 0.01}
+    assert graphs_of(*both_kinds(cls, capturable=True, **rates), steps=6) == [1] * 6
+    assert graphs_of(*both_kinds(cls, **rates), steps=6) == [1] + [2] * 5
+    assert graphs_of(*both_kinds(cls, **rates), steps=4, dynamic=False) == [1, 2, 3, 4]
+    assert torch._dynamo.config.recompile_limit == 8
+
+
 def test_the_fused_ops_are_traced_whole() -> None:
     """Called from compiled code they are three nodes that mutate what their schemas say."""
     program = Program(momentum_correction=True, power="quarter", second_correction=True, direction="identity")

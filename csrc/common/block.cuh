@@ -4,8 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "common/scratch.h"
 
@@ -88,13 +86,6 @@ __device__ inline bool combine_chunks(const Scratch& scratch, int64_t counter, i
       values[c] = combine(kLargest >> c & 1, values[c], __ldcg(scratch.partials + (first_line + i) * kWidth + c));
   combine_block<kCount, kLargest>(values);
   return true;
-}
-
-inline void check_launch(const char* op, int32_t chunks, size_t items) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("steepest::") + op + ": a launch of " + std::to_string(chunks) +
-                           " blocks over " + std::to_string(items) + " tensors failed: " + cudaGetErrorString(error));
 }
 
 }  // namespace steepest

@@ -1,8 +1,10 @@
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
+#include <mutex>
+#include <set>
+#include <utility>
 
+#include "common/check.h"
 #include "common/device.h"
 
 namespace steepest {
@@ -11,9 +13,7 @@ namespace {
 
 int attribute(cudaDeviceAttr name, int32_t device) {
   int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, name, device);
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("steepest: cudaDeviceGetAttribute failed: ") + cudaGetErrorString(error));
+  check_cuda(cudaDeviceGetAttribute(&value, name, device), "device: cudaDeviceGetAttribute");
   return value;
 }
 
@@ -26,6 +26,20 @@ int64_t l2_bytes_of(int32_t device) { return attribute(cudaDevAttrL2CacheSize, d
 int capability_of(int32_t device) {
   return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
          attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
+bool has_clusters(int32_t device) { return attribute(cudaDevAttrClusterLaunch, device) != 0; }
+
+void allow_shared_memory(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "device: cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+             "device: cudaFuncSetAttribute for " + std::to_string(bytes) + " bytes of shared memory");
+  allowed.insert({kernel, device});
 }
 
 }  // namespace steepest

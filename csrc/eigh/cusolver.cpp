@@ -2,10 +2,12 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 
 namespace steepest::eigh {
 namespace {
@@ -30,11 +32,16 @@ struct Library {
 
 std::mutex mutex;  // of what follows; a handle serves one thread at a time
 std::unique_ptr<Library> library;
-struct Own {
+// A handle has memory of its own on the device, so two streams, whose solvers run at once, do not share one. Nor do
+// they share host memory, which a solver that runs on after its call returned may still read: a call's lives until a
+// later one on its stream wants more, and then on beside the larger piece.
+struct Solver {
   Handle handle;
   Params params;
+  std::vector<std::unique_ptr<char[]>> host;
+  size_t host_bytes;  // of the last, at least twice those of the one before
 };
-std::map<int32_t, Own> own;  // by device; never destroyed: the driver may be gone by then
+std::map<std::pair<int32_t, void*>, Solver> solvers;  // never destroyed: the driver may be gone by then
 
 template <class Function>
 bool find(void* opened, const char* name, Function& to) {
@@ -48,17 +55,24 @@ void check(int status, const char* name) {
                              std::to_string(status));
 }
 
-const Own& own_of(int32_t device, void* stream) {
+Solver& solver_of(int32_t device, void* stream) {
   if (library == nullptr) throw std::runtime_error("steepest::eigh_batched: no cuSOLVER is loaded");
-  auto found = own.find(device);
-  if (found == own.end()) {
-    Own made{};
-    check(library->create(&made.handle), "cusolverDnCreate");
-    check(library->create_params(&made.params), "cusolverDnCreateParams");
-    found = own.emplace(device, made).first;
+  const std::pair<int32_t, void*> key{device, stream};
+  const auto known = solvers.find(key);
+  if (known != solvers.end()) return known->second;
+  Solver made{};
+  check(library->create(&made.handle), "cusolverDnCreate");
+  check(library->create_params(&made.params), "cusolverDnCreateParams");
+  check(library->set_stream(made.handle, stream), "cusolverDnSetStream");
+  return solvers.emplace(key, std::move(made)).first->second;
+}
+
+void* host_memory(Solver& solver, size_t bytes) {
+  if (solver.host.empty() || bytes > solver.host_bytes) {
+    solver.host_bytes = std::max(bytes, 2 * solver.host_bytes);
+    solver.host.push_back(std::make_unique<char[]>(solver.host_bytes));
   }
-  check(library->set_stream(found->second.handle, stream), "cusolverDnSetStream");
-  return found->second;
+  return solver.host.back().get();
 }
 
 }  // namespace
@@ -93,7 +107,7 @@ int64_t most_matrices(int64_t n) { return INT32_MAX / (n * n); }
 
 Workspace workspace_of(const Solve& solve, int32_t device, void* stream) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const Own& with = own_of(device, stream);
+  const Solver& with = solver_of(device, stream);
   const int type = solve.fp64 ? kFp64 : kFp32;
   Workspace size{};
   check(library->buffer_size(with.handle, with.params, kVectors, kLower, solve.n, type, solve.a, solve.n, type, solve.w,
@@ -104,11 +118,10 @@ Workspace workspace_of(const Solve& solve, int32_t device, void* stream) {
 
 void solve_on_device(const Solve& solve, const Workspace& size, void* zeroed, int32_t device, void* stream) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const Own& with = own_of(device, stream);
+  Solver& with = solver_of(device, stream);
   const int type = solve.fp64 ? kFp64 : kFp32;
-  std::vector<char> host(size.host);
   check(library->solve(with.handle, with.params, kVectors, kLower, solve.n, type, solve.a, solve.n, type, solve.w, type,
-                       zeroed, size.device, host.data(), size.host, solve.info, solve.count),
+                       zeroed, size.device, host_memory(with, size.host), size.host, solve.info, solve.count),
         "cusolverDnXsyevBatched");
 }
 

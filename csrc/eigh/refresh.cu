@@ -9,12 +9,15 @@
 // where it was not enough, and begin where it ended.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "common/block.cuh"
+#include "common/check.h"
+#include "common/device.h"
 #include "common/shared.cuh"
 #include "eigh/formulas.cuh"
 #include "eigh/jacobi.cuh"
@@ -385,26 +388,23 @@ __global__ void __launch_bounds__(kThreads, kSpans == 4 ? 1 : 2) refresh(const R
   if (own == 0) all.status[matrix] = status | (taken ? kAccepted : 0);
 }
 
+// `most`: rows of the matrices that the device has room for.
 template <int kSpans>
-void launch(const Refresh& all, size_t bytes, cudaStream_t stream) {
+void launch(const Refresh& all, [[maybe_unused]] int64_t most, cudaStream_t stream) {
   const int blocks = static_cast<int>(all.count);
+  const size_t bytes = shared_bytes(all.n);
 #ifdef __CUDACC__
-  cudaError_t error =
-      cudaFuncSetAttribute(refresh<kSpans>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess) {
-    refresh<kSpans><<<blocks, kThreads, bytes, stream>>>(all);
-    error = cudaGetLastError();
-  }
+  allow_shared_memory(reinterpret_cast<const void*>(refresh<kSpans>),
+                      shared_bytes(std::min<int64_t>(most, kSpans * kSpan)));
+  refresh<kSpans><<<blocks, kThreads, bytes, stream>>>(all);
 #else
   emulation::ask_for_shared(bytes);  // this source on a CPU: tests/emulation
   emulation::launch(refresh<kSpans>, blocks, kThreads, all);
   emulation::check_shared();
-  const cudaError_t error = cudaGetLastError();
   static_cast<void>(stream);
 #endif
-  if (error != cudaSuccess)
-    throw std::runtime_error("steepest::eigh_refresh: a launch of " + std::to_string(blocks) + " blocks with " +
-                             std::to_string(bytes) + " bytes of shared memory failed: " + cudaGetErrorString(error));
+  check_cuda(cudaGetLastError(), "eigh_refresh: a launch of " + std::to_string(blocks) + " blocks with " +
+                                     std::to_string(bytes) + " bytes of shared memory");
 }
 
 }  // namespace
@@ -419,7 +419,7 @@ void refresh_on_device(const Refresh& all, size_t limit, void* stream) {
     throw std::invalid_argument("steepest::eigh_refresh: at most 2^31 - 1 matrices in one call, got " +
                                 std::to_string(all.count));
   constexpr decltype(&launch<1>) launches[] = {launch<1>, launch<2>, launch<3>, launch<4>};
-  launches[(all.n - 1) / kSpan](all, shared_bytes(all.n), static_cast<cudaStream_t>(stream));
+  launches[(all.n - 1) / kSpan](all, most, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace steepest::eigh

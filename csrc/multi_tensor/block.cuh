@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/block.cuh"
+#include "common/check.h"
 #include "common/floats.h"
 #include "multi_tensor/formulas.cuh"
 #include "multi_tensor/params.h"

@@ -68,7 +68,7 @@ STEEPEST_HD inline double input_scale(double bound) {
   if (!(bound > 0 && bound < INFINITY)) return 1;
   int exponent;
   frexp(bound, &exponent);  // bound < 2^exponent
-  exponent = exponent > 130 ? 130 : exponent < -100 ? -100 : exponent;
+  exponent = exponent > 130 ? 130 : exponent < -112 ? -112 : exponent;
   return ldexp(1.0, 15 - exponent);
 }
 

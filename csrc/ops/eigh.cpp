@@ -30,7 +30,7 @@ void eigh_refresh(const Tensor& p, const Tensor& q, const Tensor& basis, const T
                   const Tensor& order, int64_t method, int64_t sweeps) {
   const Place place(p);
   STD_TORCH_CHECK(p.dim() == 3 && p.size(1) == p.size(2), "P must be a stack of square matrices");
-  STD_TORCH_CHECK(method >= 0 && method <= static_cast<int64_t>(Method::automatic) && sweeps > 0 && sweeps < 1 << 15,
+  STD_TORCH_CHECK(method >= 0 && method <= static_cast<int64_t>(Method::automatic) && sweeps > 0 && sweeps <= INT32_MAX,
                   "method ", method, " or sweeps ", sweeps, " is out of range");
   const int64_t count = p.size(0), n = p.size(1);
   for (const auto& [tensor, name] : {std::pair{&p, "P"}, {&q, "Q"}, {&basis, "basis"}})

@@ -324,9 +324,15 @@ void small_polar_op(const std::vector<Tensor>& xs, const std::vector<Tensor>& ou
   polar_on_device(matrices, schedule, small_polar::room_of(90), nullptr);
 #else
   const torch::stable::accelerator::DeviceGuard guard(place.index);
-  polar_on_device(matrices, schedule, small_polar::room_of(capability_of(place.index)), current_stream(place.index));
+  small_polar::Room room = small_polar::room_of(capability_of(place.index));
+  room.clusters = room.clusters && has_clusters(place.index);
+  polar_on_device(matrices, schedule, room, current_stream(place.index));
 #endif
 }
+
+#ifdef STEEPEST_HAS_CUDA
+bool cluster_launch(int64_t device) { return has_clusters(static_cast<int32_t>(device)); }
+#endif
 #endif
 
 void chain_numbers(const Tensor& gram, const Tensor& numbers, const Tensor& slack, const Tensor& scratch,
@@ -367,6 +373,10 @@ STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
 }
 
 #ifdef STEEPEST_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(steepest, CompositeExplicitAutograd, m) {
+  m.impl("cluster_launch", TORCH_BOX(&cluster_launch));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(steepest, CUDA, m) {
   m.impl("chain_numbers", TORCH_BOX(&chain_numbers));
   m.impl("small_polar", TORCH_BOX(&small_polar_op));

@@ -1,5 +1,6 @@
 // The numbers of a chain: one read of the lower triangle of every Gram product, and what follows from its sums.
 #include "common/block.cuh"
+#include "common/check.h"
 #include "common/floats.h"
 #include "polar/formulas.cuh"
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/block.cuh"
+#include "common/check.h"
 #include "polar/sum.cuh"
 #include "symm_gemm/formulas.cuh"
 

@@ -79,8 +79,9 @@ int blocks_for(int64_t rows, const Room& room);
 // The longest shorter side for which there is.
 int64_t most_rows(const Room& room);
 
-// All matrices in one launch for blocks and one for clusters, or in as few as the arguments hold. `stream` is a
-// cudaStream_t on the current device. Throws when a matrix does not fit or a launch fails.
-void polar_on_device(const std::vector<Matrices>& matrices, const Schedule& schedule, const Room& room, void* stream);
+// All matrices in one launch for blocks and one for clusters, or in as few as the arguments and a grid of `most_blocks`
+// hold. `stream` is a cudaStream_t on the current device. Throws when a matrix does not fit or a launch fails.
+void polar_on_device(const std::vector<Matrices>& matrices, const Schedule& schedule, const Room& room, void* stream,
+                     int32_t most_blocks = INT32_MAX);
 
 }  // namespace steepest::small_polar

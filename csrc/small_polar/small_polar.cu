@@ -38,12 +38,15 @@
 //     Q in 16 bits, diagonal in fp32    .023     .029     .011      .006
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "common/check.h"
+#include "common/device.h"
 #include "common/shared.cuh"
 #include "small_polar/elements.cuh"
 #include "small_polar/formulas.cuh"
@@ -515,22 +518,21 @@ __global__ void __launch_bounds__(kThreads, kMost == kMostAlone / 2 ? 2 : 1)
 }
 
 template <int kMost>
-void launch(const Batch& batch, int32_t matrices, size_t bytes, cudaStream_t stream) {
+void launch(const Batch& batch, int32_t matrices, size_t bytes, [[maybe_unused]] const Room& room,
+            cudaStream_t stream) {
   constexpr int kBlocks = kBlocksFor<kMost>;
   const int32_t blocks = matrices * kBlocks;
 #ifdef __CUDACC__
-  cudaError_t error =
-      cudaFuncSetAttribute(small_polar<kMost>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess) {
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = kBlocks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = bytes, config.stream = stream;
-    config.attrs = &cluster, config.numAttrs = kBlocks > 1 ? 1 : 0;
-    error = cudaLaunchKernelEx(&config, small_polar<kMost>, batch);
-  }
+  allow_shared_memory(reinterpret_cast<const void*>(small_polar<kMost>),
+                      std::min(shared_bytes(kMost, kBlocks), room.bytes));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kBlocks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes, config.stream = stream;
+  config.attrs = &cluster, config.numAttrs = kBlocks > 1 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, small_polar<kMost>, batch);
 #else
   emulation::ask_for_shared(bytes);  // this source on a CPU: tests/emulation
   emulation::launch(small_polar<kMost>, blocks, kThreads, batch, kBlocks);
@@ -538,18 +540,28 @@ void launch(const Batch& batch, int32_t matrices, size_t bytes, cudaStream_t str
   const cudaError_t error = cudaGetLastError();
   static_cast<void>(stream);
 #endif
-  if (error != cudaSuccess)
-    throw std::runtime_error("steepest::small_polar: a launch of " + std::to_string(blocks) + " blocks with " +
-                             std::to_string(bytes) + " bytes of shared memory failed: " + cudaGetErrorString(error));
+  check_cuda(error, "small_polar: a launch of " + std::to_string(blocks) + " blocks with " + std::to_string(bytes) +
+                        " bytes of shared memory");
 }
 
 int64_t short_side(const Matrices& all) {  // 0 where there are none
   return all.count == 0 ? 0 : all.rows < all.columns ? all.rows : all.columns;
 }
 
+// `count` of the matrices, from the one of this number on.
+Matrices part_of(Matrices all, int64_t first, int64_t count) {
+  const auto bytes = [](Dtype dtype) { return int64_t{dtype == Dtype::f32 ? 4 : 2}; };
+  all.x = static_cast<const char*>(all.x) + first * all.x_matrix * bytes(all.x_dtype);
+  all.out = static_cast<char*>(all.out) + first * all.out_matrix * bytes(all.out_dtype);
+  if (all.slack != nullptr) all.slack += first;
+  all.count = count;
+  return all;
+}
+
 }  // namespace
 
-void polar_on_device(const std::vector<Matrices>& matrices, const Schedule& schedule, const Room& room, void* stream) {
+void polar_on_device(const std::vector<Matrices>& matrices, const Schedule& schedule, const Room& room, void* stream,
+                     int32_t most_blocks) {
   static thread_local Batch batch;  // 32 KB: not on the stack; the launch copies what it is given
   batch.numbers = numbers(schedule);
   for (const Matrices& one : matrices) {
@@ -561,24 +573,29 @@ void polar_on_device(const std::vector<Matrices>& matrices, const Schedule& sche
                                   std::to_string(m));
   }
   for (const int blocks : {1, kCluster}) {
+    const int64_t most = most_blocks / blocks;
+    int64_t taken = 0;  // of the matrices at `next`
     for (size_t next = 0; next < matrices.size();) {
       int64_t count = 0;
       size_t bytes = 0;
       batch.count = 0;
-      for (; next < matrices.size() && batch.count < Batch::kCapacity; ++next) {
+      while (next < matrices.size() && batch.count < Batch::kCapacity && count < most) {
         const Matrices& one = matrices[next];
         const int64_t m = short_side(one);
-        if (m == 0 || blocks_for(m, room) != blocks) continue;
-        if ((count + one.count) * blocks > INT32_MAX) break;
-        batch.items[batch.count++] = {one, static_cast<int32_t>(count)};
-        count += one.count;
-        if (shared_bytes(m, blocks) > bytes) bytes = shared_bytes(m, blocks);
+        if (m > 0 && blocks_for(m, room) == blocks) {
+          const int64_t part = std::min(one.count - taken, most - count);
+          batch.items[batch.count++] = {part_of(one, taken, part), static_cast<int32_t>(count)};
+          count += part, taken += part;
+          bytes = std::max(bytes, shared_bytes(m, blocks));
+          if (taken < one.count) break;
+        }
+        ++next, taken = 0;
       }
       if (batch.count == 0) break;
       const auto start = blocks > 1                                 ? launch<kMostRows>
                          : bytes <= shared_bytes(kMostAlone / 2, 1) ? launch<kMostAlone / 2>
                                                                     : launch<kMostAlone>;
-      start(batch, static_cast<int32_t>(count), bytes, static_cast<cudaStream_t>(stream));
+      start(batch, static_cast<int32_t>(count), bytes, room, static_cast<cudaStream_t>(stream));
     }
   }
 }

@@ -3,19 +3,15 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
+#include "common/check.h"
+#include "common/device.h"
 #include "symm_gemm/kernel_sm90.cuh"
 #include "symm_gemm/launch_sm90.h"
 
 namespace steepest::symm_gemm {
-
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("steepest::symm_gemm: ") + what + " failed: " + cudaGetErrorString(error));
-}
 
 // Strides of a factor as CUTLASS has them: (its own dimension, k, matrix), the contiguous one a constant.
 template <class Stride>
@@ -74,19 +70,6 @@ int32_t add_weights(typename T::Batch& batch, int at, const Problem& problem, in
   return static_cast<int32_t>(count);
 }
 
-// Once for each device: more shared memory than a kernel has by itself.
-template <class T>
-void allow_shared_memory() {
-  static std::atomic<uint64_t> allowed{0};
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if (device < 64 && (allowed.load(std::memory_order_relaxed) & bit) != 0) return;
-  check(cudaFuncSetAttribute(multiply<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(typename T::Shared)),
-        "cudaFuncSetAttribute");
-  allowed.fetch_or(bit, std::memory_order_relaxed);
-}
-
 template <class T>
 void launch_tile(const Launch& launch, const std::vector<Problem>& problems, const Workspace& workspace,
                  cudaStream_t stream, bool overlap) {
@@ -102,7 +85,8 @@ void launch_tile(const Launch& launch, const std::vector<Problem>& problems, con
     batch.items[i] = make_item<T>(problems.at(planned.index), planned);
     if constexpr (T::kUpdates) weights += add_weights<T>(batch, i, problems.at(planned.index), weights);
   }
-  allow_shared_memory<T>();
+  const auto kernel = reinterpret_cast<const void*>(multiply<T>);
+  allow_shared_memory(kernel, sizeof(typename T::Shared));
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(T::kShape.cluster), 1, 1};
@@ -116,7 +100,7 @@ void launch_tile(const Launch& launch, const std::vector<Problem>& problems, con
   config.attrs = attributes;
   config.numAttrs = overlap ? 2 : 1;
   void* arguments[] = {&batch};
-  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(multiply<T>), arguments), "the launch");
+  check_cuda(cudaLaunchKernelExC(&config, kernel, arguments), "symm_gemm: the launch");
 }
 
 template <Dtype kDtype, Majors kMajors, End kEnd>

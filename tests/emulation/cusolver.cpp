@@ -10,12 +10,25 @@
 namespace {
 
 constexpr int kInvalid = 3;  // CUSOLVER_STATUS_INVALID_VALUE
-constexpr size_t kDevice = 1000, kHost = 100;
-int handles = 0, params = 0;
+constexpr size_t kDevice = 1000;
+constexpr int kMostHandles = 8;
+struct Handle {
+  void* stream;
+} handles[kMostHandles];
+int handle_count = 0, params = 0;
+void* host_memory = nullptr;  // of the last call
+
+Handle* known(void* handle) {
+  for (int i = 0; i < handle_count; ++i)
+    if (handle == &handles[i]) return &handles[i];
+  return nullptr;
+}
+
+size_t host_bytes_of(int64_t n) { return 100 * static_cast<size_t>(n); }
 
 bool fits(void* handle, void* given, int jobz, int uplo, int64_t n, int type_a, int64_t lda, int type_w, int compute,
           int64_t batch) {
-  return handle == &handles && given == &params && jobz == 1 && uplo == 0 && lda == n && type_a == type_w &&
+  return known(handle) != nullptr && given == &params && jobz == 1 && uplo == 0 && lda == n && type_a == type_w &&
          type_a == compute && (type_a == 0 || type_a == 1) && n * n * batch <= INT32_MAX;
 }
 
@@ -59,20 +72,29 @@ bool solve_one(T* a, T* w, int64_t n) {
 extern "C" {
 
 int cusolverDnCreate(void** handle) {
-  *handle = &handles;
-  return handles++ == 0 ? 0 : kInvalid;  // one for each device
+  if (handle_count == kMostHandles) return kInvalid;
+  *handle = &handles[handle_count++];
+  return 0;
 }
 int cusolverDnCreateParams(void** made) {
   *made = &params;
   return 0;
 }
-int cusolverDnSetStream(void* handle, void*) { return handle == &handles ? 0 : kInvalid; }
+// A handle serves one stream: what it holds on the device may be in use there.
+int cusolverDnSetStream(void* handle, void* stream) {
+  Handle* const own = known(handle);
+  if (own == nullptr || (own->stream != nullptr && own->stream != stream)) return kInvalid;
+  own->stream = stream;
+  return 0;
+}
+int cusolver_handles() { return handle_count; }
+void* cusolver_host_memory() { return host_memory; }
 
 int cusolverDnXsyevBatched_bufferSize(void* handle, void* given, int jobz, int uplo, int64_t n, int type_a, const void*,
                                       int64_t lda, int type_w, const void*, int compute, size_t* device, size_t* host,
                                       int64_t batch) {
   if (!fits(handle, given, jobz, uplo, n, type_a, lda, type_w, compute, batch)) return kInvalid;
-  *device = kDevice, *host = kHost;
+  *device = kDevice, *host = host_bytes_of(n);
   return 0;
 }
 
@@ -80,7 +102,8 @@ int cusolverDnXsyevBatched(void* handle, void* given, int jobz, int uplo, int64_
                            int type_w, void* w, int compute, void* device, size_t device_bytes, void* host,
                            size_t host_bytes, int* info, int64_t batch) {
   if (!fits(handle, given, jobz, uplo, n, type_a, lda, type_w, compute, batch)) return kInvalid;
-  if (device_bytes != kDevice || host_bytes != kHost || host == nullptr) return kInvalid;
+  if (device_bytes != kDevice || host_bytes != host_bytes_of(n) || host == nullptr) return kInvalid;
+  host_memory = host;
   for (size_t i = 0; i < device_bytes; ++i)
     if (static_cast<char*>(device)[i] != 0) return kInvalid;
   for (int64_t k = 0; k < batch; ++k) {

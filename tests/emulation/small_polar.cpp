@@ -40,7 +40,7 @@ int64_t small_polar_most_rows(int capability) { return most_rows(room_of(capabil
 
 // coefficients: (tables, steps, 5), the highest ones NaN where a step has fewer.
 int small_polar_run(const Matrices* matrices, int count, const double* coefficients, int tables, int steps,
-                    const double* slacks, int tight, double eps, int capability) {
+                    const double* slacks, int tight, double eps, int capability, int most_blocks) {
   return guarded([&] {
     Schedule schedule{{}, {slacks, slacks + tables - 1}, tight != 0, eps};
     for (int t = 0; t < tables; ++t) {
@@ -51,7 +51,7 @@ int small_polar_run(const Matrices* matrices, int count, const double* coefficie
           schedule.tables.back().back().push_back(coefficients[i]);
       }
     }
-    polar_on_device({matrices, matrices + count}, schedule, room_of(capability), nullptr);
+    polar_on_device({matrices, matrices + count}, schedule, room_of(capability), nullptr, most_blocks);
   });
 }
 }

@@ -200,6 +200,21 @@ def test_more_matrices_than_a_launch_takes(kernel: Kernel) -> None:
     assert torch.equal(torch.cat(together), batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_stack_of_more_blocks_than_a_grid_has(dtype: torch.dtype, kernel: Kernel) -> None:
+    """Is cut, wherever the launch is full, and nothing that follows is left out; here a grid has 10 blocks."""
+    rows = torch.full((7, 6, 12), torch.nan, dtype=dtype)[:, :, 2:11]
+    rows.copy_(torch.stack([gaussian(6, 9, i) for i in range(7)]))
+    xs = [rows, gaussian(130, 140)[None].expand(3, -1, -1).to(dtype), torch.stack([gaussian(9, 4)] * 25).to(dtype)]
+    xs[1] = xs[1] * torch.tensor([1.0, 2.0, -1.0], dtype=dtype)[:, None, None]
+    before = kernel.library.small_polar_launches()
+    cut, cut_slacks = kernel(xs, "auto", most_blocks=10)
+    assert kernel.library.small_polar_launches() - before == 4 + 2  # 32 blocks, and 3 clusters of 4
+    whole, slacks = kernel(xs, "auto")
+    assert all(torch.equal(a, b) for a, b in zip([*cut, *cut_slacks], [*whole, *slacks], strict=True))
+    assert all(y.isfinite().all() for y in cut)
+
+
 @pytest.mark.parametrize("shape", [(33, 70), (90, 100)])
 def test_a_batch_is_its_matrices_in_company_of_any_size(shape: tuple[int, int], kernel: Kernel) -> None:
     x = torch.stack([with_spectrum(*shape, name) for name in ("gaussian", "log", "rank 1")]).float()
@@ -292,6 +307,7 @@ def test_code_without_clusters_takes_none(
 ) -> None:
     built = types.SimpleNamespace(build_info=lambda: {"architectures": architectures})
     monkeypatch.setattr(backend, "extension", built)
+    monkeypatch.setattr(torch.ops.steepest, "cluster_launch", lambda _: True, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device)
     assert small_polar._capability.__wrapped__(0) == wanted
 

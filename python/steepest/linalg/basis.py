@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..ops import eigh
 from ..ops.products import product
+from .scaling import PowerOfTwo, inverse_power_of_two, largest_entry, to_order_one
 
 Method = Literal["auto", "jr", "qr", "eigh"]
 
@@ -150,11 +151,11 @@ def eigh_refresh(
         new = _where(taken, found, old)
         bits = _bits((~_orthonormal(found), WANTS_EXACT))
     # P that is zero or not finite has come to this as zero, of which every basis is an eigenbasis: nothing was won.
-    nothing = problem.factor == 0
+    nothing = problem.nothing
     taken = taken & ~nothing
     basis = torch.where(nothing[:, None, None], old.Q, new.Q)
     order = torch.where(taken[:, None], order, slots)
-    values = torch.where(nothing[:, None], 0, _diagonal(new.B) / problem.factor[:, None])
+    values = torch.where(nothing[:, None], 0, problem.scale.divide(_diagonal(new.B)[:, None])[:, 0])
     status = torch.where(nothing, 0, bits | _bits((taken, ACCEPTED))) | problem.status
     return _shaped(P, basis, values, status, order)
 
@@ -179,9 +180,9 @@ def orthonormality(Q: Tensor) -> Tensor:
 @torch.no_grad()
 def off_diagonal(P: Tensor, Q: Tensor) -> Tensor:
     """||B - diag B||_F / ||P||_F for B = Q^T P Q; 0 for P = 0.   P, Q: (..., n, n) -> (...)."""
-    factor = inverse_power_of_two(P)[..., None, None]
-    B = _exact(Q.mT, _exact(factor * P, Q))
-    norm = torch.linalg.matrix_norm(factor * P)
+    P = to_order_one(P)
+    B = _exact(Q.mT, _exact(P, Q))
+    norm = torch.linalg.matrix_norm(P)
     return torch.linalg.matrix_norm(_without_diagonal(B)) / torch.where(norm == 0, 1, norm)
 
 
@@ -192,8 +193,7 @@ def whitening_error(P: Tensor, Q: Tensor, *, floor_rel: float | None = None) -> 
     It is how far from I the covariance of a gradient stays that was whitened in the basis Q.  D is not taken below
     ``floor_rel`` max D, by default 8 eps; 0 for P = 0.
     """
-    factor = inverse_power_of_two(P)[..., None, None]
-    return _whitening(symmetrize(_exact(Q.mT, _exact(factor * P, Q))), floor_rel)
+    return _whitening(symmetrize(_exact(Q.mT, _exact(to_order_one(P), Q))), floor_rel)
 
 
 @torch.no_grad()
@@ -248,23 +248,24 @@ class _Basis(NamedTuple):
 
 class _Problem(NamedTuple):
     P: Tensor  # symmetric, finite, scaled by a power of two to entries of order 1
-    factor: Tensor  # that power of two; 0 where P is zero or not finite and counts as zero
+    scale: PowerOfTwo  # that power of two
+    nothing: Tensor  # whether P is zero, or not finite and counts as zero
     old: _Basis
     status: Tensor
 
 
 def _problem(P: Tensor, Q: Tensor) -> _Problem:
-    factor = inverse_power_of_two(P)
-    finite = factor.isfinite()
-    factor = torch.where(finite, factor, 0)
-    P = torch.where(finite[:, None, None], P, 0) * factor[:, None, None]
+    largest = largest_entry(P)
+    finite, nothing = (flag[:, 0, 0] for flag in (largest.isfinite(), ~largest.isfinite() | (largest == 0)))
+    scale = inverse_power_of_two(torch.where(largest.isfinite(), largest, 0))
+    P = scale.times(torch.where(finite[:, None, None], P, 0))
     skew = (P - P.mT).abs().amax((-2, -1)) > SYMMETRIC * P.abs().amax((-2, -1))
     P = symmetrize(P)
     residual = orthonormality(Q)
     orthonormal = residual <= ORTHONORMAL_ON_ENTRY
     Q = torch.where(orthonormal[:, None, None], Q, torch.eye(P.shape[-1], dtype=P.dtype, device=P.device))
     status = _bits((~finite, NOT_FINITE), (~orthonormal, NOT_ORTHONORMAL), (skew, NOT_SYMMETRIC))
-    return _Problem(P, factor, _measured(P, Q, torch.where(orthonormal, residual, 0)), status)
+    return _Problem(P, scale, nothing, _measured(P, Q, torch.where(orthonormal, residual, 0)), status)
 
 
 def _measured(P: Tensor, Q: Tensor, residual: Tensor) -> _Basis:
@@ -469,15 +470,6 @@ def _whitening(B: Tensor, floor_rel: float | None = None) -> Tensor:
     d = _floored(_diagonal(B), 8 * torch.finfo(B.dtype).eps if floor_rel is None else floor_rel)
     scale = torch.where(d == 0, 0, d.rsqrt())
     return _frobenius(_without_diagonal(B) * scale[..., :, None] * scale[..., None, :])
-
-
-def inverse_power_of_two(P: Tensor) -> Tensor:
-    """2^-k for the k with max |P| in [2^(k-1), 2^k); 0 for P = 0, NaN for what is not finite."""
-    largest = P.abs().amax((-2, -1))
-    _, exponent = torch.frexp(largest)
-    reach = 126 if P.dtype == torch.float32 else 1022
-    factor = torch.ldexp(torch.ones_like(largest), -exponent.clamp(-reach, reach))
-    return torch.where(largest.isfinite(), torch.where(largest == 0, 0, factor), torch.nan)
 
 
 def _bits(*flags: tuple[Tensor, int]) -> Tensor:

@@ -17,11 +17,12 @@ from torch import Tensor
 from ..budget import cut
 from ..ops.polar_chain import Update
 from ..ops.small_polar import small_polar, takes
-from ..ops.symm_gemm import Workspace
+from ..ops.symm_gemm import Workspace, times
 from ..ops.tracing import assume_constant_result
 from ..ops.weight_update import add_into
 from .coefficients import Coefficients, Schedule, presets, schedule
 from .newton_schulz import newton_schulz, newton_schulz_plain
+from .scaling import PowerOfTwo, into_fp16, inverse_power_of_two, largest_entry, to_order_one
 
 FORMS = ("auto", "standard", "gram")
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -162,7 +163,9 @@ def polars(
             continue
         work = dtype or compute_dtype(name or PLAIN, job.x.dtype, job.x.device)
         positions = _positions(plan, form, restarts, job.x, work)
-        alike.setdefault((work, positions), []).extend(job.split(_chunk(job.x, work, max_workspace_bytes)))
+        alike.setdefault((work, positions), []).extend(
+            job.split(_chunk(job.x, workspace_bytes(*job.x.shape[1:], work), max_workspace_bytes))
+        )
     if small:
         own, found = [job.x for job in small], [job.slack for job in small]
         targets = [job.out.batch() for job in small]
@@ -340,18 +343,23 @@ def _positions(
     return tuple(restarts)
 
 
-def _chunk(batch: Tensor, dtype: torch.dtype, max_workspace_bytes: int | None) -> int:
-    """How many matrices are worked on at once."""
+def _chunk(batch: Tensor, each: int, max_workspace_bytes: int | None) -> int:
+    """How many matrices are worked on at once, of which each takes so many bytes."""
     count, m, n = batch.shape
     size = max(1, CPU_CHUNK // (m * n)) if batch.device.type == "cpu" else count
     if max_workspace_bytes is not None:
-        size = min(size, max(1, max_workspace_bytes // workspace_bytes(m, n, dtype)))
+        size = min(size, max(1, max_workspace_bytes // each))
     return min(size, count)
 
 
 def workspace_bytes(m: int, n: int, dtype: torch.dtype) -> int:
-    """Upper bound on what one m x n matrix occupies while it is iterated: X three times, six short-side squares."""
-    return (3 * m * n + 6 * min(m, n) ** 2) * dtype.itemsize
+    """Upper bound on what one m x n matrix occupies while it is iterated.
+
+    X, its second buffer and what is made of the result; six short-side squares, one more in which sums are taken, fp32
+    at least, and the mask of a triangle.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return 3 * m * n * dtype.itemsize + min(m, n) ** 2 * (6 * dtype.itemsize + wide.itemsize + 1)
 
 
 def _prescaled(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -360,30 +368,27 @@ def _prescaled(x: Tensor, dtype: torch.dtype) -> Tensor:
     The factor is exact, so neither a Gram product nor a conversion over- or underflows and no digit is lost.  In fp16
     it brings the mean eigenvalue of X X^T into [1/4, 1) instead, the largest below m.  NaN if x is not finite.
     """
+    if x.dtype == torch.float64 and dtype != torch.float64:  # half of the factor may not be enough for the range
+        x = to_order_one(x)
     if dtype != torch.float16:
-        largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
-        return _scaled_copy(x, _inverse_power_of_two(largest), dtype)
-    if x.dtype == torch.float64:  # whose squares may leave its range
-        x = _prescaled(x, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    return _scaled_copy(x, _inverse_power_of_two(norm / math.sqrt(min(x.shape[-2:]))).float(), dtype)
+        return _scaled(x, inverse_power_of_two(largest_entry(x)), _like(x, dtype))
+    given, x = x, x if x.dtype == torch.float16 else into_fp16(x)
+    # fp32 holds the squares, and torch reads fp16 into it without a copy.
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    scale = inverse_power_of_two(norm / math.sqrt(min(x.shape[-2:])))
+    return _scaled(x, scale, _like(x, dtype) if x is given else x)
 
 
-def _scaled_copy(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``factor x`` in ``dtype``, contiguous; converted first where the range allows it, a third faster on a CPU."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if x.device.type == "cpu" and len(x) == 1 and torch.finfo(dtype).max > 0.99 * torch.finfo(x.dtype).max:
-        return out.copy_(x).mul_(factor.reshape(()))
-    return torch.mul(x, factor, out=out)
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _inverse_power_of_two(value: Tensor) -> Tensor:
-    """2^-k for the k with value in [2^(k-1), 2^k), in fp32 at least; 1 for zero, NaN for what is not finite."""
-    value = value.to(torch.promote_types(value.dtype, torch.float32))
-    _, exponent = torch.frexp(value)
-    largest = 1022 if value.dtype == torch.float64 else 126
-    factor = torch.ldexp(torch.ones_like(value), -exponent.clamp(-largest, largest))
-    return torch.where(value.isfinite(), factor, torch.nan)
+def _scaled(x: Tensor, scale: PowerOfTwo, out: Tensor) -> Tensor:
+    """``scale x`` into ``out``, which may be x."""
+    first, second = (factor.flatten() for factor in scale)
+    if x.dtype == torch.float16:  # for whose range one number is enough
+        return times(x, first * second, out=out)
+    return times(times(x, first, out=out), second, out=out)
 
 
 def _svd(x: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ..ops.products import product
-from .basis import inverse_power_of_two, symmetrize
+from .basis import symmetrize
 from .coefficients import Table
+from .scaling import inverse_power_of_two, largest_entry
 
 ROOTS = (1, 2, 4, 8)
 # The bound exceeds the norms that it is taken from by more than their rounding.
@@ -75,12 +76,12 @@ def inverse_root(A: Tensor, p: int, *, ridge_rel: float = 1e-6) -> tuple[Tensor,
     if A.numel() == 0:
         return A.clone(), A.new_zeros(A.shape[:-2])
     n = A.shape[-1]
-    factor = inverse_power_of_two(A)
-    finite = factor.isfinite()
+    largest = largest_entry(A)
     # The identity stands in for what has no root.
-    regular = (finite & (factor != 0))[..., None, None]
+    regular = largest.isfinite() & (largest != 0)
     eye = torch.eye(n, dtype=A.dtype, device=A.device)
-    scaled = symmetrize(torch.where(regular, A, eye) * torch.where(regular, factor[..., None, None], 1))
+    scale = inverse_power_of_two(torch.where(regular, largest, 0))
+    scaled = symmetrize(scale.times(torch.where(regular, A, eye)))
     bound = _bound(scaled)[..., None, None]
     unit = (scaled / bound + ridge_rel * eye) / (1 + ridge_rel)
     low = ridge_rel / (1 + ridge_rel)
@@ -91,10 +92,10 @@ def inverse_root(A: Tensor, p: int, *, ridge_rel: float = 1e-6) -> tuple[Tensor,
             Y, Z = _coupled(Y, eye, low)
     Z = symmetrize(_exact(Z, Z) if p == 1 else Z)
     residual = torch.linalg.matrix_norm(_whitened(unit, Z, p) - eye) / math.sqrt(n)
-    scale = torch.where(regular, factor[..., None, None], 1) / (bound * (1 + ridge_rel))
-    X = torch.where(regular, Z * scale ** (1 / p), 0)
-    residual = torch.where(finite, torch.where(factor == 0, 0, residual), torch.inf)
-    return X, residual
+    X = Z / (bound * (1 + ridge_rel)) ** (1 / p) * scale.first ** (1 / p) * scale.second ** (1 / p)
+    largest = largest[..., 0, 0]
+    residual = torch.where(largest.isfinite(), torch.where(largest == 0, 0, residual), torch.inf)
+    return torch.where(regular, X, 0), residual
 
 
 @torch.no_grad()
@@ -128,10 +129,11 @@ def spectral_bound(A: Tensor) -> Tensor:
     """
     if A.numel() == 0:
         return A.new_zeros(A.shape[:-2])
-    factor = inverse_power_of_two(A)
-    regular = factor.isfinite() & (factor != 0)
-    scaled = torch.where(regular[..., None, None], A * factor[..., None, None], 0)
-    return torch.where(regular, _bound(symmetrize(scaled)) / factor, torch.where(factor == 0, 0, torch.inf))
+    largest = largest_entry(A)
+    regular = largest.isfinite()
+    scale = inverse_power_of_two(torch.where(regular, largest, 0))
+    bound = scale.divide(_bound(symmetrize(scale.times(torch.where(regular, A, 0))))[..., None, None])
+    return torch.where(regular, bound, torch.inf)[..., 0, 0]
 
 
 def lifting_steps(low: float) -> Table:

@@ -32,7 +32,8 @@ from torch import Tensor
 from ..ops.chain_numbers import squared_norm_bound
 from ..ops.symm_gemm import Workspace, gemm, linear, times
 from . import polar as _polar
-from .polar import _chunk, _inverse_power_of_two, _prescaled
+from .polar import _chunk, _prescaled
+from .scaling import inverse_power_of_two
 
 METHODS = ("auto", "matmul", "eigh")
 #: (a, b, c, d) of every step; d of the first is 0.
@@ -83,6 +84,8 @@ STEPS: dict[float, Steps] = {
 SAFETY = 1.02
 # q up to which X is multiplied by R: beyond it (s / bound)^q leaves the range of bf16.
 MOST_POWERS = 32
+# fp16 bears R^3: X R^k is (bound / norm)^2k times smaller than X, which is 8^k for a Gaussian matrix of 1024 rows.
+MOST_FP16_POWER = 3
 # R is squared so often for p = 1: the power method with 2^12 products.
 SQUARINGS = 12
 # and then v <- X^T X v so often in fp32, which takes out what 16-bit products left of other directions.
@@ -135,8 +138,8 @@ def schatten(
     of x does not matter.  Deterministic, not differentiable.
 
     Raises:
-        ValueError: p below 1, an unknown method, "matmul" for a p without products, x with fewer than two dimensions,
-            a negative eps.
+        ValueError: p below 1, an unknown method, "matmul" for a p without products, fp16 for p below 8/7 but for 1, x
+            with fewer than two dimensions, a negative eps.
         TypeError: x is not real floating point, or dtype is not a compute dtype.
     """
     _check(x, p, method, eps, dtype)
@@ -148,7 +151,7 @@ def schatten(
     work = torch.float64 if eigh else dtype or compute_dtype(p, x.dtype, x.device)
     batch = x.reshape(-1, *x.shape[-2:])
     out = torch.empty(batch.shape, dtype=x.dtype, device=x.device)
-    size = _chunk(batch, work, max_workspace_bytes)
+    size = _chunk(batch, workspace_bytes(p, *x.shape[-2:], work, method=method), max_workspace_bytes)
     for chunk, target in zip(batch.split(size), out.split(size), strict=True):
         y = _prescaled(chunk, work)
         if eigh:
@@ -184,8 +187,13 @@ def compute_dtype(p: float, dtype: torch.dtype, device: torch.device | str, *, m
 
 
 def workspace_bytes(p: float, m: int, n: int, dtype: torch.dtype, *, method: str = "auto") -> int:
-    """About what one m x n matrix occupies while it is worked on in ``dtype``, or in fp64 for eigenvectors."""
-    return _polar.workspace_bytes(m, n, dtype if by_products(p, method) else torch.float64)
+    """About what one m x n matrix occupies while it is worked on in ``dtype``, or in fp64 for eigenvectors.
+
+    Products take what `polar` takes and X in fp32, for norms and where p = 1: an upper bound.
+    """
+    work = dtype if by_products(p, method) else torch.float64
+    beside = 0 if p == math.inf else m * n * torch.promote_types(work, torch.float32).itemsize
+    return _polar.workspace_bytes(m, n, work) + beside
 
 
 def _check(x: Tensor, p: float, method: str, eps: float, dtype: torch.dtype | None) -> None:
@@ -199,6 +207,8 @@ def _check(x: Tensor, p: float, method: str, eps: float, dtype: torch.dtype | No
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
     check_norm(p, method)
+    if dtype == torch.float16 and method != "eigh" and (_power(p) or 0) > MOST_FP16_POWER:
+        raise ValueError(f"dtype torch.float16 does not hold the powers that p = {p:g} takes; choose torch.bfloat16")
 
 
 def check_norm(p: float, method: str) -> None:
@@ -225,7 +235,8 @@ def _by_products(x: Tensor, p: float) -> Tensor:
     work, power, y = _Products(x), _power(p), x
     if power != 0:
         gram = work.gram("gram", x)
-        scale = _inverse_power_of_two(squared_norm_bound(gram)[0])
+        factors = inverse_power_of_two(squared_norm_bound(gram)[0])
+        scale = factors.first * factors.second  # entries of x are of order 1, and so is this
         times(gram, scale, out=gram)
         if power is None:
             y = _compose(work, x, gram, scale, STEPS[p])
@@ -381,4 +392,4 @@ class _Products:
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """<A, B> of every matrix, (batch,), in fp32 at least."""
     wide = torch.promote_types(a.dtype, torch.float32)
-    return (a.to(wide) * b.to(wide)).sum((-2, -1))
+    return a.to(wide, copy=True).mul_(b).sum((-2, -1))

@@ -90,6 +90,8 @@ def cuda_reason(index: int | None = None) -> str | None:
 
 @functools.cache
 def _cuda_reason(index: int | None) -> str | None:
+    if torch.version.hip is not None:
+        return _not_cuda()
     if extension is None:
         return extension_reason
     info = extension.build_info()
@@ -139,11 +141,21 @@ def triton_reason() -> str | None:
 
 @functools.cache
 def _triton_reason() -> str | None:
+    if torch.version.hip is not None:
+        return _not_cuda()
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` (Linux)"
     if importlib.util.find_spec("steepest.kernels") is None:
         return "steepest.kernels is not importable; install the package instead of only pointing PYTHONPATH at it"
     return None if torch.cuda.is_available() else _no_device()
+
+
+def _not_cuda() -> str:
+    """A device of ROCm is "cuda" to torch, and its capability numbers look like NVIDIA's."""
+    return (
+        f"torch {torch.__version__} is a build for ROCm {torch.version.hip}, and the kernels are for NVIDIA GPUs; "
+        "steps run in torch operations"
+    )
 
 
 def _no_device() -> str:

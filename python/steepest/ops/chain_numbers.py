@@ -61,14 +61,20 @@ def too_many(constants: Sequence[Sequence[float]]) -> bool:
 
 
 def _route(gram: Tensor, constants: Sequence[Sequence[float]]) -> str:
-    why: str | None = f"the tensors are on {gram.device.type}"
-    if gram.is_cuda:
-        why = _backend.cuda_reason(gram.device.index)
-        if gram.dtype not in DTYPES:
-            why = f"the compute dtype is {gram.dtype}"
-        elif too_many(constants):
-            why = "the schedule has too many numbers"
-    return _backend.choose("chain_numbers", "auto", {"cuda": why}, gram.device)
+    if not gram.is_cuda or torch.compiler.is_compiling():  # what is traced is torch's own operations
+        return "torch"
+    return _backend.choose("chain_numbers", "auto", {"cuda": _reason(gram, constants)}, gram.device)
+
+
+def _reason(gram: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
+    """Why the kernel does not take these; None where it does."""
+    if (why := _backend.cuda_reason(gram.device.index)) is not None:
+        return why
+    if gram.dtype not in DTYPES:
+        return f"the compute dtype is {gram.dtype}"
+    if too_many(constants):
+        return "the schedule has too many numbers"
+    return None if gram.is_contiguous() else "the matrices are not contiguous"
 
 
 def _numbers(

@@ -48,7 +48,7 @@ def takes(P: Tensor, method: str) -> bool:
         return False
     if not _backend.compiled_wanted():
         return False
-    reason = _backend.cuda_reason(P.device.index) or _too_large(P)
+    reason = _backend.cuda_reason(P.device.index) or _too_large(P) or _too_many(P)
     if reason is not None:
         _backend.log_once("eigh_refresh", "torch", {"cuda": reason}, P.device)
     return reason is None
@@ -75,7 +75,7 @@ def _batched(P: Tensor) -> bool:
     """Whether cuSOLVER's batched solver takes these matrices; one alone fills a GPU by torch's solver as well."""
     if not P.is_cuda or len(P) < 2 or not _backend.compiled_wanted():
         return False
-    reason = _backend.cuda_reason(P.device.index) or cusolver_reason()
+    reason = _backend.cuda_reason(P.device.index) or _beyond_cusolver(P) or cusolver_reason()
     if reason is not None:
         _backend.log_once("eigh", "torch", {"cuda": reason}, P.device)
     return reason is None
@@ -104,6 +104,15 @@ def _too_large(P: Tensor) -> str | None:
     most = _most_rows(torch.cuda.get_device_capability(P.device))
     n = P.shape[-1]
     return None if n <= most else f"a block's shared memory holds matrices of {most} rows, and these have {n}"
+
+
+def _too_many(P: Tensor) -> str | None:
+    return None if P.numel() // P.shape[-1] ** 2 < 2**31 else "a launch has at most 2^31 - 1 blocks"
+
+
+def _beyond_cusolver(P: Tensor) -> str | None:
+    n = P.shape[-1]
+    return None if n * n < 2**31 else f"cuSOLVER counts elements in 32 bits, and these matrices have {n} rows"
 
 
 @functools.cache

@@ -129,7 +129,7 @@ def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
         return f"the compute dtype is {x.dtype}"
     if any(size % MULTIPLE for size in x.shape[-2:]) or x.numel() == 0:
         return f"the shape {tuple(x.shape)} is no multiple of {MULTIPLE}"
-    return None
+    return None if x.is_contiguous() and x.data_ptr() % 16 == 0 else "the matrices are not contiguous from 16 bytes on"
 
 
 if _backend.extension is not None:

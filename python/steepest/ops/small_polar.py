@@ -22,7 +22,7 @@ from . import backend as _backend
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TERMS = 5  # kMostTerms in csrc/small_polar/params.h
 MOST_ALONE, MOST_ROWS = 128, 256  # kMostAlone, kMostRows
-CLUSTERS = (9, 0)  # the first compute capability that has them
+CLUSTERS = (9, 0)  # no compute capability below has them, and those from here on are asked
 Tables = tuple[tuple[tuple[float, ...], ...], ...]
 
 
@@ -74,11 +74,14 @@ def too_long(short: int, capability: tuple[int, int]) -> str | None:
 
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
-    """Of a device; (8, 9), without clusters, where it runs code that was made for such devices."""
+    """Of a device; (8, 9), which has no clusters, where the device has none or runs code that was made without them."""
     assert _backend.extension is not None
     capability = torch.cuda.get_device_capability(index)
+    if capability < CLUSTERS:
+        return capability
     built = [name for name in _backend.extension.build_info()["architectures"] if _backend.target(name) >= CLUSTERS]
-    return capability if capability < CLUSTERS or _backend.covers(built, capability) else (8, 9)
+    clusters = _backend.covers(built, capability) and torch.ops.steepest.cluster_launch(index)
+    return capability if clusters else (8, 9)
 
 
 def _padded(step: Sequence[float]) -> list[float]:

@@ -81,7 +81,10 @@ def gemm(
         return out
     if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
         product = out if c is None else (workspace or Workspace()).get("product", out.shape, out)
-        gemm(a, b, out=product, symmetric=symmetric, workspace=workspace)
+        if symmetric and isinstance(alpha, Tensor) and a.dtype == torch.float16:
+            alpha = _scaled_product(a, b, alpha, product)
+        else:
+            gemm(a, b, out=product, symmetric=symmetric)
         return linear(product, c, alpha=alpha, beta=beta, out=out)
     if c is None:
         c, beta = out, 0.0
@@ -98,6 +101,23 @@ def gemm(
     else:
         _lower_block_rows_(out[0], a[0], b[0], alpha, beta, edges)
     return mirror_(out, edges)
+
+
+def _scaled_product(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor) -> Tensor:
+    """alpha a b as what is returned times ``out``, of which nothing leaves fp16's range.
+
+    a and b are polynomials in one R, and alpha brings their product to the order of 1: for alpha = c / ||R||^2 and R of
+    norm 512 the product itself would not be finite. All of alpha on one factor would take c / 512 of its bits below
+    2^-24, where the product multiplies what is lost by 512. So either factor takes the root of alpha, as a power of
+    two, and both are of the order of 1: at m rows what is lost is 2^-25 sqrt(m) of the product's norm at most.
+    """
+    _, exponent = torch.frexp(alpha)  # |alpha| in [2^(exponent - 1), 2^exponent)
+    half = torch.where(alpha == 0, -64, (exponent // 2).clamp(max=0))  # a product that does not count is not infinite
+    root = torch.ldexp(torch.ones_like(alpha), half)
+    left = times(a, root, out=torch.empty_like(a))
+    right = left if b is a else times(b, root, out=torch.empty_like(b))
+    gemm(left, right, out=out, symmetric=True)
+    return alpha / root.square()
 
 
 def _route(a: Tensor, b: Tensor) -> str:
@@ -121,6 +141,8 @@ def linear(
 
     Summed in fp32 (fp64 for fp64) and rounded once.
     """
+    if c is None and not gamma:
+        return times(a, alpha, out=out)
     wide = torch.promote_types(a.dtype, torch.float32)
     held = out if out.dtype == wide and out is not c else torch.empty(out.shape, dtype=wide, device=out.device)
     times(held.copy_(a), alpha, out=held)

@@ -17,6 +17,7 @@ from .polar_chain import DTYPES, MULTIPLE, hopper_reason, weights_reason
 from .symm_gemm import Workspace, gemm
 
 MOST = 1024  # weights whose addresses a launch carries: kMostWeights in csrc/symm_gemm/params.h
+MOST_SIZE, MOST_STRIDE = (2**31 - 1) // 2, 2**38  # kMaxSize and kMaxStride in csrc/symm_gemm/plan.cpp
 
 
 def weight_update(
@@ -40,7 +41,7 @@ def weight_update(
     for shapes that do not fit.
     """
     _check(a, b, weights, alpha, beta)
-    if _route(a, b, weights) == "cuda":
+    if _route(a, b, weights, alpha, beta) == "cuda":
         for first in range(0, len(weights), MOST):
             own = slice(first, first + MOST)
             torch.ops.steepest.weight_update(a[own], b[own], weights[own], alpha[own], beta[own])
@@ -51,30 +52,57 @@ def weight_update(
 
 def add_into(product: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> None:
     """``weights[i] = beta[i] weights[i] + alpha[i] product[i]``, in place; arguments as those of `weight_update`."""
-    for w, own, times, keep in zip(weights, product, alpha, beta, strict=True):
-        wide = torch.promote_types(torch.promote_types(w.dtype, own.dtype), torch.float32)
-        step = torch.where(times == 0, 0, own.to(wide) * times.to(wide))
-        w.copy_(w.to(wide).mul(keep.to(wide)).add_(step))
+    for each in zip(weights, product, alpha, beta, strict=True):
+        _add_one(*each)  # whose memory is free for the next
 
 
-def _route(a: Tensor, b: Tensor, weights: Sequence[Tensor]) -> str:
+def _add_one(w: Tensor, product: Tensor, alpha: Tensor, beta: Tensor) -> None:
+    wide = torch.promote_types(torch.promote_types(w.dtype, product.dtype), torch.float32)
+    step = product.to(wide, copy=True).mul_(alpha).masked_fill_(alpha == 0, 0)
+    moved = w.to(wide).mul_(beta).add_(step)  # w itself where it is as wide
+    if moved is not w:
+        w.copy_(moved)
+
+
+def _route(a: Tensor, b: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> str:
     if not a.is_cuda or torch.compiler.is_compiling():
         return "torch"
-    return _backend.choose("weight_update", "auto", {"cuda": _reason(a, b, weights)}, a.device)
+    return _backend.choose("weight_update", "auto", {"cuda": _reason(a, b, weights, alpha, beta)}, a.device)
 
 
-def _reason(a: Tensor, b: Tensor, weights: Sequence[Tensor]) -> str | None:
+def _reason(a: Tensor, b: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> str | None:
     """Why the compiled version does not take these; None where it does."""
     if (why := hopper_reason(a)) is not None:
         return why
-    if a.dtype not in DTYPES or not (a.numel() and b.numel()):
-        return f"the factors are {a.dtype} of shapes {tuple(a.shape)} and {tuple(b.shape)}"
-    sizes = (b.shape[2], *a.stride()[:2], *(s for s in b.stride() if s != 1))
-    if a.stride(2) != 1 or 1 not in b.stride()[1:] or any(size % MULTIPLE for size in sizes):
-        return f"the factors have strides {a.stride()} and {b.stride()} and {b.shape[2]} columns"
+    if alpha.dtype != torch.float32 or beta.dtype != torch.float32:
+        return f"alpha and beta are {alpha.dtype} and {beta.dtype}; float32 is taken"
+    if (why := factors_reason(a, b)) is not None:
+        return why
     if a.data_ptr() % 16 or b.data_ptr() % 16:
         return "a factor does not begin at a multiple of 16 bytes"
     return weights_reason(weights)
+
+
+def factors_reason(a: Tensor, b: Tensor) -> str | None:
+    """Why a compiled product does not take these factors, by dtype, shape and strides; None where it does.
+
+    As `refusal` in csrc/symm_gemm/plan.cpp: a tensor map steps by 16 bytes, from rows that do not overlap to rows, and
+    a single matrix stands for a stack only where it is a copy.
+    """
+    if a.dtype not in DTYPES or b.dtype != a.dtype or not (a.numel() and b.numel()):
+        return f"the factors are {a.dtype} and {b.dtype} of shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    strides = f"the factors have shapes {tuple(a.shape)} and {tuple(b.shape)} and strides {a.stride()} and {b.stride()}"
+    by_rows = b.stride(2) == 1
+    if a.stride(2) != 1 or not (by_rows or b.stride(1) == 1) or b.shape[2] % MULTIPLE:
+        return strides
+    of_rows = ((a, a.stride(1), a.shape[2]), (b, b.stride(1 if by_rows else 2), b.shape[2 if by_rows else 1]))
+    for factor, row, columns in of_rows:
+        matrix = factor.stride(0)
+        if row % MULTIPLE or row < columns or max(row, matrix) > MOST_STRIDE:
+            return strides
+        if len(factor) > 1 and (matrix == 0 or matrix % MULTIPLE):
+            return strides
+    return None if max(*a.shape, *b.shape) <= MOST_SIZE else strides
 
 
 def _check(a: Tensor, b: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> None:
