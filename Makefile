@@ -14,7 +14,7 @@ export STEEPEST_CUDA
 bin := $(VENV)/bin
 install := $(bin)/python -m pip install --quiet
 build_tools := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
-say := $(bin)/python -c 'import setup; print("==", setup.decide())'
+say := $(bin)/python -c 'import setup; b = setup.decide(); [print("==", line) for line in (b, b.warning) if line]'
 # What shows that a build works with its torch: schemas, doors and steps on every backend that is there.
 compiled_tests := tests/test_backends_of_a_step.py tests/ops/test_weight_update.py tests/ops/test_chain_numbers.py
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.

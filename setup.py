@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -167,16 +168,15 @@ class Build(NamedTuple):
         if self.hopper or not any(name.startswith("sm_90") for name in self.architectures):
             return None
         return (
-            "WARNING: no CUTLASS headers. A Hopper GPU (H100, H200) gets the slower route: products one by one, in "
+            "no CUTLASS headers: a Hopper GPU (H100, H200) gets the slower route: products one by one, in "
             "Triton. For the fast one: `pip install --no-deps nvidia-cutlass`, then build again"
         )
 
     def __str__(self) -> str:
-        """A line or two for a person: what is built, why, and about how long it takes."""
+        """A line for a person: what is built, why, and about how long it takes."""
         kinds = f"for {', '.join(self.architectures)}" if self.nvcc else "without CUDA"
         hopper = ", with the products for Hopper" if self.hopper else ""
-        lines = [f"compiling {kinds}{hopper} ({self.why}): about {self.minutes()}", self.warning]
-        return "\n".join(filter(None, lines))
+        return f"compiling {kinds}{hopper} ({self.why}): about {self.minutes()}"
 
     def minutes(self) -> str:
         """A guess, in round numbers."""
@@ -291,6 +291,8 @@ class CMakeBuild(build_ext):
         require_compiler()
         decided = decide()
         print(f"steepest: {decided}", file=sys.stderr, flush=True)  # pip shows it with -v, and if the build fails
+        if decided.warning:
+            warnings.warn(decided.warning, stacklevel=2)  # pip shows it from 26.3 on
         values = self.values(decided)
         cmake, build = find_tool("cmake"), build_folder(values, os.environ)
         options = [f"-D{name}={value}" for name, value in values.items()]
@@ -353,8 +355,8 @@ class Wheel(bdist_wheel):
 def version() -> str:
     """The package's, with a local part (PEP 440) where builds of it differ.
 
-    STEEPEST_LOCAL_VERSION, and no.cutlass where a Hopper GPU would miss its products: of all that a build says, the
-    version is what pip shows.
+    STEEPEST_LOCAL_VERSION, and no.cutlass where a Hopper GPU would miss its products: of all that a build says, every
+    pip shows the version.
     """
     local = [os.environ.get("STEEPEST_LOCAL_VERSION"), "no.cutlass" if decide().warning else None]
     public = read_version(ROOT / "python" / "steepest" / "_version.py")
@@ -362,6 +364,8 @@ def version() -> str:
 
 
 if __name__ == "__main__":
+    # About folders named as the package, of which there is none here; pip would show it at every make.
+    warnings.filterwarnings("ignore", message="(?s).*Editable installation")
     setup(
         version=version(),
         packages=[*find_packages("python"), "steepest.kernels"],
