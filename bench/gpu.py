@@ -270,6 +270,7 @@ class Run:
             found |= dict.fromkeys(stuck, reason)
             notes += [f"{reason}: {id_}" for id_ in stuck] or [reason]
             if not found:  # of a file that cannot be imported, or without pytest, nothing is left over
+                notes += re.findall(r"^E   .*", said, re.MULTILINE)[-1:]
                 break
         whole = status in (0, 1) or (status == NO_TESTS and bool(found))
         said = "; ".join(filter(None, [count(found.values()), "" if whole else f"not run to its end: {word(status)}"]))
