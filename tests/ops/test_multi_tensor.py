@@ -900,6 +900,15 @@ def inputs(history: History) -> Iterator[tuple[Tensor, Tensor, float]]:
         yield works[0].input, works[1].input, scale
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-38, 1e-40, 1e-42, 1e-44])
+def test_an_fp16_input_of_subnormal_numbers_keeps_its_digits(size: float) -> None:
+    """The least fp32, 2^-149, times the largest power of two, 2^127, is a number that fp16 holds."""
+    for narrow, wide, scale in inputs(History(Program(), (0.1, 0.0, 0.5, 0.95, 0.0), F, [(size, 2)])):
+        scaled = wide.double() * scale
+        assert scaled.any()
+        assert ((narrow.double() - scaled).abs() <= 2.0**-11 * scaled.abs()).all()
+
+
 @MORE
 @given(histories(largest=30, spread=60))
 @example(History(Program(heavy_ball=True), (0.1, 0.0, 0.95, 0.95, 0.0), F, [(1e30, 2)] * 4))

@@ -163,9 +163,9 @@ def polars(
             continue
         work = dtype or compute_dtype(name or PLAIN, job.x.dtype, job.x.device)
         positions = _positions(plan, form, restarts, job.x, work)
-        alike.setdefault((work, positions), []).extend(
-            job.split(_chunk(job.x, workspace_bytes(*job.x.shape[1:], work), max_workspace_bytes))
-        )
+        _, m, n = job.x.shape
+        size = _chunk(job.x, workspace_bytes(m, n, work), max_workspace_bytes)
+        alike.setdefault((work, positions), []).extend(job.split(size))
     if small:
         own, found = [job.x for job in small], [job.slack for job in small]
         targets = [job.out.batch() for job in small]

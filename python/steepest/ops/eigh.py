@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ def _too_large(P: Tensor) -> str | None:
 
 
 def _too_many(P: Tensor) -> str | None:
-    return None if P.numel() // P.shape[-1] ** 2 < 2**31 else "a launch has at most 2^31 - 1 blocks"
+    return None if math.prod(P.shape[:-2]) < 2**31 else "a launch has at most 2^31 - 1 blocks"
 
 
 def _beyond_cusolver(P: Tensor) -> str | None:
