@@ -68,7 +68,7 @@ def _route(gram: Tensor, constants: Sequence[Sequence[float]]) -> str:
             why = f"the compute dtype is {gram.dtype}"
         elif too_many(constants):
             why = "the schedule has too many numbers"
-    return _backend.choose("chain_numbers", "auto", {"cuda": why}, gram.device)
+    return _backend.choose("chain_numbers", "auto", {"cuda": why}, gram.device, "chain numbers")
 
 
 def _numbers(

@@ -60,7 +60,7 @@ def add_into(product: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Te
 def _route(a: Tensor, b: Tensor, weights: Sequence[Tensor]) -> str:
     if not a.is_cuda or torch.compiler.is_compiling():
         return "torch"
-    return _backend.choose("weight_update", "auto", {"cuda": _reason(a, b, weights)}, a.device)
+    return _backend.choose("weight_update", "auto", {"cuda": _reason(a, b, weights)}, a.device, "weight update")
 
 
 def _reason(a: Tensor, b: Tensor, weights: Sequence[Tensor]) -> str | None:
