@@ -3,7 +3,7 @@
 An op asks `choose` with the reasons, if any, why each backend cannot take the call. The caller's `backend=` argument
 or the environment variable STEEPEST_BACKEND forces one; a forced backend that cannot run is an error that names the
 reason. Under "auto" the first that can run is taken, and the first time an op falls back to it, the reason is logged
-(logger "steepest"; a warning when the tensors are on a GPU).
+(logger "steepest"; a warning when the tensors are on a GPU). Kernels that fail their self-check have a reason as well.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import hashlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from . import selfcheck
 from .extension import LIBRARY, Extension, OtherSourcesError
 from .tracing import assume_constant_result
 
@@ -185,21 +186,27 @@ def requested(backend: str) -> str:
     return forced if backend == "auto" else backend
 
 
-def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: torch.device) -> str:
+def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: torch.device, family: str) -> str:
     """The backend that runs this call of `op`.
 
     reasons: for every backend that the op has a version for, why it cannot take the call, or None. torch always can,
-    and takes what is forced to a backend that the op has no version for.
+    and takes what is forced to a backend that the op has no version for. family: of the op's kernels, which are checked
+    before they are taken for the first time (`steepest.ops.selfcheck`).
     Raises ValueError for an unknown name and RuntimeError, with the reason, when a forced backend cannot run.
     """
     name = requested(backend)
     if name not in reasons and name != "auto":
         return "torch"
     if name == "auto":
-        taken = next(n for n in NAMES if n == "torch" or reasons.get(n, "") is None)
-        log_once(op, taken, reasons, device)
+        why = dict(reasons)
+        for taken in NAMES:
+            if why.get(taken, "") is None:
+                why[taken] = selfcheck.reason(family, taken, device)
+            if taken == "torch" or why.get(taken, "") is None:
+                break
+        log_once(op, taken, why, device)
         return taken
-    if (reason := reasons.get(name)) is not None:
+    if (reason := reasons.get(name) or selfcheck.reason(family, name, device)) is not None:
         raise RuntimeError(f"{op}: backend={name!r} cannot run: {reason}. backend='auto' takes one that can")
     return name
 
@@ -208,6 +215,23 @@ def compiled_wanted() -> bool:
     """Whether an op without a `backend=` of its own asks the compiled kernels: not where torch.compile traces torch's
     operations instead, nor where another backend is forced."""
     return not torch.compiler.is_compiling() and requested("auto") in ("auto", "cuda")
+
+
+def checked(family: str, device: torch.device, name: str = "cuda") -> str | None:
+    """Why an op without a `backend=` of its own does not take kernels that nothing else speaks against: they failed
+    their self-check. RuntimeError where STEEPEST_BACKEND forces them."""
+    reason = selfcheck.reason(family, name, device)
+    if reason is not None and requested("auto") == name:
+        raise RuntimeError(f"{family}: backend={name!r} cannot run: {reason}. backend='auto' takes one that can")
+    return reason
+
+
+def prepare(families: Iterable[str], device: torch.device) -> None:
+    """Has the kernels of these families checked that a GPU's next steps may ask for."""
+    for family in families if selfcheck.enabled and device.type == "cuda" else ():
+        for name in selfcheck.FAMILIES[family]:
+            if requested("auto") in ("auto", name) and selfcheck.check_of(family).static(name, device) is None:
+                checked(family, device, name)
 
 
 def log_once(op: str, taken: str, reasons: Mapping[str, str | None], device: torch.device) -> None:

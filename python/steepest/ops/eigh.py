@@ -50,6 +50,7 @@ def takes(P: Tensor, method: str) -> bool:
     if not _backend.compiled_wanted():
         return False
     reason = _backend.cuda_reason(P.device.index) or _too_large(P) or _too_many(P)
+    reason = reason or _backend.checked("eigh refresh", P.device)
     if reason is not None:
         _backend.log_once("eigh_refresh", "torch", {"cuda": reason}, P.device)
     return reason is None
@@ -77,6 +78,7 @@ def _batched(P: Tensor) -> bool:
     if not P.is_cuda or len(P) < 2 or not _backend.compiled_wanted():
         return False
     reason = _backend.cuda_reason(P.device.index) or _beyond_cusolver(P) or cusolver_reason()
+    reason = reason or _backend.checked("eigenvectors", P.device)
     if reason is not None:
         _backend.log_once("eigh", "torch", {"cuda": reason}, P.device)
     return reason is None

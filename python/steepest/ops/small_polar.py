@@ -56,7 +56,12 @@ def takes(xs: Sequence[Tensor], tables: Tables, least: tuple[float, ...]) -> boo
         return False
     capability = _capability(device.index)
     taken = (x.numel() > 0 and too_long(min(x.shape[-2:]), capability) is None for x in xs)
-    return all(x.dtype in DTYPES and x.stride(-1) == 1 for x in xs) and all(taken)
+    if not all(x.dtype in DTYPES and x.stride(-1) == 1 for x in xs) or not all(taken):
+        return False
+    reason = _backend.checked("small polar", device)
+    if reason is not None:
+        _backend.log_once("small_polar", "torch", {"cuda": reason}, device)
+    return reason is None
 
 
 def too_long(short: int, capability: tuple[int, int]) -> str | None:

@@ -124,7 +124,8 @@ def _scaled_product(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor) -> Tensor:
 def _route(a: Tensor, b: Tensor) -> str:
     if not a.is_cuda or torch.compiler.is_compiling():  # what is traced is torch's own products
         return "torch"
-    return _backend.choose("gemm", "auto", {"triton": _backend.triton_reason() or _triton_takes(a, b)}, a.device)
+    reasons = {"triton": _backend.triton_reason() or _triton_takes(a, b)}
+    return _backend.choose("gemm", "auto", reasons, a.device, "products")
 
 
 def _triton_takes(a: Tensor, b: Tensor) -> str | None:

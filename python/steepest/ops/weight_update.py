@@ -67,7 +67,8 @@ def _add_one(w: Tensor, product: Tensor, alpha: Tensor, beta: Tensor) -> None:
 def _route(a: Tensor, b: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> str:
     if not a.is_cuda or torch.compiler.is_compiling():
         return "torch"
-    return _backend.choose("weight_update", "auto", {"cuda": _reason(a, b, weights, alpha, beta)}, a.device)
+    reasons = {"cuda": _reason(a, b, weights, alpha, beta)}
+    return _backend.choose("weight_update", "auto", reasons, a.device, "weight update")
 
 
 def _reason(a: Tensor, b: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> str | None:
