@@ -13,7 +13,7 @@ from steepest.ops import multi_tensor
 from steepest.ops.multi_tensor import Groups, Item, Items, Table
 from steepest.ops.program import Program
 from steepest.optimizer import MatrixOptimizer
-from training import OPTIMIZERS, both_kinds, noise
+from training import OPTIMIZERS, both_kinds, give_gradients, noise
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
