@@ -319,7 +319,7 @@ def test_doctor_says_what_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {each.state for each in outcomes} == {"not run"}
     lines = doctor.describe(outcomes)
     assert lines[1] == "  elementwise    cuda    cuda:0  not run   STEEPEST_SELFCHECK=0 turns the checks off"
-    assert lines[2] == "  elementwise    triton  cuda:0  not run   the same"
+    assert lines[2] == "  elementwise    triton  cuda:0  not run   as elementwise, cuda"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

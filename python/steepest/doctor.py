@@ -53,10 +53,11 @@ def check_all() -> list[Outcome]:
 def describe(outcomes: Sequence[Outcome]) -> list[str]:
     """Lines of a table for a person."""
     lines = ["checks    (each in a process of its own; the time of the first and of a later one)"]
-    said: set[str] = set()
+    said: dict[str, str] = {}  # a reason, and who gave it first
     for each in outcomes:
-        text = "the same" if each.state == "not run" and each.text in said else each.text
-        said.add(each.text)
+        own = f"{each.family}, {each.backend}"
+        first = said.setdefault(each.text, own) if each.state == "not run" else own
+        text = each.text if first == own else f"as {first}"
         times = "" if each.first_ms is None else f"{each.first_ms:8.0f} ms {each.again_ms:6.1f} ms"
         line = f"  {each.family:<14} {each.backend:<7} {each.device:<7} {each.state:<8}{times}  {text}"
         lines.append(line.rstrip())
