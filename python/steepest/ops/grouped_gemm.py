@@ -85,7 +85,7 @@ def _route(*lists: Sequence[Tensor]) -> str:
     device = lists[0][0].device
     if device.type != "cuda" or torch.compiler.is_compiling():
         return "torch"
-    return _backend.choose("grouped_gemm", "auto", {"cuda": _reason(*lists)}, device)
+    return _backend.choose("grouped_gemm", "auto", {"cuda": _reason(*lists)}, device, "polar chain")
 
 
 def _reason(*lists: Sequence[Tensor]) -> str | None:

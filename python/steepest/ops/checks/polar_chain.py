@@ -18,7 +18,7 @@ from .comparison import Comparison
 
 H, B, F = torch.float16, torch.bfloat16, torch.float32
 Shape = tuple[int, int, int]
-#: Stacks of one call each. `steepest.ops._C.symm_gemm_plan` says what they are cut into.
+#: Stacks of one call each. `symm_gemm_plan` of the compiled library says what they are cut into.
 SMALL = ((3, 136, 264), (2, 264, 136), (2, 72, 72), (1, 64, 328), (1, 40, 64), (1, 200, 8), (1, 136, 136))
 STREAMED = ((1, 256, 2048),)
 WIDE = ((4, 1032, 1032),)
