@@ -91,7 +91,7 @@ FAMILIES: dict[str, tuple[Callable[[str], Call], Callable[[str], Call]]] = {
     "rotation": (of_eigh(127, "jr"), of_eigh(33, "jr")),
     "exact basis": (of_eigh(128, "eigh"), of_eigh(31, "eigh")),
     "products": (of_products((1, 2048, 512), (3, 264, 136)), of_products((2, 136, 72))),
-    "updates": (of_updates(2, 512, 512, 1024), of_updates(3, 72, 64, 136)),
+    "updates": (of_updates(2, 264, 136, 520), of_updates(3, 72, 64, 136)),
 }
 families = pytest.mark.parametrize("family", FAMILIES)
 on_devices = pytest.mark.parametrize("device", DEVICES)

@@ -1038,15 +1038,33 @@ def test_names_are_those_of_the_schemas() -> None:
         assert list(named) == [argument.name for argument in schema.arguments]
 
 
+def moved(given: dict[str, Arguments], device: str) -> dict[str, Arguments]:
+    """The arguments of all ops on a device; what they share they go on sharing."""
+    there: dict[int, Tensor] = {}
+
+    def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move(each) for each in value]
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in there:
+            there[id(value)] = value.to(device)
+        return there[id(value)]
+
+    return {op: {name: move(value) for name, value in each.items()} for op, each in given.items()}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("op", ["inspect", "before", "after"])
 @pytest.mark.parametrize("types", TYPES[1:5], ids=ids)
-def test_opcheck(types: Types, op: str) -> None:
+def test_opcheck(types: Types, op: str, device: str) -> None:
     works = list(every_program(types).values())
-    given = arguments(works)
     if op != "inspect":
-        call("inspect", given["inspect"])
         for w in works:
             w.input.zero_()  # NaN is not equal to itself where opcheck compares
+    given = moved(arguments(works), device)
+    if op != "inspect":
+        call("inspect", given["inspect"])
     torch.library.opcheck(getattr(torch.ops.steepest, op).default, tuple(given[op].values()))
 
 
