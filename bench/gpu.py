@@ -67,7 +67,7 @@ COMPILED: Mapping[str, Sequence[str]] = {
     "step": ("12x3072x768",),
     "small": ("42x136x136",),
 }
-FIRST = ("tests/test_gpu.py", "tests/ops/test_grouped_gemm.py")
+FIRST = ("tests/test_gpu.py", "tests/ops/test_grouped_gemm.py", "tests/test_gpu_ops.py")
 LAST = ("tests/bench/", "tests/test_tune.py")  # they compile and measure: long, and others say more
 GRACE = 10  # seconds between the interrupt and the kill
 ATTEMPTS = 4  # processes for the tests of a file
@@ -270,6 +270,7 @@ class Run:
             found |= dict.fromkeys(stuck, reason)
             notes += [f"{reason}: {id_}" for id_ in stuck] or [reason]
             if not found:  # of a file that cannot be imported, or without pytest, nothing is left over
+                notes += re.findall(r"^E   .*", said, re.MULTILINE)[-1:]
                 break
         whole = status in (0, 1) or (status == NO_TESTS and bool(found))
         said = "; ".join(filter(None, [count(found.values()), "" if whole else f"not run to its end: {word(status)}"]))
