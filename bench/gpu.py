@@ -391,7 +391,7 @@ class Run:
 
 def word(status: int) -> str:
     """An exit status in words."""
-    if status in (124, 137):
+    if status in (124, 137, -signal.SIGKILL):  # the last one where `timeout` is killed with what it ran
         return "out of time"
     number = -status if status < 0 else status - 128
     if number in set(signal.Signals):
