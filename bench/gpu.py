@@ -67,7 +67,7 @@ COMPILED: Mapping[str, Sequence[str]] = {
     "step": ("12x3072x768",),
     "small": ("42x136x136",),
 }
-FIRST = ("tests/test_gpu.py", "tests/ops/test_grouped_gemm.py")
+FIRST = ("tests/test_gpu.py", "tests/ops/test_grouped_gemm.py", "tests/test_gpu_ops.py")
 LAST = ("tests/bench/", "tests/test_tune.py")  # they compile and measure: long, and others say more
 GRACE = 10  # seconds between the interrupt and the kill
 ATTEMPTS = 4  # processes for the tests of a file
@@ -391,7 +391,7 @@ class Run:
 
 def word(status: int) -> str:
     """An exit status in words."""
-    if status in (124, 137):
+    if status in (124, 137, -signal.SIGKILL):  # the last one where `timeout` is killed with what it ran
         return "out of time"
     number = -status if status < 0 else status - 128
     if number in set(signal.Signals):

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from steepest import cli, doctor, planner
 from steepest.linalg.chain import Apply, Gram, Product
@@ -232,10 +231,13 @@ def test_a_hopper_gpu_without_its_products_is_told_once(
     monkeypatch.setattr(backend, "_logged", set())
     monkeypatch.setattr(backend, "cuda_reason", lambda index=None: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    with FakeTensorMode():
-        x = torch.empty(2, 256, 512, dtype=torch.float16, device="cuda")
-        for _ in range(2):
-            assert polar_chain.takes(x, ((1.0,),)) == (reason is None)
+    monkeypatch.setattr(backend.selfcheck, "enabled", False)
+    on_a_gpu: Any = types.SimpleNamespace(
+        device=torch.device("cuda", 0), is_cuda=True, dtype=torch.float16, shape=torch.Size((2, 256, 512))
+    )
+    on_a_gpu.numel, on_a_gpu.is_contiguous, on_a_gpu.data_ptr = on_a_gpu.shape.numel, lambda: True, lambda: 0
+    for _ in range(2):
+        assert polar_chain.takes(on_a_gpu, ((1.0,),)) == (reason is None)
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert told == ([] if reason is None else [f"polar_chain runs on torch (cuda: {reason})"])
 

@@ -182,7 +182,7 @@ TESTS = {
         "{mark}\n@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_crash_not(x): pass"
     ),
     "test_sticky.py": "def test_breaks(): torch.cuda.broken = True\n{mark}\ndef test_good(): pass",
-    "test_import.py": "raise ImportError('no such library')\ndef test_good(): pass",
+    "test_import.py": "def test_good(): pass\nraise ImportError('no such library')",
 }
 TORCH = """
 import types

@@ -112,7 +112,7 @@ def test_hard_matrices(preset: str, way: str, m: int, n: int, device: str, monke
     """Every way gives what the preset promises of every matrix, and one that is not finite is alone."""
     if device == "cpu" and way in ("cuda", "triton"):
         pytest.skip(f"{way} runs on a GPU")
-    if way == "compiled" and (preset != "auto" or m == 131):
+    if way == "compiled" and (preset != "auto" or (device == "cpu" and m != 24)):
         pytest.skip("tracing takes seconds, and shows the same here")
     x = torch.stack([make(gaussian(m, n, seed).float()) for seed, make in enumerate(HARD.values())])
     monkeypatch.setattr(backend, "forced", way if way in backend.NAMES else "auto")
