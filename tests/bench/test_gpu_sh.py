@@ -293,7 +293,7 @@ def test_what_fails_hangs_or_crashes_leaves_the_others(
     first, second = (
         ElementTree.parse(tmp_path / "results" / "logs" / f"tests-tests.test_hangs.py{more}.xml") for more in ("", "-2")
     )
-    assert [case.get("name") for case in first.iter("testcase")] == ["test_good"]
+    assert "test_good" in [case.get("name") for case in first.iter("testcase")]  # beside one that did not end
     assert [case.get("name") for case in second.iter("testcase")] == ["test_slower"]
     assert {"logs/tests-tests.test_hangs.py.log", "logs/tests-tests.test_hangs.py.xml"} < names
 
