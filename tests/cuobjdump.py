@@ -10,28 +10,27 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
+from requirements import unavailable
 from steepest.ops import backend
 
 
 def tool(name: str) -> str:
-    """A CUDA binary tool from PATH or from inside the Triton package; skips when neither has it."""
+    """A CUDA binary tool from PATH or from inside the Triton package; a test without it is skipped."""
     found = shutil.which(name)
     spec = importlib.util.find_spec("triton")
     if found is None and spec is not None and spec.origin is not None:
         found = shutil.which(name, path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
     if found is None:
-        pytest.skip(f"{name} is neither on PATH nor in an installed Triton")
+        unavailable(f"{name} is neither on PATH nor in an installed Triton")
     return found
 
 
 def binary() -> str:
-    """Path of the compiled part; skips when it has no CUDA code."""
+    """Path of the compiled part; a test is skipped when it has no CUDA code."""
     if backend.extension is None:
-        pytest.skip(str(backend.extension_reason))
+        unavailable(str(backend.extension_reason))
     if backend.extension.build_info()["cuda"] is None:
-        pytest.skip("the compiled part was built without CUDA")
+        unavailable("the compiled part was built without CUDA")
     return str(backend.extension.path)
 
 

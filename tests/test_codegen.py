@@ -12,6 +12,8 @@ import pytest
 from cuobjdump import binary, by_architecture, dump
 from steepest.ops import backend
 
+pytestmark = pytest.mark.kernels
+
 
 def test_binary_holds_the_architectures_it_claims() -> None:
     assert backend.extension is not None

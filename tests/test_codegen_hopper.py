@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from cuobjdump import binary, by_architecture, dump
+from ptx.build import UnavailableError, cutlass, nvcc
+from requirements import unavailable
 from steepest.ops import backend
+
+pytestmark = pytest.mark.kernels
 
 ROOT = Path(__file__).parents[1]
 SOURCE = "csrc/symm_gemm/sm90_f16_kmn.cu"  # the others differ in the element type and in how the factors lie
@@ -32,22 +35,13 @@ NAMES = [
 ]
 
 
-def cutlass() -> Path:
-    """The headers, from the package nvidia-cutlass."""
-    spec = importlib.util.find_spec("cutlass_library")
-    folder = Path(spec.origin).parent / "source" / "include" if spec is not None and spec.origin is not None else None
-    if folder is None or not (folder / "cutlass" / "cutlass.h").is_file():
-        pytest.skip("the package nvidia-cutlass, which has the headers, is not installed")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def sass() -> dict[str, str]:
     """By element type, how A and B lie, tile, and what becomes of it."""
     path = binary()
     assert backend.extension is not None
     if not backend.extension.build_info()["hopper"]:
-        pytest.skip("the compiled part was built without the kernels for Hopper")
+        unavailable("the compiled part was built without the kernels for Hopper")
     found = {}
     for _, mangled, body in by_architecture(dump("--dump-sass", path), r"\bFunction : "):
         if KERNEL in mangled:
@@ -133,11 +127,12 @@ def test_no_spills(sass: dict[str, str]) -> None:
 
 def test_compilers_have_nothing_to_say(tmp_path: Path) -> None:
     """Of one source. Among ptxas' remarks are that it serialised the tensor cores or ignored a register request."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        pytest.skip("nvcc is neither on PATH nor in /usr/local/cuda")
-    path, folders = tmp_path / "kernel.o", ["-I", "csrc", "-isystem", str(cutlass())]
-    command = [nvcc, *FLAGS, "-Xcompiler=-Wall,-fPIC", "-DNDEBUG", *folders, "-c", SOURCE, "-o", str(path)]
+    try:
+        compiler, headers = nvcc(), str(cutlass())
+    except UnavailableError as error:
+        unavailable(str(error))
+    path, folders = tmp_path / "kernel.o", ["-I", "csrc", "-isystem", headers]
+    command = [compiler, *FLAGS, "-Xcompiler=-Wall,-fPIC", "-DNDEBUG", *folders, "-c", SOURCE, "-o", str(path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     report = built.stderr + built.stdout
     assert built.returncode == 0, report
@@ -151,6 +146,6 @@ def test_driver_is_not_linked() -> None:
     """The tensor maps' encoder is asked of the runtime, so that the library loads where there is no driver."""
     nm = shutil.which("nm")
     if nm is None:
-        pytest.skip("nm is not on PATH")
+        unavailable("nm is not on PATH")
     listed = subprocess.run([nm, "-D", "--undefined-only", binary()], capture_output=True, text=True, check=True)
     assert not re.findall(r"\bU (cu[A-Z]\w+)", listed.stdout)

@@ -1,6 +1,5 @@
 // The blocks of a cluster, sm_90 and newer: a barrier, and the shared memory of the others (PTX ISA, "barrier.cluster"
-// and "mapa"). A cluster of one is a block of any architecture. tests/emulation/common/cluster.cuh does the same on a
-// CPU.
+// and "mapa"). A cluster of one is a block of any architecture.
 #pragma once
 
 #include <cuda_runtime.h>

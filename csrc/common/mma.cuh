@@ -1,5 +1,4 @@
-// A warp's matrix products on tensor cores, sm_80 and newer, and the shared memory they read, in PTX;
-// tests/emulation/common/mma.cuh does the same on a CPU.
+// A warp's matrix products on tensor cores, sm_80 and newer, and the shared memory they read, in PTX.
 //
 // One product is D = A B + C with A 16 x 16, B 16 x 8 in fp16, C and D 16 x 8 in fp32 (PTX ISA, "mma.m16n8k16"). With
 // g = lane / 4 and t = lane % 4 a lane holds, two halves to a register, the lower index in the lower half,

@@ -1,5 +1,4 @@
 // The shared memory that a launch asked for, and what keeps addresses in it from filling the registers.
-// tests/emulation/common/shared.cuh does the same on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>

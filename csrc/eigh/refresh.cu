@@ -390,19 +390,12 @@ __global__ void __launch_bounds__(kThreads, kSpans == 4 ? 1 : 2) refresh(const R
 
 // `most`: rows of the matrices that the device has room for.
 template <int kSpans>
-void launch(const Refresh& all, [[maybe_unused]] int64_t most, cudaStream_t stream) {
+void launch(const Refresh& all, int64_t most, cudaStream_t stream) {
   const int blocks = static_cast<int>(all.count);
   const size_t bytes = shared_bytes(all.n);
-#ifdef __CUDACC__
   allow_shared_memory(reinterpret_cast<const void*>(refresh<kSpans>),
                       shared_bytes(std::min<int64_t>(most, kSpans * kSpan)));
   refresh<kSpans><<<blocks, kThreads, bytes, stream>>>(all);
-#else
-  emulation::ask_for_shared(bytes);  // this source on a CPU: tests/emulation
-  emulation::launch(refresh<kSpans>, blocks, kThreads, all);
-  emulation::check_shared();
-  static_cast<void>(stream);
-#endif
   check_cuda(cudaGetLastError(), "eigh_refresh: a launch of " + std::to_string(blocks) + " blocks with " +
                                      std::to_string(bytes) + " bytes of shared memory");
 }

@@ -196,11 +196,7 @@ void launch(const char* op, const typename Batch::Head& head, const std::vector<
       batch.items[i] = convert(plan.items[i]);
       batch.items[i].first_chunk = plan.first_chunk[i];
     }
-#ifdef __CUDACC__
     kernel<<<plan.chunks, kThreads, 0, stream>>>(batch);
-#else
-    emulation::launch(kernel, plan.chunks, kThreads, batch);  // this source on a CPU: tests/emulation
-#endif
     check_launch(op, plan.chunks, plan.items.size());
   }
 }

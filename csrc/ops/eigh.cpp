@@ -14,7 +14,7 @@
 
 namespace steepest {
 
-#if defined(STEEPEST_HAS_CUDA) || defined(STEEPEST_EMULATION)
+#ifdef STEEPEST_HAS_CUDA
 namespace {
 
 using namespace eigh;
@@ -48,12 +48,8 @@ void eigh_refresh(const Tensor& p, const Tensor& q, const Tensor& basis, const T
                         static_cast<int32_t>(n),
                         static_cast<Method>(method),
                         static_cast<int32_t>(sweeps)};
-#ifdef STEEPEST_EMULATION
-  refresh_on_device(refresh, shared_limit(90), nullptr);
-#else
   const torch::stable::accelerator::DeviceGuard guard(place.index);
   refresh_on_device(refresh, shared_limit(capability_of(place.index)), current_stream(place.index));
-#endif
 }
 
 // a: columns of a are read, and eigenvectors written there; in as few calls as cuSOLVER's counters hold.
@@ -67,12 +63,8 @@ void eigh_batched(const Tensor& a, const Tensor& w, const Tensor& info) {
   check_stack(a, place, type, count * n * n, "A");
   check_stack(w, place, type, count * n, "W");
   check_stack(info, place, ScalarType::Int, count, "info");
-#ifdef STEEPEST_EMULATION
-  void* stream = nullptr;
-#else
   const torch::stable::accelerator::DeviceGuard guard(place.index);
   void* stream = current_stream(place.index);
-#endif
   const int64_t width = type == ScalarType::Double ? 8 : 4;
   for (int64_t first = 0; first < count; first += most) {
     const Solve solve{pointer<char>(a) + first * n * n * width,
@@ -89,11 +81,7 @@ void eigh_batched(const Tensor& a, const Tensor& w, const Tensor& info) {
 
 }  // namespace
 
-#ifdef STEEPEST_EMULATION
-STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
-#else
 STABLE_TORCH_LIBRARY_IMPL(steepest, CUDA, m) {
-#endif
   m.impl("eigh_refresh", TORCH_BOX(&eigh_refresh));
   m.impl("eigh_batched", TORCH_BOX(&eigh_batched));
 }

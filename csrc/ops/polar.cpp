@@ -272,7 +272,7 @@ void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, c
   for (const std::vector<Stack>& part : parts) run_chain(nodes, part, ways);
 }
 
-#if defined(STEEPEST_HAS_CUDA) || defined(STEEPEST_EMULATION)
+#ifdef STEEPEST_HAS_CUDA
 small_polar::Dtype small_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
   const Dtype type = element_type(tensor, place, name, i);
   STD_TORCH_CHECK(type != Dtype::f64 && type != Dtype::i16, name, "[", i, "] must be float32, bfloat16 or float16");
@@ -320,19 +320,13 @@ void small_polar_op(const std::vector<Tensor>& xs, const std::vector<Tensor>& ou
                         out.stride(1), out.stride(0), small_type(x, place, "xs", i),
                         small_type(out, place, "outs", i)});
   }
-#ifdef STEEPEST_EMULATION
-  polar_on_device(matrices, schedule, small_polar::room_of(90), nullptr);
-#else
   const torch::stable::accelerator::DeviceGuard guard(place.index);
   small_polar::Room room = small_polar::room_of(capability_of(place.index));
   room.clusters = room.clusters && has_clusters(place.index);
   polar_on_device(matrices, schedule, room, current_stream(place.index));
-#endif
 }
 
-#ifdef STEEPEST_HAS_CUDA
 bool cluster_launch(int64_t device) { return has_clusters(static_cast<int32_t>(device)); }
-#endif
 #endif
 
 void chain_numbers(const Tensor& gram, const Tensor& numbers, const Tensor& slack, const Tensor& scratch,
@@ -367,9 +361,6 @@ void chain_numbers(const Tensor& gram, const Tensor& numbers, const Tensor& slac
 STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
   m.impl("chain_numbers", TORCH_BOX(&chain_numbers));
   m.impl("polar_chain", TORCH_BOX(&polar_chain));
-#ifdef STEEPEST_EMULATION
-  m.impl("small_polar", TORCH_BOX(&small_polar_op));
-#endif
 }
 
 #ifdef STEEPEST_HAS_CUDA

@@ -85,12 +85,7 @@ void numbers_on_device(const NumbersParams& params, void* stream) {
   const int64_t blocks = params.matrices * arguments.blocks;
   if (blocks > INT32_MAX)
     throw std::invalid_argument("steepest::chain_numbers: more than 2^31 blocks; split the batch");
-#ifdef __CUDACC__
   chain_numbers<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
-#else
-  emulation::launch(chain_numbers, static_cast<int>(blocks), kThreads,
-                    arguments);  // this source on a CPU: tests/emulation
-#endif
   check_launch("chain_numbers", static_cast<int32_t>(blocks), params.matrices);
 }
 

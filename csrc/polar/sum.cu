@@ -54,11 +54,7 @@ __global__ void __launch_bounds__(kThreads) add_lines(const __grid_constant__ Li
 void row_sums_on_device(const Stack& stack, void* stream) {
   const Lines lines{stack.row_lines, stack.row_sums, stack.matrices, symm_gemm::row_lines(stack.side()), stack.side()};
   const int blocks = static_cast<int>((stack.matrices * stack.side() + kThreads - 1) / kThreads);
-#ifdef __CUDACC__
   add_lines<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(lines);
-#else
-  emulation::launch(add_lines, blocks, kThreads, lines);  // this source on a CPU: tests/emulation
-#endif
   check_launch("row_sums", blocks, stack.matrices);
 }
 
@@ -68,11 +64,7 @@ void sum_on_device(const Node& node, const Stack& stack, Dtype dtype, void* stre
   if (vectors == 0) return;
   if (stack.side() % kVector != 0) throw std::invalid_argument("steepest::matrix_sum: a side is no multiple of 8");
   const int blocks = static_cast<int>(std::min<int64_t>((vectors - 1) / kThreads + 1, 1 << 16));
-#ifdef __CUDACC__
   matrix_sum<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
-#else
-  emulation::launch(matrix_sum, blocks, kThreads, arguments);  // this source on a CPU: tests/emulation
-#endif
   check_launch("matrix_sum", blocks, stack.matrices);
 }
 

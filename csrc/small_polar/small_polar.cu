@@ -518,11 +518,9 @@ __global__ void __launch_bounds__(kThreads, kMost == kMostAlone / 2 ? 2 : 1)
 }
 
 template <int kMost>
-void launch(const Batch& batch, int32_t matrices, size_t bytes, [[maybe_unused]] const Room& room,
-            cudaStream_t stream) {
+void launch(const Batch& batch, int32_t matrices, size_t bytes, const Room& room, cudaStream_t stream) {
   constexpr int kBlocks = kBlocksFor<kMost>;
   const int32_t blocks = matrices * kBlocks;
-#ifdef __CUDACC__
   allow_shared_memory(reinterpret_cast<const void*>(small_polar<kMost>),
                       std::min(shared_bytes(kMost, kBlocks), room.bytes));
   cudaLaunchAttribute cluster{};
@@ -533,13 +531,6 @@ void launch(const Batch& batch, int32_t matrices, size_t bytes, [[maybe_unused]]
   config.dynamicSmemBytes = bytes, config.stream = stream;
   config.attrs = &cluster, config.numAttrs = kBlocks > 1 ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, small_polar<kMost>, batch);
-#else
-  emulation::ask_for_shared(bytes);  // this source on a CPU: tests/emulation
-  emulation::launch(small_polar<kMost>, blocks, kThreads, batch, kBlocks);
-  emulation::check_shared();
-  const cudaError_t error = cudaGetLastError();
-  static_cast<void>(stream);
-#endif
   check_cuda(error, "small_polar: a launch of " + std::to_string(blocks) + " blocks with " + std::to_string(bytes) +
                         " bytes of shared memory");
 }

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from emulations import shared_library
+from host_libraries import shared_library
 
 DOOR = """
 #include <string>
@@ -36,7 +36,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ct
     """Our side, and the stand-in for cuSOLVER that it has loaded."""
     folder = tmp_path_factory.mktemp("cusolver")
     (folder / "door.cpp").write_text(DOOR)
-    stand_in = shared_library(folder / "libcusolver.so", ["tests/emulation/cusolver.cpp"])
+    stand_in = shared_library(folder / "libcusolver.so", ["tests/ptx/cusolver.cpp"])
     ours = ctypes.CDLL(str(shared_library(folder / "ours.so", ["csrc/eigh/cusolver.cpp", str(folder / "door.cpp")])))
     assert ours.load(str(stand_in).encode()) == 0
     theirs = ctypes.CDLL(str(stand_in))

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from emulations import COMPILER, ROOT, require_compiler, run
+from host_libraries import COMPILER, ROOT, require_compiler, run
 
 RUNTIME = """
 #pragma once

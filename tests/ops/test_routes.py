@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emulations import shared_library
+from host_libraries import shared_library
 from steepest.linalg.coefficients import SCHEDULES
 from steepest.linalg.newton_schulz import newton_schulz
 from steepest.linalg.polar import polar

@@ -1,7 +1,6 @@
-"""The grouped product of sm_90 without a GPU: its plan, the scheduler's arithmetic, and its epilogue on this CPU.
+"""The grouped product of sm_90 on the host: its plan, the scheduler's arithmetic, slots of shared memory.
 
-The epilogue is csrc/symm_gemm/epilogue.cuh as the device runs it, with fibers for a warpgroup's threads; the sums that
-tensor cores would leave are computed here. Loads, tensor cores and barriers between blocks are for a GPU.
+tests/ptx runs the kernels themselves.
 """
 
 from __future__ import annotations
@@ -12,25 +11,21 @@ import os
 import random
 import shutil
 import subprocess
-import sys
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+
+from ptx.products import KK, KMN, MNMN, Shape
 
 ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "g++")
 
-KK, MNMN, KMN = range(3)  # Majors
 WIDE, SMALL = range(2)  # Tile
 BY_MODEL, NEVER, ALWAYS = range(3)  # Streams
 
 HOST = r"""
-#include <cuda_runtime.h>
-
 #include "symm_gemm/update.cuh"
 
 #include <cstdio>
@@ -155,123 +150,6 @@ std::string fault(const std::vector<Shape>& shapes, const Plan& plan, int multip
   return "";
 }
 
-// A warpgroup whose threads are fibers.
-struct Fibers {
-  int warpgroup, thread;
-  Dtype dtype;
-
-  static inline uint32_t shown[128][4];
-  static inline const void* rows[128];
-
-  void sync(int line = __builtin_LINE()) const { emulation::wait(emulation::of_block[0], emulation::count, line); }
-  void meet(int line) const { emulation::wait(emulation::of_warp[thread / 32], 32, line); }
-  uint32_t pack(float first, float second) const {
-    return dtype == Dtype::f16 ? to_f16(first) | uint32_t{to_f16(second)} << 16
-                               : to_bf16(first) | uint32_t{to_bf16(second)} << 16;
-  }
-  void unpack(uint32_t word, float& first, float& second) const {
-    const auto low = static_cast<uint16_t>(word), high = static_cast<uint16_t>(word >> 16);
-    first = dtype == Dtype::f16 ? from_f16(low) : from_bf16(low);
-    second = dtype == Dtype::f16 ? from_f16(high) : from_bf16(high);
-  }
-  // Lane l gives the address of row l % 8 of matrix l / 8, and holds word l % 4 of row l / 4 of all four.
-  void load_matrices(const Vector& row, uint32_t (&words)[4], int line = __builtin_LINE()) const {
-    const int warp = thread / 32 * 32, lane = thread % 32;
-    rows[thread] = &row;
-    meet(line);
-    for (int i = 0; i < 4; ++i)
-      words[i] = static_cast<const Vector*>(rows[warp + i * 8 + lane / 4])->words[lane % 4];
-    meet(-line);
-  }
-  void store_matrices(const uint32_t (&words)[4], Vector& row, int line = __builtin_LINE()) const {
-    const int warp = thread / 32 * 32, lane = thread % 32;
-    std::copy(words, words + 4, shown[thread]);
-    meet(line);
-    for (int i = 0; i < 4; ++i) row.words[i] = shown[warp + lane % 8 * 4 + i][lane / 8];
-    meet(-line);
-  }
-  // Lane l gives the address of column l % 8 of matrix l / 8.
-  void store_transposed(const uint32_t (&words)[4], Vector& row, int line = __builtin_LINE()) const {
-    const int warp = thread / 32 * 32, lane = thread % 32, column = lane % 8;
-    std::copy(words, words + 4, shown[thread]);
-    meet(line);
-    const auto entry = [&](int r) {
-      return shown[warp + r * 4 + column / 2][lane / 8] >> (column % 2 * 16) & 0xffff;
-    };
-    for (int i = 0; i < 4; ++i) row.words[i] = entry(2 * i) | entry(2 * i + 1) << 16;
-    meet(-line);
-  }
-  float add_lanes(float value, int line = __builtin_LINE()) const {
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      shown[thread][0] = bits_of(value);
-      meet(line);
-      value += float_of(shown[thread ^ lanes][0]);
-      meet(-line);
-    }
-    return value;
-  }
-  float add_row(float value, int line = __builtin_LINE()) const {
-    for (int lanes = 4; lanes > 0; lanes /= 2) {
-      shown[thread][0] = bits_of(value);
-      meet(line);
-      value += float_of(shown[thread ^ lanes][0]);
-      meet(-line);
-    }
-    return value;
-  }
-  void publish() const {}
-  void acquire() const {}
-  uint32_t count(uint32_t* counter) const { return (*counter)++; }
-  Vector load_shared(const float* at) const { return *reinterpret_cast<const Vector*>(at); }
-  void store_shared(float* at, const Vector& value) const { *reinterpret_cast<Vector*>(at) = value; }
-};
-
-struct Run {
-  const Problem* problem;
-  const float *a, *b;  // as numbers, where the problem has them
-  const Output* output;
-  Work work;
-  Workspace workspace;
-  Dtype dtype;
-  int rank, warpgroup;
-};
-
-template <Tile kTile, End kEnd>
-void warpgroup_of(Run run) {
-  using Store = std::conditional_t<kEnd == End::update, UpdateStore<Fibers, kTile>, TileStore<Fibers, kTile>>;
-  static Staging staging;
-  const Shape& shape = run.problem->shape;
-  const Fibers team{run.warpgroup, static_cast<int>(threadIdx.x), run.dtype};
-  if (team.thread == 0) std::memset(&staging, 0xff, sizeof staging);
-  team.sync();
-  Store store(*run.output, run.work, run.rank, team, staging);
-  if constexpr (kEnd == End::update) store.weights = run.problem->update.weights[run.work.matrix];
-  store.begin();
-  const float *a = run.a + run.work.matrix * shape.a.matrix, *b = run.b + run.work.matrix * shape.b.matrix;
-  const int64_t depth = shape_of(kTile).depth, begin = run.work.k_begin * depth;
-  const int64_t end = std::min(shape.k, begin + run.work.k_tiles * depth);
-  int64_t a_own = shape.a.row, a_k = 1, b_own = 1, b_k = shape.b.row;
-  if (shape.majors == Majors::mnmn) std::swap(a_own, a_k);
-  if (shape.majors == Majors::kk) std::swap(b_own, b_k);
-  float sums[Store::kSums];
-  for (int sum = 0; sum < Store::kSums; ++sum) {
-    const int64_t row = store.row + fragment_row(team.thread, sum / 2 % 2);
-    const int64_t column = store.column + fragment_column(team.thread, sum / 4) + sum % 2;
-    sums[sum] = 0;
-    if (row >= shape.m || column >= shape.n) continue;  // the loads fill in zeros
-    for (int64_t k = begin; k < end; ++k)
-      sums[sum] += a[row * a_own + k * a_k] * b[column * b_own + k * b_k];
-  }
-  store.finish(sums, run.workspace);
-}
-
-std::vector<float> numbers(const void* at, const Strides& strides, int64_t batch, int64_t rows, Dtype dtype) {
-  std::vector<float> values((batch - 1) * strides.matrix + rows * strides.row);
-  const auto* words = static_cast<const uint16_t*>(at);
-  for (size_t i = 0; i < values.size(); ++i) values[i] = dtype == Dtype::f16 ? from_f16(words[i]) : from_bf16(words[i]);
-  return values;
-}
-
 }  // namespace
 
 extern "C" {
@@ -337,89 +215,9 @@ int conflict_free() {
       }
   return 1;
 }
-
-// Runs one problem's plan, warpgroups in the order of `seed`. pointers: the arrays of alpha, beta and gamma, A, B, C,
-// D, partials, diagonal, row sums, the workspace's two; for an update the array of eta and then every matrix of
-// weights, of type `weights`, which is -1 where there is none. Returns the most parts that a tile has, or an error.
-const char* run_epilogue(const int64_t* at, int multiprocessors, int tiles, int streams, int dtype,
-                         void* const* pointers, int weights, int seed, int order) {
-  Problem problem{};
-  problem.shape = read_shapes(at, 1)[0];
-  const auto scalar = [&](int i) { return Scalar{static_cast<const float*>(pointers[i]), 1, 0}; };
-  problem.alpha = scalar(0), problem.beta = scalar(1), problem.gamma = scalar(2);
-  problem.a = pointers[3], problem.b = pointers[4], problem.c = pointers[5], problem.d = pointers[6];
-  problem.partials = static_cast<float*>(pointers[7]), problem.diagonal = static_cast<float*>(pointers[8]);
-  problem.row_sums = static_cast<float*>(pointers[9]);
-  const Workspace workspace{static_cast<float*>(pointers[10]), static_cast<uint32_t*>(pointers[11])};
-  if (weights >= 0) problem.update = {pointers + 13, static_cast<steepest::Dtype>(weights), scalar(12)};
-  emulation::order = static_cast<emulation::Order>(order);
-  try {
-    const Plan plan = make_plan({problem.shape}, multiprocessors, read_options(1, tiles, streams));
-    if (plan.launches.size() != 1) return answer("not taken: " + plan.reasons[0]);
-    const Launch& launch = plan.launches[0];
-    const Output output = output_of(problem, launch.problems[0]);
-    const Shape& shape = problem.shape;
-    const auto type = static_cast<Dtype>(dtype);
-    const int64_t a_rows = shape.majors == Majors::mnmn ? shape.k : shape.m;
-    const int64_t b_rows = shape.majors == Majors::kk ? shape.n : shape.k;
-    const std::vector<float> a = numbers(problem.a, shape.a, shape.batch, a_rows, type);
-    const std::vector<float> b = numbers(problem.b, shape.b, shape.batch, b_rows, type);
-    std::vector<Run> runs;
-    int parts = 0;
-    for (const Work& work : all_work(launch)) {
-      parts = std::max(parts, work.parts);
-      for (int rank = 0; rank < shape_of(launch.tile).cluster; ++rank)
-        for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup)
-          runs.push_back({&problem, a.data(), b.data(), &output, work, workspace, type, rank, warpgroup});
-    }
-    std::mt19937 random(seed);
-    if (seed != 0) std::shuffle(runs.begin(), runs.end(), random);
-    const auto store = launch.tile == Tile::wide ? warpgroup_of<Tile::wide, End::store>
-                                                 : warpgroup_of<Tile::small, End::store>;
-    const auto update = launch.tile == Tile::wide ? warpgroup_of<Tile::wide, End::update>
-                                                  : warpgroup_of<Tile::small, End::update>;
-    for (const Run& run : runs) emulation::launch(weights >= 0 ? update : store, 1, 128, run);
-    return answer(std::to_string(parts));
-  } catch (const std::exception& error) {
-    return answer(std::string("error: ") + error.what());
-  }
-}
 }  // extern "C"
 }  // namespace steepest::symm_gemm
 """
-
-
-@dataclass(frozen=True)
-class Shape:
-    """As params.h has it; where no strides are given, rows in memory begin at multiples of 8 elements."""
-
-    batch: int
-    m: int
-    n: int
-    k: int
-    majors: int = KK
-    symmetric: bool = True
-    a: tuple[int, int] | None = None
-    b: tuple[int, int] | None = None
-    c: tuple[int, int] | None = None
-    d: tuple[int, int] | None = None
-    has_c: bool = False
-
-    def memory(self) -> dict[str, tuple[int, int]]:
-        """Rows and columns in memory of each matrix."""
-        a = (self.k, self.m) if self.majors == MNMN else (self.m, self.k)
-        b = (self.n, self.k) if self.majors == KK else (self.k, self.n)
-        return {"a": a, "b": b, "c": (self.m, self.n), "d": (self.m, self.n)}
-
-    def strides(self, name: str) -> tuple[int, int]:
-        rows, columns = self.memory()[name]
-        given: tuple[int, int] | None = getattr(self, name)
-        row = -(-columns // 8) * 8
-        return given if given is not None else (row, rows * row)
-
-    def numbers(self) -> list[int]:
-        strides = [each for name in "abcd" for each in self.strides(name)]
-        return [*map(int, astuple(self)[:6]), *strides, int(self.has_c)]
 
 
 def pack(shapes: list[Shape]) -> Any:
@@ -440,7 +238,7 @@ FREE = Options()
 class Host:
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
-        for name in ("plan_text", "plan_fault", "run_epilogue"):
+        for name in ("plan_text", "plan_fault"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.library.triangle_fault.restype = ctypes.c_int64
         self.library.entry_of.restype = ctypes.c_float
@@ -460,15 +258,12 @@ class Host:
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    if sys.platform != "linux":
-        pytest.skip(f"fibers are those of Linux, not of {sys.platform}")
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no C++ compiler: {COMPILER} is not on PATH")
     folder = tmp_path_factory.mktemp("symm_gemm")
     (folder / "host.cpp").write_text(HOST)
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-ffp-contract=off"]
-    # _FORTIFY_SOURCE takes a jump to another fiber's stack for an attack.
-    flags += ["-U_FORTIFY_SOURCE", "-I", "tests/emulation", "-I", "csrc"]
+    flags += ["-I", "csrc"]
     sources = [str(folder / "host.cpp"), "csrc/symm_gemm/plan.cpp"]
     built = subprocess.run(
         [COMPILER, *flags, *sources, "-o", str(folder / "host.so")], cwd=ROOT, capture_output=True, text=True
@@ -588,219 +383,3 @@ def test_entry(host: Host) -> None:
 
 def test_shared_memory_without_conflicts(host: Host) -> None:
     assert host.library.conflict_free() == 1
-
-
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Case:
-    """One problem on guarded memory: what nobody may write is NaN before and after."""
-
-    def __init__(self, shape: Shape, dtype: str, seed: int, in_place: bool, tallies: bool) -> None:
-        self.shape, self.dtype = shape, DTYPES[dtype]
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(name: str) -> tuple[Tensor, Tensor]:
-            rows, columns = shape.memory()[name]
-            row, matrix = shape.strides(name)
-            length = 64 + (shape.batch - 1) * matrix + (rows - 1) * row + columns + 64
-            room = torch.full((length,), float("nan"), dtype=self.dtype)
-            inside = room.as_strided((shape.batch, rows, columns), (matrix, row, 1), 64)
-            return room, inside.copy_(torch.randn(inside.shape, generator=generator))
-
-        self.rooms = {name: draw(name) for name in "abcd"}
-        a, b = self.rooms["a"][1], self.rooms["b"][1]
-        self.A = a.mT if shape.majors == MNMN else a
-        if shape.symmetric:  # A B is a Gram product
-            b.copy_(self.A if shape.majors == KK else self.A.mT)
-        self.B = b.mT if shape.majors == KK else b
-        self.D = self.rooms["d"][1]
-        self.C = self.D if in_place else self.rooms["c"][1]
-        if shape.symmetric:
-            self.C.copy_(self.C.tril() + self.C.tril(-1).mT)
-        self.before = self.C.double().clone()
-        if shape.symmetric:  # above the diagonal nobody looks
-            self.C.masked_fill_(torch.ones(self.C.shape[1:], dtype=torch.bool).triu(1), float("nan"))
-        if not in_place:
-            self.D.fill_(float("nan"))
-        self.outside = torch.ones_like(self.rooms["d"][0], dtype=torch.bool)
-        self.outside.as_strided(self.D.shape, self.D.stride(), 64).fill_(False)
-        self.scalars = [torch.randn(shape.batch, generator=generator) for _ in range(3)]
-        self.tallies = tallies
-
-    def run(self, host: Host, tile: int, multiprocessors: int, streams: int, order: int) -> int:
-        """On D, warpgroups and threads in this order; the most parts that a sum was cut into."""
-        shape, options = self.shape, Options(1, 1 << tile, streams)
-        plan = host.plan([shape], multiprocessors, options)
-        (problem,) = plan["launches"][0]["problems"]
-        self.partials = torch.full((shape.batch, problem["partials"]), float("nan"))
-        self.diagonal = torch.full((shape.batch, shape.m), float("nan"))
-        self.row_sums = torch.full((shape.batch, -(-shape.n // 64), shape.m), float("nan"))
-        workspace = torch.full((plan["floats"] + 4,), float("nan"))
-        counters = torch.zeros(plan["counters"] + 1, dtype=torch.int32)
-        tensors: list[Tensor | None] = [*self.scalars, *(self.rooms[name][1] for name in "ab")]
-        tensors += [self.C if shape.has_c else None, self.D]
-        tensors += [self.partials, self.diagonal, self.row_sums] if self.tallies else [None] * 3
-        tensors += [workspace[-workspace.data_ptr() // 4 % 4 :], counters]
-        pointers = [None if each is None else each.data_ptr() for each in tensors]
-        answer = host.library.run_epilogue(
-            pack([shape]),
-            multiprocessors,
-            options.tiles,
-            options.streams,
-            list(DTYPES.values()).index(self.dtype),
-            (ctypes.c_void_p * len(pointers))(*pointers),
-            -1,
-            order,  # seeds the order of warpgroups; 0: as they come
-            order,
-        ).decode()
-        assert answer.isdigit(), answer
-        assert (counters == 0).all(), "the next launch counts from there"
-        return int(answer)
-
-    def check(self) -> None:
-        shape = self.shape
-        alpha, beta, gamma = (each.double()[:, None, None] for each in self.scalars)
-        product = self.A.double() @ self.B.double()
-        exact = alpha * product + gamma * torch.eye(shape.m, shape.n, dtype=torch.float64)
-        size = alpha.abs() * (self.A.double().abs() @ self.B.double().abs()) + gamma.abs()
-        if shape.has_c:
-            exact, size = exact + beta * self.before, size + (beta * self.before).abs()
-        # One rounding of D, and fp32 for the sums.
-        bound = exact.abs() * torch.finfo(self.dtype).eps * 0.5 + size * shape.k**0.5 * 2**-23 + 1e-7
-        assert ((self.D.double() - exact).abs() <= bound).all()
-        assert self.rooms["d"][0][self.outside].isnan().all(), "written beside D"
-        if shape.symmetric:
-            assert torch.equal(self.D, self.D.mT), "symmetric to the bit"
-        if self.tallies:
-            diagonal = exact.diagonal(dim1=-2, dim2=-1)
-            length = diagonal.shape[-1]
-            torch.testing.assert_close(self.diagonal[:, :length].double(), diagonal, rtol=1e-5, atol=1e-3)
-            off = exact.square().sum((-2, -1)) - diagonal.square().sum(-1)
-            torch.testing.assert_close(self.partials.double().sum(-1), off, rtol=1e-5, atol=1e-6)
-            blocks = torch.nn.functional.pad(self.D.double().abs(), (0, -shape.n % 64)).unflatten(-1, (-1, 64))
-            torch.testing.assert_close(self.row_sums.double(), blocks.sum(-1).mT, rtol=1e-6, atol=0)
-
-
-CASES = {
-    "one tile": Shape(1, 128, 128, 16),
-    "less than a chunk": Shape(2, 40, 40, 24, MNMN, has_c=True),
-    "ragged": Shape(2, 328, 328, 40, KK, has_c=True),
-    "padded": Shape(2, 136, 136, 24, KMN, c=(144, 20000), d=(152, 21000), has_c=True),
-    "three rows of tiles": Shape(1, 712, 712, 16, KK, has_c=True),
-    "tall": Shape(1, 403, 72, 33, KK, symmetric=False, has_c=True),
-    "flat": Shape(2, 72, 520, 33, KMN, symmetric=False),
-    "many": Shape(3, 393, 512, 20, KMN, symmetric=False, has_c=True),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", [WIDE, SMALL], ids=["wide", "small"])
-@pytest.mark.parametrize("case", CASES)
-def test_epilogue(case: str, tile: int, dtype: str, host: Host) -> None:
-    run = Case(CASES[case], dtype, seed=1, in_place=False, tallies=True)
-    assert run.run(host, tile, 132, NEVER, order=2) == 1
-    run.check()
-
-
-@pytest.mark.parametrize("tile", [WIDE, SMALL], ids=["wide", "small"])
-@pytest.mark.parametrize("case", [case for case, shape in CASES.items() if shape.has_c])
-def test_epilogue_in_place(case: str, tile: int, host: Host) -> None:
-    shape = replace(CASES[case], c=CASES[case].d)
-    run = Case(shape, "f16", seed=2, in_place=True, tallies=False)
-    assert run.run(host, tile, 132, NEVER, order=1) == 1
-    run.check()
-
-
-#: Products whose tiles are cut, the multiprocessors, and the most parts of a tile.
-CUT = {
-    "fewer tiles than clusters": (Shape(1, 200, 200, 1500, KK, has_c=True), SMALL, 16, 3),
-    "streams within a tile": (Shape(1, 64, 64, 3000, MNMN), SMALL, 5, 4),
-    "a wave and a half": (Shape(2, 328, 328, 1100, MNMN, has_c=True), SMALL, 5, 2),
-    "wide": (Shape(1, 512, 512, 1024, KK), WIDE, 4, 2),
-    "not symmetric": (Shape(1, 300, 136, 1000, KMN, symmetric=False, has_c=True), SMALL, 4, 2),
-}
-
-
-@pytest.mark.parametrize("case", CUT)
-def test_cut_tiles_do_not_depend_on_who_is_last(case: str, host: Host) -> None:
-    shape, tile, multiprocessors, parts = CUT[case]
-    found = []
-    for order in (0, 1, 2):
-        run = Case(shape, "f16", seed=3, in_place=False, tallies=True)
-        assert run.run(host, tile, multiprocessors, ALWAYS, order) == parts
-        run.check()
-        found.append((run.D.clone(), run.partials, run.diagonal, run.row_sums))
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_c_does_not_count_where_beta_is_zero(beta: float, host: Host) -> None:
-    run = Case(Shape(1, 64, 64, 16, has_c=True), "bf16", seed=4, in_place=False, tallies=False)
-    run.scalars[1].fill_(beta)
-    run.C.fill_(float("nan"))
-    run.run(host, SMALL, 132, NEVER, order=0)
-    assert bool(run.D.isnan().all()) == (beta != 0)
-    assert bool(run.D.isnan().any()) == (beta != 0)
-
-
-# ---- updates -------------------------------------------------------------------------------------------------------
-
-WEIGHTS = {"f32": (torch.float32, 0), "bf16": (torch.bfloat16, 1), "f16": (torch.float16, 2)}  # steepest::Dtype
-UPDATES = {
-    "ragged": Shape(2, 403, 72, 33, KK, symmetric=False),
-    "tiles across": Shape(2, 72, 520, 40, KMN, symmetric=False),
-    "padded": Shape(3, 130, 136, 64, KMN, symmetric=False, d=(152, 152 * 130)),
-    "cut": Shape(1, 300, 136, 1000, KMN, symmetric=False),
-}
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("tile", [WIDE, SMALL], ids=["wide", "small"])
-@pytest.mark.parametrize("case", UPDATES)
-def test_update(case: str, tile: int, weights: str, host: Host) -> None:
-    """W <- beta W + alpha eta A B in place, each W in memory of its own; nothing beside it is written."""
-    shape, (dtype, number) = UPDATES[case], WEIGHTS[weights]
-    run = Case(shape, "bf16", seed=5, in_place=False, tallies=False)
-    row, _ = shape.strides("d")
-    rooms = [torch.full((64 + shape.m * row + 64,), float("nan"), dtype=dtype) for _ in range(shape.batch)]
-    inside = [room.as_strided((shape.m, shape.n), (row, 1), 64) for room in rooms]
-    generator = torch.Generator().manual_seed(6)
-    for w in inside:
-        w.copy_(torch.randn(w.shape, generator=generator))
-    before = torch.stack(inside).double()
-    eta = torch.randn(shape.batch, generator=generator)
-    eta[-1] = 0 if shape.batch > 1 else eta[-1]
-    alpha, beta = run.scalars[:2]
-    if shape.batch > 1:  # not taken, whatever the product is
-        run.rooms["a"][1][-1] = float("nan")
-        beta[-1] = 1
-    options = Options(1, 1 << tile, ALWAYS if case == "cut" else NEVER)
-    multiprocessors = (8 if tile == WIDE else 4) if case == "cut" else 132
-    plan = host.plan([shape], multiprocessors, options)
-    workspace = torch.full((plan["floats"] + 4,), float("nan"))
-    counters = torch.zeros(plan["counters"] + 1, dtype=torch.int32)
-    tensors: list[Tensor | None] = [*run.scalars, run.rooms["a"][1], run.rooms["b"][1], None, None, None, None, None]
-    tensors += [workspace[-workspace.data_ptr() // 4 % 4 :], counters, eta, *inside]
-    pointers = [None if each is None else each.data_ptr() for each in tensors]
-    packed = (ctypes.c_void_p * len(pointers))(*pointers)
-    answer = host.library.run_epilogue(
-        pack([shape]), multiprocessors, options.tiles, options.streams, 1, packed, number, 2, 2
-    ).decode()
-    assert answer.isdigit(), answer
-    assert int(answer) == (2 if case == "cut" else 1)
-    found = torch.stack(inside)
-    if shape.batch > 1:
-        assert torch.equal(found[-1].double(), before[-1])
-    taken = slice(0, max(1, shape.batch - 1))
-    factor = (alpha * eta).double()[taken, None, None]
-    product = run.A.double()[taken] @ run.B.double()[taken]
-    size = factor.abs() * (run.A.double()[taken].abs() @ run.B.double()[taken].abs()) + before[taken].abs()
-    exact = beta.double()[taken, None, None] * before[taken] + factor * product
-    bound = exact.abs() * torch.finfo(dtype).eps * 0.5 + size * shape.k**0.5 * 2**-22 + 1e-7
-    assert ((found[taken].double() - exact).abs() <= bound).all()
-    outside = torch.ones_like(rooms[0], dtype=torch.bool)
-    outside.as_strided((shape.m, shape.n), (row, 1), 64).fill_(False)
-    assert all(bool(room[outside].isnan().all()) for room in rooms), "written beside the weights"

@@ -1,8 +1,7 @@
-"""Matrices that a cluster of four blocks takes, on a CPU: rows dealt out, what crosses over, one Q in 16 bits.
+"""Matrices that a cluster of four blocks takes: rows dealt out, what crosses over, one Q in 16 bits.
 
-The blocks run together, each with shared memory of its own that begins as NaN, and reach the others' by its address
-alone. That a matrix is split among blocks is all that differs from tests/ops/test_small_polar.py, so that what does not
-depend on it is proved there.
+That a matrix is split among blocks is all that differs from test_small_polar.py; what does not depend on it is proved
+there.
 """
 
 from __future__ import annotations
@@ -11,20 +10,22 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from assertions import polar_error
 from cases import gaussian, with_spectrum
-from emulations import ORDERS
-from small_polar_kernel import LARGEST, Kernel, exact, in_half_precision
+from ptx.kernels import Guards, Kernels
+from ptx.small_polar import LARGEST, SmallPolar, exact, in_half_precision
 from steepest.linalg import coefficients as tables
 from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import Schedule
-from steepest.linalg.polar import _prescaled, polar
-from steepest.ops import backend
-from steepest.ops.small_polar import takes, too_long
+from steepest.linalg.polar import _prescaled
 
-in_every_order = pytest.mark.parametrize("kernel", ORDERS, indirect=True)
+pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture
+def kernel(kernels: Kernels, guards: Guards) -> SmallPolar:
+    return SmallPolar(kernels, guards)
 
 
 # Nine to sixteen tiles of rows, each block with equally many or not; rows that fill the last tile or not.
@@ -45,7 +46,7 @@ in_every_order = pytest.mark.parametrize("kernel", ORDERS, indirect=True)
     ],
 )
 def test_it_is_the_polynomial_of_the_singular_values(
-    shape: tuple[int, int], preset: str, names: tuple[str, ...], kernel: Kernel
+    shape: tuple[int, int], preset: str, names: tuple[str, ...], kernel: SmallPolar
 ) -> None:
     x = torch.stack([with_spectrum(*shape, name) for name in names])
     (found,), (slacks,) = kernel([x.float()], preset)
@@ -59,9 +60,8 @@ def test_it_is_the_polynomial_of_the_singular_values(
         assert (y - wanted).norm() < 0.05 * wanted.norm(), error
 
 
-@pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 @pytest.mark.parametrize("name", ["log", "spikes", "rank 2"])
-def test_it_agrees_with_the_chain_of_products(name: str, kernel: Kernel) -> None:
+def test_it_agrees_with_the_chain_of_products(name: str, kernel: SmallPolar) -> None:
     """Which takes such matrices elsewhere: in fp16, a new Gram product before every step."""
     schedule, plan = tables.SCHEDULES["auto"], chain(tables.SCHEDULES["auto"], (1, 2, 3))
     given = with_spectrum(136, 176, name).float()[None]
@@ -77,21 +77,21 @@ def test_it_agrees_with_the_chain_of_products(name: str, kernel: Kernel) -> None
 
 
 @pytest.mark.parametrize("coefficients", [(1.5, -0.5), (2.1875, -2.1875, 1.3125, -0.3125)])
-def test_every_degree(coefficients: tuple[float, ...], kernel: Kernel) -> None:
+def test_every_degree(coefficients: tuple[float, ...], kernel: SmallPolar) -> None:
     """3 and 7; the presets have 5 and 9."""
     plan = tables.schedule("auto", coefficients, 4)
     x = gaussian(130, 131)
     torch.testing.assert_close(kernel.one(x.float(), plan).double(), exact(x, plan)[0], atol=4e-3, rtol=0)
 
 
-def test_degree_9_in_every_step(kernel: Kernel) -> None:
+def test_degree_9_in_every_step(kernel: SmallPolar) -> None:
     plan = Schedule((((2.460938, -3.28125, 2.953125, -1.40625, 0.2734375),) * 3,), norm="tight")
     x = gaussian(131, 130)
     torch.testing.assert_close(kernel.one(x.float(), plan).double(), exact(x, plan)[0], atol=4e-3, rtol=0)
 
 
-def test_sums_that_are_cut_off_do_no_harm(kernel: Kernel) -> None:
-    kernel.library.small_polar_truncating(1)
+def test_sums_that_are_cut_off_do_no_harm(kernel: SmallPolar) -> None:
+    kernel.kernels.truncate()
     x = with_spectrum(130, 500, "log")
     wanted, _ = exact(half := in_half_precision(x), tables.SCHEDULES["turbo"])
     error = polar_error(half, y := kernel.one(x.float(), "turbo"))
@@ -99,42 +99,36 @@ def test_sums_that_are_cut_off_do_no_harm(kernel: Kernel) -> None:
     assert (y - wanted).norm() < 0.05 * wanted.norm(), error
 
 
-def test_a_batch_is_its_matrices_in_any_company(kernel: Kernel) -> None:
+def test_a_batch_is_its_matrices_in_any_company(kernel: SmallPolar) -> None:
     """Blocks of two launches, clusters of two sizes: not a bit differs, nor in a second run."""
     x = torch.stack([with_spectrum(130, 150, name) for name in ("gaussian", "rank 1")]).float()
-    before = kernel.library.small_polar_launches()
+    before = kernel.launches()
     together, slacks = kernel([gaussian(3, 5).float()[None], x, gaussian(176, 200).float()[None]], "turbo")
-    assert kernel.library.small_polar_launches() == before + 2
+    assert kernel.launches() == before + 2
     for one, many, slack in zip(x, together[1], slacks[1]):
         (alone,), (alone_slack,) = kernel([one[None]], "turbo")
         assert torch.equal(many, alone[0])
         assert torch.equal(slack, alone_slack[0])
 
 
-def test_a_tall_matrix_is_its_transpose(kernel: Kernel) -> None:
+def test_a_tall_matrix_is_its_transpose(kernel: SmallPolar) -> None:
     x = gaussian(150, 210).float()
     assert torch.equal(kernel.one(x.mT.contiguous(), "turbo"), kernel.one(x, "turbo").mT)
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[tuple[int, int], Tensor]:
-    """By shape, what the first order has found."""
-    return {}
-
-
-@in_every_order
-def test_the_order_of_threads_does_not_matter(kernel: Kernel, found: dict[tuple[int, int], Tensor]) -> None:
+def test_the_order_of_warps_does_not_matter(kernel: SmallPolar) -> None:
     """Of all four blocks: where a barrier is missing some order reads what is not there yet, or no longer."""
     for shape in ((145, 200), (300, 230)):
         x = gaussian(*shape).float()
         wanted, _ = exact(in_half_precision(x.double()), tables.SCHEDULES["turbo"])
         y = kernel.one(x, "turbo")
         assert (y - wanted).norm() < 0.02 * wanted.norm()
-        assert torch.equal(found.setdefault(shape, y), y)
+        kernel.kernels.seed(7)
+        assert torch.equal(kernel.one(x, "turbo"), y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_and_not_finite_are_alone(dtype: torch.dtype, kernel: Kernel) -> None:
+def test_zero_and_not_finite_are_alone(dtype: torch.dtype, kernel: SmallPolar) -> None:
     x = torch.stack([gaussian(131, 133), gaussian(131, 133), torch.zeros(131, 133)]).to(dtype)
     wanted = kernel.one(x[0], "turbo")
     x[1, 130, 132] = math.nan if dtype == torch.float32 else -math.inf
@@ -155,7 +149,9 @@ def test_zero_and_not_finite_are_alone(dtype: torch.dtype, kernel: Kernel) -> No
         (torch.float32, (136, 176), (1, 0)),
     ],
 )
-def test_rows_with_gaps(dtype: torch.dtype, shape: tuple[int, int], padding: tuple[int, int], kernel: Kernel) -> None:
+def test_rows_with_gaps(
+    dtype: torch.dtype, shape: tuple[int, int], padding: tuple[int, int], kernel: SmallPolar
+) -> None:
     """Between them nothing is read or written; in place as well as apart."""
     before, after = padding
     x = gaussian(*shape).to(dtype)[None]
@@ -169,22 +165,9 @@ def test_rows_with_gaps(dtype: torch.dtype, shape: tuple[int, int], padding: tup
 
 
 @pytest.mark.parametrize("shape", [(100, 120), (150, 144)])
-def test_less_shared_memory(shape: tuple[int, int], kernel: Kernel) -> None:
+def test_less_shared_memory(shape: tuple[int, int], kernel: SmallPolar) -> None:
     """99 KB: four blocks take what is too long for one."""
     x = gaussian(*shape)
     wanted, _ = exact(in_half_precision(x), tables.SCHEDULES["auto"])
     y = kernel.one(x.float(), "auto", capability=120)
     assert (y - wanted).norm() < 0.01 * wanted.norm()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(129, 140), (400, 136), (192, 192), (255, 301), (256, 256), (900, 256)])
-def test_on_a_gpu(shape: tuple[int, int]) -> None:
-    if (reason := too_long(min(shape), torch.cuda.get_device_capability())) is not None:
-        pytest.skip(reason)
-    schedule = tables.SCHEDULES["auto"]
-    x = torch.stack([with_spectrum(*shape, name) for name in ("gaussian", "log", "rank 2", "steep")])
-    assert takes([x.float().cuda()], schedule.tables, schedule.slacks)
-    for each, y in zip(x, polar(x.float().cuda()).cpu()):
-        wanted, _ = exact(half := in_half_precision(each), schedule)
-        assert (y - wanted).norm() < 0.05 * wanted.norm(), polar_error(half, y)

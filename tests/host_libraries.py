@@ -1,4 +1,4 @@
-"""The source of kernels as libraries for this CPU: CUDA's side of them is tests/emulation."""
+"""Sources of csrc that need no CUDA, as libraries for ctypes."""
 
 from __future__ import annotations
 
@@ -13,26 +13,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX", "g++")
-ORDERS = ("forward", "backward", "shuffled")  # of blocks and of threads; `Order` in tests/emulation/cuda_runtime.h
 FLAGS = (
-    *("-std=c++17", "-O1", "-g1", "-fPIC", "-x", "c++", "-I", "tests/emulation", "-I", "csrc"),
-    "-U_FORTIFY_SOURCE",  # takes a jump to another fiber's stack for an attack
-    "-Dsteepest=steepest_emulated",  # a namespace of its own: another library of this process may hold the real one
+    *("-std=c++17", "-O1", "-g1", "-fPIC", "-x", "c++", "-I", "csrc"),
+    "-Dsteepest=steepest_host",  # a namespace of its own: another library of this process may hold the real one
 )
 
 
 def require_compiler() -> None:
-    """Skips where nothing can be emulated."""
+    """Skips where nothing can be compiled."""
     if sys.platform != "linux":
-        pytest.skip(f"fibers and the libraries to link are those of Linux, not of {sys.platform}")
+        pytest.skip(f"the libraries to link are those of Linux, not of {sys.platform}")
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no C++ compiler: {COMPILER} is not on PATH")
 
 
 def sanitizer() -> list[str]:
     """Flags that find undefined behaviour at run time, an access that is not aligned, where the compiler has them."""
-    found = subprocess.run([COMPILER, "-print-file-name=libubsan.so"], capture_output=True, text=True, check=True)
-    return ["-fsanitize=undefined"] if Path(found.stdout.strip()).is_absolute() else []
+    said = subprocess.run([COMPILER, "-print-file-name=libubsan.so"], capture_output=True, text=True, check=True)
+    return ["-fsanitize=undefined"] if Path(said.stdout.strip()).is_absolute() else []
 
 
 def run(commands: Sequence[Sequence[str]]) -> None:
@@ -47,7 +45,7 @@ def run(commands: Sequence[Sequence[str]]) -> None:
 
 
 def shared_library(path: Path, sources: Sequence[str]) -> Path:
-    """Sources that need no torch, as a library for ctypes."""
+    """Sources that need no torch."""
     require_compiler()
     run([[COMPILER, *FLAGS, *sanitizer(), "-shared", *sources, "-o", str(path), "-ldl"]])
     return path
