@@ -56,7 +56,7 @@ void ptxsim_register(const void* address, uint64_t bytes, const char* name, int 
 }
 void ptxsim_unregister(const void* address) { ranges().remove(reinterpret_cast<u64>(address)); }
 void ptxsim_unregister_all() { ranges().clear(); }
-void ptxsim_seed(uint64_t seed) { settings().seed = seed; }
+void ptxsim_seed(uint64_t seed) { settings().seed = seed, settings().seeded_at = settings().launches; }
 void ptxsim_multiprocessors(int count) { settings().multiprocessors = count; }
 void ptxsim_truncating(int yes) { settings().truncates = yes != 0; }
 uint64_t ptxsim_launches() { return settings().launches; }

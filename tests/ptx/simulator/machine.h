@@ -111,8 +111,8 @@ struct Warp {
 struct Settings {
   u64 seed = 1;
   int multiprocessors = 8;
-  u64 launches = 0;
-  bool truncates = false;  // tensor cores, the sums of products
+  u64 launches = 0, seeded_at = 0;  // so far, and when the seed was set, from when on every launch is reproducible
+  bool truncates = false;           // tensor cores, the sums of products
   Settings();
 };
 Settings& settings();

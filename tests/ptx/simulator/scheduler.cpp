@@ -199,6 +199,8 @@ class Scheduler {
   Launch& l_;
   size_t shared_bytes_;
   u64 warps_, blocks_, at_once_, next_ = 0, idle_ = 0, last_progress_ = 0;
+  // Turns until a product or a bulk copy is there that may be late, on average: launches are hasty and slow in turn.
+  const u32 products_wait_ = 1u << (2 * (l_.rng() % 4)), copies_wait_ = 1u << (2 * (l_.rng() % 4));
   vector<vector<u64>> spare_registers_;
 };
 
@@ -265,7 +267,7 @@ void Scheduler::land_copy(size_t i) {
 // What may happen at any time does.
 void Scheduler::late_effects(Warp& w) {
   const u64 r = l_.rng();
-  if (!w.groups.empty() && (r & 3) == 0) finish_oldest_group(w);
+  if (!w.groups.empty() && l_.one_in(products_wait_)) finish_oldest_group(w);
   if ((!w.copies_open.empty() || !w.copy_groups.empty()) && (r >> 2 & 3) == 0) land_some(w);
   if (!w.bulk_groups.empty() && (r >> 4 & 3) == 0) {
     for (const BulkStore& copy : w.bulk_groups.front()) copy.run();
@@ -342,7 +344,7 @@ void Scheduler::retire() {
 void Scheduler::run() {
   while (next_ < blocks_ || !l_.live.empty()) {
     while (next_ < blocks_ && l_.live.size() < at_once_) start_cluster();
-    if (!l_.copies.empty() && (l_.ready.empty() || l_.one_in(4) || idle_ > 64)) {
+    if (!l_.copies.empty() && (l_.ready.empty() || l_.one_in(copies_wait_) || idle_ > 64)) {
       land_copy(l_.rng() % l_.copies.size());
       continue;
     }
@@ -359,7 +361,7 @@ void run(const Kernel& kernel, Dim3 grid, Dim3 block, int cluster, size_t dynami
   const size_t room = (params.size() + 256) / 256 * 256;  // a tensor map is aligned to 64 bytes
   l.params.reset(static_cast<u8*>(aligned_alloc(256, room)), free);
   memcpy(l.params.get(), params.data(), params.size());
-  l.rng.seed(settings().seed * 1000003 + settings().launches++);
+  l.rng.seed(settings().seed * 1000003 + settings().launches++ - settings().seeded_at);
   l.global.late = grid.count() > 1;
   const size_t align = kernel.dynamic_align;
   const FaultsThrow faults;
