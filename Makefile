@@ -69,7 +69,7 @@ bench: $(VENV)/.built
 	$(bin)/python -m steepest bench $(ARGS)
 
 # On a machine with a GPU and a torch of its own: builds, runs the tests that need a GPU and takes the figures, each
-# whatever the others said, with $(PYTHON) as it is, in nine minutes. ARGS: --quick, --dry-run, --parts ...
+# whatever the others said, with $(PYTHON) as it is, in nine minutes. ARGS: STEP..., --quick, --dry-run, --site DIR, --pack DIR
 RESULTS ?= bench/results
 MODELS ?= gpt2-124m llama-1b
 gpu:

@@ -94,7 +94,7 @@ class Module:
         shared: int = 0,
         seed: int = 1,
     ) -> None:
-        """Runs a kernel to its end; raises LaunchError. An array is passed as its address, a number as a ctypes value."""
+        """A kernel runs to its end, or LaunchError says why not. Arrays go by address, numbers as ctypes values."""
         values = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments]
         pointers = (ctypes.c_void_p * max(len(values), 1))(*(ctypes.addressof(v) for v in values))
         library().ptxsim_seed(ctypes.c_uint64(seed))
