@@ -17,6 +17,10 @@ build_tools := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
 say := $(bin)/python -c 'import setup; b = setup.decide(); [print("==", line) for line in (b, b.warning) if line]'
 # What shows that a build works with its torch: schemas, doors and steps on every backend that is there.
 compiled_tests := tests/test_backends_of_a_step.py tests/ops/test_weight_update.py tests/ops/test_chain_numbers.py
+# The oldest Triton that the kernels are for, whose PTX is executed beside that of the newest.
+oldest_triton := build/triton-3.6/.ready
+# The oldest Triton that the kernels are for, whose PTX is executed beside that of the newest.
+oldest_triton := build/triton-3.6/.ready
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
@@ -32,9 +36,9 @@ test: $(VENV)/.built $(VENV)/.test
 	$(bin)/python -m pytest -n 2 -m "not kernels" $(ARGS)
 
 # Every kernel for every architecture: its machine code is read, and its PTX executed.
-test-kernels: $(VENV)/.built-all $(VENV)/.test
+test-kernels: $(VENV)/.built-all $(VENV)/.test $(oldest_triton)
 	@echo "== The tests of compiled kernels: about 10 minutes on two cores"
-	$(bin)/python -m pytest -n 2 -m kernels $(ARGS)
+	STEEPEST_TEST_KERNELS=1 $(bin)/python -m pytest -n 2 -m kernels $(ARGS)
 
 check: $(VENV)/.torch $(VENV)/.dev
 	$(bin)/ruff check .
@@ -77,6 +81,14 @@ gpu:
 
 doctor: $(VENV)/.built
 	$(bin)/python -m steepest doctor $(ARGS)
+
+$(oldest_triton): $(VENV)/.torch
+	$(install) --target $(@D) --no-deps triton==3.6.0
+	touch $@
+
+$(oldest_triton): $(VENV)/.torch
+	$(install) --target $(@D) --no-deps triton==3.6.0
+	touch $@
 
 # Stamps: torch and the build tools, which take a minute or two of downloads; the compiled part; the tools of each command.
 $(VENV)/.torch:

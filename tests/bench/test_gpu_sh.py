@@ -187,6 +187,8 @@ TESTS = {
 TORCH = """
 import types
 __version__, version = "0.0", types.SimpleNamespace(cuda="13.0")
+float32, bfloat16 = "fp32", "bf16"
+backends = types.SimpleNamespace(cpu=types.SimpleNamespace(get_cpu_capability=lambda: "none"))
 set_num_threads, get_num_threads, empty = (lambda n: None), (lambda: 1), (lambda *_, device: device)
 class cuda:
     broken = False
@@ -231,6 +233,10 @@ def repository(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     files |= {"site/steepest/__main__.py": STEEPEST, "site/steepest/ops/__init__.py": ""}
     reason = "cuda_reason = triton_reason = lambda: None"
     files["site/steepest/ops/backend.py"] = f"import types\nextension, forced = None, 'auto'\n{reason}"
+    files |= {
+        f"site/steepest/linalg/{name}.py": "compute_dtype, cpu_bf16 = (lambda *_: 'fp32'), ''"
+        for name in ("__init__", "polar")
+    }
     files["site/steepest/ops/polar_chain.py"] = f"hopper_reason = lambda x: '{HOPPER}'"
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ SOURCES = Path(__file__).parent / "simulator"
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fnon-call-exceptions", "-Wall", "-Wextra"]
 if platform.machine() == "x86_64":
     FLAGS += ["-mavx2", "-mfma", "-mf16c"]
-BUILD = Path(os.environ.get("STEEPEST_TEST_CACHE", Path(__file__).parents[2] / "build")) / "ptx"
+CACHE = Path(os.environ.get("STEEPEST_PTX_CACHE") or Path(__file__).parents[2] / "build" / "ptx-cache")
 
 
 class LaunchError(Exception):
@@ -37,7 +37,7 @@ def _compile(target: Path, command: Sequence[str]) -> Path:
 def objects(compiler: str = "g++", cuda: Path | None = None) -> list[Path]:
     """Compiles what changed. cuda: a toolkit, for the stand-in of the CUDA runtime too."""
     headers = b"".join(p.read_bytes() for p in sorted(SOURCES.glob("*.h")))
-    BUILD.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     paths = []
     for source in sorted(SOURCES.glob("*.cpp")):
         of_cuda = source.name == "cuda_runtime.cpp"
@@ -45,7 +45,7 @@ def objects(compiler: str = "g++", cuda: Path | None = None) -> list[Path]:
             continue
         command = [compiler, *FLAGS, *(["-isystem", str(cuda / "include")] if of_cuda else []), "-c", str(source)]
         key = hashlib.sha256(headers + source.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-        paths.append(_compile(BUILD / f"{source.stem}-{key}.o", command))
+        paths.append(_compile(CACHE / f"{source.stem}-{key}.o", command))
     return paths
 
 
@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "g++")
     parts = objects(compiler)
     key = hashlib.sha256(" ".join(p.name for p in parts).encode()).hexdigest()[:16]
-    path = _compile(BUILD / f"libptxsim-{key}.so", [compiler, "-shared", *map(str, parts)])
+    path = _compile(CACHE / f"libptxsim-{key}.so", [compiler, "-shared", *map(str, parts)])
     loaded = ctypes.CDLL(str(path))
     for name in ("ptxsim_load", "ptxsim_launch", "ptxsim_tensor_map"):
         getattr(loaded, name).restype = ctypes.c_char_p
