@@ -1,56 +1,135 @@
-# make demo | test | check | bench | gpu | doctor | clean. Each sets up $(VENV) by itself; a second call starts at once.
+# make demo | test | test-kernels | check | check-torch | wheel | bench | gpu | doctor | clean. Each sets up $(VENV) by
+# itself; a second call starts at once.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 # On a machine with a torch of its own (a GPU's): make test VENV_FLAGS=--system-site-packages TORCH=
 VENV_FLAGS ?=
 ARGS ?=
+# What the compiled part is built for (setup.py): the GPUs of this machine, without CUDA where there are none.
+# test-kernels and wheel build for all.
+STEEPEST_CUDA ?= local
+export STEEPEST_CUDA
 
 bin := $(VENV)/bin
-ready := $(VENV)/.ready
+install := $(bin)/python -m pip install --quiet
+build_tools := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
+say := $(bin)/python -c 'import setup; b = setup.decide(); [print("==", line) for line in (b, b.warning) if line]'
+# What shows that a build works with its torch: schemas, doors and steps on every backend that is there.
+compiled_tests := tests/test_backends_of_a_step.py tests/ops/test_weight_update.py tests/ops/test_chain_numbers.py
+# The oldest Triton that the kernels are for, whose PTX is executed beside that of the newest.
+oldest_triton := build/triton-3.6/.ready
+# The oldest Triton that the kernels are for, whose PTX is executed beside that of the newest.
+oldest_triton := build/triton-3.6/.ready
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test check bench gpu doctor clean
+.PHONY: demo test test-kernels check check-torch wheel bench gpu doctor clean
 .DELETE_ON_ERROR:
 
-demo: $(ready)
+demo: $(VENV)/.built
+	@echo "== Training a small GPT with three optimizers: 2 to 3 minutes on two cores"
 	$(bin)/python examples/train_gpt.py $(ARGS)
 
-test: $(ready)
-	$(bin)/python -m pytest -n 2 $(ARGS)
+test: $(VENV)/.built $(VENV)/.test
+	@echo "== The tests that need no nvcc: about 10 minutes on two cores"
+	$(bin)/python -m pytest -n 2 -m "not kernels" $(ARGS)
 
-check: $(ready)
+# Every kernel for every architecture: its machine code is read, and its PTX executed.
+test-kernels: $(VENV)/.built-all $(VENV)/.test $(oldest_triton)
+	@echo "== The tests of compiled kernels: about 10 minutes on two cores"
+	STEEPEST_TEST_KERNELS=1 $(bin)/python -m pytest -n 2 -m kernels $(ARGS)
+
+check: $(VENV)/.torch $(VENV)/.dev
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/clang-format --dry-run -Werror $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-bench: $(ready)
+# Whether the sources build against another torch, load and make steps: make check-torch TORCH="torch==2.11.0". In a
+# virtual environment of its own, which is thrown away.
+other := build/check-torch
+check-torch:
+	@echo "== $(TORCH): downloads, then some minutes on two cores"
+	rm -rf $(other)
+	$(PYTHON) -m venv $(other)
+	$(other)/bin/python -m pip install --quiet --upgrade pip
+	$(other)/bin/python -m pip install --quiet --no-compile "$(TORCH)" $(build_tools) --group test
+	STEEPEST_CUDA=0 $(other)/bin/python -m pip install --quiet --no-build-isolation --no-deps .
+	$(other)/bin/python -m pytest -n 2 -q -p no:cacheprovider $(compiled_tests)
+	rm -rf $(other)
+
+# The wheel that every Python imports, into dist/, for all architectures; STEEPEST_CUDA=0 makes the one without CUDA. Its
+# tag names the oldest Linux that has what it asks of the system; torch's libraries are the user's own.
+wheel: export STEEPEST_CUDA := $(STEEPEST_CUDA:local=1)
+wheel: $(VENV)/.torch $(VENV)/.cutlass $(VENV)/.release
+	@$(say)
+	rm -rf dist build/wheel
+	$(bin)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(bin)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	$(bin)/python .ci/check_wheel.py dist/*.whl
+
+bench: $(VENV)/.built
 	$(bin)/python -m steepest bench $(ARGS)
 
 # On a machine with a GPU and a torch of its own: builds, runs the tests that need a GPU and takes the figures, each
-# whatever the others said, with $(PYTHON) as it is, in nine minutes. ARGS: --quick, --dry-run, --parts ...
+# whatever the others said, with $(PYTHON) as it is, in nine minutes. ARGS: STEP..., --quick, --dry-run, --site DIR, --pack DIR
 RESULTS ?= bench/results
 MODELS ?= gpt2-124m llama-1b
 gpu:
 	PYTHON="$(PYTHON)" MODELS="$(MODELS)" bash bench/gpu.sh $(RESULTS) $(ARGS)
 
-doctor: $(ready)
+doctor: $(VENV)/.built
 	$(bin)/python -m steepest doctor $(ARGS)
 
-# One stamp for torch and the build tools, which take minutes, and one for our own build, which takes seconds.
-$(VENV)/.torch:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steepest needs Python 3.10 or newer; set PYTHON=")'
-	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(bin)/python -m pip install --quiet --upgrade pip
-	$(bin)/python -m pip install --quiet "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" nvidia-cutlass==4.2.0.0 $(if $(TORCH),"$(TORCH)")
+$(oldest_triton): $(VENV)/.torch
+	$(install) --target $(@D) --no-deps triton==3.6.0
 	touch $@
 
-$(ready): $(VENV)/.torch $(sources)
-	$(bin)/python -m pip install --quiet --no-build-isolation --editable ".[test,codegen,plot,dev]"
+$(oldest_triton): $(VENV)/.torch
+	$(install) --target $(@D) --no-deps triton==3.6.0
+	touch $@
+
+# Stamps: torch and the build tools, which take a minute or two of downloads; the compiled part; the tools of each command.
+$(VENV)/.torch:
+	@echo "== $(VENV) with $(or $(TORCH),the torch of $(PYTHON)) and build tools: downloads, then half a minute"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steepest needs Python 3.10 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(install) --upgrade pip
+	$(install) $(build_tools) $(if $(TORCH),"$(TORCH)")
+	touch $@
+
+# Headers alone: what the package depends on is for its Python part.
+$(VENV)/.cutlass: $(VENV)/.torch
+	$(install) --no-deps nvidia-cutlass==4.2.0.0
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(if $(shell command -v nvidia-smi 2>/dev/null),$(VENV)/.cutlass) $(sources)
+	@$(say)
+	$(install) --no-build-isolation --editable ".[plot]"
+	touch $@
+
+# In place of the build for this machine, of which it has all.
+$(VENV)/.built-all: export STEEPEST_CUDA := 1
+$(VENV)/.built-all: $(VENV)/.torch $(VENV)/.cutlass $(sources)
+	@$(say)
+	$(install) --no-build-isolation --editable ".[plot]"
+	touch $(VENV)/.built $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@echo "== Packages for the tests: downloads, then some seconds"
+	$(install) --group test --group triton
+	touch $@
+
+$(VENV)/.release: $(VENV)/.torch pyproject.toml
+	$(install) --group release
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo "== Formatters, linter and type checker: downloads, then some seconds"
+	$(install) --group dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist python/*.egg-info python/steepest/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist python/*.egg-info python/steepest/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,8 +2,11 @@
 
 Nothing here imports torch, so metadata can be had where torch is absent or broken. Environment:
 
-    STEEPEST_CUDA         0 leaves CUDA out, 1 makes a missing nvcc an error; unset: CUDA when nvcc is found
-    TORCH_CUDA_ARCH_LIST  architectures as torch writes them, "8.0;9.0a+PTX"
+    STEEPEST_CUDA         0 leaves CUDA out. 1 builds for all architectures, and a missing nvcc is an error. local
+                          builds for the GPUs of this machine, without CUDA where there is none. Unset: CUDA when nvcc
+                          is found, for the GPUs of this machine, or for all architectures where there is none
+    TORCH_CUDA_ARCH_LIST  instead of "all architectures" (and when unset), as torch writes them, "8.0;9.0a+PTX"
+    STEEPEST_LOCAL_VERSION  what tells wheels of one version apart, "cu130"
     CUDACXX, CUDA_HOME    where nvcc is (then PATH, then /usr/local/cuda/bin)
     MAX_JOBS, NVCC_THREADS  how many compilations at once, and how many architectures at once in each
 """
@@ -13,26 +16,36 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
 # Ampere (A100, RTX 30), Ada, Hopper (90a: warpgroup instructions), Blackwell (B200, RTX 50); the newest also as PTX.
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+OLDEST_DEVICE = 8.0
+DEVELOPERS_MODULE = "steepest._C"
+# Of one core, about: host code, each architecture, the products for Hopper.
+HOST_SECONDS, ARCHITECTURE_SECONDS, HOPPER_SECONDS = 30, 30, 360
 # Where the wheels of the build tools say their programs are.
 TOOL_FOLDERS = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 # What CMake reads once, when it first configures a folder, and what it takes anew every time.
 CACHED_ENVIRONMENT = ("CXX", "CXXFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "LDFLAGS")
-TAKEN_ANEW = ("STEEPEST_VERSION", "STEEPEST_COMMIT", "STEEPEST_NVCC_THREADS")
+TAKEN_ANEW = ("STEEPEST_VERSION", "STEEPEST_COMMIT", "STEEPEST_NVCC_THREADS", "pybind11_DIR")
 
 
 def read_version(path: Path) -> str:
@@ -70,20 +83,40 @@ def find_cutlass() -> Path | None:
     return include if include is not None and (include / "cutlass" / "version.h").exists() else None
 
 
-def find_nvcc(environ: dict[str, str], root: Path = Path("/")) -> str | None:
-    """nvcc through CUDACXX, CUDA_HOME (or CUDA_PATH), PATH and root/usr/local/cuda; None leaves CUDA out."""
+def asked(environ: Mapping[str, str]) -> str:
+    """STEEPEST_CUDA, which must be one of its values; empty where it is unset."""
     wish = environ.get("STEEPEST_CUDA", "")
-    if wish not in ("", "0", "1"):
+    if wish not in ("", "0", "1", "local"):
         raise RuntimeError(
-            f"STEEPEST_CUDA={wish!r}: 0 leaves CUDA out, 1 makes a missing nvcc an error, unset is automatic"
+            f"STEEPEST_CUDA={wish!r}: 0 leaves CUDA out, 1 builds for all architectures and makes a missing nvcc an "
+            "error, local builds for the GPUs of this machine, unset is automatic"
         )
-    if wish == "0":
+    return wish
+
+
+def find_devices(environ: Mapping[str, str]) -> list[str]:
+    """Compute capabilities, "9.0", of the GPUs here that the kernels run on, as the driver's nvidia-smi tells them."""
+    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if program is None:
+        return []
+    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    capabilities = set(re.findall(r"^\d+\.\d$", answer, re.MULTILINE))
+    return sorted((each for each in capabilities if float(each) >= OLDEST_DEVICE), key=float)
+
+
+def find_nvcc(environ: Mapping[str, str], root: Path = Path("/")) -> str | None:
+    """nvcc through CUDACXX, CUDA_HOME (or CUDA_PATH), PATH and root/usr/local/cuda; None leaves CUDA out."""
+    if asked(environ) == "0":
         return None
     homes = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     at_home, usual = [os.path.join(home, "bin", "nvcc") for home in homes], root / "usr/local/cuda/bin/nvcc"
     candidates = [environ.get("CUDACXX", ""), *at_home, "nvcc", str(usual)]
     found = next((path for name in candidates if name and (path := shutil.which(name, path=environ.get("PATH")))), None)
-    if found is None and wish == "1":
+    if found is None and asked(environ) == "1":
         raise RuntimeError(
             "STEEPEST_CUDA=1 asks for the CUDA kernels, but nvcc is not at CUDACXX, in CUDA_HOME/bin, on PATH or in "
             "/usr/local/cuda/bin: install the CUDA toolkit, or unset STEEPEST_CUDA to build without them"
@@ -108,23 +141,87 @@ def parse_architectures(text: str) -> list[str]:
 
 
 def supported(architectures: list[str], nvcc: str) -> list[str]:
-    """The default list less what this nvcc does not know; the newest that is left is kept as PTX too."""
+    """Those of a list that this nvcc knows; the newest of them is kept as PTX too."""
     known = set(subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split())
     # nvcc lists sm_90 and not its variant sm_90a.
     kept = [name for name in architectures if name.startswith("sm_") and name.rstrip("af") in known]
-    if not kept:
-        raise RuntimeError(
-            f"{nvcc} knows none of {architectures}: set TORCH_CUDA_ARCH_LIST to what it knows, {sorted(known)}"
-        )
     # PTX of compute_90a runs on 9.0 alone; without the suffix the driver can compile it for what comes after.
-    return [*kept, kept[-1].replace("sm_", "compute_").rstrip("af")]
+    return [*kept, kept[-1].replace("sm_", "compute_").rstrip("af")] if kept else []
 
 
-def architectures(nvcc: str, environ: dict[str, str]) -> list[str]:
-    """What to compile for: the user's list as it stands, or the default as far as nvcc knows it."""
-    if environ.get("TORCH_CUDA_ARCH_LIST"):
-        return parse_architectures(environ["TORCH_CUDA_ARCH_LIST"])
-    return supported(parse_architectures(DEFAULT_ARCHITECTURES), nvcc)
+class Build(NamedTuple):
+    """What is built, and why."""
+
+    nvcc: str | None  # None: without CUDA
+    architectures: list[str]
+    cutlass: Path | None  # its headers, where they are of use
+    why: str
+
+    @property
+    def hopper(self) -> bool:
+        """Whether the products for Hopper are among it."""
+        return self.cutlass is not None and "sm_90a" in self.architectures
+
+    @property
+    def warning(self) -> str | None:
+        """What a Hopper GPU misses."""
+        if self.hopper or not any(name.startswith("sm_90") for name in self.architectures):
+            return None
+        return (
+            "no CUTLASS headers: a Hopper GPU (H100, H200) gets the slower route: products one by one, in "
+            "Triton. For the fast one: `pip install --no-deps nvidia-cutlass`, then build again"
+        )
+
+    def __str__(self) -> str:
+        """A line for a person: what is built, why, and about how long it takes."""
+        kinds = f"for {', '.join(self.architectures)}" if self.nvcc else "without CUDA"
+        hopper = ", with the products for Hopper" if self.hopper else ""
+        return f"compiling {kinds}{hopper} ({self.why}): about {self.minutes()}"
+
+    def minutes(self) -> str:
+        """A guess, in round numbers."""
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        real = sum(name.startswith("sm_") for name in self.architectures)
+        seconds = HOST_SECONDS / min(jobs, 8)
+        if self.nvcc:
+            seconds += ARCHITECTURE_SECONDS * real / min(jobs, 4)
+        if self.hopper:
+            seconds += HOPPER_SECONDS / min(jobs, 10)
+        return f"{10 * math.ceil(seconds / 10)} seconds" if seconds < 100 else f"{math.ceil(seconds / 60)} minutes"
+
+
+def decide(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Build:
+    """What to build, by what is asked for and what this machine has."""
+    wish, nvcc, cutlass = asked(environ), find_nvcc(environ, root), find_cutlass()
+    if wish == "0":
+        return Build(None, [], None, "STEEPEST_CUDA=0")
+    devices = find_devices(environ) if wish != "1" else []
+    if wish == "local" and not devices:
+        return Build(
+            None,
+            [],
+            None,
+            f"no GPU of compute capability {OLDEST_DEVICE} or newer here; STEEPEST_CUDA=1 builds for all",
+        )
+    if nvcc is None:
+        return Build(None, [], None, "no nvcc; a GPU runs the Triton kernels")
+    if environ.get("TORCH_CUDA_ARCH_LIST") and wish != "local":
+        names, why = parse_architectures(environ["TORCH_CUDA_ARCH_LIST"]), "TORCH_CUDA_ARCH_LIST"
+    elif devices and (names := supported(parse_architectures(";".join(devices)), nvcc)):
+        why = "this machine's GPU"
+    elif names := supported(parse_architectures(DEFAULT_ARCHITECTURES), nvcc):
+        why = "all architectures"
+    else:
+        raise RuntimeError(f"{nvcc} knows none of {DEFAULT_ARCHITECTURES}: set TORCH_CUDA_ARCH_LIST to what it knows")
+    return Build(nvcc, with_hopper(names) if cutlass else names, cutlass, why)
+
+
+def with_hopper(names: list[str]) -> list[str]:
+    """The same devices, for which 9.0 is compiled as 9.0a.
+
+    Code for sm_90a runs wherever code for sm_90 does, on compute capability 9.0, and the products for Hopper need it.
+    """
+    return list(dict.fromkeys("sm_90a" if name == "sm_90" else name for name in names))
 
 
 def find_tool(name: str) -> str:
@@ -162,7 +259,7 @@ def commit() -> str:
         return ""
 
 
-def build_folder(values: dict[str, str], environ: dict[str, str]) -> Path:
+def build_folder(values: dict[str, str], environ: Mapping[str, str]) -> Path:
     """Where CMake builds with these variables: another compiler, torch or source folder gets a folder of its own.
 
     CMake keeps the first compiler it finds in a folder's cache and refuses a cache of another source folder.
@@ -175,52 +272,106 @@ def build_folder(values: dict[str, str], environ: dict[str, str]) -> Path:
 
 
 class CMakeBuild(build_ext):
-    """Builds `steepest._C` with CMake and ninja where setuptools wants it (beside the sources when editable)."""
+    """Builds libsteepest.so, and `steepest._C` beside the sources, with CMake and ninja.
 
-    def build_extension(self, ext: Extension) -> None:
+    A wheel holds the library alone, which no Python symbol ties to one version of it.
+    """
+
+    def run(self) -> None:
+        if not self.inplace:
+            self.extensions = [ext for ext in self.extensions if ext.name != DEVELOPERS_MODULE]
+        super().run()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("libsteepest"):
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
         require_compiler()
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        cmake, values = find_tool("cmake"), self.values()
-        build = build_folder(values, dict(os.environ))
+        decided = decide()
+        print(f"steepest: {decided}", file=sys.stderr, flush=True)  # pip shows it with -v, and if the build fails
+        if decided.warning:
+            warnings.warn(decided.warning, stacklevel=2)  # pip shows it from 26.3 on
+        values = self.values(decided)
+        cmake, build = find_tool("cmake"), build_folder(values, os.environ)
         options = [f"-D{name}={value}" for name, value in values.items()]
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([cmake, "--build", str(build), *jobs], check=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # never written over: a running process may have it mapped
-        shutil.copy2(build / target.name, target)
+        for ext in self.extensions:
+            target = Path(self.get_ext_fullpath(ext.name)).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)  # never written over: a running process may have it mapped
+            shutil.copy2(build / target.name, target)
 
-    def values(self) -> dict[str, str]:
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            inplace, _ = self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
+            Path(inplace).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+    def values(self, decided: Build) -> dict[str, str]:
         """Everything CMake is told, as cache variables."""
-        import pybind11
-
         torch, torch_version = find_torch()
-        nvcc = find_nvcc(dict(os.environ))
         values = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "pybind11_DIR": "",
             "STEEPEST_VERSION": read_version(ROOT / "python" / "steepest" / "_version.py"),
             "STEEPEST_COMMIT": commit(),
             "STEEPEST_TORCH": str(torch),
             "STEEPEST_TORCH_VERSION": torch_version,
-            "STEEPEST_CUTLASS": str(find_cutlass() or ""),
-            "STEEPEST_ARCHITECTURES": ";".join(architectures(nvcc, dict(os.environ))) if nvcc else "",
+            "STEEPEST_CUTLASS": str(decided.cutlass or ""),
+            "STEEPEST_ARCHITECTURES": ";".join(decided.architectures),
             "STEEPEST_NVCC_THREADS": os.environ.get("NVCC_THREADS", "1"),
         }
-        if nvcc:
-            values["CMAKE_CUDA_COMPILER"] = nvcc
+        if decided.nvcc:
+            values["CMAKE_CUDA_COMPILER"] = decided.nvcc
+        if any(ext.name == DEVELOPERS_MODULE for ext in self.extensions):
+            import pybind11
+
+            values["pybind11_DIR"] = pybind11.get_cmake_dir()
         return values
 
 
+class Sources(build_py):
+    """Python files; a wheel has none of the modules that are in setuptools' folder since an earlier one."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "steepest", ignore_errors=True)
+        super().run()
+
+
+class Wheel(bdist_wheel):
+    """Of any Python: the library is loaded by ctypes."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def version() -> str:
+    """The package's, with a local part (PEP 440) where builds of it differ.
+
+    STEEPEST_LOCAL_VERSION, and no.cutlass where a Hopper GPU would miss its products: of all that a build says, every
+    pip shows the version.
+    """
+    local = [os.environ.get("STEEPEST_LOCAL_VERSION"), "no.cutlass" if decide().warning else None]
+    public = read_version(ROOT / "python" / "steepest" / "_version.py")
+    return "+".join(filter(None, [public, ".".join(filter(None, local))]))
+
+
 if __name__ == "__main__":
+    # About folders named as the package, of which there is none here; pip would show it at every make.
+    warnings.filterwarnings("ignore", message="(?s).*Editable installation")
     setup(
-        version=read_version(ROOT / "python" / "steepest" / "_version.py"),
+        version=version(),
         packages=[*find_packages("python"), "steepest.kernels"],
         package_dir={"": "python", "steepest.kernels": "kernels"},
         package_data={"steepest": ["py.typed"]},
-        ext_modules=[Extension("steepest._C", sources=[])],
-        cmdclass={"build_ext": CMakeBuild},
+        ext_modules=[Extension("steepest.libsteepest", sources=[]), Extension(DEVELOPERS_MODULE, sources=[])],
+        cmdclass={"build_ext": CMakeBuild, "build_py": Sources, "bdist_wheel": Wheel},
         zip_safe=False,
     )

@@ -1,35 +1,25 @@
-// The index of every op: its schema, and the importable module steepest._C.
+// The library's index: the schema of every op, and the C functions for facts and plans.
 //
-// Schemas are registered through torch's stable ABI; implementations register themselves in csrc/ops, the fakes in
-// Python (steepest/ops). The module itself offers what needs no tensor: what this binary is, and the host-only plans
-// and formulas of the kernels, so that they are tested and printed without a GPU.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// Schemas are registered through torch's stable ABI when the library is loaded; implementations register themselves in
+// csrc/ops, the fakes in Python (steepest/ops). The C functions are what Python asks outside of an op, by ctypes
+// (steepest/ops/extension.py). Nothing here knows Python, so one binary serves every version of it.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <iterator>
-#include <optional>
+#include <cstdint>
+#include <sstream>
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
 #include "build_info.h"
 #include "common/device.h"
-#include "common/floats.h"
+#include "common/json.h"
 #include "eigh/cusolver.h"
 #include "eigh/params.h"
-#include "multi_tensor/layout.h"
-#include "multi_tensor/params.h"
-#include "multi_tensor/plan.h"
 #include "polar/chain.h"
 #include "polar/chunks.h"
 #include "small_polar/params.h"
 #include "symm_gemm/plan.h"
-
-namespace py = pybind11;
 
 STABLE_TORCH_LIBRARY(steepest, m) {
   m.def(
@@ -51,6 +41,9 @@ STABLE_TORCH_LIBRARY(steepest, m) {
       "polar_chain(Tensor(a!)[] xs, Tensor(b!)[] ys, Tensor(c!)[] slacks, Tensor(d!)[] row_sums, "
       "Tensor(e!)[] weights, Tensor[] etas, Tensor[] betas, int[] ints, float[] floats, float[] constants, "
       "int[] powers, float[] least, bool tight, float eps, int chunks=0, bool batch_invariant=False) -> ()");
+  m.def(
+      "grouped_gemm(Tensor[] a, Tensor[] b, Tensor[] c, Tensor(a!)[] out, Tensor(b!)[] row_sums, Tensor[] alphas, "
+      "Tensor[] betas, float alpha, float beta, bool symmetric, int tile=0, int streams=0) -> ()");
   m.def("weight_update(Tensor a, Tensor b, Tensor(a!)[] weights, Tensor alpha, Tensor beta) -> ()");
   m.def(
       "small_polar(Tensor[] xs, Tensor(a!)[] outs, Tensor(b!)[] slacks, float[] coefficients, int tables, "
@@ -64,221 +57,159 @@ STABLE_TORCH_LIBRARY(steepest, m) {
 
 namespace {
 
-py::object or_none(const std::string& text) { return text.empty() ? py::object(py::none()) : py::str(text); }
-
-py::dict build_info() {
-  const steepest::BuildInfo info = steepest::build_info();
-  py::dict out;
-  out["version"] = info.version;
-  out["commit"] = or_none(info.commit);
-  out["torch"] = info.torch;
-  out["cuda"] = or_none(info.cuda);
-  out["architectures"] = info.architectures;
-  out["cutlass"] = or_none(info.cutlass);
-  out["hopper"] = info.hopper;
-  out["compiler"] = info.compiler;
-  out["interface"] = info.interface;
-  return out;
-}
-
-namespace mt = steepest::multi_tensor;
-
-// The blocks of each launch as (item, matrix, start, stop), found the way a kernel finds them; items are (matrices,
-// elements of each).
-using Block = std::tuple<int, int64_t, int64_t, int64_t>;
-std::vector<std::vector<Block>> plan_chunks(const std::vector<std::pair<int64_t, int64_t>>& items, int64_t chunk,
-                                            int capacity) {
-  std::vector<mt::Extent> extents;
-  for (const auto& [matrices, size] : items) extents.push_back({matrices, size});
-  std::vector<std::vector<Block>> launches;
-  for (const mt::Launch& launch : mt::plan_launches(extents, chunk, capacity)) {
-    const auto first_chunk = [&](int i) { return launch.first_chunk[i]; };
-    std::vector<Block> blocks;
-    for (int32_t b = 0; b < launch.chunks; ++b) {
-      const int at = mt::owner(first_chunk, static_cast<int>(launch.items.size()), b), item = launch.items[at];
-      const mt::Span span = mt::span(items[item].second, chunk, b - int64_t{launch.first_chunk[at]});
-      blocks.emplace_back(item, span.matrix, span.start, span.start + span.length);
-    }
-    launches.push_back(std::move(blocks));
-  }
-  return launches;
-}
-
-// [(size, strides), ...] after merging, or None when more dimensions are left than a kernel walks.
-std::optional<std::vector<std::pair<int64_t, mt::Ints>>> merge_dims(const mt::Ints& sizes,
-                                                                    const std::vector<mt::Ints>& strides) {
-  if (strides.size() > mt::kMaxTensors)
-    throw std::invalid_argument("at most " + std::to_string(mt::kMaxTensors) + " tensors meet in an item");
-  mt::Walk walk;
-  if (!mt::merge_dims(sizes, strides, walk)) return std::nullopt;
-  std::vector<std::pair<int64_t, mt::Ints>> out;
-  for (int d = 0; d < walk.dims; ++d) {
-    mt::Ints each;
-    for (size_t t = 0; t < strides.size(); ++t) each.push_back(walk.stride[t][d]);
-    out.emplace_back(walk.size[d], each);
-  }
-  return out;
-}
-
-// The bits of a float32 number (float64 argument, exactly representable) as `to_bf16`, `to_f16` and back see them.
-py::dict float_formats(double value) {
-  const float x = static_cast<float>(value);
-  const steepest::Split parts = steepest::split(x);
-  py::dict out;
-  out["bf16"] = steepest::to_bf16(x);
-  out["f16"] = steepest::to_f16(x);
-  out["from_f16"] = steepest::from_f16(steepest::to_f16(x));
-  out["split"] = std::pair<int, int>(parts.high, parts.low);
-  out["join"] = steepest::join(parts);
-  return out;
-}
-
-std::optional<std::string> small_polar_refusal(const std::vector<steepest::small_polar::Table>& tables,
-                                               const std::vector<double>& least) {
-  try {
-    steepest::small_polar::numbers({tables, least, false, 0});
-    return std::nullopt;
-  } catch (const std::invalid_argument& error) {
-    return error.what();
-  }
-}
-
+namespace json = steepest::json;
 namespace sg = steepest::symm_gemm;
 
-constexpr const char* kMajors[] = {"kk", "mnmn", "kmn"};  // by sg::Majors
+// The text that `make` returns, kept for the caller until this thread's next call; {"error": ...} where it throws.
+template <class Make>
+const char* text(Make make) {
+  thread_local std::string kept;
+  try {
+    kept = make();
+  } catch (const std::exception& error) {
+    kept = json::object({{"error", json::string(error.what())}});
+  }
+  return kept.c_str();
+}
 
-// (batch, m, n, k, majors, symmetric) of contiguous factors.
-using Product = std::tuple<int64_t, int64_t, int64_t, int64_t, std::string, bool>;
+std::string string_or_null(const std::string& value) { return value.empty() ? "null" : json::string(value); }
 
-sg::Shape to_shape(const Product& product) {
-  const auto& [batch, m, n, k, name, symmetric] = product;
-  const auto found = std::find(std::begin(kMajors), std::end(kMajors), name);
-  if (found == std::end(kMajors)) throw std::invalid_argument("majors are kk, mnmn or kmn, got '" + name + "'");
-  const auto majors = static_cast<sg::Majors>(found - std::begin(kMajors));
+constexpr int kProductNumbers = 6;  // batch, m, n, k, Majors, symmetric: a product of contiguous factors
+
+sg::Shape to_shape(const int64_t* p) {
+  const int64_t batch = p[0], m = p[1], n = p[2], k = p[3];
+  const auto majors = static_cast<sg::Majors>(p[4]);
   const int64_t a = majors == sg::Majors::mnmn ? m : k, b = majors == sg::Majors::kk ? k : n;
-  return {batch, m, n, k, majors, symmetric, {a, m * k}, {b, n * k}, {n, m * n}, {n, m * n}, false};
+  return {batch, m, n, k, majors, p[5] != 0, {a, m * k}, {b, n * k}, {n, m * n}, {n, m * n}, false};
 }
 
-// What a node of a chain multiplies for matrices of this shape.
-Product chain_product(const std::string& kind, int64_t matrices, int64_t rows, int64_t columns) {
-  using steepest::polar::Kind;
-  const Kind of = kind == "gram" ? Kind::gram : kind == "product" ? Kind::product : Kind::apply;
-  if (of == Kind::apply && kind != "apply")
-    throw std::invalid_argument("kind is gram, product or apply, got '" + kind + "'");
-  const steepest::polar::Node node{of, 0, 0, 0, 0, {-1, 1}, {-1, 0}, 0};
-  steepest::polar::Stack stack{};
-  stack.matrices = matrices, stack.rows = rows, stack.columns = columns;
-  const sg::Shape shape = products_of(node, {stack})[0].shape;
-  return {shape.batch, shape.m, shape.n, shape.k, kMajors[static_cast<int>(shape.majors)], shape.symmetric};
+std::string launch_text(const sg::Launch& launch) {
+  const sg::TileShape tile = sg::shape_of(launch.tile);
+  return json::object({
+      {"majors", json::number(static_cast<int>(launch.majors))},
+      {"tile", json::numbers(std::vector<int>{tile.rows, tile.columns, tile.depth})},
+      {"cluster", json::number(tile.cluster)},
+      {"clusters", json::number(launch.schedule.clusters)},
+      {"tiles", json::number(launch.tiles)},
+      {"whole", json::number(launch.schedule.whole)},
+      {"steps", json::number(launch.schedule.steps)},
+      {"waves", json::number(launch.waves)},
+      {"efficiency", json::number(launch.efficiency)},
+      {"problems", json::list(launch.problems,
+                              [](const sg::PlannedProblem& problem) {
+                                return json::object({{"index", json::number(problem.index)},
+                                                     {"tiles", json::number(problem.tiling.tiles)},
+                                                     {"k_tiles", json::number(problem.tiling.k_tiles)}});
+                              })},
+  });
 }
 
-// The launches of a list of products, why products are refused, and the memory that all launches share, in bytes.
-py::dict symm_gemm_plan(const std::vector<Product>& products, int multiprocessors) {
-  std::vector<sg::Shape> shapes;
-  for (const Product& product : products) shapes.push_back(to_shape(product));
-  const sg::Plan plan = sg::make_plan(shapes, multiprocessors);
-  py::list launches, reasons;
-  for (const std::string& reason : plan.reasons) reasons.append(or_none(reason));
-  for (const sg::Launch& launch : plan.launches) {
-    const sg::TileShape tile = sg::shape_of(launch.tile);
-    py::list problems;
-    for (const sg::PlannedProblem& problem : launch.problems) {
-      py::dict each;
-      each["index"] = problem.index;
-      each["tiles"] = problem.tiling.tiles;
-      each["k_tiles"] = problem.tiling.k_tiles;
-      problems.append(each);
-    }
-    py::dict out;
-    out["majors"] = kMajors[static_cast<int>(launch.majors)];
-    out["tile"] = std::tuple<int, int, int>(tile.rows, tile.columns, tile.depth);
-    out["cluster"] = tile.cluster;
-    out["clusters"] = launch.schedule.clusters;
-    out["tiles"] = launch.tiles;
-    out["whole"] = launch.schedule.whole;
-    out["steps"] = launch.schedule.steps;
-    out["waves"] = launch.waves;
-    out["efficiency"] = launch.efficiency;
-    out["problems"] = problems;
-    launches.append(out);
-  }
-  py::dict out;
-  out["launches"] = launches;
-  out["reasons"] = reasons;
-  out["workspace_bytes"] = 4 * (plan.workspace_floats + plan.workspace_counters);
-  return out;
-}
-
-// How a chain (nodes as polar_chain takes them) cuts stacks of (matrices, rows, columns): for every chunk (first,
-// count) of each stack, and the model's bytes and clocks of these chunks and of all matrices at once.
-py::dict polar_chunks(const std::vector<int64_t>& ints, const std::vector<double>& floats,
-                      const std::vector<std::tuple<int64_t, int64_t, int64_t>>& shapes, int multiprocessors,
-                      int64_t l2_bytes) {
-  std::vector<steepest::polar::Node> nodes;
-  for (size_t i = 0; 7 * i + 6 < ints.size(); ++i) {
-    const int64_t* own = &ints[7 * i];
-    const auto at = [&](int k) { return static_cast<int8_t>(own[k]); };
-    nodes.push_back({static_cast<steepest::polar::Kind>(own[0]),
-                     at(1),
-                     at(2),
-                     at(3),
-                     at(4),
-                     {-1, 1},
-                     {static_cast<int32_t>(own[6]), static_cast<float>(floats[3 * i + 1])},
-                     0});
-  }
-  std::vector<steepest::polar::Stack> stacks;
-  for (const auto& [matrices, rows, columns] : shapes) {
-    stacks.push_back({});
-    stacks.back().matrices = matrices, stacks.back().rows = rows, stacks.back().columns = columns;
-  }
-  const steepest::polar::Chunking found = make_chunks(nodes, stacks, {multiprocessors, l2_bytes});
-  std::vector<std::vector<std::pair<int64_t, int64_t>>> chunks;
-  for (const steepest::polar::Chunk& chunk : found.chunks) {
-    chunks.emplace_back();
-    for (const auto& [first, count] : chunk) chunks.back().emplace_back(first, count);
-  }
-  py::dict out;
-  out["chunks"] = chunks;
-  out["bytes"] = found.cost.traffic, out["bytes_whole"] = found.whole.traffic;
-  out["clocks"] = found.cost.clocks, out["clocks_whole"] = found.whole.clocks;
-  return out;
+std::string chunk_text(const steepest::polar::Chunk& chunk) {
+  return json::list(chunk, [](const steepest::polar::Range& range) {
+    return json::numbers(std::vector<int64_t>{range.first, range.count});
+  });
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled part of steepest: ops in torch.ops.steepest, build facts and host-only plans here.";
-  m.def("build_info", &build_info);
-  m.attr("CHUNK") = mt::kChunk;
-  m.attr("COLUMNS") = static_cast<int>(mt::kColumns);
-  m.attr("SUMS") = static_cast<int>(mt::kSums);
-  m.attr("STRIDED_DIMS") = mt::kMaxDims;
-  m.def("plan_chunks", &plan_chunks, py::arg("items"), py::arg("chunk"), py::arg("capacity"));
-  m.def("is_flat", &mt::is_flat, py::arg("sizes"), py::arg("strides"));
-  m.def("may_overlap", &mt::may_overlap, py::arg("sizes"), py::arg("strides"));
-  m.def("merge_dims", &merge_dims, py::arg("sizes"), py::arg("strides"));
-  m.def(
-      "small_polar_rows",
-      [](int capability) { return steepest::small_polar::most_rows(steepest::small_polar::room_of(capability)); },
-      py::arg("capability"));
-  m.def(
-      "small_polar_blocks",
-      [](int64_t rows, int capability) {
-        return steepest::small_polar::blocks_for(rows, steepest::small_polar::room_of(capability));
-      },
-      py::arg("rows"), py::arg("capability"));
-  m.def(
-      "eigh_rows", [](int capability) { return steepest::eigh::most_rows(steepest::shared_limit(capability)); },
-      py::arg("capability"));
-  m.def(
-      "load_cusolver",
-      [](const std::vector<std::string>& names) { return or_none(steepest::eigh::load_cusolver(names)); },
-      py::arg("names"));
-  m.def("small_polar_refusal", &small_polar_refusal, py::arg("tables"), py::arg("least"));
-  m.def("chain_product", &chain_product, py::arg("kind"), py::arg("matrices"), py::arg("rows"), py::arg("columns"));
-  m.def("polar_chunks", &polar_chunks, py::arg("ints"), py::arg("floats"), py::arg("shapes"),
-        py::arg("multiprocessors"), py::arg("l2_bytes"));
-  m.def("symm_gemm_plan", &symm_gemm_plan, py::arg("products"), py::arg("multiprocessors"));
-  m.def("float_formats", &float_formats, py::arg("value"));
+// Texts are JSON. Arrays are given with how many things they describe.
+#define STEEPEST_EXPORT extern "C" __attribute__((visibility("default")))
+
+STEEPEST_EXPORT const char* steepest_build_info() { return steepest::build_info(); }
+
+STEEPEST_EXPORT int64_t steepest_small_polar_rows(int32_t capability) {
+  return steepest::small_polar::most_rows(steepest::small_polar::room_of(capability));
+}
+
+STEEPEST_EXPORT int32_t steepest_small_polar_blocks(int64_t rows, int32_t capability) {
+  return steepest::small_polar::blocks_for(rows, steepest::small_polar::room_of(capability));
+}
+
+STEEPEST_EXPORT int64_t steepest_eigh_rows(int32_t capability) {
+  return steepest::eigh::most_rows(steepest::shared_limit(capability));
+}
+
+// Why none of these libraries, a name on each line, can be loaded; null where one is.
+STEEPEST_EXPORT const char* steepest_load_cusolver(const char* names) {
+  return text([&] {
+    std::vector<std::string> list;
+    std::istringstream lines(names);
+    for (std::string name; std::getline(lines, name);) list.push_back(name);
+    return string_or_null(steepest::eigh::load_cusolver(list));
+  });
+}
+
+// Why the kernel does not bear a schedule, null where it does. coefficients: of every step of every table, terms[i] for
+// the i-th step; steps[t] of table t.
+STEEPEST_EXPORT const char* steepest_small_polar_refusal(const double* coefficients, const int64_t* terms,
+                                                         const int64_t* steps, int64_t tables, const double* least,
+                                                         int64_t slacks) {
+  return text([&]() -> std::string {
+    steepest::small_polar::Schedule schedule{{}, {least, least + slacks}, false, 0};
+    for (int64_t t = 0; t < tables; ++t) {
+      schedule.tables.emplace_back();
+      for (int64_t k = 0; k < steps[t]; coefficients += *terms++, ++k)
+        schedule.tables.back().emplace_back(coefficients, coefficients + *terms);
+    }
+    try {
+      steepest::small_polar::numbers(schedule);
+    } catch (const std::invalid_argument& error) {
+      return json::string(error.what());
+    }
+    return "null";
+  });
+}
+
+// What a node of this polar::Kind multiplies for matrices of this shape, as symm_gemm_plan takes it.
+STEEPEST_EXPORT const char* steepest_chain_product(int32_t kind, int64_t matrices, int64_t rows, int64_t columns) {
+  return text([&] {
+    const steepest::polar::Node node{static_cast<steepest::polar::Kind>(kind), 0, 0, 0, 0, {-1, 1}, {-1, 0}, 0};
+    steepest::polar::Stack stack{};
+    stack.matrices = matrices, stack.rows = rows, stack.columns = columns;
+    const sg::Shape shape = products_of(node, {stack})[0].shape;
+    return json::numbers(std::vector<int64_t>{shape.batch, shape.m, shape.n, shape.k,
+                                              static_cast<int64_t>(shape.majors), shape.symmetric});
+  });
+}
+
+// The launches of a list of products, why products are refused, and the memory that all launches share, in bytes.
+STEEPEST_EXPORT const char* steepest_symm_gemm_plan(const int64_t* products, int64_t count, int32_t multiprocessors) {
+  return text([&] {
+    std::vector<sg::Shape> shapes;
+    for (int64_t i = 0; i < count; ++i) shapes.push_back(to_shape(products + kProductNumbers * i));
+    const sg::Plan plan = sg::make_plan(shapes, multiprocessors);
+    return json::object({{"launches", json::list(plan.launches, launch_text)},
+                         {"reasons", json::list(plan.reasons, string_or_null)},
+                         {"workspace_bytes", json::number(4 * (plan.workspace_floats + plan.workspace_counters))}});
+  });
+}
+
+// How a chain (nodes as polar_chain takes them) cuts stacks of (matrices, rows, columns): for every chunk (first,
+// count) of each stack, and the model's bytes and clocks of these chunks and of all matrices at once.
+STEEPEST_EXPORT const char* steepest_polar_chunks(const int64_t* ints, const double* floats, int64_t count,
+                                                  const int64_t* shapes, int64_t shape_count, int32_t multiprocessors,
+                                                  int64_t l2_bytes) {
+  return text([&] {
+    std::vector<steepest::polar::Node> nodes;
+    for (int64_t i = 0; i < count; ++i, ints += 7, floats += 3) {
+      const auto at = [&](int k) { return static_cast<int8_t>(ints[k]); };
+      nodes.push_back({static_cast<steepest::polar::Kind>(ints[0]),
+                       at(1),
+                       at(2),
+                       at(3),
+                       at(4),
+                       {-1, 1},
+                       {static_cast<int32_t>(ints[6]), static_cast<float>(floats[1])},
+                       0});
+    }
+    std::vector<steepest::polar::Stack> stacks(shape_count);
+    for (steepest::polar::Stack& stack : stacks)
+      stack.matrices = *shapes++, stack.rows = *shapes++, stack.columns = *shapes++;
+    const steepest::polar::Chunking chosen = make_chunks(nodes, stacks, {multiprocessors, l2_bytes});
+    return json::object({{"chunks", json::list(chosen.chunks, chunk_text)},
+                         {"bytes", json::number(chosen.cost.traffic)},
+                         {"bytes_whole", json::number(chosen.whole.traffic)},
+                         {"clocks", json::number(chosen.cost.clocks)},
+                         {"clocks_whole", json::number(chosen.whole.clocks)}});
+  });
 }

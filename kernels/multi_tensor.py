@@ -509,7 +509,7 @@ def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, i
 
 @triton.jit
 def _input_scale(bound):
-    # 2^k with bound 2^k <= 2^15, which fp16 holds; 1 where there is no bound.
+    # 2^k with bound 2^k <= 2^15, which fp16 holds; 1 where there is no bound. At most 2^127, the largest fp32.
     exponent = ((bound.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1022  # bound < 2^exponent
     exponent = 15 - tl.minimum(tl.maximum(exponent, -112), 130)
     scale = ((exponent + 1023) << 52).to(tl.float64, bitcast=True)

@@ -7,6 +7,7 @@ matrix), and the distance of its diagonal from 1 is the polynomial's own error.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,23 @@ class PolarError:
     worst: float  # the entry of diag C furthest from 1
 
 
+def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.linalg.svd(x, full_matrices=False) in fp64; on a CPU remembered, as many tests take the same matrices."""
+    x = x.double()
+    if x.is_cuda:
+        return torch.linalg.svd(x, full_matrices=False)
+    return _svd(tuple(x.shape), x.contiguous().numpy().tobytes())
+
+
+@functools.lru_cache(64)
+def _svd(shape: tuple[int, ...], values: bytes) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.frombuffer(bytearray(values), dtype=torch.float64).view(shape)
+    return torch.linalg.svd(x, full_matrices=False)
+
+
 def polar_error(x: Tensor, y: Tensor) -> PolarError:
     """Errors of ``y`` as the polar factor of ``x`` (m, n), against the fp64 SVD."""
-    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    u, s, vh = svd(x)
     kept = s > 1e-12 * s[0]
     u, vh, y = u[:, kept], vh[kept], y.double()
     c = u.mT @ y @ vh.mT

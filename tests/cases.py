@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from assertions import svd
 from steepest.linalg.coefficients import Schedule, evaluate
 
 # Singular values of rank m, largest 1.
@@ -33,13 +35,20 @@ def with_spectrum(m: int, n: int, name: str, seed: int = 0) -> Tensor:
     """An m x n matrix with random singular vectors and the named singular values; "gaussian" keeps its own."""
     if name == "gaussian":
         return gaussian(m, n, seed)
-    u, _, vh = torch.linalg.svd(gaussian(m, n, seed), full_matrices=False)
+    u, vh = _vectors(m, n, seed)
     return (u * SPECTRA[name](min(m, n)).double()) @ vh
+
+
+@functools.lru_cache(64)
+def _vectors(m: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The singular vectors of a Gaussian matrix, which all spectra share."""
+    u, _, vh = torch.linalg.svd(gaussian(m, n, seed), full_matrices=False)
+    return u, vh
 
 
 def polynomial_of(x: Tensor, schedule: Schedule) -> Tensor:
     """What the schedule makes of x (m, n) in exact arithmetic: its polynomial of the fp64 singular values."""
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    u, s, vh = svd(x)
     m, fro, r = len(s), s.norm(), s * s
     bound = (r.mean() + (m - 1) ** 0.5 * (r - r.mean()).norm() / m**0.5).sqrt()
     norm = bound if schedule.norm == "tight" else fro

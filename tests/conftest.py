@@ -1,12 +1,16 @@
-"""What every test shares: skips that name what is missing, threads shared out among workers, no forced backend."""
+"""What every test shares: skips that name what is missing, threads shared out among workers, no forced backend, and a
+GPU that no longer answers ends a run."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from steepest.linalg import polar
 from steepest.ops import backend
 
 
@@ -17,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+def pytest_report_header() -> str:
+    """Which kind of CPU this was: `polar` computes in bf16 or fp32 by it, and sums go by vectors of its width."""
+    native = polar.compute_dtype("auto", torch.float32, "cpu") is torch.bfloat16
+    switch = f"STEEPEST_CPU_BF16={polar.cpu_bf16}" if polar.cpu_bf16 else "as detected"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"cpu: native bf16 products {'on' if native else 'off'} ({switch}), torch's vectors {vectors}"
+
+
 @pytest.fixture(autouse=True)
 def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A STEEPEST_BACKEND of the person who runs the tests changes neither this process nor those that tests start."""
@@ -24,7 +36,32 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STEEPEST_BACKEND", raising=False)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "a file with tests, a line each: they are left out, and those that begin are added to it"
+    parser.addoption("--begun", type=Path, metavar="FILE", help=told)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """After an illegal access every later call fails: the tests that follow are for a new process (bench/gpu.py)."""
+    if (file := item.config.getoption("--begun")) is not None:
+        with file.open("a") as begun:
+            begun.write(f"{item.nodeid}\n")
+    result = yield
+    if item.get_closest_marker("gpu") is not None and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            item.session.shouldstop = f"the GPU is in error after {item.nodeid}: {str(error).splitlines()[0]}"
+    return result
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    file = config.getoption("--begun")
+    begun = set(file.read_text().splitlines()) if file is not None and file.exists() else set()
+    if begun:
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in begun])
+        items[:] = [item for item in items if item.nodeid not in begun]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -31,7 +31,7 @@ def binary() -> str:
         unavailable(str(backend.extension_reason))
     if backend.extension.build_info()["cuda"] is None:
         unavailable("the compiled part was built without CUDA")
-    return str(backend.extension.__file__)
+    return str(backend.extension.path)
 
 
 @cache

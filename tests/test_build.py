@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,12 @@ import steepest
 from problems import FEW
 from steepest import cli
 from steepest.ops import backend, multi_tensor
+from steepest.ops.extension import KINDS, MAJORS, Extension
 from steepest.ops.program import Program
 
 ROOT = Path(__file__).resolve().parents[1]
+_C: Any = importlib.import_module("steepest._C") if importlib.util.find_spec("steepest._C") else None
+needs_module = pytest.mark.skipif(_C is None, reason="only an editable build has steepest._C")
 needs_extension = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 
 
@@ -45,20 +51,32 @@ def build() -> types.ModuleType:
     return module
 
 
-def extension() -> types.ModuleType:
+def extension() -> Extension:
     assert backend.extension is not None
     return backend.extension
 
 
+@needs_extension
 def test_a_binary_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    for info in ({}, {"interface": "0" * 64}):
-        other = types.SimpleNamespace(build_info=lambda info=info: info)
-        monkeypatch.setattr(backend.importlib, "import_module", lambda name, other=other: other)
-        monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
-        assert backend._load_extension() == (
-            None,
-            "the compiled part is not of these sources; run `pip install --no-build-isolation -e .` again",
-        )
+    monkeypatch.setattr(backend, "_interface", lambda: "0" * 64)
+    assert backend._load_extension() == (
+        None,
+        "the compiled part is not of these sources; run `pip install --no-build-isolation -e .` again",
+    )
+
+
+def test_a_binary_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(backend, "LIBRARY", tmp_path / "libsteepest.so")
+    assert backend._load_extension() == (
+        None,
+        "the compiled part is not built; run `pip install --no-build-isolation .` in the source tree",
+    )
+    (tmp_path / "libsteepest.so").write_bytes(b"of another machine")
+    module, reason = backend._load_extension()
+    assert module is None
+    assert reason is not None
+    assert reason.startswith("the compiled part does not load (")
+    assert reason.endswith(f"); rebuild it against torch {torch.__version__}")
 
 
 # ---- setup.py
@@ -83,7 +101,12 @@ def tree(tmp_path: Path) -> Path:
     ):
         shutil.copy(ROOT / name, copy)
     # What a checkout that has been worked in holds.
-    for name in ("python/steepest/_C.cpython.so", "tests/__pycache__/old.pyc", "tests/.mypy_cache/3.10/cache.db"):
+    for name in (
+        "python/steepest/_C.cpython.so",
+        "python/steepest/libsteepest.so",
+        "tests/__pycache__/old.pyc",
+        "tests/.mypy_cache/3.10/cache.db",
+    ):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).touch()
     return copy
@@ -94,7 +117,7 @@ def python(tree: Path, *arguments: str) -> str:
     trap = tree.parent / "trap" / "torch" / "__init__.py"
     trap.parent.mkdir(parents=True, exist_ok=True)
     trap.write_text("raise AssertionError('packaging imported torch')")
-    environment = {**os.environ, "PYTHONPATH": str(trap.parents[1])}
+    environment = {**os.environ, "STEEPEST_CUDA": "0", "PYTHONPATH": str(trap.parents[1])}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -117,6 +140,86 @@ def test_a_wheel_holds_the_packages_and_nothing_else(tree: Path) -> None:
     wanted = {f"steepest/{path.relative_to(ROOT / 'python/steepest')}" for path in ROOT.glob("python/steepest/**/*.py")}
     wanted |= {f"steepest/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
     assert files(tree / "out") == wanted | {"steepest/py.typed"}
+
+
+@pytest.fixture
+def compilerless(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tree, with a cmake that takes this build's library for what it compiled."""
+    trap = tree.parent / "trap"
+    for name in ("CMAKE_BIN_DIR", "BIN_DIR"):
+        package = trap / name.partition("_")[0].lower().replace("bin", "ninja")
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f"{name} = {str(trap / 'bin')!r}\n")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    script(trap / "bin" / "ninja", "")
+    script(
+        trap / "bin" / "cmake",
+        f'case $1 in -S) mkdir -p "$4" ;; --build) cp {extension().path} "$2"; touch "$2/_C{suffix}" ;; esac',
+    )
+    (trap / "torch").mkdir()
+    (trap / "torch" / "version.py").write_text("__version__ = '2.10.0'\n")
+    monkeypatch.setenv("CXX", "sh")
+    return tree
+
+
+def check_wheel() -> types.ModuleType:
+    """.ci/check_wheel.py."""
+    spec = importlib.util.spec_from_file_location("check_wheel", ROOT / ".ci" / "check_wheel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_extension
+def test_a_wheel_is_for_every_python(compilerless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library and the package, not with what an earlier wheel had or what only developers look into."""
+    old = compilerless / "python" / "steepest" / "old.py"
+    old.touch()
+    for local in ("", "cu130"):
+        monkeypatch.setenv("STEEPEST_LOCAL_VERSION", local)
+        python(compilerless, "setup.py", "-q", "bdist_wheel")
+        old.unlink(missing_ok=True)
+    with_old, wheel = sorted((compilerless / "dist").iterdir(), key=lambda path: "+cu130" in path.name)
+    assert with_old.name.startswith(f"steepest-{steepest.__version__}-py3-none-linux_")
+    assert wheel.name.startswith(f"steepest-{steepest.__version__}+cu130-py3-none-linux_")
+    check_wheel().check(wheel)
+    with pytest.raises(AssertionError, match="too many: \\['steepest/old.py'\\], too few: \\[\\]"):
+        check_wheel().check(with_old)
+
+
+@needs_extension
+def test_an_editable_build_has_the_module_for_developers(compilerless: Path) -> None:
+    for path in (compilerless / "python" / "steepest").glob("*.so"):
+        path.unlink()
+    python(compilerless, "setup.py", "-q", "build_ext", "--inplace")
+    built = {path.name for path in (compilerless / "python" / "steepest").glob("*.so")}
+    assert built == {"libsteepest.so", f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"}
+
+
+@needs_module
+def test_no_source_sees_torchs_headers_and_pybind11(build: types.ModuleType, tmp_path: Path) -> None:
+    """torch 2.11 has a pybind11 among its headers that is an error beside the stable ABI."""
+    pybind11 = importlib.import_module("pybind11")
+    torch_folder, folder = tmp_path / "torch", tmp_path / "build"
+    options = {
+        "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
+        "CMAKE_MAKE_PROGRAM": build.find_tool("ninja"),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "STEEPEST_TORCH": str(torch_folder),
+    }
+    command = [build.find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+    subprocess.run([*command, *(f"-D{name}={value}" for name, value in options.items())], check=True, timeout=120)
+    commands = {
+        Path(each["file"]): each["command"] for each in json.loads((folder / "compile_commands.json").read_text())
+    }
+    with_torch = {path for path, command in commands.items() if f"-isystem {torch_folder}/include" in command}
+    with_pybind11 = {path for path in commands if "#include <pybind11/" in path.read_text()}
+    assert with_pybind11 == {ROOT / "csrc" / "module.cpp"}
+    assert ROOT / "csrc" / "library.cpp" in with_torch
+    assert not with_torch & with_pybind11
 
 
 def test_an_archive_of_the_sources_holds_what_it_needs(tree: Path) -> None:
@@ -153,11 +256,125 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_default_architectures_follow_nvcc(build: types.ModuleType, tmp_path: Path) -> None:
-    nvcc = script(tmp_path / "nvcc", "printf 'sm_80\\nsm_86\\nsm_90\\n'")
-    assert build.architectures(nvcc, {}) == ["sm_80", "sm_86", "sm_90a", "compute_90"]
-    assert backend.covers(build.architectures(nvcc, {}), (12, 0)), "a newer device runs the PTX"
-    assert build.architectures(nvcc, {"TORCH_CUDA_ARCH_LIST": "12.0"}) == ["sm_120"]
+Decide = Callable[..., Any]
+
+
+@pytest.fixture
+def machine(build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Decide:
+    """machine(*capabilities, nvcc=True, cutlass=True, **environment): what is built on one with such GPUs, or none."""
+
+    def decide(*capabilities: str, nvcc: bool = True, cutlass: bool = True, **environment: str) -> Any:
+        programs = tmp_path / "programs"
+        shutil.rmtree(programs, ignore_errors=True)
+        programs.mkdir()
+        if nvcc:
+            script(programs / "nvcc", "printf 'sm_80\\nsm_86\\nsm_90\\n'")
+        if capabilities:
+            script(programs / "nvidia-smi", "\n".join(f"echo {each}" for each in capabilities))
+        monkeypatch.setattr(build, "find_cutlass", lambda: Path("/cutlass") if cutlass else None)
+        return build.decide({"PATH": str(programs), **environment}, tmp_path)
+
+    return decide
+
+
+ALL = ["sm_80", "sm_86", "sm_90a", "compute_90"]
+
+
+def test_default_architectures_follow_nvcc(machine: Decide) -> None:
+    assert machine().architectures == machine("9.0", STEEPEST_CUDA="1").architectures == ALL
+    assert backend.covers(ALL, (12, 0)), "a newer device runs the PTX"
+    assert machine(TORCH_CUDA_ARCH_LIST="12.0").architectures == ["sm_120"]
+    assert machine("8.6", STEEPEST_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0").architectures == ["sm_80"]
+
+
+@pytest.mark.parametrize("wish", [{}, {"STEEPEST_CUDA": "local"}])
+def test_a_machine_with_gpus_builds_for_them(machine: Decide, wish: dict[str, str]) -> None:
+    assert machine("8.6", **wish).architectures == ["sm_86", "compute_86"]
+    assert machine("9.0", "8.0", "9.0", **wish).architectures == ["sm_80", "sm_90a", "compute_90"]
+    assert machine("9.0", **wish).hopper
+
+
+def test_a_machine_without_a_gpu_builds_no_cuda_unless_asked(machine: Decide) -> None:
+    for arguments in ({"STEEPEST_CUDA": "local"}, {"STEEPEST_CUDA": "local", "TORCH_CUDA_ARCH_LIST": "8.0"}):
+        decided = machine(**arguments)
+        assert (decided.nvcc, decided.architectures, decided.hopper) == (None, [], False)
+        assert str(decided).startswith("compiling without CUDA (no GPU of compute capability 8.0 or newer here; STEEP")
+    assert machine("7.5", STEEPEST_CUDA="local").nvcc is None
+    assert (
+        machine("9.0", nvcc=False, STEEPEST_CUDA="local").why
+        == machine(nvcc=False).why
+        == "no nvcc; a GPU runs the Triton kernels"
+    )
+    assert machine("9.0", STEEPEST_CUDA="0").nvcc is None
+
+
+def test_a_driver_that_answers_something_else_is_no_gpu(build: types.ModuleType, tmp_path: Path) -> None:
+    path = {"PATH": str(tmp_path)}
+    script(tmp_path / "nvidia-smi", "echo 'No devices were found'; exit 6")
+    assert build.find_devices(path) == []
+    script(tmp_path / "nvidia-smi", "echo '[N/A]'; echo 12.0; echo 9.0; echo 7.5; echo 9.0")
+    assert build.find_devices(path) == ["9.0", "12.0"]
+
+
+def test_a_gpu_newer_than_nvcc_runs_ptx(machine: Decide) -> None:
+    assert machine("12.0", STEEPEST_CUDA="local").architectures == ALL
+    assert machine("8.0", "12.0").architectures == ["sm_80", "compute_80"]
+
+
+@pytest.mark.parametrize(
+    "listed,with_cutlass,without",
+    [
+        ("9.0", ["sm_90a"], ["sm_90"]),
+        ("9.0+PTX", ["sm_90a", "compute_90"], ["sm_90", "compute_90"]),
+        ("8.0 9.0 9.0a", ["sm_80", "sm_90a"], ["sm_80", "sm_90", "sm_90a"]),
+        ("8.0", ["sm_80"], ["sm_80"]),
+    ],
+)
+def test_a_list_with_9_0_has_the_products_for_hopper(
+    machine: Decide, listed: str, with_cutlass: list[str], without: list[str]
+) -> None:
+    """Images with torch preset it so."""
+    built = machine(TORCH_CUDA_ARCH_LIST=listed)
+    assert (built.architectures, built.hopper, built.warning) == (with_cutlass, "9.0" in listed, None)
+    built = machine(TORCH_CUDA_ARCH_LIST=listed, cutlass=False)
+    assert (built.architectures, built.hopper) == (without, False)
+    assert (built.warning is not None) == ("9.0" in listed)
+
+
+@pytest.mark.parametrize("local", ["", "cu130"])
+def test_pip_shows_that_cutlass_is_missing(
+    machine: Decide, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch, local: str
+) -> None:
+    """In the version, which is all it shows of a build that works."""
+    monkeypatch.setenv("STEEPEST_LOCAL_VERSION", local)
+    with_it, without = (machine(TORCH_CUDA_ARCH_LIST="9.0", cutlass=cutlass) for cutlass in (True, False))
+    for decided, label in ((with_it, local), (without, f"{local}.no.cutlass".lstrip("."))):
+        monkeypatch.setattr(build, "decide", lambda decided=decided: decided)
+        assert build.version() == steepest.__version__ + (f"+{label}" if label else "")
+
+
+def test_a_build_without_cutlass_warns(
+    machine: Decide, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Python's warnings, which pip takes over from a build."""
+    without = machine(TORCH_CUDA_ARCH_LIST="9.0", cutlass=False)
+    monkeypatch.setattr(build, "decide", lambda: without)
+    monkeypatch.setattr(build.CMakeBuild, "values", lambda self, decided: decided.nothing_of_the_kind)
+    command = build.CMakeBuild(importlib.import_module("setuptools").Distribution())
+    shown = pytest.warns(UserWarning, match="no CUTLASS headers: a Hopper GPU \\(H100, H200\\) gets the slower route")
+    with shown, pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        command.build_extensions()
+
+
+def test_how_long_it_takes_is_said_in_round_numbers(
+    machine: Decide, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", "2")
+    host, half, all_of_it = machine(STEEPEST_CUDA="0"), machine("8.0", STEEPEST_CUDA="local"), machine()
+    assert host.minutes().endswith("0 seconds")
+    assert all_of_it.minutes().endswith(" minutes")
+    assert f"compiling for sm_80, compute_80 (this machine's GPU): about {half.minutes()}" == str(half)
+    assert "for sm_80, sm_86, sm_90a, compute_90, with the products for Hopper (all architectures)" in str(all_of_it)
 
 
 def test_where_nvcc_is_looked_for(build: types.ModuleType, tmp_path: Path) -> None:
@@ -179,7 +396,7 @@ def test_where_nvcc_is_looked_for(build: types.ModuleType, tmp_path: Path) -> No
 def test_missing_nvcc_is_an_error_when_asked_for(build: types.ModuleType, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="STEEPEST_CUDA=1 asks for the CUDA kernels, but nvcc is not at CUDACXX"):
         build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "1"}, tmp_path)
-    with pytest.raises(RuntimeError, match="STEEPEST_CUDA='yes': 0 leaves CUDA out"):
+    with pytest.raises(RuntimeError, match="STEEPEST_CUDA='yes': 0 leaves CUDA out, 1 builds for all"):
         build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "yes"})
 
 
@@ -251,6 +468,44 @@ def test_commit_is_our_own(build: types.ModuleType, tmp_path: Path, monkeypatch:
     assert build.commit() == ""
 
 
+# ---- the makefile
+
+
+def make(*arguments: str) -> str:
+    """What it would do from a fresh clone."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    command = ["make", "-C", str(ROOT), "--no-print-directory", "VENV=no-such-folder", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("STEEPEST", "MAKE"))}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60).stdout
+
+
+def test_the_demo_installs_no_tools_for_developers() -> None:
+    assert "examples/train_gpt.py" in make("-n", "demo")
+    assert "--group" not in make("-n", "demo")
+    assert "--group test" in make("-n", "test")
+    assert "triton" not in make("-n", "check")
+
+
+def test_long_steps_are_announced() -> None:
+    """Before them, in lines that begin with ==."""
+    for target, least in (
+        ("demo", 3),
+        ("test", 4),
+        ("test-kernels", 4),
+        ("check", 2),
+        ("check-torch", 1),
+        ("wheel", 2),
+    ):
+        assert make("-n", target).count('"==') >= least, target
+
+
+def test_the_build_is_for_this_machine_unless_asked() -> None:
+    show = "--eval=show: ; @echo $$STEEPEST_CUDA"
+    assert make(show, "show") == "local\n"
+    assert make(show, "show", "STEEPEST_CUDA=1") == "1\n"
+
+
 # ---- the binary
 
 
@@ -287,7 +542,7 @@ def test_loads_without_a_cuda_library() -> None:
     nm, readelf = shutil.which("nm"), shutil.which("readelf")
     if nm is None or readelf is None:
         pytest.skip("nm and readelf (binutils) are not installed")
-    path = str(extension().__file__)
+    path = str(extension().path)
     symbols = subprocess.run([nm, "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
     strong = {line.split()[-1] for line in symbols.splitlines() if line.split()[-2] == "U"}
     in_libtorch_cpu = {"aoti_torch_device_type_cuda"}
@@ -298,24 +553,39 @@ def test_loads_without_a_cuda_library() -> None:
 
 
 @needs_extension
+def test_knows_no_python() -> None:
+    """So that one file serves every version."""
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf (binutils) is not installed")
+    command = [readelf, "--wide", "--dynamic", "--dyn-syms", str(extension().path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu" in text
+    assert not re.search(r" _?Py[A-Z_]|libpython|pybind", text)
+
+
+@needs_extension
 def test_names_no_folder_of_the_build_machine() -> None:
-    held = Path(str(extension().__file__)).read_bytes()
+    held = extension().path.read_bytes()
     assert b"csrc/library.cpp" in held or b"torch/csrc/stable/" in held, "messages still name their files"
     for folder in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), ROOT):
         assert os.fsencode(folder) not in held
 
 
-def test_imports_without_the_compiled_part_triton_or_kernels() -> None:
-    blocker = """
+def test_imports_without_the_compiled_part_triton_or_kernels(tmp_path: Path) -> None:
+    shutil.copytree(
+        ROOT / "python" / "steepest", tmp_path / "steepest", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    code = """
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name in ("steepest._C", "steepest.kernels", "triton"):
+        if name in ("steepest.kernels", "triton"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocker())
 import importlib.util
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name in ("steepest._C", "triton") else find(name, package)
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
 import torch, steepest
 p, q = torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.ones(3))
 optimizer = steepest.MuAdam([{"params": [p]}, {"params": [q], "use_muon": False}], adamw_lr=0.5)
@@ -324,8 +594,59 @@ optimizer.step()
 assert bool((p < 0).all()), p
 print(f"{q.sum().item():.3f}", steepest.backends()["cuda"][1])
 """
-    done = subprocess.run([sys.executable, "-c", blocker], capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.stdout.startswith("1.500 the compiled part is not built; run `pip install"), done.stderr
+
+
+# ---- functions of the binary that take no tensor
+
+
+@needs_extension
+def test_facts_are_the_same_in_the_module_for_developers() -> None:
+    """A module of an older build beside a newer library would differ in the interface at least."""
+    if _C is not None:
+        assert _C.build_info() == extension().build_info()
+
+
+def test_names_are_numbered_as_in_the_sources() -> None:
+    for names, header in ((MAJORS, "symm_gemm/params.h"), (KINDS, "polar/chain.h")):
+        text = (ROOT / "csrc" / header).read_text()
+        (body,) = re.findall(r"enum class (?:Majors|Kind) : u?int8_t \{([^}]*)\}", text)
+        order = re.findall(r"\w+(?=\s*(?:,|$))", re.sub(r"//.*", "", body).strip())
+        assert [order.index(name) for name in names] == list(KINDS.values() if names is KINDS else range(len(MAJORS)))
+
+
+@needs_extension
+def test_errors_come_with_the_words_of_the_library() -> None:
+    with pytest.raises(ValueError, match="majors are kk, mnmn, kmn, got 'mk'"):
+        extension().symm_gemm_plan([(1, 8, 8, 8, "mk", False)], 132)
+    with pytest.raises(ValueError, match="multiprocessors and capacity must be at least 1, got 0"):
+        extension().symm_gemm_plan([(1, 128, 128, 64, "kk", False)], 0)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "tables,least,words",
+    [
+        ((((1.5, -0.5),) * 3,), (), None),
+        ((((1.5, -0.5), (1.5, -0.5, 0.25)), ((2.0, -1.0), (3.0, -1.0, 0.5))), (0.5,), None),
+        (
+            (((1.5, -0.5),), ((1.5, -0.5),) * 2),
+            (0.5,),
+            "tables must have the same 1 to 8 steps, got 2 where the first has 1",
+        ),
+        ((((1.0,) * 6,),), (), "a step must have 2 to 5 coefficients and no zero at degree 9, got 6"),
+        ((((1.5, -0.5),),), (0.5,), "a slack for each but the last, got 1 and 1"),
+        ((), (), "a schedule must have 1 to 3 tables"),
+    ],
+)
+def test_schedules_of_any_form_are_refused_with_a_reason(
+    tables: tuple[tuple[tuple[float, ...], ...], ...], least: tuple[float, ...], words: str | None
+) -> None:
+    reason = extension().small_polar_refusal(tables, least)
+    assert reason is None if words is None else words in str(reason)
 
 
 # ---- which backend
@@ -409,13 +730,13 @@ def test_backends_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 # ---- host-only plans
 
 
-@needs_extension
+@needs_module
 @FEW
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 100)), max_size=20), st.integers(1, 64), st.integers(1, 7))
 def test_chunks_cover_every_element_once(items: list[tuple[int, int]], chunk: int, capacity: int) -> None:
     """An item is (matrices, elements of each); no chunk holds elements of two matrices."""
     seen = [[0] * (matrices * size) for matrices, size in items]
-    launches = extension().plan_chunks(items, chunk, capacity)
+    launches = _C.plan_chunks(items, chunk, capacity)
     for launch in launches:
         assert 1 <= len({item for item, *_ in launch}) <= capacity
         for item, matrix, start, stop in launch:
@@ -429,10 +750,10 @@ def test_chunks_cover_every_element_once(items: list[tuple[int, int]], chunk: in
     assert len(launches) == -(-needed // capacity), "no launch more than the capacity asks for"
 
 
-@needs_extension
+@needs_module
 def test_chunks_of_a_matrix_follow_one_another() -> None:
     wanted = [(0, 0, 0, 4), (0, 0, 4, 5), (0, 1, 5, 9), (0, 1, 9, 10), (2, 0, 0, 3)]
-    assert extension().plan_chunks([(2, 5), (3, 0), (1, 3)], 4, 2) == [wanted]
+    assert _C.plan_chunks([(2, 5), (3, 0), (1, 3)], 4, 2) == [wanted]
 
 
 CHUNK_ERRORS = [
@@ -445,11 +766,11 @@ CHUNK_ERRORS = [
 ]
 
 
-@needs_extension
+@needs_module
 @pytest.mark.parametrize("arguments,message", CHUNK_ERRORS)
 def test_chunk_errors(arguments: tuple[list[tuple[int, int]], int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        extension().plan_chunks(*arguments)
+        _C.plan_chunks(*arguments)
 
 
 @st.composite
@@ -475,16 +796,16 @@ def offsets(sizes: list[int], strides: list[int]) -> list[int]:
     return [sum(i * s for i, s in zip(index, strides)) for index in itertools.product(*map(range, sizes))]
 
 
-@needs_extension
+@needs_module
 @FEW
 @given(layouts())
 def test_layouts(layout: tuple[list[int], list[list[int]]]) -> None:
     sizes, every = layout
     at = [offsets(sizes, each) for each in every]
     flat = all(one == at[0] for one in at) and sorted(at[0]) == list(range(math.prod(sizes)))
-    assert extension().is_flat(sizes, every) == flat
-    assert not any(extension().may_overlap(sizes, each) for each in every)
-    walk = extension().merge_dims(sizes, every)
+    assert _C.is_flat(sizes, every) == flat
+    assert not any(_C.may_overlap(sizes, each) for each in every)
+    walk = _C.merge_dims(sizes, every)
     assert math.prod(size for size, _ in walk) == math.prod(sizes)
     for t, wanted in enumerate(at):
         assert offsets([size for size, _ in walk], [each[t] for _, each in walk]) == wanted
@@ -501,40 +822,40 @@ MERGED = [
 ]
 
 
-@needs_extension
+@needs_module
 @pytest.mark.parametrize("sizes,every,wanted", MERGED)
 def test_dimensions_merge_where_all_tensors_let_them(
     sizes: list[int], every: list[list[int]], wanted: list[tuple[int, list[int]]]
 ) -> None:
-    assert extension().merge_dims(sizes, every) == wanted
+    assert _C.merge_dims(sizes, every) == wanted
 
 
-@needs_extension
+@needs_module
 @FEW
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), max_size=4))
 def test_no_overlap_is_a_promise(dims: list[tuple[int, int]]) -> None:
     """Any strides, as of torch.as_strided; the test may be too careful (3 x 2 with strides 2 and 3), never too bold."""
     sizes, any_strides = [size for size, _ in dims], [stride for _, stride in dims]
     at = offsets(sizes, any_strides)
-    assert extension().may_overlap(sizes, any_strides) or len(set(at)) == len(at)
+    assert _C.may_overlap(sizes, any_strides) or len(set(at)) == len(at)
 
 
-@needs_extension
+@needs_module
 def test_layout_limits() -> None:
-    assert extension().may_overlap([3, 4], [0, 1])
-    assert extension().may_overlap([3, 4], [2, 1])
+    assert _C.may_overlap([3, 4], [0, 1])
+    assert _C.may_overlap([3, 4], [2, 1])
     six = torch.empty([4] * 6)[::2, ::2, ::2, ::2, ::2, ::2]
-    assert extension().merge_dims(list(six.shape), [list(six.stride())] * 2) is None
+    assert _C.merge_dims(list(six.shape), [list(six.stride())] * 2) is None
     with pytest.raises(ValueError, match="at most 6 tensors meet in an item"):
-        extension().merge_dims([3], [[1]] * 7)
+        _C.merge_dims([3], [[1]] * 7)
 
 
 # ---- numbers that Python and C++ both know
 
 
-@needs_extension
+@needs_module
 def test_python_and_the_binary_agree_on_sizes() -> None:
-    found = (extension().CHUNK, extension().COLUMNS, extension().SUMS, extension().STRIDED_DIMS)
+    found = (_C.CHUNK, _C.COLUMNS, _C.SUMS, _C.STRIDED_DIMS)
     assert found == (multi_tensor.CHUNK, len(multi_tensor.COLUMNS), len(multi_tensor.SUMS), multi_tensor.STRIDED_DIMS)
 
 

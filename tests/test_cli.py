@@ -1,4 +1,5 @@
-"""`steepest plan` says what a polar call does; `steepest doctor` what is compiled in (more of it in test_build.py)."""
+"""`steepest plan` says what a polar call does; `steepest doctor` what is compiled in (more of it in test_build.py) and
+whether the kernels are right."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from steepest import cli, planner
+from steepest import cli, doctor, planner
 from steepest.linalg.chain import Apply, Gram, Product
-from steepest.ops import backend
+from steepest.ops import backend, polar_chain
 from steepest.planner import Plan, Stack
 
 NO_LAUNCHES = planner._no_launches("gram", Stack(1, 256, 512), planner.schedule("auto", None, None), (2,))
@@ -151,15 +154,12 @@ def test_chunks() -> None:
     assert "one chunk, 2.60 GB between cache and memory; smaller ones would gain too little (modelled)" in text
 
 
-@pytest.mark.parametrize("why", ["there is none", None])
-def test_without_the_compiled_part(monkeypatch: pytest.MonkeyPatch, why: str | None) -> None:
-    """Absent, or of a version before the plan."""
-    old = types.SimpleNamespace(small_polar_rows=lambda _: 128, build_info=lambda: {"hopper": False})
-    monkeypatch.setattr(backend, "extension", None if why else old)
-    monkeypatch.setattr(backend, "extension_reason", why)
+def test_without_the_compiled_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "extension", None)
+    monkeypatch.setattr(backend, "extension_reason", "there is none")
     plan = plan_of("2x512x2048")
     text = planner.describe(plan)
-    assert f"launches are not shown: {why or 'the compiled part is older than these sources; run `pip'}" in text
+    assert "launches are not shown: there is none" in text
     assert "gram = x x^T" in text
     assert "->" not in text
     assert plan.totals()["executed_flop"] == plan.totals()["asked_flop"] > 0
@@ -200,10 +200,138 @@ def test_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("hopper", [True, False])
-def test_doctor_says_whether_the_products_for_hopper_are_there(hopper: bool) -> None:
-    info = {"version": "1", "commit": None, "torch": "2", "cuda": None, "compiler": "c++", "hopper": hopper}
+@pytest.mark.parametrize("architectures", [[], ["sm_80", "sm_90", "compute_90"]])
+def test_doctor_says_whether_the_products_for_hopper_are_there(hopper: bool, architectures: list[str]) -> None:
+    """And how to get them, where the build is for a Hopper GPU."""
+    cuda = "13.0" if architectures else None
+    info = {"version": "1", "commit": None, "torch": "2", "cuda": cuda, "compiler": "c++"}
+    info |= {"hopper": hopper, "architectures": architectures}
     text = cli.describe({**cli.diagnose(), "compiled": info})
-    assert f"without CUDA, {'with' if hopper else 'without'} products for Hopper; torch 2 headers" in text
+    assert f", {'with' if hopper else 'without'} products for Hopper; torch 2 headers" in text
+    assert (f"compiled  WARNING: {backend.NO_HOPPER}" in text) == (bool(architectures) and not hopper)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hopper", "reason"),
+    [
+        ((9, 0), True, None),
+        ((9, 0), False, backend.NO_HOPPER),
+        ((8, 0), False, "the compiled products are for compute capability 9.0"),
+    ],
+)
+def test_a_hopper_gpu_without_its_products_is_told_once(
+    capability: tuple[int, int],
+    hopper: bool,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    built = types.SimpleNamespace(build_info=lambda: {"hopper": hopper})
+    monkeypatch.setattr(backend, "extension", built)
+    monkeypatch.setattr(backend, "_logged", set())
+    monkeypatch.setattr(backend, "cuda_reason", lambda index=None: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(backend.selfcheck, "enabled", False)
+    on_a_gpu: Any = types.SimpleNamespace(
+        device=torch.device("cuda", 0), is_cuda=True, dtype=torch.float16, shape=torch.Size((2, 256, 512))
+    )
+    on_a_gpu.numel, on_a_gpu.is_contiguous, on_a_gpu.data_ptr = on_a_gpu.shape.numel, lambda: True, lambda: 0
+    for _ in range(2):
+        assert polar_chain.takes(on_a_gpu, ((1.0,),)) == (reason is None)
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ([] if reason is None else [f"polar_chain runs on torch (cuda: {reason})"])
+
+
+# ---- the checks of doctor --------------------------------------------------------------------------------------------
+
+CPU = ("elementwise", "cpu", torch.device("cpu"))
+
+
+def outcome_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    """Exit status and outcome of a doctor that makes one check."""
+    monkeypatch.setattr(doctor, "_every", lambda: iter([CPU]))
+    status = cli.main(["doctor", "--json"])
+    (outcome,) = json.loads(capsys.readouterr().out)["checks"]
+    return status, outcome
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernel: str) -> None:
+    """In processes that doctor starts, what each elementwise op does."""
+    text = f"""
+import os, signal, sys
+if "steepest.doctor" in " ".join(sys.orig_argv):
+    import steepest.ops.multi_tensor as multi_tensor
+    right = multi_tensor._op
+    def run(name):
+        def kernel(*arguments):
+            right(name, "cpu")(*arguments)
+            {kernel}
+        return kernel
+    multi_tensor._op = lambda name, backend: run(name)
+"""
+    (tmp_path / "sitecustomize.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@needs_extension
+def test_doctor_checks_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, outcome = outcome_of(monkeypatch, capsys)
+    assert (status, outcome["state"], outcome["text"]) == (0, "right", "")
+    assert 0 < outcome["again_ms"] <= outcome["first_ms"]
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "kernel,said",
+    [
+        ("name == 'after' and arguments[2][0].mul_(1.01)", "parameter of (40, 24)"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        ("raise OSError('no compiler')", "OSError: no compiler"),
+        ("os._exit(3)", "exit status 3"),
+    ],
+    ids=["wrong", "a crash", "an error", "an exit"],
+)
+def test_doctor_fails_where_kernels_do(
+    kernel: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken(monkeypatch, tmp_path, kernel)
+    status, outcome = outcome_of(monkeypatch, capsys)
+    assert (status, outcome["state"]) == (1, "wrong")
+    assert outcome["text"].startswith(said)
+
+
+@needs_extension
+def test_doctor_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "TIMEOUT", 0.1)
+    status, outcome = outcome_of(monkeypatch, capsys)
+    assert (status, outcome["state"], outcome["text"]) == (1, "wrong", "no answer within 0.1 s")
+
+
+def test_doctor_says_what_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every family, and why; what has been said is not said again."""
+    monkeypatch.setattr(doctor.selfcheck, "enabled", False)
+    outcomes = doctor.check_all()
+    assert {(each.family, each.backend) for each in outcomes} == {
+        (family, backend) for family, backends in doctor.selfcheck.FAMILIES.items() for backend in backends
+    }
+    assert {each.state for each in outcomes} == {"not run"}
+    lines = doctor.describe(outcomes)
+    assert lines[1] == "  elementwise    cuda    cuda:0  not run   STEEPEST_SELFCHECK=0 turns the checks off"
+    assert lines[2] == "  elementwise    triton  cuda:0  not run   as elementwise, cuda"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("family", sorted(set(doctor.selfcheck.FAMILIES) - {"elementwise"}))
+def test_without_a_gpu_the_reason_is_said(family: str) -> None:
+    (backend_name,) = doctor.selfcheck.FAMILIES[family]
+    outcome = doctor._check(family, backend_name, torch.device("cuda", 0))
+    assert outcome.state == "not run"
+    assert outcome.text
+    assert outcome.first_ms is None
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

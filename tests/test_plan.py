@@ -74,11 +74,12 @@ def refilled_state(optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> No
 
 
 def inner_list(optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> None:
-    """Of the tuples that the optimizer was given only this list is another one."""
+    """Of the tuples that the optimizer was given only this list is another one. Newton-Schulz' own cubic keeps singular
+    values in (0, 1] there, and so does the changed one."""
     group = optimizer.param_groups[0]
-    group["polar"] = table = [[2.0, -1.5, 0.5]]
+    group["polar"] = table = [[1.5, -0.5]]
     optimizer.step()
-    table[0][0] = 2.5
+    table[0][0] = 1.4
 
 
 def loaded(optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> None:
@@ -106,8 +107,10 @@ def test_serves_on(cls: type[MatrixOptimizer], change: Callable[..., None]) -> N
 
 @every_optimizer
 @pytest.mark.parametrize("change", MADE_ANEW, ids=lambda f: f.__name__)
-def test_is_made_anew(cls: type[MatrixOptimizer], change: Callable[..., None]) -> None:
-    """And the step is that of the parts, which plan nothing."""
+def test_is_made_anew(cls: type[MatrixOptimizer], change: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the step is that of the parts, which plan nothing. In fp32: momenta that differ in their last bit may round
+    to neighbours in bf16, whose polar factors are not within the bound."""
+    monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda: False)
     runs = []
     for backend in ("auto", "torch"):
         optimizer, params = both_kinds(cls, polar="svd", backend=backend)

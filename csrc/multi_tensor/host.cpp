@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <stdexcept>
+#include <string_view>
 #include <vector>
 
 #include "multi_tensor/formulas.cuh"
@@ -23,13 +25,17 @@ namespace {
 constexpr int64_t kGrain = 4;  // chunks a thread takes at least
 constexpr int kAllItems = 1 << 30;
 
+// The widest vectors that the processor has and ATEN_CPU_CAPABILITY, which limits those of torch, allows.
 const HostChunks& best_chunks() {
 #ifdef STEEPEST_HAS_X86_SETS
-  static const HostChunks& best = [&]() -> const HostChunks& {
+  static const HostChunks& best = []() -> const HostChunks& {
+    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view limit = capability == nullptr ? "" : capability;
+    if (limit == "default") return baseline::chunks;
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (wide) return avx512::chunks;
+    if (wide && limit != "avx2") return avx512::chunks;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::chunks : baseline::chunks;
   }();
   return best;

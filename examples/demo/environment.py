@@ -9,30 +9,19 @@ from pathlib import Path
 import torch
 
 import steepest
+from steepest.bench.machine import cpu
 
 
 def environment() -> dict[str, str]:
     """Machine, threads, versions and commit; a commit with a "+" had uncommitted changes."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "steepest": steepest.__version__,
         "commit": _commit(),
     }
-
-
-def _cpu() -> str:
-    """The processor's name where Linux tells it, and what it has that a bf16 product needs."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    names = {key.strip(): value.strip() for key, value in facts.items()}
-    bf16 = " with avx512_bf16" if "avx512_bf16" in names.get("flags", "") else ""
-    return names.get("model name", platform.machine()) + bf16
 
 
 def _commit() -> str:

@@ -1,7 +1,7 @@
 """The command line: what this machine can run, what a polar call does on a GPU, which tiles are fastest on this one,
 all optimizers side by side, and how fast all of it is.
 
-steepest doctor [--json]
+steepest doctor [--json]                          exit status 1 where kernels fail their self-check
 steepest plan --shape 24x1024x4096 [--shape ...] [--preset auto] [--dtype float16] [--json]
 steepest tune [--shape 24x1024x4096 ...] [--model gpt2-124m] [--of polar] [--dtype bfloat16] [--json | --show | --clear]
 steepest compare [--quick] [--optimizers Muon,MuAdam] [--tasks gpt] [--out FOLDER] [--resume]
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import bench, compare, planner, tune
+from . import bench, compare, doctor, planner, tune
 from ._version import __version__
 from .ops import backend
 
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         own.set_defaults(run=run, parser=own)
         return own
 
-    doctor = command("doctor", _doctor, "what this machine can run, and what to do about the rest")
-    doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    told = command("doctor", _doctor, "what this machine can run, what to do about the rest, and whether it is right")
+    told.add_argument("--json", action="store_true", help="the same as JSON")
     plan = command("plan", _plan, "forms, products and launches of a polar call on Hopper; needs no GPU")
     plan.add_argument(
         "--shape", action="append", required=True, metavar="[COUNTx]ROWSxCOLUMNS", help="a stack; all go in one call"
@@ -69,9 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    facts = diagnose()
-    print(json.dumps(facts, indent=2) if arguments.json else describe(facts))
-    return 0
+    facts, outcomes = diagnose(), doctor.check_all()
+    if arguments.json:
+        print(json.dumps({**facts, "checks": [outcome.json() for outcome in outcomes]}, indent=2))
+    else:
+        print("\n".join([describe(facts), *doctor.describe(outcomes)]))
+    return int(any(outcome.state == "wrong" for outcome in outcomes))
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -87,7 +90,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def diagnose() -> dict[str, Any]:
-    """What `doctor` prints, as plain data: versions, devices, the compiled part and every backend."""
+    """What `doctor` prints before its checks, as plain data: versions, devices, the compiled part and every backend."""
     return {
         "steepest": __version__,
         "python": platform.python_version(),
@@ -112,7 +115,7 @@ def describe(facts: dict[str, Any]) -> str:
         f"torch     {facts['torch']} (CUDA {facts['torch_cuda'] or 'none'}; driver: {driver})",
         f"triton    {facts['triton'] or 'not installed'}",
         f"devices   {', '.join(facts['devices']) or 'no CUDA device'}",
-        f"compiled  {_describe_build(facts)}",
+        *(f"compiled  {line}" for line in _describe_build(facts)),
         "backends  (in order of preference)",
     ]
     for name, state in facts["backends"].items():
@@ -122,14 +125,17 @@ def describe(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _describe_build(facts: dict[str, Any]) -> str:
+def _describe_build(facts: dict[str, Any]) -> list[str]:
     info = facts["compiled"]
     if info is None:
-        return f"no: {facts['compiled_reason']}"
+        return [f"no: {facts['compiled_reason']}"]
     cuda = f"CUDA {info['cuda']} for {', '.join(info['architectures'])}" if info["cuda"] else "without CUDA"
     commit = f", commit {info['commit']}" if info["commit"] else ""
     hopper = f"{'with' if info['hopper'] else 'without'} products for Hopper"
-    return f"{info['version']} {cuda}, {hopper}; torch {info['torch']} headers, {info['compiler']}{commit}"
+    lines = [f"{info['version']} {cuda}, {hopper}; torch {info['torch']} headers, {info['compiler']}{commit}"]
+    if not info["hopper"] and any("_90" in name for name in info["architectures"]):
+        lines.append(f"WARNING: {backend.NO_HOPPER}")
+    return lines
 
 
 def _device(index: int) -> str:

@@ -16,10 +16,11 @@ from torch import Tensor
 from . import unfused
 from .fused import Layout, gradient, program
 from .matrices import Piece
-from .ops import multi_tensor
-from .ops.backend import requested
+from .ops import multi_tensor, selfcheck
+from .ops.backend import prepare, requested
 from .ops.multi_tensor import NOT_SCALED, Scaling
-from .parts import Hyper
+from .ops.polar_chain import Update
+from .parts import Direction, Hyper
 from .recipe import Recipe, State
 from .rounds import Entry
 
@@ -61,7 +62,7 @@ def route(group: Group, i: int) -> str:
     reasons = {name: own or why for name, own in multi_tensor.reasons(device).items()}
     if reasons["triton"] is None:
         reasons["triton"] = _triton_reason(group, i)
-    return multi_tensor.choose("step", group.backend, reasons, device)
+    return multi_tensor.choose("step", group.backend, reasons, device, multi_tensor.FAMILY)
 
 
 def _triton_reason(group: Group, i: int) -> str | None:
@@ -105,6 +106,20 @@ class Plan:
                 self._unfused.append((number, _only(group, left)))
         for (device, backend, max_bytes), some in entries.items():
             self._layouts.append(Layout(some, skipped[device], backend, max_bytes))
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Has every kernel of the steps checked and compiled, before one of them writes anything."""
+        for bucket in (bucket for layout in self._layouts for round_ in layout.rounds for bucket in round_.buckets):
+            weights = bucket.members[0].entry.param.dtype if bucket.fuses else None
+            warm_up(bucket.recipe.direction, bucket.shape[1:], bucket.dtype, bucket.device, weights)
+        for _, group in self._unfused:
+            for p, pieces in zip(group.params, group.pieces):
+                if group.recipe.kronecker is not None:
+                    prepare(group.recipe.kronecker.families, p.device)
+                wide = torch.promote_types(gradient(p).dtype, torch.float32)
+                for piece in pieces if p.numel() else ():
+                    warm_up(group.recipe.direction, group.recipe.input_shape(piece.shape)[1:], wide, p.device)
 
     @property
     def backends(self) -> set[str]:
@@ -147,6 +162,33 @@ class Plan:
                 sums.append(self._unfused_sums[number].by_name())
             found.append(_norms([each for each in sums if each]))
         return found
+
+
+_warm: set[tuple[object, ...]] = set()
+
+
+def warm_up(
+    direction: Direction,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: torch.dtype | None = None,
+) -> None:
+    """Takes the direction of a zero matrix on a GPU, once for every shape.
+
+    Whatever its kernels meet for the first time, they meet here: their self-check, their compilation, a launch that
+    fails. weights: the dtype of those that the direction moves itself.
+    """
+    key = (direction, shape, dtype, device, weights)
+    if device.type != "cuda" or not (direction.batched and direction.capturable and selfcheck.enabled) or key in _warm:
+        return
+    x, slack = torch.zeros(1, *shape, dtype=dtype, device=device), torch.empty(1, device=device)
+    if weights is None:
+        direction.units([x], [slack])
+    else:
+        eta = torch.zeros(1, dtype=torch.float32, device=device)
+        direction.move([x], [slack], [Update([torch.zeros(shape, dtype=weights, device=device)], eta, eta + 1)])
+    _warm.add(key)
 
 
 def _norms(sums: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

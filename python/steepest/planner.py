@@ -254,8 +254,7 @@ def _small_reason(stack: Stack, known: Schedule, free: bool) -> str | None:
         return reason
     if not free:
         return "the kernel for small matrices chooses its own dtype"
-    refusal: str | None = backend.extension.small_polar_refusal(known.tables, known.slacks)
-    return refusal
+    return backend.extension.small_polar_refusal(known.tables, known.slacks)
 
 
 def _no_launches(form: str, stack: Stack, known: Schedule, restarts: tuple[int, ...]) -> str | None:
@@ -267,11 +266,7 @@ def _no_launches(form: str, stack: Stack, known: Schedule, restarts: tuple[int, 
         return f"a side is no multiple of {MULTIPLE}: products one by one, in Triton"
     if too_many(chain(known, restarts).constants):
         return "the schedule has too many numbers: products one by one, in Triton"
-    if backend.extension is None:
-        return backend.extension_reason
-    if not hasattr(backend.extension, "symm_gemm_plan"):
-        return "the compiled part is older than these sources; run `pip install --no-build-isolation .` again"
-    return None
+    return backend.extension_reason
 
 
 def _call(
@@ -342,7 +337,7 @@ def _stage(
     launches, workspace = [], 0
     for part in parts:
         own = products_of(part)
-        found = backend.extension.symm_gemm_plan([dataclasses.astuple(product) for product in own], multiprocessors)
+        found = backend.extension.symm_gemm_plan(list(map(dataclasses.astuple, own)), multiprocessors)
         launches += [_launch(launch, own) for launch in found["launches"]]
         workspace = max(workspace, found["workspace_bytes"])
     return Stage(kind, _formula(node), products_of(stacks), tuple(launches), workspace)
@@ -388,8 +383,7 @@ def _formula(node: Node) -> str:
 def describe(plan: Plan) -> str:
     """A plan as text for a person."""
     lines = [f"polar preset {plan.preset!r} on {plan.multiprocessors} multiprocessors of compute capability 9.0"]
-    info = backend.extension.build_info() if backend.extension is not None else {"hopper": True}
-    if not info["hopper"]:
+    if backend.extension is not None and not backend.extension.build_info()["hopper"]:
         lines.append("This build has no kernels for Hopper; the launches are those of a build that has them.")
     for call in plan.calls:
         lines += ["", *_describe_call(call, plan)]

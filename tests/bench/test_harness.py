@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import math
+import platform
 import subprocess
 import types
 from collections.abc import Callable
@@ -158,6 +159,30 @@ def test_what_a_figure_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (facts["machine"], facts["driver"], facts["commit"]) == ("a GPU", "580.1", "abc")
     assert facts["torch"] == torch.__version__
     assert "driver" not in machine.machine("cpu")
+
+
+X86 = "processor\t: 0\nmodel name\t: AMD EPYC\nmodel\t\t: 17\nflags\t\t: fpu avx512f avx512_bf16\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "lscpu", "switch", "name"),
+    [
+        (X86, "", "", "AMD EPYC with avx512_bf16"),
+        (X86.replace("avx512_bf16", ""), "", "1", "AMD EPYC, STEEPEST_CPU_BF16=1"),
+        (ARM, "Architecture:   aarch64\nModel name:     Neoverse-V2\nModel: 1\n", "", "Neoverse-V2 with bf16"),
+        (ARM, "BIOS Model name: virt\nModel name: -\n", "0", "aarch64 with bf16, STEEPEST_CPU_BF16=0"),
+        ("", "", "", "aarch64"),
+    ],
+    ids=["x86", "x86, switched on", "aarch64", "aarch64, switched off", "nothing known"],
+)
+def test_the_name_of_a_cpu(cpuinfo: str, lscpu: str, switch: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: cpuinfo)
+    monkeypatch.setattr(machine, "_lscpu", lambda: lscpu)
+    monkeypatch.setattr(machine.polar, "cpu_bf16", switch)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    assert machine.cpu() == name
 
 
 def test_outside_a_checkout_the_commit_is_the_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

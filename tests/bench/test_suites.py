@@ -151,10 +151,10 @@ def test_the_chain_of_products(length: int) -> None:
 
 @pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 def test_products_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chains stand beside the product, right, and what one product more takes is their difference."""
+    """The product alone and two chains stand there, right, and what one product more takes is their difference."""
     monkeypatch.setattr(symm_gemm.__globals__["polar_chain"], "takes", lambda x, constants: True)
     rows = run("symm_gemm", replace(QUICK, shapes=["2x16x16"], dtypes=[torch.float16]))
-    for chain in ("chain of 10", "chain of 2"):
+    for chain in ("grouped_gemm", "chain of 10", "chain of 2"):
         assert rows["2x16x16", chain]["status"] == "ok"
         assert 0 < rows["2x16x16", chain]["relative_error"] < 2e-3
     assert ("2x16x16", "one of a chain") in rows
@@ -180,13 +180,15 @@ def test_small_matrices() -> None:
     }
 
 
-def test_a_step() -> None:
+def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda: True)  # torch.optim.Muon computes in bf16
     rows = run("step", whole=True)
     all_timed(rows)
     found = {variant: row for (case, variant), row in rows.items() if case == "tiny whole"}
     assert {"torch.optim.Muon", "Muon", "Muon exact", "Muon auto", "MuAdam turbo"} <= set(found)
     assert all(0 < row["relative_error"] < 0.4 for row in found.values())
-    assert found["Muon"]["relative_error"] == found["torch.optim.Muon"]["relative_error"]
+    # The same products in the same dtype, whose sums may go in another order.
+    assert found["Muon"]["relative_error"] == pytest.approx(found["torch.optim.Muon"]["relative_error"], abs=2e-3)
     assert found["Muon"]["base"] == "torch.optim.Muon"
     assert rows["tiny whole SOAP", "SOAP"]["off_the_parts"] < 1e-4
 

@@ -173,11 +173,11 @@ def test_rounding_of_every_preset(dtype: torch.dtype, name: str, form: str, monk
 @pytest.mark.parametrize("dtype,name", BOUNDS)
 @pytest.mark.parametrize("forced", ["auto", "triton", "torch"])
 def test_rounding_on_a_gpu(dtype: torch.dtype, name: str, forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in a batch and in a captured graph, to the bit."""
+    """Also in a batch and in a captured graph, to the bit. The last two shapes are too large for a block."""
     monkeypatch.setattr(backend, "forced", forced)
     monkeypatch.setattr(backend, "batch_invariant", True)
     off_diagonal, largest = BOUNDS[dtype, name]
-    for m, n in ((128, 128), (128, 512), (512, 128), (192, 256), (1000, 1300)):
+    for m, n in ((128, 512), (512, 128), (192, 256), (320, 384), (384, 320)):
         x = torch.stack([with_spectrum(m, n, spectrum) for spectrum in ("gaussian", *SPECTRA)])
         given = x.float().cuda()
         found = polar(given, name, dtype=dtype)

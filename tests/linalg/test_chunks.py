@@ -20,9 +20,7 @@ from steepest.ops import backend
 from steepest.ops.polar_chain import polar_chain
 from steepest.planner import Stack
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(backend.extension, "polar_chunks"), reason="the compiled part is absent or older than these sources"
-)
+pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 
 MULTIPROCESSORS, L2 = 132, 50 << 20
 RESTARTS: tuple[tuple[int, ...], ...] = ((2,), (1, 2, 3))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from assertions import assert_polar, polar_error
 from cases import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, polynomial_of, with_spectrum
 from steepest.linalg import coefficients as tables
+from steepest.linalg import polar as module
 from steepest.linalg.newton_schulz import newton_schulz
 from steepest.linalg.polar import _prescaled, compute_dtype, default_restarts, polar, polars
 from steepest.ops.symm_gemm import Workspace
@@ -239,6 +244,28 @@ def test_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda native=native: native)
         assert compute_dtype("auto", torch.float16, "cpu") == dtype
     assert compute_dtype("svd", torch.bfloat16, "cpu") == torch.float32
+
+
+@pytest.mark.parametrize(("switch", "dtype"), [("0", torch.float32), ("1", torch.bfloat16)])
+def test_a_cpu_counts_as_the_environment_says(switch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for detected in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda detected=detected: detected)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(module, "cpu_bf16", switch)
+        assert compute_dtype("auto", torch.float32, "cpu") == dtype
+        monkeypatch.setattr(module, "cpu_bf16", "")
+        assert compute_dtype("auto", torch.float32, "cpu") == (torch.bfloat16 if detected else torch.float32)
+
+
+def test_what_the_environment_may_say_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "from steepest.linalg import polar; print(repr(polar.cpu_bf16))"
+    environment = {**os.environ, "STEEPEST_CPU_BF16": "no"}
+    said = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    assert said.stdout == "'no'\n", said.stderr
+    monkeypatch.setattr(module, "cpu_bf16", "no")
+    message = "STEEPEST_CPU_BF16='no' is neither '0' (this CPU has no native bf16 products) nor '1' (it has them)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        polar(torch.eye(3))
 
 
 @pytest.mark.parametrize("spectrum", ["gaussian", "flat", "log", "rank 1"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from assertions import polar_error
-from cases import with_spectrum
+from cases import gaussian, with_spectrum
 from steepest.linalg.polar import polar, polars
 from steepest.ops import backend
 
@@ -85,6 +87,50 @@ def test_strides_do_not_matter(m: int, n: int, device: str) -> None:
         before = view.clone()
         assert torch.equal(polar(view), wanted)
         assert torch.equal(view, before)
+
+
+#: What a training run may bring along, by what is made of Gaussian matrices.
+HARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "gaussian": lambda x: x,
+    "one row": lambda x: x * torch.where(torch.arange(len(x)) == 1, 20.0, 1.0)[:, None],
+    "one column": lambda x: x * torch.where(torch.arange(x.shape[1]) == 1, 20.0, 1.0),
+    "one entry": lambda x: x + 1000 * torch.eye(*x.shape),
+    "denormal": lambda x: 1e-40 * x,
+    "huge": lambda x: 1e37 * x,
+    "zero": lambda x: 0 * x,
+    "not a number": lambda x: x + torch.where(torch.eye(*x.shape) == 1, torch.nan, 0.0),
+}
+#: Backends by name, and torch.compile, which traces torch's operations.
+WAYS = ["auto", "cuda", "triton", "torch", "compiled"]
+
+
+@on_devices
+@pytest.mark.parametrize("m,n", [(24, 40), (131, 200), (264, 336), (336, 264)])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("preset", ["auto", "exact", "turbo"])
+def test_hard_matrices(preset: str, way: str, m: int, n: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way gives what the preset promises of every matrix, and one that is not finite is alone."""
+    if device == "cpu" and way in ("cuda", "triton"):
+        pytest.skip(f"{way} runs on a GPU")
+    if way == "compiled" and (preset != "auto" or (device == "cpu" and m != 24)):
+        pytest.skip("tracing takes seconds, and shows the same here")
+    x = torch.stack([make(gaussian(m, n, seed).float()) for seed, make in enumerate(HARD.values())])
+    monkeypatch.setattr(backend, "forced", way if way in backend.NAMES else "auto")
+    run = polar
+    if way == "compiled":
+        torch._dynamo.reset()
+        run = torch.compile(polar, backend="aot_eager", fullgraph=True)
+    found = run(x.to(device), preset).cpu()
+    for name, each, y in zip(HARD, x, found, strict=True):
+        if name == "zero":
+            assert not y.any()
+        elif name == "not a number":
+            assert y.isnan().all()
+        else:
+            error = polar_error(each, y)
+            assert error.off_diagonal < 0.13, (name, error)
+            assert error.largest < 1.3, (name, error)
+            assert error.relative < (0.5 if name != "one entry" else 1.0), (name, error)
 
 
 @on_devices

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal, localcontext
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -691,6 +695,34 @@ def test_tensors_of_many_chunks() -> None:
         assert_step(old[i], mid[i], w, table, i, line, at, f"item {i}")
 
 
+VECTORS = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import torch
+import test_multi_tensor as tests
+for types in tests.TYPES:
+    tests.test_three_steps_are_the_formulas(types, None)
+tests.test_tensors_of_many_chunks()
+works = tests.long_works()
+table = tests.table_of(works)
+tests.inspect(works, table)
+print(table.rows.view(torch.int64).tolist())
+"""
+
+
+def test_narrower_vectors_are_the_formulas_too() -> None:
+    """What ATEN_CPU_CAPABILITY allows; by "default" what processors run that are no x86 or have no AVX2. Sums are kept
+    in as many parts as a vector has lanes, so that their last bits tell whether it was heeded."""
+    folder, results = Path(__file__).parent, []
+    for capability in ("default", "avx2"):
+        command = [sys.executable, "-c", VECTORS, str(folder), str(folder.parent)]
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        results.append(done.stdout)
+    assert (results[0] != results[1]) == torch.cpu._is_avx2_supported()
+
+
 def test_counters_are_zero_between_ops() -> None:
     """One number for each gradient or matrix, at the beginning of the scratch memory, counts the chunks that are done.
 
@@ -868,6 +900,15 @@ def inputs(history: History) -> Iterator[tuple[Tensor, Tensor, float]]:
         yield works[0].input, works[1].input, scale
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-38, 1e-40, 1e-42, 1e-44])
+def test_an_fp16_input_of_subnormal_numbers_keeps_its_digits(size: float) -> None:
+    """The least fp32, 2^-149, times the largest power of two, 2^127, is a number that fp16 holds."""
+    for narrow, wide, scale in inputs(History(Program(), (0.1, 0.0, 0.5, 0.95, 0.0), F, [(size, 2)])):
+        scaled = wide.double() * scale
+        assert scaled.any()
+        assert ((narrow.double() - scaled).abs() <= 2.0**-11 * scaled.abs()).all()
+
+
 @MORE
 @given(histories(largest=30, spread=60))
 @example(History(Program(heavy_ball=True), (0.1, 0.0, 0.95, 0.95, 0.0), F, [(1e30, 2)] * 4))
@@ -1038,15 +1079,33 @@ def test_names_are_those_of_the_schemas() -> None:
         assert list(named) == [argument.name for argument in schema.arguments]
 
 
+def moved(given: dict[str, Arguments], device: str) -> dict[str, Arguments]:
+    """The arguments of all ops on a device; what they share they go on sharing."""
+    there: dict[int, Tensor] = {}
+
+    def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move(each) for each in value]
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in there:
+            there[id(value)] = value.to(device)
+        return there[id(value)]
+
+    return {op: {name: move(value) for name, value in each.items()} for op, each in given.items()}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("op", ["inspect", "before", "after"])
 @pytest.mark.parametrize("types", TYPES[1:5], ids=ids)
-def test_opcheck(types: Types, op: str) -> None:
+def test_opcheck(types: Types, op: str, device: str) -> None:
     works = list(every_program(types).values())
-    given = arguments(works)
     if op != "inspect":
-        call("inspect", given["inspect"])
         for w in works:
             w.input.zero_()  # NaN is not equal to itself where opcheck compares
+    given = moved(arguments(works), device)
+    if op != "inspect":
+        call("inspect", given["inspect"])
     torch.library.opcheck(getattr(torch.ops.steepest, op).default, tuple(given[op].values()))
 
 

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ptx.simulator_library import CACHE
 from ptx.simulator_library import FLAGS as SIMULATOR_FLAGS
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("STEEPEST_PTX_CACHE") or ROOT / "build" / "ptx-cache")
 DAYS = 14  # that an object nobody asks for is kept
 
 #: Loops that are compiled once more for wider vectors; the module for Python lies in no folder.

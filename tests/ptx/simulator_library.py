@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+COMPILER = os.environ.get("CXX", "g++")
 SOURCES = Path(__file__).parent / "simulator"
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fnon-call-exceptions", "-Wall", "-Wextra"]
 if platform.machine() == "x86_64":
     FLAGS += ["-mavx2", "-mfma", "-mf16c"]
-BUILD = Path(os.environ.get("STEEPEST_TEST_CACHE", Path(__file__).parents[2] / "build")) / "ptx"
+CACHE = Path(os.environ.get("STEEPEST_PTX_CACHE") or Path(__file__).parents[2] / "build" / "ptx-cache")
 
 
 class LaunchError(Exception):
@@ -34,28 +37,29 @@ def _compile(target: Path, command: Sequence[str]) -> Path:
     return target
 
 
-def objects(compiler: str = "g++", cuda: Path | None = None) -> list[Path]:
+def objects(compiler: str = COMPILER, cuda: Path | None = None) -> list[Path]:
     """Compiles what changed. cuda: a toolkit, for the stand-in of the CUDA runtime too."""
     headers = b"".join(p.read_bytes() for p in sorted(SOURCES.glob("*.h")))
-    BUILD.mkdir(parents=True, exist_ok=True)
-    paths = []
+    jobs = []
     for source in sorted(SOURCES.glob("*.cpp")):
         of_cuda = source.name == "cuda_runtime.cpp"
         if of_cuda and cuda is None:
             continue
         command = [compiler, *FLAGS, *(["-isystem", str(cuda / "include")] if of_cuda else []), "-c", str(source)]
         key = hashlib.sha256(headers + source.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-        paths.append(_compile(BUILD / f"{source.stem}-{key}.o", command))
-    return paths
+        jobs.append((CACHE / f"{source.stem}-{key}.o", command))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "simulator.lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one compiles
+        return list(pool.map(lambda job: _compile(*job), jobs))
 
 
 @cache
 def library() -> ctypes.CDLL:
     """The simulator without a CUDA runtime."""
-    compiler = os.environ.get("CXX", "g++")
-    parts = objects(compiler)
+    parts = objects(COMPILER)
     key = hashlib.sha256(" ".join(p.name for p in parts).encode()).hexdigest()[:16]
-    path = _compile(BUILD / f"libptxsim-{key}.so", [compiler, "-shared", *map(str, parts)])
+    path = _compile(CACHE / f"libptxsim-{key}.so", [COMPILER, "-shared", *map(str, parts)])
     loaded = ctypes.CDLL(str(path))
     for name in ("ptxsim_load", "ptxsim_launch", "ptxsim_tensor_map"):
         getattr(loaded, name).restype = ctypes.c_char_p
@@ -94,7 +98,7 @@ class Module:
         shared: int = 0,
         seed: int = 1,
     ) -> None:
-        """Runs a kernel to its end; raises LaunchError. An array is passed as its address, a number as a ctypes value."""
+        """A kernel runs to its end, or LaunchError says why not. Arrays go by address, numbers as ctypes values."""
         values = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments]
         pointers = (ctypes.c_void_p * max(len(values), 1))(*(ctypes.addressof(v) for v in values))
         library().ptxsim_seed(ctypes.c_uint64(seed))

@@ -103,9 +103,13 @@ def run(options: argparse.Namespace) -> int:
         rows = (
             [_row(job, f"skipped: out of time, --budget {options.budget:g}")] if late else _run(job, record, settings)
         )
+        gone = _device_gone(job, settings)
+        rows += gone
         print(table.text(rows), flush=True)
         record.rows += rows
         record.write(path)  # what was measured survives a stop
+        if gone:
+            break
     print(f"\n{path} and {path.with_suffix('.csv')} written{_draw(options.out, record)}")
     wrong = bad(record.rows)
     if wrong:
@@ -162,9 +166,19 @@ def _run(job: Job, record: Record, settings: Settings) -> list[Row]:
         return job.run(record.ceilings)
     except Exception as error:  # out of memory at one shape is a row, not the end of the table
         return [_row(job, failure(error)) | {"ours": True}]
-    finally:
-        if settings.cuda:
-            torch.cuda.empty_cache()
+
+
+def _device_gone(job: Job, settings: Settings) -> list[Row]:
+    """A row that ends the run where the GPU no longer answers: after an illegal access every later call fails."""
+    if not settings.cuda:
+        return []
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception as error:
+        why = f"{failure(error)}; not measured after this, run the rest in a new process"
+        return [{"suite": job.suite, "case": "the GPU", "ours": True, "status": why}]
+    return []
 
 
 def _row(job: Job, status: str) -> Row:

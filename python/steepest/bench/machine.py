@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
+from ..linalg import polar
 from ..ops import backend
 
 
@@ -17,7 +18,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
     """Facts by name, in the order of the columns. The commit is STEEPEST_COMMIT where it is set, else what git says of
     the checkout around the package, else that of the build."""
     cuda = device.startswith("cuda")
-    name = torch.cuda.get_device_name() if cuda else f"{_cpu()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if cuda else f"{cpu()}, {torch.get_num_threads()} threads"
     driver = {"driver": _driver(), "cuda": str(torch.version.cuda), "triton": _triton()} if cuda else {}
     versions = {"torch": torch.__version__, "python": platform.python_version(), "steepest": __version__}
     return {"machine": name, **driver, **versions, "commit": os.environ.get("STEEPEST_COMMIT") or commit()}
@@ -39,12 +40,39 @@ def commit(folder: Path | None = None) -> str:
     return built or "unknown"
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """The processor's name, what it has for bf16 products, and STEEPEST_CPU_BF16 where that is set."""
+    known = _fields(_cpuinfo())
+    # /proc/cpuinfo of aarch64 has part numbers, whose names lscpu knows.
+    name = known.get("model name") or _fields(_lscpu()).get("model name", "-")
+    if name == "-":
+        name = platform.processor() or platform.machine()
+    features = f"{known.get('flags', '')} {known.get('features', '')}".split()
+    bf16 = [f" with {each}" for each in ("avx512_bf16", "bf16") if each in features]
+    switch = [f", STEEPEST_CPU_BF16={polar.cpu_bf16}"] if polar.cpu_bf16 else []
+    return "".join((name, *bf16, *switch))
+
+
+def _fields(text: str) -> dict[str, str]:
+    """The first value of each key of lines "Key: value", keys in small letters."""
+    pairs = [line.partition(":") for line in reversed(text.splitlines())]
+    return {key.strip().lower(): value.strip() for key, _, value in pairs}
+
+
+def _cpuinfo() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+
+
+def _lscpu() -> str:
+    try:
+        return subprocess.check_output(
+            ["lscpu"], text=True, stderr=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _driver() -> str:

@@ -7,6 +7,7 @@ the shape, bounds the workspace, and hands the rest to `newton_schulz`.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from ..budget import cut
 from ..ops.polar_chain import Update
 from ..ops.small_polar import small_polar, takes
 from ..ops.symm_gemm import Workspace, times
+from ..ops.tracing import assume_constant_result
 from ..ops.weight_update import add_into
 from .coefficients import Coefficients, Schedule, presets, schedule
 from .newton_schulz import newton_schulz, newton_schulz_plain
@@ -35,6 +37,8 @@ GRAM_ASPECT = 1.25
 GRAM_SHORT_SIDE = 128
 # Elements of X worked on at once on a CPU: a larger matrix goes alone, whose products are then taken by block rows.
 CPU_CHUNK = 1 << 17
+# "0": this CPU counts as one without native bf16 products, "1": as one with, "": it is asked. Read once, at import.
+cpu_bf16 = os.environ.get("STEEPEST_CPU_BF16", "")
 
 
 @torch.no_grad()
@@ -159,9 +163,9 @@ def polars(
             continue
         work = dtype or compute_dtype(name or PLAIN, job.x.dtype, job.x.device)
         positions = _positions(plan, form, restarts, job.x, work)
-        alike.setdefault((work, positions), []).extend(
-            job.split(_chunk(job.x, workspace_bytes(*job.x.shape[1:], work), max_workspace_bytes))
-        )
+        _, m, n = job.x.shape
+        size = _chunk(job.x, workspace_bytes(m, n, work), max_workspace_bytes)
+        alike.setdefault((work, positions), []).extend(job.split(size))
     if small:
         own, found = [job.x for job in small], [job.slack for job in small]
         targets = [job.out.batch() for job in small]
@@ -246,9 +250,9 @@ def _runs(jobs: list[_Job], work: torch.dtype, max_bytes: int | None) -> Iterabl
 def compute_dtype(preset: str, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     """The dtype in which `polar` runs ``preset`` on a matrix of ``dtype`` on ``device``.
 
-    fp64 stays.  On a CPU bf16 where its matrix products are native, else fp32, and never fp16 (1 GFLOP/s).  On a GPU
-    fp16 for the presets that may take the Gram form, in which bf16 has an off-diagonal error of .2, and bf16 for the
-    rest. "svd" runs in fp32.
+    fp64 stays.  On a CPU bf16 where its matrix products are native, else fp32, and never fp16 (1 GFLOP/s);
+    STEEPEST_CPU_BF16=0 or 1 in the environment says whether they are.  On a GPU fp16 for the presets that may take the
+    Gram form, in which bf16 has an off-diagonal error of .2, and bf16 for the rest. "svd" runs in fp32.
     """
     if dtype == torch.float64:
         return dtype
@@ -280,8 +284,16 @@ def default_restarts(plan: Schedule, form: str, m: int, n: int, dtype: torch.dty
     return tuple(range(segment, plan.steps, segment))
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _native_bf16() -> bool:
+    """Whether a CPU takes bf16 products: where they are native, or as STEEPEST_CPU_BF16 says."""
+    if cpu_bf16 not in ("", "0", "1"):
+        raise ValueError(
+            f"STEEPEST_CPU_BF16={cpu_bf16!r} is neither '0' (this CPU has no native bf16 products) nor '1' (it has "
+            "them); unset it to have the CPU asked"
+        )
+    if cpu_bf16:
+        return cpu_bf16 == "1"
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

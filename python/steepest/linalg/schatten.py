@@ -151,7 +151,8 @@ def schatten(
     work = torch.float64 if eigh else dtype or compute_dtype(p, x.dtype, x.device)
     batch = x.reshape(-1, *x.shape[-2:])
     out = torch.empty(batch.shape, dtype=x.dtype, device=x.device)
-    size = _chunk(batch, workspace_bytes(p, *x.shape[-2:], work, method=method), max_workspace_bytes)
+    _, m, n = batch.shape
+    size = _chunk(batch, workspace_bytes(p, m, n, work, method=method), max_workspace_bytes)
     for chunk, target in zip(batch.split(size), out.split(size), strict=True):
         y = _prescaled(chunk, work)
         if eigh:

@@ -3,25 +3,31 @@
 An op asks `choose` with the reasons, if any, why each backend cannot take the call. The caller's `backend=` argument
 or the environment variable STEEPEST_BACKEND forces one; a forced backend that cannot run is an error that names the
 reason. Under "auto" the first that can run is taken, and the first time an op falls back to it, the reason is logged
-(logger "steepest"; a warning when the tensors are on a GPU).
+(logger "steepest"; a warning when the tensors are on a GPU). Kernels that fail their self-check have a reason as well.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import importlib.util
 import logging
 import os
-import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from . import selfcheck
+from .extension import LIBRARY, Extension, OtherSourcesError
+from .tracing import assume_constant_result
+
 NAMES = ("cuda", "triton", "cpu", "torch")
 MINIMUM_TORCH = (2, 10)
+NO_HOPPER = (
+    "the products for Hopper were not built, and a Hopper GPU takes the slower route, products one by one in Triton; "
+    "for the fast one `pip install --no-deps nvidia-cutlass` and rebuild with STEEPEST_CUDA=1"
+)
 
 logger = logging.getLogger("steepest")
 # Read once: looking at the environment in every step would cost more than some of the launches.
@@ -31,25 +37,24 @@ batch_invariant = os.environ.get("STEEPEST_BATCH_INVARIANT", "0") != "0"
 _logged: set[tuple[str, str, str]] = set()
 
 
-def _load_extension() -> tuple[types.ModuleType | None, str | None]:
-    """The compiled module, or the reason why there is none and what to do."""
+def _load_extension() -> tuple[Extension | None, str | None]:
+    """The compiled library, or the reason why there is none and what to do."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
         return None, f"torch {torch.__version__} is older than 2.10, which the compiled part needs; upgrade torch"
-    if importlib.util.find_spec("steepest._C") is None:
+    if not LIBRARY.exists():
         return None, "the compiled part is not built; run `pip install --no-build-isolation .` in the source tree"
     try:
-        module = importlib.import_module("steepest._C")
-    except ImportError as error:
-        return None, f"the compiled part does not load ({error}); rebuild it against torch {torch.__version__}"
-    if _other_ops(module):
+        return Extension(LIBRARY, _interface()), None
+    except OtherSourcesError:
         return None, "the compiled part is not of these sources; run `pip install --no-build-isolation -e .` again"
-    return module, None
+    except OSError as error:
+        return None, f"the compiled part does not load ({error}); rebuild it against torch {torch.__version__}"
 
 
-def _other_ops(module: types.ModuleType) -> bool:
-    """Whether the sources that this file lies among, if any, declare other ops than the compiled part has."""
+def _interface() -> str | None:
+    """A hash of what the sources that this file lies among declare; None where there are none."""
     source = Path(__file__).parents[3] / "csrc" / "library.cpp"
-    return source.exists() and hashlib.sha256(source.read_bytes()).hexdigest() != module.build_info().get("interface")
+    return hashlib.sha256(source.read_bytes()).hexdigest() if source.exists() else None
 
 
 extension, extension_reason = _load_extension()
@@ -76,7 +81,7 @@ def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def cuda_reason(index: int | None = None) -> str | None:
     """Why the compiled CUDA kernels cannot run on this device (None: the current one); None when they can."""
     if index is None and torch.cuda.is_available():
@@ -129,7 +134,7 @@ def driver_cuda() -> str | None:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def triton_reason() -> str | None:
     """Why the Triton kernels cannot run on this machine; None when they can."""
     return _triton_reason()
@@ -181,21 +186,27 @@ def requested(backend: str) -> str:
     return forced if backend == "auto" else backend
 
 
-def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: torch.device) -> str:
+def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: torch.device, family: str) -> str:
     """The backend that runs this call of `op`.
 
     reasons: for every backend that the op has a version for, why it cannot take the call, or None. torch always can,
-    and takes what is forced to a backend that the op has no version for.
+    and takes what is forced to a backend that the op has no version for. family: of the op's kernels, which are checked
+    before they are taken for the first time (`steepest.ops.selfcheck`).
     Raises ValueError for an unknown name and RuntimeError, with the reason, when a forced backend cannot run.
     """
     name = requested(backend)
     if name not in reasons and name != "auto":
         return "torch"
     if name == "auto":
-        taken = next(n for n in NAMES if n == "torch" or reasons.get(n, "") is None)
-        log_once(op, taken, reasons, device)
+        why = dict(reasons)
+        for taken in NAMES:
+            if why.get(taken, "") is None:
+                why[taken] = selfcheck.reason(family, taken, device)
+            if taken == "torch" or why.get(taken, "") is None:
+                break
+        log_once(op, taken, why, device)
         return taken
-    if (reason := reasons.get(name)) is not None:
+    if (reason := reasons.get(name) or selfcheck.reason(family, name, device)) is not None:
         raise RuntimeError(f"{op}: backend={name!r} cannot run: {reason}. backend='auto' takes one that can")
     return name
 
@@ -204,6 +215,23 @@ def compiled_wanted() -> bool:
     """Whether an op without a `backend=` of its own asks the compiled kernels: not where torch.compile traces torch's
     operations instead, nor where another backend is forced."""
     return not torch.compiler.is_compiling() and requested("auto") in ("auto", "cuda")
+
+
+def checked(family: str, device: torch.device, name: str = "cuda") -> str | None:
+    """Why an op without a `backend=` of its own does not take kernels that nothing else speaks against: they failed
+    their self-check. RuntimeError where STEEPEST_BACKEND forces them."""
+    reason = selfcheck.reason(family, name, device)
+    if reason is not None and requested("auto") == name:
+        raise RuntimeError(f"{family}: backend={name!r} cannot run: {reason}. backend='auto' takes one that can")
+    return reason
+
+
+def prepare(families: Iterable[str], device: torch.device) -> None:
+    """Has the kernels of these families checked that a GPU's next steps may ask for."""
+    for family in families if selfcheck.enabled and device.type == "cuda" else ():
+        for name in selfcheck.FAMILIES[family]:
+            if requested("auto") in ("auto", name) and selfcheck.check_of(family).static(name, device) is None:
+                checked(family, device, name)
 
 
 def log_once(op: str, taken: str, reasons: Mapping[str, str | None], device: torch.device) -> None:

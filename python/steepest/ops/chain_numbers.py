@@ -63,7 +63,7 @@ def too_many(constants: Sequence[Sequence[float]]) -> bool:
 def _route(gram: Tensor, constants: Sequence[Sequence[float]]) -> str:
     if not gram.is_cuda or torch.compiler.is_compiling():  # what is traced is torch's own operations
         return "torch"
-    return _backend.choose("chain_numbers", "auto", {"cuda": _reason(gram, constants)}, gram.device)
+    return _backend.choose("chain_numbers", "auto", {"cuda": _reason(gram, constants)}, gram.device, "chain numbers")
 
 
 def _reason(gram: Tensor, constants: Sequence[Sequence[float]]) -> str | None:

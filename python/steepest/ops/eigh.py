@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ def takes(P: Tensor, method: str) -> bool:
     if not _backend.compiled_wanted():
         return False
     reason = _backend.cuda_reason(P.device.index) or _too_large(P) or _too_many(P)
+    reason = reason or _backend.checked("eigh refresh", P.device)
     if reason is not None:
         _backend.log_once("eigh_refresh", "torch", {"cuda": reason}, P.device)
     return reason is None
@@ -76,6 +78,7 @@ def _batched(P: Tensor) -> bool:
     if not P.is_cuda or len(P) < 2 or not _backend.compiled_wanted():
         return False
     reason = _backend.cuda_reason(P.device.index) or _beyond_cusolver(P) or cusolver_reason()
+    reason = reason or _backend.checked("eigenvectors", P.device)
     if reason is not None:
         _backend.log_once("eigh", "torch", {"cuda": reason}, P.device)
     return reason is None
@@ -86,7 +89,7 @@ def cusolver_reason() -> str | None:
     """Why there is no batched solver; None where there is one, which is loaded then."""
     if _backend.extension is None:
         return _backend.extension_reason
-    reason: str | None = _backend.extension.load_cusolver(_cusolver_names(torch.version.cuda))
+    reason = _backend.extension.load_cusolver(_cusolver_names(torch.version.cuda))
     return None if reason is None else f"cuSOLVER does not load: {reason}"
 
 
@@ -107,7 +110,7 @@ def _too_large(P: Tensor) -> str | None:
 
 
 def _too_many(P: Tensor) -> str | None:
-    return None if P.numel() // P.shape[-1] ** 2 < 2**31 else "a launch has at most 2^31 - 1 blocks"
+    return None if math.prod(P.shape[:-2]) < 2**31 else "a launch has at most 2^31 - 1 blocks"
 
 
 def _beyond_cusolver(P: Tensor) -> str | None:
@@ -118,7 +121,7 @@ def _beyond_cusolver(P: Tensor) -> str | None:
 @functools.cache
 def _most_rows(capability: tuple[int, int]) -> int:
     assert _backend.extension is not None
-    return int(_backend.extension.eigh_rows(10 * capability[0] + capability[1]))
+    return _backend.extension.eigh_rows(10 * capability[0] + capability[1])
 
 
 if _backend.extension is not None:

@@ -11,7 +11,8 @@ host. A parameter whose gradient is not finite keeps its value and its state, bi
 
 Arithmetic is fp32, for fp64 tensors fp64, with one rounding where a number is stored. Sums are added up in an order
 that does not depend on the run. Backends: the CUDA kernels and their host twin (csrc/multi_tensor), and Triton
-(`steepest.kernels.multi_tensor`). The reference is `steepest.recipe.step_one`: there is no second one in torch ops.
+(`steepest.kernels.multi_tensor`). The reference is `steepest.recipe.step_one`: there is no version in torch ops. The
+self-check (`steepest.ops.checks.elementwise`) states the formulas once more, in fp64.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from . import selfcheck
 from .backend import choose
 from .program import Program
 
+FAMILY = "elementwise"  # of the self-check
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDED_DIMS = 4  # what the kernels walk; kMaxDims in csrc/multi_tensor/layout.h
 #: Elements of a chunk: kChunk in csrc/multi_tensor/params.h.
@@ -241,8 +244,9 @@ def route(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> str:
     """The backend of a call; RuntimeError where there is none, or a forced one cannot run, with the reasons."""
     device = tensors[0].device if tensors else torch.device("cpu")
     why = reasons(device)
-    taken = choose(op, backend, why, device)
+    taken = choose(op, backend, why, device, FAMILY)
     if taken == "torch":
+        why |= {name: selfcheck.reason(FAMILY, name, device) for name, reason in why.items() if reason is None}
         raise RuntimeError(f"{op} has no version in torch ops, steepest.recipe.step_one is its reference; {why}")
     return taken
 

@@ -12,6 +12,7 @@ in fp32, rounded once. The reference is `steepest.linalg.newton_schulz` in torch
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ from .chain_numbers import too_many
 DTYPES = (torch.float16, torch.bfloat16)
 MULTIPLE = 8  # rows begin at multiples of 16 bytes
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+# Whether compiled products are taken where they run; all other kernels stay. Read once.
+hopper_wanted = os.environ.get("STEEPEST_HOPPER", "1") != "0"
 KINDS = ("gram", "product", "sum", "apply")  # Kind in csrc/polar/chain.h
 BUFFERS = ("x", "y", "gram", "z", "t", "q", "p")  # Buffer there
 
@@ -102,6 +105,8 @@ def takes(x: Tensor, constants: Sequence[Sequence[float]], update: Update | None
     why = _reason(x, constants)
     if why is None and update is not None:
         why = weights_reason(update.weights)
+    if why is None:
+        why = _backend.checked("polar chain", x.device)
     if why is not None and x.is_cuda:
         _backend.log_once("polar_chain", "torch", {"cuda": why}, x.device)
     return why is None
@@ -109,16 +114,21 @@ def takes(x: Tensor, constants: Sequence[Sequence[float]], update: Update | None
 
 def hopper_reason(x: Tensor) -> str | None:
     """Why the compiled products do not run where x is; None where they do."""
-    if not x.is_cuda:
-        return f"the tensor is on {x.device.type}"
-    if (why := _backend.cuda_reason(x.device.index)) is not None:
+    return device_reason(x.device)
+
+
+def device_reason(device: torch.device) -> str | None:
+    """Why the compiled products do not run on a device; None where they do."""
+    if device.type != "cuda":
+        return f"the tensor is on {device.type}"
+    if not hopper_wanted:
+        return "STEEPEST_HOPPER=0 turns the products for Hopper off"
+    if (why := _backend.cuda_reason(device.index)) is not None:
         return why
-    assert _backend.extension is not None
-    if not _backend.extension.build_info()["hopper"]:
-        return "the products for Hopper were not built; `pip install nvidia-cutlass` and rebuild for sm_90a"
-    if torch.cuda.get_device_capability(x.device) != (9, 0):
+    if torch.cuda.get_device_capability(device) != (9, 0):
         return "the compiled products are for compute capability 9.0"
-    return None
+    assert _backend.extension is not None
+    return None if _backend.extension.build_info()["hopper"] else _backend.NO_HOPPER
 
 
 def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:

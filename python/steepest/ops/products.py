@@ -122,7 +122,7 @@ def _route(A: Tensor, precision: Precision, narrow: bool = False) -> str:
     if precision == "ieee" and _torch_is_exact():
         return "torch"
     reason = _backend.triton_reason() or _triton_takes(A, precision, narrow)
-    return _backend.choose(f"product in {precision}", "auto", {"triton": reason}, A.device)
+    return _backend.choose(f"product in {precision}", "auto", {"triton": reason}, A.device, "fp32 products")
 
 
 def _triton_takes(A: Tensor, precision: Precision, narrow: bool) -> str | None:

@@ -56,7 +56,12 @@ def takes(xs: Sequence[Tensor], tables: Tables, least: tuple[float, ...]) -> boo
         return False
     capability = _capability(device.index)
     taken = (x.numel() > 0 and too_long(min(x.shape[-2:]), capability) is None for x in xs)
-    return all(x.dtype in DTYPES and x.stride(-1) == 1 for x in xs) and all(taken)
+    if not all(x.dtype in DTYPES and x.stride(-1) == 1 for x in xs) or not all(taken):
+        return False
+    reason = _backend.checked("small polar", device)
+    if reason is not None:
+        _backend.log_once("small_polar", "torch", {"cuda": reason}, device)
+    return reason is None
 
 
 def too_long(short: int, capability: tuple[int, int]) -> str | None:
@@ -90,15 +95,14 @@ def _padded(step: Sequence[float]) -> list[float]:
 
 def _most_rows(capability: tuple[int, int]) -> int:
     assert _backend.extension is not None
-    return int(_backend.extension.small_polar_rows(10 * capability[0] + capability[1]))
+    return _backend.extension.small_polar_rows(10 * capability[0] + capability[1])
 
 
 @functools.cache
 def _refusal(tables: Tables, least: tuple[float, ...]) -> str | None:
     """Why the kernel does not bear this schedule, None where it does."""
     assert _backend.extension is not None
-    refusal: str | None = _backend.extension.small_polar_refusal(tables, least)
-    return refusal
+    return _backend.extension.small_polar_refusal(tables, least)
 
 
 if _backend.extension is not None:

@@ -65,7 +65,8 @@ def gemm(
     fp32 (fp64 for fp64) and round once.  ``out`` may be ``c``, not ``a`` or ``b``; no other argument is written, and
     without ``c`` what ``out`` held does not matter.  Of ``c`` only entries at and below the diagonal matter where
     ``symmetric``.  Torch's products take plain numbers alone: where one is a tensor the product is rounded by itself,
-    and the sum of the two once more.
+    and the sum of the two once more.  In fp16 a symmetric product is brought into range before that, alpha on its
+    factors; of another, ``a @ b`` is what fp16 must hold: scaled, small rows of X would lose digits that count.
 
     row_sums: (batch, m) fp32 (fp64 for fp64), filled with sum_j |out_ij|. The largest of a matrix is its infinity norm,
     which no eigenvalue exceeds in magnitude: that of X X^T bounds the largest singular value of X from above, squared.
@@ -123,7 +124,8 @@ def _scaled_product(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor) -> Tensor:
 def _route(a: Tensor, b: Tensor) -> str:
     if not a.is_cuda or torch.compiler.is_compiling():  # what is traced is torch's own products
         return "torch"
-    return _backend.choose("gemm", "auto", {"triton": _backend.triton_reason() or _triton_takes(a, b)}, a.device)
+    reasons = {"triton": _backend.triton_reason() or _triton_takes(a, b)}
+    return _backend.choose("gemm", "auto", reasons, a.device, "products")
 
 
 def _triton_takes(a: Tensor, b: Tensor) -> str | None:

@@ -35,7 +35,7 @@ def weight_update(
     overlapping each other, a or b. alpha, beta: (batch,) fp32 (fp64 too on a CPU), of any stride, read on the device.
     Where alpha is 0 the product does not count, NaN or not, so that alpha = 0 and beta = 1 leave a weight as it is, bit
     for bit. Nothing else is written. The sum is one of fp32 (fp64 with fp64); the compiled version rounds once, the
-    other one rounds the product to a's dtype as well.
+    other one rounds the product to a's dtype as well, which must hold it.
 
     Equals ``w.mul_(beta).add_(alpha * (a @ b))`` up to those roundings. Deterministic, not differentiable. ValueError
     for shapes that do not fit.
@@ -67,7 +67,8 @@ def _add_one(w: Tensor, product: Tensor, alpha: Tensor, beta: Tensor) -> None:
 def _route(a: Tensor, b: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> str:
     if not a.is_cuda or torch.compiler.is_compiling():
         return "torch"
-    return _backend.choose("weight_update", "auto", {"cuda": _reason(a, b, weights, alpha, beta)}, a.device)
+    reasons = {"cuda": _reason(a, b, weights, alpha, beta)}
+    return _backend.choose("weight_update", "auto", reasons, a.device, "weight update")
 
 
 def _reason(a: Tensor, b: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> str | None:

@@ -1,6 +1,7 @@
 """A symmetric product X X^T: `steepest.ops.symm_gemm` and the peers' kernels beside the full one of torch.bmm.
 
-The products in one call, where there are kernels for them, are seen through the difference of a long and a short chain.
+Where there are compiled kernels, their product stands there by itself (`steepest.ops.grouped_gemm`), and as one of many
+in a call, by the difference of a long and a short chain.
 Half the full work counts as the symmetric one's. What is written into is NaN before each call.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ...linalg.chain import Apply, Chain, Node, Product
 from ...ops import polar_chain
+from ...ops.grouped_gemm import grouped_gemm
 from ...ops.symm_gemm import gemm
 from .. import peers
 from ..case import OK, Case, Job, Row, Settings, Variant, measure, rates
@@ -81,6 +84,7 @@ def _case(name: str, dtype: torch.dtype, settings: Settings) -> Case:
         ),
     }
     if polar_chain.takes(x, ((1.0,),)):
+        variants["grouped_gemm"] = replace(variants["symm_gemm"], run=functools.partial(alone, x, out))
         ys = torch.empty_like(x)
         cubed = square @ square @ x[0].double()
         for chain, length in CHAINS.items():
@@ -107,6 +111,12 @@ def chain_of(length: int) -> Chain:
     """``length`` equal products of the Gram product with itself, and the last times X."""
     squared: Node = Product("t", "gram", "gram", "gram", 1.0, 0.0)
     return Chain(((squared,) * length) + (Apply("y", "t", "x", 1.0, 0.0),), ((1.0,),), (0,), "y")
+
+
+def alone(x: Tensor, out: Tensor) -> Tensor:
+    """X X^T, into out, which is returned."""
+    grouped_gemm([x], [x.mT], out=[out], symmetric=True)
+    return out
 
 
 def run_chain(x: Tensor, y: Tensor, length: int) -> Tensor:

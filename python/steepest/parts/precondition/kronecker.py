@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +99,8 @@ class Kronecker:
     dtype: torch.dtype | None = None
 
     elementwise = False
+    #: of kernels, by their names in `steepest.ops.selfcheck`, that learning and refreshing may ask for
+    families: ClassVar[tuple[str, ...]] = ("fp32 products",)
 
     def __post_init__(self) -> None:
         if self.beta is not None and not 0.0 <= self.beta <= 1.0:

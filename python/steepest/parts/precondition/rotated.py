@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class Rotated(Kronecker):
     method: Method = "auto"
     exact: int = 1
     transport: Literal["slots", "hadamard"] = "slots"
+
+    families: ClassVar[tuple[str, ...]] = ("fp32 products", "eigh refresh", "eigenvectors")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,142 @@
+"""The compiled library: loading it registers the ops, `torch.ops.steepest`; its facts and plans are functions here.
+
+It has no Python symbols, so that one file serves every Python. Numbers and arrays go in by ctypes; numbers, or JSON
+text, come out (csrc/library.cpp).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Iterable, Sequence
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64
+from pathlib import Path
+from typing import Any
+
+LIBRARY = Path(__file__).parents[1] / "libsteepest.so"
+MAJORS = ("kk", "mnmn", "kmn")  # symm_gemm::Majors
+KINDS = {"gram": 0, "product": 1, "apply": 3}  # polar::Kind, of those that multiply
+
+_INTS, _FLOATS = POINTER(c_int64), POINTER(c_double)
+# The C functions: what they return, and take.
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "small_polar_rows": (c_int64, c_int32),
+    "small_polar_blocks": (c_int32, c_int64, c_int32),
+    "eigh_rows": (c_int64, c_int32),
+    "load_cusolver": (c_char_p, c_char_p),
+    "small_polar_refusal": (c_char_p, _FLOATS, _INTS, _INTS, c_int64, _FLOATS, c_int64),
+    "chain_product": (c_char_p, c_int32, c_int64, c_int64, c_int64),
+    "symm_gemm_plan": (c_char_p, _INTS, c_int64, c_int32),
+    "polar_chunks": (c_char_p, _INTS, _FLOATS, c_int64, _INTS, c_int64, c_int32, c_int64),
+}
+
+
+class OtherSourcesError(ImportError):
+    """The library was built from other sources than those it lies among."""
+
+
+class Extension:
+    """The library at `path`, loaded, and its functions that take no tensor.
+
+    Raises OSError where the loader refuses it and OtherSourcesError where its `interface` is another than the one asked
+    for. Every function raises ValueError with the library's own words.
+    """
+
+    def __init__(self, path: Path = LIBRARY, interface: str | None = None) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))  # registers the ops; torch's libraries, which it needs, are loaded
+        # First, and apart from the others: a library of other sources need not have them.
+        self._library.steepest_build_info.restype = c_char_p
+        self._info: dict[str, Any] = json.loads(self._library.steepest_build_info())
+        if interface not in (None, self._info["interface"]):
+            raise OtherSourcesError(f"{path} was built from other sources")
+        for name, (result, *arguments) in _FUNCTIONS.items():
+            function = getattr(self._library, f"steepest_{name}")
+            function.restype, function.argtypes = result, arguments
+
+    def build_info(self) -> dict[str, Any]:
+        """version, commit, torch (of the headers), cuda, architectures, cutlass, hopper, compiler, interface."""
+        return self._info
+
+    def small_polar_rows(self, capability: int) -> int:
+        """The longest short side of a matrix that `small_polar` takes on a device of 10 major + minor."""
+        return int(self._library.steepest_small_polar_rows(capability))
+
+    def small_polar_blocks(self, rows: int, capability: int) -> int:
+        """How many blocks take a matrix of this short side; 0 where none do."""
+        return int(self._library.steepest_small_polar_blocks(rows, capability))
+
+    def eigh_rows(self, capability: int) -> int:
+        """The largest matrices that `eigh_refresh` takes."""
+        return int(self._library.steepest_eigh_rows(capability))
+
+    def load_cusolver(self, names: Sequence[str]) -> str | None:
+        """Why none of these libraries can be loaded; None where one is."""
+        reason: str | None = self._text("load_cusolver", "\n".join(names).encode())
+        return reason
+
+    def small_polar_refusal(self, tables: Sequence[Sequence[Sequence[float]]], least: Sequence[float]) -> str | None:
+        """Why `small_polar` does not bear this schedule; None where it does."""
+        steps = [step for table in tables for step in table]
+        coefficients, terms = _floats(value for step in steps for value in step), _ints(map(len, steps))
+        sizes = _ints(map(len, tables))
+        reason: str | None = self._text(
+            "small_polar_refusal", coefficients, terms, sizes, len(tables), _floats(least), len(least)
+        )
+        return reason
+
+    def chain_product(self, kind: str, matrices: int, rows: int, columns: int) -> tuple[int, int, int, int, str, bool]:
+        """(batch, m, n, k, majors, symmetric) of what a "gram", "product" or "apply" multiplies for such matrices."""
+        batch, m, n, k, majors, symmetric = self._text("chain_product", KINDS[kind], matrices, rows, columns)
+        return batch, m, n, k, MAJORS[majors], bool(symmetric)
+
+    def symm_gemm_plan(
+        self, products: Sequence[tuple[int, int, int, int, str, bool]], multiprocessors: int
+    ) -> dict[str, Any]:
+        """The launches of products (batch, m, n, k, majors, symmetric), why some are refused, and workspace_bytes."""
+        numbers = [number for *sizes, majors, symmetric in products for number in (*sizes, _majors(majors), symmetric)]
+        plan: dict[str, Any] = self._text("symm_gemm_plan", _ints(numbers), len(products), multiprocessors)
+        for launch in plan["launches"]:
+            launch["majors"], launch["tile"] = MAJORS[launch["majors"]], tuple(launch["tile"])
+        return plan
+
+    def polar_chunks(
+        self,
+        ints: Sequence[int],
+        floats: Sequence[float],
+        shapes: Sequence[tuple[int, int, int]],
+        multiprocessors: int,
+        l2_bytes: int,
+    ) -> dict[str, Any]:
+        """How a chain, packed as `polar_chain` takes it, cuts stacks of (matrices, rows, columns).
+
+        chunks: for each, (first, count) of every stack; bytes and clocks: the model's, of these chunks and of all at
+        once (bytes_whole, clocks_whole).
+        """
+        sizes = _ints(size for shape in shapes for size in shape)
+        nodes = (_ints(ints), _floats(floats), len(ints) // 7)
+        chunking: dict[str, Any] = self._text("polar_chunks", *nodes, sizes, len(shapes), multiprocessors, l2_bytes)
+        chunking["chunks"] = [[tuple(part) for part in chunk] for chunk in chunking["chunks"]]
+        return chunking
+
+    def _text(self, name: str, *arguments: Any) -> Any:
+        value = json.loads(getattr(self._library, f"steepest_{name}")(*arguments))
+        if isinstance(value, dict) and "error" in value:
+            raise ValueError(value["error"])
+        return value
+
+
+def _majors(name: str) -> int:
+    if name not in MAJORS:
+        raise ValueError(f"majors are {', '.join(MAJORS)}, got {name!r}")
+    return MAJORS.index(name)
+
+
+def _ints(values: Iterable[int]) -> ctypes.Array[c_int64]:
+    listed = list(values)
+    return (c_int64 * len(listed))(*listed)
+
+
+def _floats(values: Iterable[float]) -> ctypes.Array[c_double]:
+    listed = list(values)
+    return (c_double * len(listed))(*listed)

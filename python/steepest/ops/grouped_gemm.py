@@ -1,0 +1,151 @@
+"""A list of products, each a stack of matrices of its own shape.   out[i] = alpha[i] A[i] B[i] + beta[i] C[i].
+
+The list is what a node of a chain (`steepest.ops.polar_chain`) asks for: on a Hopper GPU one launch of the same kernel.
+It is here by itself, so that a chain that fails can be cut in two, and the kernel be tested, checked and timed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+from .polar_chain import DTYPES, MULTIPLE, hopper_reason
+from .symm_gemm import gemm
+
+#: Of the compiled kernel: "auto" is what a model of time likes best (csrc/symm_gemm/plan.cpp).
+TILES = ("auto", "wide", "small")
+STREAMS = ("auto", "never", "always")
+
+
+def grouped_gemm(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    c: Sequence[Tensor] = (),
+    *,
+    out: Sequence[Tensor],
+    alpha: float | Sequence[Tensor] = 1.0,
+    beta: float | Sequence[Tensor] = 1.0,
+    symmetric: bool = False,
+    row_sums: Sequence[Tensor] = (),
+    tile: Literal["auto", "wide", "small"] = "auto",
+    streams: Literal["auto", "never", "always"] = "auto",
+) -> None:
+    """Products go into ``out``: ``out[i] = alpha[i] a[i] @ b[i] + beta[i] c[i]``, by `gemm` one by one where the
+    compiled kernel does not take them.
+
+    a[i]: (batch, m, k), b[i]: (batch, k, n), c[i] and out[i]: (batch, m, n), with sizes of their own for every i, of
+    one floating dtype, on one device. alpha, beta: numbers, or a (batch,) fp32 tensor for each i. ``c`` may be empty;
+    c[i] may be out[i], and no other two overlap. symmetric, and row_sums, (batch, m) fp32 for each i, contiguous: as
+    for `gemm`; row_sums ask for symmetric products.
+
+    tile, streams: of the compiled kernel, and without effect elsewhere. The tile that a block of threads makes, of 128
+    x 256 or 128 x 128 entries; and whether a sum along k may be cut where there are fewer tiles than multiprocessors.
+
+    Equals ``torch.baddbmm`` in fp32, rounded once, where the compiled kernel runs. Deterministic, not differentiable.
+    ValueError for lists that do not go by one another, shapes that make no products, and names that are not known.
+    """
+    _check(a, b, c, out, alpha, beta, row_sums, symmetric, tile, streams)
+    if not a:
+        return
+    if _route(a, b, c, out) == "cuda":
+        numbers = (_tensors(alpha), _tensors(beta), _number(alpha), _number(beta))
+        choices = (symmetric, TILES.index(tile), STREAMS.index(streams))
+        torch.ops.steepest.grouped_gemm(a, b, c, out, row_sums, *numbers, *choices)
+        return
+    for i in range(len(a)):
+        gemm(
+            a[i],
+            b[i],
+            c[i] if c else None,
+            alpha=_of(alpha, i),
+            beta=_of(beta, i),
+            out=out[i],
+            symmetric=symmetric,
+            row_sums=row_sums[i] if row_sums else None,
+        )
+
+
+def _tensors(numbers: float | Sequence[Tensor]) -> Sequence[Tensor]:
+    return () if isinstance(numbers, float | int) else numbers
+
+
+def _number(numbers: float | Sequence[Tensor]) -> float:
+    return numbers if isinstance(numbers, float | int) else 0.0
+
+
+def _of(numbers: float | Sequence[Tensor], i: int) -> float | Tensor:
+    return numbers if isinstance(numbers, float | int) else numbers[i]
+
+
+def _route(*lists: Sequence[Tensor]) -> str:
+    device = lists[0][0].device
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return "torch"
+    return _backend.choose("grouped_gemm", "auto", {"cuda": _reason(*lists)}, device, "polar chain")
+
+
+def _reason(*lists: Sequence[Tensor]) -> str | None:
+    """Why the compiled kernel does not take these; None where it does."""
+    if (why := hopper_reason(lists[0][0])) is not None:
+        return why
+    for x in (each for some in lists for each in some):
+        if x.dtype not in DTYPES or not x.numel():
+            return f"a matrix is {x.dtype} of shape {tuple(x.shape)}"
+        row, columns = max(x.stride()[1:]), x.shape[2 if x.stride(2) == 1 else 1]
+        if 1 not in x.stride()[1:] or row < columns or row % MULTIPLE or (len(x) > 1 and not _apart(x)):
+            return f"a stack of shape {tuple(x.shape)} has strides {x.stride()}"
+        if x.data_ptr() % 16:
+            return "a stack does not begin at a multiple of 16 bytes"
+    return None
+
+
+def _apart(x: Tensor) -> bool:
+    return x.stride(0) > 0 and x.stride(0) % MULTIPLE == 0
+
+
+def _check(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    c: Sequence[Tensor],
+    out: Sequence[Tensor],
+    alpha: float | Sequence[Tensor],
+    beta: float | Sequence[Tensor],
+    row_sums: Sequence[Tensor],
+    symmetric: bool,
+    tile: str,
+    streams: str,
+) -> None:
+    for name, choice, known in (("tile", tile, TILES), ("streams", streams, STREAMS)):
+        if choice not in known:
+            raise ValueError(f"{name}={choice!r} is not known; use one of {', '.join(known)}")
+    lists = {"b": b, "out": out, "c": c, "row_sums": row_sums, "alpha": _tensors(alpha), "beta": _tensors(beta)}
+    for name, some in lists.items():
+        if len(some) != len(a) and (some or name in ("b", "out")):
+            raise ValueError(f"{name} has {len(some)} tensors for {len(a)} products")
+    if row_sums and not symmetric:
+        raise ValueError("row_sums are those of symmetric products; pass symmetric=True")
+    for i, (x, y, z) in enumerate(zip(a, b, out, strict=True)):
+        fits = x.ndim == y.ndim == 3 and len(x) == len(y) and x.shape[2] == y.shape[1]
+        wanted = (len(x), x.shape[1], y.shape[2]) if fits else ()
+        if not fits or z.shape != wanted or (c and c[i].shape != wanted) or (symmetric and wanted[1] != wanted[2]):
+            shapes = ", ".join(str(tuple(t.shape)) for t in (x, y, z, *c[i : i + 1]))
+            square = ", square ones where symmetric" if symmetric else ""
+            raise ValueError(
+                f"a[{i}], b[{i}] and out[{i}] do not fit as (batch, m, k), (batch, k, n){square}: {shapes}"
+            )
+        for name, numbers in (("alpha", alpha), ("beta", beta)):
+            if not isinstance(numbers, float | int) and numbers[i].shape != (len(x),):
+                raise ValueError(
+                    f"{name}[{i}] has shape {tuple(numbers[i].shape)}; it holds a number for each of {len(x)}"
+                )
+
+
+if _backend.extension is not None:
+
+    @torch.library.register_fake("steepest::grouped_gemm")
+    def _(*arguments: object) -> None:
+        """Mutates out and row_sums; no metadata changes."""

@@ -1,0 +1,64 @@
+"""`import steepest` costs little beside `import torch`, and brings nothing that training does not use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from steepest.ops.tracing import assume_constant_result
+
+HEAVY = ("torch._dynamo", "torch._inductor", "triton", "matplotlib", "numpy", "steepest.bench", "steepest.compare")
+
+MEASURED = """
+import json, sys, time
+started = time.process_time()
+import torch
+between, known = time.process_time(), set(sys.modules)
+import steepest
+ended = time.process_time()
+new = sorted(set(sys.modules) - known)
+print(json.dumps({"torch": between - started, "steepest": ended - between, "new": new}))
+"""
+
+
+def measure() -> dict[str, Any]:
+    """Seconds of CPU that each import takes in a new process, and the modules that come with ours."""
+    done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_importing_costs_a_fraction_of_importing_torch() -> None:
+    """A sixth where no bytecode may be written, a twentieth elsewhere; with torch._dynamo it was as much as torch."""
+    runs = [measure() for _ in range(3)]
+    new = runs[0]["new"]
+    assert "steepest.zoo" in new
+    assert not [name for name in new if name in HEAVY or name.startswith(tuple(f"{heavy}." for heavy in HEAVY))]
+    assert min(run["steepest"] for run in runs) < 0.25 * min(run["torch"] for run in runs)
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    ours, theirs = (lambda: 1), (lambda: 1)
+    assert assume_constant_result(ours) is ours
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
+
+
+def test_a_constant_is_one_in_a_graph() -> None:
+    """Its body, which torch.compile cannot trace, runs once, while the graph is made."""
+    calls = []
+
+    @assume_constant_result
+    def one() -> int:
+        calls.append(sys._getframe().f_code.co_name)
+        return 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + one(), fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert float(compiled(torch.zeros(()))) == 1
+    assert calls == ["one"]
