@@ -86,10 +86,6 @@ $(oldest_triton): $(VENV)/.torch
 	$(install) --target $(@D) --no-deps triton==3.6.0
 	touch $@
 
-$(oldest_triton): $(VENV)/.torch
-	$(install) --target $(@D) --no-deps triton==3.6.0
-	touch $@
-
 # Stamps: torch and the build tools, which take a minute or two of downloads; the compiled part; the tools of each command.
 $(VENV)/.torch:
 	@echo "== $(VENV) with $(or $(TORCH),the torch of $(PYTHON)) and build tools: downloads, then half a minute"
