@@ -37,15 +37,14 @@ def _compile(target: Path, command: Sequence[str]) -> Path:
     return target
 
 
-def objects(compiler: str = COMPILER, cuda: Path | None = None) -> list[Path]:
-    """Compiles what changed. cuda: a toolkit, for the stand-in of the CUDA runtime too."""
+def objects() -> list[Path]:
+    """Compiles what changed, all but the stand-in for the CUDA runtime, which needs a toolkit."""
     headers = b"".join(p.read_bytes() for p in sorted(SOURCES.glob("*.h")))
     jobs = []
     for source in sorted(SOURCES.glob("*.cpp")):
-        of_cuda = source.name == "cuda_runtime.cpp"
-        if of_cuda and cuda is None:
+        if source.name == "cuda_runtime.cpp":
             continue
-        command = [compiler, *FLAGS, *(["-isystem", str(cuda / "include")] if of_cuda else []), "-c", str(source)]
+        command = [COMPILER, *FLAGS, "-c", str(source)]
         key = hashlib.sha256(headers + source.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
         jobs.append((CACHE / f"{source.stem}-{key}.o", command))
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -57,13 +56,12 @@ def objects(compiler: str = COMPILER, cuda: Path | None = None) -> list[Path]:
 @cache
 def library() -> ctypes.CDLL:
     """The simulator without a CUDA runtime."""
-    parts = objects(COMPILER)
+    parts = objects()
     key = hashlib.sha256(" ".join(p.name for p in parts).encode()).hexdigest()[:16]
     path = _compile(CACHE / f"libptxsim-{key}.so", [COMPILER, "-shared", *map(str, parts)])
     loaded = ctypes.CDLL(str(path))
     for name in ("ptxsim_load", "ptxsim_launch", "ptxsim_tensor_map"):
         getattr(loaded, name).restype = ctypes.c_char_p
-    loaded.ptxsim_parameters.restype = loaded.ptxsim_parameter_bytes.restype = ctypes.c_int64
     return loaded
 
 
