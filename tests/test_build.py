@@ -472,12 +472,14 @@ def test_commit_is_our_own(build: types.ModuleType, tmp_path: Path, monkeypatch:
 
 
 def make(*arguments: str) -> str:
-    """What it would do from a fresh clone."""
+    """What it would do from a fresh clone; without a warning."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     command = ["make", "-C", str(ROOT), "--no-print-directory", "VENV=no-such-folder", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("STEEPEST", "MAKE"))}
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60)
+    assert "warning" not in done.stderr, done.stderr
+    return done.stdout
 
 
 def test_the_demo_installs_no_tools_for_developers() -> None:
@@ -485,6 +487,12 @@ def test_the_demo_installs_no_tools_for_developers() -> None:
     assert "--group" not in make("-n", "demo")
     assert "--group test" in make("-n", "test")
     assert "triton" not in make("-n", "check")
+
+
+def test_results_may_lie_in_a_folder_with_a_space() -> None:
+    assert "bench/gpu.sh 'my results' doctor" in make("-n", "gpu", "RESULTS=my results", "ARGS=doctor").replace(
+        '"', "'"
+    )
 
 
 def test_long_steps_are_announced() -> None:
