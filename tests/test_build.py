@@ -353,6 +353,24 @@ def test_pip_shows_that_cutlass_is_missing(
         assert build.version() == steepest.__version__ + (f"+{label}" if label else "")
 
 
+def test_an_archive_of_the_sources_has_one_version(
+    machine: Decide, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever the machine that made it has; pip discards one whose build on another has another version."""
+    decided = machine(TORCH_CUDA_ARCH_LIST="9.0", cutlass=False)
+    monkeypatch.setattr(build, "decide", lambda: decided)
+    monkeypatch.delenv("STEEPEST_LOCAL_VERSION", raising=False)
+    assert build.version() == f"{steepest.__version__}+no.cutlass"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["setup.py", "sdist"])
+        assert build.version() == steepest.__version__
+    (tmp_path / "unpacked" / "python" / "steepest").mkdir(parents=True)
+    shutil.copy(ROOT / "python" / "steepest" / "_version.py", tmp_path / "unpacked" / "python" / "steepest")
+    (tmp_path / "unpacked" / "PKG-INFO").touch()
+    monkeypatch.setattr(build, "ROOT", tmp_path / "unpacked")
+    assert build.version() == steepest.__version__
+
+
 def test_a_build_without_cutlass_warns(
     machine: Decide, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +416,19 @@ def test_missing_nvcc_is_an_error_when_asked_for(build: types.ModuleType, tmp_pa
         build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "1"}, tmp_path)
     with pytest.raises(RuntimeError, match="STEEPEST_CUDA='yes': 0 leaves CUDA out, 1 builds for all"):
         build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "yes"})
+
+
+def test_an_nvcc_that_is_named_is_not_replaced_by_another(machine: Decide) -> None:
+    with pytest.raises(RuntimeError, match="CUDACXX='/nowhere/nvcc' is no program: set it to nvcc's path, or unset it"):
+        machine(CUDACXX="/nowhere/nvcc")
+    assert machine(CUDACXX="/nowhere/nvcc", STEEPEST_CUDA="local").nvcc is None, "where none is needed it may be stale"
+
+
+@pytest.mark.parametrize("jobs", ["0", "-2", "many", "2.5"])
+def test_a_number_of_jobs_that_is_none_is_named(machine: Decide, monkeypatch: pytest.MonkeyPatch, jobs: str) -> None:
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    with pytest.raises(RuntimeError, match=f"MAX_JOBS='{jobs}': a number of compilations at once, 1 or more"):
+        machine().minutes()
 
 
 def test_missing_or_old_torch_is_an_error(
