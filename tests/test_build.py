@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import functools
 import hashlib
 import importlib
@@ -77,6 +78,19 @@ def test_a_binary_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch
     assert reason is not None
     assert reason.startswith("the compiled part does not load (")
     assert reason.endswith(f"); rebuild it against torch {torch.__version__}")
+
+
+def test_a_library_that_is_another_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no error of `import steepest`."""
+    name = ctypes.util.find_library("m")
+    if name is None:
+        pytest.skip("there is no libm to take for it")
+    monkeypatch.setattr(backend, "LIBRARY", Path(name))
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    module, reason = backend._load_extension()
+    assert module is None
+    assert reason is not None
+    assert reason.startswith("the compiled part is not of these sources; run")
 
 
 # ---- setup.py
@@ -663,6 +677,39 @@ def test_errors_come_with_the_words_of_the_library() -> None:
         extension().symm_gemm_plan([(1, 8, 8, 8, "mk", False)], 132)
     with pytest.raises(ValueError, match="multiprocessors and capacity must be at least 1, got 0"):
         extension().symm_gemm_plan([(1, 128, 128, 64, "kk", False)], 0)
+
+
+GRAM = ([1, 2, 0, 0, 0, -1, -1], [1.0, 0.0, 0.0])
+TOO_MUCH = "stacks have 1 to 1048576 matrices and at most 137438953472 elements in all, got "
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "name,arguments,message",
+    [
+        ("chain_product", ("gram", 0, 0, 0), f"{TOO_MUCH}0 matrices of 0 x 0"),
+        ("chain_product", ("apply", 1, 2**62, 2**62), TOO_MUCH),
+        ("chain_product", ("gram", 2**64 + 1, 4, 4), "18446744073709551617 does not fit into 64 bits"),
+        ("chain_product", ("dot", 1, 4, 4), "kinds are gram, product, apply, got 'dot'"),
+        ("symm_gemm_plan", ([(2**64 + 1, 128, 128, 64, "kk", False)], 132), "does not fit into 64 bits"),
+        ("polar_chunks", (*GRAM, [(2**60, 1024, 4096)], 132, 1 << 25), TOO_MUCH),
+        ("polar_chunks", (*GRAM, [(500_000, 512, 512)] * 2, 132, 1 << 25), f"{TOO_MUCH}500000 matrices of 512 x 512"),
+        ("polar_chunks", (*GRAM, [(-1, 1024, 4096)], 132, 1 << 25), f"{TOO_MUCH}-1 matrices of 1024 x 4096"),
+        ("polar_chunks", (*GRAM, [(24, 1024, 4096)], 132, -5), "at least 1 and l2_bytes 0, got 132 and -5"),
+        ("polar_chunks", (*GRAM, [(24, 1024, 4096)], 0, 5), "at least 1 and l2_bytes 0, got 0 and 5"),
+        (
+            "polar_chunks",
+            (GRAM[0], [1.0], [(24, 1024, 4096)], 132, 5),
+            "a node is 7 integers and 3 numbers, got 7 and 1",
+        ),
+        ("polar_chunks", ([1, 99, 0, 0, 0, -1, -1], GRAM[1], [], 132, 5), "node 0 names buffer 99"),
+        ("polar_chunks", ([9, 2, 0, 0, 0, -1, -1], GRAM[1], [], 132, 5), "node 0 is of kind 9"),
+    ],
+)
+def test_sizes_that_no_device_has_are_errors(name: str, arguments: tuple[Any, ...], message: str) -> None:
+    """And neither a crash of the process nor a plan for what is left of a number in 64 bits."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(extension(), name)(*arguments)
 
 
 @needs_extension
