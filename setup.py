@@ -218,7 +218,13 @@ def decide(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> B
     if nvcc is None:
         return Build(None, [], None, "no nvcc; a GPU runs the Triton kernels")
     if environ.get("TORCH_CUDA_ARCH_LIST") and wish != "local":
-        names, why = parse_architectures(environ["TORCH_CUDA_ARCH_LIST"]), "TORCH_CUDA_ARCH_LIST"
+        listed = environ["TORCH_CUDA_ARCH_LIST"]
+        # Images with torch preset it to all that torch takes.
+        every = parse_architectures(listed)
+        names = [name for name in every if int(re.sub(r"\D", "", name)) >= 10 * OLDEST_DEVICE]
+        if not names:
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST={listed!r}: the kernels are for {OLDEST_DEVICE} and newer")
+        why = "TORCH_CUDA_ARCH_LIST" + (f" from {OLDEST_DEVICE} on" if len(names) < len(every) else "")
     elif devices and (names := supported(parse_architectures(";".join(devices)), nvcc)):
         why = "this machine's GPU"
     elif names := supported(parse_architectures(DEFAULT_ARCHITECTURES), nvcc):

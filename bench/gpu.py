@@ -195,7 +195,7 @@ class Run:
     # ---- steps ------------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        architectures = self.options.target or os.environ.get("TORCH_CUDA_ARCH_LIST") or self.capability()
+        architectures = self.options.target or self.capability() or os.environ.get("TORCH_CUDA_ARCH_LIST")
         if not architectures:
             note = "no GPU here; name its capability, as in --for 9.0a"
             self.add(Outcome("build", str(self.options.site), "failed", 0, True, [note]))

@@ -355,6 +355,15 @@ def test_a_list_with_9_0_has_the_products_for_hopper(
     assert (built.warning is not None) == ("9.0" in listed)
 
 
+def test_what_the_kernels_are_not_for_is_left_out_of_a_list(machine: Decide) -> None:
+    """Images with torch preset all that torch takes; ptxas refuses 7.5."""
+    decided = machine(TORCH_CUDA_ARCH_LIST="5.2 7.5 8.0 9.0 10.0 12.0+PTX")
+    assert decided.architectures == ["sm_80", "sm_90a", "sm_100", "sm_120", "compute_120"]
+    assert decided.why == "TORCH_CUDA_ARCH_LIST from 8.0 on"
+    with pytest.raises(RuntimeError, match=r"TORCH_CUDA_ARCH_LIST='7\.5\+PTX': the kernels are for 8\.0 and newer"):
+        machine(TORCH_CUDA_ARCH_LIST="7.5+PTX")
+
+
 @pytest.mark.parametrize("local", ["", "cu130"])
 def test_pip_shows_that_cutlass_is_missing(
     machine: Decide, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch, local: str

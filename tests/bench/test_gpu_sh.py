@@ -145,6 +145,12 @@ def test_a_build_for_elsewhere(tmp_path: Path) -> None:
         assert all(word in pip.stdout for word in options)
 
 
+def test_a_build_is_for_the_gpu_at_hand(tmp_path: Path) -> None:
+    """Whatever the image presets."""
+    ((_, _, words),) = commands(tmp_path, "build", TORCH_CUDA_ARCH_LIST="7.5 8.0 9.0+PTX")
+    assert words[1] == "TORCH_CUDA_ARCH_LIST=of-the-device"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
