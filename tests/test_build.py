@@ -792,6 +792,19 @@ def test_a_driver_older_than_the_toolkit_is_a_reason(
     assert backend.cuda_reason(0) == (wanted if too_old else None)
 
 
+def test_a_device_that_the_kernels_are_not_for_is_not_to_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {"cuda": "13.0.88", "architectures": ["sm_80"]}
+    monkeypatch.setattr(backend, "extension", types.SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(backend, "_cuda_reason", backend._cuda_reason.__wrapped__)  # without the cache
+    monkeypatch.setattr(backend, "_driver_reason", lambda built: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert backend.cuda_reason(0) == "the kernels are for compute capability 8.0 and newer, not 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 7))
+    info["architectures"] = ["sm_90a"]
+    assert backend.cuda_reason(0) == "built for sm_90a and the device is 8.7; rebuild with TORCH_CUDA_ARCH_LIST=8.7"
+
+
 def test_reason_follows_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_cuda_reason", lambda index: f"device {index}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
