@@ -821,6 +821,12 @@ def test_doctor_names_the_driver_or_why_not() -> None:
     assert "driver: not asked (torch sees no CUDA device))" in cli.describe({**facts, "driver_cuda": None})
 
 
+def test_doctor_says_what_a_forced_backend_does() -> None:
+    facts = cli.diagnose()
+    for name, then in (("torch", "every op that has kernels uses it, or fails"), ("gpu", "no backend has this name")):
+        assert f"STEEPEST_BACKEND={name} is set: {then}" in cli.describe({**facts, "forced": name})
+
+
 def test_backends_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     states = steepest.backends()
     assert list(states) == ["cuda", "triton", "cpu", "torch"]
