@@ -75,7 +75,7 @@ bench: $(VENV)/.built
 RESULTS ?= bench/results
 MODELS ?= gpt2-124m llama-1b
 gpu:
-	PYTHON="$(PYTHON)" MODELS="$(MODELS)" bash bench/gpu.sh $(RESULTS) $(ARGS)
+	PYTHON="$(PYTHON)" MODELS="$(MODELS)" bash bench/gpu.sh "$(RESULTS)" $(ARGS)
 
 doctor: $(VENV)/.built
 	$(bin)/python -m steepest doctor $(ARGS)

@@ -94,6 +94,14 @@ def asked(environ: Mapping[str, str]) -> str:
     return wish
 
 
+def asked_jobs(environ: Mapping[str, str]) -> str:
+    """MAX_JOBS, which must be a number from 1 on; empty where it is unset."""
+    jobs = environ.get("MAX_JOBS", "")
+    if jobs and not re.fullmatch("0*[1-9][0-9]*", jobs):
+        raise RuntimeError(f"MAX_JOBS={jobs!r}: a number of compilations at once, 1 or more, or unset for every core")
+    return jobs
+
+
 def find_devices(environ: Mapping[str, str]) -> list[str]:
     """Compute capabilities, "9.0", of the GPUs here that the kernels run on, as the driver's nvidia-smi tells them."""
     program = shutil.which("nvidia-smi", path=environ.get("PATH"))
@@ -114,7 +122,10 @@ def find_nvcc(environ: Mapping[str, str], root: Path = Path("/")) -> str | None:
         return None
     homes = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     at_home, usual = [os.path.join(home, "bin", "nvcc") for home in homes], root / "usr/local/cuda/bin/nvcc"
-    candidates = [environ.get("CUDACXX", ""), *at_home, "nvcc", str(usual)]
+    named = environ.get("CUDACXX", "")
+    if named and not shutil.which(named, path=environ.get("PATH")):
+        raise RuntimeError(f"CUDACXX={named!r} is no program: set it to nvcc's path, or unset it to look for nvcc")
+    candidates = [named, *at_home, "nvcc", str(usual)]
     found = next((path for name in candidates if name and (path := shutil.which(name, path=environ.get("PATH")))), None)
     if found is None and asked(environ) == "1":
         raise RuntimeError(
@@ -180,7 +191,7 @@ class Build(NamedTuple):
 
     def minutes(self) -> str:
         """A guess, in round numbers."""
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        jobs = int(asked_jobs(os.environ) or os.cpu_count() or 1)
         real = sum(name.startswith("sm_") for name in self.architectures)
         seconds = HOST_SECONDS / min(jobs, 8)
         if self.nvcc:
@@ -192,7 +203,7 @@ class Build(NamedTuple):
 
 def decide(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Build:
     """What to build, by what is asked for and what this machine has."""
-    wish, nvcc, cutlass = asked(environ), find_nvcc(environ, root), find_cutlass()
+    wish = asked(environ)
     if wish == "0":
         return Build(None, [], None, "STEEPEST_CUDA=0")
     devices = find_devices(environ) if wish != "1" else []
@@ -203,10 +214,17 @@ def decide(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> B
             None,
             f"no GPU of compute capability {OLDEST_DEVICE} or newer here; STEEPEST_CUDA=1 builds for all",
         )
+    nvcc, cutlass = find_nvcc(environ, root), find_cutlass()
     if nvcc is None:
         return Build(None, [], None, "no nvcc; a GPU runs the Triton kernels")
     if environ.get("TORCH_CUDA_ARCH_LIST") and wish != "local":
-        names, why = parse_architectures(environ["TORCH_CUDA_ARCH_LIST"]), "TORCH_CUDA_ARCH_LIST"
+        listed = environ["TORCH_CUDA_ARCH_LIST"]
+        # Images with torch preset it to all that torch takes.
+        every = parse_architectures(listed)
+        names = [name for name in every if int(re.sub(r"\D", "", name)) >= 10 * OLDEST_DEVICE]
+        if not names:
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST={listed!r}: the kernels are for {OLDEST_DEVICE} and newer")
+        why = "TORCH_CUDA_ARCH_LIST" + (f" from {OLDEST_DEVICE} on" if len(names) < len(every) else "")
     elif devices and (names := supported(parse_architectures(";".join(devices)), nvcc)):
         why = "this machine's GPU"
     elif names := supported(parse_architectures(DEFAULT_ARCHITECTURES), nvcc):
@@ -297,8 +315,8 @@ class CMakeBuild(build_ext):
         cmake, build = find_tool("cmake"), build_folder(values, os.environ)
         options = [f"-D{name}={value}" for name, value in values.items()]
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([cmake, "--build", str(build), *jobs], check=True)
+        jobs = asked_jobs(os.environ)
+        subprocess.run([cmake, "--build", str(build), *(["-j", jobs] if jobs else [])], check=True)
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -356,10 +374,14 @@ def version() -> str:
     """The package's, with a local part (PEP 440) where builds of it differ.
 
     STEEPEST_LOCAL_VERSION, and no.cutlass where a Hopper GPU would miss its products: of all that a build says, every
-    pip shows the version.
+    pip shows the version. An archive of the sources has the package's, and pip refuses a build of one that it chose by
+    its version and that says another.
     """
-    local = [os.environ.get("STEEPEST_LOCAL_VERSION"), "no.cutlass" if decide().warning else None]
     public = read_version(ROOT / "python" / "steepest" / "_version.py")
+    if "sdist" in sys.argv:
+        return public
+    unpacked = (ROOT / "PKG-INFO").exists()
+    local = [os.environ.get("STEEPEST_LOCAL_VERSION"), None if unpacked or not decide().warning else "no.cutlass"]
     return "+".join(filter(None, [public, ".".join(filter(None, local))]))
 
 

@@ -173,9 +173,10 @@ class Run:
         return log.read_text(errors="replace") if log.exists() else ""
 
     def last(self, name: str, status: int) -> list[str]:
-        """The last lines of what failed."""
-        lines = [line for line in self.said(name).splitlines() if line.strip()]
-        return [] if status in (0, NOT_RUN) else lines[-3:]
+        """Of what failed the last line with an error, and the last lines."""
+        lines = [line.strip() for line in self.said(name).splitlines() if line.strip()]
+        errors = [line for line in lines if re.search(r"[A-Z]\w*Error: |: (fatal )?error: ", line)]
+        return [] if status in (0, NOT_RUN) else list(dict.fromkeys([*errors[-1:], *lines[-3:]]))
 
     def add(self, outcome: Outcome) -> None:
         if self.options.dry_run:
@@ -194,7 +195,7 @@ class Run:
     # ---- steps ------------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        architectures = self.options.target or os.environ.get("TORCH_CUDA_ARCH_LIST") or self.capability()
+        architectures = self.options.target or self.capability() or os.environ.get("TORCH_CUDA_ARCH_LIST")
         if not architectures:
             note = "no GPU here; name its capability, as in --for 9.0a"
             self.add(Outcome("build", str(self.options.site), "failed", 0, True, [note]))
@@ -333,6 +334,9 @@ class Run:
         if why:
             note = f"nothing is known of this build (is it at {self.options.site}?)"
             self.add(Outcome("machine", "facts", note, 0, True, why))
+        elif self.options.site not in Path(str(self.facts["steepest"])).resolve().parents:
+            note = f"not the build at {self.options.site}, where there is none: another one is run and measured"
+            self.add(Outcome("machine", "steepest", note, 0, True, [str(self.facts["steepest"])]))
         (self.results / "machine.json").write_text(json.dumps(self.facts, indent=1))
 
     def summary(self) -> str:
@@ -355,11 +359,13 @@ class Run:
         if here and facts.get("built_from") and not here.startswith(str(facts["built_from"]).partition("+")[0]):
             missing.append(f"the build is of commit {facts['built_from']}, tests and benchmarks are of {here[:12]}")
         bad = [outcome for outcome in self.outcomes if outcome.bad]
-        last = f"{len(self.outcomes)} done, {len(bad)} of them not well: {', '.join(o.name for o in bad) or 'none'}"
+        names = ", ".join(outcome.name or outcome.step for outcome in bad) or "none"
+        last = f"{len(self.outcomes)} done, {len(bad)} of them not well: {names}"
         return "\n".join([*head, "", *missing, "", *map(str, self.outcomes), "", last, ""])
 
     def packed(self, path: Path) -> bool:
-        return path.is_file() and path.stat().st_mtime >= self.since and self.options.pack not in path.parents
+        archive = path.parent == self.options.pack and path.name.startswith("results.tar.gz")
+        return path.is_file() and path.stat().st_mtime >= self.since and not archive
 
     def pack(self) -> None:
         """RESULTS as a few files: what was there stays until the new ones are whole."""
@@ -460,7 +466,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--jobs", type=int, help="test files at a time (half the cores, 8 at most)")
     p.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
     p.add_argument("--dry-run", action="store_true", help="prints the commands")
-    options = p.parse_args(arguments)
+    options = p.parse_intermixed_args(arguments)  # steps may stand behind options as well
+    if options.limit is not None and not 0 < options.limit < float("inf"):
+        p.error(f"--limit is a number of seconds above 0, got {options.limit}")
+    if options.jobs is not None and options.jobs < 1:
+        p.error(f"--jobs is at least 1, got {options.jobs}")
     for step in options.steps:
         if step not in STEPS:
             p.error(f"step {step!r} is not known; choose from {', '.join(STEPS)}")

@@ -104,6 +104,28 @@ std::string launch_text(const sg::Launch& launch) {
   });
 }
 
+// More than any device has room for. Within it, sums of bytes times matrices stay within 64 bits, and cutting takes
+// seconds.
+constexpr int64_t kMostMatrices = int64_t{1} << 20, kMostElements = int64_t{1} << 37;
+
+// shapes: (matrices, rows, columns) of each.
+std::vector<steepest::polar::Stack> to_stacks(const int64_t* shapes, int64_t count) {
+  std::vector<steepest::polar::Stack> stacks(count);
+  double matrices = 0, elements = 0;
+  for (steepest::polar::Stack& stack : stacks) {
+    stack.matrices = *shapes++, stack.rows = *shapes++, stack.columns = *shapes++;
+    const double each = static_cast<double>(stack.rows) * static_cast<double>(stack.columns);
+    matrices += stack.matrices, elements += each * stack.matrices;
+    if (stack.matrices < 1 || stack.rows < 1 || stack.columns < 1 || matrices > kMostMatrices ||
+        elements > kMostElements)
+      throw std::invalid_argument("stacks have 1 to " + std::to_string(kMostMatrices) + " matrices and at most " +
+                                  std::to_string(kMostElements) + " elements in all, got " +
+                                  std::to_string(stack.matrices) + " matrices of " + std::to_string(stack.rows) +
+                                  " x " + std::to_string(stack.columns));
+  }
+  return stacks;
+}
+
 std::string chunk_text(const steepest::polar::Chunk& chunk) {
   return json::list(chunk, [](const steepest::polar::Range& range) {
     return json::numbers(std::vector<int64_t>{range.first, range.count});
@@ -164,9 +186,8 @@ STEEPEST_EXPORT const char* steepest_small_polar_refusal(const double* coefficie
 STEEPEST_EXPORT const char* steepest_chain_product(int32_t kind, int64_t matrices, int64_t rows, int64_t columns) {
   return text([&] {
     const steepest::polar::Node node{static_cast<steepest::polar::Kind>(kind), 0, 0, 0, 0, {-1, 1}, {-1, 0}, 0};
-    steepest::polar::Stack stack{};
-    stack.matrices = matrices, stack.rows = rows, stack.columns = columns;
-    const sg::Shape shape = products_of(node, {stack})[0].shape;
+    const int64_t sizes[] = {matrices, rows, columns};
+    const sg::Shape shape = products_of(node, to_stacks(sizes, 1))[0].shape;
     return json::numbers(std::vector<int64_t>{shape.batch, shape.m, shape.n, shape.k,
                                               static_cast<int64_t>(shape.majors), shape.symmetric});
   });
@@ -192,7 +213,13 @@ STEEPEST_EXPORT const char* steepest_polar_chunks(const int64_t* ints, const dou
   return text([&] {
     std::vector<steepest::polar::Node> nodes;
     for (int64_t i = 0; i < count; ++i, ints += 7, floats += 3) {
-      const auto at = [&](int k) { return static_cast<int8_t>(ints[k]); };
+      const auto at = [&](int k) {
+        if (ints[k] < 0 || ints[k] >= steepest::polar::kBuffers)
+          throw std::invalid_argument("node " + std::to_string(i) + " names buffer " + std::to_string(ints[k]));
+        return static_cast<int8_t>(ints[k]);
+      };
+      if (ints[0] < 0 || ints[0] > static_cast<int64_t>(steepest::polar::Kind::apply))
+        throw std::invalid_argument("node " + std::to_string(i) + " is of kind " + std::to_string(ints[0]));
       nodes.push_back({static_cast<steepest::polar::Kind>(ints[0]),
                        at(1),
                        at(2),
@@ -202,9 +229,10 @@ STEEPEST_EXPORT const char* steepest_polar_chunks(const int64_t* ints, const dou
                        {static_cast<int32_t>(ints[6]), static_cast<float>(floats[1])},
                        0});
     }
-    std::vector<steepest::polar::Stack> stacks(shape_count);
-    for (steepest::polar::Stack& stack : stacks)
-      stack.matrices = *shapes++, stack.rows = *shapes++, stack.columns = *shapes++;
+    if (multiprocessors < 1 || l2_bytes < 0)
+      throw std::invalid_argument("multiprocessors are at least 1 and l2_bytes 0, got " +
+                                  std::to_string(multiprocessors) + " and " + std::to_string(l2_bytes));
+    const std::vector<steepest::polar::Stack> stacks = to_stacks(shapes, shape_count);
     const steepest::polar::Chunking chosen = make_chunks(nodes, stacks, {multiprocessors, l2_bytes});
     return json::object({{"chunks", json::list(chosen.chunks, chunk_text)},
                          {"bytes", json::number(chosen.cost.traffic)},

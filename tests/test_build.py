@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import functools
 import hashlib
 import importlib
@@ -77,6 +78,19 @@ def test_a_binary_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch
     assert reason is not None
     assert reason.startswith("the compiled part does not load (")
     assert reason.endswith(f"); rebuild it against torch {torch.__version__}")
+
+
+def test_a_library_that_is_another_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no error of `import steepest`."""
+    name = ctypes.util.find_library("m")
+    if name is None:
+        pytest.skip("there is no libm to take for it")
+    monkeypatch.setattr(backend, "LIBRARY", Path(name))
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    module, reason = backend._load_extension()
+    assert module is None
+    assert reason is not None
+    assert reason.startswith("the compiled part is not of these sources; run")
 
 
 # ---- setup.py
@@ -341,6 +355,15 @@ def test_a_list_with_9_0_has_the_products_for_hopper(
     assert (built.warning is not None) == ("9.0" in listed)
 
 
+def test_what_the_kernels_are_not_for_is_left_out_of_a_list(machine: Decide) -> None:
+    """Images with torch preset all that torch takes; ptxas refuses 7.5."""
+    decided = machine(TORCH_CUDA_ARCH_LIST="5.2 7.5 8.0 9.0 10.0 12.0+PTX")
+    assert decided.architectures == ["sm_80", "sm_90a", "sm_100", "sm_120", "compute_120"]
+    assert decided.why == "TORCH_CUDA_ARCH_LIST from 8.0 on"
+    with pytest.raises(RuntimeError, match=r"TORCH_CUDA_ARCH_LIST='7\.5\+PTX': the kernels are for 8\.0 and newer"):
+        machine(TORCH_CUDA_ARCH_LIST="7.5+PTX")
+
+
 @pytest.mark.parametrize("local", ["", "cu130"])
 def test_pip_shows_that_cutlass_is_missing(
     machine: Decide, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch, local: str
@@ -351,6 +374,24 @@ def test_pip_shows_that_cutlass_is_missing(
     for decided, label in ((with_it, local), (without, f"{local}.no.cutlass".lstrip("."))):
         monkeypatch.setattr(build, "decide", lambda decided=decided: decided)
         assert build.version() == steepest.__version__ + (f"+{label}" if label else "")
+
+
+def test_an_archive_of_the_sources_has_one_version(
+    machine: Decide, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever the machine that made it has; pip discards one whose build on another has another version."""
+    decided = machine(TORCH_CUDA_ARCH_LIST="9.0", cutlass=False)
+    monkeypatch.setattr(build, "decide", lambda: decided)
+    monkeypatch.delenv("STEEPEST_LOCAL_VERSION", raising=False)
+    assert build.version() == f"{steepest.__version__}+no.cutlass"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["setup.py", "sdist"])
+        assert build.version() == steepest.__version__
+    (tmp_path / "unpacked" / "python" / "steepest").mkdir(parents=True)
+    shutil.copy(ROOT / "python" / "steepest" / "_version.py", tmp_path / "unpacked" / "python" / "steepest")
+    (tmp_path / "unpacked" / "PKG-INFO").touch()
+    monkeypatch.setattr(build, "ROOT", tmp_path / "unpacked")
+    assert build.version() == steepest.__version__
 
 
 def test_a_build_without_cutlass_warns(
@@ -398,6 +439,19 @@ def test_missing_nvcc_is_an_error_when_asked_for(build: types.ModuleType, tmp_pa
         build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "1"}, tmp_path)
     with pytest.raises(RuntimeError, match="STEEPEST_CUDA='yes': 0 leaves CUDA out, 1 builds for all"):
         build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "yes"})
+
+
+def test_an_nvcc_that_is_named_is_not_replaced_by_another(machine: Decide) -> None:
+    with pytest.raises(RuntimeError, match="CUDACXX='/nowhere/nvcc' is no program: set it to nvcc's path, or unset it"):
+        machine(CUDACXX="/nowhere/nvcc")
+    assert machine(CUDACXX="/nowhere/nvcc", STEEPEST_CUDA="local").nvcc is None, "where none is needed it may be stale"
+
+
+@pytest.mark.parametrize("jobs", ["0", "-2", "many", "2.5"])
+def test_a_number_of_jobs_that_is_none_is_named(machine: Decide, monkeypatch: pytest.MonkeyPatch, jobs: str) -> None:
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    with pytest.raises(RuntimeError, match=f"MAX_JOBS='{jobs}': a number of compilations at once, 1 or more"):
+        machine().minutes()
 
 
 def test_missing_or_old_torch_is_an_error(
@@ -472,12 +526,14 @@ def test_commit_is_our_own(build: types.ModuleType, tmp_path: Path, monkeypatch:
 
 
 def make(*arguments: str) -> str:
-    """What it would do from a fresh clone."""
+    """What it would do from a fresh clone; without a warning."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     command = ["make", "-C", str(ROOT), "--no-print-directory", "VENV=no-such-folder", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("STEEPEST", "MAKE"))}
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60)
+    assert "warning" not in done.stderr, done.stderr
+    return done.stdout
 
 
 def test_the_demo_installs_no_tools_for_developers() -> None:
@@ -485,6 +541,12 @@ def test_the_demo_installs_no_tools_for_developers() -> None:
     assert "--group" not in make("-n", "demo")
     assert "--group test" in make("-n", "test")
     assert "triton" not in make("-n", "check")
+
+
+def test_results_may_lie_in_a_folder_with_a_space() -> None:
+    assert "bench/gpu.sh 'my results' doctor" in make("-n", "gpu", "RESULTS=my results", "ARGS=doctor").replace(
+        '"', "'"
+    )
 
 
 def test_long_steps_are_announced() -> None:
@@ -626,6 +688,39 @@ def test_errors_come_with_the_words_of_the_library() -> None:
         extension().symm_gemm_plan([(1, 128, 128, 64, "kk", False)], 0)
 
 
+GRAM = ([1, 2, 0, 0, 0, -1, -1], [1.0, 0.0, 0.0])
+TOO_MUCH = "stacks have 1 to 1048576 matrices and at most 137438953472 elements in all, got "
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "name,arguments,message",
+    [
+        ("chain_product", ("gram", 0, 0, 0), f"{TOO_MUCH}0 matrices of 0 x 0"),
+        ("chain_product", ("apply", 1, 2**62, 2**62), TOO_MUCH),
+        ("chain_product", ("gram", 2**64 + 1, 4, 4), "18446744073709551617 does not fit into 64 bits"),
+        ("chain_product", ("dot", 1, 4, 4), "kinds are gram, product, apply, got 'dot'"),
+        ("symm_gemm_plan", ([(2**64 + 1, 128, 128, 64, "kk", False)], 132), "does not fit into 64 bits"),
+        ("polar_chunks", (*GRAM, [(2**60, 1024, 4096)], 132, 1 << 25), TOO_MUCH),
+        ("polar_chunks", (*GRAM, [(500_000, 512, 512)] * 2, 132, 1 << 25), f"{TOO_MUCH}500000 matrices of 512 x 512"),
+        ("polar_chunks", (*GRAM, [(-1, 1024, 4096)], 132, 1 << 25), f"{TOO_MUCH}-1 matrices of 1024 x 4096"),
+        ("polar_chunks", (*GRAM, [(24, 1024, 4096)], 132, -5), "at least 1 and l2_bytes 0, got 132 and -5"),
+        ("polar_chunks", (*GRAM, [(24, 1024, 4096)], 0, 5), "at least 1 and l2_bytes 0, got 0 and 5"),
+        (
+            "polar_chunks",
+            (GRAM[0], [1.0], [(24, 1024, 4096)], 132, 5),
+            "a node is 7 integers and 3 numbers, got 7 and 1",
+        ),
+        ("polar_chunks", ([1, 99, 0, 0, 0, -1, -1], GRAM[1], [], 132, 5), "node 0 names buffer 99"),
+        ("polar_chunks", ([9, 2, 0, 0, 0, -1, -1], GRAM[1], [], 132, 5), "node 0 is of kind 9"),
+    ],
+)
+def test_sizes_that_no_device_has_are_errors(name: str, arguments: tuple[Any, ...], message: str) -> None:
+    """And neither a crash of the process nor a plan for what is left of a number in 64 bits."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(extension(), name)(*arguments)
+
+
 @needs_extension
 @pytest.mark.parametrize(
     "tables,least,words",
@@ -697,6 +792,19 @@ def test_a_driver_older_than_the_toolkit_is_a_reason(
     assert backend.cuda_reason(0) == (wanted if too_old else None)
 
 
+def test_a_device_that_the_kernels_are_not_for_is_not_to_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {"cuda": "13.0.88", "architectures": ["sm_80"]}
+    monkeypatch.setattr(backend, "extension", types.SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(backend, "_cuda_reason", backend._cuda_reason.__wrapped__)  # without the cache
+    monkeypatch.setattr(backend, "_driver_reason", lambda built: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert backend.cuda_reason(0) == "the kernels are for compute capability 8.0 and newer, not 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 7))
+    info["architectures"] = ["sm_90a"]
+    assert backend.cuda_reason(0) == "built for sm_90a and the device is 8.7; rebuild with TORCH_CUDA_ARCH_LIST=8.7"
+
+
 def test_reason_follows_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_cuda_reason", lambda index: f"device {index}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -711,6 +819,12 @@ def test_doctor_names_the_driver_or_why_not() -> None:
     facts = cli.diagnose()
     assert "driver: CUDA 12.8)" in cli.describe({**facts, "driver_cuda": "12.8"})
     assert "driver: not asked (torch sees no CUDA device))" in cli.describe({**facts, "driver_cuda": None})
+
+
+def test_doctor_says_what_a_forced_backend_does() -> None:
+    facts = cli.diagnose()
+    for name, then in (("torch", "every op that has kernels uses it, or fails"), ("gpu", "no backend has this name")):
+        assert f"STEEPEST_BACKEND={name} is set: {then}" in cli.describe({**facts, "forced": name})
 
 
 def test_backends_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:

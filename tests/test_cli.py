@@ -178,8 +178,11 @@ def test_without_the_compiled_part(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--shape", "64x64", "--preset", "fast"], "preset 'fast' is not known; choose one of jordan, exact"),
         (["--shape", "64x64", "--preset", "svd"], "preset 'svd' is a singular value decomposition"),
         (["--shape", "64x64", "--dtype", "fp8"], "dtype 'fp8' is not planned for; choose one of float16, bfloat16"),
-        (["--shape", "64x64", "--multiprocessors", "0"], "multiprocessors and the L2 cache are positive, got 0"),
-        (["--shape", "64x64", "--l2", "nan"], "are positive, got 132 and nan MB"),
+        (["--shape", "64x64", "--multiprocessors", "0"], "L2 cache are positive and at most 2147483647, got 0"),
+        (["--shape", "64x64", "--l2", "nan"], "at most 2147483647, got 132 and nan MB"),
+        (["--shape", "64x64", "--l2", "inf"], "at most 2147483647, got 132 and inf MB"),
+        (["--shape", "64x64", "--multiprocessors", "4294967428"], "got 4294967428 and 50 MB"),
+        (["--shape", "18446744073709551680x64x64"], "shape '18446744073709551680x64x64' has a size above 2147483647"),
     ],
 )
 def test_arguments(arguments: list[str], message: str | None, capsys: pytest.CaptureFixture[str]) -> None:

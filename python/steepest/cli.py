@@ -121,7 +121,11 @@ def describe(facts: dict[str, Any]) -> str:
     for name, state in facts["backends"].items():
         lines.append(f"  {name:<7} {'yes' if state['available'] else 'no '}  {state['reason']}")
     if facts["forced"]:
-        lines.append(f"STEEPEST_BACKEND={facts['forced']} is set: every op that has kernels uses it, or fails")
+        known = facts["forced"] in facts["backends"]
+        then = (
+            "every op that has kernels uses it, or fails" if known else "no backend has this name, and every op fails"
+        )
+        lines.append(f"STEEPEST_BACKEND={facts['forced']} is set: {then}")
     return "\n".join(lines)
 
 

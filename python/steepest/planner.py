@@ -35,6 +35,7 @@ from .ops.small_polar import too_long
 CAPABILITY = (9, 0)
 MULTIPROCESSORS = 132  # of an H100 SXM or H200
 L2_MB = 50  # of either
+MOST = 2**31 - 1  # of any size
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CLOCK_FLOP = 4096  # of a multiprocessor's tensor cores in a clock, 16-bit operands
 MUON_STEPS = 5
@@ -183,6 +184,8 @@ def parse(text: str) -> Stack:
         raise ValueError(f"shape {text!r} is not [COUNTx]ROWSxCOLUMNS, such as 24x1024x4096") from None
     if min(matrices, rows, columns) < 1:
         raise ValueError(f"shape {text!r} has a size below 1; count, rows and columns are at least 1")
+    if max(matrices, rows, columns) > MOST:
+        raise ValueError(f"shape {text!r} has a size above {MOST}")
     return Stack(matrices, rows, columns)
 
 
@@ -205,8 +208,10 @@ def plan(
         raise ValueError("preset 'svd' is a singular value decomposition; there is no list of products to plan")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not planned for; choose one of {', '.join(DTYPES)}")
-    if multiprocessors < 1 or not l2_mb > 0:
-        raise ValueError(f"multiprocessors and the L2 cache are positive, got {multiprocessors} and {l2_mb} MB")
+    if not 0 < multiprocessors <= MOST or not 0 < l2_mb <= MOST:
+        raise ValueError(
+            f"multiprocessors and the L2 cache are positive and at most {MOST}, got {multiprocessors} and {l2_mb} MB"
+        )
     work = DTYPES[dtype] if dtype else compute_dtype(preset, torch.float32, "cuda")
     known = schedule(preset, None, None)
     alike: dict[tuple[str, tuple[int, ...], str | None], list[tuple[Stack, str]]] = {}

@@ -69,8 +69,9 @@ def test_the_order(tmp_path: Path, gpu: types.ModuleType) -> None:
     assert tests[:2] == ["tests/test_gpu.py", "tests/ops/test_grouped_gemm.py"]
     assert tests[-2:] == ["tests/bench/test_suites.py", "tests/test_tune.py"]
     assert not (tmp_path / "results").exists()
-    asked = commands(tmp_path, "tests", "doctor", "--quick")
-    assert list(dict.fromkeys(name.split()[0] for name, _, _ in asked)) == ["doctor", "tests"]
+    for words in (("tests", "doctor", "--quick"), ("--quick", "tests", "--jobs", 2, "doctor")):
+        asked = commands(tmp_path, *words)
+        assert list(dict.fromkeys(name.split()[0] for name, _, _ in asked)) == ["doctor", "tests"]
 
 
 @pytest.mark.parametrize("quick", [(), ("--quick",)])
@@ -144,11 +145,19 @@ def test_a_build_for_elsewhere(tmp_path: Path) -> None:
         assert all(word in pip.stdout for word in options)
 
 
+def test_a_build_is_for_the_gpu_at_hand(tmp_path: Path) -> None:
+    """Whatever the image presets."""
+    ((_, _, words),) = commands(tmp_path, "build", TORCH_CUDA_ARCH_LIST="7.5 8.0 9.0+PTX")
+    assert words[1] == "TORCH_CUDA_ARCH_LIST=of-the-device"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "the following arguments are required: RESULTS"),
         (["a", "--fast"], "unrecognized arguments: --fast"),
+        (["a", "--limit", "nan"], "--limit is a number of seconds above 0, got nan"),
+        (["a", "--jobs", "0"], "--jobs is at least 1, got 0"),
         (["a", "dance"], "step 'dance' is not known; choose from build, doctor, sanitizer, tests, bench, compiled"),
     ],
 )
@@ -382,6 +391,36 @@ def test_much_is_packed_in_parts(tmp_path: Path, run: object) -> None:
     (tmp_path / "results" / "logs" / "long.log").unlink()
     run.pack()  # type: ignore[attr-defined]
     assert sorted(p.name for p in (tmp_path / "pack").iterdir()) == ["results.tar.gz", "summary.txt"]
+
+
+@pytest.mark.parametrize("into", [".", "results", "results/packed"])
+def test_packing_beside_the_results_leaves_nothing_out(tmp_path: Path, gpu: types.ModuleType, into: str) -> None:
+    """`--pack .` with RESULTS below, or RESULTS itself; of an earlier archive nothing."""
+    made = gpu.Run(gpu.parse([str(tmp_path / "results"), "--pack", str(tmp_path / into)]))
+    made.logs.mkdir(parents=True)
+    (made.logs / "some.log").write_text("what a process said")
+    for _ in range(2):
+        made.pack()
+    with tarfile.open(tmp_path / into / "results.tar.gz") as tar:
+        assert "logs/some.log" in tar.getnames()
+        assert not [name for name in tar.getnames() if "tar.gz" in name]
+
+
+def test_another_build_than_the_one_asked_for_is_named(tmp_path: Path) -> None:
+    """What is measured is not at --site: nothing is there, and Python finds a package elsewhere."""
+    site, elsewhere = tmp_path / "site", ROOT / "python"
+    done = script(tmp_path, "bench", "--site", site, PYTHON=sys.executable, PYTHONPATH=str(elsewhere))
+    assert done.returncode == 1
+    assert f"not the build at {site}, where there is none: another one is run and measured" in done.stdout
+    assert str(elsewhere / "steepest" / "__init__.py") in done.stdout
+
+
+def test_the_error_of_a_build_is_in_the_summary(tmp_path: Path) -> None:
+    """Before pip's last lines, which name none."""
+    done = script(tmp_path, "build", "--for", "Hopper", "--site", tmp_path / "site", PYTHON=sys.executable)
+    if "No module named pip" in done.stdout:
+        pytest.skip("pip is not installed")
+    assert "RuntimeError: TORCH_CUDA_ARCH_LIST: 'Hopper' is not an architecture; write it as 8.0, 9.0a" in done.stdout
 
 
 def test_without_a_gpu_nothing_is_said_to_be_measured(tmp_path: Path) -> None:

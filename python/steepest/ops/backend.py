@@ -24,6 +24,7 @@ from .tracing import assume_constant_result
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 MINIMUM_TORCH = (2, 10)
+OLDEST_DEVICE = (8, 0)
 NO_HOPPER = (
     "the products for Hopper were not built, and a Hopper GPU takes the slower route, products one by one in Triton; "
     "for the fast one `pip install --no-deps nvidia-cutlass` and rebuild with STEEPEST_CUDA=1"
@@ -106,8 +107,10 @@ def _cuda_reason(index: int | None) -> str | None:
     if (reason := _driver_reason(info["cuda"])) is not None:
         return reason
     capability = torch.cuda.get_device_capability(index)
+    wanted = ".".join(str(part) for part in capability)
+    if capability < OLDEST_DEVICE:
+        return f"the kernels are for compute capability {OLDEST_DEVICE[0]}.{OLDEST_DEVICE[1]} and newer, not {wanted}"
     if not covers(info["architectures"], capability):
-        wanted = ".".join(str(part) for part in capability)
         built = ", ".join(info["architectures"])
         return f"built for {built} and the device is {wanted}; rebuild with TORCH_CUDA_ARCH_LIST={wanted}"
     return None

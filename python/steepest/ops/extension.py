@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,12 @@ class Extension:
         self.path = path
         self._library = ctypes.CDLL(str(path))  # registers the ops; torch's libraries, which it needs, are loaded
         # First, and apart from the others: a library of other sources need not have them.
-        self._library.steepest_build_info.restype = c_char_p
+        try:
+            self._library.steepest_build_info.restype = c_char_p
+        except AttributeError:
+            raise OtherSourcesError(f"{path} is not this library") from None
         self._info: dict[str, Any] = json.loads(self._library.steepest_build_info())
-        if interface not in (None, self._info["interface"]):
+        if interface not in (None, self._info.get("interface")):
             raise OtherSourcesError(f"{path} was built from other sources")
         for name, (result, *arguments) in _FUNCTIONS.items():
             function = getattr(self._library, f"steepest_{name}")
@@ -87,14 +90,19 @@ class Extension:
 
     def chain_product(self, kind: str, matrices: int, rows: int, columns: int) -> tuple[int, int, int, int, str, bool]:
         """(batch, m, n, k, majors, symmetric) of what a "gram", "product" or "apply" multiplies for such matrices."""
-        batch, m, n, k, majors, symmetric = self._text("chain_product", KINDS[kind], matrices, rows, columns)
+        sizes = _ints((matrices, rows, columns))
+        batch, m, n, k, majors, symmetric = self._text("chain_product", _number(kind, KINDS, "kinds"), *sizes)
         return batch, m, n, k, MAJORS[majors], bool(symmetric)
 
     def symm_gemm_plan(
         self, products: Sequence[tuple[int, int, int, int, str, bool]], multiprocessors: int
     ) -> dict[str, Any]:
         """The launches of products (batch, m, n, k, majors, symmetric), why some are refused, and workspace_bytes."""
-        numbers = [number for *sizes, majors, symmetric in products for number in (*sizes, _majors(majors), symmetric)]
+        numbers = [
+            number
+            for *sizes, majors, symmetric in products
+            for number in (*sizes, _number(majors, MAJORS, "majors"), symmetric)
+        ]
         plan: dict[str, Any] = self._text("symm_gemm_plan", _ints(numbers), len(products), multiprocessors)
         for launch in plan["launches"]:
             launch["majors"], launch["tile"] = MAJORS[launch["majors"]], tuple(launch["tile"])
@@ -114,7 +122,10 @@ class Extension:
         once (bytes_whole, clocks_whole).
         """
         sizes = _ints(size for shape in shapes for size in shape)
-        nodes = (_ints(ints), _floats(floats), len(ints) // 7)
+        count = len(ints) // 7
+        if (len(ints), len(floats)) != (7 * count, 3 * count):
+            raise ValueError(f"a node is 7 integers and 3 numbers, got {len(ints)} and {len(floats)}")
+        nodes = (_ints(ints), _floats(floats), count)
         chunking: dict[str, Any] = self._text("polar_chunks", *nodes, sizes, len(shapes), multiprocessors, l2_bytes)
         chunking["chunks"] = [[tuple(part) for part in chunk] for chunk in chunking["chunks"]]
         return chunking
@@ -126,14 +137,18 @@ class Extension:
         return value
 
 
-def _majors(name: str) -> int:
-    if name not in MAJORS:
-        raise ValueError(f"majors are {', '.join(MAJORS)}, got {name!r}")
-    return MAJORS.index(name)
+def _number(name: str, names: Mapping[str, int] | Sequence[str], what: str) -> int:
+    if name not in names:
+        raise ValueError(f"{what} are {', '.join(names)}, got {name!r}")
+    return names[name] if isinstance(names, Mapping) else names.index(name)
 
 
 def _ints(values: Iterable[int]) -> ctypes.Array[c_int64]:
+    """ValueError for what 64 bits do not hold, of which ctypes would take the lowest."""
     listed = list(values)
+    for value in listed:
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{value} does not fit into 64 bits")
     return (c_int64 * len(listed))(*listed)
 
 
