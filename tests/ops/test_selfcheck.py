@@ -661,6 +661,21 @@ def test_directions_are_warmed_up_once_for_a_shape(
     assert called == [(name, (1, 8, 12)), (name, (1, 16, 4))]
 
 
+@pytest.mark.parametrize("weights", [None, torch.bfloat16])
+def test_a_warm_up_goes_by_no_default_dtype(weights: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slack in fp64 would be refused."""
+    monkeypatch.setattr(plan, "_warm", set())
+    monkeypatch.setattr(selfcheck, "reason", lambda *_: None)
+    default, cuda = torch.get_default_dtype(), torch.device("cuda", 0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with OnCpu():
+            plan.warm_up(Spectral(), (8, 12), torch.float32, cuda, weights)
+    finally:
+        torch.set_default_dtype(default)
+    assert len(plan._warm) == 1
+
+
 def test_switches_are_read_at_import() -> None:
     text = "from steepest.ops import selfcheck, polar_chain as p; import torch;"
     text += "print(selfcheck.enabled, p.device_reason(torch.device('cuda', 0)))"
