@@ -553,6 +553,19 @@ def test_nobody_elses_settings_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@needs_extension
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.functionalize])
+def test_a_transformed_function_around_it_does_not_matter(transform: Callable[..., Any]) -> None:
+    """A verdict that came of it would hold for the process."""
+
+    def function(x: Tensor) -> Tensor:
+        assert selfcheck.reason("elementwise", "cpu", CPU) is None
+        return x.square().sum()
+
+    transform(function)(torch.ones(3))
+    assert selfcheck._verdicts == {("elementwise", "cpu", CPU): None}
+
+
 def never(*arguments: Any) -> None:
     raise AssertionError("a check was made")
 
