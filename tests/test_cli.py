@@ -291,8 +291,10 @@ def test_doctor_checks_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
         ("raise OSError('no compiler')", "OSError: no compiler"),
         ("os._exit(3)", "exit status 3"),
+        ("os._exit(0)", "exit status 0"),
+        ("os.kill(os.getpid(), 40)", "killed by signal 40"),
     ],
-    ids=["wrong", "a crash", "an error", "an exit"],
+    ids=["wrong", "a crash", "an error", "an exit", "an exit in silence", "a signal without a name"],
 )
 def test_doctor_fails_where_kernels_do(
     kernel: str,

@@ -38,7 +38,7 @@ void allow_shared_memory(const void* kernel, size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (allowed.count({kernel, device}) != 0) return;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-             "device: cudaFuncSetAttribute for " + std::to_string(bytes) + " bytes of shared memory");
+             "device: cudaFuncSetAttribute for ", bytes, " bytes of shared memory");
   allowed.insert({kernel, device});
 }
 

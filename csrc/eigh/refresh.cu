@@ -396,8 +396,8 @@ void launch(const Refresh& all, int64_t most, cudaStream_t stream) {
   allow_shared_memory(reinterpret_cast<const void*>(refresh<kSpans>),
                       shared_bytes(std::min<int64_t>(most, kSpans * kSpan)));
   refresh<kSpans><<<blocks, kThreads, bytes, stream>>>(all);
-  check_cuda(cudaGetLastError(), "eigh_refresh: a launch of " + std::to_string(blocks) + " blocks with " +
-                                     std::to_string(bytes) + " bytes of shared memory");
+  check_cuda(cudaGetLastError(), "eigh_refresh: a launch of ", blocks, " blocks with ", bytes,
+             " bytes of shared memory");
 }
 
 }  // namespace

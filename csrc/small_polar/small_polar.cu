@@ -531,8 +531,7 @@ void launch(const Batch& batch, int32_t matrices, size_t bytes, const Room& room
   config.dynamicSmemBytes = bytes, config.stream = stream;
   config.attrs = &cluster, config.numAttrs = kBlocks > 1 ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, small_polar<kMost>, batch);
-  check_cuda(error, "small_polar: a launch of " + std::to_string(blocks) + " blocks with " + std::to_string(bytes) +
-                        " bytes of shared memory");
+  check_cuda(error, "small_polar: a launch of ", blocks, " blocks with ", bytes, " bytes of shared memory");
 }
 
 int64_t short_side(const Matrices& all) {  // 0 where there are none

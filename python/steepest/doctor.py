@@ -83,17 +83,19 @@ def _check(family: str, backend: str, device: torch.device) -> Outcome:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         return Outcome(family, backend, str(device), "wrong", f"no answer within {TIMEOUT} s")
-    if done.returncode != 0:
+    lines = done.stdout.splitlines()
+    if done.returncode != 0 or not lines:
         said = done.stderr.strip().rpartition("\n")[2]
         return Outcome(family, backend, str(device), "wrong", f"{_end(done.returncode)}: {said}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(lines[-1])
     state: Literal["right", "wrong"] = "right" if found["text"] == "" else "wrong"
     return Outcome(family, backend, str(device), state, **found)
 
 
 def _end(status: int) -> str:
     if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
+        names = {each.value: each.name for each in signal.Signals}  # real-time signals have none
+        return f"killed by {names.get(-status, f'signal {-status}')}"
     return f"exit status {status}"
 
 

@@ -182,7 +182,8 @@ def warm_up(
     key = (direction, shape, dtype, device, weights)
     if device.type != "cuda" or not (direction.batched and direction.capturable and selfcheck.enabled) or key in _warm:
         return
-    x, slack = torch.zeros(1, *shape, dtype=dtype, device=device), torch.empty(1, device=device)
+    x = torch.zeros(1, *shape, dtype=dtype, device=device)
+    slack = torch.empty(1, dtype=torch.float32, device=device)
     if weights is None:
         direction.units([x], [slack])
     else:

@@ -133,6 +133,12 @@ def test_a_product_is_scaled_before_it_is_stored() -> None:
     for value in (0.0, -0.0):
         out = gemm(large, large, alpha=torch.tensor([value]), out=torch.empty_like(large), symmetric=True)
         assert not out.any()
+        try:  # where subnormal numbers count as zero, as on a CPU that is told so
+            torch.set_flush_denormal(True)
+            out = gemm(large, large, alpha=torch.tensor([value]), out=torch.empty_like(large), symmetric=True)
+        finally:
+            torch.set_flush_denormal(False)
+        assert not out.any()
     out = gemm(large, large, alpha=torch.tensor([torch.nan]), out=torch.empty_like(large), symmetric=True)
     assert out.isnan().all()
 

@@ -189,9 +189,9 @@ def peak_of(call: Callable[[], object]) -> int:
 @of_every_dtype
 @pytest.mark.parametrize("work", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_prescaling_takes_one_copy(dtype: torch.dtype, work: torch.dtype) -> None:
-    """In the compute dtype; of fp64, whose range is not that of any other, one in fp64 as well."""
+    """In the compute dtype; of fp64, whose range is not that of any other, one in fp32 as well."""
     x = torch.empty(4, 512, 1024, dtype=dtype, device="meta")
-    bytes_each = work.itemsize + (8 if dtype == torch.float64 else 0)
+    bytes_each = work.itemsize + (4 if dtype == torch.float64 else 0)
     assert peak_of(lambda: _prescaled(x, work)) <= 1.01 * bytes_each * x.numel()
 
 
@@ -205,6 +205,8 @@ def test_the_workspace_of_the_iteration(work: torch.dtype, m: int, n: int, form:
         used = peak_of(lambda preset=preset: polar(x, preset, dtype=work, form=form))
         bound = len(x) * polar_module.workspace_bytes(m, n, work)
         assert 0.55 * bound <= used <= bound, preset
+        used = peak_of(lambda preset=preset: polar(x.double(), preset, dtype=work, form=form))
+        assert used <= bound + 2 * 8 * x.numel(), f"{preset}: beside x.double() and the result"
     weights = [torch.empty(m, n, dtype=torch.bfloat16, device="meta") for _ in x]
     numbers = torch.empty(len(x), device="meta")
     update = Update(weights, numbers, numbers)

@@ -209,15 +209,24 @@ def test_no_products() -> None:
 
 
 def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.zeros(2, 16, 24, dtype=H)
-    assert "the tensor is on cpu" in str(_reason([x]))
+    """And nothing that the op refuses: `factors_reason` has a test of its own."""
+    x, out, numbers = torch.zeros(2, 16, 24, dtype=H), torch.zeros(2, 16, 16, dtype=H), torch.zeros(2)
+    assert "the tensor is on cpu" in str(_reason([x], [x.mT], [], [out]))
     monkeypatch.setattr("steepest.ops.grouped_gemm.hopper_reason", lambda x: None)
-    assert _reason([x], [x.mT], [], [x[:, :, :16]]) is None
-    assert "torch.float32" in str(_reason([x], [x.float()]))
-    assert "shape (0, 16, 24)" in str(_reason([x[:0]]))
-    for other in (x[..., ::2], x[:, :, :12].clone(), x[:1].expand(2, -1, -1), x[:, :1].expand(-1, 8, -1)):
-        assert f"has strides {other.stride()}" in str(_reason([x], [other]))
-    assert "16 bytes" in str(_reason([x.view(-1)[1 : 1 + 128].view(1, 8, 16)]))
+    assert _reason([x], [x.mT], [out[:1].expand(2, -1, -1)], [out], [numbers]) is None
+    assert _reason([x.mT], [x], [], [torch.zeros(2, 24, 24, dtype=H)]) is None
+    assert "torch.float32" in str(_reason([x], [x.mT.float()], [], [out]))
+    assert "torch.bfloat16" in str(_reason([x], [x.mT], [], [out.bfloat16()]))
+    assert "(0, 16, 24)" in str(_reason([x[:0]], [x[:0].mT], [], [out[:0]]))
+    for other in (out.mT, out[..., ::2], out[:, :, :12].clone(), out[:, :1].expand(-1, 8, -1)):
+        assert f"has strides {other.stride()}" in str(_reason([x], [x.mT], [other], [out]))
+        assert f"has strides {other.stride()}" in str(_reason([x], [x.mT], [], [other]))
+    assert "strides (0, 16, 1)" in str(_reason([x], [x.mT], [], [out[:1].expand(2, -1, -1)]))
+    assert "strides (384, 1, 16)" in str(_reason([torch.zeros(2, 24, 16, dtype=H).mT], [x.mT], [], [out]))
+    assert "16 bytes" in str(_reason([x], [x.mT], [], [torch.zeros(520, dtype=H)[1:513].view(2, 16, 16)]))
+    sums = torch.zeros(2, 32)
+    for more in (([numbers.double()],), ((), [sums[:, :16].double()]), ((), [sums[:, ::2]])):
+        assert "float32" in str(_reason([x], [x.mT], [], [out], *more))
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

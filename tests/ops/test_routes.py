@@ -124,21 +124,22 @@ extern "C" const char* refusal_of(const int64_t* at) {
   return (text = refusal(shape)).c_str();
 }
 """
-KK, KMN = 0, 2  # Majors
+KK, MNMN, KMN = 0, 1, 2  # Majors
 
 
 @pytest.fixture(scope="module")
 def refusal(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tensor, Tensor], str]:
-    """What csrc/symm_gemm/plan.cpp says of a product, described as csrc/ops/weight_update.cpp does."""
+    """What csrc/symm_gemm/plan.cpp says of a product, described as csrc/ops/products.h does."""
     folder = tmp_path_factory.mktemp("refusal")
     (folder / "door.cpp").write_text(REFUSAL)
     loaded = ctypes.CDLL(str(shared_library(folder / "r.so", ["csrc/symm_gemm/plan.cpp", str(folder / "door.cpp")])))
     loaded.refusal_of.restype = ctypes.c_char_p
 
     def of(a: Tensor, b: Tensor) -> str:
-        by_rows = b.stride(2) == 1
-        strides = (a.stride(1), a.stride(0), b.stride(1 if by_rows else 2), b.stride(0))
-        numbers = (len(a), a.shape[1], b.shape[2], a.shape[2], KMN if by_rows else KK, *strides)
+        a_by_rows, b_by_rows = a.stride(2) == 1, b.stride(2) == 1
+        strides = (a.stride(1 if a_by_rows else 2), a.stride(0), b.stride(1 if b_by_rows else 2), b.stride(0))
+        majors = MNMN if not a_by_rows else KMN if b_by_rows else KK
+        numbers = (len(a), a.shape[1], b.shape[2], a.shape[2], majors, *strides)
         return str(loaded.refusal_of((ctypes.c_int64 * 9)(*numbers)).decode())
 
     return of
@@ -172,14 +173,30 @@ def factors() -> Iterator[tuple[Tensor, Tensor]]:
 
 def test_a_product_that_is_sent_is_not_refused(refusal: Callable[[Tensor, Tensor], str]) -> None:
     sent = 0
-    for a, b in factors():
-        why = weight_update.factors_reason(a, b)
-        if a.stride(2) != 1 or 1 not in b.stride()[1:]:
+    for (a, b), by_columns in itertools.product(factors(), (False, True)):
+        why = weight_update.factors_reason(a, b, by_columns=by_columns)
+        by_rows = a.stride(2) == 1 and 1 in b.stride()[1:]
+        if not by_rows and not (by_columns and a.stride(1) == b.stride(2) == 1):
             assert why is not None
             continue
         assert (why is None) == (refusal(a, b) == ""), (a.shape, a.stride(), b.shape, b.stride(), why, refusal(a, b))
         sent += why is None
-    assert sent > 20
+    assert sent > 40
+
+
+def test_numbers_of_a_chain_are_fp32_whatever_the_default_is(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op takes no others."""
+    given: list[Tensor] = []
+    monkeypatch.setattr(chain_numbers, "_route", lambda *_: "cuda")
+    monkeypatch.setattr(torch.ops.steepest, "chain_numbers", lambda *a: given.extend(a[1:3]), raising=False)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        slack = torch.empty(2, dtype=F)
+        chain_numbers.chain_numbers(torch.ones(2, 8, 8, dtype=H), ((1.0,),), (1,), (), tight=True, eps=0.0, slack=slack)
+    finally:
+        torch.set_default_dtype(default)
+    assert [t.dtype for t in given] == [F, F]
 
 
 @pytest.mark.parametrize(

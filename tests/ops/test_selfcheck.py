@@ -553,6 +553,19 @@ def test_nobody_elses_settings_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@needs_extension
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.functionalize])
+def test_a_transformed_function_around_it_does_not_matter(transform: Callable[..., Any]) -> None:
+    """A verdict that came of it would hold for the process."""
+
+    def function(x: Tensor) -> Tensor:
+        assert selfcheck.reason("elementwise", "cpu", CPU) is None
+        return x.square().sum()
+
+    transform(function)(torch.ones(3))
+    assert selfcheck._verdicts == {("elementwise", "cpu", CPU): None}
+
+
 def never(*arguments: Any) -> None:
     raise AssertionError("a check was made")
 
@@ -659,6 +672,21 @@ def test_directions_are_warmed_up_once_for_a_shape(
         plan.warm_up(Spectral(), (8, 12), torch.float32, CPU)
     name = "units" if weights is None else "move"
     assert called == [(name, (1, 8, 12)), (name, (1, 16, 4))]
+
+
+@pytest.mark.parametrize("weights", [None, torch.bfloat16])
+def test_a_warm_up_goes_by_no_default_dtype(weights: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slack in fp64 would be refused."""
+    monkeypatch.setattr(plan, "_warm", set())
+    monkeypatch.setattr(selfcheck, "reason", lambda *_: None)
+    default, cuda = torch.get_default_dtype(), torch.device("cuda", 0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with OnCpu():
+            plan.warm_up(Spectral(), (8, 12), torch.float32, cuda, weights)
+    finally:
+        torch.set_default_dtype(default)
+    assert len(plan._warm) == 1
 
 
 def test_switches_are_read_at_import() -> None:

@@ -22,7 +22,7 @@ from ..ops.tracing import assume_constant_result
 from ..ops.weight_update import add_into
 from .coefficients import Coefficients, Schedule, presets, schedule
 from .newton_schulz import newton_schulz, newton_schulz_plain
-from .scaling import PowerOfTwo, into_fp16, inverse_power_of_two, largest_entry, to_order_one
+from .scaling import PowerOfTwo, inverse_power_of_two, largest_entry, narrowed
 
 FORMS = ("auto", "standard", "gram")
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -368,11 +368,11 @@ def _prescaled(x: Tensor, dtype: torch.dtype) -> Tensor:
     The factor is exact, so neither a Gram product nor a conversion over- or underflows and no digit is lost.  In fp16
     it brings the mean eigenvalue of X X^T into [1/4, 1) instead, the largest below m.  NaN if x is not finite.
     """
-    if x.dtype == torch.float64 and dtype != torch.float64:  # half of the factor may not be enough for the range
-        x = to_order_one(x)
+    if x.dtype == torch.float64 and dtype != torch.float64:  # whose range no other dtype has
+        x = narrowed(x, torch.float32)
     if dtype != torch.float16:
         return _scaled(x, inverse_power_of_two(largest_entry(x)), _like(x, dtype))
-    given, x = x, x if x.dtype == torch.float16 else into_fp16(x)
+    given, x = x, x if x.dtype == torch.float16 else narrowed(x, torch.float16)
     # fp32 holds the squares, and torch reads fp16 into it without a copy.
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     scale = inverse_power_of_two(norm / math.sqrt(min(x.shape[-2:])))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# fp16 holds 65504: the largest entry goes here, so that entries 2^29 times smaller keep all their digits.
+# fp16 holds 65504: the largest entry goes here, so that entries 2^28 times smaller keep all their digits.
 FP16_EXPONENT = 15
 
 
@@ -51,16 +51,18 @@ def to_order_one(x: Tensor) -> Tensor:
     return inverse_power_of_two(largest_entry(x)).times(x)
 
 
-def into_fp16(x: Tensor) -> Tensor:
-    """x in fp16, times a power of two that brings its largest entry near fp16's largest.   x: (..., m, n), not fp64.
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in fp16, or fp64 in fp32, times a power of two that brings its largest entry near fp16's largest.
 
-    One factor does, of at most 2^126: what it leaves small are multiples of 2^-23, which fp16 holds, of a matrix all of
-    whose entries were subnormal.
+    x: (..., m, n), for fp16 not fp64.  One factor does, of at most 2^126, or 2^1022 for fp64: what it leaves small are
+    multiples of 2^-23, or 2^-52, which the dtype holds, of a matrix all of whose entries were subnormal.
     """
-    largest = largest_entry(x).to(torch.float32)
-    exponent = (FP16_EXPONENT - _exponent(largest)).clamp(max=126)
-    factor = torch.where(largest.isfinite(), _power(exponent, torch.float32), torch.nan)
-    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=torch.float16, device=x.device))
+    largest = largest_entry(x)
+    largest = largest.to(torch.promote_types(largest.dtype, torch.float32))
+    most = 1022 if largest.dtype == torch.float64 else 126
+    exponent = (FP16_EXPONENT - _exponent(largest)).clamp(max=most)
+    factor = torch.where(largest.isfinite(), _power(exponent, largest.dtype), torch.nan)
+    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
 def _exponent(value: Tensor) -> Tensor:

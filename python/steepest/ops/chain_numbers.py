@@ -48,7 +48,7 @@ def chain_numbers(
     """
     if _route(gram, constants) == "torch":
         return _numbers(gram, constants, powers, slacks, tight, eps, slack)
-    numbers = torch.empty(len(gram), len(powers), device=gram.device)
+    numbers = torch.empty(len(gram), len(powers), dtype=torch.float32, device=gram.device)
     scratch = torch.zeros(len(gram) * SCRATCH, dtype=torch.float64, device=gram.device)
     flat = [value for row in constants for value in row]
     torch.ops.steepest.chain_numbers(gram, numbers, slack, scratch, flat, powers, slacks, tight, eps)

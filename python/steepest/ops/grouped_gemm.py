@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
-from .polar_chain import DTYPES, MULTIPLE, hopper_reason
+from .polar_chain import hopper_reason
 from .symm_gemm import gemm
+from .weight_update import factors_reason, stack_reason
 
 #: Of the compiled kernel: "auto" is what a model of time likes best (csrc/symm_gemm/plan.cpp).
 TILES = ("auto", "wide", "small")
@@ -51,7 +52,7 @@ def grouped_gemm(
     _check(a, b, c, out, alpha, beta, row_sums, symmetric, tile, streams)
     if not a:
         return
-    if _route(a, b, c, out) == "cuda":
+    if _route(a, b, c, out, (*_tensors(alpha), *_tensors(beta)), row_sums) == "cuda":
         numbers = (_tensors(alpha), _tensors(beta), _number(alpha), _number(beta))
         choices = (symmetric, TILES.index(tile), STREAMS.index(streams))
         torch.ops.steepest.grouped_gemm(a, b, c, out, row_sums, *numbers, *choices)
@@ -81,30 +82,35 @@ def _of(numbers: float | Sequence[Tensor], i: int) -> float | Tensor:
     return numbers if isinstance(numbers, float | int) else numbers[i]
 
 
-def _route(*lists: Sequence[Tensor]) -> str:
-    device = lists[0][0].device
+Lists = Sequence[Tensor]
+
+
+def _route(a: Lists, b: Lists, c: Lists, out: Lists, numbers: Lists, row_sums: Lists) -> str:
+    device = a[0].device
     if device.type != "cuda" or torch.compiler.is_compiling():
         return "torch"
-    return _backend.choose("grouped_gemm", "auto", {"cuda": _reason(*lists)}, device, "polar chain")
+    reasons = {"cuda": _reason(a, b, c, out, numbers, row_sums)}
+    return _backend.choose("grouped_gemm", "auto", reasons, device, "polar chain")
 
 
-def _reason(*lists: Sequence[Tensor]) -> str | None:
+def _reason(a: Lists, b: Lists, c: Lists, out: Lists, numbers: Lists = (), row_sums: Lists = ()) -> str | None:
     """Why the compiled kernel does not take these; None where it does."""
-    if (why := hopper_reason(lists[0][0])) is not None:
+    if (why := hopper_reason(a[0])) is not None:
         return why
-    for x in (each for some in lists for each in some):
-        if x.dtype not in DTYPES or not x.numel():
-            return f"a matrix is {x.dtype} of shape {tuple(x.shape)}"
-        row, columns = max(x.stride()[1:]), x.shape[2 if x.stride(2) == 1 else 1]
-        if 1 not in x.stride()[1:] or row < columns or row % MULTIPLE or (len(x) > 1 and not _apart(x)):
-            return f"a stack of shape {tuple(x.shape)} has strides {x.stride()}"
-        if x.data_ptr() % 16:
-            return "a stack does not begin at a multiple of 16 bytes"
+    for x, y in zip(a, b, strict=True):
+        if (why := factors_reason(x, y, by_columns=True)) is not None:
+            return why
+    for written, some in ((False, c), (True, out)):
+        for x in some:
+            if x.dtype != a[0].dtype:
+                return f"a matrix is {x.dtype}, and a[0] {a[0].dtype}"
+            if (why := stack_reason(x, written=written)) is not None:
+                return why
+    if any(x.data_ptr() % 16 for some in (a, b, c, out) for x in some):
+        return "a stack does not begin at a multiple of 16 bytes"
+    if any(x.dtype != torch.float32 for x in (*numbers, *row_sums)) or not all(x.is_contiguous() for x in row_sums):
+        return "alpha, beta and row_sums are taken as float32, row_sums as contiguous"
     return None
-
-
-def _apart(x: Tensor) -> bool:
-    return x.stride(0) > 0 and x.stride(0) % MULTIPLE == 0
 
 
 def _check(

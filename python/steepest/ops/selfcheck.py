@@ -191,6 +191,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with (
         _disable_current_modes(),
+        torch._C._DisableFuncTorch(),  # type: ignore[attr-defined]
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),

@@ -113,7 +113,7 @@ def _scaled_product(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor) -> Tensor:
     two, and both are of the order of 1: at m rows what is lost is 2^-25 sqrt(m) of the product's norm at most.
     """
     _, exponent = torch.frexp(alpha)  # |alpha| in [2^(exponent - 1), 2^exponent)
-    half = torch.where(alpha == 0, -64, (exponent // 2).clamp(max=0))  # a product that does not count is not infinite
+    half = torch.where(alpha == 0, -32, (exponent // 2).clamp(max=0))  # a product that does not count is not infinite
     root = torch.ldexp(torch.ones_like(alpha), half)
     left = times(a, root, out=torch.empty_like(a))
     right = left if b is a else times(b, root, out=torch.empty_like(b))

@@ -84,26 +84,39 @@ def _reason(a: Tensor, b: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta
     return weights_reason(weights)
 
 
-def factors_reason(a: Tensor, b: Tensor) -> str | None:
+def factors_reason(a: Tensor, b: Tensor, *, by_columns: bool = False) -> str | None:
     """Why a compiled product does not take these factors, by dtype, shape and strides; None where it does.
 
     As `refusal` in csrc/symm_gemm/plan.cpp: a tensor map steps by 16 bytes, from rows that do not overlap to rows, and
-    a single matrix stands for a stack only where it is a copy.
+    a single matrix stands for a stack only where it is a copy. by_columns: whether A may lie by columns where B lies
+    by rows.
     """
     if a.dtype not in DTYPES or b.dtype != a.dtype or not (a.numel() and b.numel()):
         return f"the factors are {a.dtype} and {b.dtype} of shapes {tuple(a.shape)} and {tuple(b.shape)}"
     strides = f"the factors have shapes {tuple(a.shape)} and {tuple(b.shape)} and strides {a.stride()} and {b.stride()}"
-    by_rows = b.stride(2) == 1
-    if a.stride(2) != 1 or not (by_rows or b.stride(1) == 1) or b.shape[2] % MULTIPLE:
+    a_by_rows, b_by_rows = a.stride(2) == 1, b.stride(2) == 1
+    lie = b_by_rows or b.stride(1) == 1 if a_by_rows else by_columns and b_by_rows and a.stride(1) == 1
+    if not lie or b.shape[2] % MULTIPLE or max(*a.shape, *b.shape) > MOST_SIZE:
         return strides
-    of_rows = ((a, a.stride(1), a.shape[2]), (b, b.stride(1 if by_rows else 2), b.shape[2 if by_rows else 1]))
-    for factor, row, columns in of_rows:
-        matrix = factor.stride(0)
-        if row % MULTIPLE or row < columns or max(row, matrix) > MOST_STRIDE:
-            return strides
-        if len(factor) > 1 and (matrix == 0 or matrix % MULTIPLE):
-            return strides
-    return None if max(*a.shape, *b.shape) <= MOST_SIZE else strides
+    alone = len(a) == 1
+    if not all(_steps(x) and (alone or x.stride(0)) for x in (a if a_by_rows else a.mT, b if b_by_rows else b.mT)):
+        return strides
+    return None
+
+
+def stack_reason(x: Tensor, *, written: bool) -> str | None:
+    """Why a compiled product does not read C from x, or write there; None where it does."""
+    rows = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    if x.stride(2) == 1 and _steps(x) and (not written or len(x) == 1 or x.stride(0) >= rows):
+        return None
+    return f"a stack of shape {tuple(x.shape)} has strides {x.stride()}"
+
+
+def _steps(x: Tensor) -> bool:
+    """Whether a tensor map steps through x, (batch, rows, columns) with contiguous rows."""
+    matrix, row, _ = x.stride()
+    aligned = row % MULTIPLE == 0 and (len(x) == 1 or matrix % MULTIPLE == 0)
+    return aligned and row >= x.shape[2] and max(row, matrix) <= MOST_STRIDE
 
 
 def _check(a: Tensor, b: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> None:
