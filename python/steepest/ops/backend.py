@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from . import selfcheck
+from .environment import switch
 from .extension import LIBRARY, Extension, OtherSourcesError
 from .tracing import assume_constant_result
 
@@ -34,7 +35,7 @@ logger = logging.getLogger("steepest")
 # Read once: looking at the environment in every step would cost more than some of the launches.
 forced = os.environ.get("STEEPEST_BACKEND", "auto")
 # Whether a matrix' bits may not depend on which others share its launches; see `steepest.ops.polar_chain`.
-batch_invariant = os.environ.get("STEEPEST_BATCH_INVARIANT", "0") != "0"
+batch_invariant = switch("STEEPEST_BATCH_INVARIANT", False)
 _logged: set[tuple[str, str, str]] = set()
 
 

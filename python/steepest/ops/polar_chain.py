@@ -12,7 +12,6 @@ in fp32, rounded once. The reference is `steepest.linalg.newton_schulz` in torch
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,12 +20,13 @@ from torch import Tensor
 
 from . import backend as _backend
 from .chain_numbers import too_many
+from .environment import switch
 
 DTYPES = (torch.float16, torch.bfloat16)
 MULTIPLE = 8  # rows begin at multiples of 16 bytes
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 # Whether compiled products are taken where they run; all other kernels stay. Read once.
-hopper_wanted = os.environ.get("STEEPEST_HOPPER", "1") != "0"
+hopper_wanted = switch("STEEPEST_HOPPER", True)
 KINDS = ("gram", "product", "sum", "apply")  # Kind in csrc/polar/chain.h
 BUFFERS = ("x", "y", "gram", "z", "t", "q", "p")  # Buffer there
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,13 +31,14 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._version import __version__
+from .environment import switch
 
 if TYPE_CHECKING:
     from .checks.comparison import Comparison
 
 logger = logging.getLogger("steepest")
 # Read once, as STEEPEST_BACKEND is.
-enabled = os.environ.get("STEEPEST_SELFCHECK", "1") != "0"
+enabled = switch("STEEPEST_SELFCHECK", True)
 
 #: Families of kernels that are checked together, and the backends that have them.
 FAMILIES = {

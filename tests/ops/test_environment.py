@@ -1,0 +1,32 @@
+"""Switches of the environment: what they take, and what importing steepest says of anything else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from steepest.ops.environment import switch
+
+SWITCHES = {"STEEPEST_BATCH_INVARIANT": False, "STEEPEST_HOPPER": True, "STEEPEST_SELFCHECK": True}
+
+
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize("value,wanted", [(None, None), ("", None), ("0", False), ("1", True)])
+def test_a_switch(default: bool, value: str | None, wanted: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SWITCH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SWITCH", value)
+    assert switch("SWITCH", default) is (default if wanted is None else wanted)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_another_value_is_an_error(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import steepest"], env={**os.environ, name: "off"}, capture_output=True, text=True
+    )
+    default = "01"[SWITCHES[name]]
+    assert done.returncode == 1
+    assert f"ValueError: {name}='off' is neither '0' (off) nor '1' (on); unset it for '{default}'" in done.stderr
