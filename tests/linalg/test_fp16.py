@@ -47,8 +47,8 @@ def assert_near_the_polynomial(x: Tensor, y: Tensor, schedule: Schedule, bound: 
     wanted = polynomial_of(x, schedule)
     assert y.isfinite().all()
     assert (y - wanted).norm() <= bound * wanted.norm()
-    # The composed polynomial is steep at the norm end, and what a product loses by being rounded twice, 2^-11 of it, grows
-    # as much: "auto" errs by .03, "polar_express", whose first step has slope 22 there, by .16.
+    # The composed polynomial is steep at the norm end, and what a product loses by being rounded twice, 2^-11 of it,
+    # grows as much: "auto" errs by .03, "polar_express", whose first step has slope 22 there, by .16.
     steep = schedule is PRESETS["polar_express"]
     assert torch.linalg.matrix_norm(y, 2) <= torch.linalg.matrix_norm(wanted, 2) + (0.2 if steep else 0.1)
 
