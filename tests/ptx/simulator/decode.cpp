@@ -76,7 +76,7 @@ void load(Instruction& in) {
   const bool strong = has(in, "volatile") || ((has(in, "relaxed") || has(in, "acquire")) && !of_block(in));
   if (strong || has(in, "cg") || has(in, "cv") || has(in, "mmio")) in.order |= kStrong;
   if (has(in, "acquire") && !of_block(in)) in.order |= kAcquire;
-  in.yields = strong;
+  in.polls = strong;
 }
 void store(Instruction& in) {
   vector_access(in);
@@ -89,7 +89,7 @@ int atom_operation(const Instruction& in) {
   return op;
 }
 void atom(Instruction& in) {
-  in.a = space_of(in), in.b = atom_operation(in), in.yields = true;
+  in.a = space_of(in), in.b = atom_operation(in);
   if (in.mods.back() == "noftz") in.mods.pop_back();
   if (has(in, "v2") || has(in, "v4") || has(in, "v8")) unknown(in);
   if (of_block(in)) return;
@@ -102,7 +102,6 @@ void red(Instruction& in) {
 }
 // fence, membar
 void fence(Instruction& in) {
-  in.yields = true;
   if (has_prefix(in, "proxy")) {
     in.a = has_prefix(in, "async") || has_prefix(in, "proxy::async");
     if (has(in, "release") || has(in, "acquire")) in.order = kRelease | kAcquire;  // of a tensor map
@@ -193,7 +192,7 @@ void wgmma(Instruction& in) {
 
 // bar, barrier: a: 0 sync, 1 arrive, 2 red; b: of red 0 popc, 1 and, 2 or
 void barrier(Instruction& in) {
-  in.whole = in.yields = true;
+  in.whole = true;
   if (has(in, "cluster")) {
     in.run = has(in, "arrive") ? run_cluster_arrive : run_cluster_wait;
     // Both order memory unless told otherwise.
@@ -205,7 +204,7 @@ void barrier(Instruction& in) {
 }
 // a: space; arrive: b expects bytes, c no arrival; test: b by parity, c may wait
 void mbarrier(Instruction& in) {
-  in.a = space_of(in), in.yields = true;
+  in.a = space_of(in);
   const string& what = in.mods[0];
   const bool far = has(in, "cluster");  // the scope
   if (what == "init")
@@ -230,7 +229,6 @@ void copy(Instruction& in) {
     in.run = run_nothing;
     return;
   }
-  in.yields = true;
   if (has(in, "reduce")) unknown(in);
   const bool bulk = has(in, "bulk");
   if (has(in, "commit_group")) {
@@ -346,7 +344,7 @@ const std::unordered_map<string, Entry>& instructions() {
       {"bar", {run_bar, barrier}},
       {"barrier", {run_bar, barrier}},
       {"mbarrier", {nullptr, mbarrier}},
-      {"nanosleep", {run_sleep, [](Instruction& in) { in.yields = true; }}},
+      {"nanosleep", {run_sleep}},
       {"griddepcontrol", {run_nothing}},
       {"setmaxnreg", {run_nothing, whole}},
       // control

@@ -167,6 +167,7 @@ void run_ld(Warp& w, const Instruction& in, u32 mask) {
     }
   }
   if (in.order & kAcquire) l.global.acquire(*w.cta);
+  w.polled |= in.polls;
 }
 void run_st(Warp& w, const Instruction& in, u32 mask) {
   const size_t each = size_t(size_of(in.t)), bytes = each * size_t(in.b);
@@ -264,7 +265,11 @@ void run_atom(Warp& w, const Instruction& in, u32 mask) {
     const u64 y = in.ops.size() > first + 2 ? raw(w, in.ops[first + 2], lane) & bits : 0;
     u64 old = 0;
     memcpy(&old, p.at, bytes);
-    const u64 next = combine(w, in, old, x, y);
+    const u64 next = combine(w, in, old, x, y) & bits;
+    if (next == old)
+      w.polled = true;
+    else
+      ++l.progress;
     if (p.shared)
       store_shared(w, p, &next, bytes);
     else
@@ -272,7 +277,6 @@ void run_atom(Warp& w, const Instruction& in, u32 mask) {
     if (!in.c) put_raw(w, in.ops[0], lane, old);
   }
   if (in.order & kAcquire) l.global.acquire(*w.cta);
-  ++l.progress;
 }
 
 // order: what the fence does for global memory; a: it is one of the async proxy

@@ -30,7 +30,7 @@ struct Instruction {
   Flow flow = kPlain;
   bool whole = false;        // all lanes of the warp, or of its mask, take part
   bool masked = false;       // the last operand is that mask
-  bool yields = false;       // another warp may go on after it
+  bool polls = false;        // a load that others may be waited for with
   bool ftz = false;          // subnormal numbers are zero
   bool saturates = false;    // results lie in [0, 1]
   bool two_results = false;  // d|p
