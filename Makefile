@@ -19,8 +19,6 @@ say := $(bin)/python -c 'import setup; b = setup.decide(); [print("==", line) fo
 compiled_tests := tests/test_backends_of_a_step.py tests/ops/test_weight_update.py tests/ops/test_chain_numbers.py
 # The oldest Triton that the kernels are for, whose PTX is executed beside that of the newest.
 oldest_triton := build/triton-3.6/.ready
-# The oldest Triton that the kernels are for, whose PTX is executed beside that of the newest.
-oldest_triton := build/triton-3.6/.ready
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
@@ -81,10 +79,6 @@ gpu:
 
 doctor: $(VENV)/.built
 	$(bin)/python -m steepest doctor $(ARGS)
-
-$(oldest_triton): $(VENV)/.torch
-	$(install) --target $(@D) --no-deps triton==3.6.0
-	touch $@
 
 $(oldest_triton): $(VENV)/.torch
 	$(install) --target $(@D) --no-deps triton==3.6.0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+COMPILER = os.environ.get("CXX", "g++")
 SOURCES = Path(__file__).parent / "simulator"
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fnon-call-exceptions", "-Wall", "-Wextra"]
 if platform.machine() == "x86_64":
@@ -34,32 +37,31 @@ def _compile(target: Path, command: Sequence[str]) -> Path:
     return target
 
 
-def objects(compiler: str = "g++", cuda: Path | None = None) -> list[Path]:
-    """Compiles what changed. cuda: a toolkit, for the stand-in of the CUDA runtime too."""
+def objects() -> list[Path]:
+    """Compiles what changed, all but the stand-in for the CUDA runtime, which needs a toolkit."""
     headers = b"".join(p.read_bytes() for p in sorted(SOURCES.glob("*.h")))
-    CACHE.mkdir(parents=True, exist_ok=True)
-    paths = []
+    jobs = []
     for source in sorted(SOURCES.glob("*.cpp")):
-        of_cuda = source.name == "cuda_runtime.cpp"
-        if of_cuda and cuda is None:
+        if source.name == "cuda_runtime.cpp":
             continue
-        command = [compiler, *FLAGS, *(["-isystem", str(cuda / "include")] if of_cuda else []), "-c", str(source)]
+        command = [COMPILER, *FLAGS, "-c", str(source)]
         key = hashlib.sha256(headers + source.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-        paths.append(_compile(CACHE / f"{source.stem}-{key}.o", command))
-    return paths
+        jobs.append((CACHE / f"{source.stem}-{key}.o", command))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "simulator.lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one compiles
+        return list(pool.map(lambda job: _compile(*job), jobs))
 
 
 @cache
 def library() -> ctypes.CDLL:
     """The simulator without a CUDA runtime."""
-    compiler = os.environ.get("CXX", "g++")
-    parts = objects(compiler)
+    parts = objects()
     key = hashlib.sha256(" ".join(p.name for p in parts).encode()).hexdigest()[:16]
-    path = _compile(CACHE / f"libptxsim-{key}.so", [compiler, "-shared", *map(str, parts)])
+    path = _compile(CACHE / f"libptxsim-{key}.so", [COMPILER, "-shared", *map(str, parts)])
     loaded = ctypes.CDLL(str(path))
     for name in ("ptxsim_load", "ptxsim_launch", "ptxsim_tensor_map"):
         getattr(loaded, name).restype = ctypes.c_char_p
-    loaded.ptxsim_parameters.restype = loaded.ptxsim_parameter_bytes.restype = ctypes.c_int64
     return loaded
 
 

@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from ptx.simulator_library import BUILD, FLAGS, objects
+from ptx.simulator_library import CACHE, FLAGS, objects
 from requirements import unavailable
 
 ROOT = Path(__file__).parents[2]
@@ -46,14 +46,14 @@ def stand_in() -> Path:
     if spec is None or spec.origin is None:
         unavailable("Triton is not installed")
     headers = Path(spec.origin).parent / "backends" / "nvidia" / "include"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / "driver.lock").open("w") as lock:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "driver.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one compiles
         parts = [str(path) for path in objects()]
         include = ["-I", str(SOURCE.parent / "simulator"), "-isystem", str(headers)]
         command = ["g++", *FLAGS, "-shared", *include, str(SOURCE), *parts, "-Wl,-soname,libcuda.so.1"]
         key = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-        target = BUILD / f"driver-{key}" / "libcuda.so.1"
+        target = CACHE / f"driver-{key}" / "libcuda.so.1"
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
             partial = target.with_suffix(".partial")
@@ -66,7 +66,7 @@ def prepare(folder: Path | None, libcuda: Path) -> None:
     """In the new process, before anything imports Triton."""
     if folder is not None:
         sys.path.insert(0, str(folder))
-    os.environ["TRITON_CACHE_DIR"] = str(BUILD / "triton")
+    os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
     os.environ["TRITON_LIBCUDA_PATH"] = str(libcuda.parent)
     os.environ.pop("TRITON_INTERPRET", None)
     ctypes.CDLL(str(libcuda), mode=ctypes.RTLD_GLOBAL)

@@ -39,14 +39,6 @@ const char* ptxsim_launch(void* module, const char* kernel, const uint32_t* grid
     launch(*k, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, cluster, dynamic_shared_bytes, arguments);
   });
 }
-int64_t ptxsim_parameters(void* module, const char* kernel) {
-  const Kernel* k = find(module, kernel);
-  return k ? int64_t(k->param_sizes.size()) : -1;
-}
-int64_t ptxsim_parameter_bytes(void* module, const char* kernel, int64_t index) {
-  const Kernel* k = find(module, kernel);
-  return k && u64(index) < k->param_sizes.size() ? int64_t(k->param_sizes[index]) : -1;
-}
 const char* ptxsim_tensor_map(void* map, int element_bytes, int rank, const void* address, const uint64_t* sides,
                               const uint64_t* strides, const uint32_t* box, int swizzle) {
   return guarded([&] { encode_tensor_map(map, element_bytes, rank, address, sides, strides, box, swizzle); });

@@ -11,9 +11,6 @@ void ptxsim_unload(void* module);
 // point to the values of the kernel's parameters.
 const char* ptxsim_launch(void* module, const char* kernel, const uint32_t* grid, const uint32_t* block, int cluster,
                           uint64_t dynamic_shared_bytes, void** arguments);
-// The bytes of all parameters, of a parameter, and how many there are; -1 where there is no such kernel or parameter.
-int64_t ptxsim_parameters(void* module, const char* kernel);
-int64_t ptxsim_parameter_bytes(void* module, const char* kernel, int64_t index);
 // A map of a tensor of `rank` sides, the innermost first; `strides` are bytes of the other sides; `swizzle` is 0, 32,
 // 64 or 128. `map` has 128 bytes.
 const char* ptxsim_tensor_map(void* map, int element_bytes, int rank, const void* address, const uint64_t* sides,
