@@ -218,6 +218,12 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in (x[..., ::2], x[:, :, :12].clone(), x[:1].expand(2, -1, -1), x[:, :1].expand(-1, 8, -1)):
         assert f"has strides {other.stride()}" in str(_reason([x], [other]))
     assert "16 bytes" in str(_reason([x.view(-1)[1 : 1 + 128].view(1, 8, 16)]))
+    # What the op itself would refuse.
+    square = torch.zeros(1, 24, 24, dtype=H)
+    for out in (square.mT, square[:, :, :20]):
+        assert "a product of shape" in str(_reason([square], [square], [], [out]))
+        assert "a product of shape" in str(_reason([square], [square], [out], [square]))
+    assert "both factors" in str(_reason([square.mT], [square.mT], [], [square]))
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

@@ -88,8 +88,11 @@ def _route(*lists: Sequence[Tensor]) -> str:
     return _backend.choose("grouped_gemm", "auto", {"cuda": _reason(*lists)}, device, "polar chain")
 
 
-def _reason(*lists: Sequence[Tensor]) -> str | None:
+def _reason(
+    a: Sequence[Tensor], b: Sequence[Tensor] = (), c: Sequence[Tensor] = (), out: Sequence[Tensor] = ()
+) -> str | None:
     """Why the compiled kernel does not take these; None where it does."""
+    lists = (a, b, c, out)
     if (why := hopper_reason(lists[0][0])) is not None:
         return why
     for x in (each for some in lists for each in some):
@@ -100,6 +103,11 @@ def _reason(*lists: Sequence[Tensor]) -> str | None:
             return f"a stack of shape {tuple(x.shape)} has strides {x.stride()}"
         if x.data_ptr() % 16:
             return "a stack does not begin at a multiple of 16 bytes"
+    for x in (*c, *out):
+        if x.stride(2) != 1 or x.shape[2] % MULTIPLE:
+            return f"a product of shape {tuple(x.shape)} has strides {x.stride()}"
+    if any(x.stride(2) != 1 and y.stride(2) != 1 for x, y in zip(a, b, strict=False)):
+        return "both factors of a product are transposed"
     return None
 
 
