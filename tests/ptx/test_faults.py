@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from cases import with_spectrum
+from cases import orthogonal, with_spectrum
 from chains import given, grams
 from ptx.kernels import Guards, Kernels
 from ptx.products import KK, KMN, Product, Shape, multiply
 from ptx.simulator_library import LaunchError, Module
 from ptx.small_polar import SmallPolar, exact, in_half_precision
+from spectra import symmetric
 from steepest.linalg.coefficients import SCHEDULES
+from steepest.ops import eigh
 from steepest.ops.chain_numbers import SCRATCH
 
 pytestmark = pytest.mark.kernels
@@ -25,7 +27,8 @@ SMALL = ("9symm_gemm8multiply", "DtypeE0", "MajorsE0", "TileE1", "EndE0")
 WIDE = ("9symm_gemm8multiply", "DtypeE0", "MajorsE0", "TileE0", "EndE0")
 UPDATE = ("9symm_gemm8multiply", "DtypeE0", "MajorsE2", "TileE1", "EndE1")
 NUMBERS, SUM, CLUSTER = ("13chain_numbers",), ("10matrix_sum",), ("11small_polarILi256E",)
-ORDERS = 12  # of warps and copies that are tried until one shows a fault
+EIGH = ("4eigh", "7refreshILi1E")
+ORDERS = 40  # of warps and copies that are tried until one shows a fault
 
 # ---- what is run ---------------------------------------------------------------------------------------------------
 
@@ -75,6 +78,18 @@ def a_cluster(kernels: Kernels, guards: Guards) -> None:
     x = guards.twin(with_spectrum(136, 144, "root").float()[None])[0]
     wanted, _ = exact(in_half_precision(x.double()), SCHEDULES["turbo"])
     assert (SmallPolar(kernels, guards).one(x, "turbo") - wanted).norm() < 0.02 * wanted.norm()
+
+
+def sweeps(kernels: Kernels, guards: Guards) -> None:
+    """Eigenvectors from any basis."""
+    P = symmetric(torch.logspace(0, -4, 30, dtype=torch.float64)).float().contiguous()
+    into = (torch.empty(1, 30, 30), torch.empty(1, 30), torch.empty(1, dtype=torch.int32), torch.empty(1, 30).long())
+    kernels.ops.eigh_refresh(
+        P[None], orthogonal(30, 1).float().contiguous()[None], *into, eigh.METHODS.index("eigh"), 1
+    )
+    V, values = into[0][0].double(), into[1][0].double()
+    assert (P.double() @ V - V * values).norm() < 1e-5
+    assert (V.mT @ V - torch.eye(30)).norm() < 1e-5
 
 
 # ---- what is planted -----------------------------------------------------------------------------------------------
@@ -145,7 +160,10 @@ FAULTS = {
         "deadlock|polls|transaction",
     ),
     "too few arrivals expected": Fault(
-        SMALL, replacing(r"mov\.u32 (%r\d+), 256;", r"mov.u32 \1, 128;", 0), a_long_product, "polls|arrivals|numbers"
+        SMALL,
+        replacing(r"mov\.u32 (%r\d+), 256;", r"mov.u32 \1, 128;", 0),
+        a_long_product,
+        "deadlock|polls|arrivals|numbers",
     ),
     "a swapped fragment": Fault(
         SMALL,
@@ -192,6 +210,26 @@ FAULTS = {
     "a store beyond shared memory": Fault(
         NUMBERS, replacing(r"(st\.shared\.f64 \[%r\d+)\+128\]", r"\1+1024]"), numbers_of_two, "out of bounds"
     ),
+    "a fence that reaches the block alone": Fault(
+        SMALL, replacing(r"membar\.gl;", "membar.cta;", 0), a_cut_product, "numbers"
+    ),
+    "a fence less before chunks are read": Fault(NUMBERS, without(r"membar\.gl;", 1), numbers_of_two, "numbers"),
+    "a block that counts nobody": Fault(
+        NUMBERS, replacing(r"(atom\.global\.add\.u\d+ \S+ \S+) 1;", r"\1 0;"), numbers_of_two, "numbers"
+    ),
+    "registers that nobody gives back": Fault(
+        SMALL, without(r"setmaxnreg\.dec\S* \d+;"), a_ragged_product, "deadlock.* for registers"
+    ),
+    "a product without its fence": Fault(
+        SMALL, without(r"wgmma\.fence\.sync\.aligned;", 0), a_ragged_product, "without wgmma.fence"
+    ),
+    "blocks of a cluster that begin without one another": Fault(
+        WIDE,
+        without(r"barrier\.cluster\.(arrive|wait)\S*;"),
+        a_product_of_clusters,
+        f"{UNWRITTEN}|mbarrier|has left|numbers",
+    ),
+    "a barrier less in a sweep": Fault(EIGH, without(r"bar\.sync.*;", 9), sweeps, f"{UNWRITTEN}|numbers"),
     "a shuffle that one lane skips": Fault(
         NUMBERS,
         replacing(

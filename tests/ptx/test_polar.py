@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cases import with_spectrum
 from chains import given, grams, kernel
-from ptx.kernels import Guards, Kernels
+from ptx.kernels import Guards, Kernels, several_seeds
 from steepest.linalg.chain import Chain, chain
 from steepest.linalg.coefficients import SCHEDULES, Schedule
 from steepest.linalg.polar import _prescaled
@@ -72,6 +72,7 @@ SHAPES = ((2, 136, 200), (1, 200, 136), (1, 72, 72))
 SEVEN = ((1, 16, 24), (2, 40, 16), (1, 64, 136), (1, 136, 72), (3, 24, 24), (1, 8, 200), (1, 104, 64))
 
 
+@several_seeds
 @tiles
 @pytest.mark.parametrize("dtype", [H, B], ids=str)
 @pytest.mark.parametrize("name, shapes", [("auto", SHAPES), ("turbo", SHAPES), ("exact", SEVEN), ("auto", SEVEN)])

@@ -320,6 +320,44 @@ def failing(message: str, body: str, *arguments: Array, seeds: Sequence[int] = (
     module("").launch("k", *padded)
 
 
+# Every lane leaves its number in shared memory, and takes its neighbour's.
+NEIGHBOURS = """
+.shared .align 4 .b8 t[128]; mov.u32 %r1, t; shl.b32 %r2, %r0, 2; add.u32 %r3, %r1, %r2;
+st.shared.b32 [%r3], -1; bar.sync 0; st.shared.b32 [%r3], %r0;
+{meet}
+xor.b32 %r4, %r2, 4; add.u32 %r5, %r1, %r4; ld.shared.b32 %r6, [%r5];
+cvt.u64.u32 %l1, %r2; add.s64 %l2, %l90, %l1; st.global.b32 [%l2], %r6;
+"""
+
+
+@pytest.mark.parametrize(("meet", "always"), [("bar.warp.sync 0xffffffff;", True), ("", False)])
+def test_lanes_of_a_warp_go_apart(meet: str, always: bool) -> None:
+    kernel, right = module(NEIGHBOURS.format(meet=meet)), set()
+    for seed in range(60):
+        out = np.zeros(32, np.int32)
+        kernel.launch("k", out, out, out, out, seed=seed)
+        right.add(bool(np.array_equal(out, np.arange(32) ^ 1)))
+    assert right == ({True} if always else {True, False})
+
+
+# The second warpgroup takes what the first gives back.
+REGISTERS = "setp.lt.u32 %p1, %r0, 128; @%p1 bra $less; {more} bra $end; $less: {less} $end:"
+
+
+def test_registers_go_from_warp_to_warp() -> None:
+    x, bounds = np.zeros(4, np.int32), ".maxntid 256, 1, 1 .minnctapersm 2"
+    more, less = "setmaxnreg.inc.sync.aligned.u32 200;", "setmaxnreg.dec.sync.aligned.u32 56;"
+    for seed in SEEDS:
+        module(REGISTERS.format(more=more, less=less), directives=bounds).launch("k", x, x, x, x, block=256, seed=seed)
+    for message, body in (
+        ("deadlock.*for registers", REGISTERS.format(more=more, less="")),
+        ("the wrong way, from 128", REGISTERS.format(more=less.replace("dec", "inc"), less="")),
+        ("setmaxnreg to 60", REGISTERS.format(more="", less=less.replace("56", "60"))),
+    ):
+        with pytest.raises(LaunchError, match=message):
+            module(body, directives=bounds).launch("k", x, x, x, x, block=256)
+
+
 WGMMA = "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, %l1, %l1, 0, 1, 1, 0, 0;"
 BARRIER = ".shared .align 8 .b64 m; mov.u32 %r2, m;"
 INIT = BARRIER + "setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared.b64 [%r2], 1; bar.sync 0;"
@@ -340,6 +378,8 @@ INIT = BARRIER + "setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared.b64 [%r2], 
             "setp.lt.u32 %p1, %r0, 16; @%p1 bra $a; bar.sync 1; bra $e; $a: bar.sync 2; $e:",
         ),
         ("does not take part", "setp.lt.u32 %p1, %r0, 16; @%p1 shfl.sync.bfly.b32 %r1, %r0, 16, 31, 0xffff;"),
+        ("not in the mask", "vote.sync.ballot.b32 %r1, 1, 0xffff;"),
+        ("different masks", "setp.lt.u32 %p1, %r0, 16; selp.b32 %r1, 0x7fffffff, -1, %p1; bar.warp.sync %r1;"),
         ("trap", "trap;"),
         ("deadlock", "bar.sync 0, 64;"),
         ("deadlock.*mbarrier at byte 0", INIT + "$w: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra $w;"),
@@ -509,6 +549,13 @@ def test_a_launch_that_is_refused(message: str, launch: dict[str, Any]) -> None:
         ("does not know: frobnicate", "frobnicate.b32 %r1, %r2;"),
         ("no such label: \\$nowhere", "bra $nowhere;"),
         ("not known: %q1", "add.s32 %r1, %q1, 1;"),
+        ("does not know: add.sat", "add.sat.s32 %r1, %r0, 1;"),
+        ("does not know: add.cc", "add.cc.u32 %r1, %r0, 1;"),
+        ("does not know: fma.rn.sat", "fma.rn.sat.f16 %h1, %h2, %h3, %h4;"),
+        ("does not know: min.xorsign", "min.xorsign.abs.f32 %f1, %f2, %f3;"),
+        ("does not know: set.eq.and", "set.eq.and.u32.s32 %r1, %r0, 1, %p1;"),
+        ("does not know: ld.global.b128", "ld.global.b128 %l1, [%l90];"),
+        ("two results", "lop3.or.b32 %r1|%p1, %r0, %r0, %r0, 0x80, %p2;"),
     ],
 )
 def test_ptx_that_is_not_understood(message: str, body: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from ptx.kernels import Kernels
+from ptx.kernels import Guards, Kernels, several_seeds
 from ptx.products import DTYPES, KK, KMN, MNMN, WEIGHTS, Product, Shape, multiply
+from steepest.ops import grouped_gemm
 
 pytestmark = pytest.mark.kernels
 
@@ -27,6 +30,7 @@ STORED = {
 }
 
 
+@several_seeds
 @tiles
 @pytest.mark.parametrize("case", STORED)
 def test_a_product(case: str, tile: str, kernels: Kernels) -> None:
@@ -120,6 +124,7 @@ def test_update(case: str, dtype: str, weights: str, tile: str, kernels: Kernels
     product.check()
 
 
+@several_seeds
 @tiles
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_cut_update(weights: str, tile: str, kernels: Kernels) -> None:
@@ -128,3 +133,109 @@ def test_a_cut_update(weights: str, tile: str, kernels: Kernels) -> None:
     product = Product(Shape(1, rows, 136, 520, KMN, symmetric=False), "bf16", seed=6, weights=weights)
     assert multiply(kernels, [product]).cut == 1
     product.check()
+
+
+# ---- the op ----------------------------------------------------------------------------------------------------------
+
+#: (batch, m, n, k): more than the first 4 KB of a launch's arguments hold, one tile and several, sums that are cut.
+SEVEN = (
+    (1, 136, 72, 200),
+    (2, 40, 264, 72),
+    (1, 264, 40, 136),
+    (3, 24, 16, 8),
+    (1, 8, 200, 520),
+    (2, 72, 72, 64),
+    (1, 203, 136, 400),
+)
+GRAMS = ((1, 40, 72), (2, 136, 24), (1, 200, 200), (1, 264, 400), (3, 8, 8), (1, 128, 65), (2, 72, 136))
+LAYOUTS = ("a b", "a^T b", "a b^T", "x x^T", "x^T x")
+
+
+class Call:
+    """A call of the op on stacks between guards, in rows that are longer by 8 elements, with what fp64 makes of it."""
+
+    def __init__(self, guards: Guards, layout: str, dtype: torch.dtype, *, scaled: bool, with_c: bool) -> None:
+        self.guards, self.dtype, self.symmetric = guards, dtype, "x" in layout
+        self.generator = torch.Generator().manual_seed(8)
+        self.a: list[Tensor] = []
+        self.b: list[Tensor] = []
+        for batch, m, *n, k in GRAMS if self.symmetric else SEVEN:
+            if layout.startswith(("a^T", "x^T")):
+                self.a.append(self.stack(batch, k, m).mT)
+            else:
+                self.a.append(self.stack(batch, m, k))
+            if self.symmetric:
+                self.b.append(self.a[-1].mT)
+            else:
+                self.b.append(self.stack(batch, *n, k).mT if "b^T" in layout else self.stack(batch, k, *n))
+        shapes = [(len(x), x.shape[1], y.shape[2]) for x, y in zip(self.a, self.b, strict=True)]
+        self.out = [self.stack(*shape).fill_(torch.nan) for shape in shapes]
+        self.c = [self.stack(*shape) for shape in shapes] if with_c else []
+        if self.symmetric:
+            for each in self.c:
+                each.copy_(each.tril() + each.tril(-1).mT)
+        numbers = [[torch.randn(len(x), generator=self.generator) for x in self.a] for _ in range(2)]
+        self.alphas, self.betas = ([guards.twin(x) for x in some] if scaled else [] for some in numbers)
+        self.row_sums = [guards.twin(torch.full(shape[:2], torch.nan)) for shape in shapes] if self.symmetric else []
+
+    def stack(self, batch: int, rows: int, columns: int) -> Tensor:
+        x = torch.randn(batch, rows, -(-columns // 8) * 8 + 8, generator=self.generator).to(self.dtype)
+        return self.guards.twin(x[..., :columns])
+
+    def __call__(self, kernels: Kernels, tile: str, streams: str) -> None:
+        lists = (self.a, self.b, self.c, self.out, self.row_sums, self.alphas, self.betas)
+        choices = (self.symmetric, grouped_gemm.TILES.index(tile), grouped_gemm.STREAMS.index(streams))
+        kernels.ops.grouped_gemm(*lists, 0.75, -1.5, *choices)
+
+    def check(self) -> None:
+        for i, (a, b, out) in enumerate(zip(self.a, self.b, self.out, strict=True)):
+            alpha, beta = (
+                some[i].double()[:, None, None] if some else number
+                for some, number in ((self.alphas, 0.75), (self.betas, -1.5))
+            )
+            exact, size = alpha * (a.double() @ b.double()), abs(alpha) * (a.double().abs() @ b.double().abs())
+            if self.c:
+                exact, size = exact + beta * self.c[i].double(), size + (beta * self.c[i].double()).abs()
+            bound = exact.abs() * torch.finfo(self.dtype).eps * 0.5 + size * a.shape[2] ** 0.5 * 2**-23 + 1e-7
+            assert ((out.double() - exact).abs() <= bound).all(), i
+            if self.symmetric:
+                assert torch.equal(out, out.mT), "symmetric to the bit"
+                sums = out.double().abs().sum(-1)
+                torch.testing.assert_close(self.row_sums[i].double(), sums, rtol=1e-5, atol=0)
+
+
+@tiles
+@pytest.mark.parametrize("streams", ["never", "always"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_op(layout: str, dtype: str, streams: str, tile: str, kernels: Kernels, guards: Guards) -> None:
+    """Seven shapes in a launch. Numbers for each matrix, or one for all; with C, and without."""
+    cut = streams == "always"
+    call = Call(guards, layout, DTYPES[dtype], scaled=cut, with_c=cut == (dtype == "f16"))
+    before = kernels.launches()
+    call(kernels, tile, streams)
+    assert kernels.launches() - before == 1 + len(call.row_sums)
+    call.check()
+
+
+@pytest.mark.parametrize("layout", ["a b", "x x^T"])
+def test_the_op_in_any_order(layout: str, kernels: Kernels, guards: Guards) -> None:
+    """Cut sums are added up in one order, whoever comes last."""
+    results: list[Sequence[Tensor]] = []
+    for seed in (1, 2):
+        kernels.seed(seed)
+        call = Call(guards, layout, torch.float16, scaled=True, with_c=True)
+        call(kernels, "small", "always")
+        results.append([*call.out, *call.row_sums])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_op_in_place(kernels: Kernels, guards: Guards) -> None:
+    apart = Call(guards, "x^T x", torch.bfloat16, scaled=True, with_c=True)
+    apart(kernels, "wide", "never")
+    within = Call(guards, "x^T x", torch.bfloat16, scaled=True, with_c=True)
+    within.out = within.c
+    within(kernels, "wide", "never")
+    for x, y in zip(apart.out, within.out, strict=True):
+        assert torch.equal(x, y)

@@ -483,11 +483,6 @@ void run_mov(Warp& w, const Instruction& in, u32 mask) {
   if (d.kind == Operand::Vector || s.kind == Operand::Vector) {
     const int count = int(d.kind == Operand::Vector ? d.parts.size() : s.parts.size());
     const int bits = 8 * size_of(in.t) / count;
-    if (bits > 32 && count > 1) {  // a b128 of two
-      for (const int lane : lanes(mask))
-        for (int i = 0; i < count; ++i) put_raw(w, part(d, i), lane, raw(w, part(s, i), lane));
-      return;
-    }
     for (const int lane : lanes(mask)) {
       u64 v = 0;
       if (s.kind == Operand::Vector)

@@ -77,6 +77,27 @@ void run_cluster_wait(Warp& w, const Instruction& in, u32) {
     w.cta->launch->global.acquire(*w.cta);
 }
 
+// ---- registers
+
+// a: more of them; how many a lane may use. Who asks for more waits until others have given enough back.
+void run_setmaxnreg(Warp& w, const Instruction& in, u32) {
+  Block& cta = *w.cta;
+  const int wanted = int(raw(w, in.ops[0], 0));
+  if (wanted < 24 || wanted > 256 || wanted % 8) fail(w, in, "setmaxnreg to " + std::to_string(wanted));
+  if (!w.most_registers) fail(w, in, "setmaxnreg in a kernel without bounds of its threads or registers");
+  if (in.a ? wanted < w.most_registers : wanted > w.most_registers)
+    fail(w, in, "setmaxnreg the wrong way, from " + std::to_string(w.most_registers) + " registers");
+  w.wanted_registers = wanted;
+  sleep(w, Warp::AtRegisters);
+  for (const auto& each : cta.warps) {
+    const int more = each->wanted_registers - each->most_registers;
+    if (each->state != Warp::AtRegisters || more > cta.spare_registers) continue;
+    cta.spare_registers -= more, each->most_registers = each->wanted_registers;
+    wake(*each);
+    ++cta.launch->progress;
+  }
+}
+
 // ---- barriers in shared memory
 
 namespace {

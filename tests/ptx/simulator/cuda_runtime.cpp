@@ -104,6 +104,12 @@ Function& function_of(const void* host) {
   return it->second;
 }
 
+// Bytes that a block may have where a kernel asks for more than 48 KB.
+int most_shared() {
+  const int capability = runtime().capability;
+  return (capability == 90 || capability == 100 ? 227 : capability == 80 ? 163 : 99) << 10;
+}
+
 ptxsim::Kernel& kernel_of(const Function& function) {
   const auto replaced = runtime().replacements.find(function.name);
   ptxsim::Module* module = nullptr;
@@ -117,13 +123,10 @@ ptxsim::Kernel& kernel_of(const Function& function) {
   ptxsim::Kernel* kernel = module->find(function.name);
   if (!kernel) ptxsim::fail("no PTX of " + function.name);
   const auto allowed = function.allowed_dynamic.find(runtime().capability);
-  kernel->allowed_dynamic = allowed != function.allowed_dynamic.end() ? allowed->second : 48 << 10;
+  const bool asked = allowed != function.allowed_dynamic.end();
+  const size_t most = size_t(asked ? most_shared() : 48 << 10), fixed = std::min(kernel->shared_bytes, most);
+  kernel->allowed_dynamic = asked ? std::min(allowed->second, most - fixed) : most - fixed;
   return *kernel;
-}
-
-int most_shared() {
-  const int capability = runtime().capability;
-  return (capability == 90 || capability == 100 ? 227 : capability == 80 ? 163 : 99) << 10;
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t dynamic, int cluster) {
@@ -141,7 +144,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, siz
 CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* address,
                       const cuuint64_t* sides, const cuuint64_t* strides, const cuuint32_t* box,
                       const cuuint32_t* element_strides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                      CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+                      CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
   try {
     int bytes = 0;
     switch (type) {
@@ -163,6 +166,7 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
         break;
     }
     if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) throw ptxsim::Refused("tensor map refused: interleave");
+    if (fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) throw ptxsim::Refused("tensor map refused: NaN outside");
     for (cuuint32_t i = 0; i < rank && i < 5; ++i)
       if (element_strides[i] != 1) throw ptxsim::Refused("tensor map refused: element strides");
     const int span = swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 128

@@ -55,7 +55,10 @@ int space_of(const Instruction& in) {
 // ---- modifiers of groups of instructions
 
 void half(Instruction& in) { in.a = has(in, "hi") ? 1 : has(in, "wide") ? 2 : 0; }
-void nan(Instruction& in) { in.c = has(in, "NaN"); }
+void nan(Instruction& in) {
+  in.c = has(in, "NaN");
+  if (has(in, "xorsign")) unknown(in);
+}
 void relu(Instruction& in) { in.c = has(in, "relu"); }
 void space_in_a(Instruction& in) { in.a = space_of(in); }
 template <int kFunction>
@@ -63,7 +66,7 @@ void function(Instruction& in) {
   in.a = kFunction;
   in.c = has(in, "approx") && in.t == F64;
 }
-void whole(Instruction& in) { in.whole = true; }
+void registers(Instruction& in) { in.whole = true, in.a = has(in, "inc"); }
 
 void vector_access(Instruction& in) {
   in.a = space_of(in), in.b = has(in, "v2") ? 2 : has(in, "v4") ? 4 : has(in, "v8") ? 8 : 1;
@@ -74,7 +77,7 @@ void load(Instruction& in) {
   if (has(in, "nc")) in.order |= kNonCoherent;
   // A scope within the block says nothing to others.
   const bool strong = has(in, "volatile") || ((has(in, "relaxed") || has(in, "acquire")) && !of_block(in));
-  if (strong || has(in, "cg") || has(in, "cv") || has(in, "mmio")) in.order |= kStrong;
+  if (strong || has(in, "cv") || has(in, "mmio")) in.order |= kStrong;
   if (has(in, "acquire") && !of_block(in)) in.order |= kAcquire;
   in.polls = strong;
 }
@@ -90,7 +93,6 @@ int atom_operation(const Instruction& in) {
 }
 void atom(Instruction& in) {
   in.a = space_of(in), in.b = atom_operation(in);
-  if (in.mods.back() == "noftz") in.mods.pop_back();
   if (has(in, "v2") || has(in, "v4") || has(in, "v8")) unknown(in);
   if (of_block(in)) return;
   if (has(in, "release") || has(in, "acq_rel")) in.order |= kRelease;
@@ -119,6 +121,7 @@ void comparison(Instruction& in) {
   const auto it = comparisons.find(in.mods[0]);
   if (it == comparisons.end()) unknown(in);
   in.a = it->second, in.b = which(in, {"", "and", "or", "xor"}, 0);
+  if (in.b && (in.run == run_set || in.t == F16X2 || in.t == BF16X2)) unknown(in);
 }
 void conversion(Instruction& in) {
   if (in.t2 == NONE) unknown(in);
@@ -198,7 +201,7 @@ void barrier(Instruction& in) {
     // Both order memory unless told otherwise.
     in.order = has(in, "relaxed") ? kWeak : has(in, "arrive") ? kRelease : kAcquire;
   } else if (has(in, "warp"))
-    in.run = run_nothing, in.masked = true;
+    in.run = run_syncwarp, in.masked = true;
   else
     in.a = has(in, "arrive") ? 1 : has(in, "red") ? 2 : 0, in.b = which(in, {"popc", "and", "or"}, 0);
 }
@@ -233,6 +236,7 @@ void copy(Instruction& in) {
   const bool bulk = has(in, "bulk");
   if (has(in, "commit_group")) {
     in.run = bulk ? run_bulk_commit : run_cp_async_commit;
+    in.whole = !bulk;  // the groups are kept by warp
   } else if (has(in, "wait_group") || has(in, "wait_all")) {
     in.run = bulk ? run_bulk_wait : run_cp_async_wait;
     in.a = has(in, "wait_all"), in.b = has(in, "read");
@@ -346,7 +350,7 @@ const std::unordered_map<string, Entry>& instructions() {
       {"mbarrier", {nullptr, mbarrier}},
       {"nanosleep", {run_sleep}},
       {"griddepcontrol", {run_nothing}},
-      {"setmaxnreg", {run_nothing, whole}},
+      {"setmaxnreg", {run_setmaxnreg, registers}},
       // control
       {"call", {run_call}},
       {"bra", {nullptr, nullptr, kBranch}},
@@ -368,7 +372,10 @@ void decode(Instruction& in, const string& name) {
   in.t = types.empty() ? NONE : types[0];
   in.t2 = types.size() > 1 ? types[1] : NONE;
   in.ftz = has(in, "ftz");
-  in.saturates = has(in, "sat") && is_float(in.t);
+  in.saturates = has(in, "sat");
+  const bool single = in.t == F32 || in.t == F64 || name == "cvt";
+  const bool wide = std::find(types.begin(), types.end(), B128) != types.end();
+  if (wide || has(in, "cc") || (in.saturates && !single) || (in.ftz && is_half(in.t) && !single)) unknown(in);
   in.rounding = u8(which(in, {"rn", "rz", "rm", "rp"}, 0));
   in.run = row->second.run, in.flow = row->second.flow;
   if (row->second.modifiers) row->second.modifiers(in);

@@ -2,8 +2,8 @@
 //
 // A store goes to its block's buffer. Others see it when a fence or a releasing access of the block has drained the
 // buffer, or at a random time, at the latest when the kernel ends. A weak load may return what was there at any time
-// since the block's last acquire (a line of an L1 cache that nobody invalidated); loads that go to L2 (.cg, .volatile,
-// .relaxed and stronger, atomics) return what is there now.
+// since the block's last acquire (a line of an L1 cache that nobody invalidated, or a load that was made early: .cg
+// orders nothing either); strong ones (.volatile, .relaxed and stronger, atomics) return what is there now.
 #pragma once
 #include <unordered_map>
 

@@ -4,21 +4,16 @@
 #include "machine.h"
 
 namespace ptxsim {
-// clang-format off
-#define PTXSIM_HANDLERS(X) \
-  X(abs) X(activemask) X(add) X(and) X(atom) X(bar) X(bfe) X(bfi) X(bmsk) X(bulk_commit) X(bulk_load) \
-  X(bulk_store) X(bulk_tensor_load) X(bulk_tensor_store) X(bulk_wait) X(call) X(cluster_arrive) X(cluster_wait) \
-  X(cnot) X(copysign) X(count) X(cp_async) X(cp_async_arrive) X(cp_async_commit) X(cp_async_wait) X(cvt) \
-  X(cvta) X(div) X(dp4a) X(elect) X(fence) X(fma) X(function) X(isspacep) X(ld) X(ldmatrix) X(lop3) X(mad) \
-  X(mapa) X(match) X(max) X(mbarrier_arrive) X(mbarrier_init) X(mbarrier_inval) X(mbarrier_test) X(min) X(mma) \
-  X(mov) X(mul) X(mul24) X(neg) X(not) X(nothing) X(or) X(prmt) X(redux) X(rem) X(selp) X(set) X(setp) X(shf) \
-  X(shfl) X(shl) X(shr) X(slct) X(sleep) X(st) X(stmatrix) X(sub) X(testp) X(vote) X(wgmma) X(wgmma_commit) \
-  X(wgmma_fence) X(wgmma_wait) X(xor)
-// clang-format on
-#define PTXSIM_DECLARE(name) void run_##name(Warp& w, const Instruction& in, u32 mask);
-PTXSIM_HANDLERS(PTXSIM_DECLARE)
-#undef PTXSIM_DECLARE
-#undef PTXSIM_HANDLERS
+using HandlerFunction = void(Warp& w, const Instruction& in, u32 mask);
+HandlerFunction run_abs, run_activemask, run_add, run_and, run_atom, run_bar, run_bfe, run_bfi, run_bmsk,
+    run_bulk_commit, run_bulk_load, run_bulk_store, run_bulk_tensor_load, run_bulk_tensor_store, run_bulk_wait,
+    run_call, run_cluster_arrive, run_cluster_wait, run_cnot, run_copysign, run_count, run_cp_async,
+    run_cp_async_arrive, run_cp_async_commit, run_cp_async_wait, run_cvt, run_cvta, run_div, run_dp4a, run_elect,
+    run_fence, run_fma, run_function, run_isspacep, run_ld, run_ldmatrix, run_lop3, run_mad, run_mapa, run_match,
+    run_max, run_mbarrier_arrive, run_mbarrier_init, run_mbarrier_inval, run_mbarrier_test, run_min, run_mma, run_mov,
+    run_mul, run_mul24, run_neg, run_not, run_nothing, run_or, run_prmt, run_redux, run_rem, run_selp, run_set,
+    run_setmaxnreg, run_setp, run_shf, run_shfl, run_shl, run_shr, run_slct, run_sleep, run_st, run_stmatrix, run_sub,
+    run_syncwarp, run_testp, run_vote, run_wgmma, run_wgmma_commit, run_wgmma_fence, run_wgmma_wait, run_xor;
 
 enum AtomOperation {
   kAtomAdd,

@@ -64,8 +64,9 @@ struct Block {
   vector<std::unique_ptr<Warp>> warps;
   int done = 0;
   bool finished() const { return done == int(warps.size()); }
-  StoreBuffer stores;  // global memory that other blocks do not see yet
-  u64 acquired = 0;    // no load returns what was overwritten before this time
+  int spare_registers = 0;  // of a lane, that warps gave back
+  StoreBuffer stores;       // global memory that other blocks do not see yet
+  u64 acquired = 0;         // no load returns what was overwritten before this time
 };
 
 struct Cluster {
@@ -76,17 +77,19 @@ struct Cluster {
 };
 
 struct Warp {
-  enum State : u8 { Run, AtBarrier, AtCluster, AtWarpgroup, AtMBarrier, Done };
+  enum State : u8 { Run, AtBarrier, AtCluster, AtWarpgroup, AtMBarrier, AtRegisters, Done };
   Block* cta;
   int id;
   State state = Run;
   bool together = true, polled = false;
   int at = 0;                 // the next instruction, of lanes that are together
   u32 alive = 0, parked = 0;  // parked: at an instruction of the whole warp that others do not reach yet
+  u32 behind = 0;             // lanes that stay where they are while the others go ahead
   u64* R = nullptr;           // 32 lanes a register
   vector<u64> registers;
   int pc[32];
   int ready_index = -1;
+  int most_registers = 0, wanted_registers = 0;  // setmaxnreg, of a lane
   // wgmma
   u64 committed = 0, finished = 0, wanted = 0;  // groups; the warpgroup's tensor cores go together
   bool fenced = false;                          // wgmma.fence since the last group

@@ -162,7 +162,7 @@ void run_ld(Warp& w, const Instruction& in, u32 mask) {
       memcpy(data, p.at, bytes);
     for (int i = 0; i < in.b; ++i) {
       u64 v = 0;
-      memcpy(&v, data + size_t(i) * each, std::min<size_t>(each, 8));
+      memcpy(&v, data + size_t(i) * each, each);
       put_raw(w, part(in.ops[0], i), lane, extend(v, in.t));
     }
   }
@@ -285,6 +285,7 @@ void run_fence(Warp& w, const Instruction& in, u32) {
   if (in.order & kRelease) l.global.release(*w.cta);
   if (in.order & kAcquire) l.global.acquire(*w.cta);
   if (in.a) publish_shared(w);
+  w.polled |= l.one_in(2);  // much may happen between a fence and what it orders
 }
 
 // a: 0 to generic, 1 from generic; b: space

@@ -298,6 +298,11 @@ void KernelReader::read_head(const string& parameters, const string& directives)
   k_.threads = product(".reqntid");
   k_.cluster = product(".reqnctapercluster");
   if (const int most = product(".maxntid")) k_.most_threads = most;
+  // What ptxas gives every lane of a block that has a multiprocessor's registers to itself.
+  const int blocks = std::max(product(".minnctapersm"), 1);
+  if (k_.threads || product(".maxntid"))
+    k_.most_registers = std::min(65536 / (k_.threads ? k_.threads : k_.most_threads) / blocks, 255) / 8 * 8;
+  if (const int most = product(".maxnreg")) k_.most_registers = most;
 }
 
 void KernelReader::directive(const string& s) {
@@ -377,6 +382,8 @@ void KernelReader::instruction(const string& s, int line) {
       } else
         in.ops.push_back(operand(argument));
     }
+  if (in.two_results && in.run != run_shfl && in.run != run_setp && in.run != run_match && in.run != run_elect)
+    fail("an instruction of two results that the simulator does not know: " + s);
   // What a call takes and gives is moved through registers.
   const size_t symbol_at = in.run == run_ld ? 1 : 0;
   if ((in.run == run_ld || in.run == run_st) && in.ops[symbol_at].symbol >= 0 &&

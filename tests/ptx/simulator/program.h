@@ -79,6 +79,7 @@ struct Kernel {
   int registers = 0;
   int cluster = 0;
   int most_threads = 1024, threads = 0;  // .maxntid, .reqntid
+  int most_registers = 0;                // of a lane, where these bounds let a kernel change it
   bool reads_asynchronously = false;     // shared memory, by wgmma or bulk copies
   size_t allowed_dynamic = 48 << 10;
 };

@@ -10,6 +10,7 @@
 namespace ptxsim {
 namespace {
 constexpr u64 kPatience = 200000;  // turns of warps that only poll before it is a deadlock
+constexpr u32 kTogether = 8;       // of so many occasions one parts the lanes of a warp
 
 // What runs now, for a fault of the host that a wrong address of the kernel makes.
 const Warp* now_warp = nullptr;
@@ -76,7 +77,7 @@ void rejoin(Warp& w) {
   const int first = w.pc[__builtin_ctz(w.alive)];
   for (const int lane : lanes(w.alive))
     if (w.pc[lane] != first) return;
-  w.together = true, w.at = first, w.parked = 0;
+  w.together = true, w.at = first, w.parked = w.behind = 0;
 }
 
 u32 guard(const Warp& w, const Instruction& in, u32 mask) {
@@ -94,7 +95,8 @@ u32 next_lanes(Warp& w, int& pc) {
     return w.alive;
   }
   Launch& l = *w.cta->launch;
-  const u32 can = w.alive & ~w.parked;
+  if (!(w.alive & ~w.parked & ~w.behind)) w.behind = 0;
+  const u32 can = w.alive & ~w.parked & ~w.behind;
   if (!can) {
     const int a = w.pc[__builtin_ctz(w.alive)];
     fail(w, l.kernel->code[size_t(a)], "lanes of a warp wait at different instructions of the whole warp");
@@ -107,22 +109,39 @@ u32 next_lanes(Warp& w, int& pc) {
   } else
     for (const int lane : lanes(can)) pc = std::min(pc, w.pc[lane]);
   u32 mask = 0;
-  for (const int lane : lanes(w.alive))
+  for (const int lane : lanes(w.alive & ~w.behind))
     if (w.pc[lane] == pc) mask |= 1u << lane;
   return mask;
+}
+
+// Lanes of a warp need not go together between instructions of the whole warp: some stay behind for a while.
+void part(Warp& w) {
+  Launch& l = *w.cta->launch;
+  if (!w.together) {
+    if (l.one_in(2)) w.behind = 0;
+  } else if (l.one_in(kTogether)) {
+    scatter(w);
+    w.behind = w.alive & u32(l.rng());
+  }
 }
 
 // Whether an instruction of the whole warp can go on; else its lanes wait for the others.
 bool gathered(Warp& w, const Instruction& in, u32 mask, u32 go) {
   u32 wanted = w.alive;
-  if (in.masked) wanted &= u32(raw(w, in.ops.back(), __builtin_ctz(go)));
+  if (in.masked) {
+    const u32 members = u32(raw(w, in.ops.back(), __builtin_ctz(go)));
+    for (const int lane : lanes(go)) {
+      if (!(members >> lane & 1)) fail(w, in, "a lane that is not in the mask");
+      if (u32(raw(w, in.ops.back(), lane)) != members) fail(w, in, "lanes with different masks, which is not modelled");
+    }
+    wanted &= members;
+  }
   if ((go & wanted) != wanted) {
     if (go != mask) fail(w, in, "a warp-wide instruction under a predicate that not all lanes have");
     if (w.together) fail(w, in, "a warp-wide instruction that lanes of its mask do not reach");
     w.parked |= mask;
     return false;
   }
-  if (go & ~wanted && !in.masked) fail(w, in, "a warp-wide instruction");
   w.parked &= ~mask;
   return true;
 }
@@ -142,6 +161,7 @@ void step(Warp& w, Launch& l) {
       }
       if (w.together && mask == w.alive) {
         w.at = pc + 1;
+        if (in.whole && w.state == Warp::Run) part(w);
         return;
       }
       go_to(w, mask, pc + 1);
@@ -217,6 +237,7 @@ void Scheduler::start_warp(Block& cta, u64 id, u64 threads) {
     w->registers.assign(size_t(k.registers) * 32, 0xdeadbeefdeadbeefull);
   w->R = w->registers.data();
   w->local.resize(k.local_bytes * 32);
+  w->most_registers = k.most_registers;
   for (const Constant& c : k.constants) {
     u64* lane = w->R + size_t(c.reg) * 32;
     if (c.kind == Constant::Value) {
@@ -296,6 +317,9 @@ void Scheduler::stuck(const string& what) const {
           case Warp::AtWarpgroup:
             s += " for its warpgroup";
             break;
+          case Warp::AtRegisters:
+            s += " for registers";
+            break;
           case Warp::AtMBarrier: {
             const Block* of = block_of(*w, w->mbarrier);
             s += " at the mbarrier at byte " + std::to_string(w->mbarrier - of->shared);
@@ -314,6 +338,7 @@ void Scheduler::stuck(const string& what) const {
 
 void Scheduler::turn(Warp& w) {
   late_effects(w);
+  part(w);
   now_warp = &w;
   w.polled = false;
   int quantum = 1 << (l_.rng() % 9);

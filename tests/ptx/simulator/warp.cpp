@@ -5,12 +5,11 @@ namespace ptxsim {
 // a: 0 up, 1 down, 2 bfly, 3 idx; d(|p), a, b, c, mask
 void run_shfl(Warp& w, const Instruction& in, u32 mask) {
   const size_t first = in.two_results ? 2 : 1;
-  const Operand &source = in.ops[first], &ob = in.ops[first + 1], &oc = in.ops[first + 2], &members = in.ops[first + 3];
+  const Operand &source = in.ops[first], &ob = in.ops[first + 1], &oc = in.ops[first + 2];
   u64 shown[32], out[32];
   bool valid[32];
   memcpy(shown, lanes_of(w, source), sizeof shown);
   for (const int lane : lanes(mask)) {
-    if (!(raw(w, members, lane) >> lane & 1)) fail(w, in, "a lane that is not in its own mask");
     const int b = int(raw(w, ob, lane) & 31), c = int(raw(w, oc, lane)), clamp = c & 31, segment = c >> 8 & 31;
     const int most = (lane & segment) | (clamp & ~segment & 31), least = lane & segment;
     int from = 0;
@@ -37,6 +36,8 @@ void run_shfl(Warp& w, const Instruction& in, u32 mask) {
     if (in.two_results) put_raw(w, in.ops[1], lane, valid[lane]);
   }
 }
+// That all lanes of the mask are here is what it is for.
+void run_syncwarp(Warp&, const Instruction&, u32) {}
 // a: 0 all, 1 any, 2 uni, 3 ballot
 void run_vote(Warp& w, const Instruction& in, u32 mask) {
   u32 votes = 0;
