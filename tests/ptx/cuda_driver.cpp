@@ -119,7 +119,6 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
 CUresult cuCtxGetCurrent(CUcontext* context) {
   return *context = reinterpret_cast<CUcontext>(&contexts[current]), CUDA_SUCCESS;
 }
-CUresult cuCtxGetDevice(CUdevice* device) { return *device = current, CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext context) {
   current = int(reinterpret_cast<char*>(context) - contexts);
   return CUDA_SUCCESS;
