@@ -96,7 +96,6 @@ def transposed() -> State:
     return state
 
 
-@several_seeds
 @pytest.mark.parametrize("make", [flat, transposed])
 def test_several_chunks(make: Callable[[], State], kernels: Kernels) -> None:
     compare(kernels.ops, CPU, make)
