@@ -465,7 +465,9 @@ def test_tiles_that_go_wrong() -> None:
     matrix = aligned(8, 12)
     box = TensorMap(matrix, (8, 4)).bytes
     failing("deadlock", tile(0, 0, expected=256), np.zeros(32, np.float32), box)
-    failing("not a tensor map", tile(0, 0), np.zeros(32, np.float32), np.zeros(64, np.float64)[-box.size // 8 * 0 :])
+    blank = aligned(8, 12)
+    blank[:] = 0
+    failing("not a tensor map", tile(0, 0), np.zeros(32, np.float32), blank)
     unfinished = tile(0, 0).split("$w:")[0]
     failing("left", unfinished, np.zeros(32, np.float32), box, seeds=range(20))
     with registered(matrix[:4]), pytest.raises(LaunchError, match="global memory out of bounds"):
