@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import with_spectrum
 from steepest import planner
 from steepest.budget import cut
 from steepest.linalg.chain import Apply, Chain, Gram, Node, Product, Sum, chain
@@ -19,6 +18,7 @@ from steepest.linalg.polar import _prescaled, workspace_bytes
 from steepest.ops import backend
 from steepest.ops.polar_chain import polar_chain
 from steepest.planner import Stack
+from support.singular_values import with_spectrum
 
 pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 
