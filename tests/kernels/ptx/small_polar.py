@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from ptx.kernels import Guards, Kernels
 from steepest.linalg import coefficients as tables
 from steepest.linalg.coefficients import Schedule
 from steepest.ops import small_polar
+from support.polar_error import polar_error
+from support.singular_values import with_spectrum
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The exact polynomial's largest singular value and what rounding may add to it.
@@ -66,3 +69,25 @@ def exact(x: Tensor, plan: Schedule) -> tuple[Tensor, float]:
     table = next((t for t, least in zip(plan.tables, plan.slacks) if slack >= least), plan.tables[-1])
     values = [tables.evaluate(table, v) for v in (s / norm).tolist()]
     return (u * torch.tensor(values, dtype=torch.float64)) @ vh, slack
+
+
+def assert_polynomial(
+    kernel: SmallPolar,
+    shape: tuple[int, int],
+    preset: str,
+    spectra: Sequence[str],
+    *,
+    off_diagonal: float,
+    rounding: float,
+) -> None:
+    """The op's result and slack, of one batch with these spectra, are those of the preset's exact polynomial."""
+    x = torch.stack([with_spectrum(*shape, name) for name in spectra])
+    (found,), (slacks,) = kernel([x.float()], preset)
+    for each, y, slack in zip(x, found, slacks):
+        half = in_half_precision(each)
+        wanted, wanted_slack = exact(half, tables.SCHEDULES[preset])
+        assert slack.item() == pytest.approx(wanted_slack, rel=1e-5)
+        error = polar_error(half, y)
+        assert error.largest < LARGEST[preset], error
+        assert error.off_diagonal < off_diagonal, error
+        assert (y - wanted).norm() < rounding * wanted.norm(), error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptx.kernels import Guards, Kernels
-from ptx.small_polar import DTYPES, LARGEST, SmallPolar, exact, in_half_precision
+from ptx.small_polar import DTYPES, SmallPolar, assert_polynomial, exact, in_half_precision
 from steepest.linalg import coefficients as tables
 from steepest.linalg.coefficients import Schedule
 from support.polar_error import polar_error
@@ -43,16 +43,7 @@ def rounding(m: int) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_the_polynomial_of_the_singular_values(preset: str, shape: tuple[int, int], kernel: SmallPolar) -> None:
     names = ("gaussian", *SPECTRA) if min(shape) < 64 else ("gaussian", "flat", "log", "rank 2")
-    x = torch.stack([with_spectrum(*shape, name) for name in names])
-    (found,), (slacks,) = kernel([x.float()], preset)
-    for each, y, slack in zip(x, found, slacks):
-        half = in_half_precision(each)
-        wanted, wanted_slack = exact(half, tables.SCHEDULES[preset])
-        assert slack.item() == pytest.approx(wanted_slack, rel=1e-5)
-        error = polar_error(half, y)
-        assert error.largest < LARGEST[preset], error
-        assert error.off_diagonal < 0.06, error
-        assert (y - wanted).norm() < rounding(min(shape)) * wanted.norm(), error
+    assert_polynomial(kernel, shape, preset, names, off_diagonal=0.06, rounding=rounding(min(shape)))
 
 
 @pytest.mark.parametrize("preset", ["auto", "polar_express"])

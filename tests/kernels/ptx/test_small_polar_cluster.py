@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ptx.kernels import Guards, Kernels
-from ptx.small_polar import LARGEST, SmallPolar, exact, in_half_precision
+from ptx.small_polar import LARGEST, SmallPolar, assert_polynomial, exact, in_half_precision
 from steepest.linalg import coefficients as tables
 from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import Schedule
@@ -48,16 +48,7 @@ def kernel(kernels: Kernels, guards: Guards) -> SmallPolar:
 def test_it_is_the_polynomial_of_the_singular_values(
     shape: tuple[int, int], preset: str, names: tuple[str, ...], kernel: SmallPolar
 ) -> None:
-    x = torch.stack([with_spectrum(*shape, name) for name in names])
-    (found,), (slacks,) = kernel([x.float()], preset)
-    for each, y, slack in zip(x, found, slacks):
-        half = in_half_precision(each)
-        wanted, wanted_slack = exact(half, tables.SCHEDULES[preset])
-        assert slack.item() == pytest.approx(wanted_slack, rel=1e-5)
-        error = polar_error(half, y)
-        assert error.largest < LARGEST[preset], error
-        assert error.off_diagonal < 0.015, error
-        assert (y - wanted).norm() < 0.05 * wanted.norm(), error
+    assert_polynomial(kernel, shape, preset, names, off_diagonal=0.015, rounding=0.05)
 
 
 @pytest.mark.parametrize("name", ["log", "spikes", "rank 2"])
