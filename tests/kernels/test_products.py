@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +17,7 @@ from steepest.ops import backend, products
 from steepest.ops.products import PRECISIONS, product, syrk_ema, syrk_ema_
 from support.eigenvalues import tf32_product, tf32x3_product
 from support.singular_values import gaussian
+from support.triton_interpreter import mend_the_interpreter, run_interpreted
 
 H, B, F, D = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NAN = float("nan")
@@ -292,11 +290,7 @@ def check_gradients(kernels: Any, device: torch.device, dtype: torch.dtype, size
 
 @needs_triton
 def test_in_the_interpreter() -> None:
-    """In its own process: TRITON_INTERPRET is read when a kernel is made."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_interpreted(__file__)
     assert done.stdout.strip() == "equal", done.stderr
 
 
@@ -352,7 +346,6 @@ def test_the_ops_on_a_gpu() -> None:
 
 if __name__ == "__main__":
     import steepest.kernels.symm_gemm as interpreted
-    from test_triton import mend_the_interpreter
 
     mend_the_interpreter()
     interpreted.GROUP = 2

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +38,7 @@ from steepest.ops.checks.comparison import GUARD, Comparison
 from steepest.ops.multi_tensor import CHUNK, SUMS
 from steepest.parts import Frobenius, Spectral
 from support.pretended_gpu import OnCpu
+from support.triton_interpreter import mend_the_interpreter, multiply_in_bf16, run_interpreted
 
 needs_extension = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -714,43 +714,14 @@ def test_where_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_extension
 @pytest.mark.parametrize("family", ["elementwise", "products", "fp32 products"])
 def test_triton_in_the_interpreter(family: str) -> None:
-    """In its own process: Triton reads TRITON_INTERPRET when it decorates a kernel."""
-    tests = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests / "kernels")]),
-    }
-    command = [sys.executable, __file__, family]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = run_interpreted(__file__, family)
     right, wrong = done.stdout.splitlines() or ["", ""]
     assert right == "None", done.stdout + done.stderr
     assert "numbers are wrong" in wrong
 
 
-def multiply_in_bf16() -> None:
-    """numpy has no bf16: the interpreter would multiply its bits as integers."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    dot = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, *given: Any) -> Any:
-        factors = [
-            interpreter.TensorHandle((x.data.view("uint16").astype("uint32") << 16).view("float32"), tl.float32)
-            if x.dtype.scalar == tl.bfloat16
-            else x
-            for x in given[:2]
-        ]
-        return dot(self, *factors, *given[2:])
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
 def interpret(family: str) -> None:
     """The verdict on the kernels as they are, and with a fault."""
-    from test_triton import mend_the_interpreter
-
     mend_the_interpreter()
     multiply_in_bf16()
     from steepest.kernels import multi_tensor as elements

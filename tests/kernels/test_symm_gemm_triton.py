@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -18,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from support.cuobjdump import tool
+from support.triton_interpreter import mend_the_interpreter, run_interpreted
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 kernels = pytest.importorskip("steepest.kernels.symm_gemm", reason="steepest.kernels is not importable")
@@ -86,11 +86,8 @@ def every_tile_is_taken_once(device: torch.device, block: int) -> None:
 
 
 def test_in_the_interpreter() -> None:
-    """In fp32, whose products it takes right. In its own process: TRITON_INTERPRET is read when a kernel is made."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    """In fp32, whose products it takes right."""
+    done = run_interpreted(__file__)
     assert done.stdout.strip() == "equal", done.stderr
 
 
@@ -505,17 +502,12 @@ def compile_for(capability: int, listed: Any, kind: Kind) -> Any:
 
 
 def dump(*arguments: str) -> str:
-    """cuobjdump from PATH or from inside the Triton package; skips when neither has it."""
-    inside = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
-    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(inside))
-    if found is None:
-        pytest.skip("cuobjdump is neither on PATH nor in the installed Triton")
-    return subprocess.run([found, *arguments], capture_output=True, text=True, check=True, timeout=300).stdout
+    """What cuobjdump prints, not kept: tests write one file after another to a path."""
+    command = [tool("cuobjdump"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 if __name__ == "__main__":
-    from test_triton import mend_the_interpreter
-
     mend_the_interpreter()
     kernels.GROUP = 2
     kernels._choose = lambda a, n, symmetric, *_: kernels.Configuration(16, 16 if symmetric else 32, 16, 2, 4)

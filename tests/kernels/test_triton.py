@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +13,7 @@ from torch import Tensor
 from steepest.ops import backend
 from steepest.ops.multi_tensor import COLUMNS, HYPERS, SUMS
 from support.fused_ops import GROUPS, State, before, compare, inspect, problem
+from support.triton_interpreter import mend_the_interpreter, run_interpreted
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 needs_extension = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
@@ -45,34 +42,10 @@ def nothing_is_uploaded_twice(device: torch.device) -> None:
         assert uploads[3:] == [3 * HYPERS * len(GROUPS)]
 
 
-def mend_the_interpreter() -> None:
-    """bf16 as on GPUs, rounded to nearest instead of cut and its subnormals exact; and numpy 2.4 for Triton 3.6."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    cut, patch = interpreter._convert_float, interpreter._patch_lang_tensor
-
-    def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(data.copy()).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
-        if (source, target) == (tl.bfloat16, tl.float32):
-            return data.view("uint16").astype("uint32") << 16
-        return cut(data, source, target, mode)
-
-    def patch_tensor(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._convert_float, interpreter._patch_lang_tensor = convert, patch_tensor
-
-
 @needs_triton
 @needs_extension
 def test_in_the_interpreter() -> None:
-    """In its own process: Triton reads TRITON_INTERPRET when it decorates a kernel."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_interpreted(__file__)
     assert done.stdout.strip() == "equal", done.stderr
 
 
