@@ -34,8 +34,6 @@ class Diagonal:
     eps_inside: bool = True
     key: str = "exp_avg_sq"
 
-    elementwise = True
-
     def __post_init__(self) -> None:
         if not 0.0 < self.power <= 0.5:
             raise ValueError(f"preconditioner power should be in (0, 1/2] but is: {self.power}")

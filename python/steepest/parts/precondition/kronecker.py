@@ -98,7 +98,6 @@ class Kronecker:
     current: bool = False
     dtype: torch.dtype | None = None
 
-    elementwise = False
     #: of kernels, by their names in `steepest.ops.selfcheck`, that learning and refreshing may ask for
     families: ClassVar[tuple[str, ...]] = ("fp32 products",)
 
