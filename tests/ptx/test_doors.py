@@ -22,9 +22,9 @@ pytestmark = pytest.mark.kernels
 
 def fused(ops: Any) -> None:
     state = twins.random_state(twins.SHAPES[:3], twins.PROGRAMS[:1])
-    twins.inspect(ops, state, None, None)
-    twins.before(ops, state)
-    twins.after(ops, state)
+    twins.grad_stats(ops, state, None, None)
+    twins.update_moments(ops, state)
+    twins.apply_update(ops, state)
 
 
 def numbers(ops: Any) -> None:
@@ -56,7 +56,7 @@ def refresh(ops: Any) -> None:
 
 
 CALLS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "fused": (fused, "steepest::(inspect|before|after)"),
+    "fused": (fused, "steepest::(grad_stats|update_moments|apply_update)"),
     "chain_numbers": (numbers, "steepest::chain_numbers"),
     "polar_chain": (a_chain, "steepest::"),
     "weight_update": (update, "steepest::symm_gemm"),
