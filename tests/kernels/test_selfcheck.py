@@ -185,33 +185,60 @@ def unaligned(tensors: list[Tensor]) -> Tensor:
     return next(t for t in tensors if t.numel() and t.data_ptr() % 16)
 
 
-# What `before` and `after` are given; their first lists.
+# What `update_moments` and `apply_update` are given; their first lists.
 GRADS, MOMENTA, SECONDS, INPUTS, PARAMS, MANTISSAS = range(6)
 ELEMENTWISE: dict[str, tuple[str, Callable[..., None], str]] = {
-    "a hundredth too large": ("before", lambda *a: a[MOMENTA][0].mul_(1.01), "momentum of (40, 24)"),
-    "one element": ("before", lambda *a: a[SECONDS][1].view(-1)[-1:].mul_(2), "second moment"),
-    "an element behind the last": ("before", lambda *a: beside(a[INPUTS][0]).fill_(1), "bytes beside the tensors"),
+    "a hundredth too large": ("update_moments", lambda *a: a[MOMENTA][0].mul_(1.01), "momentum of (40, 24)"),
+    "one element": ("update_moments", lambda *a: a[SECONDS][1].view(-1)[-1:].mul_(2), "second moment"),
+    "an element behind the last": (
+        "update_moments",
+        lambda *a: beside(a[INPUTS][0]).fill_(1),
+        "bytes beside the tensors",
+    ),
     "an element before the first": (
-        "after",
+        "apply_update",
         lambda *a: a[2][0].as_strided((1,), (1,), a[2][0].storage_offset() - 1).fill_(0),
         "4 bytes beside the tensors were written",
     ),
-    "only beyond a chunk": ("before", lambda *a: longer_than_a_chunk(a[MOMENTA]).view(-1)[CHUNK:].zero_(), "momentum"),
-    "only where unaligned": ("before", lambda *a: unaligned(a[PARAMS]).view(-1)[-1:].zero_(), "parameter"),
-    "the last element of an odd size": ("after", lambda *a: a[2][1].view(-1)[-1:].add_(1), "parameter"),
+    "only beyond a chunk": (
+        "update_moments",
+        lambda *a: longer_than_a_chunk(a[MOMENTA]).view(-1)[CHUNK:].zero_(),
+        "momentum",
+    ),
+    "only where unaligned": ("update_moments", lambda *a: unaligned(a[PARAMS]).view(-1)[-1:].zero_(), "parameter"),
+    "the last element of an odd size": ("apply_update", lambda *a: a[2][1].view(-1)[-1:].add_(1), "parameter"),
     "a half of the mantissa": (
-        "before",
+        "update_moments",
         lambda *a: next(t for t in a[MANTISSAS] if t.numel()).zero_(),
         "parameter of (131,)",
     ),
-    "NaN in a neighbour": ("before", lambda *a: a[MOMENTA][3].view(-1)[:1].fill_(torch.nan), "momentum"),
-    "a step with a NaN": ("inspect", lambda *a: a[2][:, 0].fill_(1), "whether steps are taken"),
-    "a step that is not counted": ("inspect", lambda *a: a[1][2].sub_(1), "step counts: 1 of"),
-    "a NaN that is not counted": ("inspect", lambda *a: a[4].zero_(), "steps not taken"),
-    "the last item of many": ("before", lambda *a: a[MOMENTA][-1].zero_(), "momentum of (8,)"),
-    "a norm": ("after", lambda *a: a[6][:, SUMS.index("update_sq")].mul_(1.1), "update_sq"),
-    "the largest of the momenta": ("before", lambda *a: a[7][:, SUMS.index("momentum_max")].mul_(0.5), "momentum_max"),
-    "lengths that do not count": ("after", lambda *a: a[2][1][1].add_(0.001 * a[0][1][1]), "parameter of (2, 16387)"),
+    "NaN in a neighbour": ("update_moments", lambda *a: a[MOMENTA][3].view(-1)[:1].fill_(torch.nan), "momentum"),
+    "a step with a NaN": ("grad_stats", lambda *a: a[2][:, 0].fill_(1), "whether steps are taken"),
+    "a step that is not counted": ("grad_stats", lambda *a: a[1][2].sub_(1), "step counts: 1 of"),
+    "a NaN that is not counted": ("grad_stats", lambda *a: a[4].zero_(), "steps not taken"),
+    "a step that is decided and not counted": (
+        "decide_steps",
+        lambda *a: a[0][2].sub_(1),
+        "counts that are decided apart",
+    ),
+    "a number that is decided": ("decide_steps", lambda *a: a[1][:, 5].mul_(2), "rows that are decided apart"),
+    "a step that is counted when it is measured": (
+        "grad_stats",
+        lambda *a: a[3].add_(0) if a[-1] is not False else a[1][2].add_(1),
+        "decided apart",
+    ),
+    "the last item of many": ("update_moments", lambda *a: a[MOMENTA][-1].zero_(), "momentum of (8,)"),
+    "a norm": ("apply_update", lambda *a: a[6][:, SUMS.index("update_sq")].mul_(1.1), "update_sq"),
+    "the largest of the momenta": (
+        "update_moments",
+        lambda *a: a[7][:, SUMS.index("momentum_max")].mul_(0.5),
+        "momentum_max",
+    ),
+    "lengths that do not count": (
+        "apply_update",
+        lambda *a: a[2][1][1].add_(0.001 * a[0][1][1]),
+        "parameter of (2, 16387)",
+    ),
 }
 
 
@@ -445,9 +472,9 @@ def stepped(**options: Any) -> tuple[Tensor, steepest.MuAdam]:
 
 
 FAULTS = {
-    "wrong numbers": ("before", ELEMENTWISE["a hundredth too large"][1], "momentum of"),
-    "out of bounds": ("before", ELEMENTWISE["an element behind the last"][1], "bytes beside the tensors"),
-    "an error": ("inspect", fail, "ValueError: no room for 227 KB"),
+    "wrong numbers": ("update_moments", ELEMENTWISE["a hundredth too large"][1], "momentum of"),
+    "out of bounds": ("update_moments", ELEMENTWISE["an element behind the last"][1], "bytes beside the tensors"),
+    "an error": ("grad_stats", fail, "ValueError: no room for 227 KB"),
 }
 
 
@@ -464,7 +491,8 @@ def test_the_next_backend_is_taken_and_it_is_said_once(
     assert torch.equal(found, wanted)
     assert optimizer.prepare() == {"torch"}
     stepped()
-    assert called in (["inspect", "before", "after"], ["inspect"]), "checked once, and never used"
+    every = ["grad_stats", "grad_stats", "decide_steps", "update_moments", "apply_update"]
+    assert called in (every, every[:1]), "checked once, and never used"
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     text = warning.getMessage()
     assert text.startswith("the cpu kernels of elementwise failed their self-check on cpu and are not used: ")
@@ -491,14 +519,14 @@ def test_a_backend_that_is_forced_raises_before_anything_is_written(
     assert not any(t.any() for t in optimizer.state[w].values())
     monkeypatch.setattr(backend, "forced", "cpu")
     with pytest.raises(RuntimeError, match=f"{FAILED}"):
-        multi_tensor.route("inspect", [w])
+        multi_tensor.route("grad_stats", [w])
 
 
 @needs_extension
 def test_an_op_that_has_no_other_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(monkeypatch, "inspect", fail)
-    with pytest.raises(RuntimeError, match=f"inspect has no version in torch ops.*'cpu': '{FAILED}"):
-        multi_tensor.route("inspect", [torch.zeros(1)])
+    broken(monkeypatch, "grad_stats", fail)
+    with pytest.raises(RuntimeError, match=f"grad_stats has no version in torch ops.*'cpu': '{FAILED}"):
+        multi_tensor.route("grad_stats", [torch.zeros(1)])
 
 
 @needs_extension
@@ -509,7 +537,7 @@ def test_a_device_that_is_lost_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(selfcheck, "is_usable", lambda device: False)
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
 
-    broken(monkeypatch, "before", lose)
+    broken(monkeypatch, "update_moments", lose)
     w = torch.nn.Parameter(torch.ones(8, 12))
     w.grad = torch.ones(8, 12)
     optimizer = steepest.MuAdam([w], lr=0.1)
@@ -624,15 +652,17 @@ def test_a_plan_prepares_what_its_steps_may_ask_for(monkeypatch: pytest.MonkeyPa
     done: list[Any] = []
     monkeypatch.setattr(plan, "warm_up", lambda direction, shape, dtype, device, weights=None: done.append(shape))
     monkeypatch.setattr(plan, "prepare", lambda families, device: done.append(families))
-    inspect = multi_tensor.inspect
-    monkeypatch.setattr(multi_tensor, "inspect", lambda *a, **more: (done.append("inspect"), inspect(*a, **more)))
+    grad_stats = multi_tensor.grad_stats
+    monkeypatch.setattr(
+        multi_tensor, "grad_stats", lambda *a, **more: (done.append("grad_stats"), grad_stats(*a, **more))
+    )
     shapes = [(12, 8), (6, 20)]
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
     for w in weights:
         w.grad = torch.ones_like(w)
     steepest.Muon(weights, lr=0.1).step()
     fused = backend.extension is not None
-    assert done == [*shapes, "inspect"] if fused else shapes
+    assert done == [*shapes, "grad_stats"] if fused else shapes
     done.clear()
     steepest.Muon(weights, lr=0.1, backend="torch").step()
     assert done == shapes
@@ -734,7 +764,7 @@ def interpret(family: str) -> None:
     def elementwise_that_forgets(name: str) -> Kernel:
         def run(*arguments: Any) -> None:
             getattr(elements, name)(*arguments)
-            if name == "after":
+            if name == "apply_update":
                 arguments[2][0].view(-1)[CHUNK:] = 0
 
         return run

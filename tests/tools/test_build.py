@@ -586,9 +586,9 @@ def test_build_info() -> None:
 @pytest.mark.parametrize(
     "op,written",
     [
-        ("inspect", {"steps", "rows", "skipped", "scratch"}),
-        ("before", {"momenta", "seconds", "inputs", "params", "mantissas", "sums", "scratch"}),
-        ("after", {"params", "mantissas", "sums", "scratch"}),
+        ("grad_stats", {"steps", "rows", "skipped", "scratch"}),
+        ("update_moments", {"momenta", "seconds", "inputs", "params", "mantissas", "sums", "scratch"}),
+        ("apply_update", {"params", "mantissas", "sums", "scratch"}),
     ],
 )
 def test_ops_are_registered(op: str, written: set[str]) -> None:

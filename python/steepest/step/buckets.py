@@ -2,7 +2,7 @@
 
 A *member* is an item of the fused ops: a piece of a parameter or, where the program is whole, all of it. A *bucket* is
 matrices of one shape and recipe, whose inputs lie in one tensor; a *round* is as many buckets, or parts of one, as the
-workspace has room for. The members that take their whole step in `before` go into the first round.
+workspace has room for. The members that take their whole step in `update_moments` go into the first round.
 """
 
 from __future__ import annotations
@@ -166,14 +166,14 @@ class Bucket:
 
 
 class Round:
-    """Members of a `before` and, but for the first `whole` of them, of an `after`: bucket after bucket."""
+    """Members of an `update_moments`, but for the first `whole` of an `apply_update`: bucket after bucket."""
 
     def __init__(self, whole: Sequence[Member], parts: Sequence[Sequence[Member]]) -> None:
         self.whole = len(whole)
         self.members = [*whole, *(member for part in parts for member in part)]
         self.buckets = [Bucket(part) for part in parts]
         items = tuple(member.item() for member in self.members)
-        #: those that `after` takes
+        #: those that `apply_update` takes
         self.late = [i for i in range(self.whole, len(items)) if not self.members[i].entry.fuses]
         self.before, self.after = Items(items), Items(tuple(items[i] for i in self.late))
         absent, rest = self.members[0].entry.param.new_empty(0), len(items) - self.whole
@@ -186,7 +186,7 @@ class Round:
     def towards(self, stacks: list[Tensor], table: Table) -> list[Tensor] | None:
         """Turns the buckets' inputs into their directions; dual norms by members where one is scaled by them.
 
-        Buckets that differ only in shape share the call. Those that fuse their update leave nothing for `after`.
+        Buckets that differ only in shape share the call. Those that fuse their update leave nothing for `apply_update`.
         """
         alike: dict[tuple[Direction, bool], list[int]] = {}
         for i, bucket in enumerate(self.buckets):
@@ -208,7 +208,7 @@ class Round:
         return [n for i, bucket in late for n in norms[i] or [absent] * len(bucket.sizes)]
 
     def of_late(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Those of the members that `after` takes, from a list of all members' or an empty one."""
+        """Those of the members that `apply_update` takes, from a list of all members' or an empty one."""
         return [tensors[i] for i in self.late] if tensors else []
 
     def of_members(self, stacks: Sequence[Tensor]) -> list[Tensor]:

@@ -148,7 +148,7 @@ class Layout:
         grads = [gradient(entry.param) for entry in self.entries]
         groups = _groups(hypers, self.group_of, self.device)
         arguments = (self.steps, self.table, self.programs, self.first_sums, groups, scaling)
-        multi_tensor.inspect(grads, *arguments, backend=self.backend)
+        multi_tensor.grad_stats(grads, *arguments, backend=self.backend)
         for round_ in self.rounds:
             self._run(round_)
         self._versions = [m._version for m in self._watched]
@@ -160,7 +160,7 @@ class Layout:
         grads = [m.view(gradient(m.entry.param)) if m.narrow else gradient(m.entry.param) for m in members]
         stacks = [bucket.empty() for bucket in round_.buckets]
         whole = round_.whole
-        multi_tensor.before(
+        multi_tensor.update_moments(
             grads,
             round_.momenta,
             round_.seconds,
@@ -177,7 +177,7 @@ class Layout:
         if not round_.late:
             return
         directions = [*round_.no_inputs, *round_.of_members(stacks)]
-        multi_tensor.after(
+        multi_tensor.apply_update(
             round_.of_late(directions),
             round_.of_late(round_.seconds),
             round_.of_late(params),

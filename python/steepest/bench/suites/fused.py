@@ -63,26 +63,28 @@ class Ops:
         self.table = Table.empty(skipped, [size] * PARTS, [(1, size)] * PARTS)
         self.items = Items(tuple(Item(program, i, 1, i, (0, i, 0), 1.0) for i in range(PARTS)))
         self.groups = Groups(HYPER, [], [], [0] * PARTS)
-        self.inspect()
+        self.grad_stats()
 
-    def inspect(self) -> None:
+    def grad_stats(self) -> None:
         packed = [self.program.packed()] * PARTS
-        multi_tensor.inspect(self.grads, self.steps, self.table, packed, list(range(PARTS + 1)), self.groups)
+        multi_tensor.grad_stats(self.grads, self.steps, self.table, packed, list(range(PARTS + 1)), self.groups)
 
-    def before(self) -> None:
+    def update_moments(self) -> None:
         params = self.params if self.program.whole else []
-        multi_tensor.before(self.grads, self.momenta, self.seconds, self.inputs, params, [], self.table, self.items)
+        multi_tensor.update_moments(
+            self.grads, self.momenta, self.seconds, self.inputs, params, [], self.table, self.items
+        )
 
-    def after(self) -> None:
-        multi_tensor.after(self.inputs, self.seconds, self.params, [], [], self.table, self.items)
+    def apply_update(self) -> None:
+        multi_tensor.apply_update(self.inputs, self.seconds, self.params, [], [], self.table, self.items)
 
     def bytes_of(self, op: str) -> float:
         g, p, x = (each[0].itemsize if each else 0 for each in (self.grads, self.params, self.inputs))
         second = 4 if self.seconds else 0
         moved = {
-            "inspect": g,
-            "before": g + 8 + 2 * second + x + (2 * p if self.program.whole else 0),
-            "after": x + second + 2 * p,
+            "grad_stats": g,
+            "update_moments": g + 8 + 2 * second + x + (2 * p if self.program.whole else 0),
+            "apply_update": x + second + 2 * p,
         }
         return float(moved[op] * self.elements)
 
@@ -94,7 +96,7 @@ def _bandwidth(count: int, dtype: torch.dtype, settings: Settings) -> Case:
     error = parts_error(zoo.MuAdam, settings.device, polar="svd")
     for name, program in PROGRAMS.items():
         ops = Ops(program, count, dtype, settings.device)
-        for op in ("inspect",) * (name == "Muon") + ("before",) + ("after",) * (not program.whole):
+        for op in ("grad_stats",) * (name == "Muon") + ("update_moments",) + ("apply_update",) * (not program.whole):
             variants[f"{op} {name}"] = Variant(
                 getattr(ops, op), ours=True, errors=lambda _: error, bounds=PARTS_BOUNDS, bytes=ops.bytes_of(op)
             )

@@ -1,4 +1,5 @@
-// `before` and `after`: one pass over everything elementwise on either side of the direction, all tensors in a launch.
+// `update_moments` and `apply_update`: one pass over everything elementwise on either side of the direction, all
+// tensors in a launch.
 #include "multi_tensor/block.cuh"
 
 namespace steepest::multi_tensor {
@@ -92,7 +93,7 @@ struct Worker {
   }
 };
 
-struct Before : Worker {
+struct UpdateMoments : Worker {
   template <int N>
   __device__ void operator()(int64_t index) {
     begin(index);
@@ -104,7 +105,7 @@ struct Before : Worker {
     convert(m, item.dtype[kMomentum], tile.m);
     if (has(kSecond)) convert(v, item.dtype[kSecond], tile.v);
     if (has(kParam)) convert_param(p, low, tile.p);
-    before(item.program, n, tile, sums, [&](float (&m)[N]) {
+    until_direction(item.program, n, tile, sums, [&](float (&m)[N]) {
       if (item.dtype[kMomentum] == Dtype::f32) return;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
@@ -112,8 +113,10 @@ struct Before : Worker {
         m[j] = item.dtype[kMomentum] == Dtype::bf16 ? from_bf16(half) : from_f16(half);
       }
     });
-    put_slot(kMomentum, index, tile.m);
-    if (has(kSecond)) put_slot(kSecond, index, tile.v);
+    if (!item.program.frozen_moments) {
+      put_slot(kMomentum, index, tile.m);
+      if (has(kSecond)) put_slot(kSecond, index, tile.v);
+    }
     if (has(kParam)) put_param(index, tile.p);
     if (!has(kDirection)) return;
     if (item.dtype[kDirection] == Dtype::f16) {
@@ -124,7 +127,7 @@ struct Before : Worker {
   }
 };
 
-struct After : Worker {
+struct ApplyUpdate : Worker {
   template <int N>
   __device__ void operator()(int64_t index) {
     begin(index);
@@ -134,7 +137,7 @@ struct After : Worker {
     convert(d, item.dtype[kDirection], tile.d);
     if (has(kSecond)) convert(v, item.dtype[kSecond], tile.v);
     convert_param(p, low, tile.p);
-    after(item.program, n, tile, sums);
+    from_direction(item.program, n, tile, sums);
     put_param(index, tile.p);
   }
 };
@@ -154,10 +157,9 @@ struct Clear {
   }
 };
 
-// At most 128 registers, so that two blocks share a multiprocessor and one's loads hide the other's arithmetic.
 template <class Work, class Batch>
-__global__ void __launch_bounds__(kThreads, 2) run(const __grid_constant__ Batch batch) {
-  constexpr bool kAfter = std::is_same_v<Work, After>;
+__device__ inline void run(const Batch& batch) {
+  constexpr bool kUpdate = std::is_same_v<Work, ApplyUpdate>;
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   const auto& item = find(batch, block);
   const Span part = span(item.size, kChunk, block - item.first_chunk);
@@ -168,10 +170,10 @@ __global__ void __launch_bounds__(kThreads, 2) run(const __grid_constant__ Batch
   if constexpr (!kFlat) walk = &item.walk;
   // Read before the test, so that the two latencies are one.
   const double length = item.lengths != nullptr ? item.lengths[part.matrix] : 1.0;
-  const Numbers<float> numbers(row, item.ratio * length);
+  const Numbers<float> numbers(item.program, row, item.ratio, length);
   const uint32_t own = seed(row[kStep], item.place);
   if (row[kFinite] == 0) {
-    if (!kAfter && item.at[kDirection] != nullptr) {
+    if (!kUpdate && item.at[kDirection] != nullptr) {
       Clear clear{item, walk};
       for_each_element<kFlat>(part, item.aligned, clear);
     }
@@ -190,7 +192,18 @@ __global__ void __launch_bounds__(kThreads, 2) run(const __grid_constant__ Batch
   const bool whole = item.program.direction != Program::kGiven;
 #pragma unroll
   for (int c = 0; c < kSums; ++c)
-    if (writes_sum(kAfter, whole, c)) head.sums[line * kSums + c] = totals[c];
+    if (writes_sum(kUpdate, whole, c)) head.sums[line * kSums + c] = totals[c];
+}
+
+// At most 128 registers, so that two blocks share a multiprocessor and one's loads hide the other's arithmetic.
+template <class Batch>
+__global__ void __launch_bounds__(kThreads, 2) update_moments(const __grid_constant__ Batch batch) {
+  run<UpdateMoments>(batch);
+}
+
+template <class Batch>
+__global__ void __launch_bounds__(kThreads, 2) apply_update(const __grid_constant__ Batch batch) {
+  run<ApplyUpdate>(batch);
 }
 
 // All tensors begin at a multiple of 16 bytes, and so does every matrix in them.
@@ -200,13 +213,13 @@ bool is_aligned(const Item& item) {
   return bits % 16 == 0 && (item.matrices == 1 || item.size % kVector == 0);
 }
 
-template <class Work, class KernelItem>
-void launch_some(const char* op, const ItemsParams& params, const std::vector<int>& some, cudaStream_t stream) {
+template <class KernelItem>
+void launch_some(Stage stage, const ItemsParams& params, const std::vector<int>& some, cudaStream_t stream) {
   using Batch = Batch<Head, KernelItem>;
   const Head head{params.rows, params.sums, params.scratch};
   std::vector<Extent> extents;
   for (int i : some) extents.push_back({params.items[i].matrices, params.items[i].size});
-  launch<Batch>(op, head, extents, stream, run<Work, Batch>, [&](int position) {
+  const auto convert = [&](int position) {
     const Item& from = params.items[some[position]];
     KernelItem item{};
     for (int slot = 0; slot < kSlots; ++slot) item.at[slot] = from.at[slot], item.dtype[slot] = from.dtype[slot];
@@ -218,24 +231,20 @@ void launch_some(const char* op, const ItemsParams& params, const std::vector<in
     else
       item.aligned = is_aligned(from);
     return item;
-  });
-}
-
-template <class Work>
-void launch_all(const char* op, const ItemsParams& params, cudaStream_t stream) {
-  std::vector<int> flat, strided;
-  for (int i = 0; i < static_cast<int>(params.items.size()); ++i) (params.items[i].flat ? flat : strided).push_back(i);
-  launch_some<Work, FlatItem>(op, params, flat, stream);
-  launch_some<Work, StridedItem>(op, params, strided, stream);
+  };
+  if (stage == Stage::update_moments)
+    launch<Batch>("update_moments", head, extents, stream, update_moments<Batch>, convert);
+  else
+    launch<Batch>("apply_update", head, extents, stream, apply_update<Batch>, convert);
 }
 
 }  // namespace
 
 void run_on_device(Stage stage, const ItemsParams& params, void* stream) {
-  if (stage == Stage::before)
-    launch_all<Before>("before", params, static_cast<cudaStream_t>(stream));
-  else
-    launch_all<After>("after", params, static_cast<cudaStream_t>(stream));
+  std::vector<int> flat, strided;
+  for (int i = 0; i < static_cast<int>(params.items.size()); ++i) (params.items[i].flat ? flat : strided).push_back(i);
+  launch_some<FlatItem>(stage, params, flat, static_cast<cudaStream_t>(stream));
+  launch_some<StridedItem>(stage, params, strided, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace steepest::multi_tensor
