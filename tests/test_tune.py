@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from steepest import cli, tune
 from steepest.linalg.newton_schulz import newton_schulz
 from steepest.ops import backend, tuning
 from steepest.ops.tuning import Asked
+from steepest.tools import cli, tune
 
 pytest.importorskip("triton", reason="Triton is not installed")
 kernels = pytest.importorskip("steepest.kernels.symm_gemm", reason="steepest.kernels is not importable")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import steepest
 from problems import gaussian
 from steepest import diagnostics
-from steepest.compare import methods, tasks
+from steepest.tools.compare import methods, tasks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from pretended import pretended
-from steepest import cli
-from steepest.bench import ceilings, command, peers, pictures, regression
-from steepest.bench.case import Job
-from steepest.bench.ceilings import Ceilings
-from steepest.bench.records import Record, read
-from steepest.bench.regression import compare
 from steepest.linalg.polar import polar
+from steepest.tools import cli
+from steepest.tools.bench import ceilings, command, peers, pictures, regression
+from steepest.tools.bench.case import Job
+from steepest.tools.bench.ceilings import Ceilings
+from steepest.tools.bench.records import Record, read
+from steepest.tools.bench.regression import compare
 
 
 @pytest.fixture(autouse=True)

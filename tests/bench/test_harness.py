@@ -19,12 +19,12 @@ import torch
 
 from assertions import polar_error
 from cases import gaussian
-from steepest.bench import case as cases
-from steepest.bench import ceilings, counting, machine, pictures, records, shapes, table, timing, truth
-from steepest.bench.case import Case, Settings, Variant, measure
-from steepest.bench.ceilings import Ceilings
-from steepest.bench.timing import Call, Timing
 from steepest.linalg.polar import polar
+from steepest.tools.bench import case as cases
+from steepest.tools.bench import ceilings, counting, machine, pictures, records, shapes, table, timing, truth
+from steepest.tools.bench.case import Case, Settings, Variant, measure
+from steepest.tools.bench.ceilings import Ceilings
+from steepest.tools.bench.timing import Call, Timing
 
 SETTINGS = Settings(rounds=3, seconds=0.0)
 CEILINGS = Ceilings({"float32": 1e12}, 1e11)

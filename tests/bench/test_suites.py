@@ -15,14 +15,15 @@ from torch import nn
 
 from cases import gaussian
 from pretended import pretended
-from steepest import planner, zoo
-from steepest.bench import ceilings, optimizers, timing, training
-from steepest.bench.case import Job, Settings
-from steepest.bench.ceilings import Ceilings
-from steepest.bench.suites import SUITES, launch, memory, polar, refresh, symm_gemm
-from steepest.compare import text
+from steepest import zoo
 from steepest.linalg.polar import polar as polar_of
 from steepest.ops import backend
+from steepest.tools import planner
+from steepest.tools.bench import ceilings, optimizers, timing, training
+from steepest.tools.bench.case import Job, Settings
+from steepest.tools.bench.ceilings import Ceilings
+from steepest.tools.bench.suites import SUITES, launch, memory, polar, refresh, symm_gemm
+from steepest.tools.compare import text
 
 CEILINGS = Ceilings({"float32": 1e12, "bfloat16": 1e12, "float16": 1e12}, 1e11)
 QUICK = Settings(quick=True, rounds=3, seconds=0.0, peers=False, compiled=False)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from cases import with_spectrum
-from steepest import planner
 from steepest.budget import cut
 from steepest.linalg.chain import Apply, Chain, Gram, Node, Product, Sum, chain
 from steepest.linalg.coefficients import SCHEDULES
 from steepest.linalg.polar import _prescaled, workspace_bytes
 from steepest.ops import backend
 from steepest.ops.polar_chain import polar_chain
-from steepest.planner import Stack
+from steepest.tools import planner
+from steepest.tools.planner import Stack
 
 pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 

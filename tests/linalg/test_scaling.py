@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import gaussian, polynomial_of
 from steepest import Muon
-from steepest.bench.counting import Peak
 from steepest.linalg import polar as polar_module
 from steepest.linalg import schatten as schatten_module
 from steepest.linalg.basis import eigh_refresh, off_diagonal, orthonormality
@@ -24,6 +23,7 @@ from steepest.linalg.scaling import inverse_power_of_two, largest_entry
 from steepest.linalg.schatten import schatten
 from steepest.ops.polar_chain import Update
 from steepest.ops.symm_gemm import Workspace
+from steepest.tools.bench.counting import Peak
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 of_every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)

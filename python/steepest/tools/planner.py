@@ -1,8 +1,9 @@
-"""What one call of `polar` does on a Hopper GPU, found on any machine: forms, products, launches, work and memory.
+"""`steepest plan`: what one call of `polar` does on a Hopper GPU, found on any machine.
 
-All stacks go in together.  Those that take the same chain of products share its launches, node by node; matrices with a
-short side of at most 256 go into the small matrices' kernel, a launch for those up to 128 and one for the others.  Work
-is counted in floating-point operations, 2 for a multiply and add:
+A plan lists forms, products, launches, work and memory.  All stacks go in together: those that take the same chain of
+products share its launches, node by node; matrices with a short side of at most 256 go into the small matrices' kernel,
+a launch for those up to 128 and one for the others.  Work is counted in floating-point operations, 2 for a multiply and
+add:
 
     asked      m (m + 1) k of a symmetric product (entries at and below the diagonal), 2 m n k of another
     executed   what the tiles of the launches compute, those above the diagonal left out; asked where no launch is known
@@ -16,7 +17,9 @@ in csrc/polar/chunks.cpp models it: *traffic* is what goes between the cache and
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +27,13 @@ from typing import Any
 
 import torch
 
-from .linalg.chain import Apply, Chain, Column, Gram, Node, Number, Product, Sum, chain
-from .linalg.coefficients import Schedule, presets, schedule
-from .linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, PLAIN, compute_dtype, default_restarts
-from .ops import backend
-from .ops.chain_numbers import too_many
-from .ops.polar_chain import MULTIPLE
-from .ops.small_polar import too_long
+from steepest.linalg.chain import Apply, Chain, Column, Gram, Node, Number, Product, Sum, chain
+from steepest.linalg.coefficients import Schedule, presets, schedule
+from steepest.linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, PLAIN, compute_dtype, default_restarts
+from steepest.ops import backend
+from steepest.ops.chain_numbers import too_many
+from steepest.ops.polar_chain import MULTIPLE
+from steepest.ops.small_polar import too_long
 
 CAPABILITY = (9, 0)
 MULTIPROCESSORS = 132  # of an H100 SXM or H200
@@ -39,6 +42,28 @@ MOST = 2**31 - 1  # of any size
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CLOCK_FLOP = 4096  # of a multiprocessor's tensor cores in a clock, 16-bit operands
 MUON_STEPS = 5
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    p.add_argument(
+        "--shape", action="append", required=True, metavar="[COUNTx]ROWSxCOLUMNS", help="a stack; all go in one call"
+    )
+    p.add_argument("--preset", default="auto", help="of polar (default: auto)")
+    p.add_argument("--dtype", help="compute dtype, float16 or bfloat16 (default: what polar chooses)")
+    p.add_argument("--multiprocessors", type=int, default=MULTIPROCESSORS)
+    p.add_argument("--l2", type=float, default=L2_MB, metavar="MB", help="size of the L2 cache")
+    p.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the plan; -> exit status."""
+    stacks = [parse(text) for text in options.shape]
+    printed = plan(
+        stacks, options.preset, dtype=options.dtype, multiprocessors=options.multiprocessors, l2_mb=options.l2
+    )
+    print(json.dumps(printed.json(), indent=2) if options.json else describe(printed))
+    return 0
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from pathlib import Path
 
 import torch
 
+from steepest.linalg.chain import Apply, Gram, Sum, chain
+from steepest.linalg.coefficients import presets, schedule
+from steepest.linalg.polar import PLAIN, compute_dtype, default_restarts
+from steepest.ops import backend, tuning
+from steepest.ops.tuning import Asked, Measured, Timer
+
 from .bench import shapes
 from .bench.timing import Call, interleaved
-from .linalg.chain import Apply, Gram, Sum, chain
-from .linalg.coefficients import presets, schedule
-from .linalg.polar import PLAIN, compute_dtype, default_restarts
-from .ops import backend, tuning
-from .ops.tuning import Asked, Measured, Timer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PARTS = ("polar", "kronecker")
