@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from steepest.linalg.chain import Apply, Gram, Sum, chain
-from steepest.linalg.coefficients import presets, schedule
-from steepest.linalg.polar import PLAIN, compute_dtype, default_restarts
+from steepest.linalg.chain import Gram, Sum, chain, multiplication
+from steepest.linalg.coefficients import presets
+from steepest.linalg.polar import PLAIN, choose, compute_dtype
 from steepest.ops import backend, tuning
 from steepest.ops.tuning import Asked, Measured, Timer
 
@@ -137,19 +137,17 @@ def products(
 
 
 def _of_polar(count: int, rows: int, columns: int, preset: str, dtype: torch.dtype) -> list[Asked]:
-    known = schedule(preset, None, None)
-    nodes = chain(known, default_restarts(known, "auto", rows, columns, dtype)).nodes
-    short, long, tall = min(rows, columns), max(rows, columns), rows > columns
-    found = []
-    for node in (Gram("gram", "x"), *nodes):
-        if isinstance(node, Gram):
-            own = Asked(count, short, short, long, dtype, symmetric=True, a_rows=not tall, b_rows=tall, c=False)
-            found.append(own)
-        elif isinstance(node, Apply):
-            found.append(Asked(count, rows, columns, short, dtype, c=node.beta != 0))
-        elif not isinstance(node, Sum):
-            found.append(Asked(count, short, short, short, dtype, symmetric=True))
-    return found
+    choice = choose(rows, columns, preset, device="cuda", dtype=dtype)
+    products = []
+    for node in (Gram("gram", "x"), *chain(choice.schedule, choice.restarts).nodes):
+        if isinstance(node, Sum):
+            continue
+        product = multiplication(node, rows, columns)
+        lie = {"a_rows": not product.a.transposed, "b_rows": not product.b.transposed}
+        added = not isinstance(node, Gram) and node.beta != 0
+        sizes = (count, product.m, product.n, product.k, dtype)
+        products.append(Asked(*sizes, symmetric=product.symmetric, c=added, **lie))
+    return products
 
 
 def _averages(count: int, rows: int, columns: int, dtype: torch.dtype) -> list[Asked]:
