@@ -67,8 +67,8 @@ COMPILED: Mapping[str, Sequence[str]] = {
     "step": ("12x3072x768",),
     "small": ("42x136x136",),
 }
-FIRST = ("tests/test_gpu.py", "tests/ops/test_grouped_gemm.py", "tests/test_gpu_ops.py")
-LAST = ("tests/bench/", "tests/test_tune.py")  # they compile and measure: long, and others say more
+FIRST = ("tests/kernels/test_gpu.py", "tests/kernels/test_grouped_gemm.py", "tests/kernels/test_gpu_ops.py")
+LAST = ("tests/tools/bench/", "tests/tools/test_tune.py")  # they compile and measure: long, and others say more
 GRACE = 10  # seconds between the interrupt and the kill
 ATTEMPTS = 4  # processes for the tests of a file
 FILE_SECONDS = 180

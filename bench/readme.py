@@ -4,7 +4,7 @@ python bench/readme.py            writes README.md
 python bench/readme.py --check    exit status 1 if it would change
 
 A table is found by its heading; the rows under it are those of the file. Sentences with figures are written by hand and
-held against their files by tests/test_docs.py.
+held against their files by tests/tools/test_docs.py.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cases import gaussian, orthogonal
-from spectra import (
+from steepest.linalg import basis
+from steepest.linalg.basis import eigh_refresh, off_diagonal, orthonormality, shifted_cholesky_qr, whitening_error
+from support.eigenvalues import (
     EIGENVALUES,
     FLOOR,
     HARD,
@@ -23,8 +24,7 @@ from spectra import (
     tf32_product,
     whitening,
 )
-from steepest.linalg import basis
-from steepest.linalg.basis import eigh_refresh, off_diagonal, orthonormality, shifted_cholesky_qr, whitening_error
+from support.singular_values import gaussian, orthogonal
 
 WAYS: dict[str, dict] = {
     "jr": {"method": "jr"},

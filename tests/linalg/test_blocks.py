@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from problems import FEW, gaussian
 from steepest.linalg.blocks import block_length, from_blocks, parts, to_blocks
+from support.problems import FEW, gaussian
 
 
 @FEW

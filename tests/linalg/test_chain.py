@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from assertions import polar_error
-from cases import SPECTRA, polynomial_of, with_spectrum
 from steepest.linalg import newton_schulz
 from steepest.linalg.chain import Apply, Chain, Column, Gram, Product, Sum, chain
 from steepest.linalg.coefficients import SCHEDULES, Schedule, polar_express
@@ -17,6 +15,8 @@ from steepest.linalg.polar import _prescaled, default_restarts, polar
 from steepest.ops import backend
 from steepest.ops.polar_chain import polar_chain
 from steepest.ops.symm_gemm import Number, Workspace
+from support.polar_error import polar_error
+from support.singular_values import SPECTRA, polynomial_of, with_spectrum
 
 ALL = SCHEDULES | {"polar_express": Schedule((polar_express(),))}
 

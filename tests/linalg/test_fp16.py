@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import gaussian, polynomial_of
 from steepest.linalg import schatten as schatten_module
 from steepest.linalg.coefficients import SCHEDULES, Schedule, polar_express
 from steepest.linalg.newton_schulz import newton_schulz, newton_schulz_plain
@@ -18,6 +17,7 @@ from steepest.linalg.polar import _prescaled, default_restarts
 from steepest.linalg.schatten import schatten
 from steepest.ops.symm_gemm import Workspace, gemm
 from steepest.ops.weight_update import weight_update
+from support.singular_values import gaussian, polynomial_of
 
 FP16 = torch.float16
 PRESETS = SCHEDULES | {"polar_express": Schedule((polar_express(),))}

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from assertions import assert_polar, polar_error
-from cases import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, polynomial_of, with_spectrum
 from steepest.linalg import coefficients as tables
 from steepest.linalg import polar as module
 from steepest.linalg.newton_schulz import newton_schulz
 from steepest.linalg.polar import _prescaled, compute_dtype, default_restarts, polar, polars
 from steepest.ops.symm_gemm import Workspace
+from support.polar_error import assert_polar, polar_error
+from support.singular_values import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, polynomial_of, with_spectrum
 
 PRESETS = (*tables.SCHEDULES, "polar_express", "svd")
 POLYNOMIAL = [name for name in PRESETS if name != "svd"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from assertions import polar_error
-from cases import gaussian, with_spectrum
 from steepest.linalg.polar import polar, polars
 from steepest.ops import backend
+from support.polar_error import polar_error
+from support.singular_values import gaussian, with_spectrum
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 #: By the kernel that takes them on a Hopper GPU: small matrices, each in a block or in a cluster of them, the chain

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cases import gaussian, orthogonal
-from spectra import on_tensor_cores, symmetric, tf32_product
 from steepest.linalg import roots
 from steepest.linalg.basis import eigh_refresh
 from steepest.linalg.coefficients import evaluate
 from steepest.linalg.remez import best_odd, image
 from steepest.linalg.roots import inverse_root, lifting_steps, root_of_basis, spectral_bound
+from support.eigenvalues import on_tensor_cores, symmetric, tf32_product
+from support.singular_values import gaussian, orthogonal
 
 N = 128
 

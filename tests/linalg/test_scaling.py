@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import gaussian, polynomial_of
 from steepest import Muon
 from steepest.linalg import polar as polar_module
 from steepest.linalg import schatten as schatten_module
@@ -23,7 +22,7 @@ from steepest.linalg.scaling import inverse_power_of_two, largest_entry
 from steepest.linalg.schatten import schatten
 from steepest.ops.polar_chain import Update
 from steepest.ops.symm_gemm import Workspace
-from steepest.tools.bench.counting import Peak
+from support.singular_values import gaussian, polynomial_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 of_every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)

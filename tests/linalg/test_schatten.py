@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cases import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, with_spectrum
 from steepest.linalg import newton_schulz
 from steepest.linalg import schatten as module
 from steepest.linalg.polar import _prescaled, polar
 from steepest.linalg.schatten import SAFETY, STEPS, by_products, compute_dtype, schatten
 from steepest.ops.symm_gemm import Number
+from support.singular_values import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, with_spectrum
 
 INF = math.inf
 POWERS = (2, 4 / 3, 6 / 5, 8 / 7, 32 / 31)

@@ -10,7 +10,7 @@ a norm of the layers' norms; steepest descent in it is  W_l <- W_l - lr w_l dz_l
 
 where in "hybrid" l are the matrices, S = sum d_l over them, and k the other parameters. "lmo" is the constrained step,
 of norm lr; "dual" the regularized one, d times as long. Source: arXiv:2510.09827; the table is derived from the
-definition psi*(y) = max { <x, y> : psi(x) <= 1 } and checked in tests/test_product_norms.py.
+definition psi*(y) = max { <x, y> : psi(x) <= 1 } and checked in tests/optim/test_product_norms.py.
 
 Momo (the same source; arXiv:2305.07583) knows that the loss is at least lb. It models the loss by an average of the
 tangents at the weights seen so far, f(X) = h + <M, X>, and stops a step at the point where the model meets lb:

@@ -3,9 +3,9 @@
     X X^T = U S^2 U^T,  V^T = S^-1 U^T X,  C = U^T Y V
 
 The relative error is ||Y - U V^T||_F / ||U V^T||_F; ||C - diag C||_F / sqrt(rank) is what rounding leaves beside the
-polynomial's own error.  Both are those of `tests/assertions.py`, which takes the singular value decomposition; of the
-Gram product the eigenvectors of singular values below 1e-6 of the largest are left out, and a GPU takes seconds at
-8192 rows.
+polynomial's own error.  Both are those of `tests/support/polar_error.py`, which takes the singular value decomposition;
+of the Gram product the eigenvectors of singular values below 1e-6 of the largest are left out, and a GPU takes seconds
+at 8192 rows.
 """
 
 from __future__ import annotations

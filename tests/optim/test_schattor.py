@@ -1,0 +1,173 @@
+"""Schattor between SGD and Muon: its endpoints are those optimizers, its middle the SVD's formula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import steepest
+from steepest.zoo.schattor import Schattor
+from support.problems import gap, gaussian, polar_by_svd
+
+SHAPES = ((6, 4), (3, 5), (4, 4), (7,))
+LR, DECAY, BETA, STEPS = 0.05, 0.1, 0.9, 22
+
+
+def gradient(step: int, i: int, w: Tensor) -> Tensor:
+    """Of a quadratic with noise: the trajectory matters."""
+    return 0.5 * w + gaussian(*w.shape, seed=100 * step + i)
+
+
+def run(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], **of_step: Any) -> list[Tensor]:
+    for step in range(STEPS):
+        for i, p in enumerate(params):
+            p.grad = gradient(step, i, p.detach())
+        optimizer.step(**of_step)
+    return [p.detach() for p in params]
+
+
+def start() -> list[nn.Parameter]:
+    return [nn.Parameter(gaussian(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
+
+
+def unit(m: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """(U (S / ||S||_q)^(q-1) V^T, ||S||_q) by the SVD; a vector is a matrix of one column."""
+    u, s, vh = torch.linalg.svd(m.reshape(len(m), -1), full_matrices=False)
+    q = 1.0 if p == math.inf else p / (p - 1)
+    norm = (s / s[0]).pow(q).sum().pow(1 / q) * s[0]
+    return ((u * (s / norm).pow(q - 1)) @ vh).reshape(m.shape), norm
+
+
+def paper(block_norm: str, scale: str, p: float, zero: bool) -> list[Tensor]:
+    W = [w.detach().clone() for w in start()]
+    M = [torch.zeros_like(w) for w in W]
+    for step in range(STEPS):
+        G = [gradient(step, i, w) for i, w in enumerate(W)]
+        M = G if step == 0 and not zero else [BETA * m + (1 - BETA) * g for m, g in zip(M, G)]
+        found = [unit(m, p) for m in M]
+        norms = [norm for _, norm in found]
+        total = torch.stack(norms).norm()
+        lengths = {
+            ("max", "lmo"): [1.0 + 0 * total] * len(W),
+            ("l2", "dual"): norms,
+            ("max", "dual"): [torch.stack(norms).sum()] * len(W),
+            ("l2", "lmo"): [norm / total for norm in norms],
+        }[block_norm, scale]
+        W = [(1 - LR * DECAY) * w - LR * x * d for w, x, (d, _) in zip(W, lengths, found)]
+    return W
+
+
+def schattor(params: list[nn.Parameter], **options: Any) -> Schattor:
+    groups: list[dict[str, Any]] = [{"params": params[:3]}, {"params": params[3:], "use_muon": False}]
+    return Schattor(groups[: 2 if len(params) > 3 else 1], lr=LR, weight_decay=DECAY, momentum=BETA, **options)
+
+
+@pytest.mark.parametrize("begin", ["zero", "first"])
+@pytest.mark.parametrize("p", [1.5, 2.0, 3.0, 4.0, 10.0, math.inf])
+@pytest.mark.parametrize("block_norm, scale", [("max", "lmo"), ("l2", "dual"), ("max", "dual"), ("l2", "lmo")])
+def test_every_oracle_is_its_formula(block_norm: Any, scale: Any, p: float, begin: Any) -> None:
+    options = {"block_norm": block_norm, "scale": scale, "p": p, "start": begin}
+    found = run(schattor(params := start(), method="eigh", polar="svd", stale_dual=False, **options), params)
+    assert max(map(gap, found, paper(block_norm, scale, p, begin == "zero"))) < 1e-10
+
+
+def test_p_2_is_sgd_with_momentum() -> None:
+    """torch.optim.SGD for the regularization oracle; for the ball one the same along a unit vector."""
+    ours, theirs = start(), start()
+    for a, b in zip(ours, theirs):
+        a.data, b.data = a.data[:4], b.data[:4]
+    sgd = torch.optim.SGD(theirs, lr=LR, momentum=BETA, dampening=BETA)
+    mine = Schattor(
+        [{"params": ours[:3]}, {"params": ours[3:], "use_muon": False}],
+        lr=LR, momentum=BETA, p=2.0, block_norm="l2", scale="dual", start="first",
+    )  # fmt: skip
+    assert max(map(gap, run(mine, ours), run(sgd, theirs))) < 1e-13
+    p, w, m = nn.Parameter(gaussian(6, 4)), gaussian(6, 4), torch.zeros(6, 4, dtype=torch.float64)
+    normalized = Schattor([p], lr=LR, momentum=BETA, p=2.0)
+    for step in range(STEPS):
+        p.grad = gradient(step, 0, p.detach())
+        m = BETA * m + (1 - BETA) * gradient(step, 0, w)
+        w = w - LR * m / m.norm()
+        normalized.step()
+    assert gap(p.detach(), w) < 1e-13
+
+
+@pytest.mark.parametrize("polar", ["svd", "auto"])
+def test_p_infinite_is_muon(polar: str) -> None:
+    ours, theirs = start()[:3], start()[:3]
+    muon = steepest.Muon(theirs, LR, DECAY, BETA, nesterov=False, adjust_lr_fn="none", polar=polar)
+    assert max(map(gap, run(schattor(ours, p=math.inf, polar=polar), ours), run(muon, theirs))) < 1e-13
+
+
+def test_a_larger_p_comes_closer_to_muon_and_a_group_has_its_own() -> None:
+    g, gaps = gaussian(6, 4, seed=9), []
+    for p in (2.0, 4.0, 32.0, 1e3, 1e6):
+        w = nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
+        optimizer = Schattor([{"params": [w], "p": p}], lr=1.0, momentum=0.0, p=7.0, method="eigh")
+        w.grad = g
+        optimizer.step()
+        gaps.append(gap(-w.detach(), polar_by_svd(g)))
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 1e-4
+
+
+def test_products_alone_come_near_the_exact_direction() -> None:
+    exact, fast = ([p.detach() for p in start()] for _ in range(2))
+    for method in ("eigh", "matmul"):
+        params = start()
+        run(schattor(params, p=4.0, method=method), params)
+        exact, fast = fast, [p.detach() for p in params]
+    moved = [a - b.detach() for a, b in zip(exact, start())]
+    error = [float((a - b).norm() / d.norm()) for a, b, d in zip(exact, fast, moved)]
+    assert 0 < max(error[:3]) < 0.1
+    assert error[3] < 1e-12  # a vector has no singular values to approximate
+
+
+@pytest.mark.parametrize("block_norm, scale", [("max", "lmo"), ("l2", "dual")])
+def test_rules_that_do_not_couple_blocks_take_the_fused_step(block_norm: Any, scale: Any) -> None:
+    params = start()
+    optimizer = schattor(params, block_norm=block_norm, scale=scale)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    fused = steepest.Muon(start()[:3])
+    for p in fused.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    assert optimizer.prepare() == fused.prepare()
+
+
+@pytest.mark.parametrize("block_norm", ["max", "l2"])
+@pytest.mark.parametrize("scale", ["lmo", "dual"])
+def test_a_lower_bound_truncates(block_norm: Any, scale: Any) -> None:
+    """With no momentum the model is the tangent: t = min(1, (loss - lb)_+ / <G, D>)."""
+    whole, cut = start(), start()
+    for params, options in ((whole, {}), (cut, {"lower_bound": 1.0})):
+        options |= {"block_norm": block_norm, "scale": scale, "p": 3.0, "method": "eigh"}
+        groups: list[dict[str, Any]] = [{"params": params[:3]}, {"params": params[3:], "use_muon": False}]
+        optimizer = Schattor(groups, lr=LR, momentum=0.0, **options)
+        for i, p in enumerate(params):
+            p.grad = gradient(0, i, p.detach())
+        optimizer.step(loss=1.03)
+    moves = [[p.detach() - w.detach() for p, w in zip(params, start())] for params in (whole, cut)]
+    promised = -sum((gradient(0, i, w.detach()) * d).sum() for i, (w, d) in enumerate(zip(start(), moves[0])))
+    share = min(1.0, 0.03 / float(promised))
+    assert share < 1
+    assert max(gap(b, share * a) for a, b in zip(*moves)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"block_norm": "hybrid"}, "block_norm 'hybrid' is not known; use 'max' or 'l2'"),
+        ({"scale": "x"}, "scale 'x' is not known"),
+        ({"p": 0.5}, "0.5"),
+        ({"momentum": 1.0}, "momentum should be in"),
+        ({"start": "last"}, "momentum start 'last' is not known"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schattor([nn.Parameter(torch.zeros(3, 2))], **options)

@@ -1,0 +1,345 @@
+"""`steepest compare`: the tasks, the runs and their records, what is reported of them, and the command as a whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import steepest
+from steepest import zoo
+from steepest.tools import cli
+from steepest.tools.compare import methods, mushrooms, records, report, tasks, text, training
+from steepest.tools.compare.gpt import Shape
+
+TINY = replace(
+    tasks.QUICK, shape=Shape(layers=1, width=16, heads=2, context=16), windows=4, held_out_windows=8, rows=32
+)
+KNOWN = methods.known()
+
+
+def made(name: str, book: Path | None = None) -> tasks.Task:
+    return tasks.make([name], TINY, book, None)[name]
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 800)
+    return path
+
+
+# ---- what is trained ---------------------------------------------------------------------------------------------
+
+
+def test_the_made_up_mushrooms_have_the_size_of_the_real_ones() -> None:
+    table = mushrooms.made_up()
+    assert table.x.shape == (8124, 112)
+    assert sum(mushrooms.VALUES) == 112
+    assert set(table.x.unique().tolist()) == {0.0, 1.0}
+    assert table.x.sum(dim=1).unique().tolist() == [21.0]
+    assert int(table.y.sum()) == 8124 // 2
+    assert torch.equal(table.x, mushrooms.made_up().x)
+
+
+def test_a_libsvm_file_is_read_as_the_tests_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "some.svm"
+    path.write_text("1 3:1 112:2.5\n\n2 1:1\n2\n")
+    table = mushrooms.load(path)
+    wanted = torch.zeros(3, 112, dtype=torch.float64)
+    wanted[0, 2], wanted[0, 111], wanted[1, 0] = 1.0, 2.5, 1.0
+    assert torch.equal(table.x, wanted)
+    assert table.y.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such file; download mushrooms from LIBSVM, or leave it out"),
+        ("1 3:1\n1 4:1\n", "1 classes; two are needed"),
+        ("1 3:1\n2 four\n", "not a LIBSVM file of at most 112 features"),
+        ("1 3:1\n2 113:1\n", "not a LIBSVM file of at most 112 features"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.svm"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        mushrooms.load(path)
+
+
+def test_scaled_mushrooms_are_the_same_function_of_other_variables() -> None:
+    plain, scaled = made("mushrooms"), made("mushrooms-scaled")
+    assert plain.evaluate(plain.create(3)) == pytest.approx(scaled.evaluate(scaled.create(3)), rel=1e-12)
+    (x, y), (s, z) = (next(task.batches(1, 0)) for task in (plain, scaled))
+    assert torch.equal(y, z)
+    ratio = (s[:, x.any(dim=0)].amax(dim=0)).log()
+    assert 0 < ratio.min() < 3
+    assert 17 < ratio.max() < 20
+
+
+def test_without_any_source_the_text_is_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    corpus = text.load(None, 64)
+    assert corpus.source == "made-up sentences"
+    assert len(corpus.train) + len(corpus.validation) == 500_000
+    assert text.sentences(5000) == text.sentences()[:5000]
+
+
+# ---- who trains it -----------------------------------------------------------------------------------------------
+
+
+def test_every_optimizer_of_the_zoo_is_compared() -> None:
+    exported = {name: getattr(zoo, name) for name in zoo.__all__}
+    optimizers = {
+        n for n, kind in exported.items() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    }
+    made = {method.kind.__name__ for method in KNOWN.values()}
+    assert set(KNOWN) - optimizers == {"torch.AdamW", "torch.SGD", *methods.VARIANTS}
+    assert optimizers - made == {"Momo"}  # a part of one
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_method_steps_every_parameter_and_lowers_the_loss(name: str, book: Path) -> None:
+    """At the smallest rate of three, in few steps."""
+    task, method = made("gpt", book), KNOWN[name]
+    model = task.create(0)
+    stepped = [p for group in method.build(model, 1e-3, task.routed).param_groups for p in group["params"]]
+    assert len(stepped) == len(list(model.parameters())) == len({id(p) for p in stepped})
+    record = training.train(task, method, method.grid("gpt", 3)[0], 12, 0, 2)
+    assert record["reason"] is None
+    assert record["loss"] < record["first_loss"]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_method_takes_every_matrix_of_the_classifier(name: str) -> None:
+    task, method = made("mushrooms"), KNOWN[name]
+    groups = method.build(task.create(0), 1e-3, task.routed).param_groups
+    assert [p.ndim for group in groups if group.get("use_muon", True) for p in group["params"]] == [2, 2]
+    assert training.train(task, method, 1e-9, 3, 0, 1)["reason"] is None
+
+
+def test_what_a_matrix_method_leaves_to_adamw_has_one_learning_rate() -> None:
+    groups = KNOWN["Muon"].build(made("gpt").create(0), 0.5, True).param_groups
+    assert {group["lr"] for group in groups if group["use_muon"]} == {0.5}
+    assert {group["lr"] for group in groups if not group["use_muon"]} == {methods.ADAMW_RATE}
+
+
+def test_grids_are_powers_around_the_middle() -> None:
+    grid = KNOWN["Muon"].grid("gpt", 5)
+    assert grid[2] == methods.RATES["Muon"][0]
+    assert all(b / a == pytest.approx(4, rel=1e-2) for a, b in zip(grid, grid[1:]))
+    unknown = methods.Method("New", steepest.MuAdam)
+    assert unknown.grid("mushrooms", 1) == [1e-3]
+
+
+# ---- a run and its record ----------------------------------------------------------------------------------------
+
+
+def test_a_record_is_repeated_by_the_same_seed_and_survives_json() -> None:
+    task = made("mushrooms")
+    one, other, third = (training.train(task, KNOWN["MuAdam"], 5e-3, 8, seed, 4) for seed in (0, 0, 1))
+
+    def losses(record: training.Record) -> list[Any]:
+        return [(step, loss, held_out) for step, _, loss, held_out in record["points"]]
+
+    assert losses(one) == losses(other) != losses(third)
+    assert [point[0] for point in one["points"] if point[3] is not None] == [0, 2, 4, 6, 8]
+    assert json.loads(json.dumps(one)) == {**one, "points": [list(point) for point in one["points"]]}
+    assert 0 < one["optimizer_ms"] < one["step_ms"]
+    assert one["loss"] == one["points"][-1][3]
+
+
+def test_a_run_that_diverges_or_fails_says_so() -> None:
+    task = made("mushrooms")
+    record = training.train(task, methods.Method("SGD", torch.optim.SGD), 1e200, 8, 0)
+    assert (record["status"], record["loss"]) == ("diverged", None)
+    broken = methods.Method("Muon", steepest.Muon, {"ns_steps": 1000})
+    record = training.train(task, broken, 0.1, 8, 0)
+    assert record["status"] == "failed"
+    assert record["reason"].startswith("ValueError: Number of steps must be less than 100")
+
+
+def test_splus_is_held_to_its_averages() -> None:
+    """Its held-out loss is that of the averaged weights; training goes on from the weights themselves."""
+    task = made("mushrooms")
+    averaged = training.train(task, methods.Method("SPlus", steepest.SPlus, {"average_rate": 0.9}), 0.5, 8, 0, 8)
+    plain = training.train(task, methods.Method("SPlus", steepest.SPlus, {"average_rate": 0.0}), 0.5, 8, 0, 8)
+    assert [p[2] for p in averaged["points"]] == [p[2] for p in plain["points"]]
+    assert averaged["points"][1][3] == plain["points"][1][3]
+    assert averaged["points"][-1][3] != plain["points"][-1][3]
+
+
+@pytest.fixture(scope="module")
+def table() -> Path:
+    default = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "mushrooms.svm"
+    path = Path(os.environ.get("STEEPEST_DATA", default))
+    path = path / "mushrooms.svm" if path.is_dir() else path
+    if not path.is_file():
+        pytest.skip(f"no LIBSVM mushrooms at {path}: download it there or set STEEPEST_DATA")
+    return path
+
+
+@pytest.mark.parametrize("name, invariant", [("MuAdamSANIA", True), ("Muon", False), ("torch.AdamW", False)])
+def test_scaling_the_features_of_mushrooms(name: str, invariant: bool, table: Path) -> None:
+    """The experiment of arXiv:2510.10777 on LIBSVM's file; observed gap of MuAdamSANIA: 1e-15."""
+    curves = []
+    for task in tasks.make(["mushrooms", "mushrooms-scaled"], tasks.Size(), None, table).values():
+        record = training.train(task, KNOWN[name], KNOWN[name].grid(task.name, 1)[0], 100, 0, 10)
+        curves.append([point[3] for point in record["points"] if point[3] is not None])
+    plain, scaled = curves
+    gap = max(abs(b / a - 1) for a, b in zip(plain, scaled))
+    assert plain[-1] < 0.9 * plain[0]
+    assert gap < 1e-12 if invariant else gap > 1e-1
+
+
+# ---- the report --------------------------------------------------------------------------------------------------
+
+
+def run(lr: float, loss: float | None, optimizer: str = "A", first: float = 2.0) -> training.Record:
+    status = "done" if loss is not None else "diverged"
+    return {
+        "task": "t",
+        "optimizer": optimizer,
+        "lr": lr,
+        "loss": loss,
+        "first_loss": first,
+        "status": status,
+        "reason": None,
+        "step_ms": 1.0,
+        "optimizer_ms": 0.5,
+        "points": [[0, 0.0, None, first], [5, 0.1, 1.5, loss]],
+    }
+
+
+def test_sensitivity_and_good_rates() -> None:
+    """Losses 1.5, 1.0, 5 (counts as 2) and a divergence (2): the mean of .5, 0, 1 and 1; 1.1 is good enough."""
+    runs = [run(1, 1.5), run(2, 1.0), run(4, 5.0), run(8, None)]
+    (found,) = report.summaries(runs)["t"]
+    assert found.sensitivity == pytest.approx((0.5 + 0 + 1 + 1) / 4)
+    assert found.good_rates == 1
+    assert not found.at_the_edge
+    (found,) = report.summaries([run(1, 1.1), run(2, 1.0)])["t"]
+    assert found.good_rates == 2
+    assert found.at_the_edge
+    (found,) = report.summaries([run(1, 3.0), run(2, 4.0)])["t"]
+    assert (found.sensitivity, found.good_rates, found.at_the_edge) == (None, 0, False)
+    (found,) = report.summaries([run(1, None)])["t"]
+    assert (found.best, found.sensitivity, found.good_rates) == (None, None, 0)
+
+
+def test_the_table_has_the_best_first_and_the_csv_the_same_rows(tmp_path: Path) -> None:
+    runs = [run(1, 1.5), run(2, 1.0), run(3, 1.2), run(1, None, "B"), run(1, 0.5, "C")]
+    runs.append({**run(1, None, "D"), "status": "failed", "reason": "ValueError: no"})
+    found = report.summaries(runs)
+    assert [each.optimizer for each in found["t"]] == ["C", "A", "B", "D"]
+    printed = report.table(found)
+    assert "diverged" in printed
+    assert printed.endswith("D on t: ValueError: no")
+    report.write_csv(tmp_path / "table.csv", found)
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["optimizer"] for row in rows] == ["C", "A", "B", "D"]
+    assert (rows[1]["learning_rate"], rows[1]["loss"], rows[1]["good_rates"]) == ("2", "1.0000", "1/3")
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compare(tmp_path: Path, book: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    from steepest.tools.compare import command
+
+    monkeypatch.setattr(command, "QUICK", TINY)
+
+    def call(*arguments: str) -> int:
+        out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+        return cli.main(["compare", "--quick", "--text", str(book), "--threads", "1", *out, *arguments])
+
+    return call
+
+
+def test_the_command_writes_records_table_and_pictures(
+    compare: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    arguments = ["--optimizers", "muon,torch.adamw", "--steps", "4", "--rates", "Muon=0.02,0.08", "--rates", "1e-3"]
+    assert compare(*arguments) == 0
+    assert torch.get_num_threads() == threads
+    printed = capsys.readouterr()
+    out = tmp_path / "out"
+    found = records.read(out / "runs.jsonl")
+    keys = {(record["task"], record["optimizer"], record["lr"]) for record in found}
+    own = {("Muon", 0.02), ("Muon", 0.08), ("torch.AdamW", 1e-3)}
+    assert keys == {(task, *each) for task in tasks.NAMES for each in own}
+    assert "run 9/9" in printed.err
+    with (out / "summary.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 6
+    assert "sensitivity" in printed.out
+    if "no pictures" not in printed.out:
+        for task in tasks.NAMES:
+            assert (out / f"{task}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_that_was_stopped_goes_on(
+    compare: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--optimizers", "muadam,torch.sgd", "--steps", "3", "--tasks", "mushrooms"]
+    path = tmp_path / "out" / "runs.jsonl"
+    assert compare(*arguments) == 0
+    whole = records.read(path)
+    assert len(whole) == 6
+    kept = "".join(path.read_text().splitlines(keepends=True)[:4])
+    path.write_text(kept + '{"task": "mushrooms", "opti')
+    with pytest.raises(SystemExit):
+        compare(*arguments)
+    assert "holds 4 runs: pass --resume to go on with them, or another --out" in capsys.readouterr().err
+    assert compare(*arguments, "--resume") == 0
+    assert path.read_text().startswith(kept)
+    again = records.read(path)
+    assert [(r["optimizer"], r["lr"], r["loss"]) for r in again] == [
+        (r["optimizer"], r["lr"], r["loss"]) for r in whole
+    ]
+    with pytest.raises(SystemExit):
+        compare(*arguments, "--resume", "--seed", "1")
+    assert "holds runs on mushrooms with seed 0, not 1: pass the same options again" in capsys.readouterr().err
+
+
+def test_without_matplotlib_there_are_no_pictures(
+    compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert compare("--optimizers", "torch.sgd", "--steps", "2", "--tasks", "mushrooms") == 0
+    assert "no pictures, pictures are drawn with matplotlib: pip install 'steepest[plot]'" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizers", "adamw9"], "--optimizers: unknown optimizer 'adamw9'; pass some of torch.AdamW, torch.SGD"),
+        (["--tasks", "imagenet"], "--tasks: unknown task 'imagenet'; pass some of gpt, mushrooms, mushrooms-scaled"),
+        (["--rates", "fast"], "--rates fast: pass positive numbers, as in --rates 1e-3,1e-2"),
+        (["--rates", "Muon=-1"], "--rates Muon=-1: pass positive numbers"),
+        (["--rates", "lion=1"], "unknown optimizer 'lion'"),
+        (["--steps", "0"], "--steps: '0': pass a whole number of 1 or more"),
+        (["--mushrooms", "nowhere.svm"], "--mushrooms nowhere.svm: there is no such file"),
+        (["--text", "nowhere.txt"], "--text nowhere.txt: there is no such file"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: list[str], message: str, compare: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        compare(*arguments)
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
