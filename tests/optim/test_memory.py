@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from steepest.optimizer import MatrixOptimizer
+from steepest.tools.bench.counting import Peak
 from support.training import KRONECKER, OPTIMIZERS, all_same_bits, give_gradients, parameters, train
 
 SIDE, COUNT = 64, 16

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from steepest.linalg.chain import Apply, Gram, Product
+from steepest.linalg.polar import choose
 from steepest.ops import backend, polar_chain
 from steepest.tools import cli, doctor, facts, planner
 from steepest.tools.planner import Plan, Stack
 
-NO_LAUNCHES = planner._no_launches("gram", Stack(1, 256, 512), planner.schedule("auto", None, None), (2,))
+NO_LAUNCHES = planner._no_launches(choose(256, 512, device="cuda"), Stack(1, 256, 512))
 needs_launches = pytest.mark.skipif(NO_LAUNCHES is not None, reason=f"{NO_LAUNCHES}")
 needs_extension = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 

@@ -140,7 +140,8 @@ def not_taken(rows: int, columns: int, constants: Sequence[Sequence[float]]) -> 
 
 def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
     """Why the compiled chain does not run on x; None where it does."""
-    if (why := hopper_reason(x) or not_taken(*x.shape[-2:], constants)) is not None:
+    rows, columns = x.shape[-2:]
+    if (why := hopper_reason(x) or not_taken(rows, columns, constants)) is not None:
         return why
     if x.dtype not in DTYPES:
         return f"the compute dtype is {x.dtype}"

@@ -358,20 +358,20 @@ def _stage(
 ) -> Stage:
     """parts: the stacks chunk by chunk; multiprocessors: None where launches are not known."""
 
-    def products_of(some: Sequence[Stack]) -> tuple[Multiplication, ...]:
-        return tuple(multiplication(node, stack, full=full) for stack in some)
-
     kind = type(node).__name__.lower()
-    if multiprocessors is None or isinstance(node, Sum):
-        return Stage(kind, _formula(node), () if isinstance(node, Sum) else products_of(stacks), (), 0)
+    if isinstance(node, Sum):
+        return Stage(kind, _formula(node), (), (), 0)
+    products = tuple(multiplication(node, stack, full=full) for stack in stacks)
+    if multiprocessors is None:
+        return Stage(kind, _formula(node), products, (), 0)
     assert backend.extension is not None
     launches, workspace = [], 0
     for part in parts:
-        own = products_of(part)
-        found = backend.extension.symm_gemm_plan(list(map(dataclasses.astuple, own)), multiprocessors)
-        launches += [_launch(launch, own) for launch in found["launches"]]
-        workspace = max(workspace, found["workspace_bytes"])
-    return Stage(kind, _formula(node), products_of(stacks), tuple(launches), workspace)
+        of_part = [multiplication(node, stack, full=full) for stack in part]
+        launch_plan = backend.extension.symm_gemm_plan(list(map(dataclasses.astuple, of_part)), multiprocessors)
+        launches += [_launch(launch, of_part) for launch in launch_plan["launches"]]
+        workspace = max(workspace, launch_plan["workspace_bytes"])
+    return Stage(kind, _formula(node), products, tuple(launches), workspace)
 
 
 def multiplication(node: Gram | Product | Apply, stack: Stack, *, full: bool = False) -> Multiplication:

@@ -143,10 +143,19 @@ def _of_polar(count: int, rows: int, columns: int, preset: str, dtype: torch.dty
         if isinstance(node, Sum):
             continue
         product = multiplication(node, rows, columns)
-        lie = {"a_rows": not product.a.transposed, "b_rows": not product.b.transposed}
-        added = not isinstance(node, Gram) and node.beta != 0
-        sizes = (count, product.m, product.n, product.k, dtype)
-        products.append(Asked(*sizes, symmetric=product.symmetric, c=added, **lie))
+        products.append(
+            Asked(
+                count,
+                product.m,
+                product.n,
+                product.k,
+                dtype,
+                symmetric=product.symmetric,
+                a_rows=not product.a.transposed,
+                b_rows=not product.b.transposed,
+                c=not isinstance(node, Gram) and node.beta != 0,
+            )
+        )
     return products
 
 

@@ -182,7 +182,7 @@ def test_small_matrices() -> None:
 
 
 def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda: True)  # torch.optim.Muon computes in bf16
+    monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: True)  # torch.optim.Muon computes in bf16
     rows = run("step", whole=True)
     all_timed(rows)
     found = {variant: row for (case, variant), row in rows.items() if case == "tiny whole"}

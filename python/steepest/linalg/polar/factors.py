@@ -5,6 +5,7 @@ The arguments are checked here; `choose` says how a stack is computed, and what 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 
@@ -128,7 +129,8 @@ def polars(
     alike: dict[tuple[str, torch.dtype, tuple[int, ...]], tuple[Choice, list[Job]]] = {}
     for x, slack, result, update in zip(xs, buffers, results, targets, strict=True):
         choice = choose(
-            *x.shape[-2:],
+            x.shape[-2],
+            x.shape[-1],
             preset,
             device=x.device,
             coefficients=coefficients,
@@ -137,7 +139,7 @@ def polars(
             dtype=dtype,
             form=form,
             restarts=restarts,
-            small=lambda table, x=x: takes([x], table.tables, table.slacks),
+            small=functools.partial(_small_kernel_takes, x),
         )
         if x.numel():
             job = Job(x.reshape(-1, *x.shape[-2:]), slack, result, 0, update)
@@ -152,6 +154,10 @@ def polars(
         else:
             _by_chain(list(at_once(chunks, choice.dtype, max_workspace_bytes)), choice, eps)
     return [result.whole() for result in results] if updates is None else []
+
+
+def _small_kernel_takes(x: Tensor, table: Schedule) -> bool:
+    return takes([x], table.tables, table.slacks)
 
 
 def _by_small_kernel(jobs: list[Job], table: Schedule, eps: float) -> None:
