@@ -28,10 +28,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import steepest
-from steepest import cli
 from steepest.ops import backend, multi_tensor
 from steepest.ops.extension import KINDS, MAJORS, Extension
 from steepest.ops.program import Program
+from steepest.tools import cli, facts
 from support.problems import FEW
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -816,15 +816,15 @@ def test_reason_follows_the_current_device(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_doctor_names_the_driver_or_why_not() -> None:
-    facts = cli.diagnose()
-    assert "driver: CUDA 12.8)" in cli.describe({**facts, "driver_cuda": "12.8"})
-    assert "driver: not asked (torch sees no CUDA device))" in cli.describe({**facts, "driver_cuda": None})
+    machine = facts.diagnose()
+    assert "driver: CUDA 12.8)" in facts.describe({**machine, "driver_cuda": "12.8"})
+    assert "driver: not asked (torch sees no CUDA device))" in facts.describe({**machine, "driver_cuda": None})
 
 
 def test_doctor_says_what_a_forced_backend_does() -> None:
-    facts = cli.diagnose()
+    machine = facts.diagnose()
     for name, then in (("torch", "every op that has kernels uses it, or fails"), ("gpu", "no backend has this name")):
-        assert f"STEEPEST_BACKEND={name} is set: {then}" in cli.describe({**facts, "forced": name})
+        assert f"STEEPEST_BACKEND={name} is set: {then}" in facts.describe({**machine, "forced": name})
 
 
 def test_backends_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
     zoo -> optimizer -> plan -> {fused, unfused} -> rounds -> recipe -> parts -> linalg -> ops -> {lib, kernels, torch}
 
 `matrices`, `stacks`, `values` and `routing` stand beside `recipe`, `budget` below all; `graph` and `diagnostics` stand
-on `optimizer`, `compare` on `zoo`, `bench` on all of them, `tune` on `bench`, `doctor` on `ops`. `kernels` imports
+on `optimizer`. What a training job does not import is in `tools`, on top of all of them: in it `compare` stands alone,
+`bench` on `compare` and `planner`, `tune` on `bench`, `doctor` on `facts`. Of the library only the command `__main__`
+knows the tools. `kernels` imports
 torch and triton only; only `optimizer`, and what looks at any optimizer from outside, knows `torch.optim`; only `ops`
 knows the compiled part and the kernels; no torch header lies below csrc/ops. When the picture should change, change it
 here in the same commit.
@@ -22,10 +24,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "steepest"
 
 BELOW = {
-    "bench": {"_version", "compare", "diagnostics", "graph", "linalg", "ops", "optimizer", "planner", "zoo"},
     "graph": {"optimizer", "values"},
     "diagnostics": {"optimizer", "matrices"},
-    "compare": {"zoo", "optimizer", "diagnostics"},
     "zoo": {"optimizer", "values", "plan", "unfused", "recipe", "routing", "matrices", "parts", "linalg", "ops"},
     "optimizer": {"plan", "values", "unfused", "recipe", "stacks", "routing", "matrices", "parts", "ops"},
     "plan": {"fused", "unfused", "rounds", "recipe", "matrices", "parts", "ops"},
@@ -41,13 +41,22 @@ BELOW = {
     "linalg": {"budget", "ops"},
     "budget": set(),
     "ops": {"_version", "kernels"},
-    "planner": {"linalg", "ops"},
-    "tune": {"bench", "linalg", "ops"},
-    "doctor": {"ops"},
-    "cli": {"_version", "bench", "compare", "doctor", "planner", "tune", "ops"},
-    "__main__": {"cli"},
-    "__init__": {"_version", "diagnostics", "graph", "zoo", "routing", "linalg", "ops"},
+    "tools": {"_version", "zoo", "graph", "diagnostics", "optimizer", "linalg", "ops"},
+    "__main__": {"tools"},
+    "__init__": {"_moved", "_version", "diagnostics", "graph", "zoo", "routing", "linalg", "ops"},
+    "_moved": set(),
     "_version": set(),
+}
+#: Of the rooms of `tools`, each importing some of the others.
+TOOLS = {
+    "bench": {"compare", "planner"},
+    "cli": set(),  # a command's module is imported when it is called
+    "compare": set(),
+    "doctor": {"facts"},
+    "facts": set(),
+    "planner": set(),
+    "tune": {"bench"},
+    "__init__": set(),
 }
 
 
@@ -69,13 +78,14 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def room(path: Path) -> str:
-    first = path.relative_to(PACKAGE).parts[0]
+def room(path: Path, package: Path = PACKAGE) -> str:
+    first = path.relative_to(package).parts[0]
     return first.removesuffix(".py")
 
 
 def test_every_room_is_on_the_plan() -> None:
     assert {room(path) for path in sources()} == set(BELOW)
+    assert {room(path, PACKAGE / "tools") for path in sources() if room(path) == "tools"} == set(TOOLS)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -85,9 +95,16 @@ def test_imports_only_from_below(path: Path) -> None:
     assert not above, f"{path.name} (floor {room(path)}) reaches up or past its door: {sorted(above)}"
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "tools").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_tool_imports_only_the_tools_below_it(path: Path) -> None:
+    used = {name.split(".")[2] for name in imports(path) if name.startswith("steepest.tools.")}
+    name = room(path, PACKAGE / "tools")
+    assert used & set(TOOLS) - {name} <= TOOLS[name]
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_the_optimizer_knows_torch_optim(path: Path) -> None:
-    if room(path) in ("optimizer", "diagnostics", "compare", "bench"):
+    if room(path) in ("optimizer", "diagnostics", "tools"):
         return
     code = ast.parse(path.read_text())
     uses = [node for node in ast.walk(code) if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.optim"]

@@ -32,8 +32,8 @@ from torch import Tensor
 from ..ops.chain_numbers import squared_norm_bound
 from ..ops.symm_gemm import Workspace, gemm, linear, times
 from . import polar as _polar
-from .polar import _chunk, _prescaled
-from .scaling import inverse_power_of_two
+from .polar.jobs import chunk_size
+from .scaling import inverse_power_of_two, prescaled
 
 METHODS = ("auto", "matmul", "eigh")
 #: (a, b, c, d) of every step; d of the first is 0.
@@ -152,13 +152,13 @@ def schatten(
     batch = x.reshape(-1, *x.shape[-2:])
     out = torch.empty(batch.shape, dtype=x.dtype, device=x.device)
     _, m, n = batch.shape
-    size = _chunk(batch, workspace_bytes(p, m, n, work, method=method), max_workspace_bytes)
+    size = chunk_size(batch, workspace_bytes(p, m, n, work, method=method), max_workspace_bytes)
     for chunk, target in zip(batch.split(size), out.split(size), strict=True):
-        y = _prescaled(chunk, work)
+        y = prescaled(chunk, work)
         if eigh:
             y = _by_eigenvectors(y, p, eps)
         elif p == 1:
-            y = _leading(y, _prescaled(chunk, torch.promote_types(x.dtype, torch.float32)))
+            y = _leading(y, prescaled(chunk, torch.promote_types(x.dtype, torch.float32)))
         else:
             y = _by_products(y, p)
         target.copy_(y)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...linalg.coefficients import JORDAN_STEP
+from steepest.linalg.coefficients import JORDAN_STEP
+
 from ..case import Case, Job, Row, Settings, measure
 from ..ceilings import Ceilings
 from ..shapes import matrices, parse

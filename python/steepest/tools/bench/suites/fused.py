@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ... import zoo
-from ...ops import multi_tensor
-from ...ops.multi_tensor import Groups, Item, Items, Table
-from ...ops.program import Program
+from steepest import zoo
+from steepest.ops import multi_tensor
+from steepest.ops.multi_tensor import Groups, Item, Items, Table
+from steepest.ops.program import Program
+
 from ..case import Case, Job, Settings, Variant
 from ..optimizers import LR, PARTS_BOUNDS, parameters, parts_error
 from ..shapes import elements, parse

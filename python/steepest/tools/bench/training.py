@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .. import zoo
+from steepest import zoo
+from steepest.linalg.coefficients import schedule
+from steepest.optimizer import MatrixOptimizer
+
 from ..compare.gpt import GPT, Shape
 from ..compare.text import Corpus, windows
 from ..compare.training import learning_rate_factor
-from ..linalg.coefficients import schedule
-from ..optimizer import MatrixOptimizer
 from .case import OK, Row, failure
 
 BETAS = (0.9, 0.95)

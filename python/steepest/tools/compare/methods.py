@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import zoo
-from ..optimizer import MatrixOptimizer
+from steepest import zoo
+from steepest.optimizer import MatrixOptimizer
 
 STEP = 4.0  # ratio of two learning rates of a grid
 ADAMW_RATE = 8e-3  # between AdamW's best of a short run and of a long one

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...linalg.chain import Apply, Chain, Node, Product
-from ...ops import polar_chain
-from ...ops.grouped_gemm import grouped_gemm
-from ...ops.symm_gemm import gemm
+from steepest.linalg.chain import Apply, Chain, Node, Product
+from steepest.ops import polar_chain
+from steepest.ops.grouped_gemm import grouped_gemm
+from steepest.ops.symm_gemm import gemm
+
 from .. import peers
 from ..case import OK, Case, Job, Row, Settings, Variant, measure, rates
 from ..ceilings import Ceilings

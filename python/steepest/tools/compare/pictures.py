@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..diagnostics.pictures import canvas
+from steepest.diagnostics.pictures import canvas
+
 from .report import Summary
 
 COLOURS = 10  # of matplotlib's own cycle; then the next line style

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from .._version import __version__
-from ..linalg import polar
-from ..ops import backend
+from steepest._version import __version__
+from steepest.linalg import polar
+from steepest.ops import backend
 
 
 def machine(device: str = "cpu") -> dict[str, str]:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from ... import zoo
+from steepest import zoo
+
 from ..case import Case, Errors, Job, Settings
 from ..optimizers import BASE, SOAP, Method, Problem, direction_errors, fitting, muons, parts_error, soaps
 from ..shapes import Model, matrices, parse

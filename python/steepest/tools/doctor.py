@@ -1,10 +1,12 @@
-"""Every self-check of this machine (`steepest.ops.selfcheck`), each in a process of its own.
+"""`steepest doctor`: the facts of this machine, and every self-check of it (`steepest.ops.selfcheck`).
 
-A kernel that crashes or hangs takes its process along and is a line of the table; the next one starts afresh.
+Each check runs in a process of its own. A kernel that crashes or hangs takes its process along and is a line of the
+table; the next one starts afresh.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -18,10 +20,27 @@ from typing import Any, Literal
 
 import torch
 
-from .ops import selfcheck
+from steepest.ops import selfcheck
+
+from . import facts
 
 TIMEOUT = 180  # seconds of a process: Triton compiles a dozen kernels for a check
 TIMES = 3  # that a check is run again, of which the fastest counts
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    p.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the facts and the outcomes; -> exit status, 1 where a check is wrong."""
+    machine, outcomes = facts.diagnose(), check_all()
+    if options.json:
+        print(json.dumps({**machine, "checks": [outcome.json() for outcome in outcomes]}, indent=2))
+    else:
+        print("\n".join([facts.describe(machine), *describe(outcomes)]))
+    return int(any(outcome.state == "wrong" for outcome in outcomes))
 
 
 @dataclass(frozen=True)

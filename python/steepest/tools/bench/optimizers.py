@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import zoo
-from ..graph import graphed
-from ..optimizer import MatrixOptimizer
+from steepest import zoo
+from steepest.graph import graphed
+from steepest.optimizer import MatrixOptimizer
+
 from . import peers
 from .case import Errors, Settings, Variant
 from .peers import LR, Build, beside

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from ...linalg.polar import polar, polars
+from steepest.linalg.polar import polar, polars
+
 from ..case import Case, Job, Settings, Variant
 from ..shapes import matrices, parse, spelled
 from .common import BASE, dtypes, name_of, sizes, stacks, timed

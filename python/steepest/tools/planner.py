@@ -1,8 +1,9 @@
-"""What one call of `polar` does on a Hopper GPU, found on any machine: forms, products, launches, work and memory.
+"""`steepest plan`: what one call of `polar` does on a Hopper GPU, found on any machine.
 
-All stacks go in together.  Those that take the same chain of products share its launches, node by node; matrices with a
-short side of at most 256 go into the small matrices' kernel, a launch for those up to 128 and one for the others.  Work
-is counted in floating-point operations, 2 for a multiply and add:
+A plan lists forms, products, launches, work and memory.  All stacks go in together: those that take the same chain of
+products share its launches, node by node; matrices with a short side of at most 256 go into the small matrices' kernel,
+a launch for those up to 128 and one for the others.  Work is counted in floating-point operations, 2 for a multiply and
+add:
 
     asked      m (m + 1) k of a symmetric product (entries at and below the diagonal), 2 m n k of another
     executed   what the tiles of the launches compute, those above the diagonal left out; asked where no launch is known
@@ -16,7 +17,9 @@ in csrc/polar/chunks.cpp models it: *traffic* is what goes between the cache and
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +27,13 @@ from typing import Any
 
 import torch
 
-from .linalg.chain import Apply, Chain, Column, Gram, Node, Number, Product, Sum, chain
-from .linalg.coefficients import Schedule, presets, schedule
-from .linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, PLAIN, compute_dtype, default_restarts
-from .ops import backend
-from .ops.chain_numbers import too_many
-from .ops.polar_chain import MULTIPLE
-from .ops.small_polar import too_long
+from steepest.linalg.chain import Apply, Chain, Column, Gram, Node, Number, Operand, Product, Sum, chain
+from steepest.linalg.chain import multiplication as product_of
+from steepest.linalg.coefficients import Schedule, presets
+from steepest.linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, Choice, choose
+from steepest.ops import backend
+from steepest.ops.polar_chain import not_taken
+from steepest.ops.small_polar import too_long
 
 CAPABILITY = (9, 0)
 MULTIPROCESSORS = 132  # of an H100 SXM or H200
@@ -39,6 +42,28 @@ MOST = 2**31 - 1  # of any size
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CLOCK_FLOP = 4096  # of a multiprocessor's tensor cores in a clock, 16-bit operands
 MUON_STEPS = 5
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    p.add_argument(
+        "--shape", action="append", required=True, metavar="[COUNTx]ROWSxCOLUMNS", help="a stack; all go in one call"
+    )
+    p.add_argument("--preset", default="auto", help="of polar (default: auto)")
+    p.add_argument("--dtype", help="compute dtype, float16 or bfloat16 (default: what polar chooses)")
+    p.add_argument("--multiprocessors", type=int, default=MULTIPROCESSORS)
+    p.add_argument("--l2", type=float, default=L2_MB, metavar="MB", help="size of the L2 cache")
+    p.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the plan; -> exit status."""
+    stacks = [parse(text) for text in options.shape]
+    printed = plan(
+        stacks, options.preset, dtype=options.dtype, multiprocessors=options.multiprocessors, l2_mb=options.l2
+    )
+    print(json.dumps(printed.json(), indent=2) if options.json else describe(printed))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -212,82 +237,80 @@ def plan(
         raise ValueError(
             f"multiprocessors and the L2 cache are positive and at most {MOST}, got {multiprocessors} and {l2_mb} MB"
         )
-    work = DTYPES[dtype] if dtype else compute_dtype(preset, torch.float32, "cuda")
-    known = schedule(preset, None, None)
-    alike: dict[tuple[str, tuple[int, ...], str | None], list[tuple[Stack, str]]] = {}
+    alike: dict[tuple[Choice, str | None], list[tuple[Stack, str]]] = {}
     for stack in stacks:
-        form, restarts, why = _form(stack, preset, known, work, free=dtype is None)
-        alike.setdefault((form, restarts, _no_launches(form, stack, known, restarts)), []).append((stack, why))
+        choice = _choose(stack, preset, dtype)
+        alike.setdefault((choice, _no_launches(choice, stack)), []).append((stack, _why(choice, stack)))
     calls = [
-        _call(form, restarts, known, work, some, no_launches, multiprocessors, int(l2_mb * 2**20))
-        for (form, restarts, no_launches), some in alike.items()
+        _call(choice, some, no_launches, multiprocessors, int(l2_mb * 2**20))
+        for (choice, no_launches), some in alike.items()
     ]
     return Plan(preset, multiprocessors, int(l2_mb * 2**20), tuple(calls))
 
 
-def _form(
-    stack: Stack, preset: str, known: Schedule, work: torch.dtype, *, free: bool
-) -> tuple[str, tuple[int, ...], str]:
-    """The form, the steps before which a new Gram product is taken, and why."""
-    every = tuple(range(1, known.steps))
-    if preset == PLAIN:
-        return "plain", every, "the preset is torch.optim.Muon's function, product for product"
-    small = _small_reason(stack, known, free)
-    if small is None:
+def _choose(stack: Stack, preset: str, dtype: str | None) -> Choice:
+    """What `polar` would choose on a device of compute capability 9.0."""
+    return choose(
+        stack.rows,
+        stack.columns,
+        preset,
+        device="cuda",
+        dtype=DTYPES[dtype] if dtype else None,
+        small=lambda schedule: _small_refusal(stack, schedule) is None,
+    )
+
+
+def _why(choice: Choice, stack: Stack) -> str:
+    """The rule that decided the form, with its numbers, for a person."""
+    if choice.rule == "preset":
+        return "the preset is torch.optim.Muon's function, product for product"
+    if choice.rule == "small":
         assert backend.extension is not None
         blocks = backend.extension.small_polar_blocks(stack.short, 10 * CAPABILITY[0] + CAPABILITY[1])
         who = "a block takes" if blocks == 1 else f"a cluster of {blocks} blocks takes"
-        return "small", (), f"short side {stack.short}: {who} a matrix and keeps it in shared memory"
-    positions = default_restarts(known, "auto", stack.rows, stack.columns, work)
+        return f"short side {stack.short}: {who} a matrix and keeps it in shared memory"
     aspect = stack.long / stack.short
-    if stack.short < GRAM_SHORT_SIDE:
-        why = f"short side {stack.short} is below {GRAM_SHORT_SIDE}, and 16 bits do not bear the Gram form; {small}"
-    elif aspect < GRAM_ASPECT:
-        why = f"aspect {aspect:.2f} is below {GRAM_ASPECT}, where the Gram form saves nothing"
-    elif positions == every:
-        why = f"{work} does not bear the Gram form of this preset".replace("torch.", "")
-    else:
-        return "gram", positions, f"aspect {aspect:.2f} is at least {GRAM_ASPECT}"
-    return "standard", positions, why
+    if choice.rule == "short side":
+        small = _small_refusal(stack, choice.schedule) or "the kernel for small matrices chooses its own dtype"
+        return f"short side {stack.short} is below {GRAM_SHORT_SIDE}, and 16 bits do not bear the Gram form; {small}"
+    if choice.rule == "aspect":
+        return f"aspect {aspect:.2f} is below {GRAM_ASPECT}, where the Gram form saves nothing"
+    if choice.rule == "dtype":
+        return f"{choice.dtype} does not bear the Gram form of this preset".replace("torch.", "")
+    return f"aspect {aspect:.2f} is at least {GRAM_ASPECT}"
 
 
-def _small_reason(stack: Stack, known: Schedule, free: bool) -> str | None:
+def _small_refusal(stack: Stack, schedule: Schedule) -> str | None:
     """Why the small matrices' kernel does not take the stack; None where it does."""
     if backend.extension is None:
         return f"no kernel for small matrices: {backend.extension_reason}"
     if (reason := too_long(stack.short, CAPABILITY)) is not None:
         return reason
-    if not free:
-        return "the kernel for small matrices chooses its own dtype"
-    return backend.extension.small_polar_refusal(known.tables, known.slacks)
+    return backend.extension.small_polar_refusal(schedule.tables, schedule.slacks)
 
 
-def _no_launches(form: str, stack: Stack, known: Schedule, restarts: tuple[int, ...]) -> str | None:
-    if form == "plain":
+def _no_launches(choice: Choice, stack: Stack) -> str | None:
+    """Why the launches of a call are not known; None where they are, or are one."""
+    if choice.form == "plain":
         return "the products are torch's own"
-    if form == "small":
+    if choice.form == "small":
         return None
-    if stack.rows % MULTIPLE or stack.columns % MULTIPLE:
-        return f"a side is no multiple of {MULTIPLE}: products one by one, in Triton"
-    if too_many(chain(known, restarts).constants):
-        return "the schedule has too many numbers: products one by one, in Triton"
-    return backend.extension_reason
+    reason = not_taken(stack.rows, stack.columns, chain(choice.schedule, choice.restarts).constants)
+    return backend.extension_reason if reason is None else f"{reason}: products one by one, in Triton"
 
 
 def _call(
-    form: str,
-    restarts: tuple[int, ...],
-    known: Schedule,
-    work: torch.dtype,
+    choice: Choice,
     some: list[tuple[Stack, str]],
     no_launches: str | None,
     multiprocessors: int,
     l2_bytes: int,
 ) -> Call:
+    form, products = choice.form, chain(choice.schedule, choice.restarts)
     stacks = tuple(stack for stack, _ in some)
-    nodes = _plain_nodes(known) if form == "plain" else (Gram("gram", "x"), *chain(known, restarts).nodes)
+    nodes = _plain_nodes(choice.schedule) if form == "plain" else (Gram("gram", "x"), *products.nodes)
     launched = no_launches is None and form != "small"
-    chunking = _chunking(chain(known, restarts), stacks, multiprocessors, l2_bytes) if launched else None
+    chunking = _chunking(products, stacks, multiprocessors, l2_bytes) if launched else None
     parts = [stacks] if chunking is None else [_part(stacks, counts) for counts in chunking.chunks]
     full, machine = form == "plain", multiprocessors if launched else None
     stages = [_stage(node, stacks, parts, full, machine) for node in nodes]
@@ -296,16 +319,19 @@ def _call(
     # The small kernel keeps squares to itself, and needs no second buffer but the result.
     squares = 0 if form == "small" else len({node.out for node in nodes} - {"x", "y"})
     reasons = tuple(why for _, why in some)
-    each = tuple(work.itemsize * (2 * s.rows * s.columns + squares * s.short**2) for s in stacks)
-    held = sum(stack.matrices * size for stack, size in zip(stacks, each)) + max(s.workspace_bytes for s in stages)
-    name = "16 bits, high and low" if form == "small" else str(work).removeprefix("torch.")
-    return Call(form, restarts, name, stacks, reasons, tuple(stages), no_launches, held, each, chunking)
+    matrix_bytes = tuple(choice.dtype.itemsize * (2 * s.rows * s.columns + squares * s.short**2) for s in stacks)
+    buffers = sum(stack.matrices * size for stack, size in zip(stacks, matrix_bytes))
+    working_set = buffers + max(stage.workspace_bytes for stage in stages)
+    name = "16 bits, high and low" if form == "small" else str(choice.dtype).removeprefix("torch.")
+    return Call(
+        form, choice.restarts, name, stacks, reasons, tuple(stages), no_launches, working_set, matrix_bytes, chunking
+    )
 
 
-def _chunking(plan: Chain, stacks: Sequence[Stack], multiprocessors: int, l2_bytes: int) -> Chunking | None:
+def _chunking(products: Chain, stacks: Sequence[Stack], multiprocessors: int, l2_bytes: int) -> Chunking | None:
     assert backend.extension is not None
     shapes = [dataclasses.astuple(stack) for stack in stacks]
-    found = backend.extension.polar_chunks(*plan.packed, shapes, multiprocessors, l2_bytes)
+    found = backend.extension.polar_chunks(*products.packed, shapes, multiprocessors, l2_bytes)
     if not found["clocks_whole"]:
         return None
     chunks = tuple(tuple(count for _, count in chunk) for chunk in found["chunks"])
@@ -316,9 +342,9 @@ def _part(stacks: Sequence[Stack], counts: Sequence[int]) -> tuple[Stack, ...]:
     return tuple(dataclasses.replace(stack, matrices=n) for stack, n in zip(stacks, counts, strict=True) if n)
 
 
-def _plain_nodes(known: Schedule) -> tuple[Node, ...]:
+def _plain_nodes(schedule: Schedule) -> tuple[Node, ...]:
     nodes: list[Node] = []
-    for (a, b, c), (x, y) in zip(known.tables[0], (("x", "y"), ("y", "x")) * known.steps):
+    for (a, b, c), (x, y) in zip(schedule.tables[0], (("x", "y"), ("y", "x")) * schedule.steps):
         nodes += [Gram("gram", x), Product("z", "gram", "gram", "gram", c, b), Apply(y, "z", x, 1.0, a)]
     return tuple(nodes)
 
@@ -332,31 +358,34 @@ def _stage(
 ) -> Stage:
     """parts: the stacks chunk by chunk; multiprocessors: None where launches are not known."""
 
-    def products_of(some: Sequence[Stack]) -> tuple[Multiplication, ...]:
-        return tuple(multiplication(node, stack, full=full) for stack in some)
-
     kind = type(node).__name__.lower()
-    if multiprocessors is None or isinstance(node, Sum):
-        return Stage(kind, _formula(node), () if isinstance(node, Sum) else products_of(stacks), (), 0)
+    if isinstance(node, Sum):
+        return Stage(kind, _formula(node), (), (), 0)
+    products = tuple(multiplication(node, stack, full=full) for stack in stacks)
+    if multiprocessors is None:
+        return Stage(kind, _formula(node), products, (), 0)
     assert backend.extension is not None
     launches, workspace = [], 0
     for part in parts:
-        own = products_of(part)
-        found = backend.extension.symm_gemm_plan(list(map(dataclasses.astuple, own)), multiprocessors)
-        launches += [_launch(launch, own) for launch in found["launches"]]
-        workspace = max(workspace, found["workspace_bytes"])
-    return Stage(kind, _formula(node), products_of(stacks), tuple(launches), workspace)
+        of_part = [multiplication(node, stack, full=full) for stack in part]
+        launch_plan = backend.extension.symm_gemm_plan(list(map(dataclasses.astuple, of_part)), multiprocessors)
+        launches += [_launch(launch, of_part) for launch in launch_plan["launches"]]
+        workspace = max(workspace, launch_plan["workspace_bytes"])
+    return Stage(kind, _formula(node), products, tuple(launches), workspace)
 
 
-def multiplication(node: Node, stack: Stack, *, full: bool = False) -> Multiplication:
-    """What a node multiplies, as csrc/polar/chain.cpp has it; ``full`` takes symmetric products as any others."""
-    tall = stack.rows > stack.columns
-    if isinstance(node, Apply):
-        sizes = (stack.rows, stack.columns, stack.short)
-        return Multiplication(stack.matrices, *sizes, "kk" if tall else "kmn", False)
-    k = stack.long if isinstance(node, Gram) else stack.short
-    majors = "mnmn" if tall and isinstance(node, Gram) else "kk"
-    return Multiplication(stack.matrices, stack.short, stack.short, k, majors, not full)
+def multiplication(node: Gram | Product | Apply, stack: Stack, *, full: bool = False) -> Multiplication:
+    """What a node multiplies for a stack; ``full`` takes symmetric products as any others."""
+    product = product_of(node, stack.rows, stack.columns)
+    majors = _major(product.a, "k", "mn") + _major(product.b, "mn", "k")
+    return Multiplication(stack.matrices, product.m, product.n, product.k, majors, product.symmetric and not full)
+
+
+def _major(operand: Operand, by_rows: str, by_columns: str) -> str:
+    """The index of a product along which an operand is contiguous: its sum's, k, wherever a square lies either way."""
+    if operand.buffer not in ("x", "y"):
+        return "k"
+    return by_columns if operand.transposed else by_rows
 
 
 def _launch(found: dict[str, Any], products: Sequence[Multiplication]) -> Launch:

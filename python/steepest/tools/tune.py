@@ -22,13 +22,14 @@ from pathlib import Path
 
 import torch
 
+from steepest.linalg.chain import Gram, Sum, chain, multiplication
+from steepest.linalg.coefficients import presets
+from steepest.linalg.polar import PLAIN, choose, compute_dtype
+from steepest.ops import backend, tuning
+from steepest.ops.tuning import Asked, Measured, Timer
+
 from .bench import shapes
 from .bench.timing import Call, interleaved
-from .linalg.chain import Apply, Gram, Sum, chain
-from .linalg.coefficients import presets, schedule
-from .linalg.polar import PLAIN, compute_dtype, default_restarts
-from .ops import backend, tuning
-from .ops.tuning import Asked, Measured, Timer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PARTS = ("polar", "kronecker")
@@ -136,19 +137,26 @@ def products(
 
 
 def _of_polar(count: int, rows: int, columns: int, preset: str, dtype: torch.dtype) -> list[Asked]:
-    known = schedule(preset, None, None)
-    nodes = chain(known, default_restarts(known, "auto", rows, columns, dtype)).nodes
-    short, long, tall = min(rows, columns), max(rows, columns), rows > columns
-    found = []
-    for node in (Gram("gram", "x"), *nodes):
-        if isinstance(node, Gram):
-            own = Asked(count, short, short, long, dtype, symmetric=True, a_rows=not tall, b_rows=tall, c=False)
-            found.append(own)
-        elif isinstance(node, Apply):
-            found.append(Asked(count, rows, columns, short, dtype, c=node.beta != 0))
-        elif not isinstance(node, Sum):
-            found.append(Asked(count, short, short, short, dtype, symmetric=True))
-    return found
+    choice = choose(rows, columns, preset, device="cuda", dtype=dtype)
+    products = []
+    for node in (Gram("gram", "x"), *chain(choice.schedule, choice.restarts).nodes):
+        if isinstance(node, Sum):
+            continue
+        product = multiplication(node, rows, columns)
+        products.append(
+            Asked(
+                count,
+                product.m,
+                product.n,
+                product.k,
+                dtype,
+                symmetric=product.symmetric,
+                a_rows=not product.a.transposed,
+                b_rows=not product.b.transposed,
+                c=not isinstance(node, Gram) and node.beta != 0,
+            )
+        )
+    return products
 
 
 def _averages(count: int, rows: int, columns: int, dtype: torch.dtype) -> list[Asked]:

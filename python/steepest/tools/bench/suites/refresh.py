@@ -19,9 +19,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...linalg.basis import eigh_refresh
-from ...linalg.roots import inverse_root, spectral_bound
-from ...ops.products import PRECISIONS, product, syrk_ema
+from steepest.linalg.basis import eigh_refresh
+from steepest.linalg.roots import inverse_root, spectral_bound
+from steepest.ops.products import PRECISIONS, product, syrk_ema
+
 from ..case import Case, Errors, Job, Row, Settings, Variant, measure
 from ..ceilings import Ceilings
 from .common import sizes

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..diagnostics.pictures import canvas
+from steepest.diagnostics.pictures import canvas
+
 from .case import OK, Row
 from .records import Record
 

@@ -17,10 +17,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from steepest.linalg import newton_schulz
+from steepest.linalg import polar as linalg
+from steepest.ops import polar_chain
+
 from ... import planner
-from ...linalg import newton_schulz
-from ...linalg import polar as linalg
-from ...ops import polar_chain
 from .. import peers
 from ..case import Case, Errors, Job, Settings, Variant
 from ..counting import flop_of
