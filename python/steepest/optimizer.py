@@ -6,22 +6,16 @@ use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler f
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils.hooks import RemovableHandle
 
-from . import plan, routing, stacks, unfused
-from .matrices import Piece, pieces
-from .ops import streams
-from .ops.backend import requested
-from .ops.multi_tensor import Scaling
-from .parts import ADJUST_LR, Hyper, Number, shape_ratio
-from .recipe import CLOCK, Recipe, State, adamw
-from .values import (
+from . import routing
+from .checkpoints import Checkpoints
+from .group_options import (
     CHANGING,
     ON_DEVICE,
     Group,
@@ -36,11 +30,24 @@ from .values import (
     number_on,
     parameter_name,
 )
+from .matrices import Piece, pieces
+from .ops.backend import requested
+from .ops.multi_tensor import Scaling
+from .parts import ADJUST_LR, Hyper, Number
+from .recipe import Recipe, State, adamw
+from .reports import Reports
+from .step import Parameter, Plan, StepOptions
+from .step.checks import check_gradient, check_state, refuse_capture
+from .step.coupling import Coupling
+from .step.plan import route, scaling_on
+from .step.seams import Reduce, Transport
+from .step.state_storage import stack
+from .weights import Weights
 
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Any]
 
 
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(Reports, Checkpoints):
     """Base of the named optimizers: a subclass gives `recipe(group)` and `hyper(group)` for its matrices.
 
     params: a module or named parameters (routed by `steepest.param_groups`), an iterable of tensors (routed by shape),
@@ -50,15 +57,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     #: torch.amp.GradScaler leaves unscaling and skipping to the step, which does both on the device.
     _step_supports_amp_scaling = True
-    _loading: dict[str, Any] | None = None
-    _plan: plan.Plan | None = None
+    _carried = ("_adamw_defaults", "_reasons", "_skipped")
     _plan_key: list[object] | None = None
+    #: what a distributed step adds; see `steepest.step.seams`
+    _reduce: Reduce | None = None
+    _transport: Transport | None = None
 
     def __init__(self, params: Params, defaults: Group, adamw: Group) -> None:
         self._adamw_defaults = dict(adamw)
         self._reasons: dict[Tensor, str] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         self._recipes: dict[int, tuple[Group, Recipe, int]] = {}
+        self._weight_hooks: dict[int, Callable[[Weights], None]] = {}
         self._check_adamw({"use_muon": False, **self._adamw_defaults})
         self._check_values(defaults)
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
@@ -222,20 +232,31 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """Moves everything that has a gradient; loss: what a closure returned."""
-        self._ready_plan().step([self._hyper(group) for group in self.param_groups], scaling)
+        plan = self._ready_plan()
+        plan.step([self._hyper(group) for group in self.param_groups], scaling, self._layer_coupling(loss))
+        self._run_weight_hooks(plan.parameters)
 
-    def _observe(self, scaling: Scaling) -> list[unfused.Observed]:
-        """The first half of a step of every group, for a rule that looks at all of them before it moves one."""
-        batches = [self._batch(number, group, scaling) for number, group in enumerate(self.param_groups)]
-        return [
-            unfused.observe(self._recipe(group), self._hyper(group), batch)
-            for group, batch in zip(self.param_groups, batches, strict=True)
-        ]
+    def _couples(self) -> bool:
+        """Whether layers wait for one another."""
+        return False
 
-    def _finish(self, observed: list[unfused.Observed]) -> None:
-        """The end of a step that began with `_observe`."""
-        assert self._plan is not None
-        self._plan.remember({i: each.finish() for i, each in enumerate(observed) if each.batch.params})
+    def _layer_coupling(self, loss: Number | None) -> Coupling | None:
+        """What this step's layers wait for, where they do."""
+        return None
+
+    def register_weight_hook(self, hook: Callable[[Weights], None]) -> RemovableHandle:
+        """Has hook(weights) called at the end of every step, after all weights have moved, inside a captured or a
+        compiled step too; see `Weights`. The handle's remove() ends it.
+        """
+        handle = RemovableHandle(self._weight_hooks)
+        self._weight_hooks[handle.id] = hook
+        return handle
+
+    def _run_weight_hooks(self, parameters: Sequence[Parameter]) -> None:
+        if self._weight_hooks:
+            weights = Weights({p.tensor: p for p in parameters})
+            for hook in list(self._weight_hooks.values()):
+                hook(weights)
 
     def init_state(self) -> None:
         """Creates the state of every parameter now, as if each had a zero gradient, without a step."""
@@ -267,10 +288,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _hyper(self, group: Group) -> Hyper:
         return self.hyper(group) if group["use_muon"] else adam_hyper(group)
 
-    def _ready_plan(self) -> plan.Plan:
+    def _ready_plan(self) -> Plan:
         """The plan of this step; every check is made, before the first write, when there is none for it yet."""
         if not all(group["capturable"] for group in self.param_groups if group["params"]):
-            _refuse_capture(
+            refuse_capture(
                 "its learning rate is a number, which the graph would repeat for ever: make the optimizer with "
                 "capturable=True, or use steepest.graphed(optimizer)"
             )
@@ -278,19 +299,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._numbers_on_device(group)
         key = self._key()
         if self._plan is None or self._plan_key != key:
-            _refuse_capture("what it steps has changed since the last step: take one with these gradients first")
+            refuse_capture("what it steps has changed since the last step: take one with these gradients first")
             self._plan = None
             for number, group in enumerate(self.param_groups):
                 self._check_step(number, group)
             self._plan = self._new_plan()
             self._plan_key = self._key()
-        if any(group.recipe.kronecker is not None for group in self._plan.groups):
-            _refuse_capture("the host decides when its bases are refreshed")
+        if any(recipe.kronecker is not None for recipe in self._plan.recipes):
+            refuse_capture("the host decides when its bases are refreshed")
         return self._plan
 
     def _key(self) -> list[object]:
         """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds."""
-        found: list[object] = []
+        found: list[object] = [self._couples(), self._reduce, self._transport]
         for group in self.param_groups:
             found.append((id(group), self._known_recipe(group)[1]))
             for p in group["params"]:
@@ -305,7 +326,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 found.append((id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state))
         return found
 
-    def _new_plan(self) -> plan.Plan:
+    def _new_plan(self) -> Plan:
         stepping = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         self._init_states(
             [
@@ -315,24 +336,36 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 if p.grad is not None
             ]
         )
-        groups = [
-            plan.Group(
-                self._recipe(group),
-                params,
-                [self.state[p] for p in params],
-                [self._pieces(p, group) for p in params],
-                [(number, i) for i, p in enumerate(group["params"]) if p.grad is not None],
-                group["maximize"],
-                group["backend"],
-                group["max_workspace_bytes"],
-                group["use_muon"] and group["fuse_update"],
-            )
-            for number, (params, group) in enumerate(zip(stepping, self.param_groups, strict=True))
+        parameters = [
+            self._parameter(number, i, p, self.state[p])
+            for number, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None
         ]
-        for group in groups:
-            for p in group.params:
-                self._counter(p.device)
-        return plan.Plan(groups, self._skipped)
+        return self._plan_of(parameters, traced=False)
+
+    def _plan_of(self, parameters: Sequence[Parameter], *, traced: bool) -> Plan:
+        for p in parameters:
+            self._counter(p.tensor.device)
+        return Plan(
+            parameters,
+            self._skipped,
+            coupled=self._couples(),
+            reduce=self._reduce,
+            transport=self._transport,
+            traced=traced,
+        )
+
+    def _parameter(self, number: int, index: int, p: Tensor, state: State) -> Parameter:
+        """Parameter `index` of group `number` as a step sees it."""
+        group = self.param_groups[number]
+        options = StepOptions(
+            group["maximize"],
+            group["backend"],
+            group["max_workspace_bytes"],
+            group["use_muon"] and group["fuse_update"],
+        )
+        return Parameter(p, state, self._recipe(group), self._pieces(p, group), number, index, options)
 
     def _check_step(self, number: int, group: Group) -> None:
         """Raises for what a step of this group would stumble over: its values may have changed since it was added."""
@@ -343,42 +376,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if p.grad is None:
                 continue
             what = f"{parameter_name(group, i)} (group {number}, shape {tuple(p.shape)})"
-            if torch.is_complex(p) or torch.is_complex(p.grad):
-                raise RuntimeError(f"{name} does not support complex parameters; found {what}")
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(f"{name} does not support sparse gradients; found one of {what}")
-            if p.grad.device != p.device:
-                raise RuntimeError(
-                    f"{what} is on {p.device} and its gradient on {p.grad.device}: move one to the other"
-                )
-            if p.grad.shape != p.shape:
-                raise RuntimeError(f"{what} has a gradient of shape {tuple(p.grad.shape)}: make them equal")
+            check_gradient(name, what, p)
             self._check_tensor(p)
             self._pieces(p, group)
-            self._check_state(p, group, what)
+            if p in self.state and self.state[p]:
+                check_state(self._recipe(group), what, p, self.state[p], self._state_shapes(p, group))
             if requested(group["backend"]) != "auto":
                 self._backend(p, group)
-
-    def _check_state(self, p: Tensor, group: Group, what: str) -> None:
-        recipe, state = self._recipe(group), self.state.get(p, {})
-        for key, shape in self._state_shapes(p, group).items() if state else ():
-            held = state.get(key)
-            if held is None:
-                continue
-            if not isinstance(held, Tensor):
-                raise RuntimeError(f"{what} has a state {key!r} that is {held!r}: put a tensor there")
-            if held.device != (torch.device("cpu") if key == CLOCK else p.device):
-                where = "to the host" if key == CLOCK else "too"
-                raise RuntimeError(
-                    f"{what} is on {p.device} and its state {key!r} on {held.device}: move the state {where}"
-                )
-            if key in recipe.rounding.keys and bool(held.numel()) != (p.dtype is torch.bfloat16 and p.numel() > 0):
-                del state[key]  # the parameter's dtype has changed: what was kept of the old one says nothing
-            elif held.numel() and held.shape != shape:
-                raise RuntimeError(
-                    f"{what} has a state {key!r} of shape {tuple(held.shape)}: a parameter that was resized, or a "
-                    "checkpoint of another model; delete optimizer.state[p] to start it anew"
-                )
 
     def _state_shapes(self, p: Tensor, group: Group) -> dict[str, torch.Size]:
         """What a parameter's state holds, and in which shapes."""
@@ -387,10 +391,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
         """State before the first gradient, which has this dtype."""
-        recipe, g = self._recipe(group), torch.empty_like(p, dtype=dtype, requires_grad=False)
-        if recipe.kronecker is None:
-            return recipe.init(p.detach(), g)
-        return recipe.init(p.detach(), g, [piece.view(g).reshape(piece.shape) for piece in self._pieces(p, group)])
+        g = torch.empty_like(p, dtype=dtype, requires_grad=False)
+        return self._recipe(group).init(p.detach(), g, self._pieces(p, group))
 
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""
@@ -401,33 +403,27 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "bases; call its step outside of the compiled function"
                 )
             self._check_step(number, group)
-        batches = [self._batch(i, group, scaling) for i, group in enumerate(self.param_groups)]
-        for group, batch in zip(self.param_groups, batches, strict=True):
-            unfused.update(self._recipe(group), self._hyper(group), batch)
+        parameters = [p for number in range(len(self.param_groups)) for p in self._traced_parameters(number)]
+        plan = self._plan_of(parameters, traced=True)
+        plan.step([self._hyper(group) for group in self.param_groups], scaling)
+        self._run_weight_hooks(parameters)
 
-    def _batch(self, number: int, group: Group, scaling: Scaling) -> unfused.Batch:
+    def _traced_parameters(self, number: int) -> list[Parameter]:
+        group = self.param_groups[number]
         params: list[Tensor] = []
-        grads: list[Tensor] = []
         states: list[Tensor] = []
-        skipped: list[Tensor] = []
-        self._init_group(group, params, grads, states, skipped)
-        keys = self._recipe(group).keys
-        return unfused.Batch(
-            params=params,
-            grads=grads,
-            states=[dict(zip(keys, states[i : i + len(keys)], strict=True)) for i in range(0, len(states), len(keys))],
-            skipped=skipped,
-            pieces=[self._pieces(p, group) for p in params],
-            places=[(number, i) for i, p in enumerate(group["params"]) if p.grad is not None],
-            maximize=group["maximize"],
-            scaling=plan.scaling_on(scaling, params[0].device) if params else scaling,
-            max_workspace_bytes=group["max_workspace_bytes"],
-        )
+        self._init_group(group, params, [], states, [])
+        keys = list(self._recipe(group).layouts)
+        indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        return [
+            self._parameter(number, i, p, dict(zip(keys, states[k * len(keys) : (k + 1) * len(keys)], strict=True)))
+            for k, (i, p) in enumerate(zip(indices, params, strict=True))
+        ]
 
     def _init_group(
         self, group: Group, params: list[Tensor], grads: list[Tensor], states: list[Tensor], skipped: list[Tensor]
     ) -> bool:
-        """Appends what a step of this group touches; `states` is flat, len(recipe.keys) tensors a parameter.
+        """Appends what a step of this group touches; `states` is flat, len(recipe.layouts) tensors a parameter.
 
         Lists of tensors and this name are what lets torch.compile map the optimizer's tensors to its graph.
         """
@@ -438,18 +434,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._init_state(p, p.grad.dtype, group)
             params.append(p)
             grads.append(p.grad)
-            states.extend(self.state[p][key] for key in recipe.keys)
+            states.extend(self.state[p][key] for key in recipe.layouts)
             skipped.append(self._counter(p.device))
         return False
 
     def _init_states(self, params: Iterable[tuple[Tensor, torch.dtype, Group]]) -> None:
         """State for those that have none yet, in stacks; each with the dtype of its gradient and its group."""
         fresh = [self.state[p] for p, dtype, group in params if self._init_state(p, dtype, group)]
-        stacks.stack(fresh)
+        stack(fresh)
 
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
         """Completes a parameter's state; whether there was something to add."""
-        state, keys = self.state[p], self._recipe(group).keys
+        state, keys = self.state[p], self._recipe(group).layouts
         if all(key in state for key in keys):
             return False
         for key, value in self._fresh_state(p, dtype, group).items():
@@ -463,48 +459,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _backend(self, p: Tensor, group: Group) -> str:
         """The backend of everything elementwise in a parameter's step."""
-        single = plan.Group(
-            self._recipe(group),
-            [p],
-            [self.state.get(p, {})],
-            [self._pieces(p, group)],
-            [(0, 0)],
-            group["maximize"],
-            group["backend"],
-        )
-        return plan.route(single, 0)
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        return route(self._parameter(number, 0, p, self.state.get(p, {})), coupled=self._couples())
 
-    # ---- what a user may ask --------------------------------------------------------------------------------------
-
-    def skipped_updates(self) -> dict[torch.device, Tensor]:
-        """Per device, how many parameter updates a gradient that was not finite left out (0-d int64 tensors)."""
-        return dict(self._skipped)
-
-    def metrics(self) -> dict[str, Tensor]:
-        """What the last step measured, on the device: nothing waits for it until a value is read.
-
-        Keys are "<group>/<name>" and "skipped/<device>"; every value a new tensor, fp64 and 0-d but for polar_slack.
-
-            grad_norm, momentum_norm, param_norm    Frobenius norms over the group's parameters; gradients unscaled
-            update_norm     of lr ratio u, weight decay not included
-            polar_slack     fp32, one number a matrix: how much larger its singular values were to the iteration than
-                            after division by ||X||_F, see `steepest.polar`; NaN where the direction has none. Bucket
-                            by bucket: matrices of one shape together, in the order of the group. Not of what
-                            backend="torch" steps
-            skipped         int64, parameter updates left out because of a gradient that was not finite, so far
-
-        A parameter whose step was not taken counts with its last momentum, update and value and without a gradient. A
-        step inside torch.compile leaves no metrics. Empty before the first step.
-        """
-        if self._plan is None:
-            return {}
-        groups = {f"{i}/{name}": t for i, each in enumerate(self._plan.metrics()) for name, t in each.items()}
-        return groups | {f"skipped/{device}": count.clone() for device, count in self._skipped.items()}
-
-    def has_step_hooks(self) -> bool:
-        """Whether something is to run around every step: hooks of this optimizer or of all of torch's."""
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    def _forget_plans(self) -> None:
+        self._recipes, self._plan = {}, None
+        self.__dict__.setdefault("_weight_hooks", {})  # of a copy: hooks stay with the original, as torch's do
 
     def make_capturable(self) -> None:
         """Sets capturable in every group and puts its numbers on the device, as the argument of that name does.
@@ -527,113 +487,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             group["capturable"] = True
             self._numbers_on_device(group)
 
-    def describe(self) -> str:
-        """A table with a row per parameter: name, shape, rule, reason, effective learning rate and backend."""
-        counter = itertools.count()
-        return routing.format_table([row for group in self.param_groups for row in self._rows(group, counter)])
-
-    def _others(self, group: Group) -> str:
-        """The rule of groups that are no matrices."""
-        return "AdamW"
-
-    def _rows(self, group: Group, counter: Iterator[int]) -> list[tuple[str, ...]]:
-        names = group.get("param_names") or [f"param_{next(counter)}" for _ in group["params"]]
-        return [
-            (
-                name,
-                "x".join(map(str, p.shape)) or "scalar",
-                type(self).__name__ if group["use_muon"] else self._others(group),
-                self._reasons.get(p, f"use_muon={group['use_muon']} in its group"),
-                _effective_lr(self._hyper(group).lr, self._recipe(group), self._pieces(p, group)),
-                self._backend(p, group),
-            )
-            for name, p in zip(names, group["params"], strict=True)
-        ]
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's. What is made beside the steps is in it: the present stream waits for it."""
-        streams.join()
-        return super().state_dict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        streams.join()
-        return {
-            **super().__getstate__(),
-            "_adamw_defaults": self._adamw_defaults,
-            "_reasons": self._reasons,
-            "_skipped": self._skipped,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._recipes = {}
-        self._plan = None
-        rules = [True] * len(self.param_groups) if self._loading is None else self._loading["rules"]
-        for group, use_muon in zip(self.param_groups, rules, strict=True):
-            # A checkpoint of torch.optim.Muon, of torch.optim.AdamW or of an older version lacks keys.
-            if not name_the_rule(group):
-                group["use_muon"] = use_muon
-            self._fill(group)
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-        if self._loading is not None:
-            self._restore_dtypes(self._loading)
-
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state_dict of this class, of `torch.optim.Muon`, or of KellerJordan's Muon groups.
-
-        State keeps the dtype it was saved in: torch's own loader would cast fp32 averages of bf16 parameters to bf16.
-        Raises ValueError for state of another shape than its parameter, before anything is loaded.
-        """
-        streams.join()
-        saved: dict[str, Any] = {"rules": [group["use_muon"] for group in self.param_groups]}
-
-        def look(_: Any, given: dict[str, Any]) -> None:
-            self._check_shapes(given)
-            saved.update(given)
-
-        handle = self.register_load_state_dict_pre_hook(look)  # after the user's hooks
-        self._loading = saved  # for __setstate__, which torch calls before the user's post-hooks
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self._loading = None
-            self._plan = None
-        stacks.stack([state for state in self.state.values() if state])
-
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            return  # torch says what is wrong with it
-        for saved, group in zip(groups, self.param_groups, strict=True):
-            for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                held = state_dict["state"].get(key, {})
-                for name, shape in self._state_shapes(p, group).items() if held else ():
-                    value = held.get(name)
-                    if name == "step" or not isinstance(value, Tensor) or not value.numel() or value.shape == shape:
-                        continue
-                    raise ValueError(
-                        f"the checkpoint's {name!r} of {parameter_name(group, i)} has shape {tuple(value.shape)} and "
-                        f"the parameter {tuple(p.shape)}: it is of another model, or of another order of parameters"
-                    )
-
-    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        ids = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
-        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, p in zip(ids, params, strict=True):
-            for name, value in saved["state"].get(key, {}).items():
-                self.state[p][name] = _restored(name, value, p)
-
-
-def _refuse_capture(why: str) -> None:
-    """RuntimeError where a CUDA graph is being captured."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"this step cannot be captured in a CUDA graph: {why}")
-
 
 def _place(value: object) -> int:
     """Where a tensor of the state lies. A plan's views keep the memory, so that no other tensor comes to lie there."""
@@ -643,16 +496,3 @@ def _place(value: object) -> int:
 def _elsewhere(value: Any, device: torch.device | None) -> bool:
     values = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(each, Tensor) and each.device != device for each in values)
-
-
-def _effective_lr(lr: Number, recipe: Recipe, parts: tuple[Piece, ...]) -> str:
-    ratios = dict.fromkeys(shape_ratio(recipe.adjust_lr, piece.rows, piece.cols) for piece in parts)
-    return " | ".join(f"{float(lr) * ratio:.3g}" for ratio in ratios)
-
-
-def _restored(name: str, value: Any, p: Tensor) -> Any:
-    if name == CLOCK:
-        return torch.as_tensor(value, dtype=torch.int64).clone().reshape(()).cpu()
-    if name == "step":
-        return torch.as_tensor(value).detach().clone().reshape(()).to(p.device, torch.float32)
-    return value.detach().clone().to(p.device) if isinstance(value, Tensor) else value

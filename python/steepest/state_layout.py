@@ -29,16 +29,20 @@ Layout = Literal["elementwise", "row", "column", "matrix", "factor", "scalar", "
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One state tensor of a part: its key, its layout, and its dtype (None: the gradient's, but at least fp32)."""
+    """One state tensor of a part: its key, its layout, and its dtype.
+
+    dtype: None is the gradient's, but at least fp32 unless of_gradient.
+    """
 
     key: str
     layout: Layout
     dtype: torch.dtype | None = None
+    of_gradient: bool = False
 
 
 def empty_state(spec: StateSpec, g: Tensor, pieces: Sequence[Piece]) -> Tensor:
     """Zeros of this layout for a parameter whose gradient is like g and is read as these pieces."""
-    dtype = spec.dtype or torch.promote_types(g.dtype, torch.float32)
+    dtype = spec.dtype or (g.dtype if spec.of_gradient else torch.promote_types(g.dtype, torch.float32))
     if spec.layout == "elementwise":
         return torch.zeros_like(g, dtype=dtype, memory_format=torch.preserve_format)
     return torch.zeros(_shape(spec.layout, pieces), dtype=dtype, device=g.device)

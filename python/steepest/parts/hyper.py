@@ -15,7 +15,7 @@ class Hyper:
     """Numbers of one step. Each is a float or a 0-d tensor on the parameters' device (never read by the host).
 
     beta1 multiplies the old momentum, beta2 the old second moment; eps is absolute, in units of the preconditioner's
-    statistics (see `Diagonal`). scale multiplies the step and not the weight decay: what layers that are coupled agree
+    statistics (see `Diagonal`). step_factor multiplies the step and not the weight decay: what layers that are coupled agree
     upon (see `steepest.parts.product_norm`).
     """
 
@@ -24,7 +24,7 @@ class Hyper:
     beta1: Number = 0.9
     beta2: Number = 0.999
     eps: Number = 1e-8
-    scale: Number = 1.0
+    step_factor: Number = 1.0
 
     def beginning(self, taken: Tensor) -> Hyper:
         """With these numbers an average that has taken no term yet takes the first one whole; taken: 0-d, how many."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .recipe import State
+from ..recipe import State
 
 ALIGNMENT = 128  # bytes
 

@@ -9,7 +9,7 @@ from ..optimizer import Params
 from ..parts import Direction, Frobenius, Hyper, Momentum, Number
 from ..parts.direction import Schatten
 from ..parts.product_norm import ProductNorm
-from ..values import Group, check_at_least_zero, number
+from ..group_options import Group, check_at_least_zero, number
 from .product import Coupling, ProductNormOptimizer
 from .shared import Polar, polar_of
 

@@ -14,7 +14,7 @@ from ..recipe import Recipe
 from ..routing.overrides import Overrides, find, read_overrides
 from ..routing.places import Place, Routable, read_places
 from ..routing.rules import layout, role
-from ..values import Group, number, parameter_name
+from ..group_options import Group, number, parameter_name
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 from .vector import VectorOptimizer
 

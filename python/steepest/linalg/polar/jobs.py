@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...budget import cut
+from ...chunking import chunk_by_bytes
 from ...ops.polar_chain import Update
 from ...ops.weight_update import add_into
 
@@ -85,7 +85,7 @@ def at_once(jobs: list[Job], dtype: torch.dtype, max_bytes: int | None) -> Itera
     """Jobs that are worked on at once: on a CPU one, whose buffers then stay in its cache."""
     if jobs[0].x.device.type == "cpu":
         return [[job] for job in jobs]
-    return [jobs] if max_bytes is None else cut(jobs, lambda job: job.workspace_bytes(dtype), max_bytes)
+    return [jobs] if max_bytes is None else chunk_by_bytes(jobs, lambda job: job.workspace_bytes(dtype), max_bytes)
 
 
 def chunk_size(batch: Tensor, matrix_bytes: int, max_workspace_bytes: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Work in runs that fit into a number of bytes."""
+"""Lists cut into runs whose work fits into a number of bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def cut(things: Iterable[T], bytes_of: Callable[[T], int], max_bytes: int) -> Iterator[list[T]]:
+def chunk_by_bytes(things: Iterable[T], bytes_of: Callable[[T], int], max_bytes: int) -> Iterator[list[T]]:
     """The things in their order, in runs of at most max_bytes; one that is larger goes alone."""
     run: list[T] = []
     used = 0
