@@ -6,7 +6,7 @@ use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -39,7 +39,7 @@ from .reports import Reports
 from .step import Parameter, Plan, StepOptions
 from .step.checks import check_gradient, check_state, refuse_capture
 from .step.coupling import Coupling
-from .step.plan import route, scaling_on
+from .step.plan import route
 from .step.seams import Reduce, Transport
 from .step.state_storage import stack
 from .weights import Weights
@@ -379,7 +379,7 @@ class MatrixOptimizer(Reports, Checkpoints):
             check_gradient(name, what, p)
             self._check_tensor(p)
             self._pieces(p, group)
-            if p in self.state and self.state[p]:
+            if self.state.get(p):
                 check_state(self._recipe(group), what, p, self.state[p], self._state_shapes(p, group))
             if requested(group["backend"]) != "auto":
                 self._backend(p, group)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +64,11 @@ class Reports(torch.optim.Optimizer):
         """
         if self._plan is None:
             return {}
-        groups = {f"{i}/{name}": t for i, each in enumerate(self._plan.metrics(len(self.param_groups))) for name, t in each.items()}
+        groups = {
+            f"{i}/{name}": t
+            for i, each in enumerate(self._plan.metrics(len(self.param_groups)))
+            for name, t in each.items()
+        }
         return groups | {f"skipped/{device}": count.clone() for device, count in self._skipped.items()}
 
     def has_step_hooks(self) -> bool:

@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steepest
-from steepest import plan
 from steepest.linalg import basis
 from steepest.ops import backend, eigh, multi_tensor, polar_chain, selfcheck
 from steepest.ops.checks import (
@@ -37,6 +36,8 @@ from steepest.ops.checks import polar_chain as chains
 from steepest.ops.checks.comparison import GUARD, Comparison
 from steepest.ops.multi_tensor import CHUNK, SUMS
 from steepest.parts import Frobenius, Spectral
+from steepest.step import plan
+from steepest.step import warm_up as warming
 from support.pretended_gpu import OnCpu
 from support.triton_interpreter import mend_the_interpreter, multiply_in_bf16, run_interpreted
 
@@ -688,7 +689,7 @@ def test_families_are_asked_for_where_nothing_is_in_the_way(monkeypatch: pytest.
 def test_directions_are_warmed_up_once_for_a_shape(
     weights: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "_warm", set())
+    monkeypatch.setattr(warming, "_warm", set())
     called = []
     for name in ("units", "move"):
         monkeypatch.setattr(Spectral, name, lambda self, xs, *more, name=name: called.append((name, xs[0].shape)))
@@ -696,10 +697,10 @@ def test_directions_are_warmed_up_once_for_a_shape(
     cuda = torch.device("cuda", 0)
     with OnCpu():
         for shape in ((8, 12), (8, 12), (16, 4)):
-            plan.warm_up(Spectral(), shape, torch.float16, cuda, weights)
-        plan.warm_up(Spectral("svd"), (8, 12), torch.float16, cuda)
-        plan.warm_up(Frobenius(), (8, 12), torch.float16, cuda)
-        plan.warm_up(Spectral(), (8, 12), torch.float32, CPU)
+            warming.warm_up(Spectral(), shape, torch.float16, cuda, weights)
+        warming.warm_up(Spectral("svd"), (8, 12), torch.float16, cuda)
+        warming.warm_up(Frobenius(), (8, 12), torch.float16, cuda)
+        warming.warm_up(Spectral(), (8, 12), torch.float32, CPU)
     name = "units" if weights is None else "move"
     assert called == [(name, (1, 8, 12)), (name, (1, 16, 4))]
 
@@ -707,16 +708,16 @@ def test_directions_are_warmed_up_once_for_a_shape(
 @pytest.mark.parametrize("weights", [None, torch.bfloat16])
 def test_a_warm_up_goes_by_no_default_dtype(weights: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slack in fp64 would be refused."""
-    monkeypatch.setattr(plan, "_warm", set())
+    monkeypatch.setattr(warming, "_warm", set())
     monkeypatch.setattr(selfcheck, "reason", lambda *_: None)
     default, cuda = torch.get_default_dtype(), torch.device("cuda", 0)
     torch.set_default_dtype(torch.float64)
     try:
         with OnCpu():
-            plan.warm_up(Spectral(), (8, 12), torch.float32, cuda, weights)
+            warming.warm_up(Spectral(), (8, 12), torch.float32, cuda, weights)
     finally:
         torch.set_default_dtype(default)
-    assert len(plan._warm) == 1
+    assert len(warming._warm) == 1
 
 
 def test_switches_are_read_at_import() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steepest.budget import cut
+from steepest.chunking import chunk_by_bytes
 from steepest.linalg.chain import Apply, Chain, Gram, Node, Product, Sum, chain
 from steepest.linalg.coefficients import SCHEDULES
 from steepest.linalg.polar import workspace_bytes
@@ -203,7 +203,7 @@ def test_chunks_of_runs_that_fit_into_a_budget() -> None:
     x = prescaled(torch.stack([with_spectrum(16, 40, "root") for _ in range(7)]).float(), torch.float16)
     (whole,), (slack,) = run(plan, [x], 1)
     budget = 3 * workspace_bytes(16, 40, x.dtype)
-    runs = list(cut(x.split(1), lambda each: len(each) * workspace_bytes(16, 40, x.dtype), budget))
+    runs = list(chunk_by_bytes(x.split(1), lambda each: len(each) * workspace_bytes(16, 40, x.dtype), budget))
     assert [len(each) for each in runs] == [3, 3, 1]
     parts = [run(plan, [torch.cat(each)], 2) for each in runs]
     assert torch.equal(torch.cat([found for (found,), _ in parts]), whole)

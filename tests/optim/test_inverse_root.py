@@ -14,7 +14,7 @@ from torch import Tensor
 
 import steepest
 from steepest.linalg.roots import spectral_bound
-from steepest.parts import Diagonal, Frobenius, Hyper, Momentum, Roots, Rotated, Sides
+from steepest.parts import Diagonal, Frobenius, Graft, Hyper, Momentum, Roots, Rotated, Sides
 from steepest.parts.precondition import State, roots
 from steepest.recipe import CLOCK, Recipe, step_one
 from support.problems import gap, gaussian
@@ -166,7 +166,7 @@ def test_it_is_the_form_in_eigenbases(exponent: float, side: Any, shape: tuple[i
     shared = {"beta": 0.95, "side": side, "every": 7, "current": True}
     by_basis = Rotated(Sides(exponent, "refresh", ridge=1e-12), method="eigh", **shared)
     by_roots = Roots(exponent=exponent, ridge=1e-12, scale="refresh", **shared)
-    recipe = Recipe(Momentum(), by_basis, Frobenius(), scale="dual", graft=Diagonal(key="graft"))
+    recipe = Recipe(Momentum(), by_basis, Frobenius(), scale="dual", transforms=(Graft(Diagonal(key="graft")),))
     ours, theirs = replace(recipe, precondition=by_roots), recipe
     w = [gaussian(*shape, seed=9)] * 2
     states, hyper, worst = [ours.init(w[0]), theirs.init(w[0])], replace(HYPER, lr=0.02, weight_decay=0.1), 0.0

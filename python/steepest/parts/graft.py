@@ -1,6 +1,6 @@
 """Grafting: every matrix's update is made as long as another method's would be (arXiv:2002.11803).
 
-    u <- u ||a||_F / ||u||_F,     a = m / D^2, the update of an elementwise preconditioner: Adam's
+u <- u ||a||_F / ||u||_F,     a = m / D^2, the update of an elementwise preconditioner: Adam's
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from .update_transform import UpdateTransform
 __all__ = ["Graft"]
 
 
+_ADAM = Diagonal(eps_inside=False, key="graft_exp_avg_sq")
+
+
 @dataclass(frozen=True)
 class Graft(UpdateTransform):
     """The length, in the Frobenius norm, of what `magnitude` alone would give; an update of length 0 stays 0."""
 
-    magnitude: Diagonal = Diagonal(eps_inside=False, key="graft_exp_avg_sq")
+    magnitude: Diagonal = _ADAM
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:

@@ -15,8 +15,8 @@ class Hyper:
     """Numbers of one step. Each is a float or a 0-d tensor on the parameters' device (never read by the host).
 
     beta1 multiplies the old momentum, beta2 the old second moment; eps is absolute, in units of the preconditioner's
-    statistics (see `Diagonal`). step_factor multiplies the step and not the weight decay: what layers that are coupled agree
-    upon (see `steepest.parts.product_norm`).
+    statistics (see `Diagonal`). step_factor multiplies the step and not the weight decay: what layers that are coupled
+    agree upon (see `steepest.parts.product_norm`).
     """
 
     lr: Number

@@ -37,16 +37,19 @@ class Eager:
         self._sums: dict[tuple[int, str], list[Tensor]] = {}
 
     def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], reduce: Reduce | None) -> None:
-        flags = [all_finite(p.grad) for p in self.parameters]
+        scales = [scaling[p.tensor.device] for p in self.parameters]
+        grads = [
+            signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
+            for p, scale in zip(self.parameters, scales, strict=True)
+        ]
+        flags = [all_finite(g) for g in grads]
         if reduce is not None and flags:
-            flags = _reduced(self.parameters, flags, reduce)
+            flags = _reduced(grads, flags, reduce)
         self._sums = {}
-        for p, finite in zip(self.parameters, flags, strict=True):
-            device = p.tensor.device
-            if (found_inf := scaling[device].found_inf) is not None:
-                finite = finite & (found_inf.reshape(()) == 0)
-            self._skipped[device].add_(finite.logical_not())
-            g = signed_gradient(p.grad, p.options.maximize, scaling[device].grad_scale)
+        for p, g, finite, scale in zip(self.parameters, grads, flags, scales, strict=True):
+            if scale.found_inf is not None:
+                finite = finite & (scale.found_inf.reshape(()) == 0)
+            self._skipped[p.tensor.device].add_(finite.logical_not())
             p.step = StepValues(g, finite, p.recipe.phase(p.state), hypers[p.group])
             self._add(p, "grad", torch.where(finite, _square(g), 0))
 
@@ -135,14 +138,10 @@ class Eager:
         self._sums.setdefault((p.group, name), []).append(square)
 
 
-def _reduced(parameters: Sequence[Parameter], flags: list[Tensor], reduce: Reduce) -> list[Tensor]:
+def _reduced(grads: Sequence[Tensor], flags: Sequence[Tensor], reduce: Reduce) -> list[Tensor]:
     """The flags after ranks have agreed; `reduce` takes what the fused ops measure of each gradient."""
-    rows = torch.stack(
-        [
-            torch.stack([flag.double(), _square(p.grad), _largest(p.grad).double()])
-            for p, flag in zip(parameters, flags, strict=True)
-        ]
-    )
+    measured = zip(grads, flags, strict=True)
+    rows = torch.stack([torch.stack([flag.double(), _square(g), _largest(g).double()]) for g, flag in measured])
     reduce(rows)
     return list((rows[:, 0] != 0).unbind())
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, get_args
 import torch
 from torch import Tensor
 
+from ..group_options import Group, adam_hyper, check_at_least_zero, check_betas
 from ..linalg.basis import Method
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer, Params
@@ -27,7 +28,6 @@ from ..parts import (
 )
 from ..parts.precondition.kronecker import LEARNED, Kronecker
 from ..recipe import Recipe, State
-from ..group_options import Group, adam_hyper, check_at_least_zero, check_betas
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 
 if TYPE_CHECKING:

@@ -329,7 +329,9 @@ class _Truncated:
         # Directions that are not batched are cheaper made twice than kept.
         if any(item.recipe.direction.batched for item in items):
             self._kept[id(executor), id(batch)] = directed
-        return [(item, new if old is None else old) for item, old, new in zip(items, stale, directed.inner, strict=True)]
+        return [
+            (item, new if old is None else old) for item, old, new in zip(items, stale, directed.inner, strict=True)
+        ]
 
     def directed(self, executor: Executor, batch: Any) -> Directed | None:
         return self._kept.pop((id(executor), id(batch)), None)

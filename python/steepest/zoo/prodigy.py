@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from ..group_options import Group
 from ..optimizer import Params
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
 from ..recipe import Recipe, State
-from ..group_options import Group
 from .momo import Layers, dot
 from .product import Coupling, ProductNormOptimizer, own_values
 from .shared import Polar, polar_of

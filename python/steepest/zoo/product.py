@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ..group_options import Group, adam_hyper, check_at_least_zero, check_betas, finish
 from ..optimizer import Params
 from ..parts import Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Precondition, Sign
 from ..parts.product_norm import Box, ProductNorm
 from ..recipe import Recipe
-from ..group_options import Group, adam_hyper, check_at_least_zero, check_betas, finish
 from .momo import Layers, Momo
 from .shared import Extras, Polar, defaults_of, polar_of
 

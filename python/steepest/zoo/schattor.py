@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
+from ..group_options import Group, check_at_least_zero, number
 from ..optimizer import Params
 from ..parts import Direction, Frobenius, Hyper, Momentum, Number
 from ..parts.direction import Schatten
 from ..parts.product_norm import ProductNorm
-from ..group_options import Group, check_at_least_zero, number
 from .product import Coupling, ProductNormOptimizer
 from .shared import Polar, polar_of
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..group_options import Group, number, parameter_name
 from ..optimizer import Params
 from ..parts import Columns, Direction, Hyper, Identity, Momentum, Number, Rows, Sign, shape_ratio
 from ..recipe import Recipe
 from ..routing.overrides import Overrides, find, read_overrides
 from ..routing.places import Place, Routable, read_places
 from ..routing.rules import layout, role
-from ..group_options import Group, number, parameter_name
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 from .vector import VectorOptimizer
 

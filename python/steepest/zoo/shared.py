@@ -7,10 +7,10 @@ from typing import Any, TypedDict
 
 import torch
 
+from ..group_options import Group, check_at_least_zero, finish
 from ..linalg.coefficients import schedule
 from ..parts import Number, Spectral
 from ..recipe import Recipe
-from ..group_options import Group, check_at_least_zero, finish
 
 #: A preset of `steepest.polar`, or a table of odd polynomials, one tuple of coefficients a step.
 Polar = str | Sequence[Sequence[float]]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..group_options import Group, check_at_least_zero, number
 from ..matrices import LAYOUT_KEYS
 from ..optimizer import MatrixOptimizer, Params
 from ..parts import (
@@ -34,7 +35,6 @@ from ..parts import (
 )
 from ..recipe import Recipe, State, all_finite
 from ..state_layout import StateSpec
-from ..group_options import Group, check_at_least_zero, number
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 from .vector import MomentumOptimizer, VectorOptimizer
 

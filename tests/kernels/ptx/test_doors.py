@@ -21,17 +21,10 @@ pytestmark = pytest.mark.kernels
 
 
 def fused(ops: Any) -> None:
-<<<<<<< HEAD:tests/kernels/ptx/test_doors.py
     state = fused_ops.random_state(fused_ops.SHAPES[:3], fused_ops.PROGRAMS[:1])
-    fused_ops.inspect(ops, state, None, None)
-    fused_ops.before(ops, state)
-    fused_ops.after(ops, state)
-=======
-    state = twins.random_state(twins.SHAPES[:3], twins.PROGRAMS[:1])
-    twins.grad_stats(ops, state, None, None)
-    twins.update_moments(ops, state)
-    twins.apply_update(ops, state)
->>>>>>> kernels:tests/ptx/test_doors.py
+    fused_ops.grad_stats(ops, state, None, None)
+    fused_ops.update_moments(ops, state)
+    fused_ops.apply_update(ops, state)
 
 
 def numbers(ops: Any) -> None:

@@ -107,15 +107,9 @@ def test_a_scratch_serves_every_step(kernels: Kernels) -> None:
     state = wanted.copy(CPU)
     for _ in range(3):
         for ops, each in ((kernels.ops, state), (torch.ops.steepest, wanted)):
-<<<<<<< HEAD:tests/kernels/ptx/test_multi_tensor.py
-            fused_ops.inspect(ops, each, None, None)
-            fused_ops.before(ops, each)
-            fused_ops.after(ops, each)
-=======
-            twins.grad_stats(ops, each, None, None)
-            twins.update_moments(ops, each)
-            twins.apply_update(ops, each)
->>>>>>> kernels:tests/ptx/test_multi_tensor.py
+            fused_ops.grad_stats(ops, each, None, None)
+            fused_ops.update_moments(ops, each)
+            fused_ops.apply_update(ops, each)
         assert_close(state, wanted)
 
 
@@ -138,15 +132,9 @@ def test_rows_without_a_matrix(kernels: Kernels) -> None:
     memory = (table.rows, table.sums, table.scratch)
     for step in (1, 2):
         grads = list(torch.full((3, CHUNK + 1), float(step)))
-<<<<<<< HEAD:tests/kernels/ptx/test_multi_tensor.py
         numbers = ([0, 0, 0], [0, 1, 1, 1], [0, 0, 0], list(fused_ops.GROUPS[0]), [], [], None, None)
-        kernels.ops.inspect(grads, [], *memory[:2], table.skipped, memory[2], *numbers)
-        kernels.ops.before(grads[:1], [momentum], [], [into], [], [], *memory, [0], [0], [1], [0], [0] * 3, [1.0])
-=======
-        numbers = ([0, 0, 0], [0, 1, 1, 1], [0, 0, 0], list(twins.GROUPS[0]), [], [], None, None)
         kernels.ops.grad_stats(grads, [], *memory[:2], table.skipped, memory[2], *numbers)
         kernels.ops.update_moments(
             grads[:1], [momentum], [], [into], [], [], *memory, [0], [0], [1], [0], [0] * 3, [1.0]
         )
->>>>>>> kernels:tests/ptx/test_multi_tensor.py
         assert table.column("grad_max").tolist() == [step] * 3

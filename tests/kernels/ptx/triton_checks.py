@@ -150,17 +150,10 @@ def steps_under_seeds(capability: Capability) -> None:
     first: fused_ops.State | None = None
     for seed in SEEDS:
         with triton_device.device(capability, seed) as device:
-<<<<<<< HEAD:tests/kernels/ptx/triton_checks.py
             state = fused_ops.problem().copy(device)
-            fused_ops.inspect(Ops(), state, None, None)
-            fused_ops.before(Ops(), state)
-            fused_ops.after(Ops(), state)
-=======
-            state = twins.problem().copy(device)
-            twins.grad_stats(Ops(), state, None, None)
-            twins.update_moments(Ops(), state)
-            twins.apply_update(Ops(), state)
->>>>>>> kernels:tests/ptx/triton_checks.py
+            fused_ops.grad_stats(Ops(), state, None, None)
+            fused_ops.update_moments(Ops(), state)
+            fused_ops.apply_update(Ops(), state)
         first = state if first is None else first
         for (name, found, _), (_, wanted, _) in zip(state.written(), first.written()):
             assert same_bits(found, wanted), f"{name} differs between two runs"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steepest.recipe import State
-from steepest.stacks import ALIGNMENT, stack
+from steepest.step.state_storage import ALIGNMENT, stack
 from support.training import noise, same_bits
 
 DENSE: dict[str, Callable[[Tensor], Tensor]] = {
