@@ -24,9 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import program as layout
+from ..ops.program import CHUNK, Program
 
-# kChunk in csrc/multi_tensor/params.h, by which the caller sizes the scratch.
-CHUNK = 16384
 # A thread holds 8 neighbours: 16 bytes of a 16-bit type, twice 16 of fp32. With 8 warps two programs share a
 # multiprocessor, and the loads of one hide the other's arithmetic. Nothing to tune by shape: memory is the bound.
 THREADS = 256
@@ -86,7 +85,7 @@ START_FIRST, DECAY_AFTER = _constants("start_first decay_after", layout.LOWEST_B
 DECAY_SCALED, FROZEN_MOMENTS = _constants("decay_scaled frozen_moments", layout.LOWEST_BIT.__getitem__)
 QUARTER, HALF, SIXTH = _constants("quarter half sixth", layout.FIELDS["power"].index)
 GIVEN, IDENTITY = _constants("given identity", layout.FIELDS["direction"].index)
-STOCHASTIC, KEEP_MANTISSA = _constants("stochastic mantissa", layout.FIELDS["rounding"].index)
+(STOCHASTIC,) = _constants("stochastic", layout.FIELDS["rounding"].index)
 
 
 # ---- the work of a program -----------------------------------------------------------------------------------------
@@ -949,7 +948,7 @@ def _owner_fields(
 
     def fields(i: int) -> list[int]:
         step = steps[i].data_ptr() if steps and steps[i].numel() else 0
-        if step == 0 and (programs[i] >> START_FIRST.value) & 1:
+        if step == 0 and Program.unpacked(programs[i]).start_first:
             raise ValueError(f"{op}: programs[{i}] begins with the first gradient, which steps[{i}] must count")
         return [i, programs[i], step, first_sums[i], first_sums[i + 1], hyper_of[i]]
 
@@ -1080,16 +1079,15 @@ def _launches(plan: _Plan) -> Iterator[tuple[_Launch, tuple[Tensor, int, int, in
 def _check_complete(op: str, i: int, tensors: Sequence[Tensor | None], program: int) -> None:
     """ValueError where an item's tensors are not those of its program: the kernels go by the tensors alone."""
     held = {name for name, t in zip(SLOTS, tensors) if t is not None}
-    given = (program >> KIND.value) & 3 == GIVEN.value
+    formulas = Program.unpacked(program)
     needed, optional = {"directions", "params"}, set[str]()
     if op == "update_moments":
-        needed = {"grads", "momenta"} if given else {"grads", "momenta", "params"}
-        optional = {"directions"} if given else optional  # moments may be updated and no more
-    if (program >> POWER.value) & 3 != 0:
+        needed = {"grads", "momenta", "params"} if formulas.whole else {"grads", "momenta"}
+        optional = optional if formulas.whole else {"directions"}  # moments may be updated and no more
+    if formulas.power != "none":
         needed.add("seconds")
     param = tensors[SLOTS.index("params")]
-    keeps = (program >> ROUNDING.value) & 3 == KEEP_MANTISSA.value
-    if keeps and param is not None and param.dtype == torch.bfloat16:
+    if formulas.rounding == "mantissa" and param is not None and param.dtype == torch.bfloat16:
         needed.add("mantissas")
     if held - optional != needed:
         wanted = _listed(needed | optional)

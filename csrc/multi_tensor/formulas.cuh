@@ -107,7 +107,7 @@ STEEPEST_HD inline void decide_row(double* row, const Program& program, const do
   row[kInverseMass1] = program.momentum_correction ? 1 / mass(hyper[kHyperBeta1], row[kStep]) : 1;
   row[kInverseMass2] =
       program.second_correction ? pow(mass(hyper[kHyperBeta2], row[kStep]), -2 * power_of(program.power)) : 1;
-  row[kDecay] = hyper[kHyperLr] * hyper[kHyperDecay];
+  row[kDecay] = hyper[kHyperLr] * hyper[kHyperWeightDecay];
   row[kLr] = hyper[kHyperLr];
   row[kInputScale] = row[kFinite] != 0 ? input_scale(input_bound(program, row, momentum_max)) : 1;
 }

@@ -32,7 +32,7 @@ enum Slot : int {
 struct Program {
   enum Power : uint8_t { kNone, kQuarter, kHalf, kSixth };
   enum Kind : uint8_t { kGiven, kIdentity, kSign };  // who computes the direction: another op, or the element itself
-  enum Rounding : uint8_t { kNearest, kStochastic, kKeepMantissa };
+  enum Rounding : uint8_t { kNearest, kStochastic, kMantissa };
 
   bool heavy_ball, nesterov, momentum_correction;
   Power power;
@@ -121,7 +121,7 @@ struct Number {
   double value;
   Dtype dtype;
 };
-enum Hyper : int { kHyperLr, kHyperDecay, kHyperBeta1, kHyperBeta2, kHyperEps, kHypers };
+enum Hyper : int { kHyperLr, kHyperWeightDecay, kHyperBeta1, kHyperBeta2, kHyperEps, kHypers };
 
 // What a parameter's row is made of beside its gradient.
 struct Owner {

@@ -81,7 +81,7 @@ void lay_out(const std::array<const Tensor*, kSlots>& tensors, const bool (&writ
 Program make_program(int64_t bits, size_t i) {
   const Program program(bits);
   STD_TORCH_CHECK(bits >= 0 && bits < int64_t{1} << Program::kBits && program.direction <= Program::kSign &&
-                      program.rounding <= Program::kKeepMantissa && !(program.cautious && program.decay_after),
+                      program.rounding <= Program::kMantissa && !(program.cautious && program.decay_after),
                   "programs[", i, "] is ", bits, ", which is no program; see Program.packed");
   return program;
 }
@@ -282,7 +282,7 @@ void check_complete(const Item& item, Stage stage, size_t i) {
   needs(kMomentum, stage == Stage::update_moments);
   needs(kDirection, stage == Stage::apply_update);
   needs(kParam, !given || stage == Stage::apply_update);
-  const bool keeps = item.program.rounding == Program::kKeepMantissa && item.at[kParam] != nullptr;
+  const bool keeps = item.program.rounding == Program::kMantissa && item.at[kParam] != nullptr;
   needs(kMantissa, keeps && item.dtype[kParam] == Dtype::bf16);
   STD_TORCH_CHECK(item.at[kMantissa] == nullptr || (item.at[kParam] != nullptr && item.dtype[kParam] == Dtype::bf16),
                   "item ", i, " has a mantissa; only a bfloat16 param keeps one");

@@ -57,7 +57,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     #: torch.amp.GradScaler leaves unscaling and skipping to the step, which does both on the device.
     _step_supports_amp_scaling = True
-    _carried = ("_adamw_defaults", "_reasons", "_skipped")
+    _carried: tuple[str, ...] = ("_adamw_defaults", "_reasons", "_skipped")
     _plan_key: list[object] | None = None
     #: what a distributed step adds; see `steepest.step.seams`
     _reduce: Reduce | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes.util
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -971,29 +970,3 @@ def test_layout_limits() -> None:
 def test_python_and_the_binary_agree_on_sizes() -> None:
     found = (_C.CHUNK, _C.COLUMNS, _C.SUMS, _C.STRIDED_DIMS)
     assert found == (multi_tensor.CHUNK, len(multi_tensor.COLUMNS), len(multi_tensor.SUMS), multi_tensor.STRIDED_DIMS)
-
-
-FIELDS: list[dict[str, Any]] = [
-    *({name: True} for name, value in vars(Program()).items() if isinstance(value, bool)),
-    *({"power": power} for power in ("quarter", "half", "sixth")),
-    *({"direction": kind} for kind in ("identity", "sign")),
-    *({"rounding": mode} for mode in ("stochastic", "mantissa")),
-]
-
-
-def test_programs_pack_into_14_bits() -> None:
-    """One field at a time: other bits each, so that any fields together are another integer."""
-    packed = [Program(**field).packed() for field in FIELDS]
-    assert len(set(packed)) == len(FIELDS) == 15
-    assert Program().packed() == 0
-    assert all(0 < bits < 2**14 for bits in packed)
-    of_field: dict[str, int] = {}
-    for field, bits in zip(FIELDS, packed):
-        (name,) = field
-        of_field[name] = of_field.get(name, 0) | bits
-    masks = list(of_field.values())
-    assert sum(masks) == functools.reduce(int.__or__, masks) == 2**14 - 1, "fields share no bit"
-    together = Program(*(True, True, True, "sixth", True, True, True, "sign", True, "mantissa", True))
-    assert together.packed() == sum(
-        Program(**{name: value}).packed() for name, value in vars(together).items() if name in of_field
-    )

@@ -28,13 +28,11 @@ from torch import Tensor
 from . import backend as _backend
 from . import selfcheck
 from .backend import choose
-from .program import COLUMNS, SUMS, Program
+from .program import CHUNK, COLUMNS, SUMS, Program
 
 FAMILY = "elementwise"  # of the self-check
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDED_DIMS = 4  # what the kernels walk; kMaxDims in csrc/multi_tensor/layout.h
-#: Elements of a chunk: kChunk in csrc/multi_tensor/params.h.
-CHUNK = 16384
 
 
 @dataclass(frozen=True)

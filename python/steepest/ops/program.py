@@ -7,12 +7,11 @@ what csrc/multi_tensor/params.h says is compared with it by a test.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Power = Literal["none", "quarter", "half", "sixth"]
 Kind = Literal["given", "identity", "sign"]
 Mode = Literal["nearest", "stochastic", "mantissa"]
-
 
 #: What each field of a program may be; a field has as many bits as its values need.
 FIELDS: dict[str, tuple[bool | str, ...]] = {
@@ -69,6 +68,8 @@ COLUMNS = (
 SUMS = ("input_sq", "input_max", "grad_dot", "momentum_sq", "momentum_max", "update_sq", "param_sq")
 #: Numbers of a group, `Hyper` there.
 HYPERS = ("lr", "weight_decay", "beta1", "beta2", "eps")
+#: Elements of a chunk: the work of a block, whose sums take a line of the scratch.
+CHUNK = 16384
 
 
 @dataclass(frozen=True)
@@ -111,3 +112,10 @@ class Program:
     def packed(self) -> int:
         """The fields as the bits of one integer."""
         return sum(values.index(getattr(self, name)) << LOWEST_BIT[name] for name, values in FIELDS.items())
+
+    @staticmethod
+    def unpacked(bits: int) -> Program:
+        """The program that is packed so."""
+        masks = {name: (1 << (len(values) - 1).bit_length()) - 1 for name, values in FIELDS.items()}
+        fields: dict[str, Any] = {name: FIELDS[name][bits >> LOWEST_BIT[name] & mask] for name, mask in masks.items()}
+        return Program(**fields)

@@ -1,4 +1,4 @@
-"""Steps by torch operations: the recipes that the fused ops do not have, and what torch.compile traces and fuses itself.
+"""Steps by torch operations: recipes that the fused ops do not have, and what torch.compile traces and fuses itself.
 
 A batch is matrices of one group, shape and dtype, at most max_workspace_bytes at a time: they share a direction call.
 """

@@ -138,8 +138,17 @@ class Fused:
         update_rotated_moments([item for item in self._matrices if item.phase.steps])
         for round_ in self._present if self._coupled else ():
             grads, rest = round_.grads(), len(round_.items)
-            arguments = (round_.momenta, round_.seconds, [self._absent] * rest, [], [], self.table, round_.observing)
-            multi_tensor.update_moments(grads, *arguments, backend=self.backend)
+            multi_tensor.update_moments(
+                grads,
+                round_.momenta,
+                round_.seconds,
+                [self._absent] * rest,
+                [],
+                [],
+                self.table,
+                round_.observing,
+                backend=self.backend,
+            )
 
     def batches(self) -> list[Round]:
         return self._present

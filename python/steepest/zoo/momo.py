@@ -294,9 +294,7 @@ class Momo(MatrixOptimizer):
 
 
 class _Truncated:
-    """The coupling of a step: measures every layer, keeps directions that would be dear to make twice, and tells how far
-    each group goes.
-    """
+    """The coupling of a step: it measures layers, keeps directions that are dear, and tells how far each group goes."""
 
     def __init__(self, optimizer: Momo, plan: Plan, loss: Number | None) -> None:
         self._optimizer, self._plan, self._loss = optimizer, plan, loss
@@ -311,8 +309,8 @@ class _Truncated:
                     inner[item.parameter.group].append(torch.where(item.finite, wide, 0))
         none = torch.zeros(0, dtype=torch.float64, device=self._optimizer._device)
         layers = []
-        for number, parts in enumerate(inner):
-            parameters = [p for executor in executors for p in executor.parameters if p.group == number]
+        for at, parts in enumerate(inner):
+            parameters = [p for executor in executors for p in executor.parameters if p.group == at]
             recipe = parameters[0].recipe if parameters else None
             layers.append(Layers(recipe, parameters, torch.cat([none, *parts])))
         return self._optimizer._share_of(layers, self._loss)

@@ -62,7 +62,7 @@ class ProductNormOptimizer(Momo):
     the same kind of step. ValueError for an unknown rule, TypeError for AdamW's own numbers.
     """
 
-    _carried = ("product", "scale", "others")
+    _carried: tuple[str, ...] = ("product", "scale", "others")
 
     def __init__(
         self,

@@ -85,7 +85,7 @@ def defaults_of(name: str, own: Group, extra: Extras) -> tuple[Group, Group]:
     return values, adamw
 
 
-def recipe_of(group: Group, kind: type[Recipe] = Recipe, *, ratio: str = "original", **parts: Any) -> Recipe:
+def recipe_of(group: Group, *, kind: type[Recipe] = Recipe, ratio: str = "original", **parts: Any) -> Recipe:
     """A recipe from a method's parts and the group values all methods share; ratio: what adjust_lr_fn=None means."""
     return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **{**finish(group), **parts})
 

@@ -187,7 +187,7 @@ class TrustRegion(VectorOptimizer):
         }
         if group["composite"] == "decay":
             return recipe_of(group, ratio="none", **parts)
-        return recipe_of(group, RidgeRecipe, ratio="none", decay=_no_decay(group), **parts)
+        return recipe_of(group, kind=RidgeRecipe, ratio="none", decay=_no_decay(group), **parts)
 
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
@@ -239,14 +239,14 @@ class OrthogonalSGDM(MatrixOptimizer):
         super().__init__(params, *defaults_of("OrthogonalSGDM", own, extra))
 
     def recipe(self, group: Group) -> Recipe:
-        parts = {
+        parts: dict[str, Any] = {
             "momentum": None,
             "precondition": Identity(),
             "direction": polar_of(group),
             "decay": _no_decay(group),
             "transforms": (UpdateMomentum(group["momentum_dtype"]),),
         }
-        return recipe_of(group, InsideDecayRecipe, ratio="none", **parts)
+        return recipe_of(group, kind=InsideDecayRecipe, ratio="none", **parts)
 
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
@@ -345,7 +345,7 @@ class Fromage(VectorOptimizer):
         super().__init__(params, *defaults_of("Fromage", own, extra))
 
     def recipe(self, group: Group) -> Recipe:
-        parts = {
+        parts: dict[str, Any] = {
             "momentum": Momentum(dtype=group["momentum_dtype"]),
             "precondition": Identity(),
             "direction": Frobenius(),
