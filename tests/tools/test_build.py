@@ -29,7 +29,6 @@ from hypothesis import strategies as st
 import steepest
 from steepest.ops import backend, multi_tensor
 from steepest.ops.extension import KINDS, MAJORS, Extension
-from steepest.ops.program import Program
 from steepest.tools import cli, facts
 from support.problems import FEW
 

@@ -50,7 +50,7 @@ class KFAC(KroneckerOptimizer):
     arXiv:1503.05671.
     """
 
-    _carried = ("_handles",)
+    _carried: tuple[str, ...] = ("_handles",)
     _ranks: Any = None
 
     def __init__(

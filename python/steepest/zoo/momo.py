@@ -80,7 +80,7 @@ class Momo(MatrixOptimizer):
     Source: arXiv:2510.09827, whose code this follows but for (.)_+, without which a step may ascend.
     """
 
-    _carried = ("lower_bound", "stale_dual", "reduce_loss")
+    _carried: tuple[str, ...] = ("lower_bound", "stale_dual", "reduce_loss")
     lower_bound: Number | None = None
     _loss: Number | None = None
 

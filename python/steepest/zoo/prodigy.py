@@ -41,7 +41,7 @@ class ProdigyMuon(ProductNormOptimizer):
     of a step at once. This is not all of Prodigy, whose averages weight gradients by eta.
     """
 
-    _carried = ("norm", "initial_step")
+    _carried: tuple[str, ...] = ("norm", "initial_step")
 
     def __init__(
         self,
