@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .group_options import ON_DEVICE, Group, changed, frozen
 from .optimizer import MatrixOptimizer
+from .optimizer.group_options import ON_DEVICE, Group, changed, frozen
 
 WARM_UP = 2  # eager steps before the capture: they create state, kernels, tables and workspaces
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 from torch.nn.parallel import DistributedDataParallel
 
-from ..group_options import Group, adam_hyper
 from ..ops.multi_tensor import Scaling
+from ..optimizer.group_options import Group, adam_hyper
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.kronecker import FACTORS
 from .kronecker import BasesAndExtras, KroneckerOptimizer

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from ..group_options import Group, adam_hyper, check_at_least_zero, check_betas
 from ..linalg.basis import Method
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas
 from ..parts import (
     Decay,
     Diagonal,

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..group_options import Group, number
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer
+from ..optimizer.group_options import Group, number
 from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
 from ..recipe import Recipe, State

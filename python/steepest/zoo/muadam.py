@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..group_options import Group, adam_hyper, check_at_least_zero, check_betas
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas
 from ..parts import Diagonal, Hyper, Momentum, Number
 from ..recipe import Recipe
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import routing
-from ..group_options import Group, check_at_least_zero, number
 from ..linalg.coefficients import JORDAN_STEP
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.group_options import Group, check_at_least_zero, number
 from ..parts import Hyper, Identity, Momentum, Number
 from ..recipe import Recipe
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..group_options import Group
 from ..optimizer import Params
+from ..optimizer.group_options import Group
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
 from ..recipe import Recipe, State

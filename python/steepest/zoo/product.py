@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..group_options import Group, adam_hyper, check_at_least_zero, check_betas, finish
 from ..optimizer import Params
+from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas, finish
 from ..parts import Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Precondition, Sign
 from ..parts.product_norm import Box, ProductNorm
 from ..recipe import Recipe

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from ..group_options import Group, check_at_least_zero, number
 from ..optimizer import Params
+from ..optimizer.group_options import Group, check_at_least_zero, number
 from ..parts import Direction, Frobenius, Hyper, Momentum, Number
 from ..parts.direction import Schatten
 from ..parts.product_norm import ProductNorm

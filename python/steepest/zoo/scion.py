@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..group_options import Group, number, parameter_name
 from ..optimizer import Params
+from ..optimizer.group_options import Group, number, parameter_name
 from ..parts import Columns, Direction, Hyper, Identity, Momentum, Number, Rows, Sign, shape_ratio
 from ..recipe import Recipe
 from ..routing.overrides import Overrides, find, read_overrides

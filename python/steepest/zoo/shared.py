@@ -7,8 +7,8 @@ from typing import Any, TypedDict
 
 import torch
 
-from ..group_options import Group, check_at_least_zero, finish
 from ..linalg.coefficients import schedule
+from ..optimizer.group_options import Group, check_at_least_zero, finish
 from ..parts import Number, Spectral
 from ..recipe import Recipe
 

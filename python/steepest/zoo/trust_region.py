@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..group_options import Group, check_at_least_zero, number
 from ..matrices import LAYOUT_KEYS
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.group_options import Group, check_at_least_zero, number
 from ..parts import (
     Columns,
     Decay,

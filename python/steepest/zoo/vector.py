@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..group_options import Group, adam_hyper, check_at_least_zero, check_betas, number
 from ..matrices import Piece
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas, number
 from ..parts import Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Sign
 from ..recipe import Recipe
 from ..routing.places import read_places

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import streams
+from ..recipe import CLOCK
+from ..step.state_storage import stack
 from .group_options import Group, name_the_rule, parameter_name
-from .ops import streams
-from .recipe import CLOCK
-from .step.state_storage import stack
 
 __all__ = ["Checkpoints"]
 

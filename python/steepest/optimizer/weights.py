@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .step.parameter import Parameter
+from ..step.parameter import Parameter
 
 __all__ = ["Weights"]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import routing
+from .. import routing
+from ..matrices import Piece
+from ..parts import Hyper, Number, shape_ratio
+from ..recipe import Recipe
+from ..step import Plan
 from .group_options import Group
-from .matrices import Piece
-from .parts import Hyper, Number, shape_ratio
-from .recipe import Recipe
-from .step import Plan
 
 __all__ = ["Reports"]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .parts import Decay, Hyper, Number, Rounding
+from ..parts import Decay, Hyper, Number, Rounding
 
 Group = dict[str, Any]
 
