@@ -102,8 +102,8 @@ class Recipe:
     def _state_items(self) -> tuple[tuple[str, Layout], ...]:
         of_metric: Layout = "elementwise" if self.kronecker is None else "factor"
         items: list[tuple[str, Layout]] = [(key, of_metric) for key in self.precondition.keys]
-        items += [(key, "elementwise") for key in self.rounding.keys]
         items += [(spec.key, spec.layout) for transform in self.transforms for spec in transform.specs]
+        items += [(key, "elementwise") for key in self.rounding.keys]
         items += [(CLOCK, "host")] if self.kronecker is not None else []
         items += [("step", "scalar")] if self.counts_steps else []
         return tuple(items)
@@ -139,9 +139,9 @@ class Recipe:
         g = w if g is None else g
         pieces = (_whole(w),) if pieces is None else pieces
         state = {} if self.momentum is None else {self.momentum.key: self.momentum.init(g)}
-        state |= self.rounding.init(w)
         for spec in (spec for transform in self.transforms for spec in transform.specs):
             state[spec.key] = empty_state(spec, g, pieces)
+        state |= self.rounding.init(w)
         if self.kronecker is None:
             state |= self.precondition.init(g)
         else:
@@ -212,12 +212,12 @@ class Recipe:
         """The state after what the factors learn from a gradient (batch, m, n), refreshed when due."""
         part = self.kronecker
         assert part is not None
-        state = state | part.learn(state, g, hyper)
-        if phase.takes:
-            state |= part.take(state)
+        state = state | part.update_factors(state, g, hyper)
+        if phase.commits:
+            state |= part.commit(state)
         if phase.refreshes:
             state |= part.refresh(part.gather([state], exact=phase.exact), [state])[0]
-        return state | part.take(state) if phase.at_once else state
+        return state | part.commit(state) if phase.at_once else state
 
 
 def _whole(w: Tensor) -> Piece:

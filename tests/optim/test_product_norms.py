@@ -481,8 +481,9 @@ def test_metrics_and_description_of_a_coupled_step() -> None:
     train(optimizer, params, range(2))
     found = optimizer.metrics()
     assert {"0/grad_norm", "1/update_norm", "1/param_norm"} <= found.keys()
-    assert all(t.isfinite().all() for t in found.values())
-    assert "torch" in optimizer.describe()
+    assert all(t.isfinite().all() for name, t in found.items() if name != "1/polar_slack")
+    assert found["1/polar_slack"].isnan().all()  # the others' norm is no spectral one
+    assert "AdamW" not in optimizer.describe()
 
 
 def test_training_in_bf16_goes_down() -> None:

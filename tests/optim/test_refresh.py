@@ -106,7 +106,7 @@ def test_both_ways_together_are_each_by_itself(asked: list[tuple[str, Tensor]]) 
     part = Rotated(Sides(0.25))
     state = part.init(torch.zeros(5, 4, 3, dtype=torch.float64))
     for step in range(3):
-        state |= part.learn(state, gaussian(5, 4, 3, seed=step), steepest.parts.Hyper(0.1))
+        state |= part.update_factors(state, gaussian(5, 4, 3, seed=step), steepest.parts.Hyper(0.1))
     flags = [False, True, True, False, True]
     state["left_status"] = torch.tensor(flags).int() * WANTS_EXACT | FELL_BACK | ACCEPTED
     (found,) = part.refresh(part.gather([state]), [state])

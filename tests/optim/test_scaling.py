@@ -100,7 +100,8 @@ def test_a_traced_step_takes_the_scale_where_its_parameters_are(monkeypatch: pyt
     optimizer = steepest.MuAdam(params)
     scales: list[dict[torch.device, Scaling]] = []
     monkeypatch.setattr(Eager, "decide", lambda self, hypers, scaling, reduce: scales.append(scaling))
-    monkeypatch.setattr(Eager, "finish", lambda self: None)
+    for name in ("observe", "finish"):
+        monkeypatch.setattr(Eager, name, lambda self: None)
     optimizer._traced_step(Scaling(torch.zeros(()), torch.ones(())))
     (scaling,) = scales[0].values()
     assert [t.device.type for t in (scaling.found_inf, scaling.grad_scale) if t is not None] == ["meta"] * 2

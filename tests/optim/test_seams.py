@@ -1,4 +1,4 @@
-"""Where a step lets others in: the decision, the way of the direction, an update that is remembered, weights that moved."""
+"""Where a step lets others in: the decision, the direction's way, updates that are remembered, weights that moved."""
 
 from __future__ import annotations
 
@@ -235,7 +235,8 @@ def test_a_hook_sees_and_stores_weights_as_they_are(backend: str, options: dict[
     seen: list[Tensor] = []
 
     def halve(weights: Weights) -> None:
-        assert params[0] in weights and params[-1] not in weights
+        assert params[0] in weights
+        assert params[-1] not in weights
         seen.append(weights.value(params[0]).clone())
         weights.store(params[0], weights.value(params[0]) / 2)
 

@@ -32,7 +32,7 @@ class Hyper:
         return replace(self, beta1=begun * self.beta1, beta2=begun * self.beta2)
 
 
-def mass(beta: Number, step: Tensor | None) -> Tensor:
+def bias_correction(beta: Number, step: Tensor | None) -> Tensor:
     """1 - beta^t, the total weight of t terms of an average that began at zero: fp64, 0-d, on the step's device."""
     if step is None:
         raise ValueError("bias correction needs the step count; the state has no 'step'")

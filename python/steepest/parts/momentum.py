@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .hyper import Number, mass
+from .hyper import Number, bias_correction
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,8 @@ class Momentum:
         if self.kind not in ("ema", "heavy_ball"):
             raise ValueError(f"momentum kind {self.kind!r} is not known; use 'ema' or 'heavy_ball'")
         if self.dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"momentum dtype should be a floating torch.dtype of 16 bits or more, or None, but is: {self.dtype!r}"
-            )
+            wide = "" if getattr(self.dtype, "itemsize", 2) > 1 else " of 16 bits or more"
+            raise ValueError(f"momentum dtype should be a floating torch.dtype{wide} or None but is: {self.dtype!r}")
         if self.nesterov and self.bias_correction:
             raise ValueError("Nesterov momentum with bias correction is not defined here; choose one of the two")
         if self.bias_correction and self.kind != "ema":
@@ -81,7 +80,7 @@ class Momentum:
                 return g.to(wide) + m.to(wide) * beta
             return torch.lerp(g.to(wide), m.to(wide), _weight(beta, wide))
         if self.bias_correction:
-            return m.to(wide) / mass(beta, step).to(wide)
+            return m.to(wide) / bias_correction(beta, step).to(wide)
         return m.to(wide)
 
 

@@ -25,11 +25,11 @@ def update_factors(matrices: Sequence[Matrices]) -> None:
         part = recipe.kronecker
         assert part is not None
         for each in some:
-            each.keep(part.learn(each.state, each.grad.reshape(each.shape), each.parameter.taken.hyper))
-        if phase.takes:
+            each.keep(part.update_factors(each.state, each.grad.reshape(each.shape), each.parameter.taken.hyper))
+        if phase.commits:
             streams.join(each.state[PENDING] for each in some)
             for each in some:
-                each.keep(part.take(each.state))
+                each.keep(part.commit(each.state))
         if phase.refreshes:
             max_bytes = some[0].parameter.options.max_workspace_bytes
             for run in chunk_by_bytes(some, lambda each: refresh_bytes(each.state), max_bytes):
@@ -62,7 +62,7 @@ def _refresh(part: Kronecker, phase: Phase, matrices: Sequence[Matrices]) -> Non
         streams.written([state[key] for state, fresh in zip(states, refreshed) for key in fresh if key in state])
     if phase.at_once:
         for each, fresh in zip(matrices, refreshed, strict=True):
-            each.keep(part.take({**each.state, **fresh}))
+            each.keep(part.commit({**each.state, **fresh}))
 
 
 def _touched(part: Kronecker, gathered: Sequence[Gathered], matrices: Sequence[Matrices]) -> Iterator[Tensor]:

@@ -81,7 +81,7 @@ class KFAC(KroneckerOptimizer):
 
     def parts(self, group: Group) -> dict[str, Any]:
         sides = Sides(exponent=1.0, damping="factored")
-        precondition = self.rotated(group, sides, given=True, current=True)
+        precondition = self.rotated(group, sides, external=True, update_first=True)
         return {"momentum": Momentum(dtype=group["momentum_dtype"]), "precondition": precondition}
 
     def hyper(self, group: Group) -> Hyper:

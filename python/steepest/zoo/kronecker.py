@@ -240,7 +240,7 @@ class Shampoo(KroneckerOptimizer):
         _check_choice("graft", group["graft"], ("adam", None))
         transforms = (Graft(),) if group["graft"] else ()
         sides = Sides(exponent=0.25, values="refresh" if group["parity"] else "present")
-        precondition = self.powers(group, sides, current=True)
+        precondition = self.powers(group, sides, update_first=True)
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition, "transforms": transforms}
 
@@ -276,7 +276,7 @@ class OneSidedShampoo(KroneckerOptimizer):
 
     def parts(self, group: Group) -> dict[str, Any]:
         sides = Sides(exponent=0.5, values="refresh" if group["parity"] else "present", damping="outside")
-        precondition = self.powers(group, sides, side="smaller", current=True)
+        precondition = self.powers(group, sides, side="smaller", update_first=True)
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition}
 

@@ -148,6 +148,9 @@ class Momo(MatrixOptimizer):
                 return None
         return super()._take_step(scaling, loss)
 
+    def _key(self) -> list[object]:
+        return [*super()._key(), self.lower_bound is None]
+
     def _layer_coupling(self, loss: Number | None) -> Coupling | None:
         assert self._plan is not None
         return _Truncated(self, self._plan, loss) if self._couples() else None
