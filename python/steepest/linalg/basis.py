@@ -449,7 +449,7 @@ def _frobenius(E: Tensor) -> Tensor:
 
 
 def _whitening(B: Tensor) -> Tensor:
-    """The whitening error, ||D^-1/2 B D^-1/2 - I||_F / sqrt n off the diagonal, of D = diag B.   (..., n, n) -> (...)."""
+    """The whitening error, ||D^-1/2 B D^-1/2 - I||_F / sqrt n off the diagonal, D = diag B.   (..., n, n) -> (...)."""
     d = _floored(_diagonal(B))
     scale = torch.where(d == 0, 0, d.rsqrt())
     return _frobenius(_without_diagonal(B) * scale[..., :, None] * scale[..., None, :])
