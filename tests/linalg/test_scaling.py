@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from steepest import Muon
 from steepest.linalg import polar as polar_module
 from steepest.linalg import schatten as schatten_module
-from steepest.linalg.basis import eigh_refresh, off_diagonal, orthonormality
+from steepest.linalg.basis import eigh_refresh, orthonormality
 from steepest.linalg.coefficients import SCHEDULES
 from steepest.linalg.newton_schulz import newton_schulz
 from steepest.linalg.polar import polar, polars
@@ -23,6 +23,7 @@ from steepest.linalg.schatten import schatten
 from steepest.ops.polar_chain import Update
 from steepest.ops.symm_gemm import Workspace
 from steepest.tools.bench.counting import Peak
+from support.eigenvalues import off_diagonal
 from support.singular_values import gaussian, polynomial_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

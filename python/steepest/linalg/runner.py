@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,17 +32,28 @@ class Runner:
 
     def __call__(self, node: Node) -> Tensor:
         """The node's buffer, filled."""
-        out = self[node.out]
-        if isinstance(node, Gram):
-            return gemm(*self._factors(node), out=out, symmetric=True)
-        alpha, beta = self._value(node.alpha), self._value(node.beta)
         if isinstance(node, Sum):
+            alpha, beta = self._value(node.alpha), self._value(node.beta)
             c = self[node.c] if node.beta else None
-            return linear(self[node.a], c, alpha=alpha, beta=beta, gamma=node.gamma, out=out)
-        c = self[node.c if isinstance(node, Product) else node.x] if node.beta else None
-        symmetric = isinstance(node, Product)
-        factors = self._factors(node)
-        return gemm(*factors, c, alpha=alpha, beta=beta, out=out, symmetric=symmetric, workspace=self.workspace)
+            return linear(self[node.a], c, alpha=alpha, beta=beta, gamma=node.gamma, out=self[node.out])
+        return self._multiply(node, node.c if isinstance(node, Product) else node.x)
+
+    def gram(self, out: str, x: str) -> Tensor:
+        """X X^T, or X^T X of a tall X."""
+        return self(Gram(out, x))
+
+    def multiply(
+        self, out: str, a: str, b: str, c: str = "", *, alpha: float = 1.0, beta: float = 0.0, shift: float = 0.0
+    ) -> Tensor:
+        """alpha A B + beta C + shift I of symmetric matrices that commute."""
+        result = self._multiply(Product(out, a, b, c, alpha, beta), c)
+        if shift:
+            result.diagonal(dim1=-2, dim2=-1).add_(shift)
+        return result
+
+    def apply(self, out: str, q: str, x: str, c: str = "", *, beta: float = 0.0) -> Tensor:
+        """Q X + beta C, or X Q + beta C of a tall X."""
+        return self._multiply(Apply(out, q, x, 1.0, beta), c)
 
     def update(self, node: Node, update: Update) -> None:
         """The last node of a chain, whose product goes into weights: W <- beta W + eta Q X."""
@@ -49,6 +62,15 @@ class Runner:
         alpha = torch.where(update.eta == 0, 0, update.eta * self._value(node.alpha))  # of NaN too
         factors = self._factors(node)
         weight_update(*factors, update.weights, alpha=alpha, beta=update.beta, workspace=self.workspace)
+
+    def _multiply(self, node: Gram | Product | Apply, added: str) -> Tensor:
+        """The product of a node, with beta times the buffer ``added``."""
+        options: dict[str, Any] = {"out": self[node.out], "symmetric": not isinstance(node, Apply)}
+        if isinstance(node, Gram):
+            return gemm(*self._factors(node), **options)
+        c = self[added] if node.beta else None
+        alpha, beta = self._value(node.alpha), self._value(node.beta)
+        return gemm(*self._factors(node), c, alpha=alpha, beta=beta, workspace=self.workspace, **options)
 
     def _factors(self, node: Gram | Product | Apply) -> tuple[Tensor, Tensor]:
         product = multiplication(node, *self.x.shape[-2:])

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VOCABULARY = 256
 LIMIT = 4_000_000  # bytes
 VALIDATION_EVERY = 10  # one block in ten is held out
 LARGEST_BLOCK = 1 << 16  # bytes
