@@ -223,14 +223,19 @@ class Round:
         self.momenta = [item.view(item.parameter.momentum) for item in self.items]
         self.seconds = _present([item.state(_second(item)) for item in self.items])
         self.remainders = _present([item.state(item.parameter.recipe.rounding.keys) for item in self.items])
+        pieces = [None if item.matrices is None else item.matrices.piece for item in self.items]
+        #: what makes views of a parameter, of those items that are less than theirs
+        self._views = [
+            (item.parameter, piece if piece and piece.narrow else None) for item, piece in zip(self.items, pieces)
+        ]
 
     def weights(self) -> list[Tensor]:
         """Made anew in every step: a parameter's `data` may have been exchanged."""
-        return [item.view(item.parameter.tensor) for item in self.items]
+        return [p.tensor if piece is None else piece.view(p.tensor) for p, piece in self._views]
 
     def grads(self) -> list[Tensor]:
         """As they are stored."""
-        return [item.view(item.parameter.grad) for item in self.items]
+        return [p.grad if piece is None else piece.view(p.grad) for p, piece in self._views]
 
     def of_late(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Those of the items that `apply_update` moves, from a list of all items' or an empty one."""

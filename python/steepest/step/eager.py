@@ -110,7 +110,7 @@ class Eager:
     def _apply(self, item: Matrices, d: Tensor) -> None:
         recipe, p, weight, finite = item.recipe, item.parameter, item.weight, item.finite
         state, g, hyper = item.recipe_state(), item.elementwise(item.grad), p.taken.hyper
-        u, remembered = recipe.update(state, d if recipe.by_matrix else d.reshape(g.shape), g, hyper)
+        u, remembered = recipe.update(state, d if item.by_matrix else d.reshape(g.shape), g, hyper)
         value = recipe.rounding.value(weight, item.state)
         u = torch.where(finite, u.reshape(weight.shape), 0).to(value.dtype)  # 0 NaN is NaN
         moved = recipe.moved(value, u, hyper, item.ratio)

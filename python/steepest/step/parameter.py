@@ -57,6 +57,9 @@ class Parameter:
     options: StepOptions = StepOptions()
     step: StepValues | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        self.momentum_key = self.recipe.keys[0]
+
     @property
     def grad(self) -> Tensor:
         """The gradient as it is stored, of a parameter that has one."""
@@ -77,7 +80,7 @@ class Parameter:
     @property
     def momentum(self) -> Tensor:
         """The state that averages gradients or updates."""
-        return self.state[self.recipe.keys[0]]
+        return self.state[self.momentum_key]
 
     def value(self) -> Tensor:
         """The weight in fp32 (fp64 for fp64), with the bits that its dtype drops where they are kept."""
@@ -101,6 +104,7 @@ class Matrices:
         self.parameter, self.number, self.piece = parameter, number, pieces[number]
         self.place = (parameter.group, parameter.index, number)
         self.ratio = shape_ratio(recipe.adjust_lr, self.piece.rows, self.piece.cols)
+        self.by_matrix = recipe.by_matrix
         names = recipe.names(number)
         self.state: State = {}
         for key, layout in recipe.layouts.items():
@@ -146,11 +150,11 @@ class Matrices:
 
     def elementwise(self, t: Tensor) -> Tensor:
         """A tensor of the parameter's shape in the shape the recipe's elementwise parts want: by matrix or natural."""
-        return t.reshape(self.shape) if self.recipe.by_matrix else t
+        return t.reshape(self.shape) if self.by_matrix else t
 
     def recipe_state(self) -> State:
         """The state as the recipe reads it: elementwise tensors as `elementwise` has them."""
-        if not self.recipe.by_matrix:
+        if not self.by_matrix:
             return self.state
         layouts = self.recipe.layouts
         return {
