@@ -188,11 +188,11 @@ def _of_adamw(optimizer: Optimizer) -> set[Tensor]:
     return {p for group in optimizer.param_groups if group.get("use_muon") is False for p in group["params"]}
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
+def _relative(value: Tensor, wanted: Tensor) -> float:
     if not wanted.numel():
         return 0.0
     largest = wanted.detach().double().abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
-    return float((found.detach().double() - wanted.detach().double()).abs().amax() / largest)
+    return float((value.detach().double() - wanted.detach().double()).abs().amax() / largest)
 
 
 def _random_matrix(n: int, condition: float, generator: torch.Generator) -> Tensor:
