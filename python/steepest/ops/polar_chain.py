@@ -44,7 +44,7 @@ class Update:
     beta: Tensor
 
     def split(self, size: int) -> list[Update]:
-        """Of so many matrices at a time."""
+        """Updates of so many matrices at a time."""
         starts = range(0, len(self.weights), size)
         return [Update(self.weights[i : i + size], self.eta[i : i + size], self.beta[i : i + size]) for i in starts]
 

@@ -41,10 +41,10 @@ class Workspace:
 
     def get(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """A contiguous buffer of this shape, of ``like``'s dtype and device, with undefined contents."""
-        held = self._buffers.get(name)
-        if held is None or held.shape != torch.Size(shape) or held.dtype != like.dtype:
-            held = self._buffers[name] = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return held
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != torch.Size(shape) or buffer.dtype != like.dtype:
+            buffer = self._buffers[name] = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return buffer
 
 
 def gemm(
@@ -146,13 +146,13 @@ def linear(
     if c is None and not gamma:
         return times(a, alpha, out=out)
     wide = torch.promote_types(a.dtype, torch.float32)
-    held = out if out.dtype == wide and out is not c else torch.empty(out.shape, dtype=wide, device=out.device)
-    times(held.copy_(a), alpha, out=held)
+    total = out if out.dtype == wide and out is not c else torch.empty(out.shape, dtype=wide, device=out.device)
+    times(total.copy_(a), alpha, out=total)
     if c is not None:
-        held.addcmul_(c, _wide(beta, c)) if isinstance(beta, Tensor) else held.add_(c, alpha=beta)
+        total.addcmul_(c, _wide(beta, c)) if isinstance(beta, Tensor) else total.add_(c, alpha=beta)
     if gamma:
-        held.diagonal(dim1=-2, dim2=-1).add_(gamma)
-    return out if held is out else out.copy_(held)
+        total.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return out if total is out else out.copy_(total)
 
 
 def times(matrix: Tensor, factor: Number, *, out: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _wide(factor: Tensor, matrix: Tensor) -> Tensor:
 
 
 def block_edges(m: int) -> tuple[int, ...]:
-    """Where the block rows of an m x m product begin and end: equal blocks, a multiple of 32, and what remains."""
+    """The edges of the block rows of an m x m product: equal blocks, a multiple of 32, and what remains."""
     rows = min(MAX_BLOCK_ROWS, max(1, m // MIN_BLOCK))
     block = m if rows == 1 else 32 * -(-m // (32 * rows))
     return (*range(0, m, block), m)
