@@ -151,6 +151,16 @@ def _tile(THREADS: tl.constexpr):
 
 
 @triton.jit
+def _dot(x, y, ALIGNED: tl.constexpr):
+    # Over a line. Where it has its elements in several threads, one in each, all of them end with the same sum only if a
+    # product is rounded before it is added: a thread would fuse its own with the sum of the others.
+    if ALIGNED:
+        return tl.sum(x * y, axis=1)
+    else:
+        return tl.sum(tl.fma(x, y, tl.zeros_like(x)), axis=1)
+
+
+@triton.jit
 def _number(row, column):
     return tl.load(row + column).to(tl.float32)
 
@@ -351,8 +361,8 @@ def update_moments_kernel(
                 v = v + g * g if _flag(program, SUM) else v * beta2 + g * g * one_minus_beta2
                 tl.store(second + at, v.to(V), mask=mask)
             squared = _squared_d(program, v, eps, inverse_mass2)
-        grad_dot += tl.sum(g * m, axis=1)
-        momentum_sq += tl.sum(m * m, axis=1)
+        grad_dot += _dot(g, m, ALIGNED)
+        momentum_sq += _dot(m, m, ALIGNED)
         momentum_max = tl.maximum(momentum_max, tl.max(tl.abs(m), axis=1))
         if P is not None and _choice(program, KIND) == IDENTITY:
             if V is not None:
@@ -360,7 +370,7 @@ def update_moments_kernel(
         else:
             if V is not None:
                 d = d * _inverse(squared)
-            input_sq += tl.sum(d * d, axis=1)
+            input_sq += _dot(d, d, ALIGNED)
             input_max = tl.maximum(input_max, tl.max(tl.abs(d), axis=1))
             if P is not None:
                 d = (d > 0).to(tl.float32) - (d < 0).to(tl.float32)
@@ -368,8 +378,8 @@ def update_moments_kernel(
                     d = d * _inverse(squared)
         if P is not None:
             p = _moved(program, p, d, decay, keep, step)
-            update_sq += tl.sum(d * d, axis=1)
-            param_sq += tl.sum(p * p, axis=1)
+            update_sq += _dot(d, d, ALIGNED)
+            param_sq += _dot(p, p, ALIGNED)
             _store_param(param, mantissa, program, seed, start, at, mask, p, P, L)
         if D is not None:
             if D.is_fp16():
@@ -430,8 +440,8 @@ def apply_update_kernel(
             v = tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
             d = d * _inverse(_squared_d(program, v, eps, inverse_mass2))
         p = _moved(program, _load_param(param, mantissa, at, mask, L), d, decay, keep, step)
-        update_sq += tl.sum(d * d, axis=1)
-        param_sq += tl.sum(p * p, axis=1)
+        update_sq += _dot(d, d, ALIGNED)
+        param_sq += _dot(p, p, ALIGNED)
         _store_param(param, mantissa, program, seed, start, at, mask, p, P, L)
     partial = partials + chunk.to(tl.int64) * SUMS
     tl.store(partial + UPDATE_SQ, (tl.sum(update_sq) * (step * step)).to(tl.float64))
@@ -585,7 +595,7 @@ def grad_stats_kernel(
         g = tl.load(grad + at, mask=at < length, other=0.0).to(tl.float32)
         g = tl.where(g == g, g, float("inf"))
         most = tl.maximum(most, tl.max(tl.abs(g), axis=1))
-        square += tl.sum(g * g, axis=1)
+        square += _dot(g, g, ALIGNED)
     partial = partials + chunk.to(tl.int64) * SUMS
     tl.store(partial + MOST, tl.max(most).to(tl.float64))
     tl.store(partial + SQUARE, tl.sum(square).to(tl.float64))
