@@ -152,8 +152,8 @@ def _tile(THREADS: tl.constexpr):
 
 @triton.jit
 def _dot(x, y, ALIGNED: tl.constexpr):
-    # Over a line. Where it has its elements in several threads, one in each, all of them end with the same sum only if a
-    # product is rounded before it is added: a thread would fuse its own with the sum of the others.
+    # Over a line. Where it has its elements in several threads, one in each, all of them end with the same sum only if
+    # a product is rounded before it is added: a thread would fuse its own with the sum of the others.
     if ALIGNED:
         return tl.sum(x * y, axis=1)
     else:
