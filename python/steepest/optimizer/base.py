@@ -344,7 +344,7 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
 
 
 def _place(value: object) -> int:
-    """Where a tensor of the state lies. A plan's views keep the memory, so that no other tensor comes to lie there."""
+    """The address of a tensor of the state. A plan's views keep the memory, so that no other tensor comes there."""
     return value.data_ptr() if type(value) is Tensor else id(value)  # a fake tensor has no address
 
 

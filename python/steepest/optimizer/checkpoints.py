@@ -39,7 +39,7 @@ class Checkpoints(torch.optim.Optimizer):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. What is made beside the steps is in it: the present stream waits for it."""
+        """The state as torch gives it. What is made beside the steps is in it: the present stream waits for it."""
         streams.join()
         return super().state_dict()
 

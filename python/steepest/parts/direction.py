@@ -175,7 +175,7 @@ class Spectral(Direction):
         self._polars(xs, slacks, updates)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
-        """By the singular value decomposition, whatever the preset."""
+        """The nearest point of the ball, by the singular value decomposition whatever the preset."""
         u, s, vt = torch.linalg.svd(x, full_matrices=False)
         return (_shortened(s, s, radius).unsqueeze(-2) * u) @ vt
 

@@ -169,7 +169,7 @@ def _work_dtype(item: Matrices) -> torch.dtype:
 
 
 def _workspace_bytes(item: Matrices) -> int:
-    """Of the input, what the direction needs, the direction and an update in fp32."""
+    """Memory of the input, of what the direction needs, of the direction and of an update in fp32."""
     batch, rows, cols = item.shape
     dtype = _work_dtype(item)
     return batch * (item.recipe.direction.workspace_bytes(rows, cols, dtype) + rows * cols * (2 * dtype.itemsize + 4))

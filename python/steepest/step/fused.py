@@ -175,9 +175,9 @@ class Fused:
         return [bucket.direction_input(t) for bucket, t in zip(batch.buckets, stacks, strict=True)]
 
     def directions(self, batch: Round, xs: list[Tensor]) -> list[Tensor]:
-        """Of length 1, but for those that go on by torch operations. Buckets that differ only in shape share a call.
+        """The directions, of length 1 but where torch operations go on with them.
 
-        Those that move their weights do so now.
+        Buckets that differ only in shape share a call. Those that move their weights do so now.
         """
         alike: dict[tuple[Direction, bool], list[int]] = {}
         ds = list(xs)

@@ -121,7 +121,7 @@ class Matrices:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Of what the direction is given."""
+        """The shape of the direction's input."""
         return self.recipe.input_shape(self.piece.shape)
 
     @property
@@ -132,12 +132,12 @@ class Matrices:
 
     @property
     def weight(self) -> Tensor:
-        """In its natural shape."""
+        """The piece of the weight, in its natural shape."""
         return self.piece.view(self.parameter.tensor)
 
     @property
     def grad(self) -> Tensor:
-        """Of this step, in its natural shape."""
+        """The piece of this step's gradient, in its natural shape."""
         return self.piece.view(self.parameter.taken.grad)
 
     @property

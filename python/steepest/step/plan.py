@@ -184,7 +184,7 @@ class Plan:
             executor.notice_changes()
 
     def metrics(self, groups: int) -> list[dict[str, Tensor]]:
-        """For each group what its last step measured, as 0-d fp64 tensors; see `MatrixOptimizer.metrics`."""
+        """What the last step measured of each group, as 0-d fp64 tensors; see `MatrixOptimizer.metrics`."""
         return [_norms([executor.sums_of(number) for executor in self.executors]) for number in range(groups)]
 
 

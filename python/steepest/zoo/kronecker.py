@@ -119,7 +119,7 @@ class KroneckerOptimizer(MatrixOptimizer):
         return adam_hyper(group)
 
     def decay(self, group: Group, *, scaled: bool = False) -> Decay:
-        """After the update where the authors have it there."""
+        """The weight decay, after the update where the authors have it there."""
         return Decay(cautious=group["cautious_wd"], after=group["parity"] is not None, scaled=scaled)
 
     def _direction(self, norm: str, group: Group) -> Direction:
@@ -450,7 +450,7 @@ class SPlus(KroneckerOptimizer):
                     state[MASS].lerp_(torch.ones_like(weight), weight)
 
     def init_state(self) -> None:
-        """As `MatrixOptimizer.init_state`; the averages too."""
+        """Creates the state as `MatrixOptimizer.init_state` does, and the averages."""
         super().init_state()
         self._start_averages()
 

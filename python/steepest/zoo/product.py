@@ -95,7 +95,7 @@ class ProductNormOptimizer(Momo):
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def direction(self, group: Group) -> Direction:
-        """Of the matrices of a group."""
+        """The base norm of the matrices of a group."""
         return polar_of(group)
 
     def momentum(self, group: Group) -> Momentum:
@@ -140,7 +140,7 @@ class ProductNormOptimizer(Momo):
         return [own[0] if group["use_muon"] else own[1] for group in self.param_groups]
 
     def _dual_norms(self, layers: Sequence[Layers]) -> tuple[Tensor, Tensor]:
-        """Of all matrices and of all other layers."""
+        """The dual norms of all matrices, and those of all other layers."""
         found: dict[bool, list[Tensor]] = {True: [layers[0].inner[:0]], False: [layers[0].inner[:0]]}
         for group, each in zip(self.param_groups, layers, strict=True):
             found[group["use_muon"]].append(each.dual_norms)
