@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +13,7 @@ from ..parts.precondition import Phase
 from ..recipe import Recipe, State
 from ..state_layout import piece_view
 
-__all__ = ["Matrices", "Parameter", "StepOptions", "StepValues", "store_if"]
+__all__ = ["Matrices", "Parameter", "StepOptions", "StepValues", "signed_gradient", "store_if"]
 
 
 @dataclass(frozen=True)
@@ -179,11 +178,3 @@ def signed_gradient(g: Tensor, maximize: bool, grad_scale: Tensor | None) -> Ten
         wide = torch.promote_types(g.dtype, torch.float32)
         g = g.to(wide) / grad_scale.to(wide)
     return -g if maximize else g
-
-
-def by_group(parameters: Sequence[Parameter]) -> dict[int, list[Parameter]]:
-    """Parameters by the number of their group, in order."""
-    groups: dict[int, list[Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(parameter.group, []).append(parameter)
-    return groups
