@@ -112,8 +112,8 @@ def works() -> None:
     import torch
 
     import steepest
-    from steepest import planner
     from steepest.ops import backend
+    from steepest.tools import planner
 
     assert backend.extension is not None, backend.extension_reason
     assert ROOT not in Path(steepest.__file__).parents, steepest.__file__

@@ -23,15 +23,20 @@
 
 STABLE_TORCH_LIBRARY(steepest, m) {
   m.def(
-      "inspect(Tensor[] grads, Tensor(a!)[] steps, Tensor(b!) rows, Tensor sums, Tensor(c!) skipped, "
+      "grad_stats(Tensor[] grads, Tensor(a!)[] steps, Tensor(b!) rows, Tensor sums, Tensor(c!) skipped, "
       "Tensor(d!) scratch, int[] programs, int[] first_sums, int[] hyper_of, float[] hyper, Tensor[] tensors, "
-      "int[] tensor_at, Tensor? found_inf, Tensor? grad_scale) -> ()");
+      "int[] tensor_at, Tensor? found_inf, Tensor? grad_scale, bool decide=True) -> ()");
   m.def(
-      "before(Tensor[] grads, Tensor(a!)[] momenta, Tensor(b!)[] seconds, Tensor(c!)[] inputs, Tensor(d!)[] params, "
+      "decide_steps(Tensor(a!)[] steps, Tensor(b!) rows, Tensor sums, Tensor(c!) skipped, int[] programs, "
+      "int[] first_sums, int[] hyper_of, float[] hyper, Tensor[] tensors, int[] tensor_at, Tensor? grad_scale) -> ()");
+  m.def(
+      "update_moments(Tensor[] grads, Tensor(a!)[] momenta, Tensor(b!)[] seconds, Tensor(c!)[] inputs, Tensor(d!)[] "
+      "params, "
       "Tensor(e!)[] mantissas, Tensor rows, Tensor(f!) sums, Tensor(g!) scratch, int[] programs, int[] row_of, "
       "int[] matrices, int[] first_sums, int[] places, float[] ratios) -> ()");
   m.def(
-      "after(Tensor[] directions, Tensor[] seconds, Tensor(a!)[] params, Tensor(b!)[] mantissas, Tensor[] lengths, "
+      "apply_update(Tensor[] directions, Tensor[] seconds, Tensor(a!)[] params, Tensor(b!)[] mantissas, Tensor[] "
+      "lengths, "
       "Tensor rows, Tensor(c!) sums, Tensor(d!) scratch, int[] programs, int[] row_of, int[] matrices, "
       "int[] first_sums, int[] places, float[] ratios) -> ()");
   m.def(

@@ -19,10 +19,10 @@ import torch
 from demo import rates
 from demo.environment import environment
 
-from steepest.compare import methods, tasks
-from steepest.compare.command import positive
-from steepest.compare.progress import Progress
-from steepest.compare.training import train
+from steepest.tools.compare import methods, tasks
+from steepest.tools.compare.command import positive
+from steepest.tools.compare.progress import Progress
+from steepest.tools.compare.training import train
 
 RESULT = rates.RESULTS / "robustness.csv"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "robustness.png"

@@ -21,9 +21,9 @@ from demo.environment import environment
 from demo.methods import METHODS
 from demo.training import Run, Settings, train
 
-from steepest.compare.command import positive
-from steepest.compare.progress import Progress
-from steepest.compare.text import Corpus, load
+from steepest.tools.compare.command import positive
+from steepest.tools.compare.progress import Progress
+from steepest.tools.compare.text import Corpus, load
 
 METHOD_NAMES = ("muadam", "muon", "adamw")
 

@@ -22,9 +22,9 @@ from demo.environment import environment
 from demo.methods import METHODS
 from demo.training import QUICK, Run, Settings, train
 
-from steepest.compare.command import positive
-from steepest.compare.progress import Progress
-from steepest.compare.text import Corpus, load
+from steepest.tools.compare.command import positive
+from steepest.tools.compare.progress import Progress
+from steepest.tools.compare.text import Corpus, load
 
 GRIDS = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),

@@ -1,1 +1,1 @@
-"""Triton kernels, one family of ops per file. Imports torch and Triton only."""
+"""Triton kernels, one family of ops per file. Imports torch, Triton and `steepest.ops.program`."""

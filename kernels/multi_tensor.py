@@ -1,4 +1,4 @@
-"""`inspect`, `before` and `after` in Triton: a launch for each tuple of element types and one that adds up the sums.
+"""The fused elementwise ops in Triton: a launch for each tuple of element types and one that adds up the sums.
 
 The matrices of an item are cut into chunks, none of which holds elements of two matrices. A program takes a chunk,
 finds its item by bisection in a table of addresses, and leaves its sums in the scratch; a second launch, a program for
@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# kChunk in csrc/multi_tensor/params.h, by which the caller sizes the scratch.
-CHUNK = 16384
+from ..ops import program as layout
+from ..ops.program import CHUNK, Program
+
 # A thread holds 8 neighbours: 16 bytes of a 16-bit type, twice 16 of fp32. With 8 warps two programs share a
 # multiprocessor, and the loads of one hide the other's arithmetic. Nothing to tune by shape: memory is the bound.
 THREADS = 256
@@ -35,8 +36,8 @@ LINES = 256
 OPTIONS = {"num_warps": THREADS // 32, "enable_fp_fusion": True}
 FINISH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int16: tl.int16}
-# Tables kept. A step takes one of each op, one of numbers, and as many of `before` and `after` as it is cut into parts;
-# if they were fewer than a step takes, none would be found again.
+# Tables kept. A step takes one of each op, one of numbers, and as many of `update_moments` and `apply_update` as it is
+# cut into parts; if they were fewer than a step takes, none would be found again.
 KEPT = 256
 
 # Fields of an item's line in the table: its element count and the addresses of its tensors (0: absent) come first.
@@ -48,26 +49,43 @@ ITEM_FIELDS = tl.constexpr(15)
 GRADIENT_ROW, GRADIENT_PROGRAM, STEP_AT, FIRST_SUM, END_SUM, GROUP = map(tl.constexpr, range(2, 8))
 GRADIENT_FIELDS = tl.constexpr(8)
 
-# Columns of a row of numbers, `Column` in csrc/multi_tensor/params.h.
-FINITE, GRAD_SQ, GRAD_MAX, STEP, GRAD_SCALE = map(tl.constexpr, range(5))
-BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS = map(tl.constexpr, range(5, 10))
-INVERSE_MASS1, INVERSE_MASS2, DECAY, LR, INPUT_SCALE = map(tl.constexpr, range(10, 15))
-COLUMNS = tl.constexpr(15)
-# Columns of a line of sums, `Sum` there.
-INPUT_SQ, INPUT_MAX, GRAD_DOT, MOMENTUM_SQ, MOMENTUM_MAX, UPDATE_SQ, PARAM_SQ = map(tl.constexpr, range(7))
-SUMS = tl.constexpr(7)
-# A chunk of a gradient leaves two of them.
-MOST, SQUARE = map(tl.constexpr, range(2))
-# Numbers of a group, `Hyper` there.
-HYPER_LR, HYPER_DECAY, HYPER_BETA1, HYPER_BETA2, HYPER_EPS = map(tl.constexpr, range(5))
-HYPERS = tl.constexpr(5)
 
-# Where the fields of a packed program begin, and what the wider ones say: `Program` there.
-HEAVY_BALL, NESTEROV, MOMENTUM_CORRECTION, POWER, SUM, SECOND_CORRECTION = map(tl.constexpr, (0, 1, 2, 3, 5, 6))
-EPS_INSIDE, KIND, CAUTIOUS, ROUNDING, MAXIMIZE = map(tl.constexpr, (7, 8, 10, 11, 13))
-QUARTER, HALF, SIXTH = map(tl.constexpr, range(1, 4))
-GIVEN, IDENTITY = map(tl.constexpr, range(2))
-STOCHASTIC, KEEP_MANTISSA = map(tl.constexpr, (1, 2))
+def _constants(names: str, place: Callable[[str], int]) -> Iterator[tl.constexpr]:
+    return (tl.constexpr(place(name)) for name in names.split())
+
+
+# Columns of a row of numbers and of a line of sums; numbers of a group.
+FINITE, GRAD_SQ, GRAD_MAX, STEP, GRAD_SCALE = _constants(
+    "finite grad_sq grad_max step grad_scale", layout.COLUMNS.index
+)
+BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2 = _constants(
+    "beta1 one_minus_beta1 beta2 one_minus_beta2", layout.COLUMNS.index
+)
+READ_BETA1, ONE_MINUS_READ_BETA1, EPS = _constants("read_beta1 one_minus_read_beta1 eps", layout.COLUMNS.index)
+INVERSE_MASS1, INVERSE_MASS2, DECAY = _constants("inverse_mass1 inverse_mass2 decay", layout.COLUMNS.index)
+LR, INPUT_SCALE = _constants("lr input_scale", layout.COLUMNS.index)
+INPUT_SQ, INPUT_MAX, GRAD_DOT = _constants("input_sq input_max grad_dot", layout.SUMS.index)
+MOMENTUM_SQ, MOMENTUM_MAX = _constants("momentum_sq momentum_max", layout.SUMS.index)
+UPDATE_SQ, PARAM_SQ = _constants("update_sq param_sq", layout.SUMS.index)
+HYPER_LR, HYPER_DECAY, HYPER_BETA1 = _constants("lr weight_decay beta1", layout.HYPERS.index)
+HYPER_BETA2, HYPER_EPS = _constants("beta2 eps", layout.HYPERS.index)
+COLUMNS, SUMS, HYPERS = (tl.constexpr(len(names)) for names in (layout.COLUMNS, layout.SUMS, layout.HYPERS))
+# A chunk of a gradient leaves two sums.
+MOST, SQUARE = map(tl.constexpr, range(2))
+
+# The lowest bits of a program's fields, and what the wider ones say.
+HEAVY_BALL, NESTEROV, MOMENTUM_CORRECTION = _constants(
+    "heavy_ball nesterov momentum_correction", layout.LOWEST_BIT.__getitem__
+)
+POWER, SUM, SECOND_CORRECTION, EPS_INSIDE = _constants(
+    "power sum second_correction eps_inside", layout.LOWEST_BIT.__getitem__
+)
+KIND, CAUTIOUS, ROUNDING, MAXIMIZE = _constants("direction cautious rounding maximize", layout.LOWEST_BIT.__getitem__)
+START_FIRST, DECAY_AFTER = _constants("start_first decay_after", layout.LOWEST_BIT.__getitem__)
+DECAY_SCALED, FROZEN_MOMENTS = _constants("decay_scaled frozen_moments", layout.LOWEST_BIT.__getitem__)
+QUARTER, HALF, SIXTH = _constants("quarter half sixth", layout.FIELDS["power"].index)
+GIVEN, IDENTITY = _constants("given identity", layout.FIELDS["direction"].index)
+(STOCHASTIC,) = _constants("stochastic", layout.FIELDS["rounding"].index)
 
 
 # ---- the work of a program -----------------------------------------------------------------------------------------
@@ -178,18 +196,25 @@ def _inverse(squared):
 
 @triton.jit
 def _moved(program, p, u, decay, keep, step):
-    # (1 - decay) W - step u; cautious: decay only where it and the update agree
-    return p - tl.where(u * p >= 0, p, 0.0) * decay - u * step if _flag(program, CAUTIOUS) else p * keep - u * step
+    # (1 - decay) W - step u; cautious: decay only where it and the update agree; decay after: (1 - decay) (W - step u)
+    if _flag(program, CAUTIOUS):
+        p = p - tl.where(u * p >= 0, p, 0.0) * decay - u * step
+    elif _flag(program, DECAY_AFTER):
+        p = (p - u * step) * keep
+    else:
+        p = p * keep - u * step
+    return p
 
 
 @triton.jit
-def _step_numbers(line, row, matrix):
+def _step_numbers(program, line, row, matrix):
     # decay, 1 - decay, step length
     at = tl.load(line + LENGTHS)
     length = tl.load(at.to(tl.pointer_type(tl.float64)) + matrix, mask=at != 0, other=1.0)
-    ratio = tl.load(line + RATIO).to(tl.float64, bitcast=True) * length
-    decay = tl.load(row + DECAY)
-    return decay.to(tl.float32), (1 - decay).to(tl.float32), (tl.load(row + LR) * ratio).to(tl.float32)
+    ratio = tl.load(line + RATIO).to(tl.float64, bitcast=True)
+    decay = tl.load(row + DECAY) * tl.where(_flag(program, DECAY_SCALED), ratio, 1.0)
+    step = tl.load(row + LR) * (ratio * length)
+    return decay.to(tl.float32), (1 - decay).to(tl.float32), step.to(tl.float32)
 
 
 @triton.jit
@@ -246,7 +271,7 @@ UNSPECIALIZED = ("count", "first_item", "items", "first_chunk", "partials")
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def before_kernel(
+def update_moments_kernel(
     table,  # (count,) first chunks, (count,) first lines, (count, ITEM_FIELDS) items; int64
     count,
     first_item,  # of this launch, which has so many items, and its first chunk
@@ -287,11 +312,13 @@ def before_kernel(
     one_minus_beta1 = _number(row, ONE_MINUS_BETA1)
     beta2 = _number(row, BETA2)
     one_minus_beta2 = _number(row, ONE_MINUS_BETA2)
+    read_beta1 = _number(row, READ_BETA1)
+    one_minus_read_beta1 = _number(row, ONE_MINUS_READ_BETA1)
     eps = _number(row, EPS)
     inverse_mass1 = _number(row, INVERSE_MASS1)
     inverse_mass2 = _number(row, INVERSE_MASS2)
     input_scale = _number(row, INPUT_SCALE)
-    decay, keep, step = _step_numbers(line, row, matrix)
+    decay, keep, step = _step_numbers(program, line, row, matrix)
     seed = _seed(line, row)
     input_sq = tl.zeros([THREADS], tl.float32)
     input_max = tl.zeros([THREADS], tl.float32)
@@ -310,17 +337,19 @@ def before_kernel(
             v = tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
         if P is not None:
             p = _load_param(param, mantissa, at, mask, L)
-        m = m * beta1 + g if _flag(program, HEAVY_BALL) else _lerp(m, g, one_minus_beta1, beta1)
-        stored = m.to(M)
-        tl.store(momentum + at, stored, mask=mask)
-        m = stored.to(tl.float32)  # what the next step will read
+        if _flag(program, FROZEN_MOMENTS) == 0:
+            m = m * beta1 + g if _flag(program, HEAVY_BALL) else _lerp(m, g, one_minus_beta1, beta1)
+            stored = m.to(M)
+            tl.store(momentum + at, stored, mask=mask)
+            m = stored.to(tl.float32)  # what the next step will read
         if _flag(program, NESTEROV):
-            d = g + m * beta1 if _flag(program, HEAVY_BALL) else _lerp(g, m, beta1, one_minus_beta1)
+            d = g + m * read_beta1 if _flag(program, HEAVY_BALL) else _lerp(g, m, read_beta1, one_minus_read_beta1)
         else:
             d = m * inverse_mass1
         if V is not None:
-            v = v + g * g if _flag(program, SUM) else v * beta2 + g * g * one_minus_beta2
-            tl.store(second + at, v.to(V), mask=mask)
+            if _flag(program, FROZEN_MOMENTS) == 0:
+                v = v + g * g if _flag(program, SUM) else v * beta2 + g * g * one_minus_beta2
+                tl.store(second + at, v.to(V), mask=mask)
             squared = _squared_d(program, v, eps, inverse_mass2)
         grad_dot += tl.sum(g * m, axis=1)
         momentum_sq += tl.sum(m * m, axis=1)
@@ -359,8 +388,8 @@ def before_kernel(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def after_kernel(
-    table,  # as for before_kernel
+def apply_update_kernel(
+    table,  # as for update_moments_kernel
     count,
     first_item,
     items,
@@ -388,7 +417,7 @@ def after_kernel(
     mantissa = _pointer(line, MANTISSA, start, L, ALIGNED)
     eps = _number(row, EPS)
     inverse_mass2 = _number(row, INVERSE_MASS2)
-    decay, keep, step = _step_numbers(line, row, matrix)
+    decay, keep, step = _step_numbers(program, line, row, matrix)
     seed = _seed(line, row)
     tile = _tile(THREADS)
     update_sq = tl.zeros([THREADS], tl.float32)
@@ -411,7 +440,7 @@ def after_kernel(
 
 @triton.jit(do_not_specialize=["count", "partials"])
 def sums_kernel(
-    table,  # as for before_kernel
+    table,  # as for update_moments_kernel
     count,
     rows,
     sums,  # (lines, SUMS) fp64, written
@@ -498,7 +527,10 @@ def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, i
     beta2 = tl.where(_flag(program, SUM), 1.0, beta2)
     own = tl.where(_flag(program, SUM), 1.0, one_minus_beta2)
     counts = _flag(program, MOMENTUM_CORRECTION) | _flag(program, SECOND_CORRECTION)
-    c = weight * tl.sqrt(_geometric(beta1 * beta1 / beta2, tl.where(counts, t, float("inf"))) / own)
+    ratio = beta1 * beta1 / beta2
+    c = weight * tl.sqrt(_geometric(ratio, tl.where(counts, t, float("inf"))) / own)
+    first = weight * weight * _geometric(ratio, t - 1) / own + _power_of(ratio, t - 1)
+    c = tl.where(_flag(program, START_FIRST), tl.where(t == 1, 1.0, tl.sqrt(first)), c)
     c = tl.where(nesterov, weight / tl.sqrt(own) + beta1 * c, c)
     power = _twice_power(program)
     by_history = _power_of(y, 1 - power) * _power_of(c * inverse_mass1, power) / tl.sqrt(inverse_mass2)
@@ -528,8 +560,8 @@ def _hyper(hypers, count, at):
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def inspect_kernel(
-    table,  # as for before_kernel, with GRADIENT_FIELDS
+def grad_stats_kernel(
+    table,  # as for update_moments_kernel, with GRADIENT_FIELDS
     count,
     first_item,
     items,
@@ -541,7 +573,7 @@ def inspect_kernel(
     THREADS: tl.constexpr,
 ):
     # Largest magnitude, infinite where an entry is not finite, and sum of squares.
-    # From the last chunk to the first: `before` begins with the gradients that are still in the cache.
+    # From the last chunk to the first: `update_moments` begins with the gradients that are still in the cache.
     chunk = first_chunk + tl.num_programs(0) - 1 - tl.program_id(0)
     line, _, start, length = _find(table, table + 2 * count, first_item, items, chunk, GRADIENT_FIELDS, ALIGNED, CHUNK)
     grad = _pointer(line, GRAD, start, G, ALIGNED)
@@ -561,7 +593,7 @@ def inspect_kernel(
 
 @triton.jit(do_not_specialize=["count", "hyper_count", "partials"])
 def rows_kernel(
-    table,  # as for inspect_kernel
+    table,  # as for grad_stats_kernel
     count,
     hypers,  # (3, hyper_count) int64: bits of the value, address or 0, whether fp64 is there
     hyper_count,
@@ -571,20 +603,45 @@ def rows_kernel(
     partials,
     found_inf,  # () fp32 or None
     grad_scale,
+    MEASURE: tl.constexpr,
+    DECIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    # A parameter's row from the partials of its gradient and the sums of its momentum; its step is counted.
+    # A parameter's row: what is measured, from the partials of its gradient; the rest, for which its step is counted,
+    # from that and the sums of its momentum.
     own = tl.program_id(0)
     line = table + 2 * count + own.to(tl.int64) * GRADIENT_FIELDS
-    chunks = (tl.load(line + SIZE) - 1) // CHUNK + 1
-    partials += tl.load(table + own) * SUMS
-    most = tl.zeros([LINES], tl.float64)
-    square = tl.zeros([LINES], tl.float64)
-    for first in range(0, chunks, LINES):
-        at = first + tl.arange(0, LINES)
-        most = tl.maximum(most, tl.load(partials + at * SUMS + MOST, mask=at < chunks, other=0.0))
-        square += tl.load(partials + at * SUMS + SQUARE, mask=at < chunks, other=0.0)
+    row = rows + tl.load(line + GRADIENT_ROW) * COLUMNS
+    scale = tl.full([], 1.0, tl.float64)
+    if grad_scale is not None:
+        scale = 1 / tl.load(grad_scale).to(tl.float64)
+    if MEASURE:
+        chunks = (tl.load(line + SIZE) - 1) // CHUNK + 1
+        partials += tl.load(table + own) * SUMS
+        most = tl.zeros([LINES], tl.float64)
+        square = tl.zeros([LINES], tl.float64)
+        for first in range(0, chunks, LINES):
+            at = first + tl.arange(0, LINES)
+            most = tl.maximum(most, tl.load(partials + at * SUMS + MOST, mask=at < chunks, other=0.0))
+            square += tl.load(partials + at * SUMS + SQUARE, mask=at < chunks, other=0.0)
+        grad_max = tl.max(most) * scale
+        finite = grad_max <= 3.4028234663852886e38  # of fp32, in which the gradient is unscaled
+        if found_inf is not None:
+            finite = finite & (tl.load(found_inf) == 0)
+        tl.store(row + FINITE, finite.to(tl.float64))
+        tl.store(row + GRAD_SQ, tl.sum(square) * scale * scale)
+        tl.store(row + GRAD_MAX, grad_max)
+    else:
+        finite = tl.load(row + FINITE) != 0
+        grad_max = tl.load(row + GRAD_MAX)
+    if DECIDE:
+        _decide(line, hypers, hyper_count, row, sums, skipped, scale, finite, grad_max, LINES)
+
+
+@triton.jit
+def _decide(line, hypers, hyper_count, row, sums, skipped, scale, finite, grad_max, LINES: tl.constexpr):
+    # The rest of a row.
     end_sum = tl.load(line + END_SUM)
     largest = tl.zeros([LINES], tl.float64)
     for first in range(tl.load(line + FIRST_SUM), end_sum, LINES):
@@ -599,28 +656,20 @@ def rows_kernel(
     beta1 = _hyper(hypers, hyper_count, hyper + HYPER_BETA1)
     beta2 = _hyper(hypers, hyper_count, hyper + HYPER_BETA2)
     eps = _hyper(hypers, hyper_count, hyper + HYPER_EPS)
-    scale = tl.full([], 1.0, tl.float64)
-    if grad_scale is not None:
-        scale = 1 / tl.load(grad_scale).to(tl.float64)
-    grad_max = tl.max(most) * scale
-    finite = grad_max <= 3.4028234663852886e38  # of fp32, in which the gradient is unscaled
-    if found_inf is not None:
-        finite = finite & (tl.load(found_inf) == 0)
     step_at = tl.load(line + STEP_AT)
     step = tl.load(step_at.to(tl.pointer_type(tl.float32)), mask=step_at != 0, other=0.0).to(tl.float64)
+    begins = _flag(program, START_FIRST) & (step == 0)
     step += finite.to(tl.float64)
     tl.store(step_at.to(tl.pointer_type(tl.float32)), step.to(tl.float32), mask=step_at != 0)
     mass1, mass2 = _mass(beta1, step), _mass(beta2, step)
     inverse_mass1 = tl.where(_flag(program, MOMENTUM_CORRECTION), 1 / mass1, 1.0)
     inverse_mass2 = tl.where(_flag(program, SECOND_CORRECTION), 1 / _power_of(mass2, _twice_power(program)), 1.0)
+    tl.store(row + READ_BETA1, beta1)
+    tl.store(row + ONE_MINUS_READ_BETA1, 1 - beta1)
+    beta1, beta2 = tl.where(begins, 0.0, beta1), tl.where(begins, 0.0, beta2)
     bound = _input_bound(
         program, beta1, 1 - beta1, beta2, 1 - beta2, eps, inverse_mass1, inverse_mass2, step, grad_max, momentum_max
     )
-
-    row = rows + tl.load(line + GRADIENT_ROW) * COLUMNS
-    tl.store(row + FINITE, finite.to(tl.float64))
-    tl.store(row + GRAD_SQ, tl.sum(square) * scale * scale)
-    tl.store(row + GRAD_MAX, grad_max)
     tl.store(row + STEP, step)
     tl.store(row + GRAD_SCALE, tl.where(_flag(program, MAXIMIZE), -scale, scale))
     tl.store(row + BETA1, beta1)
@@ -812,7 +861,7 @@ def _is_aligned(addresses: Sequence[int], size: int) -> bool:
     return size % VECTOR.value == 0 and all(address % 16 == 0 for address in addresses)
 
 
-def inspect(
+def grad_stats(
     grads: Sequence[Tensor],
     steps: Sequence[Tensor],
     rows: Tensor,
@@ -827,10 +876,12 @@ def inspect(
     tensor_at: Sequence[int],
     found_inf: Tensor | None,
     grad_scale: Tensor | None,
+    decide: bool = True,
 ) -> None:
-    """Equals `torch.ops.steepest.inspect` where `can_use` has no objection to a gradient.
+    """Equals `torch.ops.steepest.grad_stats` where `can_use` has no objection to a gradient.
 
     Fills rows, counts steps (an empty list: nobody counts) and skipped; found_inf and grad_scale: fp32, one element.
+    decide=False: fills what is measured, and counts nothing.
     ValueError for what it does not take, RuntimeError for a table that a CUDA graph's capture would have to upload.
     Slower than the compiled kernel for many tiny tensors: the key of the table is put together in Python in every call.
     """
@@ -838,15 +889,76 @@ def inspect(
         return
     device = rows.device
 
+    owners = _owner_fields("grad_stats", steps, programs, first_sums, hyper_of)
+
     def gradients() -> _Plan:
         works = []
         for i, grad in enumerate(grads):
-            _check_item("inspect", i, [grad], 1, device)
-            step = steps[i].data_ptr() if steps and steps[i].numel() else 0
-            owner = [i, programs[i], step, first_sums[i], first_sums[i + 1], hyper_of[i]]
+            _check_item("grad_stats", i, [grad], 1, device)
             aligned = _is_aligned([grad.data_ptr()], grad.numel())
-            works.append(_Work((grad.dtype,), aligned, 1, grad.numel(), [grad.numel(), grad.data_ptr(), *owner]))
+            works.append(_Work((grad.dtype,), aligned, 1, grad.numel(), [grad.numel(), grad.data_ptr(), *owners(i)]))
         return _make_plan(works, device)
+
+    with _on(device):
+        lists = (tuple(programs), tuple(first_sums), tuple(hyper_of))
+        plan = _recall("grad_stats", ("grad_stats", device, _facts(grads), _facts(steps), *lists), device, gradients)
+        hypers = _hypers("grad_stats", hyper, tensors, tensor_at, device)
+        partials = _partials(scratch, max(len(rows), len(sums)), plan.chunks)
+        for launch, own in _launches(plan):
+            (g,) = launch.types
+            grad_stats_kernel[(launch.chunks,)](*own, partials, g, launch.aligned, CHUNK, THREADS, **OPTIONS)
+        head = (plan.table, plan.items, hypers.table, hypers.items, rows, sums, skipped, partials)
+        rows_kernel[(plan.items,)](*head, found_inf, grad_scale, True, decide, CHUNK, LINES, **FINISH_OPTIONS)
+
+
+def decide_steps(
+    steps: Sequence[Tensor],
+    rows: Tensor,
+    sums: Tensor,
+    skipped: Tensor,
+    programs: Sequence[int],
+    first_sums: Sequence[int],
+    hyper_of: Sequence[int],
+    hyper: Sequence[float],
+    tensors: Sequence[Tensor],
+    tensor_at: Sequence[int],
+    grad_scale: Tensor | None,
+) -> None:
+    """Equals `torch.ops.steepest.decide_steps`; errors as for `grad_stats`, after which it fills the rest of rows."""
+    if not programs:
+        return
+    device = rows.device
+    owners = _owner_fields("decide_steps", steps, programs, first_sums, hyper_of)
+
+    def measured() -> _Plan:
+        return _make_plan([_Work((None,), False, 1, 1, [1, 0, *owners(i)]) for i in range(len(programs))], device)
+
+    with _on(device):
+        lists = (tuple(programs), tuple(first_sums), tuple(hyper_of))
+        plan = _recall("decide_steps", ("decide_steps", device, _facts(steps), *lists), device, measured)
+        hypers = _hypers("decide_steps", hyper, tensors, tensor_at, device)
+        head = (plan.table, plan.items, hypers.table, hypers.items, rows, sums, skipped, None)
+        rows_kernel[(plan.items,)](*head, None, grad_scale, False, True, CHUNK, LINES, **FINISH_OPTIONS)
+
+
+def _owner_fields(
+    op: str, steps: Sequence[Tensor], programs: Sequence[int], first_sums: Sequence[int], hyper_of: Sequence[int]
+) -> Callable[[int], list[int]]:
+    """What the line of the i-th row says beside its gradient."""
+
+    def fields(i: int) -> list[int]:
+        step = steps[i].data_ptr() if steps and steps[i].numel() else 0
+        if step == 0 and Program.unpacked(programs[i]).start_first:
+            raise ValueError(f"{op}: programs[{i}] begins with the first gradient, which steps[{i}] must count")
+        return [i, programs[i], step, first_sums[i], first_sums[i + 1], hyper_of[i]]
+
+    return fields
+
+
+def _hypers(
+    op: str, hyper: Sequence[float], tensors: Sequence[Tensor], tensor_at: Sequence[int], device: torch.device
+) -> _Plan:
+    """The table of the groups' numbers."""
 
     def numbers() -> _Plan:
         addresses, wide = [0] * len(hyper), [0] * len(hyper)
@@ -854,20 +966,11 @@ def inspect(
             addresses[at], wide[at] = tensor.data_ptr(), int(tensor.dtype == torch.float64)
         return _Plan(_to_device([*map(_bits, hyper), *addresses, *wide], device), [], len(hyper), 0, 0)
 
-    with _on(device):
-        lists = (tuple(programs), tuple(first_sums), tuple(hyper_of))
-        plan = _recall("inspect", ("inspect", device, _facts(grads), _facts(steps), *lists), device, gradients)
-        key = ("hyper", device, tuple(hyper), _facts(tensors), tuple(tensor_at))
-        hypers = _recall("inspect", key, device, numbers)
-        partials = _partials(scratch, max(len(rows), len(sums)), plan.chunks)
-        for launch, own in _launches(plan):
-            (g,) = launch.types
-            inspect_kernel[(launch.chunks,)](*own, partials, g, launch.aligned, CHUNK, THREADS, **OPTIONS)
-        head = (plan.table, plan.items, hypers.table, hypers.items, rows, sums, skipped, partials)
-        rows_kernel[(plan.items,)](*head, found_inf, grad_scale, CHUNK, LINES, **FINISH_OPTIONS)
+    key = ("hyper", device, tuple(hyper), _facts(tensors), tuple(tensor_at))
+    return _recall(op, key, device, numbers)
 
 
-def before(
+def update_moments(
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
     seconds: Sequence[Tensor],
@@ -884,16 +987,16 @@ def before(
     places: Sequence[int],
     ratios: Sequence[float],
 ) -> None:
-    """Equals `torch.ops.steepest.before` where `can_use` has no objection to an item; errors as for `inspect`.
+    """Equals `torch.ops.steepest.update_moments` where `can_use` has no objection to an item; errors as `grad_stats`.
 
     Mutates momenta, seconds, inputs, params, mantissas and sums. Tensors without elements are absent, and so are those
     of an empty list.
     """
     slots = (grads, momenta, seconds, inputs, params, mantissas)
-    _run("before", slots, (), rows, sums, scratch, programs, row_of, matrices, first_sums, places, ratios)
+    _run("update_moments", slots, (), rows, sums, scratch, programs, row_of, matrices, first_sums, places, ratios)
 
 
-def after(
+def apply_update(
     directions: Sequence[Tensor],
     seconds: Sequence[Tensor],
     params: Sequence[Tensor],
@@ -909,12 +1012,12 @@ def after(
     places: Sequence[int],
     ratios: Sequence[float],
 ) -> None:
-    """Equals `torch.ops.steepest.after` where `can_use` has no objection to an item; errors as for `inspect`.
+    """Equals `torch.ops.steepest.apply_update` where `can_use` has no objection to an item; errors as `grad_stats`.
 
     Mutates params, mantissas and sums. Tensors without elements are absent, and so are those of an empty list.
     """
     slots = ((), (), seconds, directions, params, mantissas)
-    _run("after", slots, lengths, rows, sums, scratch, programs, row_of, matrices, first_sums, places, ratios)
+    _run("apply_update", slots, lengths, rows, sums, scratch, programs, row_of, matrices, first_sums, places, ratios)
 
 
 def _run(
@@ -956,10 +1059,14 @@ def _run(
         plan = _recall(op, (op, device, *facts, *lists), device, items)
         partials = _partials(scratch, max(len(rows), len(sums)), plan.chunks)
         for launch, own in _launches(plan):
-            kernel, types = (before_kernel, launch.types) if op == "before" else (after_kernel, launch.types[2:])
+            kernel, types = (
+                (update_moments_kernel, launch.types)
+                if op == "update_moments"
+                else (apply_update_kernel, launch.types[2:])
+            )
             kernel[(launch.chunks,)](*own, rows, partials, *types, launch.aligned, CHUNK, THREADS, **OPTIONS)
         sums_kernel[(plan.lines,)](
-            plan.table, plan.items, rows, sums, partials, op == "after", CHUNK, LINES, **FINISH_OPTIONS
+            plan.table, plan.items, rows, sums, partials, op == "apply_update", CHUNK, LINES, **FINISH_OPTIONS
         )
 
 
@@ -972,16 +1079,19 @@ def _launches(plan: _Plan) -> Iterator[tuple[_Launch, tuple[Tensor, int, int, in
 def _check_complete(op: str, i: int, tensors: Sequence[Tensor | None], program: int) -> None:
     """ValueError where an item's tensors are not those of its program: the kernels go by the tensors alone."""
     held = {name for name, t in zip(SLOTS, tensors) if t is not None}
-    given = (program >> KIND.value) & 3 == GIVEN.value
-    needed = {"grads", "momenta", "directions" if given else "params"} if op == "before" else {"directions", "params"}
-    if (program >> POWER.value) & 3 != 0:
+    formulas = Program.unpacked(program)
+    needed, optional = {"directions", "params"}, set[str]()
+    if op == "update_moments":
+        needed = {"grads", "momenta", "params"} if formulas.whole else {"grads", "momenta"}
+        optional = optional if formulas.whole else {"directions"}  # moments may be updated and no more
+    if formulas.power != "none":
         needed.add("seconds")
     param = tensors[SLOTS.index("params")]
-    keeps = (program >> ROUNDING.value) & 3 == KEEP_MANTISSA.value
-    if keeps and param is not None and param.dtype == torch.bfloat16:
+    if formulas.rounding == "mantissa" and param is not None and param.dtype == torch.bfloat16:
         needed.add("mantissas")
-    if held != needed:
-        raise ValueError(f"{op}: item {i} has {_listed(held)}; its program {program:#x} takes {_listed(needed)}")
+    if held - optional != needed:
+        wanted = _listed(needed | optional)
+        raise ValueError(f"{op}: item {i} has {_listed(held)}; its program {program:#x} takes {wanted}")
 
 
 def _listed(slots: set[str]) -> str:

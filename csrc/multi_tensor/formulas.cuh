@@ -44,6 +44,7 @@ STEEPEST_HD inline double geometric(double ratio, double t) {
 // |y| is bounded by the largest entries of gradient and old momentum. Where a preconditioner divides, Cauchy and
 // Schwarz bound it against v = sum_j u_j g_j^2 as well: for y = sum_j w_j g_j, |y| <= c sqrt(v) with c^2 = sum_j w_j^2
 // / u_j, so that |x| = |y|^(1 - 2p) (|y| / sqrt(v))^(2p) where D = v^p. eps only lowers |x|, and bounds it by itself.
+// Averages that begin with the first gradient have w_1 = beta1^(t - 1) and u_1 = beta2^(t - 1).
 STEEPEST_HD inline double input_bound(const Program& program, const double* row, double momentum_max) {
   const double beta1 = row[kBeta1], weight = program.heavy_ball ? 1.0 : row[kOneMinusBeta1], g = row[kGradMax];
   const double m = beta1 * momentum_max + weight * g;
@@ -51,9 +52,13 @@ STEEPEST_HD inline double input_bound(const Program& program, const double* row,
   const double slack = 1.02;  // the momentum is rounded to bf16 at worst, and v to fp32
   if (program.power == Program::kNone) return slack * y;
   const double beta2 = program.sum ? 1.0 : row[kBeta2], own = program.sum ? 1.0 : row[kOneMinusBeta2];
-  const bool counts = program.momentum_correction || program.second_correction;
-  const double t = counts ? row[kStep] : INFINITY;
-  double c = weight * sqrt(geometric(beta1 * beta1 / beta2, t) / own);
+  const bool counts = program.momentum_correction || program.second_correction || program.start_first;
+  const double t = counts ? row[kStep] : INFINITY, ratio = beta1 * beta1 / beta2;
+  double c;
+  if (!program.start_first)
+    c = weight * sqrt(geometric(ratio, t) / own);
+  else
+    c = t == 1 ? 1.0 : sqrt(weight * weight * geometric(ratio, t - 1) / own + pow(ratio, t - 1));
   if (program.nesterov) c = weight / sqrt(own) + beta1 * c;
   const double p = power_of(program.power);
   // y <= c sqrt(v) and D^2 >= v^(2p) times its correction.
@@ -73,28 +78,36 @@ STEEPEST_HD inline double input_scale(double bound) {
   return ldexp(1.0, 15 - exponent);
 }
 
-// Fills a parameter's row, with the largest finite number of the arithmetic that follows, from its gradient's largest
-// magnitude (infinite where an entry is not finite) and sum of squares, the step count before this gradient, and the
-// largest magnitude of the old momentum.
-STEEPEST_HD inline void fill_row(double* row, const Program& program, const double* hyper, double grad_max,
-                                 double grad_sq, double step, double momentum_max, bool found_inf, double grad_scale,
-                                 double largest_finite) {
+// What is measured, of a parameter's row: from its gradient's largest magnitude (infinite where an entry is not finite)
+// and sum of squares. largest_finite: number of the arithmetic that follows.
+STEEPEST_HD inline void measure_row(double* row, double grad_max, double grad_sq, bool found_inf, double grad_scale,
+                                    double largest_finite) {
   const double scale = 1 / grad_scale;
   grad_max *= scale;
   row[kFinite] = !found_inf && grad_max <= largest_finite;
   row[kGradMax] = grad_max;
   row[kGradSq] = grad_sq * scale * scale;
+}
+
+// The rest of it, from the step count before this gradient and the largest magnitude of the old momentum.
+STEEPEST_HD inline void decide_row(double* row, const Program& program, const double* hyper, double step,
+                                   double momentum_max, double grad_scale) {
+  const double scale = 1 / grad_scale;
+  const bool begins = program.start_first && step == 0;
+  const double beta1 = begins ? 0.0 : hyper[kHyperBeta1], beta2 = begins ? 0.0 : hyper[kHyperBeta2];
   row[kStep] = step + row[kFinite];
   row[kGradScale] = program.maximize ? -scale : scale;
-  row[kBeta1] = hyper[kHyperBeta1];
-  row[kOneMinusBeta1] = 1 - hyper[kHyperBeta1];
-  row[kBeta2] = hyper[kHyperBeta2];
-  row[kOneMinusBeta2] = 1 - hyper[kHyperBeta2];
+  row[kBeta1] = beta1;
+  row[kOneMinusBeta1] = 1 - beta1;
+  row[kBeta2] = beta2;
+  row[kOneMinusBeta2] = 1 - beta2;
+  row[kReadBeta1] = hyper[kHyperBeta1];
+  row[kOneMinusReadBeta1] = 1 - hyper[kHyperBeta1];
   row[kEps] = hyper[kHyperEps];
   row[kInverseMass1] = program.momentum_correction ? 1 / mass(hyper[kHyperBeta1], row[kStep]) : 1;
   row[kInverseMass2] =
       program.second_correction ? pow(mass(hyper[kHyperBeta2], row[kStep]), -2 * power_of(program.power)) : 1;
-  row[kDecay] = hyper[kHyperLr] * hyper[kHyperDecay];
+  row[kDecay] = hyper[kHyperLr] * hyper[kHyperWeightDecay];
   row[kLr] = hyper[kHyperLr];
   row[kInputScale] = row[kFinite] != 0 ? input_scale(input_bound(program, row, momentum_max)) : 1;
 }
@@ -104,14 +117,20 @@ STEEPEST_HD inline double value_of(const Number& number) {
   return number.dtype == Dtype::f64 ? *static_cast<const double*>(number.at) : *static_cast<const float*>(number.at);
 }
 
-// fill_row with what the owner says; counts its step. False where the step is not taken.
-STEEPEST_HD inline bool finish_inspection(const Owner& owner, const Scaling& scaling, double grad_max, double grad_sq,
-                                          double momentum_max, bool is_double, double* row) {
+STEEPEST_HD inline double value_or_one(const float* at) { return at ? *at : 1.0; }
+
+// measure_row with what GradScaler says.
+STEEPEST_HD inline void measure(const Scaling& scaling, double grad_max, double grad_sq, bool is_double, double* row) {
+  const bool found_inf = scaling.found_inf != nullptr && *scaling.found_inf != 0;
+  measure_row(row, grad_max, grad_sq, found_inf, value_or_one(scaling.grad_scale),
+              is_double ? 1.7976931348623157e308 : 3.4028234663852886e38);
+}
+
+// decide_row with what the owner says; counts its step. False where the step is not taken.
+STEEPEST_HD inline bool decide(const Owner& owner, const float* grad_scale, double momentum_max, double* row) {
   double hyper[kHypers];
   for (int h = 0; h < kHypers; ++h) hyper[h] = value_of(owner.hyper[h]);
-  const bool found_inf = scaling.found_inf != nullptr && *scaling.found_inf != 0;
-  fill_row(row, owner.program, hyper, grad_max, grad_sq, owner.step ? *owner.step : 0.0, momentum_max, found_inf,
-           scaling.grad_scale ? *scaling.grad_scale : 1.0, is_double ? 1.7976931348623157e308 : 3.4028234663852886e38);
+  decide_row(row, owner.program, hyper, owner.step ? *owner.step : 0.0, momentum_max, value_or_one(grad_scale));
   if (owner.step) *owner.step = static_cast<float>(row[kStep]);
   return row[kFinite] != 0;
 }
@@ -119,23 +138,30 @@ STEEPEST_HD inline bool finish_inspection(const Owner& owner, const Scaling& sca
 // A row as the element formulas want it.
 template <class R>
 struct Numbers {
-  R grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, inverse_mass1, inverse_mass2;
+  R grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, read_beta1, one_minus_read_beta1;
+  R eps, inverse_mass1, inverse_mass2;
   R keep, decay, step, input_scale;
 
   Numbers() = default;
-  // step_length: the shape's ratio times what the direction's length is multiplied by.
-  STEEPEST_HD Numbers(const double* row, double step_length)
+  // ratio: the shape's; length: what the direction's length is multiplied by.
+  STEEPEST_HD Numbers(const Program& program, const double* row, double ratio, double length)
+      : Numbers(row, row[kDecay] * (program.decay_scaled ? ratio : 1.0), row[kLr] * (ratio * length)) {}
+
+ private:
+  STEEPEST_HD Numbers(const double* row, double decay, double step)
       : grad_scale(static_cast<R>(row[kGradScale])),
         beta1(static_cast<R>(row[kBeta1])),
         one_minus_beta1(static_cast<R>(row[kOneMinusBeta1])),
         beta2(static_cast<R>(row[kBeta2])),
         one_minus_beta2(static_cast<R>(row[kOneMinusBeta2])),
+        read_beta1(static_cast<R>(row[kReadBeta1])),
+        one_minus_read_beta1(static_cast<R>(row[kOneMinusReadBeta1])),
         eps(static_cast<R>(row[kEps])),
         inverse_mass1(static_cast<R>(row[kInverseMass1])),
         inverse_mass2(static_cast<R>(row[kInverseMass2])),
-        keep(static_cast<R>(1 - row[kDecay])),
-        decay(static_cast<R>(row[kDecay])),
-        step(static_cast<R>(row[kLr] * step_length)),
+        keep(static_cast<R>(1 - decay)),
+        decay(static_cast<R>(decay)),
+        step(static_cast<R>(step)),
         input_scale(static_cast<R>(row[kInputScale])) {}
 };
 
@@ -235,7 +261,8 @@ STEEPEST_HD inline void inverse_of_d(const Program& program, const Numbers<R>& n
   STEEPEST_EACH inverse[j] = inverse[j] > R(0) ? reciprocal_root(inverse[j]) : R(0);
 }
 
-// W <- (1 - decay) W - step u; cautious: only where decay and update agree. From tile.d, which is u, and tile.p.
+// W <- (1 - decay) W - step u; cautious: only where decay and update agree; decay after: (1 - decay) (W - step u).
+// From tile.d, which is u, and tile.p.
 template <class R, int N>
 STEEPEST_HD inline void move(const Program& program, const Numbers<R>& n, Tile<R, N>& tile, Sums<R>& sums) {
   if (program.cautious) {
@@ -243,6 +270,8 @@ STEEPEST_HD inline void move(const Program& program, const Numbers<R>& n, Tile<R
       const R kept = tile.d[j] * tile.p[j] >= R(0) ? tile.p[j] : R(0);
       tile.p[j] = tile.p[j] - kept * n.decay - tile.d[j] * n.step;
     }
+  } else if (program.decay_after) {
+    STEEPEST_EACH tile.p[j] = (tile.p[j] - tile.d[j] * n.step) * n.keep;
   } else {
     STEEPEST_EACH tile.p[j] = tile.p[j] * n.keep - tile.d[j] * n.step;
   }
@@ -251,9 +280,11 @@ STEEPEST_HD inline void move(const Program& program, const Numbers<R>& n, Tile<R
 }
 
 // Momentum and second moment take the gradient; tile.m is left as it was stored, in momentum's own type by `store`.
+// Frozen ones stay as they are.
 template <class R, int N, class Store>
 STEEPEST_HD inline void observe(const Program& program, const Numbers<R>& n, Tile<R, N>& tile, const Store& store) {
   STEEPEST_EACH tile.g[j] *= n.grad_scale;
+  if (program.frozen_moments) return;
   if (program.heavy_ball) {
     STEEPEST_EACH tile.m[j] = tile.m[j] * n.beta1 + tile.g[j];
   } else {
@@ -274,9 +305,9 @@ STEEPEST_HD inline void read(const Program& program, const Numbers<R>& n, Tile<R
   if (!program.nesterov) {
     STEEPEST_EACH tile.d[j] = tile.m[j] * n.inverse_mass1;
   } else if (program.heavy_ball) {
-    STEEPEST_EACH tile.d[j] = tile.g[j] + tile.m[j] * n.beta1;
+    STEEPEST_EACH tile.d[j] = tile.g[j] + tile.m[j] * n.read_beta1;
   } else {
-    STEEPEST_EACH tile.d[j] = lerp(tile.g[j], tile.m[j], n.beta1, n.one_minus_beta1);
+    STEEPEST_EACH tile.d[j] = lerp(tile.g[j], tile.m[j], n.read_beta1, n.one_minus_read_beta1);
   }
   sums.at[kGradDot] += dot(tile.g, tile.m);
   sums.at[kMomentumSq] += dot(tile.m, tile.m);
@@ -301,10 +332,10 @@ STEEPEST_HD inline void step_along_itself(const Program& program, const Numbers<
   move(program, n, tile, sums);
 }
 
-// `before`, and where no other op computes the direction the whole step.
+// `update_moments`, and where no other op computes the direction the whole step.
 template <class R, int N, class Store>
-STEEPEST_HD inline void before(const Program& program, const Numbers<R>& n, Tile<R, N>& tile, Sums<R>& sums,
-                               const Store& store) {
+STEEPEST_HD inline void until_direction(const Program& program, const Numbers<R>& n, Tile<R, N>& tile, Sums<R>& sums,
+                                        const Store& store) {
   observe(program, n, tile, store);
   read(program, n, tile, sums);
   if (program.direction == Program::kIdentity) return step_along_itself(program, n, tile, sums);
@@ -323,7 +354,7 @@ STEEPEST_HD inline void before(const Program& program, const Numbers<R>& n, Tile
 }
 
 template <class R, int N>
-STEEPEST_HD inline void after(const Program& program, const Numbers<R>& n, Tile<R, N>& tile, Sums<R>& sums) {
+STEEPEST_HD inline void from_direction(const Program& program, const Numbers<R>& n, Tile<R, N>& tile, Sums<R>& sums) {
   if (program.power != Program::kNone) {
     R inverse[N];
     inverse_of_d(program, n, tile.v, inverse);

@@ -1,4 +1,4 @@
-// `inspect`, `before` and `after` on the host, in parallel over chunks (host_chunk.h).
+// `grad_stats`, `update_moments` and `apply_update` on the host, in parallel over chunks (host_chunk.h).
 //
 // The CPU's backend, and the proof of what the kernels share with it: the items, the cut into chunks, the strided walk,
 // the formulas and the order in which a matrix' sums are added up.
@@ -69,6 +69,14 @@ std::vector<std::pair<int, Span>> cut(const Items& items, const Extent_& extent)
   return chunks;
 }
 
+// The rest of a measured row.
+void decide_one(const Owner& owner, const float* grad_scale, const double* sums, int64_t* skipped, double* row) {
+  double momentum_max = 0;
+  for (int64_t line = owner.first_sum; line < owner.end_sum; ++line)
+    momentum_max = std::max(momentum_max, sums[line * kSums + kMomentumMax]);
+  if (!decide(owner, grad_scale, momentum_max, row)) ++*skipped;
+}
+
 }  // namespace
 
 void run_on_host(Stage stage, const ItemsParams& params) {
@@ -93,30 +101,32 @@ void run_on_host(Stage stage, const ItemsParams& params) {
       }
     if (skipped) continue;
     for (int c = 0; c < kSums; ++c)
-      if (writes_sum(stage == Stage::after, item.program.direction != Program::kGiven, c)) sums[c] = total[c];
+      if (writes_sum(stage == Stage::apply_update, item.program.direction != Program::kGiven, c)) sums[c] = total[c];
   }
 }
 
-void inspect_on_host(const InspectParams& params) {
+void grad_stats_on_host(const GradStatsParams& params) {
   const auto chunks = cut(params.gradients, [](const Gradient& gradient) { return Extent{1, gradient.size}; });
   parallel(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
-    best_chunks().inspect(params.gradients[chunks[i].first], chunks[i].second, params.scratch.partials + i * kSums);
+    best_chunks().grad_stats(params.gradients[chunks[i].first], chunks[i].second, params.scratch.partials + i * kSums);
   });
   for (size_t i = 0; i < chunks.size();) {
     const int index = chunks[i].first;
-    double most = 0, square = 0, momentum_max = 0;
+    double most = 0, square = 0;
     for (size_t end = i + chunks[i].second.chunks; i < end; ++i) {
       most = std::max(most, params.scratch.partials[i * kSums]);
       square += params.scratch.partials[i * kSums + 1];
     }
-    const Owner& owner = params.gradients[index].owner;
-    for (int64_t line = owner.first_sum; line < owner.end_sum; ++line)
-      momentum_max = std::max(momentum_max, params.sums[line * kSums + kMomentumMax]);
+    const Gradient& gradient = params.gradients[index];
     double* row = params.rows + int64_t{index} * kColumns;
-    if (!finish_inspection(owner, params.scaling, most, square, momentum_max,
-                           params.gradients[index].dtype == Dtype::f64, row))
-      ++*params.skipped;
+    measure(params.scaling, most, square, gradient.dtype == Dtype::f64, row);
+    if (params.decide) decide_one(gradient.owner, params.scaling.grad_scale, params.sums, params.skipped, row);
   }
+}
+
+void decide_steps_on_host(const DecideStepsParams& params) {
+  for (size_t i = 0; i < params.owners.size(); ++i)
+    decide_one(params.owners[i], params.grad_scale, params.sums, params.skipped, params.rows + i * kColumns);
 }
 
 }  // namespace steepest::multi_tensor

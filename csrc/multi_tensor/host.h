@@ -10,7 +10,7 @@ struct HostChunks {
   // A chunk of an item; its sums go into `partial`, which is left alone where no step is taken.
   void (*run)(Stage stage, const Item& item, const double* row, const Span& span, double* partial);
   // Largest magnitude of a gradient's chunk, infinite where an element is not finite, and sum of squares.
-  void (*inspect)(const Gradient& gradient, const Span& span, double* partial);
+  void (*grad_stats)(const Gradient& gradient, const Span& span, double* partial);
 };
 
 namespace baseline {

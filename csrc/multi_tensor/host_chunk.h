@@ -1,5 +1,5 @@
-// A chunk of `inspect`, `before` and `after` on the host: the formulas of the kernels, a few hundred elements at a
-// time.
+// A chunk of `grad_stats`, `update_moments` and `apply_update` on the host: the formulas of the kernels, a few hundred
+// elements at a time.
 //
 // Compiled once for each instruction set (host_*.cpp names it in STEEPEST_ISA); everything here and in the headers it
 // takes its formulas from lies in a namespace of that name, so that no function of one set is linked into another.
@@ -138,16 +138,18 @@ struct Part {
 };
 
 template <class R>
-void before_part(const Part<R>& part, const Numbers<R>& n, Sums<R>& sums) {
+void update_moments_part(const Part<R>& part, const Numbers<R>& n, Sums<R>& sums) {
   const Item& item = part.item;
   Tile<R, kTile> tile;
   part.load(kGrad, tile.g);
   part.load(kMomentum, tile.m);
   if (part.has(kSecond)) part.load(kSecond, tile.v);
   if (part.has(kParam)) part.load_param(tile.p);
-  before(item.program, n, tile, sums, [&](R* m) { quantize(item.dtype[kMomentum], m); });
-  part.store(kMomentum, tile.m);
-  if (part.has(kSecond)) part.store(kSecond, tile.v);
+  until_direction(item.program, n, tile, sums, [&](R* m) { quantize(item.dtype[kMomentum], m); });
+  if (!item.program.frozen_moments) {
+    part.store(kMomentum, tile.m);
+    if (part.has(kSecond)) part.store(kSecond, tile.v);
+  }
   if (part.has(kParam)) part.store_param(tile.p);
   if (!part.has(kDirection)) return;
   if (item.dtype[kDirection] == Dtype::f16)
@@ -156,27 +158,27 @@ void before_part(const Part<R>& part, const Numbers<R>& n, Sums<R>& sums) {
 }
 
 template <class R>
-void after_part(const Part<R>& part, const Numbers<R>& n, Sums<R>& sums) {
+void apply_update_part(const Part<R>& part, const Numbers<R>& n, Sums<R>& sums) {
   Tile<R, kTile> tile;
   part.load(kDirection, tile.d);
   if (part.has(kSecond)) part.load(kSecond, tile.v);
   part.load_param(tile.p);
-  after(part.item.program, n, tile, sums);
+  from_direction(part.item.program, n, tile, sums);
   part.store_param(tile.p);
 }
 
 // A chunk's sums into `partial`.
 template <class R>
 void run_chunk(Stage stage, const Item& item, const double* row, const Span& span, double* partial) {
-  const Numbers<R> n(row, item.ratio * (item.lengths ? item.lengths[span.matrix] : 1.0));
+  const Numbers<R> n(item.program, row, item.ratio, item.lengths ? item.lengths[span.matrix] : 1.0);
   for (int c = 0; c < kSums; ++c) partial[c] = 0;
   for (int64_t done = 0; done < span.length; done += kTile) {
     const Part<R> part{item, row, span.start + done, tile_count(span, done)};
     Sums<R> sums{};
-    if (stage == Stage::before)
-      before_part(part, n, sums);
+    if (stage == Stage::update_moments)
+      update_moments_part(part, n, sums);
     else
-      after_part(part, n, sums);
+      apply_update_part(part, n, sums);
     for (int c = 0; c < kSums; ++c)
       partial[c] = is_largest(c) ? larger<double>(partial[c], sums.at[c]) : partial[c] + sums.at[c];
   }
@@ -201,12 +203,12 @@ void run(Stage stage, const Item& item, const double* row, const Span& span, dou
   if (row[kFinite] != 0)
     is_double(item) ? run_chunk<double>(stage, item, row, span, partial)
                     : run_chunk<float>(stage, item, row, span, partial);
-  else if (stage == Stage::before)
+  else if (stage == Stage::update_moments)
     clear_input(item, span);
 }
 
 template <class R>
-void inspect_tiles(const Gradient& gradient, const Span& span, double* partial) {
+void grad_stats_tiles(const Gradient& gradient, const Span& span, double* partial) {
   R values[kTile];
   double most = 0, square = 0;
   for (int64_t done = 0; done < span.length; done += kTile) {
@@ -220,13 +222,13 @@ void inspect_tiles(const Gradient& gradient, const Span& span, double* partial) 
   partial[0] = most, partial[1] = square;
 }
 
-void inspect(const Gradient& gradient, const Span& span, double* partial) {
-  gradient.dtype == Dtype::f64 ? inspect_tiles<double>(gradient, span, partial)
-                               : inspect_tiles<float>(gradient, span, partial);
+void grad_stats(const Gradient& gradient, const Span& span, double* partial) {
+  gradient.dtype == Dtype::f64 ? grad_stats_tiles<double>(gradient, span, partial)
+                               : grad_stats_tiles<float>(gradient, span, partial);
 }
 
 }  // namespace
 
-const HostChunks chunks{run, inspect};
+const HostChunks chunks{run, grad_stats};
 
 }  // namespace steepest::multi_tensor::STEEPEST_ISA

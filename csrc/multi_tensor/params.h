@@ -3,7 +3,8 @@
 // An op works on items. An item is a run of equal matrices (a vector, or any parameter that is not read as matrices, is
 // one matrix) whose elements lie in up to six tensors, the slots; an item says by its program what happens to them. The
 // numbers of a step (learning rate, averages' weights, whether the gradient was finite) are rows of a table in device
-// memory, one for every parameter: `inspect` writes them, `before` and `after` read them.
+// memory, one for every parameter: `grad_stats` and `decide_steps` write them, `update_moments` and `apply_update` read
+// them.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,7 @@ enum Slot : int {
   kGrad,
   kMomentum,
   kSecond,     // second moment
-  kDirection,  // the direction's input in `before`, the direction in `after`; 16 bits wide as a rule
+  kDirection,  // the direction's input in `update_moments`, the direction in `apply_update`; 16 bits wide as a rule
   kParam,
   kMantissa,  // what bf16 leaves of an fp32 weight
   kSlots
@@ -31,7 +32,7 @@ enum Slot : int {
 struct Program {
   enum Power : uint8_t { kNone, kQuarter, kHalf, kSixth };
   enum Kind : uint8_t { kGiven, kIdentity, kSign };  // who computes the direction: another op, or the element itself
-  enum Rounding : uint8_t { kNearest, kStochastic, kKeepMantissa };
+  enum Rounding : uint8_t { kNearest, kStochastic, kMantissa };
 
   bool heavy_ball, nesterov, momentum_correction;
   Power power;
@@ -40,8 +41,12 @@ struct Program {
   bool cautious;
   Rounding rounding;
   bool maximize;
+  bool start_first;     // averages begin with the first gradient
+  bool decay_after;     // of what the update leaves
+  bool decay_scaled;    // by the item's ratio
+  bool frozen_moments;  // momentum and second moment are read as they are stored, and not written
 
-  static constexpr int kBits = 14;
+  static constexpr int kBits = 18;
 
   explicit Program(int64_t bits) {
     const auto take = [&bits](int width) {
@@ -56,31 +61,34 @@ struct Program {
     cautious = take(1);
     rounding = static_cast<Rounding>(take(2));
     maximize = take(1);
+    start_first = take(1), decay_after = take(1), decay_scaled = take(1), frozen_moments = take(1);
   }
   Program() : Program(0) {}
 };
 
 // Columns of a parameter's row. STEP is t, counted from 1; G_* describe the gradient that is minimised, unscaled.
 enum Column : int {
-  kFinite,     // 1 where the step is taken, else 0
+  kFinite,     // 1 where the step is taken, else 0; this and the next two are what is measured
   kGradSq,     // sum of squares
   kGradMax,    // largest magnitude
   kStep,       // t after this gradient
   kGradScale,  // multiplies the stored gradient: sign of ascent over the gradient scale
-  kBeta1,
+  kBeta1,      // of the averages: 0, as is beta2, where they begin with this gradient
   kOneMinusBeta1,
   kBeta2,
   kOneMinusBeta2,
+  kReadBeta1,  // of what Nesterov's momentum reads
+  kOneMinusReadBeta1,
   kEps,
   kInverseMass1,  // 1 / (1 - beta1^t), or 1
   kInverseMass2,  // 1 / (1 - beta2^t)^(2 power), or 1
-  kDecay,         // lr weight_decay
+  kDecay,         // lr weight_decay, before any ratio
   kLr,
   kInputScale,  // power of two that brings the direction's input into the range of fp16
   kColumns
 };
 
-// Columns of a matrix' line of sums. The first five are `before`'s, the last two `after`'s.
+// Columns of a matrix' line of sums. The first five are `update_moments`'s, the last two `apply_update`'s.
 enum Sum : int {
   kInputSq,      // sum of squares of the direction's input, before the power of two; 0 where the input is the direction
   kInputMax,     // its largest magnitude
@@ -113,7 +121,7 @@ struct Number {
   double value;
   Dtype dtype;
 };
-enum Hyper : int { kHyperLr, kHyperDecay, kHyperBeta1, kHyperBeta2, kHyperEps, kHypers };
+enum Hyper : int { kHyperLr, kHyperWeightDecay, kHyperBeta1, kHyperBeta2, kHyperEps, kHypers };
 
 // What a parameter's row is made of beside its gradient.
 struct Owner {
@@ -139,13 +147,23 @@ struct Scaling {
 };
 
 // Of scratch, a counter belongs to a row or a line of sums, and a chunk's partials are kSums.
-struct InspectParams {
+struct GradStatsParams {
   std::vector<Gradient> gradients;  // the i-th belongs to row i
   Scaling scaling;
   double* rows;  // (gradients, kColumns)
   const double* sums;
   int64_t* skipped;  // counts steps not taken
   Scratch scratch;
+  bool decide;  // whether the whole row is filled, and steps are counted; else what is measured alone
+};
+
+// The rest of the rows, from what was measured.
+struct DecideStepsParams {
+  std::vector<Owner> owners;  // the i-th belongs to row i
+  const float* grad_scale;    // as in Scaling
+  double* rows;
+  const double* sums;
+  int64_t* skipped;
 };
 
 struct ItemsParams {
@@ -158,19 +176,21 @@ struct ItemsParams {
 // Elements of a chunk, the work of one block; a multiple of the 8 elements a thread takes at once.
 constexpr int64_t kChunk = 16384;
 
-enum class Stage { before, after };
+enum class Stage { update_moments, apply_update };
 
-// Whether a stage knows this sum: `before` those of its input, `after` those of the new parameter, and `before` both
-// where it takes the whole step.
-STEEPEST_HD constexpr bool writes_sum(bool is_after, bool whole, int column) {
-  const bool of_after = column >= kUpdateSq;
-  return is_after ? of_after : whole || !of_after;
+// Whether a stage knows this sum: `update_moments` those of its input, `apply_update` those of the new parameter, and
+// `update_moments` both where it takes the whole step.
+STEEPEST_HD constexpr bool writes_sum(bool is_update, bool whole, int column) {
+  const bool of_update = column >= kUpdateSq;
+  return is_update ? of_update : whole || !of_update;
 }
 
 // `stream` is a cudaStream_t on the current device. Throw when a launch fails. On the host: in parallel over chunks.
-void inspect_on_device(const InspectParams& params, void* stream);
+void grad_stats_on_device(const GradStatsParams& params, void* stream);
+void decide_steps_on_device(const DecideStepsParams& params, void* stream);
 void run_on_device(Stage stage, const ItemsParams& params, void* stream);
-void inspect_on_host(const InspectParams& params);
+void grad_stats_on_host(const GradStatsParams& params);
+void decide_steps_on_host(const DecideStepsParams& params);
 void run_on_host(Stage stage, const ItemsParams& params);
 
 }  // namespace steepest::multi_tensor

@@ -81,7 +81,7 @@ void lay_out(const std::array<const Tensor*, kSlots>& tensors, const bool (&writ
 Program make_program(int64_t bits, size_t i) {
   const Program program(bits);
   STD_TORCH_CHECK(bits >= 0 && bits < int64_t{1} << Program::kBits && program.direction <= Program::kSign &&
-                      program.rounding <= Program::kKeepMantissa,
+                      program.rounding <= Program::kMantissa && !(program.cautious && program.decay_after),
                   "programs[", i, "] is ", bits, ", which is no program; see Program.packed");
   return program;
 }
@@ -98,23 +98,29 @@ const float* check_scalar(const std::optional<Tensor>& scalar, const Place& plac
 
 int64_t chunks_of(int64_t matrices, int64_t size) { return size == 0 ? 0 : matrices * ((size - 1) / kChunk + 1); }
 
-void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, const Tensor& sums, const Tensor& skipped,
-             const Tensor& scratch, const std::vector<int64_t>& programs, const std::vector<int64_t>& first_sums,
-             const std::vector<int64_t>& hyper_of, const std::vector<double>& hyper, const Tensors& tensors,
-             const std::vector<int64_t>& tensor_at, const std::optional<Tensor>& found_inf,
-             const std::optional<Tensor>& grad_scale) {
-  const Place place(rows);
+// What `grad_stats` and `decide_steps` know of the rows beside the gradients.
+struct Owners {
+  const Tensors& steps;
+  const Tensor &rows, &sums, &skipped;
+  const std::vector<int64_t>&programs, &first_sums, &hyper_of;
+  const std::vector<double>& hyper;
+  const Tensors& tensors;
+  const std::vector<int64_t>& tensor_at;
+};
+
+// One for every row.
+std::vector<Owner> make_owners(const Owners& given, const Place& place) {
+  const auto& [steps, rows, sums, skipped, programs, first_sums, hyper_of, hyper, tensors, tensor_at] = given;
   const int64_t lines = check_table(sums, place, kSums, "sums");
-  check_lengths(check_table(rows, place, kColumns, "rows"), grads.size(), "rows");
-  if (!steps.empty()) check_lengths(steps.size(), grads.size(), "steps");
-  check_lengths(programs.size(), grads.size(), "programs");
-  check_lengths(hyper_of.size(), grads.size(), "hyper_of");
-  check_lengths(first_sums.size(), grads.size() + 1, "first_sums");
+  const size_t count = programs.size();
+  check_lengths(check_table(rows, place, kColumns, "rows"), count, "rows");
+  if (!steps.empty()) check_lengths(steps.size(), count, "steps");
+  check_lengths(hyper_of.size(), count, "hyper_of");
+  check_lengths(first_sums.size(), count + 1, "first_sums");
   check_lengths(tensor_at.size(), tensors.size(), "tensor_at");
   place.check(skipped, "skipped");
   STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Long && skipped.numel() == 1,
                   "skipped must be one int64 number");
-  if (grads.empty()) return;
 
   std::vector<Number> numbers;
   for (double value : hyper) numbers.push_back(make_number(value));
@@ -127,7 +133,40 @@ void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, con
     numbers[tensor_at[k]] = {tensors[k].const_data_ptr(), 0, wide ? Dtype::f64 : Dtype::f32};
   }
 
-  InspectParams params{};
+  std::vector<Owner> owners(count);
+  for (size_t i = 0; i < count; ++i) {
+    Owner& owner = owners[i];
+    if (!steps.empty() && steps[i].numel() != 0) {
+      place.check(steps[i], "steps", i);
+      STD_TORCH_CHECK(steps[i].scalar_type() == ScalarType::Float && steps[i].numel() == 1, "steps[", i,
+                      "] must be one float32 number");
+      owner.step = pointer<float>(steps[i]);
+    }
+    owner.program = make_program(programs[i], i);
+    STD_TORCH_CHECK(!owner.program.start_first || owner.step != nullptr, "programs[", i,
+                    "] begins with the first gradient, which steps[", i, "] must count");
+    owner.first_sum = first_sums[i], owner.end_sum = first_sums[i + 1];
+    STD_TORCH_CHECK(0 <= owner.first_sum && owner.first_sum <= owner.end_sum && owner.end_sum <= lines, "first_sums[",
+                    i, "] names lines that the table of sums does not have");
+    STD_TORCH_CHECK(hyper_of[i] >= 0 && (hyper_of[i] + 1) * kHypers <= static_cast<int64_t>(numbers.size()),
+                    "hyper_of[", i, "] is ", hyper_of[i], "; hyper holds ", kHypers, " numbers for each group");
+    std::copy_n(numbers.begin() + hyper_of[i] * kHypers, static_cast<int>(kHypers), owner.hyper);
+  }
+  return owners;
+}
+
+void grad_stats(const Tensors& grads, const Tensors& steps, const Tensor& rows, const Tensor& sums,
+                const Tensor& skipped, const Tensor& scratch, const std::vector<int64_t>& programs,
+                const std::vector<int64_t>& first_sums, const std::vector<int64_t>& hyper_of,
+                const std::vector<double>& hyper, const Tensors& tensors, const std::vector<int64_t>& tensor_at,
+                const std::optional<Tensor>& found_inf, const std::optional<Tensor>& grad_scale, bool decide) {
+  const Place place(rows);
+  check_lengths(programs.size(), grads.size(), "programs");
+  const std::vector<Owner> owners =
+      make_owners({steps, rows, sums, skipped, programs, first_sums, hyper_of, hyper, tensors, tensor_at}, place);
+  if (grads.empty()) return;
+
+  GradStatsParams params{};
   params.gradients.reserve(grads.size());
   int64_t chunks = 0;
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -142,20 +181,7 @@ void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, con
     std::array<const Tensor*, kSlots> only{};
     only[kGrad] = &grad;
     lay_out(only, {}, 1, i, gradient.flat, gradient.walk);
-    Owner& owner = gradient.owner;
-    if (!steps.empty() && steps[i].numel() != 0) {
-      place.check(steps[i], "steps", i);
-      STD_TORCH_CHECK(steps[i].scalar_type() == ScalarType::Float && steps[i].numel() == 1, "steps[", i,
-                      "] must be one float32 number");
-      owner.step = pointer<float>(steps[i]);
-    }
-    owner.program = make_program(programs[i], i);
-    owner.first_sum = first_sums[i], owner.end_sum = first_sums[i + 1];
-    STD_TORCH_CHECK(0 <= owner.first_sum && owner.first_sum <= owner.end_sum && owner.end_sum <= lines, "first_sums[",
-                    i, "] names lines that the table of sums does not have");
-    STD_TORCH_CHECK(hyper_of[i] >= 0 && (hyper_of[i] + 1) * kHypers <= static_cast<int64_t>(numbers.size()),
-                    "hyper_of[", i, "] is ", hyper_of[i], "; hyper holds ", kHypers, " numbers for each group");
-    std::copy_n(numbers.begin() + hyper_of[i] * kHypers, static_cast<int>(kHypers), owner.hyper);
+    gradient.owner = owners[i];
     chunks += chunks_of(1, gradient.size);
     params.gradients.push_back(gradient);
   }
@@ -163,17 +189,40 @@ void inspect(const Tensors& grads, const Tensors& steps, const Tensor& rows, con
   params.rows = pointer<double>(rows);
   params.sums = static_cast<const double*>(sums.const_data_ptr());
   params.skipped = pointer<int64_t>(skipped);
-  params.scratch = check_scratch(scratch, place, kSums, std::max(lines, static_cast<int64_t>(grads.size())), chunks);
+  params.scratch = check_scratch(scratch, place, kSums, std::max(sums.size(0), rows.size(0)), chunks);
+  params.decide = decide;
 #ifdef STEEPEST_HAS_CUDA
   if (place.cuda) {
     const torch::stable::accelerator::DeviceGuard guard(place.index);
-    return inspect_on_device(params, current_stream(place.index));
+    return grad_stats_on_device(params, current_stream(place.index));
   }
 #endif
-  inspect_on_host(params);
+  grad_stats_on_host(params);
 }
 
-// What `before` and `after` have in common: nullptr for the slots that the op does not have.
+void decide_steps(const Tensors& steps, const Tensor& rows, const Tensor& sums, const Tensor& skipped,
+                  const std::vector<int64_t>& programs, const std::vector<int64_t>& first_sums,
+                  const std::vector<int64_t>& hyper_of, const std::vector<double>& hyper, const Tensors& tensors,
+                  const std::vector<int64_t>& tensor_at, const std::optional<Tensor>& grad_scale) {
+  const Place place(rows);
+  DecideStepsParams params{};
+  params.owners =
+      make_owners({steps, rows, sums, skipped, programs, first_sums, hyper_of, hyper, tensors, tensor_at}, place);
+  if (params.owners.empty()) return;
+  params.grad_scale = check_scalar(grad_scale, place, "grad_scale");
+  params.rows = pointer<double>(rows);
+  params.sums = static_cast<const double*>(sums.const_data_ptr());
+  params.skipped = pointer<int64_t>(skipped);
+#ifdef STEEPEST_HAS_CUDA
+  if (place.cuda) {
+    const torch::stable::accelerator::DeviceGuard guard(place.index);
+    return decide_steps_on_device(params, current_stream(place.index));
+  }
+#endif
+  decide_steps_on_host(params);
+}
+
+// What `update_moments` and `apply_update` have in common: nullptr for the slots that the op does not have.
 struct Lists {
   std::array<const Tensors*, kSlots> slots;
   bool written[kSlots];
@@ -229,11 +278,11 @@ void check_complete(const Item& item, Stage stage, size_t i) {
   };
   const bool given = item.program.direction == Program::kGiven;
   needs(kSecond, item.program.power != Program::kNone);
-  needs(kGrad, stage == Stage::before);
-  needs(kMomentum, stage == Stage::before);
-  needs(kDirection, given || stage == Stage::after);
-  needs(kParam, !given || stage == Stage::after);
-  const bool keeps = item.program.rounding == Program::kKeepMantissa && item.at[kParam] != nullptr;
+  needs(kGrad, stage == Stage::update_moments);
+  needs(kMomentum, stage == Stage::update_moments);
+  needs(kDirection, stage == Stage::apply_update);
+  needs(kParam, !given || stage == Stage::apply_update);
+  const bool keeps = item.program.rounding == Program::kMantissa && item.at[kParam] != nullptr;
   needs(kMantissa, keeps && item.dtype[kParam] == Dtype::bf16);
   STD_TORCH_CHECK(item.at[kMantissa] == nullptr || (item.at[kParam] != nullptr && item.dtype[kParam] == Dtype::bf16),
                   "item ", i, " has a mantissa; only a bfloat16 param keeps one");
@@ -284,12 +333,12 @@ void run(Stage stage, const Lists& lists, const Tensor& rows, const Tensor& sums
   run_on_host(stage, params);
 }
 
-void before(const Tensors& grads, const Tensors& momenta, const Tensors& seconds, const Tensors& inputs,
-            const Tensors& params, const Tensors& mantissas, const Tensor& rows, const Tensor& sums,
-            const Tensor& scratch, const std::vector<int64_t>& programs, const std::vector<int64_t>& row_of,
-            const std::vector<int64_t>& matrices, const std::vector<int64_t>& first_sums,
-            const std::vector<int64_t>& places, const std::vector<double>& ratios) {
-  run(Stage::before,
+void update_moments(const Tensors& grads, const Tensors& momenta, const Tensors& seconds, const Tensors& inputs,
+                    const Tensors& params, const Tensors& mantissas, const Tensor& rows, const Tensor& sums,
+                    const Tensor& scratch, const std::vector<int64_t>& programs, const std::vector<int64_t>& row_of,
+                    const std::vector<int64_t>& matrices, const std::vector<int64_t>& first_sums,
+                    const std::vector<int64_t>& places, const std::vector<double>& ratios) {
+  run(Stage::update_moments,
       {{&grads, &momenta, &seconds, &inputs, &params, &mantissas},
        {false, true, true, true, true, true},
        nullptr,
@@ -302,12 +351,12 @@ void before(const Tensors& grads, const Tensors& momenta, const Tensors& seconds
       rows, sums, scratch);
 }
 
-void after(const Tensors& directions, const Tensors& seconds, const Tensors& params, const Tensors& mantissas,
-           const Tensors& lengths, const Tensor& rows, const Tensor& sums, const Tensor& scratch,
-           const std::vector<int64_t>& programs, const std::vector<int64_t>& row_of,
-           const std::vector<int64_t>& matrices, const std::vector<int64_t>& first_sums,
-           const std::vector<int64_t>& places, const std::vector<double>& ratios) {
-  run(Stage::after,
+void apply_update(const Tensors& directions, const Tensors& seconds, const Tensors& params, const Tensors& mantissas,
+                  const Tensors& lengths, const Tensor& rows, const Tensor& sums, const Tensor& scratch,
+                  const std::vector<int64_t>& programs, const std::vector<int64_t>& row_of,
+                  const std::vector<int64_t>& matrices, const std::vector<int64_t>& first_sums,
+                  const std::vector<int64_t>& places, const std::vector<double>& ratios) {
+  run(Stage::apply_update,
       {{nullptr, nullptr, &seconds, &directions, &params, &mantissas},
        {false, false, false, false, true, true},
        &lengths,
@@ -323,16 +372,18 @@ void after(const Tensors& directions, const Tensors& seconds, const Tensors& par
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
-  m.impl("inspect", TORCH_BOX(&inspect));
-  m.impl("before", TORCH_BOX(&before));
-  m.impl("after", TORCH_BOX(&after));
+  m.impl("grad_stats", TORCH_BOX(&grad_stats));
+  m.impl("decide_steps", TORCH_BOX(&decide_steps));
+  m.impl("update_moments", TORCH_BOX(&update_moments));
+  m.impl("apply_update", TORCH_BOX(&apply_update));
 }
 
 #ifdef STEEPEST_HAS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(steepest, CUDA, m) {
-  m.impl("inspect", TORCH_BOX(&inspect));
-  m.impl("before", TORCH_BOX(&before));
-  m.impl("after", TORCH_BOX(&after));
+  m.impl("grad_stats", TORCH_BOX(&grad_stats));
+  m.impl("decide_steps", TORCH_BOX(&decide_steps));
+  m.impl("update_moments", TORCH_BOX(&update_moments));
+  m.impl("apply_update", TORCH_BOX(&apply_update));
 }
 #endif
 

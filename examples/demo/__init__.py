@@ -1,1 +1,1 @@
-"""What `train_gpt.py` and `sweep.py` share besides `steepest.compare`: methods, training loop, rates and report."""
+"""What `train_gpt.py` and `sweep.py` share besides `steepest.tools.compare`: methods, training, rates and report."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 import steepest
 from demo.rates import Row, best
-from steepest.compare.gpt import GPT
+from steepest.tools.compare.gpt import GPT
 
 BETAS = (0.9, 0.95)  # of every method that has Adam's two averages
 ADAMW_DECAY = 0.1

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from demo.methods import Method
-from steepest.compare.gpt import GPT, Shape
-from steepest.compare.text import Corpus, windows
-from steepest.compare.training import learning_rate_factor
+from steepest.tools.compare.gpt import GPT, Shape
+from steepest.tools.compare.text import Corpus, windows
+from steepest.tools.compare.training import learning_rate_factor
 
 VALIDATION_SEED = 20_261_010  # the held-out windows are the same for every seed
 UNTIMED_STEPS = 5  # the first steps allocate and are left out of the medians

@@ -12,7 +12,7 @@ each in docs/optimizers.md. `param_groups` says which parameter goes where, `gra
 
 from __future__ import annotations
 
-from . import zoo
+from . import _moved, zoo
 from ._version import __version__
 from .diagnostics import watch
 from .graph import graphed
@@ -23,3 +23,5 @@ from .zoo import *  # noqa: F403
 
 __all__ = ["__version__", "backends", "graphed", "param_groups", "polar", "watch"]
 __all__ += zoo.__all__
+
+_moved.install()

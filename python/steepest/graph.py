@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .optimizer import MatrixOptimizer
-from .values import ON_DEVICE, Group, changed, frozen
+from .optimizer.group_options import ON_DEVICE, Group, changed, frozen
 
 WARM_UP = 2  # eager steps before the capture: they create state, kernels, tables and workspaces
 

@@ -36,12 +36,13 @@ class Kernel:
 
 #: Every kernel of all architectures, by parts of its mangled name, where an identifier stands after its length.
 KERNELS = {
-    "inspect flat": ("7inspect", "12FlatGradient"),
-    "inspect strided": ("7inspect", "15StridedGradient"),
-    "before flat": ("3run", "6Before", "8FlatItem"),
-    "before strided": ("3run", "6Before", "11StridedItem"),
-    "after flat": ("3run", "5After", "8FlatItem"),
-    "after strided": ("3run", "5After", "11StridedItem"),
+    "grad_stats flat": ("10grad_stats", "12FlatGradient"),
+    "grad_stats strided": ("10grad_stats", "15StridedGradient"),
+    "decide_steps": ("12decide_steps",),
+    "update_moments flat": ("14update_moments", "8FlatItem"),
+    "update_moments strided": ("14update_moments", "11StridedItem"),
+    "apply_update flat": ("12apply_update", "8FlatItem"),
+    "apply_update strided": ("12apply_update", "11StridedItem"),
     "chain numbers": ("13chain_numbers",),
     "matrix sum": ("10matrix_sum",),
     "row sums": ("9add_lines",),
@@ -145,7 +146,7 @@ def test_flat_kernels_move_16_bytes(cubins: dict[str, list[Kernel]]) -> None:
             assert re.search(r"\bLDG\.E\.128\b", kernel.sass), where
             stores = re.findall(r"\bSTG\.E(\.128)?(?:\.STRONG\.\w+)? ", kernel.sass)
             wide, narrow = stores.count(".128"), stores.count("")
-            if kernel.name.startswith("inspect"):
+            if kernel.name.startswith("grad_stats"):
                 assert wide == 0, f"{where} stores elements; it only reads them"
             else:  # the last elements of a chunk go one by one, a few stores in the code
                 assert wide > narrow, f"{where}: {wide} stores of 16 bytes and {narrow} of 4"
@@ -153,17 +154,18 @@ def test_flat_kernels_move_16_bytes(cubins: dict[str, list[Kernel]]) -> None:
 
 TARGETS = [80, 90, 100]
 
-# Element types of gradient, momentum, second moment, direction's input, parameter, mantissa in `before` (Muon, MuAdam
-# into fp16, AdamW in fp32, AdamW in bf16 with a mantissa), of the last four in `after`, of the gradient in `inspect`.
+# Element types of gradient, momentum, second moment, direction's input, parameter, mantissa in `update_moments` (Muon,
+# MuAdam into fp16, AdamW in fp32, AdamW in bf16 with a mantissa), of the last four in `apply_update`, of the gradient
+# in `grad_stats`.
 TRITON_GROUPS = {
-    "inspect_kernel": ["fp32", "bf16"],
-    "before_kernel": [
+    "grad_stats_kernel": ["fp32", "bf16"],
+    "update_moments_kernel": [
         "bf16 bf16 - bf16 - -",
         "fp32 fp32 fp32 fp16 - -",
         "fp32 fp32 fp32 - fp32 -",
         "bf16 bf16 bf16 - bf16 int16",
     ],
-    "after_kernel": ["- bf16 fp32 -", "fp32 fp16 bf16 int16"],
+    "apply_update_kernel": ["- bf16 fp32 -", "fp32 fp16 bf16 int16"],
 }
 POINTERS = {
     **dict.fromkeys(("table", "hypers", "skipped"), "*i64"),
@@ -217,13 +219,13 @@ def test_triton_moves_16_bytes(capability: int, name: str, group: str, triton_ke
     def vectors(instruction: str) -> int:
         return len(re.findall(rf"{instruction}\.global\S*\.v4\.b32", compiled.asm["ptx"]))
 
-    # 16 bytes of a 2-byte type and twice 16 of a 4-byte one; a skipped `before` clears the direction's input as well.
+    # 16 bytes of a 2-byte type and twice 16 of a 4-byte one; a skipped `update_moments` clears the input as well.
     sixteens = {argument: 0 if t is None else t.primitive_bitwidth // 16 for argument, t in zip(elements, types)}
     d, p, low = (sixteens.get(argument, 0) for argument in "DPL")
     everything = sum(sixteens.values())
-    if name == "inspect_kernel":
+    if name == "grad_stats_kernel":
         loads, stores = everything, 0
-    elif name == "before_kernel":
+    elif name == "update_moments_kernel":
         loads, stores = everything - d, everything - sixteens["G"] + d
     else:
         loads, stores = everything, p + low
@@ -231,7 +233,7 @@ def test_triton_moves_16_bytes(capability: int, name: str, group: str, triton_ke
 
 
 @pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize("name", ["rows_kernel", "sums_kernel", "before_kernel"])
+@pytest.mark.parametrize("name", ["rows_kernel", "rows_kernel, decided apart", "sums_kernel", "update_moments_kernel"])
 def test_triton_compiles_for(capability: int, name: str, triton_kernels: Any, tmp_path: Path) -> None:
     """The kernels that finish, and elements one at a time where an address is not a multiple of 16."""
     import triton.language as tl
@@ -239,12 +241,16 @@ def test_triton_compiles_for(capability: int, name: str, triton_kernels: Any, tm
     types = {"G": tl.bfloat16, "M": tl.bfloat16, "V": tl.float32, "D": None, "P": tl.bfloat16, "L": tl.int16}
     sizes = {"CHUNK": triton_kernels.CHUNK, "LINES": triton_kernels.LINES}
     constants, options = {
-        "rows_kernel": (sizes, triton_kernels.FINISH_OPTIONS),
+        "rows_kernel": ({"MEASURE": True, "DECIDE": True, **sizes}, triton_kernels.FINISH_OPTIONS),
+        "rows_kernel, decided apart": (
+            {"partials": None, "found_inf": None, "MEASURE": False, "DECIDE": True, **sizes},
+            triton_kernels.FINISH_OPTIONS,
+        ),
         "sums_kernel": ({"AFTER": False, **sizes}, triton_kernels.FINISH_OPTIONS),
-        "before_kernel": (
+        "update_moments_kernel": (
             {**types, "ALIGNED": False, "CHUNK": triton_kernels.CHUNK, "THREADS": triton_kernels.THREADS},
             triton_kernels.OPTIONS,
         ),
     }[name]
-    compiled = compile_triton(getattr(triton_kernels, name), constants, options, capability)
+    compiled = compile_triton(getattr(triton_kernels, name.split(",")[0]), constants, options, capability)
     assert_no_spills(compiled, tmp_path / "kernel.cubin")

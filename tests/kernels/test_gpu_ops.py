@@ -15,7 +15,8 @@ import steepest
 from steepest.linalg.basis import eigh_refresh
 from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import SCHEDULES
-from steepest.linalg.polar import _prescaled, polar, polars
+from steepest.linalg.polar import polar, polars
+from steepest.linalg.scaling import prescaled
 from steepest.ops import backend
 from steepest.ops.chain_numbers import SCRATCH
 from steepest.ops.grouped_gemm import grouped_gemm
@@ -206,7 +207,7 @@ def test_on_a_side_stream(family: str) -> None:
 
 def chain_arguments(device: str) -> tuple[Any, ...]:
     plan, schedule = chain(SCHEDULES["auto"], (2,)), SCHEDULES["auto"]
-    x = _prescaled(torch.stack([gaussian(16, 40)] * 2).float(), H).to(device)
+    x = prescaled(torch.stack([gaussian(16, 40)] * 2).float(), H).to(device)
     lists = (
         [x],
         [torch.zeros_like(x)],

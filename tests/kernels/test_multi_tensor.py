@@ -22,8 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steepest.ops import backend, multi_tensor
-from steepest.ops.multi_tensor import CHUNK, COLUMNS, HYPERS, SUMS, Groups, Item, Items, Scaling, Table
-from steepest.ops.program import Power, Program
+from steepest.ops.multi_tensor import CHUNK, COLUMNS, SUMS, Groups, Item, Items, Scaling, Table
+from steepest.ops.program import HYPERS, Power, Program
 from steepest.parts import Rounding
 from support.problems import FEW, gaussian
 from support.slow import slow
@@ -64,6 +64,18 @@ PROGRAMS = {
     "madgrad": Program(momentum_correction=True, power="sixth", second_correction=True, direction="identity"),
     "sign": Program(nesterov=True, direction="sign"),
     "sign under D": Program(power="half", second_correction=True, direction="sign", cautious=True),
+    "first": Program(nesterov=True, start_first=True),
+    "first, under D": Program(power="quarter", start_first=True, eps_inside=True, maximize=True),
+    "first, sum": Program(nesterov=True, power="half", sum=True, start_first=True, direction="identity"),
+    "decay after": Program(momentum_correction=True, power="quarter", second_correction=True, decay_after=True),
+    "decay after, sgd": Program(heavy_ball=True, direction="identity", decay_after=True),
+    "decay scaled": Program(nesterov=True, decay_scaled=True),
+    "decay scaled, cautious": Program(power="sixth", sum=True, cautious=True, decay_scaled=True),
+    "decay scaled, after, sign": Program(direction="sign", decay_after=True, decay_scaled=True),
+    "frozen": Program(nesterov=True, power="half", second_correction=True, frozen_moments=True),
+    "frozen, adamw": Program(
+        momentum_correction=True, power="quarter", second_correction=True, direction="identity", frozen_moments=True
+    ),
 }
 #: Gradient, momentum, second moment, input and direction, parameter.
 TYPES: tuple[Types, ...] = (
@@ -208,14 +220,14 @@ def groups_of(works: Sequence[Work], groups: Sequence[Sequence[float]] = GROUPS)
     return Groups([number for group in groups for number in group], [], [], [w.group for w in works])
 
 
-def inspect(works: Sequence[Work], table: Table, scaling: Scaling = PLAIN, groups: Groups | None = None) -> None:
+def grad_stats(works: Sequence[Work], table: Table, scaling: Scaling = PLAIN, groups: Groups | None = None) -> None:
     numbers = [w.program.packed() for w in works], lines_of(works), groups or groups_of(works)
-    multi_tensor.inspect([w.grad for w in works], [w.step for w in works], table, *numbers, scaling)
+    multi_tensor.grad_stats([w.grad for w in works], [w.step for w in works], table, *numbers, scaling)
 
 
-def before(works: Sequence[Work], table: Table) -> None:
+def update_moments(works: Sequence[Work], table: Table) -> None:
     absent = torch.empty(0)
-    multi_tensor.before(
+    multi_tensor.update_moments(
         [w.grad for w in works],
         [w.momentum for w in works],
         [w.second for w in works],
@@ -227,9 +239,9 @@ def before(works: Sequence[Work], table: Table) -> None:
     )
 
 
-def after(works: Sequence[Work], table: Table) -> None:
+def apply_update(works: Sequence[Work], table: Table) -> None:
     some = [i for i, w in enumerate(works) if not w.program.whole]
-    multi_tensor.after(
+    multi_tensor.apply_update(
         [works[i].direction for i in some],
         [works[i].second for i in some],
         [works[i].param for i in some],
@@ -243,9 +255,9 @@ def after(works: Sequence[Work], table: Table) -> None:
 def take(works: Sequence[Work], table: Table | None = None, *numbers: Any) -> Table:
     """A whole step."""
     table = table or table_of(works)
-    inspect(works, table, *numbers)
-    before(works, table)
-    after(works, table)
+    grad_stats(works, table, *numbers)
+    update_moments(works, table)
+    apply_update(works, table)
     return table
 
 
@@ -288,15 +300,20 @@ class Formulas:
         self.group = GROUPS[self.old.group]
         sign = -1 if self.old.program.maximize else 1
         self.g = self.old.grad.double() * sign / self.grad_scale
+        self.begun = self.t > 1 or not self.old.program.start_first
 
     def momentum(self) -> Exact:
-        beta, m = self.group[2], self.old.momentum.double()
+        beta, m = self.group[2] * self.begun, self.old.momentum.double()
+        if self.old.program.frozen_moments:
+            return Exact.of(m)
         if self.old.program.heavy_ball:
             return Exact.of(beta * m, self.g)
         return Exact(beta * m + (1 - beta) * self.g, m.abs() + self.g.abs())
 
     def second(self) -> Exact:
-        beta, v = self.group[3], self.old.second.double()
+        beta, v = self.group[3] * self.begun, self.old.second.double()
+        if self.old.program.frozen_moments:
+            return Exact.of(v)
         return Exact.of(v, self.g**2) if self.old.program.sum else Exact.of(beta * v, (1 - beta) * self.g**2)
 
     def inverse(self, v: Tensor) -> Tensor | float:
@@ -326,9 +343,11 @@ class Formulas:
         return d.times(self.inverse(v)).times(self.group[0] * self.old.ratio * length)
 
     def weight(self, u: Exact) -> Exact:
-        w = self.old.weight().double()
-        kept = torch.where(u.value * w >= 0, w, 0) if self.old.program.cautious else w
-        decay = self.group[0] * self.group[1]
+        w, p = self.old.weight().double(), self.old.program
+        decay = self.group[0] * self.group[1] * (self.old.ratio if p.decay_scaled else 1)
+        if p.decay_after:
+            return Exact((1 - decay) * (w - u.value), w.abs() + u.terms)
+        kept = torch.where(u.value * w >= 0, w, 0) if p.cautious else w
         return Exact(w - decay * kept - u.value, w.abs() + u.terms)
 
 
@@ -354,7 +373,7 @@ def arithmetic(*tensors: Tensor) -> torch.dtype:
 
 
 def assert_step(old: Work, mid: Work, new: Work, table: Table, i: int, line: int, at: Formulas, name: str) -> None:
-    """What `before` (from old to mid) and `after` (from mid to new) wrote, and their sums."""
+    """What `update_moments` (from old to mid) and `apply_update` (from mid to new) wrote, and their sums."""
     p, low = old.program, arithmetic(old.grad, old.momentum, old.second, old.input)
     low = arithmetic(torch.empty(1, dtype=low), old.param) if p.whole else low
     assert_rounded_once(mid.momentum, at.momentum(), low, f"{name}: momentum")
@@ -363,7 +382,7 @@ def assert_step(old: Work, mid: Work, new: Work, table: Table, i: int, line: int
     # From here on with the momentum as it was stored.
     x, v, high = at.input(mid.momentum), at.second().value if p.power != "none" else at.g, low
     if not p.whole:
-        assert same_bits(mid.param, old.param), f"{name}: only `after` moves the parameter"
+        assert same_bits(mid.param, old.param), f"{name}: only `apply_update` moves the parameter"
         assert same_bits(mid.mantissa, old.mantissa)
         scaled = x
         if old.input.dtype == H:  # the moments of these tests have no history that bounds them
@@ -399,10 +418,12 @@ def assert_row(old: Work, at: Formulas, found: dict[str, float], name: str) -> N
         "grad_max": at.g.abs().max().item(),
         "step": at.t,
         "grad_scale": (-1 if p.maximize else 1) / at.grad_scale,
-        "beta1": beta1,
-        "one_minus_beta1": 1 - beta1,
-        "beta2": beta2,
-        "one_minus_beta2": 1 - beta2,
+        "beta1": beta1 * at.begun,
+        "one_minus_beta1": 1 - beta1 * at.begun,
+        "beta2": beta2 * at.begun,
+        "one_minus_beta2": 1 - beta2 * at.begun,
+        "read_beta1": beta1,
+        "one_minus_read_beta1": 1 - beta1,
         "eps": eps,
         "inverse_mass1": 1 / (1 - beta1**at.t) if p.momentum_correction else 1,
         "inverse_mass2": (1 - beta2**at.t) ** (-2 * POWERS[p.power]) if p.second_correction else 1,
@@ -445,13 +466,13 @@ def test_three_steps_are_the_formulas(types: Types, grad_scale: float | None) ->
             w.input.fill_(NAN)
         old = [w.copy() for w in works]
         table.rows.fill_(NAN)
-        inspect(works, table, scaling)
-        assert same_works([replace(w, step=o.step) for w, o in zip(works, old)], old), "inspect writes no tensor"
+        grad_stats(works, table, scaling)
+        assert same_works([replace(w, step=o.step) for w, o in zip(works, old)], old), "no tensor is written"
         assert all(w.step.item() == t for w in works)
         table.sums.fill_(NAN)
-        before(works, table)
+        update_moments(works, table)
         mid = [w.copy() for w in works]
-        after(works, table)
+        apply_update(works, table)
         for i, name in enumerate(names):
             at = Formulas(old[i], t, grad_scale or 1.0)
             assert_row(old[i], at, row(table, i), name)
@@ -501,14 +522,14 @@ def test_pieces_of_one_parameter_share_its_row() -> None:
     program = PROGRAMS["muadam"]
     whole, pieces = make(program, shape=(6, 8), matrices=2), make(program, shape=(6, 8), matrices=2)
     table, other = take([whole]), table_of([pieces])
-    inspect([pieces], other)
+    grad_stats([pieces], other)
     items = Items(tuple(Item(program, 0, 1, line, (0, 0, line), 1.0) for line in (1, 0)))
     halves = {name: [t.split(3)[i] for i in (1, 0)] for name, t in pieces.tensors().items() if t.dim() == 2}
     none = [torch.empty(0), torch.empty(0)]
     slots = (halves["grad"], halves["momentum"], halves["second"], halves["input"])
-    multi_tensor.before(*slots, none, none, other, items)
+    multi_tensor.update_moments(*slots, none, none, other, items)
     lengths = [pieces.lengths[1:], pieces.lengths[:1]]
-    multi_tensor.after(halves["direction"], halves["second"], halves["param"], none, lengths, other, items)
+    multi_tensor.apply_update(halves["direction"], halves["second"], halves["param"], none, lengths, other, items)
     assert same_works([pieces], [whole])
     assert same_bits(other.sums, table.sums)
 
@@ -523,7 +544,7 @@ def test_corrections_do_not_cancel(beta: float, t: int) -> None:
     programs = [Program(momentum_correction=True, power=power, second_correction=True) for power in POWERS]
     works = [make(program, seed=i, steps=t - 1) for i, program in enumerate(programs)]
     table = table_of(works)
-    inspect(works, table, PLAIN, groups_of(works, [(0.1, 0.0, beta, beta, 0.0)]))
+    grad_stats(works, table, PLAIN, groups_of(works, [(0.1, 0.0, beta, beta, 0.0)]))
     with localcontext() as context:
         context.prec = 60
         mass = 1 - Decimal(beta) ** t
@@ -553,7 +574,7 @@ def test_numbers_in_tensors_are_those_numbers(dtype: torch.dtype) -> None:
     assert same_works(works, twins)
     assert same_bits(given.rows, wanted.rows)
     half = table_of(works)
-    inspect(twins, half, PLAIN, Groups([NAN, *(t.item() for t in numbers[1:])], numbers[:1], [0], of))
+    grad_stats(twins, half, PLAIN, Groups([NAN, *(t.item() for t in numbers[1:])], numbers[:1], [0], of))
     assert half.column("lr").tolist() == wanted.column("lr").tolist()
 
 
@@ -582,6 +603,88 @@ def test_ascent_is_descent_of_the_opposite() -> None:
     take(works)
     take(up)
     assert same_works([replace(w, grad=-w.grad) for w in up], works)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=ids)
+def test_moments_now_and_inputs_later(types: Types) -> None:
+    """Without inputs `update_moments` updates the state alone; frozen, it makes of it what one call makes."""
+    given = {name: program for name, program in PROGRAMS.items() if not program.whole and not program.frozen_moments}
+    once = [make(program, types, seed=i) for i, program in enumerate(given.values())]
+    once[0].grad[0, 0] = NAN
+    early = [w.copy() for w in once]
+    wanted, table = table_of(once), table_of(early)
+    grad_stats(once, wanted)
+    update_moments(once, wanted)
+    grad_stats(early, table)
+    update_moments([replace(w, input=torch.empty(0)) for w in early], table)
+    assert same_works([replace(w, input=o.input) for w, o in zip(early, once)], once)
+    assert all(w.input.isnan().all() for w in early)
+    assert same_bits(table.sums, wanted.sums)
+    for w in early:
+        w.program = replace(w.program, frozen_moments=True)
+    update_moments(early, table)
+    if types[2] == (D if D in types[:4] else F):  # else the second moment was rounded in between
+        assert same_works([replace(w, program=o.program) for w, o in zip(early, once)], once)
+        assert same_bits(table.sums, wanted.sums)
+    for w, o in zip(early, once):
+        assert all_same_bits((w.momentum, w.second, w.param), (o.momentum, o.second, o.param))
+    assert not early[0].input.any()
+
+
+# ---- deciding apart from measuring ---------------------------------------------------------------------------------
+
+
+def measure(works: Sequence[Work], table: Table, scaling: Scaling = PLAIN) -> None:
+    numbers = [w.program.packed() for w in works], lines_of(works), groups_of(works)
+    multi_tensor.grad_stats([w.grad for w in works], [w.step for w in works], table, *numbers, scaling, decide=False)
+
+
+def decide_steps(works: Sequence[Work], table: Table, scaling: Scaling = PLAIN) -> None:
+    numbers = [w.program.packed() for w in works], lines_of(works), groups_of(works)
+    multi_tensor.decide_steps([w.step for w in works], table, *numbers, scaling)
+
+
+@pytest.mark.parametrize("types", [(F, B, F, H, B), (D, D, D, D, D)], ids=ids)
+@pytest.mark.parametrize("scaling", [PLAIN, Scaling(torch.zeros(()), torch.tensor(24.0)), Scaling(torch.ones(()))])
+def test_measuring_and_deciding_are_one_call(types: Types, scaling: Scaling) -> None:
+    works = list(every_program(types).values())
+    works[2].grad.view(-1)[-1] = NAN
+    apart = [w.copy() for w in works]
+    wanted, table = table_of(works), table_of(apart)
+    table.rows.fill_(NAN)
+    grad_stats(works, wanted, scaling)
+    old = [w.copy() for w in apart]
+    measure(apart, table, scaling)
+    assert same_bits(table.rows[:, :3], wanted.rows[:, :3])
+    assert bool(table.rows[:, 3:].isnan().all())
+    assert table.skipped.item() == 0
+    assert same_works(apart, old)
+    decide_steps(apart, table, scaling)
+    assert same_works(apart, works)
+    assert same_bits(table.rows, wanted.rows)
+    assert table.skipped.item() == wanted.skipped.item() > 0 or scaling.found_inf is None
+
+
+def test_ranks_decide_together() -> None:
+    """What is measured of the halves of a gradient, reduced, is what is measured of all of it."""
+    for bad in (1.0, NAN, INF):
+        whole = make(PROGRAMS["muadam"], shape=(6, 8))
+        whole.grad[4, 3] = bad
+        ranks = [replace(whole.copy(), grad=half) for half in whole.grad.split(3)]
+        wanted, tables = table_of([whole]), [table_of([rank]) for rank in ranks]
+        grad_stats([whole], wanted)
+        for rank, table in zip(ranks, tables):
+            measure([rank], table)
+            largest = max(t.column("momentum_max").max() for t in (*tables, wanted))
+            table.column("momentum_max").fill_(largest)
+        rows = torch.stack([table.rows[:, :3] for table in tables])
+        together = torch.stack([rows[..., 0].amin(0), rows[..., 1].sum(0), rows[..., 2].amax(0)], dim=-1)
+        for rank, table in zip(ranks, tables):
+            table.rows[:, :3] = together
+            decide_steps([rank], table)
+            torch.testing.assert_close(table.rows, wanted.rows, rtol=1e-5, atol=0, equal_nan=True)
+            assert rank.step.item() == whole.step.item() == (bad == 1)
+            assert table.skipped.item() == (bad != 1)
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------
@@ -686,10 +789,10 @@ def long_works() -> list[Work]:
 def test_tensors_of_many_chunks() -> None:
     works = long_works()
     old, table = [w.copy() for w in works], table_of(works)
-    inspect(works, table)
-    before(works, table)
+    grad_stats(works, table)
+    update_moments(works, table)
     mid = [w.copy() for w in works]
-    after(works, table)
+    apply_update(works, table)
     for i, (w, line) in enumerate(zip(works, lines_of(works))):
         at = Formulas(old[i], 1)
         assert_row(old[i], at, row(table, i), f"item {i}")
@@ -706,7 +809,7 @@ for types in tests.TYPES:
 tests.test_tensors_of_many_chunks()
 works = tests.long_works()
 table = tests.table_of(works)
-tests.inspect(works, table)
+tests.grad_stats(works, table)
 print(table.rows.view(torch.int64).tolist())
 """
 
@@ -734,7 +837,7 @@ def test_counters_are_zero_between_ops() -> None:
     table = table_of(works)
     assert len(table.sums) > len(works)
     table.scratch[len(table.sums) :] = NAN
-    for op in (inspect, before, after):
+    for op in (grad_stats, update_moments, apply_update):
         op(works, table)
         assert not table.scratch[: len(table.sums)].any(), op.__name__
 
@@ -788,12 +891,12 @@ def test_gradients_that_are_not_finite_are_isolated(types: Types, bad: float, at
     for i in bad_ones:
         ours[i].grad.view(-1)[at if ours[i].grad.numel() > 3 else 0] = bad
     old, sums = [w.copy() for w in ours], tables[0].sums.clone()
-    inspect(ours, tables[0])
-    before(ours, tables[0])
+    grad_stats(ours, tables[0])
+    update_moments(ours, tables[0])
     for i in bad_ones:
         ours[i].direction.fill_(NAN)
         old[i].direction.fill_(NAN)
-    after(ours, tables[0])
+    apply_update(ours, tables[0])
     take(clean, tables[1])
     assert tables[0].skipped.item() == len(bad_ones)
     lines = lines_of(ours)
@@ -853,18 +956,19 @@ def histories(draw: st.DrawFn, largest: int, spread: int) -> History:
     """Gradients of 10^-largest to 10^largest, those of one history within 10^spread of one another at both ends."""
     power: Power = draw(st.sampled_from(["none", *POWERS]))
     how = draw(st.sampled_from(["heavy_ball", "nesterov", "momentum_correction", "both", "ema"]))
-    total = draw(st.booleans())
+    total, first = draw(st.booleans()), how in ("nesterov", "ema") and draw(st.booleans())
     program = Program(
         heavy_ball=how in ("heavy_ball", "both"),
         nesterov=how in ("nesterov", "both"),
         momentum_correction=how == "momentum_correction",
         power=power,
         sum=total,
-        second_correction=not total and draw(st.booleans()),
+        second_correction=not (total or first) and draw(st.booleans()),
         eps_inside=draw(st.booleans()),
+        start_first=first,
     )
     betas = [(0.0, 0.5), (0.9, 0.999), (0.95, 0.95), (0.99, 0.999)]
-    if program.momentum_correction or program.second_correction:  # else 1 - beta2 alone bounds nothing
+    if program.momentum_correction or program.second_correction or first:  # else 1 - beta2 alone bounds nothing
         betas += [(0.9, 0.81), (0.95, 0.9)]
     eps = draw(st.sampled_from([0.0, 1e-8, 1e-16]))
     size = draw(st.integers(-largest, largest))
@@ -894,8 +998,8 @@ def inputs(history: History) -> Iterator[tuple[Tensor, Tensor, float]]:
     for size, shape in history.gradients:
         for w in works:
             w.grad.copy_(spiky(size, shape))
-        inspect(works, table, PLAIN, groups_of(works, [history.numbers]))
-        before(works, table)
+        grad_stats(works, table, PLAIN, groups_of(works, [history.numbers]))
+        update_moments(works, table)
         scale = row(table, 0)["input_scale"]
         assert row(table, 1)["input_scale"] == scale
         assert math.frexp(scale)[0] == 0.5, "a power of two"
@@ -940,8 +1044,8 @@ def test_an_fp16_input_is_not_lost_in_a_long_run(t: int, power: Power) -> None:
     program = Program(momentum_correction=True, power=power, second_correction=True, eps_inside=True)
     w = make(program, (F, F, F, H, F), steps=t - 1)
     table = table_of([w])
-    inspect([w], table, PLAIN, groups_of([w], [(0.1, 0.0, 0.95, 0.9, 1e-8)]))
-    before([w], table)
+    grad_stats([w], table, PLAIN, groups_of([w], [(0.1, 0.0, 0.95, 0.9, 1e-8)]))
+    update_moments([w], table)
     assert 2.0**-14 < w.input.abs().max() < 65504
 
 
@@ -962,10 +1066,10 @@ def test_autograd_sees_what_is_written() -> None:
         a, b = ({k for k, v in versions(w).items() if v > o[k] and getattr(w, k).numel()} for w, o in zip(works, old))
         return a, b
 
-    inspect(works, table)
+    grad_stats(works, table)
     # Parameters alone: no graph holds the state.
-    assert moved(lambda: before(works, table)) == (set(), {"param"})
-    assert moved(lambda: after(works, table)) == ({"param"}, set())
+    assert moved(lambda: update_moments(works, table)) == (set(), {"param"})
+    assert moved(lambda: apply_update(works, table)) == ({"param"}, set())
 
 
 def test_what_autograd_saved_is_guarded() -> None:
@@ -996,9 +1100,9 @@ def test_lists_without_elements_are_all_absent() -> None:
         [getattr(w, name) for w in twins] for name in ("grad", "momentum", "input", "direction", "param")
     )
     packed, items = [w.program.packed() for w in twins], items_of(twins, range(2))
-    multi_tensor.inspect(grads, [], other, packed, lines_of(twins), groups_of(twins))
-    multi_tensor.before(grads, momenta, [], inputs, [], [], other, items)
-    multi_tensor.after(directions, [], params, [], [], other, items)
+    multi_tensor.grad_stats(grads, [], other, packed, lines_of(twins), groups_of(twins))
+    multi_tensor.update_moments(grads, momenta, [], inputs, [], [], other, items)
+    multi_tensor.apply_update(directions, [], params, [], [], other, items)
     assert same_works(twins, works)
     assert same_bits(other.sums, table.sums)
 
@@ -1036,7 +1140,7 @@ def arguments(works: Sequence[Work]) -> dict[str, Arguments]:
     names = ("programs", "row_of", "matrices", "first_sums", "places", "ratios")
     every = dict(zip(names, items_of(works, range(len(works))).numbers))
     some = dict(zip(names, items_of(works, given).numbers))
-    inspection = {
+    stats = {
         "grads": [w.grad for w in works],
         "steps": [w.step for w in works],
         "rows": table.rows,
@@ -1051,7 +1155,9 @@ def arguments(works: Sequence[Work]) -> dict[str, Arguments]:
         "tensor_at": [0],
         "found_inf": torch.zeros(()),
         "grad_scale": torch.ones(()),
+        "decide": True,
     }
+    decision = {k: v for k, v in stats.items() if k not in ("grads", "scratch", "found_inf", "decide")}
     memory = {"rows": table.rows, "sums": table.sums, "scratch": table.scratch}
     first = {
         "grads": [w.grad for w in works],
@@ -1068,7 +1174,12 @@ def arguments(works: Sequence[Work]) -> dict[str, Arguments]:
         "mantissas": [works[i].mantissa for i in given],
         "lengths": [works[i].lengths for i in given],
     }
-    return {"inspect": inspection, "before": {**first, **memory, **every}, "after": {**last, **memory, **some}}
+    return {
+        "grad_stats": stats,
+        "decide_steps": decision,
+        "update_moments": {**first, **memory, **every},
+        "apply_update": {**last, **memory, **some},
+    }
 
 
 def call(op: str, given: Arguments) -> None:
@@ -1098,16 +1209,17 @@ def moved(given: dict[str, Arguments], device: str) -> dict[str, Arguments]:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("op", ["inspect", "before", "after"])
+@pytest.mark.parametrize("op", ["grad_stats", "decide_steps", "update_moments", "apply_update"])
 @pytest.mark.parametrize("types", [*TYPES[1:3], *map(slow, TYPES[3:5])], ids=ids)
 def test_opcheck(types: Types, op: str, device: str) -> None:
     works = list(every_program(types).values())
-    if op != "inspect":
+    measures = op in ("grad_stats", "decide_steps")
+    if not measures:
         for w in works:
             w.input.zero_()  # NaN is not equal to itself where opcheck compares
     given = moved(arguments(works), device)
-    if op != "inspect":
-        call("inspect", given["inspect"])
+    if not measures:
+        call("grad_stats", given["grad_stats"])
     torch.library.opcheck(getattr(torch.ops.steepest, op).default, tuple(given[op].values()))
 
 
@@ -1160,148 +1272,235 @@ def programs(**program: Any) -> Change:
 #: op, change of its arguments, message. Items are those of `three`.
 ERRORS: dict[str, tuple[str, Change, str]] = {
     "rows, width": (
-        "inspect",
+        "grad_stats",
         put("rows", torch.zeros(3, 3, dtype=D)),
-        "rows must be a contiguous float64 table of 15",
+        "rows must be a contiguous float64 table of 17",
     ),
-    "rows, dtype": ("before", put("rows", torch.zeros(2, 15)), "rows must be a contiguous float64 table of 15 columns"),
-    "rows, lines": ("inspect", put("rows", torch.zeros(2, 15, dtype=D)), "rows has 2 elements; it goes by 3"),
-    "sums, width": ("after", put("sums", torch.zeros(4, 6, dtype=D)), "sums must be a contiguous float64 table of 7"),
+    "rows, dtype": (
+        "update_moments",
+        put("rows", torch.zeros(2, 17)),
+        "rows must be a contiguous float64 table of 17 columns",
+    ),
+    "rows, lines": ("grad_stats", put("rows", torch.zeros(2, 17, dtype=D)), "rows has 2 elements; it goes by 3"),
+    "sums, width": (
+        "apply_update",
+        put("sums", torch.zeros(4, 6, dtype=D)),
+        "sums must be a contiguous float64 table of 7",
+    ),
     "sums, strided": (
-        "inspect",
+        "grad_stats",
         put("sums", torch.zeros(7, 3, dtype=D).mT),
         "sums must be a contiguous float64 table of 7 columns",
     ),
     **{
         f"{op}, {name}": (op, shorter(name), f"{name} has {{found}} elements; it goes by {{wanted}}")
         for op, names in {
-            "inspect": ("steps", "programs", "hyper_of", "first_sums", "tensor_at"),
-            "before": ("momenta", "seconds", "inputs", "params", "mantissas", "row_of", "matrices", "places", "ratios"),
-            "after": ("directions", "seconds", "mantissas", "lengths", "row_of", "matrices", "first_sums", "ratios"),
+            "grad_stats": ("steps", "programs", "hyper_of", "first_sums", "tensor_at"),
+            "decide_steps": ("steps", "hyper_of", "first_sums", "tensor_at"),
+            "update_moments": (
+                "momenta",
+                "seconds",
+                "inputs",
+                "params",
+                "mantissas",
+                "row_of",
+                "matrices",
+                "places",
+                "ratios",
+            ),
+            "apply_update": (
+                "directions",
+                "seconds",
+                "mantissas",
+                "lengths",
+                "row_of",
+                "matrices",
+                "first_sums",
+                "ratios",
+            ),
         }.items()
         for name in names
     },
-    "skipped, dtype": ("inspect", put("skipped", torch.zeros(())), "skipped must be one int64 number"),
-    "skipped, two": ("inspect", put("skipped", torch.zeros(2, dtype=torch.int64)), "skipped must be one int64 number"),
+    "skipped, dtype": ("grad_stats", put("skipped", torch.zeros(())), "skipped must be one int64 number"),
+    "skipped, two": (
+        "grad_stats",
+        put("skipped", torch.zeros(2, dtype=torch.int64)),
+        "skipped must be one int64 number",
+    ),
     "scratch, short": (
-        "inspect",
+        "grad_stats",
         put("scratch", torch.zeros(3, dtype=D)),
         "scratch must be a contiguous float64 tensor",
     ),
-    "scratch, dtype": ("before", put("scratch", torch.zeros(99)), "scratch must be a contiguous float64 tensor"),
+    "scratch, dtype": (
+        "update_moments",
+        put("scratch", torch.zeros(99)),
+        "scratch must be a contiguous float64 tensor",
+    ),
     "scratch, strided": (
-        "after",
+        "apply_update",
         put("scratch", torch.zeros(99, dtype=D)[::2]),
         "scratch must be a contiguous float64",
     ),
     "number, dtype": (
-        "inspect",
+        "grad_stats",
         put("tensors", torch.zeros((), dtype=B), 0),
         "tensors[0] must be one float32 or float64",
     ),
-    "number, two": ("inspect", put("tensors", torch.zeros(2), 0), "tensors[0] must be one float32 or float64 number"),
+    "number, two": (
+        "grad_stats",
+        put("tensors", torch.zeros(2), 0),
+        "tensors[0] must be one float32 or float64 number",
+    ),
     "number, place": (
-        "inspect",
+        "grad_stats",
         put("tensor_at", [10]),
         "tensors[0] must be one float32 or float64 number that takes a",
     ),
     "number, before": (
-        "inspect",
+        "grad_stats",
         put("tensor_at", [-1]),
         "tensors[0] must be one float32 or float64 number that takes",
     ),
     "grads, complex": (
-        "inspect",
+        "grad_stats",
         put("grads", torch.zeros(3, dtype=torch.complex64), 0),
         "grads[0] is ComplexFloat; accepted are float32, bfloat16 and float16, on the CPU float64 as well",
     ),
-    "grads, integer": ("inspect", put("grads", torch.zeros(3, dtype=torch.int32), 1), "grads[1] is Int; accepted are"),
-    "grads, empty": ("inspect", put("grads", EMPTY, 1), "grads[1] has no elements; leave it out"),
-    "grads, strided": ("inspect", strided, "the tensors of item 0 need more than 4 strided dimensions; make them"),
-    "steps, dtype": ("inspect", put("steps", torch.zeros((), dtype=D), 1), "steps[1] must be one float32 number"),
-    "steps, two": ("inspect", put("steps", torch.zeros(2), 0), "steps[0] must be one float32 number"),
+    "grads, integer": (
+        "grad_stats",
+        put("grads", torch.zeros(3, dtype=torch.int32), 1),
+        "grads[1] is Int; accepted are",
+    ),
+    "grads, empty": ("grad_stats", put("grads", EMPTY, 1), "grads[1] has no elements; leave it out"),
+    "grads, strided": ("grad_stats", strided, "the tensors of item 0 need more than 4 strided dimensions; make them"),
+    "steps, dtype": ("grad_stats", put("steps", torch.zeros((), dtype=D), 1), "steps[1] must be one float32 number"),
+    "steps, two": ("grad_stats", put("steps", torch.zeros(2), 0), "steps[0] must be one float32 number"),
     "lines, beyond": (
-        "inspect",
+        "grad_stats",
         put("first_sums", 5, 3),
         "first_sums[2] names lines that the table of sums does not",
     ),
     "lines, falling": (
-        "inspect",
+        "grad_stats",
         put("first_sums", 0, 2),
         "first_sums[1] names lines that the table of sums does",
     ),
-    "lines, negative": ("inspect", put("first_sums", -1, 0), "first_sums[0] names lines that the table of sums"),
-    "group": ("inspect", put("hyper_of", 2, 1), "hyper_of[1] is 2; hyper holds 5 numbers for each group"),
-    "group, negative": ("inspect", put("hyper_of", -1, 0), "hyper_of[0] is -1; hyper holds 5 numbers for each group"),
-    "found_inf": ("inspect", put("found_inf", torch.zeros((), dtype=D)), "found_inf must be one float32 number"),
-    "grad_scale": ("inspect", put("grad_scale", torch.ones(2)), "grad_scale must be one float32 number"),
-    "shapes": ("before", put("momenta", torch.zeros(8, 3), 0), "the tensors of item 0 differ in shape"),
-    "shapes, after": ("after", put("seconds", torch.zeros(8, 3), 0), "the tensors of item 0 differ in shape"),
-    "elements": ("before", put("inputs", torch.zeros(2, 6), 0), "the tensors of item 0 have 24 and 12 elements"),
-    "integer": ("before", put("momenta", torch.zeros(3, 8, dtype=torch.int64), 0), "momenta[0] is Long; accepted are"),
+    "lines, negative": ("grad_stats", put("first_sums", -1, 0), "first_sums[0] names lines that the table of sums"),
+    "program": ("grad_stats", put("programs", 1 << 18, 1), "programs[1] is 262144, which is no program"),
+    "program, decay": (
+        "apply_update",
+        put("programs", Program(cautious=True).packed() | Program(decay_after=True).packed(), 0),
+        "which is no program",
+    ),
+    "first, not counted": (
+        "grad_stats",
+        lambda given: (put("steps", EMPTY, 1)(given), put("programs", PROGRAMS["first"].packed(), 1)(given)),
+        "programs[1] begins with the first gradient, which steps[1] must count",
+    ),
+    "first, nobody counts": (
+        "decide_steps",
+        lambda given: (put("steps", [])(given), put("programs", PROGRAMS["first"].packed(), 0)(given)),
+        "programs[0] begins with the first gradient, which steps[0] must count",
+    ),
+    "group": ("grad_stats", put("hyper_of", 2, 1), "hyper_of[1] is 2; hyper holds 5 numbers for each group"),
+    "group, negative": (
+        "grad_stats",
+        put("hyper_of", -1, 0),
+        "hyper_of[0] is -1; hyper holds 5 numbers for each group",
+    ),
+    "found_inf": ("grad_stats", put("found_inf", torch.zeros((), dtype=D)), "found_inf must be one float32 number"),
+    "grad_scale": ("grad_stats", put("grad_scale", torch.ones(2)), "grad_scale must be one float32 number"),
+    "shapes": ("update_moments", put("momenta", torch.zeros(8, 3), 0), "the tensors of item 0 differ in shape"),
+    "shapes, after": ("apply_update", put("seconds", torch.zeros(8, 3), 0), "the tensors of item 0 differ in shape"),
+    "elements": (
+        "update_moments",
+        put("inputs", torch.zeros(2, 6), 0),
+        "the tensors of item 0 have 24 and 12 elements",
+    ),
+    "integer": (
+        "update_moments",
+        put("momenta", torch.zeros(3, 8, dtype=torch.int64), 0),
+        "momenta[0] is Long; accepted are",
+    ),
     "int16": (
-        "before",
+        "update_moments",
         put("momenta", torch.zeros(3, 8, dtype=torch.int16), 0),
         "momenta[0] must be floating-point, and mantissas int16",
     ),
     "mantissa, dtype": (
-        "after",
+        "apply_update",
         put("mantissas", torch.zeros(3, 8), 0),
         "mantissas[0] must be floating-point, and mantissas int16",
     ),
     "mantissa, param": (
-        "after",
+        "apply_update",
         put("mantissas", torch.zeros(3, 8, dtype=torch.int16), 0),
         "item 0 has a mantissa; only a bfloat16 param keeps one",
     ),
     "overlap": (
-        "before",
+        "update_moments",
         put("momenta", torch.zeros(8).expand(3, 8), 0),
         "momenta[0] may hold one element at two indices",
     ),
-    "overlap, param": ("after", put("params", torch.zeros(8).expand(3, 8), 0), "params[0] may hold one element at two"),
-    "input, strided": ("before", put("inputs", torch.zeros(8, 3).mT, 0), "directions[0] must be contiguous"),
-    "direction, strided": ("after", put("directions", torch.zeros(8, 3).mT, 0), "directions[0] must be contiguous"),
+    "overlap, param": (
+        "apply_update",
+        put("params", torch.zeros(8).expand(3, 8), 0),
+        "params[0] may hold one element at two",
+    ),
+    "input, strided": ("update_moments", put("inputs", torch.zeros(8, 3).mT, 0), "directions[0] must be contiguous"),
+    "direction, strided": (
+        "apply_update",
+        put("directions", torch.zeros(8, 3).mT, 0),
+        "directions[0] must be contiguous",
+    ),
     "dimensions": (
-        "before",
+        "update_moments",
         strided,
         "the tensors of item 0 need more than 4 strided dimensions; make them contiguous()",
     ),
-    "dimensions, after": ("after", strided, "the tensors of item 0 need more than 4 strided dimensions"),
-    "matrices": ("before", put("matrices", 5, 1), "item 1 has 24 elements, which are not 5 matrices"),
-    "no matrices": ("after", put("matrices", 0, 0), "item 0 has 24 elements, which are not 0 matrices"),
+    "dimensions, after": ("apply_update", strided, "the tensors of item 0 need more than 4 strided dimensions"),
+    "matrices": ("update_moments", put("matrices", 5, 1), "item 1 has 24 elements, which are not 5 matrices"),
+    "no matrices": ("apply_update", put("matrices", 0, 0), "item 0 has 24 elements, which are not 0 matrices"),
     "lengths, dtype": (
-        "after",
+        "apply_update",
         put("lengths", torch.ones(1), 0),
         "lengths[0] must hold one float64 number for each of 1",
     ),
     "lengths, count": (
-        "after",
+        "apply_update",
         put("lengths", torch.ones(2, dtype=D), 0),
         "lengths[0] must hold one float64 number for",
     ),
-    "no second moment": ("before", put("seconds", EMPTY, 0), "item 0 has no seconds, which its program uses"),
-    "no second moment, after": ("after", put("seconds", EMPTY, 0), "item 0 has no seconds, which its program uses"),
-    "no gradient": ("before", put("grads", EMPTY, 0), "item 0 has no grads, which its program uses"),
-    "no momentum": ("before", put("momenta", EMPTY, 1), "item 1 has no momenta, which its program uses"),
-    "no input": ("before", put("inputs", EMPTY, 0), "item 0 has no directions, which its program uses"),
-    "no param": ("before", put("params", EMPTY, 1), "item 1 has no params, which its program uses"),
-    "no param, after": ("after", put("params", EMPTY, 0), "item 0 has no params, which its program uses"),
-    "no direction": ("after", put("directions", EMPTY, 0), "item 0 has no directions, which its program uses"),
+    "no second moment": ("update_moments", put("seconds", EMPTY, 0), "item 0 has no seconds, which its program uses"),
+    "no second moment, after": (
+        "apply_update",
+        put("seconds", EMPTY, 0),
+        "item 0 has no seconds, which its program uses",
+    ),
+    "no gradient": ("update_moments", put("grads", EMPTY, 0), "item 0 has no grads, which its program uses"),
+    "no momentum": ("update_moments", put("momenta", EMPTY, 1), "item 1 has no momenta, which its program uses"),
+    "no param": ("update_moments", put("params", EMPTY, 1), "item 1 has no params, which its program uses"),
+    "no param, after": ("apply_update", put("params", EMPTY, 0), "item 0 has no params, which its program uses"),
+    "no direction": ("apply_update", put("directions", EMPTY, 0), "item 0 has no directions, which its program uses"),
     "no mantissa": (
-        "after",
+        "apply_update",
         lambda given: (
             put("params", torch.zeros(3, 8, dtype=B), 0)(given),
             programs(power="quarter", rounding="mantissa")(given),
         ),
         "item 0 has no mantissas, which its program uses",
     ),
-    "second moment": ("before", programs(), "item 0 has a second moment, which its program does not use"),
-    "row": ("before", put("row_of", 3, 1), "row_of[1] is 3; rows has 3"),
-    "row, negative": ("after", put("row_of", -1, 0), "row_of[0] is -1; rows has 3"),
-    "line": ("before", put("first_sums", 3, 1), "first_sums[1] names lines that the table of sums does not have"),
+    "second moment": ("update_moments", programs(), "item 0 has a second moment, which its program does not use"),
+    "row": ("update_moments", put("row_of", 3, 1), "row_of[1] is 3; rows has 3"),
+    "row, negative": ("apply_update", put("row_of", -1, 0), "row_of[0] is -1; rows has 3"),
+    "line": (
+        "update_moments",
+        put("first_sums", 3, 1),
+        "first_sums[1] names lines that the table of sums does not have",
+    ),
     "line, negative": (
-        "after",
+        "apply_update",
         put("first_sums", -1, 0),
         "first_sums[0] names lines that the table of sums does not have",
     ),
@@ -1324,7 +1523,7 @@ def held(given: Arguments) -> list[Tensor]:
     return [t for each in found for t in each if isinstance(t, Tensor)]
 
 
-@pytest.mark.parametrize("op", ["inspect", "before", "after"])
+@pytest.mark.parametrize("op", ["grad_stats", "decide_steps", "update_moments", "apply_update"])
 def test_the_arguments_that_errors_change_are_right(op: str) -> None:
     call(op, arguments(three())[op])
 
@@ -1347,17 +1546,20 @@ def test_errors(case: str) -> None:
 
 def test_an_unknown_backend() -> None:
     with pytest.raises(ValueError, match="backend='rocm' is not a backend; use 'auto', 'cuda', 'triton', 'cpu' or"):
-        multi_tensor.route("before", [torch.ones(3)], "rocm")
+        multi_tensor.route("update_moments", [torch.ones(3)], "rocm")
 
 
 DOORS: dict[str, Callable[[str], None]] = {
-    "inspect": lambda name: multi_tensor.inspect(
-        [torch.ones(3)], [EMPTY], table_of(three()), [0], [0, 1], Groups([0.0] * HYPERS, [], [], [0]), backend=name
+    "grad_stats": lambda name: multi_tensor.grad_stats(
+        [torch.ones(3)], [EMPTY], table_of(three()), [0], [0, 1], Groups([0.0] * len(HYPERS), [], [], [0]), backend=name
     ),
-    "before": lambda name: multi_tensor.before(
+    "decide_steps": lambda name: multi_tensor.decide_steps(
+        [EMPTY], table_of(three()), [0], [0, 1], Groups([0.0] * len(HYPERS), [], [], [0]), backend=name
+    ),
+    "update_moments": lambda name: multi_tensor.update_moments(
         [torch.ones(3)], [], [], [], [], [], table_of(three()), Items(()), backend=name
     ),
-    "after": lambda name: multi_tensor.after(
+    "apply_update": lambda name: multi_tensor.apply_update(
         [], [], [torch.ones(3)], [], [], table_of(three()), Items(()), backend=name
     ),
 }
@@ -1378,8 +1580,8 @@ def test_there_is_no_version_in_torch_ops(door: str) -> None:
 
 
 def test_devices_that_no_kernel_knows() -> None:
-    with pytest.raises(RuntimeError, match="before has no version in torch ops.*the tensors are on meta"):
-        multi_tensor.route("before", [torch.ones(3, device="meta")])
+    with pytest.raises(RuntimeError, match="update_moments has no version in torch ops.*the tensors are on meta"):
+        multi_tensor.route("update_moments", [torch.ones(3, device="meta")])
 
 
 TAKEN: dict[str, tuple[Tensor, str | None]] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steepest.ops import backend, products
-from steepest.ops.products import PRECISIONS, product, syrk_ema, syrk_ema_
+from steepest.ops.products import PRECISIONS, product, syrk_ema
 from support.eigenvalues import tf32_product, tf32x3_product
 from support.singular_values import gaussian
 from support.triton_interpreter import mend_the_interpreter, run_interpreted
@@ -88,7 +88,7 @@ def test_averages_of_gram_matrices(batch: int, m: int, k: int, given: str, dtype
         assert torch.equal(found, found.mT)
         torch.testing.assert_close(found.double(), wanted, atol=1e-4 if dtype != D else 1e-12, rtol=0)
     assert torch.equal(factor, held)
-    assert syrk_ema_(factor, x, weight) is factor
+    assert syrk_ema(factor, x, weight, out=factor) is factor
     assert torch.equal(factor, syrk_ema(held, x, weight))
     if batch == 1:
         torch.testing.assert_close(syrk_ema(held[0], x[0], weight), factor[0])
@@ -229,7 +229,7 @@ def test_what_the_kernel_is_given(on_a_gpu: list[Any], monkeypatch: pytest.Monke
     assert a.is_contiguous()
     assert b.is_contiguous()
     factor, g, weight = symmetric(3, 6), stack(3, 4, 6, dtype=B), torch.tensor(0.1)
-    assert syrk_ema_(factor, g.mT, weight) is factor
+    assert syrk_ema(factor, g.mT, weight, out=factor) is factor
     a, b, c, alpha, beta, _, out, options = on_a_gpu.pop()
     assert a.data_ptr() == b.data_ptr() == g.data_ptr(), "no copy of the gradient"
     assert (a.dtype, tuple(a.shape)) == (B, (3, 6, 4))
@@ -342,7 +342,9 @@ def test_the_ops_on_a_gpu() -> None:
     torch.testing.assert_close(syrk_ema(factor, A, weight).double(), wanted, atol=1e-4, rtol=0)
     bf16 = gaussian(200, 96).to(B).cuda()
     wanted = average(factor[0], bf16.mT, weight)
-    torch.testing.assert_close(syrk_ema_(factor[0], bf16.mT, weight).double(), wanted[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        syrk_ema(factor[0], bf16.mT, weight, out=factor[0]).double(), wanted[0], atol=1e-4, rtol=0
+    )
 
 
 if __name__ == "__main__":

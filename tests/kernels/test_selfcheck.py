@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steepest
-from steepest import plan
 from steepest.linalg import basis
 from steepest.ops import backend, eigh, multi_tensor, polar_chain, selfcheck
 from steepest.ops.checks import (
@@ -37,6 +36,8 @@ from steepest.ops.checks import polar_chain as chains
 from steepest.ops.checks.comparison import GUARD, Comparison
 from steepest.ops.multi_tensor import CHUNK, SUMS
 from steepest.parts import Frobenius, Spectral
+from steepest.step import plan
+from steepest.step import warm_up as warming
 from support.pretended_gpu import OnCpu
 from support.slow import slow
 from support.triton_interpreter import mend_the_interpreter, multiply_in_bf16, run_interpreted
@@ -186,33 +187,60 @@ def unaligned(tensors: list[Tensor]) -> Tensor:
     return next(t for t in tensors if t.numel() and t.data_ptr() % 16)
 
 
-# What `before` and `after` are given; their first lists.
+# What `update_moments` and `apply_update` are given; their first lists.
 GRADS, MOMENTA, SECONDS, INPUTS, PARAMS, MANTISSAS = range(6)
 ELEMENTWISE: dict[str, tuple[str, Callable[..., None], str]] = {
-    "a hundredth too large": ("before", lambda *a: a[MOMENTA][0].mul_(1.01), "momentum of (40, 24)"),
-    "one element": ("before", lambda *a: a[SECONDS][1].view(-1)[-1:].mul_(2), "second moment"),
-    "an element behind the last": ("before", lambda *a: beside(a[INPUTS][0]).fill_(1), "bytes beside the tensors"),
+    "a hundredth too large": ("update_moments", lambda *a: a[MOMENTA][0].mul_(1.01), "momentum of (40, 24)"),
+    "one element": ("update_moments", lambda *a: a[SECONDS][1].view(-1)[-1:].mul_(2), "second moment"),
+    "an element behind the last": (
+        "update_moments",
+        lambda *a: beside(a[INPUTS][0]).fill_(1),
+        "bytes beside the tensors",
+    ),
     "an element before the first": (
-        "after",
+        "apply_update",
         lambda *a: a[2][0].as_strided((1,), (1,), a[2][0].storage_offset() - 1).fill_(0),
         "4 bytes beside the tensors were written",
     ),
-    "only beyond a chunk": ("before", lambda *a: longer_than_a_chunk(a[MOMENTA]).view(-1)[CHUNK:].zero_(), "momentum"),
-    "only where unaligned": ("before", lambda *a: unaligned(a[PARAMS]).view(-1)[-1:].zero_(), "parameter"),
-    "the last element of an odd size": ("after", lambda *a: a[2][1].view(-1)[-1:].add_(1), "parameter"),
+    "only beyond a chunk": (
+        "update_moments",
+        lambda *a: longer_than_a_chunk(a[MOMENTA]).view(-1)[CHUNK:].zero_(),
+        "momentum",
+    ),
+    "only where unaligned": ("update_moments", lambda *a: unaligned(a[PARAMS]).view(-1)[-1:].zero_(), "parameter"),
+    "the last element of an odd size": ("apply_update", lambda *a: a[2][1].view(-1)[-1:].add_(1), "parameter"),
     "a half of the mantissa": (
-        "before",
+        "update_moments",
         lambda *a: next(t for t in a[MANTISSAS] if t.numel()).zero_(),
         "parameter of (131,)",
     ),
-    "NaN in a neighbour": ("before", lambda *a: a[MOMENTA][3].view(-1)[:1].fill_(torch.nan), "momentum"),
-    "a step with a NaN": ("inspect", lambda *a: a[2][:, 0].fill_(1), "whether steps are taken"),
-    "a step that is not counted": ("inspect", lambda *a: a[1][2].sub_(1), "step counts: 1 of"),
-    "a NaN that is not counted": ("inspect", lambda *a: a[4].zero_(), "steps not taken"),
-    "the last item of many": ("before", lambda *a: a[MOMENTA][-1].zero_(), "momentum of (8,)"),
-    "a norm": ("after", lambda *a: a[6][:, SUMS.index("update_sq")].mul_(1.1), "update_sq"),
-    "the largest of the momenta": ("before", lambda *a: a[7][:, SUMS.index("momentum_max")].mul_(0.5), "momentum_max"),
-    "lengths that do not count": ("after", lambda *a: a[2][1][1].add_(0.001 * a[0][1][1]), "parameter of (2, 16387)"),
+    "NaN in a neighbour": ("update_moments", lambda *a: a[MOMENTA][3].view(-1)[:1].fill_(torch.nan), "momentum"),
+    "a step with a NaN": ("grad_stats", lambda *a: a[2][:, 0].fill_(1), "whether steps are taken"),
+    "a step that is not counted": ("grad_stats", lambda *a: a[1][2].sub_(1), "step counts: 1 of"),
+    "a NaN that is not counted": ("grad_stats", lambda *a: a[4].zero_(), "steps not taken"),
+    "a step that is decided and not counted": (
+        "decide_steps",
+        lambda *a: a[0][2].sub_(1),
+        "counts that are decided apart",
+    ),
+    "a number that is decided": ("decide_steps", lambda *a: a[1][:, 5].mul_(2), "rows that are decided apart"),
+    "a step that is counted when it is measured": (
+        "grad_stats",
+        lambda *a: a[3].add_(0) if a[-1] is not False else a[1][2].add_(1),
+        "decided apart",
+    ),
+    "the last item of many": ("update_moments", lambda *a: a[MOMENTA][-1].zero_(), "momentum of (8,)"),
+    "a norm": ("apply_update", lambda *a: a[6][:, SUMS.index("update_sq")].mul_(1.1), "update_sq"),
+    "the largest of the momenta": (
+        "update_moments",
+        lambda *a: a[7][:, SUMS.index("momentum_max")].mul_(0.5),
+        "momentum_max",
+    ),
+    "lengths that do not count": (
+        "apply_update",
+        lambda *a: a[2][1][1].add_(0.001 * a[0][1][1]),
+        "parameter of (2, 16387)",
+    ),
 }
 
 
@@ -446,9 +474,9 @@ def stepped(**options: Any) -> tuple[Tensor, steepest.MuAdam]:
 
 
 FAULTS = {
-    "wrong numbers": ("before", ELEMENTWISE["a hundredth too large"][1], "momentum of"),
-    "out of bounds": ("before", ELEMENTWISE["an element behind the last"][1], "bytes beside the tensors"),
-    "an error": ("inspect", fail, "ValueError: no room for 227 KB"),
+    "wrong numbers": ("update_moments", ELEMENTWISE["a hundredth too large"][1], "momentum of"),
+    "out of bounds": ("update_moments", ELEMENTWISE["an element behind the last"][1], "bytes beside the tensors"),
+    "an error": ("grad_stats", fail, "ValueError: no room for 227 KB"),
 }
 
 
@@ -465,7 +493,8 @@ def test_the_next_backend_is_taken_and_it_is_said_once(
     assert torch.equal(found, wanted)
     assert optimizer.prepare() == {"torch"}
     stepped()
-    assert called in (["inspect", "before", "after"], ["inspect"]), "checked once, and never used"
+    every = ["grad_stats", "grad_stats", "decide_steps", "update_moments", "apply_update"]
+    assert called in (every, every[:1]), "checked once, and never used"
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     text = warning.getMessage()
     assert text.startswith("the cpu kernels of elementwise failed their self-check on cpu and are not used: ")
@@ -492,14 +521,14 @@ def test_a_backend_that_is_forced_raises_before_anything_is_written(
     assert not any(t.any() for t in optimizer.state[w].values())
     monkeypatch.setattr(backend, "forced", "cpu")
     with pytest.raises(RuntimeError, match=f"{FAILED}"):
-        multi_tensor.route("inspect", [w])
+        multi_tensor.route("grad_stats", [w])
 
 
 @needs_extension
 def test_an_op_that_has_no_other_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(monkeypatch, "inspect", fail)
-    with pytest.raises(RuntimeError, match=f"inspect has no version in torch ops.*'cpu': '{FAILED}"):
-        multi_tensor.route("inspect", [torch.zeros(1)])
+    broken(monkeypatch, "grad_stats", fail)
+    with pytest.raises(RuntimeError, match=f"grad_stats has no version in torch ops.*'cpu': '{FAILED}"):
+        multi_tensor.route("grad_stats", [torch.zeros(1)])
 
 
 @needs_extension
@@ -510,7 +539,7 @@ def test_a_device_that_is_lost_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(selfcheck, "is_usable", lambda device: False)
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
 
-    broken(monkeypatch, "before", lose)
+    broken(monkeypatch, "update_moments", lose)
     w = torch.nn.Parameter(torch.ones(8, 12))
     w.grad = torch.ones(8, 12)
     optimizer = steepest.MuAdam([w], lr=0.1)
@@ -625,21 +654,24 @@ def test_a_plan_prepares_what_its_steps_may_ask_for(monkeypatch: pytest.MonkeyPa
     done: list[Any] = []
     monkeypatch.setattr(plan, "warm_up", lambda direction, shape, dtype, device, weights=None: done.append(shape))
     monkeypatch.setattr(plan, "prepare", lambda families, device: done.append(families))
-    inspect = multi_tensor.inspect
-    monkeypatch.setattr(multi_tensor, "inspect", lambda *a, **more: (done.append("inspect"), inspect(*a, **more)))
+    grad_stats = multi_tensor.grad_stats
+    monkeypatch.setattr(
+        multi_tensor, "grad_stats", lambda *a, **more: (done.append("grad_stats"), grad_stats(*a, **more))
+    )
     shapes = [(12, 8), (6, 20)]
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
     for w in weights:
         w.grad = torch.ones_like(w)
     steepest.Muon(weights, lr=0.1).step()
     fused = backend.extension is not None
-    assert done == [*shapes, "inspect"] if fused else shapes
+    assert done == [*shapes, "grad_stats"] if fused else shapes
     done.clear()
     steepest.Muon(weights, lr=0.1, backend="torch").step()
     assert done == shapes
     done.clear()
     steepest.SOAP(weights[:1], lr=0.1).step()
-    assert done == [("fp32 products", "eigh refresh", "eigenvectors"), shapes[0]]
+    families = [("fp32 products", "eigh refresh", "eigenvectors"), shapes[0]]
+    assert done == [*families, "grad_stats"] if fused else families
 
 
 def test_families_are_asked_for_where_nothing_is_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -659,7 +691,7 @@ def test_families_are_asked_for_where_nothing_is_in_the_way(monkeypatch: pytest.
 def test_directions_are_warmed_up_once_for_a_shape(
     weights: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "_warm", set())
+    monkeypatch.setattr(warming, "_warm", set())
     called = []
     for name in ("units", "move"):
         monkeypatch.setattr(Spectral, name, lambda self, xs, *more, name=name: called.append((name, xs[0].shape)))
@@ -667,10 +699,10 @@ def test_directions_are_warmed_up_once_for_a_shape(
     cuda = torch.device("cuda", 0)
     with OnCpu():
         for shape in ((8, 12), (8, 12), (16, 4)):
-            plan.warm_up(Spectral(), shape, torch.float16, cuda, weights)
-        plan.warm_up(Spectral("svd"), (8, 12), torch.float16, cuda)
-        plan.warm_up(Frobenius(), (8, 12), torch.float16, cuda)
-        plan.warm_up(Spectral(), (8, 12), torch.float32, CPU)
+            warming.warm_up(Spectral(), shape, torch.float16, cuda, weights)
+        warming.warm_up(Spectral("svd"), (8, 12), torch.float16, cuda)
+        warming.warm_up(Frobenius(), (8, 12), torch.float16, cuda)
+        warming.warm_up(Spectral(), (8, 12), torch.float32, CPU)
     name = "units" if weights is None else "move"
     assert called == [(name, (1, 8, 12)), (name, (1, 16, 4))]
 
@@ -678,16 +710,16 @@ def test_directions_are_warmed_up_once_for_a_shape(
 @pytest.mark.parametrize("weights", [None, torch.bfloat16])
 def test_a_warm_up_goes_by_no_default_dtype(weights: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slack in fp64 would be refused."""
-    monkeypatch.setattr(plan, "_warm", set())
+    monkeypatch.setattr(warming, "_warm", set())
     monkeypatch.setattr(selfcheck, "reason", lambda *_: None)
     default, cuda = torch.get_default_dtype(), torch.device("cuda", 0)
     torch.set_default_dtype(torch.float64)
     try:
         with OnCpu():
-            plan.warm_up(Spectral(), (8, 12), torch.float32, cuda, weights)
+            warming.warm_up(Spectral(), (8, 12), torch.float32, cuda, weights)
     finally:
         torch.set_default_dtype(default)
-    assert len(plan._warm) == 1
+    assert len(warming._warm) == 1
 
 
 def test_switches_are_read_at_import() -> None:
@@ -735,7 +767,7 @@ def interpret(family: str) -> None:
     def elementwise_that_forgets(name: str) -> Kernel:
         def run(*arguments: Any) -> None:
             getattr(elements, name)(*arguments)
-            if name == "after":
+            if name == "apply_update":
                 arguments[2][0].view(-1)[CHUNK:] = 0
 
         return run

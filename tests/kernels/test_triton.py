@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from steepest.ops import backend
-from steepest.ops.multi_tensor import COLUMNS, HYPERS, SUMS
-from support.fused_ops import GROUPS, State, before, compare, inspect, problem
+from steepest.ops.multi_tensor import COLUMNS, SUMS
+from steepest.ops.program import HYPERS
+from support.fused_ops import GROUPS, State, compare, grad_stats, problem, update_moments
 from support.triton_interpreter import mend_the_interpreter, run_interpreted
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -34,12 +35,12 @@ def nothing_is_uploaded_twice(device: torch.device) -> None:
         patch.setattr(kernels, "_to_device", count)
         state = problem().copy(device)
         for _ in range(2):
-            inspect(kernels, state, None, None)
-            before(kernels, state, members=[0, 4])
+            grad_stats(kernels, state, None, None)
+            update_moments(kernels, state, members=[0, 4])
         assert len(uploads) == 3
         moved = State(**{**vars(state), "overrides": [t.clone() for t in state.overrides]})
-        inspect(kernels, moved, None, None)
-        assert uploads[3:] == [3 * HYPERS * len(GROUPS)]
+        grad_stats(kernels, moved, None, None)
+        assert uploads[3:] == [3 * len(HYPERS) * len(GROUPS)]
 
 
 @pytest.mark.slow
@@ -67,18 +68,18 @@ def test_in_a_captured_graph() -> None:
     device = torch.device("cuda")
     state, twin = problem().copy(device), problem().copy(device)
     for each in (state, twin):
-        inspect(kernels, each, None, None)
-        before(kernels, each)
+        grad_stats(kernels, each, None, None)
+        update_moments(kernels, each)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        inspect(kernels, state, None, None)
-        before(kernels, state)
+        grad_stats(kernels, state, None, None)
+        update_moments(kernels, state)
         with pytest.raises(RuntimeError, match="run one step with the same tensors before capturing"):
-            before(kernels, state, members=[0])
+            update_moments(kernels, state, members=[0])
     kernels._plans.clear()
     graph.replay()
-    inspect(kernels, twin, None, None)
-    before(kernels, twin)
+    grad_stats(kernels, twin, None, None)
+    update_moments(kernels, twin)
     for (name, found, _), (_, wanted, _) in zip(state.written(), twin.written()):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True, msg=f"{name}: {{}}".format)
 
@@ -87,8 +88,8 @@ def test_in_a_captured_graph() -> None:
 def test_capture_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = pytest.importorskip("steepest.kernels.multi_tensor", reason="steepest.kernels is not importable")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="before: a CUDA graph is being captured.*run one step"):
-        kernels._recall("before", ("key",), torch.device("cuda"), lambda: None)
+    with pytest.raises(RuntimeError, match="update_moments: a CUDA graph is being captured.*run one step"):
+        kernels._recall("update_moments", ("key",), torch.device("cuda"), lambda: None)
 
 
 @needs_triton
@@ -113,7 +114,10 @@ def test_what_the_kernels_take() -> None:
     [
         ({"grads": [torch.ones(3, dtype=torch.float64)]}, "item 0: a tensor is torch.float64"),
         ({"grads": [torch.ones(4)]}, r"item 0: the tensors differ in size: \(4,\), \(3,\)"),
-        ({"inputs": [torch.empty(0)]}, "item 0 has grads, momenta; its program 0x0 takes grads, momenta, directions"),
+        (
+            {"momenta": [torch.empty(0)]},
+            "item 0 has grads, directions; its program 0x0 takes grads, momenta",
+        ),
         ({"seconds": [torch.ones(3)]}, "item 0 has grads, momenta, seconds, directions; its program"),
         ({"scratch": torch.zeros(7, dtype=torch.float64)}, "scratch has 7 elements; these tensors need 8"),
     ],
@@ -133,7 +137,7 @@ def test_errors(change: dict[str, Any], message: str) -> None:
         "ratios": [1.0],
     }
     with pytest.raises(ValueError, match=message):
-        kernels.before(**{**arguments, **change})
+        kernels.update_moments(**{**arguments, **change})
 
 
 if __name__ == "__main__":

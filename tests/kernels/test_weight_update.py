@@ -11,7 +11,7 @@ from torch import Tensor
 from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import SCHEDULES
 from steepest.linalg.newton_schulz import newton_schulz
-from steepest.linalg.polar import _prescaled
+from steepest.linalg.scaling import prescaled
 from steepest.ops import backend
 from steepest.ops.polar_chain import Update, polar_chain, weights_reason
 from steepest.ops.symm_gemm import Workspace
@@ -139,7 +139,7 @@ def stacks_of(dtype: torch.dtype, device: torch.device = CPU, scale: int = 1) ->
     found = []
     for m, n in SHAPES:
         x = torch.stack([with_spectrum(m * scale, n * scale, "root") for _ in range(3)]).float()
-        x = _prescaled(x, dtype)
+        x = prescaled(x, dtype)
         x[-1, 0, 0] = torch.nan
         found.append(x.to(device))
     return found
@@ -207,7 +207,7 @@ def test_row_sums_of_the_first_product(chunks: int, dtype: torch.dtype) -> None:
     """More than one block of 64 in a row, wide and tall; they bound the largest singular value."""
     plan = chain(SCHEDULE, (2,))
     xs = [
-        torch.stack([_prescaled(with_spectrum(*shape, "log").float()[None], dtype)[0]] * 2)
+        torch.stack([prescaled(with_spectrum(*shape, "log").float()[None], dtype)[0]] * 2)
         for shape in ((72, 80), (80, 66))
     ]
     sums, slacks = [torch.full((2, 72), torch.nan), torch.full((2, 66), torch.nan)], [torch.empty(2) for _ in xs]

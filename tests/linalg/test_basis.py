@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steepest.linalg import basis
-from steepest.linalg.basis import eigh_refresh, off_diagonal, orthonormality, shifted_cholesky_qr, whitening_error
+from steepest.linalg.basis import eigh_refresh, orthonormality, shifted_cholesky_qr
 from support.eigenvalues import (
     EIGENVALUES,
     FLOOR,
@@ -124,7 +124,7 @@ def test_without_reading_what_needs_the_exact_solver_is_flagged(case: str) -> No
     jacobi = eigh_refresh(P, Q, method="jr")
     assert jacobi.status & basis.WANTS_EXACT
     assert flagged.status & basis.FELL_BACK
-    assert whitening_error(P, flagged.basis) <= whitening_error(P, jacobi.basis)
+    assert whitening(P, flagged.basis, FLOOR) <= whitening(P, jacobi.basis, FLOOR)
     if flagged.status & basis.WANTS_EXACT:
         assert eigh_refresh(P, Q, method="eigh").status == basis.ACCEPTED
 
@@ -400,16 +400,14 @@ def test_compiles_in_one_graph(way: str) -> None:
 
 
 def test_measures() -> None:
+    """The measures that accept or refuse a basis; D is not taken below 8 eps max D."""
     P = torch.tensor([[2.0, 0.6], [0.6, 1.0]])
-    Q = torch.eye(2)
-    assert whitening_error(P, Q).item() == pytest.approx(0.6 / math.sqrt(2))
-    assert off_diagonal(P, Q).item() == pytest.approx(math.sqrt(0.72 / (4 + 1 + 0.72)))
-    assert orthonormality(2 * Q).item() == pytest.approx(3)
+    assert orthonormality(2 * torch.eye(2)).item() == pytest.approx(3)
+    assert basis._whitening(P).item() == pytest.approx(0.6 / math.sqrt(2))
     low = torch.tensor([[1.0, 1e-9], [1e-9, 0.0]])
-    assert whitening_error(low, Q, floor_rel=1e-4).item() == pytest.approx(1e-9 / 1e-2)
-    for measure in (whitening_error, off_diagonal):
-        assert measure(torch.zeros(3, 2, 2), Q.expand(3, 2, 2)).tolist() == [0, 0, 0]
-        torch.testing.assert_close(measure(P * 1e-30, Q), measure(P, Q))
+    assert basis._whitening(low).item() == pytest.approx(1e-9 / math.sqrt(8 * torch.finfo(low.dtype).eps))
+    assert basis._whitening(torch.zeros(3, 2, 2)).tolist() == [0, 0, 0]
+    torch.testing.assert_close(basis._whitening(P * 1e-30), basis._whitening(P))
 
 
 def test_the_polar_factor_of_the_image_is_the_basis_that_was() -> None:

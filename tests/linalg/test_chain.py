@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from steepest.linalg import newton_schulz
+from steepest.linalg import runner
 from steepest.linalg.chain import Apply, Chain, Column, Gram, Product, Sum, chain
 from steepest.linalg.coefficients import SCHEDULES, Schedule, polar_express
-from steepest.linalg.polar import _prescaled, default_restarts, polar
+from steepest.linalg.newton_schulz import newton_schulz
+from steepest.linalg.polar import default_restarts, polar
+from steepest.linalg.scaling import prescaled
 from steepest.ops import backend
 from steepest.ops.polar_chain import polar_chain
 from steepest.ops.symm_gemm import Number, Workspace
@@ -99,12 +101,12 @@ def test_the_op_runs_the_chain(
     name: str, restarts: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wide, tall and square stacks in one call, each as if alone; against the same nodes in torch ops."""
-    monkeypatch.setattr(newton_schulz, "gemm", gemm)
-    monkeypatch.setattr(newton_schulz, "linear", linear)
+    monkeypatch.setattr(runner, "gemm", gemm)
+    monkeypatch.setattr(runner, "linear", linear)
     schedule, plan = ALL[name], chain(ALL[name], restarts)
     spectra = ("gaussian", "root", "flat")
     stacks = [
-        _prescaled(torch.stack([with_spectrum(m, n, spectrum) for spectrum in spectra]).float(), dtype)
+        prescaled(torch.stack([with_spectrum(m, n, spectrum) for spectrum in spectra]).float(), dtype)
         for m, n in ((24, 40), (40, 24), (17, 17))
     ]
 
@@ -118,7 +120,7 @@ def test_the_op_runs_the_chain(
     found, slacks = run(stacks)
     for x, y, slack in zip(stacks, found, slacks, strict=True):
         held = torch.empty(len(x))
-        wanted = newton_schulz.newton_schulz([x.clone()], schedule, restarts, Workspace(), eps=1e-7, slacks=[held])[0]
+        wanted = newton_schulz([x.clone()], schedule, restarts, Workspace(), eps=1e-7, slacks=[held])[0]
         torch.testing.assert_close(slack, held, rtol=1e-5, atol=0)
         torch.testing.assert_close(y.float(), wanted.float(), rtol=0, atol=16 * torch.finfo(dtype).eps)
         for i in range(len(x)):
@@ -150,15 +152,15 @@ BOUNDS = {
 @pytest.mark.parametrize("dtype,name", BOUNDS)
 @pytest.mark.parametrize("form", ["standard", "gram"])
 def test_rounding_of_every_preset(dtype: torch.dtype, name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(newton_schulz, "gemm", gemm)
-    monkeypatch.setattr(newton_schulz, "linear", linear)
+    monkeypatch.setattr(runner, "gemm", gemm)
+    monkeypatch.setattr(runner, "linear", linear)
     off_diagonal, largest = BOUNDS[dtype, name]
     for spectrum in ("gaussian", *SPECTRA):
         for m, n in ((128, 128), (128, 512), (512, 128), (192, 256)):
             x = with_spectrum(m, n, spectrum)
-            y = _prescaled(x.float()[None], dtype)
+            y = prescaled(x.float()[None], dtype)
             restarts = default_restarts(ALL[name], form, m, n, dtype)
-            y = newton_schulz.newton_schulz([y], ALL[name], restarts, Workspace(), eps=1e-7, slacks=[torch.empty(1)])[0]
+            y = newton_schulz([y], ALL[name], restarts, Workspace(), eps=1e-7, slacks=[torch.empty(1)])[0]
             error = polar_error(x, y[0])
             assert error.off_diagonal <= off_diagonal, (spectrum, m, n, error)
             assert error.largest <= largest, (spectrum, m, n, error)
@@ -208,16 +210,16 @@ def test_a_first_product_of_fp8_factors_is_not_good_enough(monkeypatch: pytest.M
             a, b = ((t * scale).to(fp8).float() / scale for t in (a, b))
         return gemm(a, b, c, **more)
 
-    monkeypatch.setattr(newton_schulz, "linear", linear)
+    monkeypatch.setattr(runner, "linear", linear)
     worst = []
     for product in (gemm, first_in_fp8):
-        monkeypatch.setattr(newton_schulz, "gemm", product)
+        monkeypatch.setattr(runner, "gemm", product)
         errors = []
         for spectrum in SPECTRA:
             products = 0
             x = with_spectrum(128, 512, spectrum)
-            y = _prescaled(x.float()[None], torch.float16)
-            (y,) = newton_schulz.newton_schulz([y], schedule, (2,), Workspace(), eps=1e-7, slacks=[torch.empty(1)])
+            y = prescaled(x.float()[None], torch.float16)
+            (y,) = newton_schulz([y], schedule, (2,), Workspace(), eps=1e-7, slacks=[torch.empty(1)])
             errors.append(polar_error(x, y[0]).off_diagonal)
         worst.append(max(errors))
     assert worst[1] > 10 * worst[0]

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from steepest import planner
-from steepest.budget import cut
+from steepest.chunking import chunk_by_bytes
 from steepest.linalg.chain import Apply, Chain, Gram, Node, Product, Sum, chain
 from steepest.linalg.coefficients import SCHEDULES
-from steepest.linalg.polar import _prescaled, workspace_bytes
+from steepest.linalg.polar import workspace_bytes
+from steepest.linalg.scaling import prescaled
 from steepest.ops import backend
 from steepest.ops.polar_chain import polar_chain
-from steepest.planner import Stack
+from steepest.tools import planner
+from steepest.tools.planner import Stack
 from support.singular_values import with_spectrum
 from support.slow import slow
 
@@ -187,7 +188,7 @@ def test_chunks_change_no_bit(restarts: tuple[int, ...], dtype: torch.dtype) -> 
     plan = CHAINS["auto", restarts]
     spectra = ("gaussian", "root", "flat", "log", "gaussian")
     stacks = [
-        _prescaled(torch.stack([with_spectrum(m, n, spectrum) for spectrum in spectra]).float(), dtype)
+        prescaled(torch.stack([with_spectrum(m, n, spectrum) for spectrum in spectra]).float(), dtype)
         for m, n in ((8, 24), (24, 16), (16, 16))
     ]
     whole, slacks = run(plan, stacks, 1)
@@ -200,10 +201,10 @@ def test_chunks_change_no_bit(restarts: tuple[int, ...], dtype: torch.dtype) -> 
 def test_chunks_of_runs_that_fit_into_a_budget() -> None:
     """What `max_workspace_bytes` cuts first is cut again, and a matrix is what it is alone."""
     plan = CHAINS["auto", (2,)]
-    x = _prescaled(torch.stack([with_spectrum(16, 40, "root") for _ in range(7)]).float(), torch.float16)
+    x = prescaled(torch.stack([with_spectrum(16, 40, "root") for _ in range(7)]).float(), torch.float16)
     (whole,), (slack,) = run(plan, [x], 1)
     budget = 3 * workspace_bytes(16, 40, x.dtype)
-    runs = list(cut(x.split(1), lambda each: len(each) * workspace_bytes(16, 40, x.dtype), budget))
+    runs = list(chunk_by_bytes(x.split(1), lambda each: len(each) * workspace_bytes(16, 40, x.dtype), budget))
     assert [len(each) for each in runs] == [3, 3, 1]
     parts = [run(plan, [torch.cat(each)], 2) for each in runs]
     assert torch.equal(torch.cat([found for (found,), _ in parts]), whole)
@@ -232,7 +233,7 @@ def test_chunks_on_a_gpu(dtype: torch.dtype) -> None:
     """Within the order of sums: where a tile is cut depends on how many there are."""
     plan = CHAINS["auto", (2,)]
     stacks = [
-        _prescaled(torch.stack([with_spectrum(m, n, "root") for _ in range(6)]).float(), dtype).cuda()
+        prescaled(torch.stack([with_spectrum(m, n, "root") for _ in range(6)]).float(), dtype).cuda()
         for m, n in ((256, 512), (512, 256), (136, 264))
     ]
     whole, slacks = run(plan, stacks, 1)

@@ -13,7 +13,8 @@ from torch import Tensor
 from steepest.linalg import schatten as schatten_module
 from steepest.linalg.coefficients import SCHEDULES, Schedule, polar_express
 from steepest.linalg.newton_schulz import newton_schulz, newton_schulz_plain
-from steepest.linalg.polar import _prescaled, default_restarts
+from steepest.linalg.polar import default_restarts
+from steepest.linalg.scaling import prescaled
 from steepest.linalg.schatten import schatten
 from steepest.ops.symm_gemm import Workspace, gemm
 from steepest.ops.weight_update import weight_update
@@ -40,7 +41,7 @@ def raised(m: int, n: int, what: str, factor: float) -> Tensor:
 
 
 def run(x: Tensor, schedule: Schedule, restarts: tuple[int, ...]) -> Tensor:
-    y = _prescaled(x.float()[None], FP16)
+    y = prescaled(x.float()[None], FP16)
     return newton_schulz([y], schedule, restarts, Workspace(), eps=1e-7, slacks=[torch.empty(1)])[0][0].double()
 
 
@@ -92,7 +93,7 @@ def test_a_large_matrix(name: str, form: str) -> None:
 def test_the_iteration_as_it_is_printed(preset: str) -> None:
     for what, factor in RAISED:
         x = raised(160, 200, what, factor)
-        y = newton_schulz_plain(_prescaled(x.float()[None], FP16), SCHEDULES[preset].tables[0], eps=1e-7)[0].double()
+        y = newton_schulz_plain(prescaled(x.float()[None], FP16), SCHEDULES[preset].tables[0], eps=1e-7)[0].double()
         assert_near_the_polynomial(x, y, SCHEDULES[preset], 0.02)
 
 
@@ -148,7 +149,7 @@ def test_a_product_is_scaled_before_it_is_stored() -> None:
 def test_an_update_of_weights_holds_the_last_product() -> None:
     """Q X is at most the norm that X is divided by times 1.3: sqrt(m), which needs no scaling."""
     x = raised(160, 200, "row", 1000)
-    y = _prescaled(x.float()[None], FP16)
+    y = prescaled(x.float()[None], FP16)
     weights = torch.zeros(160, 200)
     q = torch.eye(160).half()[None] * 500
     weight_update(q, y, [weights], alpha=torch.tensor([1e-6]), beta=torch.tensor([1.0]))

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from steepest.linalg import coefficients as tables
-from steepest.linalg import polar as module
 from steepest.linalg.newton_schulz import newton_schulz
-from steepest.linalg.polar import _prescaled, compute_dtype, default_restarts, polar, polars
+from steepest.linalg.polar import choice, compute_dtype, default_restarts, polar, polars
+from steepest.linalg.scaling import prescaled
 from steepest.ops.symm_gemm import Workspace
 from support.polar_error import assert_polar, polar_error
 from support.singular_values import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, polynomial_of, with_spectrum
@@ -242,7 +242,7 @@ def test_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compute_dtype("auto", torch.float16, "cuda") == torch.float16
     assert compute_dtype("jordan", torch.float32, "cuda") == torch.bfloat16
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda native=native: native)
+        monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda native=native: native)
         assert compute_dtype("auto", torch.float16, "cpu") == dtype
     assert compute_dtype("svd", torch.bfloat16, "cpu") == torch.float32
 
@@ -252,9 +252,9 @@ def test_a_cpu_counts_as_the_environment_says(switch: str, dtype: torch.dtype, m
     for detected in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda detected=detected: detected)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        monkeypatch.setattr(module, "cpu_bf16", switch)
+        monkeypatch.setattr(choice, "cpu_bf16", switch)
         assert compute_dtype("auto", torch.float32, "cpu") == dtype
-        monkeypatch.setattr(module, "cpu_bf16", "")
+        monkeypatch.setattr(choice, "cpu_bf16", "")
         assert compute_dtype("auto", torch.float32, "cpu") == (torch.bfloat16 if detected else torch.float32)
 
 
@@ -263,7 +263,7 @@ def test_what_the_environment_may_say_of_a_cpu(monkeypatch: pytest.MonkeyPatch) 
     environment = {**os.environ, "STEEPEST_CPU_BF16": "no"}
     said = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=120)
     assert said.stdout == "'no'\n", said.stderr
-    monkeypatch.setattr(module, "cpu_bf16", "no")
+    monkeypatch.setattr(choice, "cpu_bf16", "no")
     message = "STEEPEST_CPU_BF16='no' is neither '0' (this CPU has no native bf16 products) nor '1' (it has them)"
     with pytest.raises(ValueError, match=re.escape(message)):
         polar(torch.eye(3))
@@ -278,7 +278,7 @@ def test_the_fp16_path_keeps_its_range(spectrum: str, scale: float) -> None:
     """
     x = with_spectrum(24, 64, spectrum)[None]
     plan = tables.SCHEDULES["auto"]
-    y = _prescaled((scale * x).float(), torch.float16)
+    y = prescaled((scale * x).float(), torch.float16)
     (y,) = newton_schulz([y], plan, (2,), Workspace(), eps=1e-7, slacks=[torch.empty(len(x))])
     assert y.isfinite().all()
     assert (y[0].double() - expected(x[0], "auto")).norm() / max(1, expected(x[0], "auto").norm()) < 0.3

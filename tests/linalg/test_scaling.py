@@ -11,18 +11,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steepest import Muon
-from steepest.bench.counting import Peak
 from steepest.linalg import polar as polar_module
 from steepest.linalg import schatten as schatten_module
-from steepest.linalg.basis import eigh_refresh, off_diagonal, orthonormality
+from steepest.linalg.basis import eigh_refresh, orthonormality
 from steepest.linalg.coefficients import SCHEDULES
 from steepest.linalg.newton_schulz import newton_schulz
-from steepest.linalg.polar import _prescaled, polar, polars
+from steepest.linalg.polar import polar, polars
 from steepest.linalg.roots import inverse_root, spectral_bound
-from steepest.linalg.scaling import inverse_power_of_two, largest_entry
+from steepest.linalg.scaling import inverse_power_of_two, largest_entry, prescaled
 from steepest.linalg.schatten import schatten
 from steepest.ops.polar_chain import Update
 from steepest.ops.symm_gemm import Workspace
+from steepest.tools.bench.counting import Peak
+from support.eigenvalues import off_diagonal
 from support.singular_values import gaussian, polynomial_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -74,7 +75,7 @@ def test_a_matrix_is_brought_into_range_as_it_is(dtype: torch.dtype, work: torch
         if count == 3:
             stack[2, 3, 4] = torch.nan
         kept = stack.clone()
-        y = _prescaled(stack, work)
+        y = prescaled(stack, work)
         torch.testing.assert_close(stack, kept, rtol=0, atol=0, equal_nan=True)
         assert y.dtype == work
         found = y[0].double()
@@ -107,7 +108,7 @@ def test_the_fp16_iteration_of_any_magnitude(dtype: torch.dtype) -> None:
     """What a GPU runs; entries of 1e-40 gave NaN."""
     for magnitude in magnitudes(dtype):
         given, same = stored(gaussian(128, 160).clamp(-3, 3), dtype, magnitude)
-        y = _prescaled(given[None], torch.float16)
+        y = prescaled(given[None], torch.float16)
         (y,) = newton_schulz([y], SCHEDULES["auto"], (2,), Workspace(), eps=1e-7, slacks=[torch.empty(1)])
         wanted = polynomial_of(same, SCHEDULES["auto"])
         assert (y[0].double() - wanted).norm() <= 0.02 * wanted.norm(), magnitude
@@ -148,8 +149,9 @@ def test_roots_and_bases_of_any_magnitude() -> None:
 def test_a_step_on_what_is_left_of_a_momentum(work: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parameter that gets no gradient for thousands of steps: its momentum shrinks to nothing and moves it no less
     far until it does, and never is there anything that is not finite."""
-    monkeypatch.setattr(polar_module, "compute_dtype", lambda *_: work)
-    monkeypatch.setattr(polar_module, "_check", lambda *_: None)  # which refuses fp16 on a CPU
+    for module in (polar_module, polar_module.choice):
+        monkeypatch.setattr(module, "compute_dtype", lambda *_: work)
+    monkeypatch.setattr("steepest.linalg.polar.factors._check", lambda *_: None)  # which refuses fp16 on a CPU
     weight = torch.nn.Parameter(torch.zeros(16, 24))
     optimizer = Muon([weight], lr=1.0, weight_decay=0.0, backend=backend)
     weight.grad = gaussian(16, 24).float()
@@ -192,7 +194,7 @@ def test_prescaling_takes_one_copy(dtype: torch.dtype, work: torch.dtype) -> Non
     """In the compute dtype; of fp64, whose range is not that of any other, one in fp32 as well."""
     x = torch.empty(4, 512, 1024, dtype=dtype, device="meta")
     bytes_each = work.itemsize + (4 if dtype == torch.float64 else 0)
-    assert peak_of(lambda: _prescaled(x, work)) <= 1.01 * bytes_each * x.numel()
+    assert peak_of(lambda: prescaled(x, work)) <= 1.01 * bytes_each * x.numel()
 
 
 @pytest.mark.parametrize("work", [torch.float16, torch.bfloat16, torch.float32], ids=str)

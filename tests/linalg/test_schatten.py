@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from steepest.linalg import newton_schulz
+from steepest.linalg import runner
 from steepest.linalg import schatten as module
-from steepest.linalg.polar import _prescaled, polar
+from steepest.linalg.polar import polar
+from steepest.linalg.scaling import prescaled
 from steepest.linalg.schatten import SAFETY, STEPS, by_products, compute_dtype, schatten
-from steepest.ops.symm_gemm import Number
+from steepest.ops.symm_gemm import Number, Workspace
 from support.singular_values import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, with_spectrum
 
 INF = math.inf
@@ -212,6 +213,7 @@ def gemm(
     beta: float = 1.0,
     out: Tensor,
     symmetric: bool = False,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """A product as a GPU takes it: 16-bit operands, fp32 inside, one rounding."""
     return sixteen(alpha * (a.float() @ b.float()) + (0.0 if c is None else beta * c.float()), out, symmetric)
@@ -230,10 +232,10 @@ ROUNDING = {
 def test_16_bits_stay_near_the_composition(
     p: float, spectrum: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "gemm", gemm)
+    monkeypatch.setattr(runner, "gemm", gemm)
     for shape in ((96, 96), (96, 384), (384, 96), (37, 101)):
         x = with_spectrum(*shape, spectrum)
-        d = module._by_products(_prescaled(x[None], dtype), p)[0]
+        d = module._by_products(prescaled(x[None], dtype), p)[0]
         assert off_diagonal(x, d, p) < ROUNDING[dtype][p]
         assert norm(d, p).item() == pytest.approx(1, abs=0.02)
 
@@ -254,7 +256,7 @@ def furthest_short(x: Tensor, p: float, d: Tensor) -> float:
 @pytest.mark.parametrize("m, n", [(2, 2), (3, 4), (4, 5), (8, 10), (20, 64)])
 def test_no_small_matrix_goes_astray(p: float, m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 one in thousands did: rounding does not average out, and the bound of the norm is sharp."""
-    monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda: True)
+    monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: True)
     x = matrices(2000 // m, m, n, lambda g: 10 ** -torch.rand(m, generator=g))
     assert furthest_short(x, p, schatten(x.float(), p)) < 0.02
 
@@ -288,8 +290,7 @@ def flops(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
         return product
 
     with monkeypatch.context() as patch:
-        for where in (module, newton_schulz):
-            patch.setattr(where, "gemm", counting(where.gemm))
+        patch.setattr(runner, "gemm", counting(runner.gemm))
         call()
     return counted[0]
 
@@ -408,7 +409,7 @@ def test_which_p_have_products_and_in_which_dtype(monkeypatch: pytest.MonkeyPatc
     assert compute_dtype(1, torch.bfloat16, "cpu") == compute_dtype(2, torch.bfloat16, "cuda") == torch.float32
     assert compute_dtype(4, torch.float64, "cuda") == torch.float64
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda native=native: native)
+        monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda native=native: native)
         assert compute_dtype(4, torch.float32, "cpu") == dtype
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from steepest.matrices import Piece, pieces
 from steepest.parts import Decay, Hyper, Momentum, Rounding, Spectral
-from steepest.plan import Group, Plan
 from steepest.recipe import Recipe, State
+from steepest.step import Parameter, Plan, StepOptions
 from support.problems import RECIPES, SHAPES, TOLERANCE, gap, gaussian, refer
 from support.slow import slow
 
@@ -42,9 +42,11 @@ class World:
     def planned(self, recipe: Recipe, hyper: Hyper, grads: list[Tensor], **options: Any) -> Plan:
         for p, g in zip(self.params, grads, strict=True):
             p.grad = g
-        places = [(0, i) for i in range(len(grads))]
-        group = Group(recipe, self.params, self.states, self.pieces, places, **options)
-        plan = Plan([group], {torch.device("cpu"): self.skipped})
+        parameters = [
+            Parameter(p, state, recipe, pieces, 0, i, StepOptions(**options))
+            for i, (p, state, pieces) in enumerate(zip(self.params, self.states, self.pieces, strict=True))
+        ]
+        plan = Plan(parameters, {torch.device("cpu"): self.skipped})
         plan.step([hyper])
         return plan
 

@@ -12,43 +12,44 @@ from torch import Tensor
 from steepest.matrices import pieces
 from steepest.ops import backend, multi_tensor
 from steepest.parts import Diagonal
-from steepest.plan import Group, reason, route
 from steepest.recipe import Recipe
+from steepest.step import Parameter, StepOptions
+from steepest.step.plan import reason, route
 from support.problems import RECIPES
 
 needs_extension = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 ODD_POWER = replace(RECIPES["muadam"], precondition=Diagonal(0.3))
 
 
-def group_of(recipe: Recipe, p: Tensor, **options: Any) -> Group:
+def parameter_of(recipe: Recipe, p: Tensor, **options: Any) -> Parameter:
     p.grad = torch.ones_like(p)
-    return Group(recipe, [p], [recipe.init(p)], [pieces(p.shape)], [(0, 0)], **options)
+    return Parameter(p, recipe.init(p), recipe, pieces(p.shape), options=StepOptions(**options))
 
 
 @needs_extension
 def test_what_the_fused_ops_take() -> None:
     matrix = torch.zeros(6, 4)
-    assert reason(group_of(RECIPES["muadam"], matrix), 0) is None
-    assert reason(group_of(RECIPES["muadam"], matrix.double()), 0) is None
-    assert reason(group_of(RECIPES["muadam"], torch.zeros(4, 6).t()), 0) is None
-    assert reason(group_of(ODD_POWER, matrix), 0) == (
+    assert reason(parameter_of(RECIPES["muadam"], matrix)) is None
+    assert reason(parameter_of(RECIPES["muadam"], matrix.double())) is None
+    assert reason(parameter_of(RECIPES["muadam"], torch.zeros(4, 6).t())) is None
+    assert reason(parameter_of(ODD_POWER, matrix)) == (
         "the preconditioner's power is 0.3; the kernels have 1/4, 1/2 and 1/6"
     )
     deep = torch.zeros(2, 2, 2, 2, 2)[:, :, ::2]
-    assert reason(group_of(RECIPES["muadam"], deep), 0) == "a tensor is not contiguous and has more than 4 dimensions"
+    assert reason(parameter_of(RECIPES["muadam"], deep)) == "a tensor is not contiguous and has more than 4 dimensions"
 
 
 @needs_extension
 def test_routes_on_a_cpu() -> None:
-    group = group_of(RECIPES["muadam"], torch.zeros(6, 4))
-    assert route(group, 0) == "cpu"
-    assert route(replace(group, backend="torch"), 0) == "torch"
-    assert route(group_of(RECIPES["muadam"], torch.zeros(0, 4), backend="cpu"), 0) == "torch"
-    assert route(group_of(ODD_POWER, torch.zeros(6, 4)), 0) == "torch"
+    parameter = parameter_of(RECIPES["muadam"], torch.zeros(6, 4))
+    assert route(parameter) == "cpu"
+    assert route(replace(parameter, options=StepOptions(backend="torch"))) == "torch"
+    assert route(parameter_of(RECIPES["muadam"], torch.zeros(0, 4), backend="cpu")) == "torch"
+    assert route(parameter_of(ODD_POWER, torch.zeros(6, 4))) == "torch"
     with pytest.raises(RuntimeError, match="step: backend='cuda' cannot run: the tensors are on cpu"):
-        route(replace(group, backend="cuda"), 0)
+        route(replace(parameter, options=StepOptions(backend="cuda")))
     with pytest.raises(RuntimeError, match="step: backend='cpu' cannot run: the preconditioner's power is 0.3"):
-        route(group_of(ODD_POWER, torch.zeros(6, 4), backend="cpu"), 0)
+        route(parameter_of(ODD_POWER, torch.zeros(6, 4), backend="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -65,4 +66,4 @@ def test_triton_takes_what_is_flat(p: Tensor, recipe: str, wanted: str, monkeypa
     pytest.importorskip("triton", reason="Triton is not installed")
     why = {"cuda": "not built", "triton": None, "cpu": "the tensors are on cuda"}
     monkeypatch.setattr(multi_tensor, "reasons", lambda device: why)
-    assert route(group_of(RECIPES[recipe], p), 0) == wanted
+    assert route(parameter_of(RECIPES[recipe], p)) == wanted

@@ -90,8 +90,8 @@ def test_the_fused_ops_are_traced_whole() -> None:
 
     def step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor, table: Table) -> None:
         groups = Groups([0.1, 0.0, 0.9, 0.999, 1e-8], [], [], [0])
-        multi_tensor.inspect([g], [t], table, [program.packed()], [0, 1], groups)
-        multi_tensor.before([g], [m], [v], [], [p], [], table, items)
+        multi_tensor.grad_stats([g], [t], table, [program.packed()], [0, 1], groups)
+        multi_tensor.update_moments([g], [m], [v], [], [p], [], table, items)
 
     results = []
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):

@@ -36,7 +36,7 @@ def averages(beta: float, steps: int, dtype: torch.dtype | None, seed: int = 0) 
     part, hyper = Rotated(beta=beta, side="smaller", dtype=dtype), Hyper(0.1)
     state = part.init(torch.zeros(1, 6, 8))
     for step in range(steps):
-        state |= part.learn(state, gaussian(1, 6, 8, seed=1000 * seed + step).float(), hyper)
+        state |= part.update_factors(state, gaussian(1, 6, 8, seed=1000 * seed + step).float(), hyper)
     return state["left"]
 
 
@@ -56,7 +56,7 @@ def test_an_average_does_not_stand_still() -> None:
     state |= {"left": torch.eye(4, dtype=BF16)[None], "learned": torch.tensor(1e6)}
     nearest = state["left"]
     for _ in range(3000):
-        state |= part.learn(state, g, hyper)
+        state |= part.update_factors(state, g, hyper)
         nearest = torch.lerp(nearest.float(), g @ g.mT, 0.001).to(BF16)
     wanted = 1.5 - 0.5 * 0.999**3000
     assert torch.equal(nearest, torch.eye(4, dtype=BF16)[None])
@@ -70,9 +70,9 @@ def test_the_random_bits_are_of_the_step_and_of_the_side() -> None:
     part, hyper, g = Rotated(beta=0.5, dtype=BF16), Hyper(0.1), gaussian(1, 6, 6).float()
     g = g + g.mT  # both factors are one matrix
     state = part.init(g)
-    one = part.learn({**state, "learned": torch.tensor(7.0)}, g, hyper)
-    same = part.learn({**state, "learned": torch.tensor(7.0)}, g, hyper)
-    other = part.learn({**state, "learned": torch.tensor(8.0)}, g, hyper)
+    one = part.update_factors({**state, "learned": torch.tensor(7.0)}, g, hyper)
+    same = part.update_factors({**state, "learned": torch.tensor(7.0)}, g, hyper)
+    other = part.update_factors({**state, "learned": torch.tensor(8.0)}, g, hyper)
     assert torch.equal(one["left"], same["left"])
     assert not torch.equal(one["left"], other["left"])
     assert not torch.equal(one["left"], one["right"])
@@ -84,7 +84,7 @@ def test_what_is_rotated_there_and_back() -> None:
     hyper, x = Hyper(0.1, eps=1e-2), gaussian(2, 12, 8, seed=50).float()
     state = wide.init(x)
     for step in range(10):
-        state |= wide.learn(state, gaussian(2, 12, 8, seed=step).float(), hyper)
+        state |= wide.update_factors(state, gaussian(2, 12, 8, seed=step).float(), hyper)
     state |= wide.take({**state, **wide.refresh(wide.gather([state], exact=True), [state])[0]})
     rounded = {key: t.to(BF16) if key.endswith(("left", "right", "basis")) else t for key, t in state.items()}
     assert orthonormality(rounded["left_basis"].float()).max() < 2.0**-8

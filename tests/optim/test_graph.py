@@ -337,7 +337,7 @@ def test_numbers_elsewhere_are_refused() -> None:
 def test_triton_is_refused(recorded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     inner, params = both_kinds(steepest.MuAdam)
     step = steepest.graphed(inner)
-    monkeypatch.setattr("steepest.plan.Plan.backends", {"triton"})
+    monkeypatch.setattr("steepest.step.plan.Plan.backends", {"triton"})
     for i in range(2):
         in_place(params, i)
         step.step()

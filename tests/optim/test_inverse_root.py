@@ -14,7 +14,7 @@ from torch import Tensor
 
 import steepest
 from steepest.linalg.roots import spectral_bound
-from steepest.parts import Diagonal, Frobenius, Hyper, Momentum, Roots, Rotated, Sides
+from steepest.parts import Diagonal, Frobenius, Graft, Hyper, Momentum, Roots, Rotated, Sides
 from steepest.parts.precondition import State, roots
 from steepest.recipe import CLOCK, Recipe, step_one
 from support.problems import gap, gaussian
@@ -44,14 +44,14 @@ def learned(part: Roots, shape: tuple[int, int, int], steps: int = 6) -> State:
     """After a few gradients, refreshed after the first, the third and the last."""
     state = part.init(torch.zeros(shape, dtype=torch.float64))
     for step in range(steps):
-        state |= part.learn(state, gaussian(*shape, seed=step), HYPER)
+        state |= part.update_factors(state, gaussian(*shape, seed=step), HYPER)
         if step in (0, 2, steps - 1):
             state |= refreshed(part, state)
     return state
 
 
 def refreshed(part: Roots, state: State) -> State:
-    return part.take({**state, **part.refresh(part.gather([state]), [state])[0]})
+    return part.commit({**state, **part.refresh(part.gather([state]), [state])[0]})
 
 
 def power(factor: Tensor, exponent: float, ridge: float = 1e-6) -> Tensor:
@@ -93,7 +93,7 @@ def test_between_refreshes_the_scale_is_the_mean_of_what_is_whitened() -> None:
     part, shape = Roots(exponent=0.5, side="smaller"), (2, 4, 6)
     state, x = learned(part, shape), gaussian(2, 4, 6, seed=20)
     old = state["left"]
-    state |= part.learn(state, 30 * gaussian(2, 4, 6, seed=40), HYPER)
+    state |= part.update_factors(state, 30 * gaussian(2, 4, 6, seed=40), HYPER)
     inverse = power(old, -1.0)
     s = [float((inverse[i] @ state["left"][i]).trace() / (inverse[i] @ old[i]).trace()) for i in range(2)]
     assert min(s) > 10
@@ -107,11 +107,11 @@ def test_a_gradient_in_its_factor_is_never_long(rank: int, length: float) -> Non
     """||L^(-1/2) g||^2 <= n / w, w its weight in L, though the root may never have seen it."""
     part, hyper = Roots(exponent=0.5, side="smaller", beta=0.9), HYPER
     state = part.init(torch.zeros(1, 4, 6, dtype=torch.float64))
-    state |= part.learn(state, gaussian(1, 4, 1) @ gaussian(1, 1, 6), hyper)
+    state |= part.update_factors(state, gaussian(1, 4, 1) @ gaussian(1, 1, 6), hyper)
     state |= refreshed(part, state)
     for step in range(1, 4):
         g = length * gaussian(1, 4, rank, seed=step) @ gaussian(1, rank, 6, seed=9)
-        state |= part.learn(state, g, hyper)
+        state |= part.update_factors(state, g, hyper)
         weight = 0.1 / (1 - 0.9 ** (step + 1))
         u = part.back(state, part.into(state, g, hyper, None), hyper, None)
         assert u.norm() < (4 / weight) ** 0.5 * (1 + 1e-9)
@@ -121,7 +121,7 @@ def test_a_root_that_cannot_be_trusted_is_not_taken(monkeypatch: pytest.MonkeyPa
     part = Roots(exponent=0.5)
     state = learned(part, (3, 5, 4))
     kept = {key: t.clone() for key, t in state.items()}
-    state |= part.learn(state, gaussian(3, 5, 4, seed=9), HYPER)
+    state |= part.update_factors(state, gaussian(3, 5, 4, seed=9), HYPER)
     solve = roots.inverse_root
 
     def doubtful(A: Tensor, p: int, **how: Any) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ def test_a_root_that_cannot_be_trusted_is_not_taken(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(roots, "inverse_root", doubtful)
     found = part.refresh(part.gather([state]), [state])[0]
-    state |= part.take({**state, **found}) | {key: found[key] for key in roots.RESIDUALS}
+    state |= part.commit({**state, **found}) | {key: found[key] for key in roots.RESIDUALS}
     for side in ("left", "right"):
         for key in (f"{side}_root", f"{side}_inverse"):
             assert torch.equal(state[key][1], kept[key][1])
@@ -144,7 +144,7 @@ def test_where_nothing_was_learned_there_is_no_step() -> None:
         part = Roots(**own)
         state, x = part.init(gaussian(2, 5, 4)), gaussian(2, 5, 4)
         assert not part.into(state, x, HYPER, None).any()
-        state |= part.learn(state, torch.stack([x[0], torch.zeros(5, 4)]), HYPER)
+        state |= part.update_factors(state, torch.stack([x[0], torch.zeros(5, 4)]), HYPER)
         state |= refreshed(part, state)
         found = part.into(state, x, HYPER, None)
         assert found[0].any()
@@ -163,10 +163,10 @@ def test_it_is_the_form_in_eigenbases(exponent: float, side: Any, shape: tuple[i
 
     Of full rank from the first gradient on: in a null space it is the ridge that decides, and the two have their own.
     """
-    shared = {"beta": 0.95, "side": side, "every": 7, "current": True}
+    shared = {"beta": 0.95, "side": side, "every": 7, "update_first": True}
     by_basis = Rotated(Sides(exponent, "refresh", ridge=1e-12), method="eigh", **shared)
     by_roots = Roots(exponent=exponent, ridge=1e-12, scale="refresh", **shared)
-    recipe = Recipe(Momentum(), by_basis, Frobenius(), scale="dual", graft=Diagonal(key="graft"))
+    recipe = Recipe(Momentum(), by_basis, Frobenius(), scale="dual", transforms=(Graft(Diagonal(key="graft")),))
     ours, theirs = replace(recipe, precondition=by_roots), recipe
     w = [gaussian(*shape, seed=9)] * 2
     states, hyper, worst = [ours.init(w[0]), theirs.init(w[0])], replace(HYPER, lr=0.02, weight_decay=0.1), 0.0

@@ -130,13 +130,13 @@ def test_a_step_of_all_is_step_one_of_each(name: str) -> None:
 
 def test_a_piece_sees_its_own_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a parameter that is read as several matrices, under the names of one."""
-    seen, learn = [], rotated.Rotated.learn
+    seen, learn = [], rotated.Rotated.update_factors
 
     def watched(self: Any, state: State, g: Tensor, hyper: Any) -> State:
         seen.append((set(state), state["left"].shape[-1]))
         return learn(self, state, g, hyper)
 
-    monkeypatch.setattr(rotated.Rotated, "learn", watched)
+    monkeypatch.setattr(rotated.Rotated, "update_factors", watched)
     p = torch.nn.Parameter(gaussian(9, 4))
     optimizer = steepest.SOAP([{"params": [p], "split_sizes": (4, 3, 2)}])
     p.grad = gaussian(9, 4, seed=1)

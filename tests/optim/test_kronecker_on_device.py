@@ -87,8 +87,10 @@ def test_a_step_keeps_to_the_device(name: str, delay: int, monkeypatch: pytest.M
         assert ("read" in events) == (phase.refreshes and step > 0 and reads)
         assert ("beside" in events) == (phase.refreshes and step > 0 and delay > 0)
         assert ("written" in events) == phase.refreshes
-        assert ("join" in events) == phase.takes == (delay > 0 and step > delay and part.phase(step - delay).refreshes)
-        if phase.takes:
+        assert (
+            ("join" in events) == phase.commits == (delay > 0 and step > delay and part.phase(step - delay).refreshes)
+        )
+        if phase.commits:
             assert events[0] == "join"
         if "read" in events:
             assert {"eigh", "auto"} <= set(events)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from steepest.bench.counting import Peak
 from steepest.optimizer import MatrixOptimizer
+from steepest.tools.bench.counting import Peak
 from support.training import KRONECKER, OPTIMIZERS, all_same_bits, give_gradients, parameters, train
 
 SIDE, COUNT = 64, 16

@@ -110,7 +110,7 @@ def test_serves_on(cls: type[MatrixOptimizer], change: Callable[..., None]) -> N
 def test_is_made_anew(cls: type[MatrixOptimizer], change: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """And the step is that of the parts, which plan nothing. In fp32: momenta that differ in their last bit may round
     to neighbours in bf16, whose polar factors are not within the bound."""
-    monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda: False)
+    monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: False)
     runs = []
     for backend in ("auto", "torch"):
         optimizer, params = both_kinds(cls, polar="svd", backend=backend)

@@ -128,7 +128,7 @@ def trained_by_torch(make: Make, w: Tensor, grads: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("name", RECIPES)
 def test_step_one_treats_a_batch_as_its_matrices_and_changes_no_input(name: str) -> None:
     recipe, w, g = RECIPES[name], gaussian(3, 4, 5, seed=1), gaussian(3, 4, 5, seed=2)
-    state = recipe.observe(recipe.init(g), gaussian(3, 4, 5, seed=3), HYPER)
+    state = recipe.update_moments(recipe.init(g), gaussian(3, 4, 5, seed=3), HYPER)
     kept = w.clone(), g.clone(), {key: t.clone() for key, t in state.items()}
     together, after = step_one(recipe, w, g, state, HYPER)
     for i in range(3):
@@ -144,7 +144,7 @@ def test_step_one_treats_a_batch_as_its_matrices_and_changes_no_input(name: str)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_gradient_that_is_not_finite_changes_nothing(name: str, bad: float) -> None:
     recipe, w, g = RECIPES[name], gaussian(4, 5, seed=1), gaussian(4, 5, seed=2)
-    state = recipe.observe(recipe.init(g), g, HYPER)
+    state = recipe.update_moments(recipe.init(g), g, HYPER)
     spoiled = g.clone()
     spoiled[1, 2] = bad
     for before in (recipe.init(g), state):

@@ -33,7 +33,9 @@ def test_a_refresh_is_taken_so_many_steps_later(first: Any, every: int, delay: i
     assert refreshed == [i for i, phase in enumerate(map(Rotated(first=first, every=every).phase, range(20)))
                          if phase.refreshes]  # fmt: skip
     assert [i for i, phase in enumerate(phases) if phase.at_once] == [0]
-    assert [i for i, phase in enumerate(phases) if phase.takes] == [i + delay for i in refreshed[1:] if i + delay < 20]
+    assert [i for i, phase in enumerate(phases) if phase.commits] == [
+        i + delay for i in refreshed[1:] if i + delay < 20
+    ]
 
 
 EVERY = 5
@@ -160,8 +162,8 @@ def test_a_gradient_that_is_not_finite_while_a_refresh_is_pending(name: str, at:
         if step == at:
             assert torch.equal(p, before)
             assert all(torch.equal(optimizer.state[p][k], t + 1 if k == CLOCK else t) for k, t in kept.items())
-        if part.phase(step).takes and step != at:
-            again = part.take(dict(optimizer.state[p]))
+        if part.phase(step).commits and step != at:
+            again = part.commit(dict(optimizer.state[p]))
             assert all(torch.equal(t, optimizer.state[p][key]) for key, t in again.items())
         lengths.append(float((p.detach() - before).norm()))
     assert max(lengths[at:]) < 4 * max(lengths[:at])

@@ -9,6 +9,7 @@ import steepest
 from steepest.ops.multi_tensor import Scaling
 from steepest.optimizer import MatrixOptimizer
 from steepest.recipe import CLOCK
+from steepest.step.eager import Eager
 from support.training import (
     KRONECKER,
     OPTIMIZERS,
@@ -93,9 +94,14 @@ def test_one_infinity_stops_the_whole_step(cls: type[MatrixOptimizer], backend: 
     assert int(optimizer.skipped_updates()[torch.device("cpu")]) == len(params)
 
 
-def test_a_traced_step_takes_the_scale_where_its_parameters_are() -> None:
+def test_a_traced_step_takes_the_scale_where_its_parameters_are(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [torch.nn.Parameter(torch.zeros(4, 3, device="meta"))]
     params[0].grad = torch.zeros(4, 3, device="meta")
     optimizer = steepest.MuAdam(params)
-    batch = optimizer._batch(0, optimizer.param_groups[0], Scaling(torch.zeros(()), torch.ones(())))
-    assert [t.device.type for t in (batch.scaling.found_inf, batch.scaling.grad_scale) if t is not None] == ["meta"] * 2
+    scales: list[dict[torch.device, Scaling]] = []
+    monkeypatch.setattr(Eager, "decide", lambda self, hypers, scaling, reduce: scales.append(scaling))
+    for name in ("observe", "finish"):
+        monkeypatch.setattr(Eager, name, lambda self: None)
+    optimizer._traced_step(Scaling(torch.zeros(()), torch.ones(())))
+    (scaling,) = scales[0].values()
+    assert [t.device.type for t in (scaling.found_inf, scaling.grad_scale) if t is not None] == ["meta"] * 2

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import steepest
-from steepest.parts import Decay, Momentum
-from steepest.recipe import Recipe
 from steepest.zoo.trust_region import NIGT, NORMS, Fromage, OrthogonalSGDM, TrustRegion
 from steepest.zoo.vector import NormalizedSGD
 from support.problems import gap, gaussian, polar_by_svd
@@ -180,14 +178,9 @@ def test_what_does_not_go_together_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             region(p, **options)
-    with pytest.raises(ValueError, match="for weight decay inside the model"):
-        Recipe(scale="within")
-    with pytest.raises(ValueError, match="no decay to be cautious"):
-        Decay(cautious=True, inside=True)
-    with pytest.raises(ValueError, match="momentum of updates"):
-        Momentum(of="updates", bias_correction=True)
-    with pytest.raises(ValueError, match="momentum of 'weights' is not known"):
-        Momentum(of="weights")  # type: ignore[arg-type]
+    for cls, options in ((TrustRegion, {"composite": "ridge"}), (OrthogonalSGDM, {}), (Fromage, {})):
+        with pytest.raises(ValueError, match="no decay to be cautious"):
+            cls([{"params": [p], "use_muon": True}], cautious_wd=True, **options)
 
 
 def test_a_model_is_routed_and_a_group_may_hold_any_shape() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import steepest
 from steepest import diagnostics
-from steepest.compare import methods, tasks
+from steepest.tools.compare import methods, tasks
 from support.problems import gaussian
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

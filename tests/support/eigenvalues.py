@@ -31,6 +31,14 @@ def symmetric(values: Tensor, seed: int = 0) -> Tensor:
     return (U * values) @ U.mT
 
 
+def off_diagonal(P: Tensor, Q: Tensor) -> Tensor:
+    """||B - diag B||_F / ||P||_F for B = Q^T P Q in fp64; 0 for P = 0.   P, Q: (..., n, n) -> (...)."""
+    B = Q.double().mT @ P.double() @ Q.double()
+    norm = torch.linalg.matrix_norm(P.double())
+    rest = B - torch.diag_embed(B.diagonal(dim1=-2, dim2=-1))
+    return torch.linalg.matrix_norm(rest) / torch.where(norm == 0, 1, norm)
+
+
 def drifting(n: int, spectrum: str, count: int, *, every: int = 1, drift: float = 0.02) -> Iterator[Tensor]:
     """``count`` averages P <- .95 P + .05 G G^T in fp32, ``every`` steps apart.
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steepest.ops.multi_tensor import CHUNK, COLUMNS, HYPERS, SUMS, Table
-from steepest.ops.program import Program
+from steepest.ops.multi_tensor import CHUNK, COLUMNS, SUMS, Table
+from steepest.ops.program import HYPERS, Program
 
 NAN, INF = float("nan"), float("inf")
 F, B, H = torch.float32, torch.bfloat16, torch.float16
@@ -32,6 +32,12 @@ PROGRAMS = (
     Program(power="quarter", direction="identity", cautious=True, maximize=True),
     Program(nesterov=True, direction="sign"),
     Program(power="sixth", second_correction=True, direction="sign"),
+    Program(nesterov=True, power="half", start_first=True, decay_scaled=True),
+    Program(power="quarter", start_first=True, direction="identity", decay_after=True),
+    Program(momentum_correction=True, decay_after=True, decay_scaled=True, maximize=True),
+    Program(heavy_ball=True, nesterov=True, power="quarter", sum=True, cautious=True, decay_scaled=True),
+    Program(nesterov=True, power="sixth", second_correction=True, frozen_moments=True),
+    replace(ADAMW, frozen_moments=True, decay_after=True),
 )
 # (matrices, shape): no multiple of 8, of a chunk; several matrices; several chunks a matrix.
 SHAPES = ((1, (5,)), (1, (3, 24)), (4, (4, 6, 8)), (3, (3, 5, 7)), (1, ()), (1, (1, 1, 9)), (2, (2, CHUNK + 3)))
@@ -135,7 +141,8 @@ def random_state(
         lists["mantissas"].append(low if keeps else torch.empty(0, dtype=torch.int16))
         scale = torch.rand(matrices, generator=generator, dtype=torch.float64) + 0.5
         lists["lengths"].append(scale if turn % 2 else absent.double())
-        lists["steps"].append(torch.tensor(float(turn % 5)) if turn % 4 else absent)
+        count = torch.tensor(float(turn % 2 if program.start_first else turn % 5))
+        lists["steps"].append(count if turn % 4 or program.start_first else absent)
     lists["overrides"] = [torch.tensor(0.05), torch.tensor(0.9375, dtype=torch.float64)]
     numel = [t.numel() for t in lists["grads"]]
     items = [(m, n // m) for m, n in zip(lists["matrices"], numel)]
@@ -166,27 +173,29 @@ def _transposed(t: Tensor) -> Tensor:
     return t.t().contiguous().t() if t.numel() else t
 
 
-def inspect(op: Any, state: State, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-    count, table = len(state.programs), state.table
-    op.inspect(
-        state.grads,
-        state.steps,
-        table.rows,
-        table.sums,
-        table.skipped,
-        table.scratch,
+def grad_stats(op: Any, state: State, found_inf: Tensor | None, grad_scale: Tensor | None, decide: bool = True) -> None:
+    table = state.table
+    memory = (table.rows, table.sums, table.skipped, table.scratch)
+    op.grad_stats(state.grads, state.steps, *memory, *_row_numbers(state), found_inf, grad_scale, decide)
+
+
+def decide_steps(op: Any, state: State, grad_scale: Tensor | None) -> None:
+    table = state.table
+    op.decide_steps(state.steps, table.rows, table.sums, table.skipped, *_row_numbers(state), grad_scale)
+
+
+def _row_numbers(state: State) -> tuple[object, ...]:
+    return (
         [p.packed() for p in state.programs],
         state.first_sums(),
-        [i % len(GROUPS) for i in range(count)],
+        [i % len(GROUPS) for i in range(len(state.programs))],
         [number for group in GROUPS for number in group],
         state.overrides,
-        [0, HYPERS + 2],  # the first group's learning rate, the second's beta1
-        found_inf,
-        grad_scale,
+        [0, len(HYPERS) + 2],  # the first group's learning rate, the second's beta1
     )
 
 
-def before(op: Any, state: State, members: list[int] | None = None) -> None:
+def update_moments(op: Any, state: State, members: list[int] | None = None) -> None:
     some = list(range(len(state.programs))) if members is None else members
     absent = torch.empty(0)
     whole = [i if state.programs[i].whole else None for i in some]
@@ -194,13 +203,13 @@ def before(op: Any, state: State, members: list[int] | None = None) -> None:
     if members is not None:  # no list is as good as a list of absent ones
         params, mantissas = [], []
     slots = [[each[i] for i in some] for each in (state.grads, state.momenta, state.seconds, state.inputs)]
-    op.before(*slots, params, mantissas, *_numbers(state, some))
+    op.update_moments(*slots, params, mantissas, *_numbers(state, some))
 
 
-def after(op: Any, state: State) -> None:
+def apply_update(op: Any, state: State) -> None:
     some = [i for i, program in enumerate(state.programs) if not program.whole]
     slots = (state.inputs, state.seconds, state.params, state.mantissas, state.lengths)
-    op.after(*([each[i] for i in some] for each in slots), *_numbers(state, some))
+    op.apply_update(*([each[i] for i in some] for each in slots), *_numbers(state, some))
 
 
 def _numbers(state: State, some: list[int]) -> tuple[object, ...]:
@@ -252,9 +261,10 @@ def compare(ops: Any, device: torch.device, make: Callable[[], State] = problem)
         assert int(wanted.table.skipped) == (0, 2, 2 + len(wanted.params))[step]
         wanted.inputs[0].fill_(NAN)  # not read where the step is not taken, and overwritten
     wanted.steps = []
+    wanted.programs = [replace(p, start_first=False) for p in wanted.programs]
     state = wanted.copy(device)
-    inspect(ops, state, None, None)
-    inspect(torch.ops.steepest, wanted, None, None)
+    grad_stats(ops, state, None, None)
+    grad_stats(torch.ops.steepest, wanted, None, None)
     assert_close(state, wanted)
 
 
@@ -266,11 +276,18 @@ def compare_step(
     grad_scale: Tensor | None = None,
 ) -> None:
     """A step of the host's, and beside it each op of the others from the state that it began with."""
-    state = wanted.copy(device)
-    inspect(ops, state, *(None if t is None else t.to(device) for t in (found_inf, grad_scale)))
-    inspect(torch.ops.steepest, wanted, found_inf, grad_scale)
+    state, apart = wanted.copy(device), wanted.copy(device)
+    scaling = [None if t is None else t.to(device) for t in (found_inf, grad_scale)]
+    grad_stats(ops, state, *scaling)
+    grad_stats(torch.ops.steepest, wanted, found_inf, grad_scale)
     assert_close(state, wanted)
-    for op in (before, after):
+    apart.table.rows.fill_(NAN)
+    grad_stats(ops, apart, *scaling, decide=False)
+    assert apart.table.rows[:, 3:].isnan().all(), "nothing is decided yet"
+    decide_steps(ops, apart, scaling[1])
+    for (name, found, _), (_, once, _) in zip(apart.written(), state.written(), strict=True):
+        torch.testing.assert_close(found, once, rtol=0, atol=0, equal_nan=True, msg=f"{name}: {{}}".format)
+    for op in (update_moments, apply_update):
         state = wanted.copy(device)
         op(ops, state)
         op(torch.ops.steepest, wanted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes.util
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -28,10 +27,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import steepest
-from steepest import cli
 from steepest.ops import backend, multi_tensor
 from steepest.ops.extension import KINDS, MAJORS, Extension
-from steepest.ops.program import Program
+from steepest.tools import cli, facts
 from support.problems import FEW
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -586,9 +584,9 @@ def test_build_info() -> None:
 @pytest.mark.parametrize(
     "op,written",
     [
-        ("inspect", {"steps", "rows", "skipped", "scratch"}),
-        ("before", {"momenta", "seconds", "inputs", "params", "mantissas", "sums", "scratch"}),
-        ("after", {"params", "mantissas", "sums", "scratch"}),
+        ("grad_stats", {"steps", "rows", "skipped", "scratch"}),
+        ("update_moments", {"momenta", "seconds", "inputs", "params", "mantissas", "sums", "scratch"}),
+        ("apply_update", {"params", "mantissas", "sums", "scratch"}),
     ],
 )
 def test_ops_are_registered(op: str, written: set[str]) -> None:
@@ -816,15 +814,15 @@ def test_reason_follows_the_current_device(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_doctor_names_the_driver_or_why_not() -> None:
-    facts = cli.diagnose()
-    assert "driver: CUDA 12.8)" in cli.describe({**facts, "driver_cuda": "12.8"})
-    assert "driver: not asked (torch sees no CUDA device))" in cli.describe({**facts, "driver_cuda": None})
+    machine = facts.diagnose()
+    assert "driver: CUDA 12.8)" in facts.describe({**machine, "driver_cuda": "12.8"})
+    assert "driver: not asked (torch sees no CUDA device))" in facts.describe({**machine, "driver_cuda": None})
 
 
 def test_doctor_says_what_a_forced_backend_does() -> None:
-    facts = cli.diagnose()
+    machine = facts.diagnose()
     for name, then in (("torch", "every op that has kernels uses it, or fails"), ("gpu", "no backend has this name")):
-        assert f"STEEPEST_BACKEND={name} is set: {then}" in cli.describe({**facts, "forced": name})
+        assert f"STEEPEST_BACKEND={name} is set: {then}" in facts.describe({**machine, "forced": name})
 
 
 def test_backends_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -971,29 +969,3 @@ def test_layout_limits() -> None:
 def test_python_and_the_binary_agree_on_sizes() -> None:
     found = (_C.CHUNK, _C.COLUMNS, _C.SUMS, _C.STRIDED_DIMS)
     assert found == (multi_tensor.CHUNK, len(multi_tensor.COLUMNS), len(multi_tensor.SUMS), multi_tensor.STRIDED_DIMS)
-
-
-FIELDS: list[dict[str, Any]] = [
-    *({name: True} for name, value in vars(Program()).items() if isinstance(value, bool)),
-    *({"power": power} for power in ("quarter", "half", "sixth")),
-    *({"direction": kind} for kind in ("identity", "sign")),
-    *({"rounding": mode} for mode in ("stochastic", "mantissa")),
-]
-
-
-def test_programs_pack_into_14_bits() -> None:
-    """One field at a time: other bits each, so that any fields together are another integer."""
-    packed = [Program(**field).packed() for field in FIELDS]
-    assert len(set(packed)) == len(FIELDS) == 15
-    assert Program().packed() == 0
-    assert all(0 < bits < 2**14 for bits in packed)
-    of_field: dict[str, int] = {}
-    for field, bits in zip(FIELDS, packed):
-        (name,) = field
-        of_field[name] = of_field.get(name, 0) | bits
-    masks = list(of_field.values())
-    assert sum(masks) == functools.reduce(int.__or__, masks) == 2**14 - 1, "fields share no bit"
-    together = Program(*(True, True, True, "sixth", True, True, True, "sign", True, "mantissa", True))
-    assert together.packed() == sum(
-        Program(**{name: value}).packed() for name, value in vars(together).items() if name in of_field
-    )

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from steepest import cli, doctor, planner
 from steepest.linalg.chain import Apply, Gram, Product
+from steepest.linalg.polar import choose
 from steepest.ops import backend, polar_chain
-from steepest.planner import Plan, Stack
+from steepest.tools import cli, doctor, facts, planner
+from steepest.tools.planner import Plan, Stack
 from support.slow import slow
 
-NO_LAUNCHES = planner._no_launches("gram", Stack(1, 256, 512), planner.schedule("auto", None, None), (2,))
+NO_LAUNCHES = planner._no_launches(choose(256, 512, device="cuda"), Stack(1, 256, 512))
 needs_launches = pytest.mark.skipif(NO_LAUNCHES is not None, reason=f"{NO_LAUNCHES}")
 needs_extension = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 
@@ -210,7 +211,7 @@ def test_doctor_says_whether_the_products_for_hopper_are_there(hopper: bool, arc
     cuda = "13.0" if architectures else None
     info = {"version": "1", "commit": None, "torch": "2", "cuda": cuda, "compiler": "c++"}
     info |= {"hopper": hopper, "architectures": architectures}
-    text = cli.describe({**cli.diagnose(), "compiled": info})
+    text = facts.describe({**facts.diagnose(), "compiled": info})
     assert f", {'with' if hopper else 'without'} products for Hopper; torch 2 headers" in text
     assert (f"compiled  WARNING: {backend.NO_HOPPER}" in text) == (bool(architectures) and not hopper)
 
@@ -263,7 +264,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernel: str) -> None
     """In processes that doctor starts, what each elementwise op does."""
     text = f"""
 import os, signal, sys
-if "steepest.doctor" in " ".join(sys.orig_argv):
+if "steepest.tools.doctor" in " ".join(sys.orig_argv):
     import steepest.ops.multi_tensor as multi_tensor
     right = multi_tensor._op
     def run(name):

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import steepest
-from steepest import cli, zoo
-from steepest.compare import methods, mushrooms, records, report, tasks, text, training
-from steepest.compare.gpt import Shape
+from steepest import zoo
+from steepest.tools import cli
+from steepest.tools.compare import methods, mushrooms, records, report, tasks, text, training
+from steepest.tools.compare.gpt import Shape
 
 TINY = replace(
     tasks.QUICK, shape=Shape(layers=1, width=16, heads=2, context=16), windows=4, held_out_windows=8, rows=32
@@ -256,7 +257,7 @@ def test_the_table_has_the_best_first_and_the_csv_the_same_rows(tmp_path: Path) 
 
 @pytest.fixture
 def compare(tmp_path: Path, book: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    from steepest.compare import command
+    from steepest.tools.compare import command
 
     monkeypatch.setattr(command, "QUICK", TINY)
 

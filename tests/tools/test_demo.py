@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import steepest
-from steepest.compare import text
-from steepest.compare.gpt import GPT, Shape
-from steepest.compare.progress import Progress
-from steepest.compare.training import learning_rate_factor
+from steepest.tools.compare import text
+from steepest.tools.compare.gpt import GPT, Shape
+from steepest.tools.compare.progress import Progress
+from steepest.tools.compare.training import learning_rate_factor
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -11,7 +11,7 @@ import torch
 
 from steepest.ops.tracing import assume_constant_result
 
-HEAVY = ("torch._dynamo", "torch._inductor", "triton", "matplotlib", "numpy", "steepest.bench", "steepest.compare")
+HEAVY = ("torch._dynamo", "torch._inductor", "triton", "matplotlib", "numpy", "steepest.tools")
 
 MEASURED = """
 import json, sys, time
@@ -39,6 +39,39 @@ def test_importing_costs_a_fraction_of_importing_torch() -> None:
     assert "steepest.zoo" in new
     assert not [name for name in new if name in HEAVY or name.startswith(tuple(f"{heavy}." for heavy in HEAVY))]
     assert min(run["steepest"] for run in runs) < 0.25 * min(run["torch"] for run in runs)
+
+
+def test_a_command_imports_its_tool_alone() -> None:
+    told = "import sys; from steepest.tools import cli; cli.main(['plan', '--shape', '64x64']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    modules = done.stdout.splitlines()[-1].split()
+    assert {name for name in modules if name.startswith("steepest.tools.")} == {
+        "steepest.tools.cli",
+        "steepest.tools.planner",
+    }
+
+
+OLD_PATHS = """
+import importlib, sys, warnings
+from steepest._moved import MOVED
+for name in (*MOVED, "bench.case", "compare.text"):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        exec(f"import steepest.{name}")
+    old, new = f"steepest.{name}", f"steepest.tools.{name}"
+    said = [(str(each.message), each.filename) for each in told if each.category is DeprecationWarning]
+    assert (f"{old} has moved: import {new}", "<string>") in said, said
+    module = importlib.import_module(new)
+    assert sys.modules[old] is module
+    assert module.__spec__.name == module.__name__ == new
+"""
+
+
+def test_an_old_path_of_a_tool_is_the_tool_itself() -> None:
+    """The warning names the line of the import, and no module is there twice."""
+    done = subprocess.run([sys.executable, "-c", OLD_PATHS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_constant_is_marked_as_torch_marks_it() -> None:

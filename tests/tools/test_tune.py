@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from steepest import cli, tune
+from steepest.linalg.coefficients import SCHEDULES
 from steepest.linalg.newton_schulz import newton_schulz
 from steepest.ops import backend, tuning
+from steepest.ops.symm_gemm import Workspace
 from steepest.ops.tuning import Asked
+from steepest.tools import cli, tune
 
 pytest.importorskip("triton", reason="Triton is not installed")
 kernels = pytest.importorskip("steepest.kernels.symm_gemm", reason="steepest.kernels is not importable")
@@ -229,11 +231,11 @@ def test_candidates_add_up_in_one_order(capability: tuple[int, int]) -> None:
 
 def test_products_of_a_polar_call_are_those_that_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As its chain calls them, on the way through `gemm`."""
-    from steepest.linalg import newton_schulz as module
+    from steepest.linalg import runner
 
     for rows, columns, restarts in ((256, 512, (2,)), (512, 256, (2,)), (256, 256, (1, 2, 3))):
         made = []
-        gemm = module.gemm
+        gemm = runner.gemm
 
         def record(a: Any, b: Any, c: Any = None, *, inner: Any = gemm, into: Any = made, **options: Any) -> Any:
             symmetric = options.get("symmetric", False)
@@ -242,10 +244,9 @@ def test_products_of_a_polar_call_are_those_that_it_makes(monkeypatch: pytest.Mo
             return inner(a, b, c, **options)
 
         with monkeypatch.context() as patched:
-            patched.setattr(module, "gemm", record)
+            patched.setattr(runner, "gemm", record)
             x, slack = torch.randn(2, rows, columns), torch.empty(2)
-            known = tune.schedule("auto", None, None)
-            newton_schulz([x], known, restarts, module.Workspace(), eps=1e-7, slacks=[slack])
+            newton_schulz([x], SCHEDULES["auto"], restarts, Workspace(), eps=1e-7, slacks=[slack])
         found = tune.products([(2, rows, columns)], of=["polar"])
         assert {str(each) for each in found} == {str(each) for each in made}
         assert {(str(each), each.a_rows, each.b_rows) for each in found} <= {

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..ops import eigh
 from ..ops.products import product
-from .scaling import PowerOfTwo, inverse_power_of_two, largest_entry, to_order_one
+from .scaling import PowerOfTwo, inverse_power_of_two, largest_entry
 
 Method = Literal["auto", "jr", "qr", "eigh"]
 
@@ -175,25 +175,6 @@ def symmetrize(P: Tensor) -> Tensor:
 def orthonormality(Q: Tensor) -> Tensor:
     """||Q^T Q - I||_F / sqrt n of every matrix.   Q: (..., n, n) -> (...)."""
     return _frobenius(_minus_identity(_gram(Q)))
-
-
-@torch.no_grad()
-def off_diagonal(P: Tensor, Q: Tensor) -> Tensor:
-    """||B - diag B||_F / ||P||_F for B = Q^T P Q; 0 for P = 0.   P, Q: (..., n, n) -> (...)."""
-    P = to_order_one(P)
-    B = _exact(Q.mT, _exact(P, Q))
-    norm = torch.linalg.matrix_norm(P)
-    return torch.linalg.matrix_norm(_without_diagonal(B)) / torch.where(norm == 0, 1, norm)
-
-
-@torch.no_grad()
-def whitening_error(P: Tensor, Q: Tensor, *, floor_rel: float | None = None) -> Tensor:
-    """||D^-1/2 B D^-1/2 - I||_F / sqrt n off the diagonal, B = Q^T P Q and D = diag B.   P, Q: (..., n, n) -> (...).
-
-    It is how far from I the covariance of a gradient stays that was whitened in the basis Q.  D is not taken below
-    ``floor_rel`` max D, by default 8 eps; 0 for P = 0.
-    """
-    return _whitening(symmetrize(_exact(Q.mT, _exact(to_order_one(P), Q))), floor_rel)
 
 
 @torch.no_grad()
@@ -419,7 +400,7 @@ def _progress(new: _Basis, old: _Basis) -> Tensor:
 
 def _rounding(B: Tensor) -> Tensor:
     """A whitening error that rounding alone can make: of entries eps max d / 32, three times what was seen."""
-    d = _floored(_diagonal(B), 8 * torch.finfo(B.dtype).eps)
+    d = _floored(_diagonal(B))
     top = d.amax(-1, keepdim=True)
     return torch.finfo(B.dtype).eps / 32 * (top / torch.where(d == 0, 1, d)).sum(-1) / math.sqrt(d.shape[-1])
 
@@ -445,8 +426,9 @@ def _diagonal(B: Tensor) -> Tensor:
     return B.diagonal(dim1=-2, dim2=-1).clamp_min(0)
 
 
-def _floored(d: Tensor, floor_rel: float) -> Tensor:
-    return torch.maximum(d, floor_rel * d.amax(-1, keepdim=True))
+def _floored(d: Tensor) -> Tensor:
+    """The values d, (..., n), none taken below f = 8 eps max d."""
+    return torch.maximum(d, 8 * torch.finfo(d.dtype).eps * d.amax(-1, keepdim=True))
 
 
 def _descending(basis: _Basis) -> Tensor:
@@ -466,8 +448,9 @@ def _frobenius(E: Tensor) -> Tensor:
     return torch.linalg.vector_norm(E, dim=(-2, -1)) / math.sqrt(E.shape[-1])
 
 
-def _whitening(B: Tensor, floor_rel: float | None = None) -> Tensor:
-    d = _floored(_diagonal(B), 8 * torch.finfo(B.dtype).eps if floor_rel is None else floor_rel)
+def _whitening(B: Tensor) -> Tensor:
+    """The whitening error, ||D^-1/2 B D^-1/2 - I||_F / sqrt n off the diagonal, D = diag B.   (..., n, n) -> (...)."""
+    d = _floored(_diagonal(B))
     scale = torch.where(d == 0, 0, d.rsqrt())
     return _frobenius(_without_diagonal(B) * scale[..., :, None] * scale[..., None, :])
 

@@ -82,6 +82,41 @@ Node = Gram | Product | Sum | Apply
 
 
 @dataclass(frozen=True)
+class Operand:
+    """A buffer as it enters a product; what lies in it has contiguous rows."""
+
+    buffer: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Multiplication:
+    """The product A B of a node: A is m x k, B k x n; of a symmetric result the lower triangle is enough."""
+
+    a: Operand
+    b: Operand
+    m: int
+    n: int
+    k: int
+    symmetric: bool
+
+
+def multiplication(node: Gram | Product | Apply, rows: int, columns: int) -> Multiplication:
+    """What a node multiplies where X is rows x columns.
+
+    csrc/polar/chain.cpp says the same for a launch; `steepest plan` and `steepest tune` ask here.
+    """
+    short, tall = min(rows, columns), rows > columns
+    if isinstance(node, Gram):
+        a, b = Operand(node.x, transposed=tall), Operand(node.x, transposed=not tall)
+        return Multiplication(a, b, short, short, max(rows, columns), symmetric=True)
+    if isinstance(node, Product):
+        return Multiplication(Operand(node.a), Operand(node.b), short, short, short, symmetric=True)
+    left, right = (node.x, node.q) if tall else (node.q, node.x)
+    return Multiplication(Operand(left), Operand(right), rows, columns, short, symmetric=False)
+
+
+@dataclass(frozen=True)
 class Chain:
     """What happens to X after its first Gram product, and the numbers of it.
 

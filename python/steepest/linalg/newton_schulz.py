@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..ops.chain_numbers import chain_numbers
 from ..ops.polar_chain import Update, polar_chain, takes
-from ..ops.symm_gemm import Workspace, gemm, linear
-from ..ops.weight_update import weight_update
-from .chain import Apply, Column, Gram, Node, Number, Product, chain
+from ..ops.symm_gemm import Workspace
+from .chain import Gram, chain
 from .coefficients import Schedule, Table
+from .runner import Runner
 
 
 def newton_schulz(
@@ -35,30 +35,31 @@ def newton_schulz(
     ``updates``, one for each x or none: the last product goes into the weights, W <- beta W + eta polar(X), and no
     direction is written; no results then.
     """
-    plan = chain(schedule, tuple(sorted(restarts)))
-    numbers = (plan.constants, plan.powers, schedule.slacks)
+    products = chain(schedule, tuple(sorted(restarts)))
+    numbers = (products.constants, products.powers, schedule.slacks)
     tight = schedule.norm == "tight"
-    found = list(xs)
-    at_once = [i for i, x in enumerate(xs) if takes(x, plan.constants, updates[i] if updates else None)]
+    results = list(xs)
+    at_once = [i for i, x in enumerate(xs) if takes(x, products.constants, updates[i] if updates else None)]
     if at_once:
-        own = [xs[i] for i in at_once]
-        ys = [torch.empty_like(x) for x in own]
+        stacks = [xs[i] for i in at_once]
+        ys = [torch.empty_like(x) for x in stacks]
         into = [updates[i] for i in at_once] if updates else ()
-        polar_chain(own, ys, [slacks[i] for i in at_once], plan.packed, *numbers, tight=tight, eps=eps, updates=into)
-        for i, y in zip(at_once, ys if plan.result == "y" else own, strict=True):
-            found[i] = y
+        filled = [slacks[i] for i in at_once]
+        polar_chain(stacks, ys, filled, products.packed, *numbers, tight=tight, eps=eps, updates=into)
+        for i, y in zip(at_once, ys if products.result == "y" else stacks, strict=True):
+            results[i] = y
     for i, x in enumerate(xs):
         if i in at_once:
             continue
-        run = _Run(x, workspace if len(xs) == 1 else Workspace())
+        run = Runner(x, workspace if len(xs) == 1 else Workspace())
         run(Gram("gram", "x"))
         run.numbers = chain_numbers(run["gram"], *numbers, tight=tight, eps=eps, slack=slacks[i])
-        for node in plan.nodes[:-1] if updates else plan.nodes:
+        for node in products.nodes[:-1] if updates else products.nodes:
             run(node)
         if updates:
-            run.update(plan.nodes[-1], updates[i])
-        found[i] = run[plan.result]
-    return [] if updates else found
+            run.update(products.nodes[-1], updates[i])
+        results[i] = run[products.result]
+    return [] if updates else results
 
 
 def newton_schulz_plain(x: Tensor, table: Table, *, eps: float) -> Tensor:
@@ -73,49 +74,3 @@ def newton_schulz_plain(x: Tensor, table: Table, *, eps: float) -> Tensor:
         gram = torch.bmm(wide, wide.mT)
         wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide.mT if x.shape[-2] > x.shape[-1] else wide
-
-
-class _Run:
-    """The buffers and numbers of one batch; called with a node, it does what the node says."""
-
-    def __init__(self, x: Tensor, workspace: Workspace) -> None:
-        self.x, self.workspace = x, workspace
-        self.tall = x.shape[-2] > x.shape[-1]
-        self.numbers: Tensor | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name == "x":
-            return self.x
-        m = min(self.x.shape[-2:])
-        return self.workspace.get(name, self.x.shape if name == "y" else (len(self.x), m, m), self.x)
-
-    def value(self, number: Number) -> float | Tensor:
-        if not isinstance(number, Column):
-            return number
-        assert self.numbers is not None
-        return self.numbers[:, number.index]
-
-    def update(self, node: Node, update: Update) -> None:
-        assert isinstance(node, Apply)
-        assert node.beta == 0
-        q, x = self[node.q], self[node.x]
-        a, b = (x, q) if self.tall else (q, x)
-        alpha = torch.where(update.eta == 0, 0, update.eta * self.value(node.alpha))  # of NaN too
-        weight_update(a, b, update.weights, alpha=alpha, beta=update.beta, workspace=self.workspace)
-
-    def __call__(self, node: Node) -> None:
-        out, space = self[node.out], self.workspace
-        if isinstance(node, Gram):
-            x = self[node.x].mT if self.tall else self[node.x]
-            gemm(x, x.mT, out=out, symmetric=True)
-            return
-        alpha, beta = self.value(node.alpha), self.value(node.beta)
-        if isinstance(node, Product):
-            a, b, c = self[node.a], self[node.b], self[node.c]
-            gemm(a, b, c, alpha=alpha, beta=beta, out=out, symmetric=True, workspace=space)
-        elif isinstance(node, Apply):
-            q, x = self[node.q], self[node.x]
-            a, b = (x, q) if self.tall else (q, x)
-            gemm(a, b, x if node.beta else None, alpha=alpha, beta=beta, out=out, workspace=space)
-        else:
-            linear(self[node.a], self[node.c] if node.beta else None, alpha=alpha, beta=beta, gamma=node.gamma, out=out)

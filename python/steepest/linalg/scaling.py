@@ -7,10 +7,13 @@ makes 0.  So a power of two comes as two numbers, and one is applied after the o
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..ops.symm_gemm import times
 
 # fp16 holds 65504: the largest entry goes here, so that entries 2^28 times smaller keep all their digits.
 FP16_EXPONENT = 15
@@ -63,6 +66,35 @@ def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     exponent = (FP16_EXPONENT - _exponent(largest)).clamp(max=most)
     factor = torch.where(largest.isfinite(), _power(exponent, largest.dtype), torch.nan)
     return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+
+
+def prescaled(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new contiguous x in ``dtype``, times a power of two that brings its largest entry into [1/2, 1).
+
+    The factor is exact, so neither a Gram product nor a conversion over- or underflows and no digit is lost.  In fp16
+    it brings the mean eigenvalue of X X^T into [1/4, 1) instead, the largest below m.  NaN if x is not finite.
+    """
+    if x.dtype == torch.float64 and dtype != torch.float64:  # whose range no other dtype has
+        x = narrowed(x, torch.float32)
+    if dtype != torch.float16:
+        return _scaled(x, inverse_power_of_two(largest_entry(x)), _like(x, dtype))
+    half = x if x.dtype == torch.float16 else narrowed(x, torch.float16)
+    # fp32 holds the squares, and torch reads fp16 into it without a copy.
+    norm = torch.linalg.vector_norm(half, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    scale = inverse_power_of_two(norm / math.sqrt(min(x.shape[-2:])))
+    return _scaled(half, scale, _like(x, dtype) if half is x else half)
+
+
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _scaled(x: Tensor, scale: PowerOfTwo, out: Tensor) -> Tensor:
+    """``scale x`` into ``out``, which may be x."""
+    first, second = (factor.flatten() for factor in scale)
+    if x.dtype == torch.float16:  # for whose range one number is enough
+        return times(x, first * second, out=out)
+    return times(times(x, first, out=out), second, out=out)
 
 
 def _exponent(value: Tensor) -> Tensor:

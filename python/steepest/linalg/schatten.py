@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from ..ops.chain_numbers import squared_norm_bound
-from ..ops.symm_gemm import Workspace, gemm, linear, times
+from ..ops.symm_gemm import Workspace, linear, times
 from . import polar as _polar
-from .polar import _chunk, _prescaled
-from .scaling import inverse_power_of_two
+from .polar.jobs import chunk_size
+from .runner import Runner
+from .scaling import inverse_power_of_two, prescaled
 
 METHODS = ("auto", "matmul", "eigh")
 #: (a, b, c, d) of every step; d of the first is 0.
@@ -152,13 +153,13 @@ def schatten(
     batch = x.reshape(-1, *x.shape[-2:])
     out = torch.empty(batch.shape, dtype=x.dtype, device=x.device)
     _, m, n = batch.shape
-    size = _chunk(batch, workspace_bytes(p, m, n, work, method=method), max_workspace_bytes)
+    size = chunk_size(batch, workspace_bytes(p, m, n, work, method=method), max_workspace_bytes)
     for chunk, target in zip(batch.split(size), out.split(size), strict=True):
-        y = _prescaled(chunk, work)
+        y = prescaled(chunk, work)
         if eigh:
             y = _by_eigenvectors(y, p, eps)
         elif p == 1:
-            y = _leading(y, _prescaled(chunk, torch.promote_types(x.dtype, torch.float32)))
+            y = _leading(y, prescaled(chunk, torch.promote_types(x.dtype, torch.float32)))
         else:
             y = _by_products(y, p)
         target.copy_(y)
@@ -233,77 +234,92 @@ def _power(p: float) -> int | None:
 
 def _by_products(x: Tensor, p: float) -> Tensor:
     """U f(S) V^T / ||f(S)||_p.   x: (batch, m, n), entries of order 1 at most, overwritten."""
-    work, power, y = _Products(x), _power(p), x
+    run, power, y = Runner(x, Workspace()), _power(p), "x"
     if power != 0:
-        gram = work.gram("gram", x)
+        gram = run.gram("gram", "x")
         factors = inverse_power_of_two(squared_norm_bound(gram)[0])
         scale = factors.first * factors.second  # entries of x are of order 1, and so is this
         times(gram, scale, out=gram)
         if power is None:
-            y = _compose(work, x, gram, scale, STEPS[p])
+            y = _compose(run, scale, STEPS[p])
         else:
             times(x, scale.sqrt(), out=x)
-            y = work.apply("y", _matrix_power(gram, power), x)
+            y = "y"
+            run.apply(y, _matrix_power(run, power), "x")
     even = power is None and p % 2 == 0
-    norm = _even_norm(work, y, int(p)) if even else _inner(x, y).clamp_min(0) ** (1 / p)
-    return times(y, torch.where(norm == 0, norm, 1 / norm), out=y)
+    norm = _even_norm(run, y, int(p)) if even else _inner(x, run[y]).clamp_min(0) ** (1 / p)
+    return times(run[y], torch.where(norm == 0, norm, 1 / norm), out=run[y])
 
 
-def _compose(work: _Products, x: Tensor, gram: Tensor, scale: Tensor, steps: Steps) -> Tensor:
-    """Y for x and gram = scale X X^T, whose eigenvalues are at most 1; x is divided by a bound of its norm.
+def _compose(run: Runner, scale: Tensor, steps: Steps) -> str:
+    """The buffer of Y for "x" and "gram" = scale X X^T, whose eigenvalues are at most 1; X is divided by a bound.
 
-    The bound is taken from R^2, which the first step needs anyway: on a Gaussian matrix of 1024 rows it is 1.6 times
-    the norm, that from R 2.9 times.
+    The bound of its norm is taken from R^2, which the first step needs anyway: on a Gaussian matrix of 1024 rows it is
+    1.6 times the norm, that from R 2.9 times.
     """
-    square = work.multiply("square", gram, gram)
+    x, gram, square = run["x"], run["gram"], run.multiply("square", "gram", "gram")
     bound = squared_norm_bound(square)[0]
     tight = torch.where(bound == 0, torch.ones_like(bound), bound).rsqrt() / SAFETY**2
     times(x, (scale * tight).sqrt(), out=x)
     a, b, c, _ = steps[0]
-    z = linear(square, gram, alpha=c * tight * tight, beta=b * tight, gamma=a, out=square)
+    linear(square, gram, alpha=c * tight * tight, beta=b * tight, gamma=a, out=square)
     if x.dtype.itemsize > 2 and max(x.shape[-2:]) >= GRAM_ASPECT * min(x.shape[-2:]):
-        return _gram_form(work, x, times(gram, tight, out=gram), z, steps[1:])
-    y = work.apply("y", z, x)
-    for k, (a, b, c, d) in enumerate(steps[1:]):
-        gram = work.gram("gram", y)
-        z = work.multiply("square", gram, gram, gram, alpha=c, beta=b, shift=a)
-        y = work.apply("wy"[k % 2], z, y, x, beta=d)
+        times(gram, tight, out=gram)
+        return _gram_form(run, steps[1:])
+    run.apply("y", "square", "x")
+    y = "y"
+    for a, b, c, d in steps[1:]:
+        run.gram("gram", y)
+        run.multiply("square", "gram", "gram", "gram", alpha=c, beta=b, shift=a)
+        following = "w" if y == "y" else "y"
+        run.apply(following, "square", y, "x", beta=d)
+        y = following
     return y
 
 
-def _gram_form(work: _Products, x: Tensor, gram: Tensor, h: Tensor, steps: Steps) -> Tensor:
-    """The same with Y = Q X, so that X is touched once; not for 16 bits.   gram: R = X X^T; h: Q after the first step.
+def _gram_form(run: Runner, steps: Steps) -> str:
+    """The same with Y = Q X, so that X is touched once; not for 16 bits.   "gram": R = X X^T; "square": Q at first.
 
     With C = X Y^T = Q R and A = Y Y^T a step is Q <- H Q + d I, C <- H C + d R, A <- H (H A + 2 d C) + d^2 R.  A is not
     taken as Q R Q: Q is as large as the lift of small singular values, and its rounding would be multiplied by that.
     """
-    q, c = h, work.multiply("c", h, gram)
-    r = work.multiply("r", h, c)
+    q, c = "square", "c"
+    run.multiply(c, q, "gram")
+    run.multiply("a", q, c)
     for k, (a1, b3, c5, d) in enumerate(steps):
-        z = work.multiply("z", r, r, r, alpha=c5, beta=b3, shift=a1)
-        q = work.multiply(("q", "square")[k % 2], z, q, shift=d)
+        run.multiply("h", "a", "a", "a", alpha=c5, beta=b3, shift=a1)
+        following = "q" if q == "square" else "square"
+        run.multiply(following, "h", q, shift=d)
+        q = following
         if k + 1 < len(steps):
-            t = work.multiply("t", z, r).add_(c, alpha=2 * d)
-            r = work.multiply("r", z, t, gram, beta=d * d)
-            c = work.multiply(("e", "c")[k % 2], z, c, gram, beta=d)
-    return work.apply("y", q, x)
+            run.multiply("t", "h", "a").add_(run[c], alpha=2 * d)
+            run.multiply("a", "h", "t", "gram", beta=d * d)
+            following = "e" if c == "c" else "c"
+            run.multiply(following, "h", c, "gram", beta=d)
+            c = following
+    run.apply("y", q, "x")
+    return "y"
 
 
-def _even_norm(work: _Products, y: Tensor, p: int) -> Tensor:
+def _even_norm(run: Runner, y: str, p: int) -> Tensor:
     """||Y||_p = (tr A^(p/2))^(1/p), A = Y Y^T; (batch,)."""
-    gram = work.gram("gram", y)
-    low = _matrix_power(gram, p // 4)
-    high = low if p % 4 == 0 else work.multiply("square", low, gram)
-    return _inner(low, high).clamp_min(0) ** (1 / p)
+    run.gram("gram", y)
+    low = _matrix_power(run, p // 4)
+    high = run[low] if p % 4 == 0 else run.multiply("square", low, "gram")
+    return _inner(run[low], high).clamp_min(0) ** (1 / p)
 
 
-def _matrix_power(gram: Tensor, power: int) -> Tensor:
-    """gram^power, power >= 1; a new tensor, or gram itself."""
+def _matrix_power(run: Runner, power: int) -> str:
+    """The buffer of "gram"^power, power >= 1: "gram" itself or another."""
     if power == 1:
-        return gram
-    half = _matrix_power(gram, power // 2)
-    found = gemm(half, half, out=torch.empty_like(gram), symmetric=True)
-    return gemm(found, gram, out=torch.empty_like(gram), symmetric=True) if power % 2 else found
+        return "gram"
+    half = _matrix_power(run, power // 2)
+    square, product = ("q", "p") if half == "p" else ("p", "q")
+    run.multiply(square, half, half)
+    if power % 2 == 0:
+        return square
+    run.multiply(product, square, "gram")
+    return product
 
 
 def _leading(y: Tensor, x: Tensor) -> Tensor:
@@ -313,12 +329,13 @@ def _leading(y: Tensor, x: Tensor) -> Tensor:
     thousandth of the largest may mix.
     """
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
-    work = _Products(y)
-    gram = work.gram("gram", y)
-    for k in range(SQUARINGS):
+    run, buffer = Runner(y, Workspace()), "gram"
+    gram = run.gram("gram", "x")
+    for _ in range(SQUARINGS):
         length = torch.linalg.vector_norm(gram.flatten(-2), dim=-1, dtype=x.dtype)
         times(gram, torch.where(length == 0, length, 1 / length), out=gram)
-        gram = work.multiply(("square", "gram")[k % 2], gram, gram)
+        following = "square" if buffer == "gram" else "gram"
+        gram, buffer = run.multiply(following, buffer, buffer), following
     largest = gram.diagonal(dim1=-2, dim2=-1).argmax(-1)[:, None, None]
     u = _unit(gram.gather(-1, largest.expand(-1, gram.shape[-2], 1)).to(x.dtype))
     for _ in range(POLISHINGS):
@@ -352,42 +369,6 @@ def _by_eigenvectors(x: Tensor, p: float, eps: float) -> Tensor:
     length = torch.linalg.vector_norm(f, ord=p, dim=-2, keepdim=True)
     d = u @ (_unit(rows.mT).mT * torch.where(length == 0, length, f / length))
     return torch.where(finite, d.mT if wide.shape != x.shape else d, torch.nan)
-
-
-class _Products:
-    """Products of a batch of matrices into buffers by name: X X^T and Q X, or X^T X and X Q of tall ones."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.space, self.tall = x, Workspace(), x.shape[-2] > x.shape[-1]
-
-    def gram(self, name: str, x: Tensor) -> Tensor:
-        x = x.mT if self.tall else x
-        return gemm(x, x.mT, out=self._square(name), symmetric=True)
-
-    def multiply(
-        self,
-        name: str,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor | None = None,
-        *,
-        alpha: float = 1,
-        beta: float = 0,
-        shift: float = 0,
-    ) -> Tensor:
-        """alpha A B + beta C + shift I of symmetric matrices that commute."""
-        out = gemm(a, b, c, alpha=alpha, beta=beta, out=self._square(name), symmetric=True)
-        if shift:
-            out.diagonal(dim1=-2, dim2=-1).add_(shift)
-        return out
-
-    def apply(self, name: str, q: Tensor, x: Tensor, c: Tensor | None = None, *, beta: float = 0) -> Tensor:
-        a, b = (x, q) if self.tall else (q, x)
-        return gemm(a, b, c, beta=beta, out=self.space.get(name, x.shape, x))
-
-    def _square(self, name: str) -> Tensor:
-        m = min(self.x.shape[-2:])
-        return self.space.get(name, (len(self.x), m, m), self.x)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

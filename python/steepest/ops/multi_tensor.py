@@ -1,9 +1,11 @@
 """The elementwise parts of a step, for lists of tensors: three passes over memory, three ops, one launch each for
 every 170 gradients or 272 items.
 
-    inspect   the gradients: finite or not, largest entry, sum of squares; and from them every parameter's numbers
-    before    momentum, second moment, x = P^-T m in the direction's own 16 bits; the whole step where it is elementwise
-    after     u = P^-1 d, decay, W <- W - step u, stored as the parameter is
+    grad_stats       the gradients: finite or not, largest entry, sum of squares; from them every parameter's numbers
+    update_moments   momentum, second moment, x = P^-T m, of 16 bits as a rule; the whole step where it is elementwise
+    apply_update     u = P^-1 d, decay, W <- W - step u, stored as the parameter is
+
+Whether a parameter steps is decided by `grad_stats`, or by `decide_steps` from what it measured, once ranks agreed.
 
 An *item* is a run of equal matrices in a parameter: all of it, or one piece of a fused weight. A *row* of numbers
 belongs to a parameter and a *line* of sums to a matrix; both are tables on the device, so nothing comes back to the
@@ -26,36 +28,11 @@ from torch import Tensor
 from . import backend as _backend
 from . import selfcheck
 from .backend import choose
-from .program import Program
+from .program import CHUNK, COLUMNS, SUMS, Program
 
 FAMILY = "elementwise"  # of the self-check
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDED_DIMS = 4  # what the kernels walk; kMaxDims in csrc/multi_tensor/layout.h
-#: Elements of a chunk: kChunk in csrc/multi_tensor/params.h.
-CHUNK = 16384
-
-#: Columns of a row of numbers, in the order of `Column` in csrc/multi_tensor/params.h.
-COLUMNS = (
-    "finite",
-    "grad_sq",
-    "grad_max",
-    "step",
-    "grad_scale",
-    "beta1",
-    "one_minus_beta1",
-    "beta2",
-    "one_minus_beta2",
-    "eps",
-    "inverse_mass1",
-    "inverse_mass2",
-    "decay",
-    "lr",
-    "input_scale",
-)
-#: Columns of a line of sums, in the order of `Sum` in csrc/multi_tensor/params.h.
-SUMS = ("input_sq", "input_max", "grad_dot", "momentum_sq", "momentum_max", "update_sq", "param_sq")
-#: Numbers of a group, in the order of `Hyper` in csrc/multi_tensor/params.h.
-HYPERS = 5
 
 
 @dataclass(frozen=True)
@@ -125,7 +102,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Groups:
-    """The numbers of every group: `values` flat, HYPERS a group (lr, weight_decay, beta1, beta2, eps).
+    """The numbers of every group: `values` flat, those of `program.HYPERS` for each.
 
     tensors: numbers that live on the device, fp32 or fp64, one element each; the k-th takes place `at[k]` of `values`.
     of: the group of every gradient.
@@ -148,8 +125,35 @@ class Scaling:
 NOT_SCALED = Scaling()
 
 
-def inspect(
+def grad_stats(
     grads: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    table: Table,
+    programs: Sequence[int],
+    first_sums: Sequence[int],
+    groups: Groups,
+    scaling: Scaling = NOT_SCALED,
+    *,
+    decide: bool = True,
+    backend: str = "auto",
+) -> None:
+    """Fills table.rows, one row a gradient, and counts steps; nothing else is written.
+
+    decide=False: fills the columns finite, grad_sq and grad_max, which are the first three, and counts nothing. They
+    can be reduced over ranks (by min, sum and max) before `decide_steps` does the rest, to the bit as here.
+
+    grads: fp32, bf16, fp16 (fp64 on the CPU), any strides, at least one element; not mutated.
+    steps: fp32 counters of one element, counted up where the gradient is finite; without elements where nobody counts.
+    programs: packed; first_sums: (len(grads) + 1,), the lines of gradient i's matrices are first_sums[i : i + 2].
+    table.skipped counts the parameters whose step is not taken: a gradient that is not finite, or scaling.found_inf.
+    """
+    name = route("grad_stats", grads, backend)
+    arguments = (grads, steps, table.rows, table.sums, table.skipped, table.scratch, programs, first_sums)
+    numbers = (groups.of, groups.values, groups.tensors, groups.at, scaling.found_inf, scaling.grad_scale)
+    _op("grad_stats", name)(*arguments, *numbers, decide)
+
+
+def decide_steps(
     steps: Sequence[Tensor],
     table: Table,
     programs: Sequence[int],
@@ -159,20 +163,17 @@ def inspect(
     *,
     backend: str = "auto",
 ) -> None:
-    """Fills table.rows, one row a gradient, and counts steps; nothing else is written.
+    """Fills the rest of table.rows from its columns finite and grad_max, and counts steps; arguments as `grad_stats`.
 
-    grads: fp32, bf16, fp16 (fp64 on the CPU), any strides, at least one element; not mutated.
-    steps: fp32 counters of one element, counted up where the gradient is finite; without elements where nobody counts.
-    programs: packed; first_sums: (len(grads) + 1,), the lines of gradient i's matrices are first_sums[i : i + 2].
-    table.skipped counts the parameters whose step is not taken: a gradient that is not finite, or scaling.found_inf.
+    A step is taken where finite is 1. The column momentum_max of table.sums bounds an fp16 input: where parts of a
+    matrix are on several ranks that share its input, reduce it by max as well.
     """
-    name = route("inspect", grads, backend)
-    arguments = (grads, steps, table.rows, table.sums, table.skipped, table.scratch, programs, first_sums)
-    numbers = (groups.of, groups.values, groups.tensors, groups.at, scaling.found_inf, scaling.grad_scale)
-    _op("inspect", name)(*arguments, *numbers)
+    name = route("decide_steps", [table.rows], backend)
+    arguments = (steps, table.rows, table.sums, table.skipped, programs, first_sums)
+    _op("decide_steps", name)(*arguments, groups.of, groups.values, groups.tensors, groups.at, scaling.grad_scale)
 
 
-def before(
+def update_moments(
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
     seconds: Sequence[Tensor],
@@ -188,17 +189,18 @@ def before(
 
     Item by item one tensor of each list, of one shape and any strides, inputs contiguous in any shape; an absent one
     has no elements, and a list without elements is all absent: seconds without a preconditioner, inputs of a whole
-    program, params of any other, mantissas but for bf16 params that keep one (int16). Mutates momenta, seconds, inputs,
-    params, mantissas and table.sums. An fp16 input is multiplied by the power of two in the row's "input_scale", which
-    a bound on its largest entry gives, so that it cannot overflow.
+    program, params of any other, mantissas but for bf16 params that keep one (int16). Where a program that is not whole
+    has no input, its moments are updated and no more. Mutates momenta, seconds (unless the program freezes them),
+    inputs, params, mantissas and table.sums. An fp16 input is multiplied by the power of two in the row's
+    "input_scale", which a bound on its largest entry gives, so that it cannot overflow.
     """
-    name = route("before", grads, backend)
+    name = route("update_moments", grads, backend)
     lists = (grads, momenta, seconds, inputs, params, mantissas)
-    _op("before", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
+    _op("update_moments", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
     _written(params)
 
 
-def after(
+def apply_update(
     directions: Sequence[Tensor],
     seconds: Sequence[Tensor],
     params: Sequence[Tensor],
@@ -209,14 +211,16 @@ def after(
     *,
     backend: str = "auto",
 ) -> None:
-    """W <- (1 - lr wd) W - lr ratio length d / D, stored as the parameter is; lists as for `before`.
+    """W <- (1 - lr wd) W - lr ratio length d / D, stored as the parameter is; lists as for `update_moments`.
+
+    With the program's decay_after the decay is of what the update leaves, with decay_scaled it is lr wd ratio.
 
     lengths: fp64, one factor on the step for each matrix of the item; without elements: 1. Mutates params, mantissas
     and table.sums. Where the step is not taken nothing is read, so a direction may hold NaN there.
     """
-    name = route("after", params, backend)
+    name = route("apply_update", params, backend)
     lists = (directions, seconds, params, mantissas, lengths)
-    _op("after", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
+    _op("apply_update", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
     _written(params)
 
 
@@ -285,14 +289,18 @@ def triton_takes(tensors: Sequence[Tensor], matrices: int) -> str | None:
 
 if _backend.extension is not None:
 
-    @torch.library.register_fake("steepest::inspect")
+    @torch.library.register_fake("steepest::grad_stats")
     def _(*arguments: object) -> None:
         """Mutates steps, rows, skipped and scratch; no metadata changes."""
 
-    @torch.library.register_fake("steepest::before")
+    @torch.library.register_fake("steepest::decide_steps")
+    def _(*arguments: object) -> None:
+        """Mutates steps, rows and skipped; no metadata changes."""
+
+    @torch.library.register_fake("steepest::update_moments")
     def _(*arguments: object) -> None:
         """Mutates momenta, seconds, inputs, params, mantissas, sums and scratch; no metadata changes."""
 
-    @torch.library.register_fake("steepest::after")
+    @torch.library.register_fake("steepest::apply_update")
     def _(*arguments: object) -> None:
         """Mutates params, mantissas, sums and scratch; no metadata changes."""

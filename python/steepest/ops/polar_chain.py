@@ -131,16 +131,22 @@ def device_reason(device: torch.device) -> str | None:
     return None if _backend.extension.build_info()["hopper"] else _backend.NO_HOPPER
 
 
-def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
-    """Why not; None where they do."""
-    if (why := hopper_reason(x)) is not None:
-        return why
+def not_taken(rows: int, columns: int, constants: Sequence[Sequence[float]]) -> str | None:
+    """Why no compiled chain with these constants takes matrices of rows x columns; None where one does."""
     if too_many(constants):
         return "the schedule has too many numbers"
+    return f"a side is no multiple of {MULTIPLE}" if rows % MULTIPLE or columns % MULTIPLE else None
+
+
+def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
+    """Why the compiled chain does not run on x; None where it does."""
+    rows, columns = x.shape[-2:]
+    if (why := hopper_reason(x) or not_taken(rows, columns, constants)) is not None:
+        return why
     if x.dtype not in DTYPES:
         return f"the compute dtype is {x.dtype}"
-    if any(size % MULTIPLE for size in x.shape[-2:]) or x.numel() == 0:
-        return f"the shape {tuple(x.shape)} is no multiple of {MULTIPLE}"
+    if x.numel() == 0:
+        return "there are no elements"
     return None if x.is_contiguous() and x.data_ptr() % 16 == 0 else "the matrices are not contiguous from 16 bytes on"
 
 

@@ -105,11 +105,6 @@ def syrk_ema(factor: Tensor, x: Tensor, weight: Number | None, *, out: Tensor | 
     return result
 
 
-def syrk_ema_(factor: Tensor, x: Tensor, weight: Number | None) -> Tensor:
-    """`syrk_ema` in place."""
-    return syrk_ema(factor, x, weight, out=factor)
-
-
 def _by_torch(a: Tensor, b: Tensor, symmetric: bool) -> Tensor:
     ab = torch.matmul(a, b)
     return (ab + ab.mT).mul_(0.5) if symmetric else ab

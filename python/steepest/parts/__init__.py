@@ -5,6 +5,7 @@
     direction     the maximiser of <x, d> over the unit ball of a base norm, and the dual norm <x, d>
     step_size     what the learning rate means for a matrix of a given shape
     decay         decoupled weight decay
+    graft         an update as long as another method's: one of the transforms of an update
     rounding      how the new weight is stored
 
 A part is a frozen dataclass: it holds the choices that fix the program (which formula), never the numbers that change
@@ -13,11 +14,13 @@ from step to step (those are a `Hyper`) and never state (that is a dictionary of
 
 from .decay import Decay
 from .direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral
+from .graft import Graft
 from .hyper import Hyper, Number
 from .momentum import Momentum
 from .precondition import Diagonal, Identity, Kronecker, Precondition, Roots, Rotated, Sides
 from .rounding import Rounding
 from .step_size import ADJUST_LR, shape_ratio
+from .update_transform import UpdateTransform
 
 __all__ = [
     "ADJUST_LR",
@@ -26,6 +29,7 @@ __all__ = [
     "Diagonal",
     "Direction",
     "Frobenius",
+    "Graft",
     "Hyper",
     "Identity",
     "Kronecker",
@@ -42,5 +46,6 @@ __all__ = [
     "Sides",
     "Sign",
     "Spectral",
+    "UpdateTransform",
     "shape_ratio",
 ]

@@ -15,8 +15,8 @@ class Hyper:
     """Numbers of one step. Each is a float or a 0-d tensor on the parameters' device (never read by the host).
 
     beta1 multiplies the old momentum, beta2 the old second moment; eps is absolute, in units of the preconditioner's
-    statistics (see `Diagonal`). scale multiplies the step and not the weight decay: what layers that are coupled agree
-    upon (see `steepest.parts.product_norm`).
+    statistics (see `Diagonal`). step_factor multiplies the step and not the weight decay: what layers that are coupled
+    agree upon (see `steepest.parts.product_norm`).
     """
 
     lr: Number
@@ -24,7 +24,7 @@ class Hyper:
     beta1: Number = 0.9
     beta2: Number = 0.999
     eps: Number = 1e-8
-    scale: Number = 1.0
+    step_factor: Number = 1.0
 
     def beginning(self, taken: Tensor) -> Hyper:
         """With these numbers an average that has taken no term yet takes the first one whole; taken: 0-d, how many."""
@@ -32,7 +32,7 @@ class Hyper:
         return replace(self, beta1=begun * self.beta1, beta2=begun * self.beta2)
 
 
-def mass(beta: Number, step: Tensor | None) -> Tensor:
+def bias_correction(beta: Number, step: Tensor | None) -> Tensor:
     """1 - beta^t, the total weight of t terms of an average that began at zero: fp64, 0-d, on the step's device."""
     if step is None:
         raise ValueError("bias correction needs the step count; the state has no 'step'")

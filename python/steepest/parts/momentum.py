@@ -4,7 +4,6 @@
     nesterov    read  (1 - beta) g + beta m  (ema)  or  g + beta m  (heavy_ball)   instead of  m
     bias_correction   read  m / (1 - beta^t)
     start="first"     m is the first gradient before the rule begins, where start="zero" has m = 0
-    of="updates"      g is not the gradient but the update that was made of it, and what is read is the step
 
 beta multiplies the old value in every method here. Directions of a norm ball do not see the scale of what they are
 given, so ema and heavy_ball differ only where the step is scaled by the dual norm.
@@ -18,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .hyper import Number, mass
+from .hyper import Number, bias_correction
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class Momentum:
 
     start="first" is said here and done by the recipe, which knows whether a gradient is the first: by beta = 0 for it.
     It goes for the second moments of the recipe's preconditioner too, so that no average needs a correction.
-    of="updates" is the recipe's to do as well.
     """
 
     kind: Literal["ema", "heavy_ball"] = "ema"
@@ -40,13 +38,13 @@ class Momentum:
     key: str = "momentum_buffer"
     dtype: torch.dtype | None = None
     start: Literal["zero", "first"] = "zero"
-    of: Literal["gradients", "updates"] = "gradients"
 
     def __post_init__(self) -> None:
         if self.kind not in ("ema", "heavy_ball"):
             raise ValueError(f"momentum kind {self.kind!r} is not known; use 'ema' or 'heavy_ball'")
-        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise ValueError(f"momentum dtype should be a floating torch.dtype or None but is: {self.dtype!r}")
+        if self.dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            wide = "" if getattr(self.dtype, "itemsize", 2) > 1 else " of 16 bits or more"
+            raise ValueError(f"momentum dtype should be a floating torch.dtype{wide} or None but is: {self.dtype!r}")
         if self.nesterov and self.bias_correction:
             raise ValueError("Nesterov momentum with bias correction is not defined here; choose one of the two")
         if self.bias_correction and self.kind != "ema":
@@ -57,10 +55,6 @@ class Momentum:
             raise ValueError(
                 "start='first' is for the average ('ema') and leaves no bias to correct; choose one of them"
             )
-        if self.of not in ("gradients", "updates"):
-            raise ValueError(f"momentum of {self.of!r} is not known; use 'gradients' or 'updates'")
-        if self.of == "updates" and self.counts_steps:
-            raise ValueError("momentum of updates starts at zero and is not corrected; use 'gradients'")
 
     @property
     def counts_steps(self) -> bool:
@@ -86,7 +80,7 @@ class Momentum:
                 return g.to(wide) + m.to(wide) * beta
             return torch.lerp(g.to(wide), m.to(wide), _weight(beta, wide))
         if self.bias_correction:
-            return m.to(wide) / mass(beta, step).to(wide)
+            return m.to(wide) / bias_correction(beta, step).to(wide)
         return m.to(wide)
 
 

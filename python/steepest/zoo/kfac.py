@@ -12,9 +12,9 @@ from torch.nn.functional import unfold
 from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.multi_tensor import Scaling
+from ..optimizer.group_options import Group, adam_hyper
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.kronecker import FACTORS
-from ..values import Group, adam_hyper
 from .kronecker import BasesAndExtras, KroneckerOptimizer
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class KFAC(KroneckerOptimizer):
     arXiv:1503.05671.
     """
 
+    _carried: tuple[str, ...] = ("_handles",)
     _ranks: Any = None
 
     def __init__(
@@ -80,7 +81,7 @@ class KFAC(KroneckerOptimizer):
 
     def parts(self, group: Group) -> dict[str, Any]:
         sides = Sides(exponent=1.0, damping="factored")
-        precondition = self.rotated(group, sides, given=True, current=True)
+        precondition = self.rotated(group, sides, external=True, update_first=True)
         return {"momentum": Momentum(dtype=group["momentum_dtype"]), "precondition": precondition}
 
     def hyper(self, group: Group) -> Hyper:
@@ -151,9 +152,6 @@ class KFAC(KroneckerOptimizer):
         if not group["damping"] > 0:
             raise ValueError(f"damping should be > 0 but is: {group['damping']}")
         super()._check_values(group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_handles": self._handles}
 
 
 def _is_taken(layer: nn.Module) -> bool:

@@ -10,11 +10,13 @@ from torch import Tensor
 from ..linalg.basis import Method
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas
 from ..parts import (
     Decay,
     Diagonal,
     Direction,
     Frobenius,
+    Graft,
     Hyper,
     Identity,
     Momentum,
@@ -26,7 +28,6 @@ from ..parts import (
 )
 from ..parts.precondition.kronecker import LEARNED, Kronecker
 from ..recipe import Recipe, State
-from ..values import Group, adam_hyper, check_at_least_zero, check_betas
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 
 if TYPE_CHECKING:
@@ -237,11 +238,11 @@ class Shampoo(KroneckerOptimizer):
 
     def parts(self, group: Group) -> dict[str, Any]:
         _check_choice("graft", group["graft"], ("adam", None))
-        graft = Diagonal(eps_inside=False, key="graft_exp_avg_sq") if group["graft"] else None
+        transforms = (Graft(),) if group["graft"] else ()
         sides = Sides(exponent=0.25, values="refresh" if group["parity"] else "present")
-        precondition = self.powers(group, sides, current=True)
+        precondition = self.powers(group, sides, update_first=True)
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
-        return {"momentum": momentum, "precondition": precondition, "graft": graft}
+        return {"momentum": momentum, "precondition": precondition, "transforms": transforms}
 
 
 class OneSidedShampoo(KroneckerOptimizer):
@@ -275,7 +276,7 @@ class OneSidedShampoo(KroneckerOptimizer):
 
     def parts(self, group: Group) -> dict[str, Any]:
         sides = Sides(exponent=0.5, values="refresh" if group["parity"] else "present", damping="outside")
-        precondition = self.powers(group, sides, side="smaller", current=True)
+        precondition = self.powers(group, sides, side="smaller", update_first=True)
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition}
 

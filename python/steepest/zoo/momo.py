@@ -1,15 +1,15 @@
 """Momo: a step of any method, cut where a model of the loss meets a lower bound.
 
-A step has two halves: every momentum takes its gradient, then what all layers measured decides how far each one goes.
-The halves are torch operations (`steepest.unfused`): the fused ops move what they have just read.
+A step has two halves: every momentum takes its gradient, then what all layers measured decides how far each one goes;
+see `steepest.step.coupling`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer
-from ..parts import Number, shape_ratio
+from ..optimizer.group_options import Group, number
+from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
 from ..recipe import Recipe, State
-from ..unfused import Observed
-from ..values import Group, number
-
-if TYPE_CHECKING:
-    pass
+from ..step.coupling import Coupling, Directed
+from ..step.parameter import Matrices, Parameter
+from ..step.plan import Executor, Plan
 
 Scale = Literal["lmo", "dual"]
 
@@ -35,30 +34,21 @@ LOSS, LOSSES = "loss_average", "losses"
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Matrices that share a direction call, the direction where it is kept, and <M, U> of every matrix."""
-
-    members: list[Any]
-    d: Tensor | None
-    inner: list[Tensor]
-
-
-@dataclass(frozen=True)
 class Layers:
-    """What a group's matrices say before they move.
+    """What the matrices of a group say before they move.
 
-    inner: (k,) fp64, <M, U> of every matrix times the shape's ratio of the learning rate; 0 where the gradient was not
-    finite. That is the dual norm of a matrix whose step is of length ratio in its norm, or its square where the recipe
+    inner: (k,) fp64, <M, U> of every matrix times the shape's ratio of the learning rate; 0 where the step is not
+    taken. That is the dual norm of a matrix whose step is of length ratio in its norm, or its square where the recipe
     scales by it.
     """
 
-    observed: Observed
-    chunks: list[Chunk]
+    recipe: Recipe | None
+    parameters: Sequence[Parameter]
     inner: Tensor
 
     @property
     def dual_norms(self) -> Tensor:
-        return self.inner if self.observed.recipe.scale == "lmo" else self.inner.clamp(min=0).sqrt()
+        return self.inner if self.recipe is None or self.recipe.scale == "lmo" else self.inner.clamp(min=0).sqrt()
 
 
 class Momo(MatrixOptimizer):
@@ -90,6 +80,7 @@ class Momo(MatrixOptimizer):
     Source: arXiv:2510.09827, whose code this follows but for (.)_+, without which a step may ascend.
     """
 
+    _carried: tuple[str, ...] = ("lower_bound", "stale_dual", "reduce_loss")
     lower_bound: Number | None = None
     _loss: Number | None = None
 
@@ -136,7 +127,6 @@ class Momo(MatrixOptimizer):
             self._loss = None
 
     def _couples(self) -> bool:
-        """Whether layers depend on one another."""
         return self.lower_bound is not None
 
     def _factors(self, layers: Sequence[Layers]) -> list[Number]:
@@ -149,88 +139,62 @@ class Momo(MatrixOptimizer):
 
     @torch._disable_dynamo
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
-        if not self._couples():
-            return super()._take_step(scaling, loss)
-        loss = loss if self._loss is None else self._loss
-        if loss is None and self.lower_bound is not None:
-            raise RuntimeError("the closure returned None: let it return the loss")
-        self._ready_plan()
-        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
-            return None
-        layers = [self._measure(each) for each in self._observe(scaling)]
+        if self._couples():
+            loss = loss if self._loss is None else self._loss
+            if loss is None and self.lower_bound is not None:
+                raise RuntimeError("the closure returned None: let it return the loss")
+            if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+                self._ready_plan()
+                return None
+        return super()._take_step(scaling, loss)
+
+    def _key(self) -> list[object]:
+        return [*super()._key(), self.lower_bound is None]
+
+    def _layer_coupling(self, loss: Number | None) -> Coupling | None:
+        assert self._plan is not None
+        return _Truncated(self, self._plan, loss) if self._couples() else None
+
+    def _share_of(self, layers: Sequence[Layers], loss: Number | None) -> list[Number]:
+        """What each group's step is multiplied by."""
         factors = self._factors(layers)
-        if self.lower_bound is not None:
-            assert loss is not None
-            t = self._share(layers, factors, self._loss_on_device(loss))
-            factors = [factor * t for factor in factors]
-        for each, factor in zip(layers, factors, strict=True):
-            self._move(each, factor)
-        return self._finish([each.observed for each in layers])
+        if self.lower_bound is None:
+            return factors
+        assert loss is not None
+        t = self._truncation(layers, factors, self._loss_on_device(loss))
+        return [factor * t for factor in factors]
 
-    def _measure(self, observed: Observed) -> Layers:
-        recipe, chunks = observed.recipe, []
-        inner = [torch.zeros(0, dtype=torch.float64, device=self._device)]
-        for members in observed.chunks():
-            held = [self._held(recipe, member) for member in members] if self._stale(recipe) else [None]
-            if all(values is not None for values in held):
-                chunk = Chunk(members, None, [values for values in held if values is not None])
-            else:
-                d, values = observed.measured(members)
-                # Directions that are not batched are cheaper made twice than kept.
-                chunk = Chunk(members, d if recipe.direction.batched else None, values)
-            chunks.append(chunk)
-            for member, own in zip(members, chunk.inner, strict=True):
-                ratio = shape_ratio(recipe.adjust_lr, member.piece.rows, member.piece.cols)
-                inner.append(torch.where(member.finite, own.double() * ratio, 0))
-        return Layers(observed, chunks, torch.cat(inner))
-
-    def _move(self, layers: Layers, factor: Number) -> None:
-        observed = layers.observed
-        recipe, hyper = observed.recipe, replace(observed.hyper, scale=factor)
-        for chunk in layers.chunks:
-            d, inner = chunk.d, chunk.inner
-            if d is None and self._stale(recipe):
-                d, inner = observed.measured(chunk.members)
-            elif d is None:
-                d = observed.towards(chunk.members)
-            if self._stale(recipe):
-                for member, values in zip(chunk.members, inner, strict=True):
-                    held = self._held(recipe, member, create=True)
-                    assert held is not None
-                    torch.where(member.finite, values.to(held.dtype), held, out=held)
-            observed.move(hyper, chunk.members, d)
-
-    def _held(self, recipe: Recipe, member: Any, *, create: bool = False) -> Tensor | None:
-        """A view of <M, U> of the member's matrices in the state of its parameter."""
-        at, i, piece = member.place
-        group = self.param_groups[at]
-        p = group["params"][i]
-        state, counts = self.state[p], [recipe.input_shape(own.shape)[0] for own in self._pieces(p, group)]
+    def _descent(self, item: Matrices, *, create: bool = False) -> Tensor | None:
+        """A view of <M, U> of an item's matrices in the state of its parameter."""
+        p = item.parameter
+        sizes = [p.recipe.input_shape(piece.shape)[0] for piece in p.pieces]
+        state = self.state[p.tensor]
         if create and DESCENT not in state:
-            state[DESCENT] = torch.zeros(sum(counts), dtype=torch.float64, device=p.device)
-        first = sum(counts[:piece])
-        return state[DESCENT][first : first + counts[piece]] if DESCENT in state else None
+            state[DESCENT] = torch.zeros(sum(sizes), dtype=torch.float64, device=p.tensor.device)
+        first = sum(sizes[: item.number])
+        return state[DESCENT][first : first + sizes[item.number]] if DESCENT in state else None
 
     # ---- the model of the loss ------------------------------------------------------------------------------------
 
-    def _share(self, layers: Sequence[Layers], factors: Sequence[Number], loss: Tensor) -> Tensor:
+    def _truncation(self, layers: Sequence[Layers], factors: Sequence[Number], loss: Tensor) -> Tensor:
         """Momo's t of this step, 0-d; the averages take the loss and <W, G>."""
         decrease = torch.zeros_like(loss)
         for each, factor in zip(layers, factors, strict=True):
-            decrease = decrease + each.inner.sum() * each.observed.hyper.lr * factor
-        value, weight, known = self._average_loss(layers, loss)
+            for p in each.parameters[:1]:
+                decrease = decrease + each.inner.sum() * p.taken.hyper.lr * factor
+        parameters = [p for each in layers for p in each.parameters]
+        value, weight, known = self._average_loss(parameters, loss)
         for each in layers:
-            value = value + self._linear_part(each.observed)
+            value = value + self._linear_part(each.parameters)
         assert self.lower_bound is not None
         return torch.where(known, truncation(value - weight * number(self.lower_bound), decrease), 1.0)
 
-    def _average_loss(self, layers: Sequence[Layers], loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _average_loss(self, parameters: Sequence[Parameter], loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(average loss, sum of its weights, whether there has been a loss), all 0-d, with this one."""
-        observed = next(each.observed for each in layers if each.observed.batch.params)
-        momentum, hyper = observed.recipe.momentum, observed.hyper
+        momentum, hyper = _momentum(parameters[0]), parameters[0].taken.hyper
         state = self._shared_state()
         average, count = state[LOSS], state[LOSSES]
-        taken = torch.stack([flag for each in layers for flag in each.observed.finite]).any() & loss.isfinite()
+        taken = torch.stack([p.taken.finite for p in parameters]).any() & loss.isfinite()
         given = torch.where(taken, torch.stack([loss, torch.ones_like(loss)]), average)
         begun = hyper.beginning(count) if momentum.start == "first" else hyper
         average.copy_(torch.where(taken, momentum.observe(average, given, begun.beta1), average))
@@ -238,23 +202,21 @@ class Momo(MatrixOptimizer):
         value, weight = momentum.read(average, given, hyper.beta1, count).unbind()
         return value, weight, count > 0
 
-    def _linear_part(self, observed: Observed) -> Tensor:
-        """Sum of <W, M> - (average of <W, G>) over the group's parameters whose gradients are finite."""
-        recipe, hyper, batch = observed.recipe, observed.hyper, observed.batch
-        momentum, found = recipe.momentum, torch.zeros((), dtype=torch.float64, device=self._device)
-        for p, g, state, finite, place in zip(
-            batch.params, observed.grads, batch.states, observed.finite, batch.places, strict=True
-        ):
-            w, step = recipe.rounding.value(p, state), state.get("step")
-            average, now = self._state_at(place)[INNER], dot(w, g)
+    def _linear_part(self, parameters: Sequence[Parameter]) -> Tensor:
+        """Sum of <W, M> - (average of <W, G>) over the parameters whose gradients are finite."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for p in parameters:
+            momentum, hyper, g, finite = _momentum(p), p.taken.hyper, p.taken.grad, p.taken.finite
+            w, step = p.value(), p.state.get("step")
+            average, now = self.state[p.tensor][INNER], dot(w, g)
             begun = hyper
             if momentum.start == "first":
                 assert step is not None
                 begun = hyper.beginning(step - 1)
             torch.where(finite, momentum.observe(average, now, begun.beta1), average, out=average)
-            part = dot(w, recipe.momentum_of(state, g, hyper)) - momentum.read(average, now, hyper.beta1, step)
-            found = found + torch.where(finite, part, 0)
-        return found
+            part = dot(w, p.recipe.momentum_of(p.state, g, hyper)) - momentum.read(average, now, hyper.beta1, step)
+            total = total + torch.where(finite, part, 0)
+        return total
 
     def _loss_on_device(self, loss: Number) -> Tensor:
         """0-d fp64, the mean over processes."""
@@ -269,12 +231,6 @@ class Momo(MatrixOptimizer):
         return found
 
     # ---- state ----------------------------------------------------------------------------------------------------
-
-    def _state_at(self, place: tuple[int, int]) -> State:
-        """Of a parameter: a step's own view of it has the recipe's keys only."""
-        group, i = place
-        state: State = self.state[self.param_groups[group]["params"][i]]
-        return state
 
     @property
     def _device(self) -> torch.device:
@@ -301,7 +257,7 @@ class Momo(MatrixOptimizer):
         """What a parameter's state has besides its recipe's, when it begins; its momentum may have begun before."""
         if self.lower_bound is None or INNER in self.state[p]:
             return {}
-        return {INNER: dot(p.detach(), self.state[p][self._recipe(group).momentum.key])}
+        return {INNER: dot(p.detach(), self.state[p][self._recipe(group).keys[0]])}
 
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
         added = super()._init_state(p, dtype, group)
@@ -320,15 +276,12 @@ class Momo(MatrixOptimizer):
                 f"{' and '.join(map(str, devices))}: make one optimizer for each device"
             )
 
-    def _new_recipe(self, group: Group) -> Recipe:
-        return replace(super()._new_recipe(group), coupled=self._couples())
-
     def _check_values(self, group: Group) -> None:
         super()._check_values(group)
         if group["maximize"] and self.lower_bound is not None:
             raise ValueError("maximize=True has no lower bound: minimize the negative loss")
         recipe = self.recipe(group)
-        if recipe.graft is not None or recipe.decay.inside or recipe.momentum.of == "updates":
+        if recipe.transforms or recipe.reads_weight:
             raise ValueError(
                 f"{type(self).__name__} couples steps along a direction of the momentum, and grafts, momentum of "
                 "updates and decay inside the model take other ones"
@@ -342,9 +295,64 @@ class Momo(MatrixOptimizer):
             )
         super()._traced_step(scaling)
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("lower_bound", "stale_dual", "reduce_loss")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+
+class _Truncated:
+    """The coupling of a step: it measures layers, keeps directions that are dear, and tells how far each group goes."""
+
+    def __init__(self, optimizer: Momo, plan: Plan, loss: Number | None) -> None:
+        self._optimizer, self._plan, self._loss = optimizer, plan, loss
+        self._kept: dict[tuple[int, int], Directed] = {}
+
+    def factors(self, executors: Sequence[Executor]) -> list[Number]:
+        inner: list[list[Tensor]] = [[] for _ in self._optimizer.param_groups]
+        for executor in executors:
+            for batch in executor.batches():
+                for item, product in self._measured(executor, batch):
+                    wide = product.double() * item.ratio
+                    inner[item.parameter.group].append(torch.where(item.finite, wide, 0))
+        none = torch.zeros(0, dtype=torch.float64, device=self._optimizer._device)
+        layers = []
+        for at, parts in enumerate(inner):
+            parameters = [p for executor in executors for p in executor.parameters if p.group == at]
+            recipe = parameters[0].recipe if parameters else None
+            layers.append(Layers(recipe, parameters, torch.cat([none, *parts])))
+        return self._optimizer._share_of(layers, self._loss)
+
+    def _measured(self, executor: Executor, batch: Any) -> list[tuple[Matrices, Tensor]]:
+        """Every item of a batch with <M, U> of its matrices: of the step before where that is there and will do."""
+        items = _items(executor, batch)
+        stale = [self._optimizer._descent(item) if self._optimizer._stale(item.recipe) else None for item in items]
+        known = [(item, product) for item, product in zip(items, stale, strict=True) if product is not None]
+        if len(known) == len(items):
+            return known
+        directed = self._plan.directed(executor, batch, measure=True)
+        assert directed.inner is not None
+        # Directions that are not batched are cheaper made twice than kept.
+        if any(item.recipe.direction.batched for item in items):
+            self._kept[id(executor), id(batch)] = directed
+        return [
+            (item, new if old is None else old) for item, old, new in zip(items, stale, directed.inner, strict=True)
+        ]
+
+    def directed(self, executor: Executor, batch: Any) -> Directed | None:
+        return self._kept.pop((id(executor), id(batch)), None)
+
+    def moving(self, executor: Executor, batch: Any, directed: Directed) -> None:
+        assert directed.inner is not None
+        for item, product in zip(_items(executor, batch), directed.inner, strict=True):
+            if self._optimizer._stale(item.recipe):
+                stored = self._optimizer._descent(item, create=True)
+                assert stored is not None
+                torch.where(item.finite, product.to(stored.dtype), stored, out=stored)
+
+
+def _items(executor: Executor, batch: Any) -> list[Matrices]:
+    return [item for some in executor.items(batch) for item in some]
+
+
+def _momentum(p: Parameter) -> Momentum:
+    assert p.recipe.momentum is not None
+    return p.recipe.momentum
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

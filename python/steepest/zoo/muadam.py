@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas
 from ..parts import Diagonal, Hyper, Momentum, Number
 from ..recipe import Recipe
-from ..values import Group, adam_hyper, check_at_least_zero, check_betas
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import torch
 from .. import routing
 from ..linalg.coefficients import JORDAN_STEP
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.group_options import Group, check_at_least_zero, number
 from ..parts import Hyper, Identity, Momentum, Number
 from ..recipe import Recipe
-from ..values import Group, check_at_least_zero, number
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
 
 if TYPE_CHECKING:

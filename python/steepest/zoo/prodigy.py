@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ..optimizer import Params
+from ..optimizer.group_options import Group
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
 from ..recipe import Recipe, State
-from ..values import Group
 from .momo import Layers, dot
 from .product import Coupling, ProductNormOptimizer, own_values
 from .shared import Polar, polar_of
@@ -40,6 +40,8 @@ class ProdigyMuon(ProductNormOptimizer):
     Other arguments as in `ProductNormDescent`, `Coupling`. Keeps W_0, as large as the parameters, and all directions
     of a step at once. This is not all of Prodigy, whose averages weight gradients by eta.
     """
+
+    _carried: tuple[str, ...] = ("norm", "initial_step")
 
     def __init__(
         self,
@@ -73,15 +75,10 @@ class ProdigyMuon(ProductNormOptimizer):
 
     def _factors(self, layers: Sequence[Layers]) -> list[Number]:
         gain = torch.zeros((), dtype=torch.float64, device=self._device)
-        for each in layers:
-            observed = each.observed
-            recipe, batch = observed.recipe, observed.batch
-            for p, g, state, finite, place in zip(
-                batch.params, observed.grads, batch.states, observed.finite, batch.places, strict=True
-            ):
-                w, m = recipe.rounding.value(p, state), recipe.momentum_of(state, g, observed.hyper)
-                start = self._state_at(place)[START].to(w.dtype)
-                gain = gain + torch.where(finite, dot(m, start - w), 0)
+        for p in (p for each in layers for p in each.parameters):
+            w, m = p.value(), p.recipe.momentum_of(p.state, p.taken.grad, p.taken.hyper)
+            start = self.state[p.tensor][START].to(w.dtype)
+            gain = gain + torch.where(p.taken.finite, dot(m, start - w), 0)
         eta = self._shared_state()[STEP_SIZE]
         eta.copy_(escalated(eta, gain, self.product.dual_norm(*self._dual_norms(layers))))
         return [eta for _ in layers]
@@ -93,6 +90,3 @@ class ProdigyMuon(ProductNormOptimizer):
     def _own_state(self, p: Tensor, group: Group) -> State:
         start = {} if START in self.state[p] else {START: p.detach().clone()}
         return {**super()._own_state(p, group), **start}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "norm": self.norm, "initial_step": self.initial_step}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..optimizer import Params
+from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas, finish
 from ..parts import Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Precondition, Sign
 from ..parts.product_norm import Box, ProductNorm
 from ..recipe import Recipe
-from ..values import Group, adam_hyper, check_at_least_zero, check_betas, finish
 from .momo import Layers, Momo
 from .shared import Extras, Polar, defaults_of, polar_of
 
@@ -62,6 +62,8 @@ class ProductNormOptimizer(Momo):
     the same kind of step. ValueError for an unknown rule, TypeError for AdamW's own numbers.
     """
 
+    _carried: tuple[str, ...] = ("product", "scale", "others")
+
     def __init__(
         self,
         params: Params,
@@ -108,7 +110,7 @@ class ProductNormOptimizer(Momo):
     ) -> Recipe:
         scale: Scale = "dual" if follows else "lmo"
         momentum = self.momentum(group)
-        return Recipe(momentum, precondition, direction, scale, ratio, coupled=self._couples(), **finish(group))
+        return Recipe(momentum, precondition, direction, scale, ratio, **finish(group))
 
     def hyper(self, group: Group) -> Hyper:
         return adam_hyper(group)
@@ -149,9 +151,6 @@ class ProductNormOptimizer(Momo):
             check_betas(group["betas"])
             check_at_least_zero("eps", group["eps"])
         super()._check_values(group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in ("product", "scale", "others")}}
 
 
 class ProductNormDescent(ProductNormOptimizer):

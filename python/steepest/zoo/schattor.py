@@ -6,10 +6,10 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 from ..optimizer import Params
+from ..optimizer.group_options import Group, check_at_least_zero, number
 from ..parts import Direction, Frobenius, Hyper, Momentum, Number
 from ..parts.direction import Schatten
 from ..parts.product_norm import ProductNorm
-from ..values import Group, check_at_least_zero, number
 from .product import Coupling, ProductNormOptimizer
 from .shared import Polar, polar_of
 

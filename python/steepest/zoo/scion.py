@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from ..optimizer import Params
+from ..optimizer.group_options import Group, number, parameter_name
 from ..parts import Columns, Direction, Hyper, Identity, Momentum, Number, Rows, Sign, shape_ratio
 from ..recipe import Recipe
 from ..routing.overrides import Overrides, find, read_overrides
 from ..routing.places import Place, Routable, read_places
 from ..routing.rules import layout, role
-from ..values import Group, number, parameter_name
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 from .vector import VectorOptimizer
 

@@ -8,9 +8,9 @@ from typing import Any, TypedDict
 import torch
 
 from ..linalg.coefficients import schedule
+from ..optimizer.group_options import Group, check_at_least_zero, finish
 from ..parts import Number, Spectral
 from ..recipe import Recipe
-from ..values import Group, check_at_least_zero, finish
 
 #: A preset of `steepest.polar`, or a table of odd polynomials, one tuple of coefficients a step.
 Polar = str | Sequence[Sequence[float]]
@@ -85,9 +85,9 @@ def defaults_of(name: str, own: Group, extra: Extras) -> tuple[Group, Group]:
     return values, adamw
 
 
-def recipe_of(group: Group, *, ratio: str = "original", **parts: Any) -> Recipe:
+def recipe_of(group: Group, *, kind: type[Recipe] = Recipe, ratio: str = "original", **parts: Any) -> Recipe:
     """A recipe from a method's parts and the group values all methods share; ratio: what adjust_lr_fn=None means."""
-    return Recipe(adjust_lr=group["adjust_lr_fn"] or ratio, **{**finish(group), **parts})
+    return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **{**finish(group), **parts})
 
 
 def spectral(

@@ -8,16 +8,33 @@ Fromage          ||step||_F = lr ||W||_F, divided by sqrt(1 + lr^2)             
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..matrices import LAYOUT_KEYS
 from ..optimizer import MatrixOptimizer, Params
-from ..parts import Columns, Decay, Direction, Frobenius, Hyper, Identity, Momentum, Nuclear, Number, OneHot, Rows, Sign
+from ..optimizer.group_options import Group, check_at_least_zero, number
+from ..parts import (
+    Columns,
+    Decay,
+    Direction,
+    Frobenius,
+    Hyper,
+    Identity,
+    Momentum,
+    Nuclear,
+    Number,
+    OneHot,
+    Rows,
+    Sign,
+    UpdateTransform,
+    shape_ratio,
+)
 from ..recipe import Recipe, State, all_finite
-from ..values import Group, check_at_least_zero, number
+from ..state_layout import StateSpec
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 from .vector import MomentumOptimizer, VectorOptimizer
 
@@ -38,6 +55,77 @@ NORMS = ("spectral", *_NORMS)
 _NEAREST = ("spectral", "frobenius", "sign", "rows", "columns")
 # State of NIGT: the iterate, where the parameter is the point ahead of it; and that point while eval() has put it away.
 WEIGHTS, AHEAD = "weights", "ahead"
+
+
+class InsideDecayRecipe(Recipe):
+    """A recipe whose direction is asked about m + weight_decay W: the decay is the gradient of wd/2 ||W||_F^2."""
+
+    reads_weight: ClassVar[bool] = True
+
+    def direction_input(self, state: State, g: Tensor, hyper: Hyper, w: Tensor | None = None) -> Tensor:
+        m = self.momentum_of(state, g, hyper)
+        if w is not None:
+            m = m + w.to(m.dtype) * hyper.weight_decay
+        return self.precondition.into(state, m, hyper, state.get("step"))
+
+
+class RidgeRecipe(InsideDecayRecipe):
+    """A recipe that steps to the ball's point nearest to the minimiser of a model with ridge, and no further."""
+
+    def descent_direction(self, x: Tensor, hyper: Hyper) -> Tensor:
+        radius = hyper.weight_decay * hyper.lr * hyper.step_factor * shape_ratio(self.adjust_lr, *x.shape[-2:])
+        return self.direction.saturated(x, radius.to(x.dtype) if isinstance(radius, Tensor) else radius)
+
+
+@dataclass(frozen=True)
+class NoDecay(Decay):
+    """W <- W - step u: the decay is in the direction's input."""
+
+    fused: ClassVar[bool] = False
+
+    def apply(self, w: Tensor, u: Tensor, decay: Number, step: Number) -> Tensor:
+        return w - u * step
+
+
+@dataclass(frozen=True)
+class RelativeStep(Decay):
+    """W <- (W - step ||W||_F u / ||u||_F) / sqrt(1 + step^2): a step as long as the weight is, Fromage's.
+
+    w and u are one tensor, and where either is 0 the step is plain.
+    """
+
+    fused: ClassVar[bool] = False
+
+    def apply(self, w: Tensor, u: Tensor, decay: Number, step: Number) -> Tensor:
+        weight, update = torch.linalg.vector_norm(w), torch.linalg.vector_norm(u)
+        factor = torch.where((weight > 0) & (update > 0), weight / update, 1)
+        return (w - u * (factor * step)) * (1 + step * step) ** -0.5
+
+
+@dataclass(frozen=True)
+class UpdateMomentum(UpdateTransform):
+    """Heavy ball of updates, m <- momentum m + u, and m is what is stepped. dtype: None is the gradient's."""
+
+    dtype: torch.dtype | None = None
+    key: str = "momentum_buffer"
+
+    @property
+    def specs(self) -> tuple[StateSpec, ...]:
+        return (StateSpec(self.key, "elementwise", self.dtype, of_gradient=True),)
+
+    def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
+        buffer = Momentum("heavy_ball").observe(state[self.key], u, hyper.beta1).to(state[self.key].dtype)
+        return buffer.to(torch.promote_types(buffer.dtype, u.dtype)), {self.key: buffer}
+
+
+def _no_decay(group: Group) -> Decay:
+    return _plain(group, NoDecay())
+
+
+def _plain(group: Group, decay: Decay) -> Decay:
+    if group["cautious_wd"]:
+        raise ValueError("decay inside the model and relative steps leave no decay to be cautious, after or scaled")
+    return decay
 
 
 class TrustRegion(VectorOptimizer):
@@ -97,9 +185,9 @@ class TrustRegion(VectorOptimizer):
             "precondition": Identity(),
             "direction": _NORMS[group["norm"]] if group["norm"] in _NORMS else polar_of(group),
         }
-        if group["composite"] == "ridge":
-            parts |= {"scale": "within", "decay": Decay(cautious=group["cautious_wd"], inside=True)}
-        return recipe_of(group, ratio="none", **parts)
+        if group["composite"] == "decay":
+            return recipe_of(group, ratio="none", **parts)
+        return recipe_of(group, kind=RidgeRecipe, ratio="none", decay=_no_decay(group), **parts)
 
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
@@ -151,13 +239,14 @@ class OrthogonalSGDM(MatrixOptimizer):
         super().__init__(params, *defaults_of("OrthogonalSGDM", own, extra))
 
     def recipe(self, group: Group) -> Recipe:
-        parts = {
-            "momentum": Momentum("heavy_ball", of="updates", dtype=group["momentum_dtype"]),
+        parts: dict[str, Any] = {
+            "momentum": None,
             "precondition": Identity(),
             "direction": polar_of(group),
-            "decay": Decay(cautious=group["cautious_wd"], inside=True),
+            "decay": _no_decay(group),
+            "transforms": (UpdateMomentum(group["momentum_dtype"]),),
         }
-        return recipe_of(group, ratio="none", **parts)
+        return recipe_of(group, kind=InsideDecayRecipe, ratio="none", **parts)
 
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
@@ -256,11 +345,11 @@ class Fromage(VectorOptimizer):
         super().__init__(params, *defaults_of("Fromage", own, extra))
 
     def recipe(self, group: Group) -> Recipe:
-        parts = {
+        parts: dict[str, Any] = {
             "momentum": Momentum(dtype=group["momentum_dtype"]),
             "precondition": Identity(),
             "direction": Frobenius(),
-            "decay": Decay(cautious=group["cautious_wd"], relative=True),
+            "decay": _plain(group, RelativeStep()),
         }
         return recipe_of(group, ratio="none", scale="dual", **parts)
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..matrices import Piece
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas, number
 from ..parts import Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Sign
 from ..recipe import Recipe
 from ..routing.places import read_places
-from ..values import Group, adam_hyper, check_at_least_zero, check_betas, number
 from .shared import Extras, defaults_of, recipe_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class MomentumOptimizer(VectorOptimizer):
 
     def recipe(self, group: Group) -> Recipe:
         momentum = Momentum(nesterov=group["nesterov"], dtype=group["momentum_dtype"])
-        parts = {"momentum": momentum, "precondition": Identity(), "direction": self._direction}
+        parts: dict[str, Any] = {"momentum": momentum, "precondition": Identity(), "direction": self._direction}
         return recipe_of(group, ratio="none", **parts)
 
     def hyper(self, group: Group) -> Hyper:
@@ -148,7 +148,7 @@ class AdaGrad(VectorOptimizer):
         super().__init__(params, *defaults_of("AdaGrad", own, extra))
 
     def recipe(self, group: Group) -> Recipe:
-        parts = {
+        parts: dict[str, Any] = {
             "momentum": Momentum(dtype=group["momentum_dtype"]),
             "precondition": Diagonal(average="sum", bias_correction=False, eps_inside=False, key="sum"),
             "direction": Frobenius(),
@@ -195,7 +195,7 @@ class Adam(VectorOptimizer):
         super().__init__(params, *defaults_of(type(self).__name__, own, extra))
 
     def recipe(self, group: Group) -> Recipe:
-        parts = {
+        parts: dict[str, Any] = {
             "momentum": Momentum(bias_correction=True, key="exp_avg", dtype=group["momentum_dtype"]),
             "precondition": Diagonal(self._power, eps_inside=False),
             "direction": Frobenius(),

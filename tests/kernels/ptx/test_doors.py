@@ -22,9 +22,9 @@ pytestmark = pytest.mark.kernels
 
 def fused(ops: Any) -> None:
     state = fused_ops.random_state(fused_ops.SHAPES[:3], fused_ops.PROGRAMS[:1])
-    fused_ops.inspect(ops, state, None, None)
-    fused_ops.before(ops, state)
-    fused_ops.after(ops, state)
+    fused_ops.grad_stats(ops, state, None, None)
+    fused_ops.update_moments(ops, state)
+    fused_ops.apply_update(ops, state)
 
 
 def numbers(ops: Any) -> None:
@@ -56,7 +56,7 @@ def refresh(ops: Any) -> None:
 
 
 CALLS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "fused": (fused, "steepest::(inspect|before|after)"),
+    "fused": (fused, "steepest::(grad_stats|update_moments|apply_update)"),
     "chain_numbers": (numbers, "steepest::chain_numbers"),
     "polar_chain": (a_chain, "steepest::"),
     "weight_update": (update, "steepest::symm_gemm"),

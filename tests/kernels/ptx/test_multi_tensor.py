@@ -107,9 +107,9 @@ def test_a_scratch_serves_every_step(kernels: Kernels) -> None:
     state = wanted.copy(CPU)
     for _ in range(3):
         for ops, each in ((kernels.ops, state), (torch.ops.steepest, wanted)):
-            fused_ops.inspect(ops, each, None, None)
-            fused_ops.before(ops, each)
-            fused_ops.after(ops, each)
+            fused_ops.grad_stats(ops, each, None, None)
+            fused_ops.update_moments(ops, each)
+            fused_ops.apply_update(ops, each)
         assert_close(state, wanted)
 
 
@@ -126,13 +126,15 @@ def test_more_items_than_a_launch_takes(kernels: Kernels) -> None:
 
 @several_seeds
 def test_rows_without_a_matrix(kernels: Kernels) -> None:
-    """More rows than lines: what `before` leaves in the scratch is behind the counters of `inspect` as well."""
+    """More rows than lines: what `update_moments` leaves in the scratch is behind the counters of `grad_stats`."""
     table = Table.empty(torch.zeros((), dtype=torch.int64), [CHUNK + 1] * 3, [(1, CHUNK + 1)])
     momentum, into = torch.zeros(2, CHUNK + 1)
     memory = (table.rows, table.sums, table.scratch)
     for step in (1, 2):
         grads = list(torch.full((3, CHUNK + 1), float(step)))
         numbers = ([0, 0, 0], [0, 1, 1, 1], [0, 0, 0], list(fused_ops.GROUPS[0]), [], [], None, None)
-        kernels.ops.inspect(grads, [], *memory[:2], table.skipped, memory[2], *numbers)
-        kernels.ops.before(grads[:1], [momentum], [], [into], [], [], *memory, [0], [0], [1], [0], [0] * 3, [1.0])
+        kernels.ops.grad_stats(grads, [], *memory[:2], table.skipped, memory[2], *numbers)
+        kernels.ops.update_moments(
+            grads[:1], [momentum], [], [into], [], [], *memory, [0], [0], [1], [0], [0] * 3, [1.0]
+        )
         assert table.column("grad_max").tolist() == [step] * 3

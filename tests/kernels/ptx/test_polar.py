@@ -12,7 +12,7 @@ from torch import Tensor
 from ptx.kernels import Guards, Kernels, several_seeds
 from steepest.linalg.chain import Chain, chain
 from steepest.linalg.coefficients import SCHEDULES, Schedule
-from steepest.linalg.polar import _prescaled
+from steepest.linalg.scaling import prescaled
 from support.chain_numbers import given, grams, kernel
 from support.singular_values import with_spectrum
 
@@ -62,7 +62,7 @@ class Run:
 def stacks_of(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> list[Tensor]:
     names = ("gaussian", "root", "flat", "log")
     return [
-        _prescaled(torch.stack([with_spectrum(m, n, names[(i + k) % 4]) for k in range(count)]).float(), dtype)
+        prescaled(torch.stack([with_spectrum(m, n, names[(i + k) % 4]) for k in range(count)]).float(), dtype)
         for i, (count, m, n) in enumerate(shapes)
     ]
 

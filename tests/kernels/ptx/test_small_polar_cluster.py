@@ -16,7 +16,7 @@ from ptx.small_polar import LARGEST, SmallPolar, assert_polynomial, exact, in_ha
 from steepest.linalg import coefficients as tables
 from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import Schedule
-from steepest.linalg.polar import _prescaled
+from steepest.linalg.scaling import prescaled
 from support.polar_error import polar_error
 from support.singular_values import gaussian, with_spectrum
 
@@ -56,7 +56,7 @@ def test_it_agrees_with_the_chain_of_products(name: str, kernel: SmallPolar) -> 
     """Which takes such matrices elsewhere: in fp16, a new Gram product before every step."""
     schedule, plan = tables.SCHEDULES["auto"], chain(tables.SCHEDULES["auto"], (1, 2, 3))
     given = with_spectrum(136, 176, name).float()[None]
-    x = _prescaled(given, torch.float16)
+    x = prescaled(given, torch.float16)
     buffers, slack = {"x": x, "y": torch.empty_like(x)}, torch.empty(1)
     constants = [value for row in plan.constants for value in row]
     numbers = (constants, plan.powers, schedule.slacks, True, 1e-7)

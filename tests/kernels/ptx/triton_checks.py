@@ -151,9 +151,9 @@ def steps_under_seeds(capability: Capability) -> None:
     for seed in SEEDS:
         with triton_device.device(capability, seed) as device:
             state = fused_ops.problem().copy(device)
-            fused_ops.inspect(Ops(), state, None, None)
-            fused_ops.before(Ops(), state)
-            fused_ops.after(Ops(), state)
+            fused_ops.grad_stats(Ops(), state, None, None)
+            fused_ops.update_moments(Ops(), state)
+            fused_ops.apply_update(Ops(), state)
         first = state if first is None else first
         for (name, found, _), (_, wanted, _) in zip(state.written(), first.written()):
             assert same_bits(found, wanted), f"{name} differs between two runs"
@@ -174,7 +174,7 @@ def fault(name: str) -> str:
     """The error that a kernel with this fault ends in under some seed; "" if it goes through under all."""
     planted = FAULTS[name]
     if planted.tma is None:
-        kernel, attempt = multi_tensor.inspect_kernel, _inspection(planted.capability)
+        kernel, attempt = multi_tensor.grad_stats_kernel, _inspection(planted.capability)
     else:
         kernel, attempt = kernels.product_kernel, _product(planted.capability, planted.tma)
     attempt(0)  # as it is, without the fault
@@ -210,7 +210,7 @@ def _inspection(capability: Capability, ops: Any = None) -> Callable[[int], None
     def inspect(seed: int) -> None:
         with triton_device.device(capability, seed):
             where = (table.rows, table.sums, table.skipped, table.scratch)
-            (ops or Ops()).inspect([grad], [], *where, [0], [0, 1], [0], numbers, [], [], None, None)
+            (ops or Ops()).grad_stats([grad], [], *where, [0], [0, 1], [0], numbers, [], [], None, None)
         found = float(table.column("grad_sq"))
         assert abs(found / float(grad.double().square().sum()) - 1) < 1e-5, found
 

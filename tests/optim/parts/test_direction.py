@@ -237,7 +237,7 @@ NEAR = {1.5: (0.005, 1e-3, 1e-3), 3.0: (0.025, 0.01, 0.01), 4.0: (0.03, 1e-5, 1e
 def test_products_are_near_the_exact_direction(
     p: float, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda: False)
+    monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: False)
     x = gaussian(*shape)
     d, n = Schatten(p)(x.float())
     _, norm, dual, formula = by_p(p, Schatten(p))

@@ -35,7 +35,7 @@ def learned(part: Rotated, shape: tuple[int, int, int], steps: int = 6, hyper: H
     for step in range(steps):
         g = gaussian(*shape, seed=step)
         state |= part.observe(state, g, hyper)
-        state |= part.learn(state, g, hyper)
+        state |= part.update_factors(state, g, hyper)
         if step in (0, steps - 1):
             state |= refreshed(part, [state], exact=True)[0]
     state["exp_avg_sq"] = state.get("exp_avg_sq", torch.zeros(()))
@@ -45,7 +45,7 @@ def learned(part: Rotated, shape: tuple[int, int, int], steps: int = 6, hyper: H
 def refreshed(part: Rotated, states: list[State], *, exact: bool | None = None) -> list[State]:
     """What a refresh of all of these changes in each."""
     found = part.refresh(part.gather(states, exact=exact), states)
-    return [part.take({**state, **own}) for state, own in zip(states, found)]
+    return [part.commit({**state, **own}) for state, own in zip(states, found)]
 
 
 def function(factor: Tensor, f: Any) -> Tensor:
@@ -127,7 +127,7 @@ def test_where_nothing_was_learned_there_is_no_step(damping: Any) -> None:
         part = Rotated(Sides(0.5, damping=damping), side=side)  # type: ignore[arg-type]
         state, x = part.init(gaussian(2, 5, 4)), gaussian(2, 5, 4)
         assert not part.into(state, x, HYPER, None).any()
-        state |= part.learn(state, torch.stack([x[0], torch.zeros(5, 4)]), HYPER)
+        state |= part.update_factors(state, torch.stack([x[0], torch.zeros(5, 4)]), HYPER)
         state |= refreshed(part, [state])[0]
         found = part.into(state, x, HYPER, None)
         assert found[0].any()
@@ -143,7 +143,7 @@ def test_directions_of_no_gradient_are_finite(eps: float) -> None:
         state = part.init(g)
         for _ in range(3):
             state |= part.observe(state, g, hyper)
-            state |= part.learn(state, g, hyper)
+            state |= part.update_factors(state, g, hyper)
             state |= refreshed(part, [state], exact=True)[0]
         assert (
             part.back(state, part.into(state, g, hyper, torch.tensor(3.0)), hyper, torch.tensor(3.0)).isfinite().all()
@@ -165,7 +165,7 @@ def test_blocks_are_matrices_of_their_own(name: str) -> None:
             for k in range(6):
                 g = gaussian(*shape, seed=k)[:, i : i + 4, j : j + 3]
                 own |= alone.observe(own, g, HYPER)
-                own |= alone.learn(own, g, HYPER)
+                own |= alone.update_factors(own, g, HYPER)
                 own |= refreshed(alone, [own], exact=True)[0] if k in (0, 5) else {}
             block = alone.into(own, x[:, i : i + 4, j : j + 3], HYPER, step)
             assert gap(found[:, i : i + 4, j : j + 3], alone.back(own, block, HYPER, step)) < 1e-10
@@ -178,7 +178,7 @@ def test_zeros_that_fill_a_block_change_no_power_of_a_factor() -> None:
     found = part.unblock(part.back(state, part.into(state, x, HYPER, None), HYPER, None), 7, 5)[:, 4:, 3:]
     own = Rotated(Sides(0.25)).init(torch.zeros(1, 3, 2, dtype=torch.float64))
     for k in range(6):
-        own |= Rotated().learn(own, gaussian(1, 7, 5, seed=k)[:, 4:, 3:], HYPER)
+        own |= Rotated().update_factors(own, gaussian(1, 7, 5, seed=k)[:, 4:, 3:], HYPER)
     left, right = (
         function(own[key], lambda v: (v + 1e-3 + 1e-6 * v.amax(-1, keepdim=True)) ** -0.25) for key in ("left", "right")
     )
@@ -215,7 +215,7 @@ def test_hadamard_transport_is_the_mean_of_a_rotated_variance() -> None:
     part = Rotated(Diagonal(0.25), coupling=COUPLED, transport="hadamard", method="eigh")
     state = learned(part, (2, 5, 4))
     for k in range(6, 9):
-        state |= part.learn(state, gaussian(2, 5, 4, seed=k), HYPER)
+        state |= part.update_factors(state, gaussian(2, 5, 4, seed=k), HYPER)
     v = state["exp_avg_sq"]
     fresh = state | refreshed(part, [state])[0]
     turns = [state[key].mT @ fresh[key] for key in ("left_basis", "right_basis")]
@@ -230,7 +230,7 @@ def test_a_refresh_of_several_is_that_of_each() -> None:
     part = Rotated(Sides(0.25), method="eigh")
     states = [learned(part, shape) for shape in SHAPES]
     for state, shape in zip(states, SHAPES):
-        state |= part.learn(state, gaussian(*shape, seed=30), HYPER)
+        state |= part.update_factors(state, gaussian(*shape, seed=30), HYPER)
     for state, together in zip(states, refreshed(part, states)):
         (alone,) = refreshed(part, [state])
         assert together.keys() == alone.keys()
@@ -242,7 +242,7 @@ def test_nothing_given_is_changed() -> None:
     state, g, step = learned(part, (2, 5, 4)), gaussian(2, 5, 4, seed=9), torch.tensor(6.0)
     kept, own = {key: t.clone() for key, t in state.items()}, g.clone()
     part.observe(state, g, HYPER)
-    part.learn(state, g, HYPER)
+    part.update_factors(state, g, HYPER)
     refreshed(part, [state])
     part.back(state, part.into(state, g, HYPER, step), HYPER, step)
     assert torch.equal(g, own)
@@ -254,7 +254,7 @@ def test_nothing_given_is_changed() -> None:
 
 def test_in_the_identity_bases_it_is_its_inner_part() -> None:
     recipe = replace(ADAMW, precondition=Rotated(ADAMW.precondition, first="identity", every=100, exact=0, method="jr"))
-    recipe = replace(recipe, precondition=replace(recipe.precondition, given=True))  # factors stay 0, bases I
+    recipe = replace(recipe, precondition=replace(recipe.precondition, external=True))  # factors stay 0, bases I
     w, hyper = gaussian(1, 5, 4), Hyper(0.02, 0.1, 0.9, 0.95, 1e-6)
     ours, theirs, states = w, w, [recipe.init(w), ADAMW.init(w)]
     for step in range(10):

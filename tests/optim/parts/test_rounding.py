@@ -13,8 +13,8 @@ from torch import Tensor
 
 from steepest.matrices import pieces
 from steepest.parts import Decay, Hyper, Rounding
-from steepest.plan import Group, Plan
 from steepest.recipe import Recipe, State, step_one
+from steepest.step import Parameter, Plan
 from support.problems import FEW, RECIPES, gaussian
 
 STOCHASTIC, MANTISSA = Rounding("stochastic"), Rounding("mantissa")
@@ -226,8 +226,7 @@ def step_by_plan(recipe: Recipe, w: Tensor, g: Tensor, state: State) -> tuple[Te
     w = w.clone()
     w.grad_dtype = g.dtype
     w.grad = g
-    group = Group(recipe, [w], [state], [pieces(w.shape)], [(0, 0)])
-    Plan([group], {w.device: torch.zeros((), dtype=torch.int64)}).step([HYPER])
+    Plan([Parameter(w, state, recipe, pieces(w.shape))], {w.device: torch.zeros((), dtype=torch.int64)}).step([HYPER])
     return w, state
 
 

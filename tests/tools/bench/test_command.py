@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from steepest import cli
-from steepest.bench import ceilings, command, peers, pictures, regression
-from steepest.bench.case import Job
-from steepest.bench.ceilings import Ceilings
-from steepest.bench.records import Record, read
-from steepest.bench.regression import compare
 from steepest.linalg.polar import polar
+from steepest.tools import cli
+from steepest.tools.bench import ceilings, command, peers, pictures, regression
+from steepest.tools.bench.case import Job
+from steepest.tools.bench.ceilings import Ceilings
+from steepest.tools.bench.records import Record, read
+from steepest.tools.bench.regression import compare
 from support.pretended_gpu import pretended
 
 
@@ -322,7 +322,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_peer_is_called_as_its_package_is_made(name: str, role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrix by matrix or at once, which products may round apart: in fp32 by some eps, which "auto" lifts up to 497
     times, and in bf16, where that is larger than the factor, not at all to be compared."""
-    monkeypatch.setattr("steepest.linalg.polar._native_bf16", lambda: False)
+    monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: False)
     (found,) = [peer for peer in peers.found(role) if peer.name == name]
     made = found.make()
     x = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from steepest import bench, cli
+from steepest.tools import bench, cli
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "bench" / "gpu.py"

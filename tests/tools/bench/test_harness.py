@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from steepest.bench import case as cases
-from steepest.bench import ceilings, counting, machine, pictures, records, shapes, table, timing, truth
-from steepest.bench.case import Case, Settings, Variant, measure
-from steepest.bench.ceilings import Ceilings
-from steepest.bench.timing import Call, Timing
 from steepest.linalg.polar import polar
+from steepest.tools.bench import case as cases
+from steepest.tools.bench import ceilings, counting, machine, pictures, records, shapes, table, timing, truth
+from steepest.tools.bench.case import Case, Settings, Variant, measure
+from steepest.tools.bench.ceilings import Ceilings
+from steepest.tools.bench.timing import Call, Timing
 from support.polar_error import polar_error
 from support.singular_values import gaussian
 

@@ -1,4 +1,4 @@
-"""`inspect`, `before` and `after` on a list of items that has every path of theirs, against their formulas in fp64.
+"""The fused elementwise ops on a list of items that has every path of theirs, against their formulas in fp64.
 
 Dtypes, both averages, every power, kind of direction and way to round; several matrices, more elements than a chunk,
 addresses that are not aligned, transposed memory, more items than a launch takes; one gradient with a NaN, whose
@@ -25,18 +25,21 @@ F, B, H, D = torch.float32, torch.bfloat16, torch.float16, torch.float64
 POWERS = {"quarter": 1 / 4, "half": 1 / 2, "sixth": 1 / 6}
 #: lr, weight_decay, beta1, beta2, eps of two groups; `lerp` goes from the other end for the second.
 GROUPS = ((0.02, 0.1, 0.9, 0.95, 1e-6), (0.3, 0.2, 0.4, 0.3, 1e-3))
-STEP = 3  # the one that is taken
 RATIO = 0.75
 MEASURED = ("grad_sq", "input_scale", "momentum_sq", "momentum_max", "update_sq", "param_sq")
 UNIT = {F: 2.0**-18, D: 2.0**-44}  # of the arithmetic: see `rounded`
 
 MUADAM = Program(momentum_correction=True, power="quarter", second_correction=True, eps_inside=True)
+FIRST = Program(nesterov=True, power="half", start_first=True, decay_after=True, decay_scaled=True)
 ADAMW = Program(momentum_correction=True, power="quarter", second_correction=True, direction="identity")
 
 
 @dataclass(frozen=True)
 class Case:
-    """``count`` items of one shape. types: of gradient, momentum, second moment, input or direction, parameter."""
+    """``count`` items of one shape. types: of gradient, momentum, second moment, input or direction, parameter.
+
+    step: the one that is taken.
+    """
 
     program: Program
     types: tuple[torch.dtype, ...]
@@ -46,6 +49,7 @@ class Case:
     shift: int = 0
     turned: bool = False
     nan: bool = False
+    step: int = 3
 
 
 CASES = (
@@ -64,6 +68,8 @@ CASES = (
     Case(Program(heavy_ball=True, direction="identity", maximize=True), (F, F, F, F, F), (24, 17), turned=True),
     Case(replace(MUADAM, rounding="mantissa"), (B, B, F, B, B), (17, 24), turned=True),
     Case(MUADAM, (F, F, F, H, F), (16, 9), nan=True),
+    Case(FIRST, (F, F, F, H, F), (16, 9), step=1),
+    Case(replace(MUADAM, frozen_moments=True), (F, F, F, H, F), (16, 9)),
     Case(Program(), (F, F, F, H, F), (8,), count=300),
 )
 # One thread's worth of elements: several would wait for one another longer than they work.
@@ -78,6 +84,7 @@ IN_TRITON = (
     Case(Program(nesterov=True, rounding="stochastic"), (B, B, F, H, B), (40, 24)),
     Case(ADAMW, (F, F, F, F, F), (CHUNK + 8,)),
     Case(ADAMW, (F, F, F, F, F), (16, 8), nan=True),
+    *(case for case in CASES if case.program == FIRST or case.program.frozen_moments),
     Case(ADAMW, (F, F, F, F, F), (8,), count=300),
 )
 
@@ -88,7 +95,7 @@ def run(backend: str, comparison: Comparison) -> None:
 
 
 def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], comparison: Comparison) -> None:
-    """op: `inspect`, `before` and `after` by name, with the arguments of torch.ops.steepest's."""
+    """op: each of the four by its name, with the arguments of torch.ops.steepest's."""
     works = [_Work(case, GROUPS[i % len(GROUPS)], comparison) for i, case in enumerate(cases)]
     every = [(i, work) for i, work in enumerate(works) for _ in range(work.case.count)]  # one an item
     first_sums = list(accumulate((work.case.matrices for _, work in every), initial=0))
@@ -98,7 +105,8 @@ def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], compa
     place = comparison.place
     table = Table(place(table.rows), place(table.sums), place(table.scratch), skipped)
     table.column("momentum_max").copy_(torch.cat([work.lines("momentum").abs().amax(-1) for work in works]))
-    steps = comparison.place(torch.full((len(every),), STEP - 1.0, dtype=F, device=comparison.device))
+    counts = [work.case.step - 1.0 for _, work in every]
+    steps, again = (comparison.place(torch.tensor(counts, dtype=F, device=comparison.device)) for _ in range(2))
 
     rate = comparison.numbers(GROUPS[0][:1], dtype=D)  # as a tensor, which stands for the first group's
     values = [math.nan, *GROUPS[0][1:], *GROUPS[1]]
@@ -106,8 +114,14 @@ def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], compa
     slots = ("grad", "momentum", "second", "input", "direction", "param", "mantissa", "lengths")
     lists = {name: [t for work in works for t in work.items(name)] for name in slots}
     grads = lists["grad"]
-    numbers = (table.rows, table.sums, table.skipped, table.scratch, programs, first_sums, groups, values)
-    op("inspect")(grads, list(steps.unbind()), *numbers, [rate], [0], None, None)
+    numbers = (programs, first_sums, groups, values, [rate], [0])
+    memory = (table.sums, table.skipped, table.scratch)
+    op("grad_stats")(grads, list(steps.unbind()), table.rows, *memory, *numbers, None, None)
+    # Once more in two calls.
+    apart = Table(place(torch.zeros_like(table.rows)), table.sums, table.scratch, place(torch.zeros_like(skipped)))
+    memory = (apart.sums, apart.skipped, apart.scratch)
+    op("grad_stats")(grads, list(again.unbind()), apart.rows, *memory, *numbers, None, None, False)
+    op("decide_steps")(list(again.unbind()), apart.rows, *memory[:2], *numbers, None)
 
     absent = torch.empty(0, dtype=F, device=comparison.device)
     whole = [work.case.program.whole for _, work in every]
@@ -119,16 +133,20 @@ def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], compa
     tables = (table.rows, table.sums, table.scratch)
     lists["input"] = [absent if own else t for t, own in zip(lists["input"], whole)]
     all_of_it = (grads, lists["momentum"], lists["second"], lists["input"], moved["param"], moved["mantissa"])
-    op("before")(*all_of_it, *tables, *Items(tuple(items)).numbers)
+    op("update_moments")(*all_of_it, *tables, *Items(tuple(items)).numbers)
     late = [i for i, own in enumerate(whole) if not own]
     if late:
         some = ([lists[name][i] for i in late] for name in ("direction", "second", "param", "mantissa", "lengths"))
-        op("after")(*some, *tables, *Items(tuple(items[i] for i in late)).numbers)
+        op("apply_update")(*some, *tables, *Items(tuple(items[i] for i in late)).numbers)
 
     taken = torch.cat([steps.new_full((work.case.count,), 0.0 if work.case.nan else 1.0) for work in works])
     comparison.expect("whether steps are taken", table.column("finite"), taken)
-    comparison.expect("step counts", steps, taken + (STEP - 1))
+    comparison.expect("step counts", steps, taken + steps.new_tensor(counts))
     comparison.expect("steps not taken", skipped, len(every) - taken.sum())
+    known, apart_known = (each.clamp(max=1e300) for each in (table.rows, apart.rows))  # of NaN they are infinite
+    comparison.expect("rows that are decided apart", apart_known, known)
+    comparison.expect("step counts that are decided apart", again, steps)
+    comparison.expect("steps not taken when decided apart", apart.skipped, skipped)
     row = 0
     for work in works:
         end = row + work.case.count
@@ -202,19 +220,24 @@ class _Work:
 
     def expect(self, columns: dict[str, Tensor]) -> None:
         """What the step must have made of the old tensors; columns: of the rows and lines of these items."""
-        p, (lr, decay, beta1, beta2, eps) = self.case.program, self.group
+        p, step, (lr, decay, beta1, beta2, eps) = self.case.program, self.case.step, self.group
+        begun = not (p.start_first and step == 1)
         g, m, v = self.tensors["grad"].double(), self.old["momentum"].double(), None
         g = -g if p.maximize else g
-        new = beta1 * m + g if p.heavy_ball else beta1 * m + (1 - beta1) * g
-        self._expect_rounded("momentum", self.tensors["momentum"], new, m.abs() + g.abs())
+        if not p.frozen_moments:
+            old, b = m, beta1 * begun
+            m = b * old + g if p.heavy_ball else b * old + (1 - b) * g
+            self._expect_rounded("momentum", self.tensors["momentum"], m, old.abs() + g.abs())
         m = self.tensors["momentum"].double()  # as it was stored
         inverse: Tensor | float = 1.0
         if p.power != "none":
             v = self.old["second"].double()
-            v = v + g * g if p.sum else beta2 * v + (1 - beta2) * (g * g)
+            if not p.frozen_moments:
+                b = beta2 * begun
+                v = v + g * g if p.sum else b * v + (1 - b) * (g * g)
             self._expect_rounded("second moment", self.tensors["second"], v, v)
             power = 2 * POWERS[p.power]
-            mass = (1 - beta2**STEP) ** power if p.second_correction else 1.0
+            mass = (1 - beta2**step) ** power if p.second_correction else 1.0
             v = self.tensors["second"].double()
             v = v.sqrt() if p.power == "quarter" else v**power
             inverse = ((v + eps) / mass if p.eps_inside else v / mass + eps).rsqrt()
@@ -222,7 +245,7 @@ class _Work:
         if p.nesterov:
             y, terms = beta1 * m + (g if p.heavy_ball else (1 - beta1) * g), m.abs() + g.abs()
         if p.momentum_correction:
-            y, terms = y / (1 - beta1**STEP), terms / (1 - beta1**STEP)
+            y, terms = y / (1 - beta1**step), terms / (1 - beta1**step)
         length: Tensor | float = 1.0
         if p.direction == "given":
             scale: Tensor | float = 1.0
@@ -240,10 +263,10 @@ class _Work:
             u = y.sign() * inverse
             terms = u.abs()
         w = self.old_weight
-        kept = torch.where(u * w >= 0, w, 0.0) if p.cautious else w
         length = length * (lr * RATIO)
         u = u * length
-        moved = w - lr * decay * kept - u
+        kept = torch.where(u * w >= 0, w, 0.0) if p.cautious else w - u if p.decay_after else w
+        moved = w - lr * decay * (RATIO if p.decay_scaled else 1.0) * kept - u
         self._expect_rounded("parameter", self.weight(), moved, terms * length + w.abs(), self.case.types[4])
         for column, t in {"momentum_sq": m, "param_sq": moved, "update_sq": u}.items():
             wanted = t.square().reshape(len(columns[column]), -1).sum(-1)

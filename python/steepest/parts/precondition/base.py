@@ -24,9 +24,6 @@ class Precondition(Protocol):
     """
 
     @property
-    def elementwise(self) -> bool: ...
-
-    @property
     def keys(self) -> tuple[str, ...]:
         """Names of the state tensors."""
         ...

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..hyper import Hyper, mass
+from ..hyper import Hyper, bias_correction
 from .base import State
 
 
@@ -33,8 +33,6 @@ class Diagonal:
     bias_correction: bool = True
     eps_inside: bool = True
     key: str = "exp_avg_sq"
-
-    elementwise = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.power <= 0.5:
@@ -80,7 +78,7 @@ class Diagonal:
         if self.eps_inside:
             squared.add_(hyper.eps)
         if self.bias_correction:
-            squared.div_((mass(hyper.beta2, step) ** (2 * self.power)).to(v.dtype))
+            squared.div_((bias_correction(hyper.beta2, step) ** (2 * self.power)).to(v.dtype))
         if not self.eps_inside:
             squared.add_(hyper.eps)
         inverse = squared.rsqrt_()

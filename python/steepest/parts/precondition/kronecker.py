@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...linalg.blocks import block_length, from_blocks, parts, to_blocks
 from ...ops.products import syrk_ema
-from ..hyper import Hyper, Number, mass
+from ..hyper import Hyper, Number, bias_correction
 from ..rounding import Rounding
 from .base import State
 
@@ -51,7 +51,7 @@ class Phase(NamedTuple):
     before: bool = False
     steps: bool = True
     after: bool = False
-    takes: bool = False
+    commits: bool = False
     refreshes: bool = False
     at_once: bool = False
     exact: bool | None = None
@@ -78,12 +78,12 @@ class Kronecker:
     side: "both", or "smaller", the one with fewer rows (one-sided Shampoo, ASGO).
     max_dim: a longer side has no factor, or with blocks=True is cut into blocks of at most this length, each with
         factors of its own.
-    given: the factors come from elsewhere (K-FAC's hooks write them).
+    external: the factors come from elsewhere (K-FAC's hooks write them).
     every: steps between refreshes; delay: steps until the result of one is taken, the first one's excepted.
     first: what the first step does. "learn": its gradient makes the metric it is stepped in; "identity": it is stepped
         in none, as SPlus; "skip": it only makes the metric, as SOAP's authors have it. In its own bases the first
         gradient is diagonal: an elementwise inner part would divide the rounding errors beside it by themselves.
-    current: every gradient goes into the factors before its step, and not after.
+    update_first: every gradient goes into the factors before its step, and not after.
     dtype: of factors and of what is made of them, None or bfloat16.
     """
 
@@ -91,14 +91,13 @@ class Kronecker:
     side: Literal["both", "smaller"] = "both"
     max_dim: int = 10000
     blocks: bool = False
-    given: bool = False
+    external: bool = False
     every: int = 10
     delay: int = 0
     first: Literal["learn", "identity", "skip"] = "learn"
-    current: bool = False
+    update_first: bool = False
     dtype: torch.dtype | None = None
 
-    elementwise = False
     #: of kernels, by their names in `steepest.ops.selfcheck`, that learning and refreshing may ask for
     families: ClassVar[tuple[str, ...]] = ("fp32 products",)
 
@@ -115,7 +114,7 @@ class Kronecker:
             raise ValueError(f"first {self.first!r} is not known; use 'learn', 'identity' or 'skip'")
         if self.dtype not in (None, torch.bfloat16):
             raise ValueError(f"factors are fp32 (dtype=None) or torch.bfloat16, but dtype is: {self.dtype}")
-        if self.dtype is not None and self.given:
+        if self.dtype is not None and self.external:
             raise ValueError("factors that are given are not rounded here: leave dtype=None")
         if self.dtype is not None and self.beta == 1:
             raise ValueError(
@@ -163,16 +162,16 @@ class Kronecker:
         """What a refresh gives, first of all NEXT; (b, ...) each."""
         raise NotImplementedError
 
-    def taken(self, state: State) -> State:
+    def new_metric(self, state: State) -> State:
         """What changes when NEXT becomes the metric."""
         raise NotImplementedError
 
-    def seen(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
+    def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
         """(for each factor a Y, of which Y Y^T goes into it; what else is new)."""
         x = self.to_blocks(g)  # products of narrow numbers are exact in wide sums
         return {"left": x, "right": x.mT}, {}
 
-    def doubtful(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
+    def needs_exact(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
         """Of each matrix, whether the last refresh got no hold of it."""
         return [False for i, side in owners for _ in states[i][FACTORS[side]]]
 
@@ -214,12 +213,12 @@ class Kronecker:
     def phase(self, clock: int) -> Phase:
         """What the step after `clock` earlier ones does."""
         start, refreshes = clock == 0, self._due(clock)
-        before = self.current or (start and self.first == "learn")
+        before = self.update_first or (start and self.first == "learn")
         return Phase(
             before=before,
             steps=not (start and self.first == "skip"),
             after=not before,
-            takes=0 < self.delay < clock and self._due(clock - self.delay),
+            commits=0 < self.delay < clock and self._due(clock - self.delay),
             refreshes=refreshes,
             at_once=refreshes and (start or self.delay == 0),
             exact=False if start else None,
@@ -228,13 +227,13 @@ class Kronecker:
     def _due(self, clock: int) -> bool:
         return clock == 0 or (clock if self.first == "skip" else clock + 1) % self.every == 0
 
-    def learn(self, state: State, g: Tensor, hyper: Hyper) -> State:
+    def update_factors(self, state: State, g: Tensor, hyper: Hyper) -> State:
         """The factors, and whatever else every gradient adds to, after gradient g."""
         learned = state[LEARNED] + 1
         fresh: State = {LEARNED: learned}
-        if self.given:
+        if self.external:
             return fresh
-        seen, more = self.seen(state, g, hyper, learned)
+        seen, more = self.factor_inputs(state, g, hyper, learned)
         for side, (key, y) in enumerate(seen.items()):
             if state[key].numel():
                 held = wide(state[key])
@@ -250,7 +249,7 @@ class Kronecker:
         """Of the newest term; None for sums."""
         beta = self.rate(hyper)
         sums = isinstance(beta, float | int) and beta == 1
-        return None if sums else (1 - beta) / mass(beta, learned)
+        return None if sums else (1 - beta) / bias_correction(beta, learned)
 
     def stored(self, factor: Tensor, learned: Tensor, side: int) -> Tensor:
         """As the state has it, and symmetric."""
@@ -276,7 +275,7 @@ class Kronecker:
         for owners in sizes.values():
             counts = [len(states[i][FACTORS[side]]) for i, side in owners]
             tensors = [wide(torch.cat([states[i][pair[side]] for i, side in owners])) for pair in self.reads]
-            flags = self.doubtful(states, owners) if exact is None else [exact] * sum(counts)
+            flags = self.needs_exact(states, owners) if exact is None else [exact] * sum(counts)
             found.append(Gathered(owners, counts, tensors, flags))
         return found
 
@@ -289,10 +288,10 @@ class Kronecker:
                     fresh[i][keys[side]] = own
         return fresh
 
-    def take(self, state: State) -> State:
+    def commit(self, state: State) -> State:
         """The new metric and all that goes with it; nothing new where nothing is pending, or it was taken already."""
         pending = state[PENDING] != 0
-        fresh = {key: torch.where(pending, t, state[key]) for key, t in self.taken(state).items()}
+        fresh = {key: torch.where(pending, t, state[key]) for key, t in self.new_metric(state).items()}
         return {**fresh, PENDING: torch.zeros_like(state[PENDING])} if self.delay else fresh
 
 

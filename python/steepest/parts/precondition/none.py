@@ -17,8 +17,6 @@ class Identity:
     keys: tuple[str, ...] = ()
     counts_steps: bool = False
 
-    elementwise = True
-
     def init(self, g: Tensor) -> State:
         return {}
 

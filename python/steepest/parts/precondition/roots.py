@@ -110,8 +110,8 @@ class Roots(Kronecker):
 
     # ---- what is learned --------------------------------------------------------------------------------------------
 
-    def learn(self, state: State, g: Tensor, hyper: Hyper) -> State:
-        fresh = super().learn(state, g, hyper)
+    def update_factors(self, state: State, g: Tensor, hyper: Hyper) -> State:
+        fresh = super().update_factors(state, g, hyper)
         if not self.coupling:
             return fresh
         present = [key for key in FACTORS if state[key].numel()]
@@ -126,9 +126,9 @@ class Roots(Kronecker):
     def weight(self, hyper: Hyper, learned: Tensor) -> Number | None:
         return 1 - self.rate(hyper) if self.coupling else super().weight(hyper, learned)
 
-    def seen(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
+    def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
         if not self.coupling:
-            return super().seen(state, g, hyper, learned)
+            return super().factor_inputs(state, g, hyper, learned)
         x = self.to_blocks(g.to(state[ROOTS[0]].dtype))
         m, n = x.shape[-2:]
 
@@ -153,7 +153,7 @@ class Roots(Kronecker):
         residual = torch.where(_finite(root) & _finite(inverse), residual, torch.inf)
         return {NEXT: root, NEXT_INVERSES: inverse, RESIDUALS: residual}
 
-    def taken(self, state: State) -> State:
+    def new_metric(self, state: State) -> State:
         """The new roots, where they can be trusted."""
         pairs = [(ROOTS, NEXT), *([(INVERSES, NEXT_INVERSES)] if self.scale == "present" else [])]
         fresh: State = {}

@@ -154,8 +154,8 @@ class Rotated(Kronecker):
         phase, earlier = super().phase(clock), -(-clock // self.every)  # refreshes
         return phase._replace(exact=True) if phase.refreshes and earlier < self.exact else phase
 
-    def learn(self, state: State, g: Tensor, hyper: Hyper) -> State:
-        fresh = super().learn(state, g, hyper)
+    def update_factors(self, state: State, g: Tensor, hyper: Hyper) -> State:
+        fresh = super().update_factors(state, g, hyper)
         if self.sides is not None and self.sides.values == "present":
             now = {**state, **fresh}
             for side, factor in enumerate(FACTORS):
@@ -163,10 +163,10 @@ class Rotated(Kronecker):
                     fresh[VALUES[side]] = self._values_of(now[factor], state[BASES[side]])
         return fresh
 
-    def seen(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
+    def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
         """With coupling also averages of values."""
         if self.coupling is None:
-            return super().seen(state, g, hyper, learned)
+            return super().factor_inputs(state, g, hyper, learned)
         left, right = self._bases(state)
         x = self.to_blocks(g.to(left.dtype))
         images = {"left": x @ right if right.numel() else x, "right": x.mT @ left if left.numel() else x.mT}
@@ -216,10 +216,10 @@ class Rotated(Kronecker):
 
     # ---- the refresh ------------------------------------------------------------------------------------------------
 
-    def doubtful(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
+    def needs_exact(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
         first, side = owners[0]
         if _solver(self.method, states[first][FACTORS[side]].device) != "auto":
-            return super().doubtful(states, owners)
+            return super().needs_exact(states, owners)
         statuses = streams.read([states[i][STATUS[side]] for i, side in owners])
         return [bool(status & WANTS_EXACT) for status in statuses]
 
@@ -229,7 +229,7 @@ class Rotated(Kronecker):
         given = {NEXT: found.basis, ORDERS: found.order, STATUS: found.status}
         return {**given, NEXT_VALUES: self._resolved(found.values)} if self._of_refresh else given
 
-    def taken(self, state: State) -> State:
+    def new_metric(self, state: State) -> State:
         """The new bases, and the values and second moments that belong to them."""
         fresh: State = {}
         for side, factor in enumerate(FACTORS):

@@ -1,0 +1,251 @@
+"""The polar factors of matrices: U V^T for X = U S V^T.   x: (..., m, n).
+
+The arguments are checked here; `choose` says how a stack is computed, and what is computed alike shares launches.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ...ops.polar_chain import Update
+from ...ops.small_polar import small_polar, takes
+from ...ops.symm_gemm import Workspace
+from ..coefficients import Coefficients, Schedule, presets
+from ..newton_schulz import newton_schulz, newton_schulz_plain
+from ..scaling import prescaled
+from .choice import COMPUTE_DTYPES, FORMS, Choice, choose, compute_dtype
+from .jobs import Job, Result, add_factors, at_once
+
+
+@torch.no_grad()
+def polar(
+    x: Tensor,
+    preset: str = "auto",
+    *,
+    coefficients: Coefficients | None = None,
+    steps: int | None = None,
+    eps: float = 1e-7,
+    dtype: torch.dtype | None = None,
+    form: str = "auto",
+    restarts: Collection[int] | None = None,
+    max_workspace_bytes: int | None = None,
+    slack: Tensor | None = None,
+) -> Tensor:
+    """Approximate polar factor of every matrix in x.   x: (..., m, n) floating; returned in x's dtype, x untouched.
+
+    What each preset promises, in exact arithmetic.  *Gain* is the lift of a vanishing singular value after division by
+    ||X||_F; s = ||X||_F / bound, at least 1, is what the tight norm bound finds beyond that.  *Lands* is where singular
+    values from l times the norm up to the norm end.
+
+        preset         steps  gain        l       lands           norm
+        auto           4      215 s       8e-3    [.995, 1.005]   bound, where s >= 2.26
+                              316 s       4e-3    [.954, 1.046]   bound, where s >= 1.54
+                              497 s       1.7e-3  [.775, 1.225]   bound, otherwise
+        turbo          3      81 s        1.5e-2  [.945, 1.055]   bound, where s >= 5.93; degrees 5, 5, 9
+                              114 s       8e-3    [.817, 1.183]   bound, otherwise
+        exact, jordan  5      484         1e-2    [.681, 1.135]   Frobenius
+        you            5      492         1e-2    [.977, 1.032]   Frobenius
+        polar_express  5      976         1e-3    [.846, 1.124]   Frobenius; any number of steps
+        tight_8e-3     4      168 s       8e-3    [.968, 1.032]   bound
+        tight_4e-3     4      247 s       4e-3    [.859, 1.141]   bound
+        svd            -      any         eps     [1, 1]          singular values up to eps are dropped
+
+    "auto" lifts small singular values at least as much as "jordan" on every spectrum, at less work; the choice among
+    its tables is made per matrix on the device.  "turbo" does so from s = 4.25 on.  "jordan" is, operation for
+    operation, torch.optim.Muon's function (full products); "exact" is the same polynomial with symmetric products,
+    whose rounding is up to twice as large.  In bf16 rounding comes on top: on small matrices (short side below 100) of
+    a few equal large singular values and the rest 100 times smaller, "auto" was seen to err by .25 where "jordan" errs
+    by .2.  form="gram" is not bounded in 16 bits on matrices with a short side below 100.
+
+    Args:
+        coefficients: instead of a preset, (a, b, c) or a list of such; 2 to 5 numbers, odd degrees 3 to 9.
+        steps: how often one tuple is applied (5), or the length of "polar_express".
+        eps: relative to the largest entry of a matrix: its norm is never taken below eps, and "svd" drops singular
+            values below max(eps, rounding) times the largest.  The scale of x does not matter.
+        dtype: compute dtype; `compute_dtype` chooses by default.  fp16 is refused on a CPU.
+        form: "standard", "gram", or "auto" by shape, device and dtype.
+        restarts: steps (1 .. steps - 1) before which the Gram form takes a new X X^T; overrides ``form``.
+        max_workspace_bytes: bound on what one chunk of the batch allocates; at least one matrix is worked on.
+        slack: (batch,) fp32 on x's device, batch the product of the leading dimensions; filled with ||X||_F over the
+            norm that X was divided by, the s above: 1 with the Frobenius norm, NaN for "svd", 0 for a zero matrix.
+
+    A zero matrix gives zero.  A matrix with a non-finite entry gives NaN and leaves the rest of its batch alone.
+    Deterministic, not differentiable; no host synchronisation and traceable, but for "svd", whose LAPACK-like solver
+    on a GPU reads its own status, and which takes no steps, form or restarts.
+
+    Raises:
+        ValueError: an unknown preset or form, x with fewer than two dimensions, steps, restarts or coefficients out of
+            range, a negative eps, fp16 on a CPU, slack of another shape.
+        TypeError: x is not real floating point, or dtype is not a compute dtype.
+    """
+    slacks = None if slack is None else [slack]
+    return polars(
+        [x],
+        preset,
+        coefficients=coefficients,
+        steps=steps,
+        eps=eps,
+        dtype=dtype,
+        form=form,
+        restarts=restarts,
+        max_workspace_bytes=max_workspace_bytes,
+        slacks=slacks,
+    )[0]
+
+
+@torch.no_grad()
+def polars(
+    xs: Sequence[Tensor],
+    preset: str = "auto",
+    *,
+    coefficients: Coefficients | None = None,
+    steps: int | None = None,
+    eps: float = 1e-7,
+    dtype: torch.dtype | None = None,
+    form: str = "auto",
+    restarts: Collection[int] | None = None,
+    max_workspace_bytes: int | None = None,
+    slacks: Sequence[Tensor] | None = None,
+    updates: Sequence[Update] | None = None,
+) -> list[Tensor]:
+    """`polar` of every x, of any shapes, all on one device; launches are shared where kernels take several stacks.
+
+    updates: one for each x, whose polar factors then go into the weights, W <- beta W + eta polar(x), and nothing is
+    returned. Where a chain of products ends in them, the factors are not written anywhere (csrc/symm_gemm/update.cuh).
+    """
+    for x in xs:
+        _check(x, preset, dtype, form, eps, max_workspace_bytes)
+    optional: Sequence[Tensor | None] = [None] * len(xs) if slacks is None else slacks
+    buffers = [_slack_buffer(x, slack) for x, slack in zip(xs, optional, strict=True)]
+    if preset == "svd" and coefficients is None:
+        return _svds(xs, buffers, updates, eps, dtype)
+    results = [Result(x) for x in xs]
+    targets: Sequence[Update | None] = [None] * len(xs) if updates is None else updates
+    alike: dict[tuple[str, torch.dtype, tuple[int, ...]], tuple[Choice, list[Job]]] = {}
+    for x, slack, result, update in zip(xs, buffers, results, targets, strict=True):
+        choice = choose(
+            x.shape[-2],
+            x.shape[-1],
+            preset,
+            device=x.device,
+            coefficients=coefficients,
+            steps=steps,
+            x_dtype=x.dtype,
+            dtype=dtype,
+            form=form,
+            restarts=restarts,
+            small=functools.partial(_small_kernel_takes, x),
+        )
+        if x.numel():
+            job = Job(x.reshape(-1, *x.shape[-2:]), slack, result, 0, update)
+            alike.setdefault((choice.form, choice.dtype, choice.restarts), (choice, []))[1].append(job)
+    for choice, jobs in alike.values():
+        if choice.form == "small":
+            _by_small_kernel(jobs, choice.schedule, eps)
+            continue
+        chunks = [chunk for job in jobs for chunk in job.chunks(choice.dtype, max_workspace_bytes)]
+        if choice.form == "plain":
+            _by_plain_products(chunks, choice, eps)
+        else:
+            _by_chain(list(at_once(chunks, choice.dtype, max_workspace_bytes)), choice, eps)
+    return [result.whole() for result in results] if updates is None else []
+
+
+def _small_kernel_takes(x: Tensor, table: Schedule) -> bool:
+    return takes([x], table.tables, table.slacks)
+
+
+def _by_small_kernel(jobs: list[Job], table: Schedule, eps: float) -> None:
+    outs = [job.result.batch() for job in jobs]
+    xs, slacks = [job.x for job in jobs], [job.slack for job in jobs]
+    small_polar(xs, outs, slacks, table.tables, table.slacks, tight=table.norm == "tight", eps=eps)
+    for job, out in zip(jobs, outs, strict=True):
+        if job.update is not None:
+            add_factors(out, job.update)
+
+
+def _by_plain_products(jobs: list[Job], choice: Choice, eps: float) -> None:
+    for job in jobs:
+        job.finish(newton_schulz_plain(prescaled(job.x, choice.dtype), choice.schedule.tables[0], eps=eps))
+        job.slack.fill_(1)
+
+
+def _by_chain(runs: list[list[Job]], choice: Choice, eps: float) -> None:
+    """Each run of jobs goes through the chain together; the next one takes its buffers."""
+    workspace = Workspace()
+    for jobs in runs:
+        xs, slacks = [prescaled(job.x, choice.dtype) for job in jobs], [job.slack for job in jobs]
+        updates = [job.update for job in jobs if job.update is not None]
+        ys = newton_schulz(xs, choice.schedule, choice.restarts, workspace, eps=eps, slacks=slacks, updates=updates)
+        for job, y in zip(jobs, ys, strict=not updates):
+            job.finish(y, reused=len(runs) > 1)
+
+
+def _svds(
+    xs: Sequence[Tensor],
+    slacks: Sequence[Tensor],
+    updates: Sequence[Update] | None,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
+    for slack in slacks:
+        slack.fill_(math.nan)
+    factors = [_svd(x, eps, dtype) for x in xs]
+    if updates is None:
+        return factors
+    for u, update in zip(factors, updates, strict=True):
+        add_factors(u, update)
+    return []
+
+
+def _check(
+    x: Tensor, preset: str, dtype: torch.dtype | None, form: str, eps: float, max_workspace_bytes: int | None
+) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"polar takes a real floating-point tensor, got {x.dtype}; convert it first")
+    if x.ndim < 2:
+        raise ValueError(f"polar takes matrices (..., m, n), got shape {tuple(x.shape)}; add a dimension")
+    if preset not in presets():
+        raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(presets())}")
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is not known; choose one of {', '.join(FORMS)}")
+    if dtype is not None and dtype not in COMPUTE_DTYPES:
+        raise TypeError(f"dtype {dtype} cannot be computed in; choose one of {', '.join(map(str, COMPUTE_DTYPES))}")
+    if dtype == torch.float16 and x.device.type == "cpu":
+        raise ValueError(
+            "dtype torch.float16 is not used on a CPU, whose fp16 products are slow; choose torch.bfloat16"
+        )
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    if max_workspace_bytes is not None and max_workspace_bytes <= 0:
+        raise ValueError(f"max_workspace_bytes must be positive or None, got {max_workspace_bytes}")
+
+
+def _slack_buffer(x: Tensor, slack: Tensor | None) -> Tensor:
+    count = math.prod(x.shape[:-2])
+    if slack is None:
+        return torch.empty(count, dtype=torch.float32, device=x.device)
+    if slack.shape != (count,) or slack.dtype is not torch.float32 or slack.device != x.device:
+        raise ValueError(
+            f"slack must be a float32 tensor of shape ({count},) on {x.device}, got {slack.dtype} "
+            f"{tuple(slack.shape)} on {slack.device}"
+        )
+    return slack
+
+
+def _svd(x: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
+    """U V^T over the singular values above rounding; LAPACK refuses NaN, so such matrices go in as zero."""
+    work = dtype if dtype in (torch.float32, torch.float64) else compute_dtype("svd", x.dtype, x.device)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    y = prescaled(x.reshape(-1, *x.shape[-2:]), work)
+    finite = y.isfinite().all(-1).all(-1)[:, None, None]
+    u, s, vh = torch.linalg.svd(torch.where(finite, y, torch.zeros_like(y)), full_matrices=False)
+    least = s[:, :1] * max(eps, torch.finfo(work).eps * max(x.shape[-2:]))
+    kept = (s > least).to(work)[:, None, :]
+    return torch.where(finite, (u * kept) @ vh, torch.nan).to(x.dtype).reshape(x.shape)

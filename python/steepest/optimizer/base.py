@@ -1,0 +1,353 @@
+"""The `torch.optim` shell: groups, state, closures and checkpoints around `plan.Plan`.
+
+A `MatrixOptimizer` holds two kinds of group: those with use_muon=True take the class's own recipe, those with
+use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler for a whole model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ..ops.backend import requested
+from ..ops.multi_tensor import Scaling
+from ..parts import Hyper, Number
+from ..recipe import Recipe, State, adamw
+from ..step import Parameter, Plan, StepOptions
+from ..step.checks import check_gradient, check_state, refuse_capture
+from ..step.coupling import Coupling
+from ..step.plan import route
+from ..step.seams import Reduce, Transport
+from ..step.state_storage import stack
+from .checkpoints import Checkpoints
+from .group_options import CHANGING, Group, adam_hyper, changed, finish, frozen, parameter_name
+from .groups import Groups, Params
+from .reports import Reports
+from .weights import Weights
+
+__all__ = ["MatrixOptimizer"]
+
+
+class MatrixOptimizer(Groups, Reports, Checkpoints):
+    """Base of the named optimizers: a subclass gives `recipe(group)` and `hyper(group)` for its matrices.
+
+    params: a module or named parameters (routed by `steepest.param_groups`), an iterable of tensors (routed by shape),
+        or an iterable of groups, where use_muon=False sends a group to AdamW.
+    defaults: group values of the matrix method.   adamw: group values of AdamW groups (lr, betas, eps, weight_decay).
+    """
+
+    #: torch.amp.GradScaler leaves unscaling and skipping to the step, which does both on the device.
+    _step_supports_amp_scaling = True
+    _carried: tuple[str, ...] = ("_adamw_defaults", "_reasons", "_skipped")
+    _plan_key: list[object] | None = None
+    #: what a distributed step adds; see `steepest.step.seams`
+    _reduce: Reduce | None = None
+    _transport: Transport | None = None
+
+    def __init__(self, params: Params, defaults: Group, adamw: Group) -> None:
+        self._adamw_defaults = dict(adamw)
+        self._reasons: dict[Tensor, str] = {}
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._recipes: dict[int, tuple[Group, Recipe, int]] = {}
+        self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
+        self._check_adamw({"use_muon": False, **self._adamw_defaults})
+        self._check_values(defaults)
+        super().__init__(self._groups(params), {**defaults, "use_muon": True})
+
+    def hyper(self, group: Group) -> Hyper:
+        """The numbers of this step for a matrix group, read from the group."""
+        raise NotImplementedError
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step. closure: re-evaluates the model and returns the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scaling = Scaling(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        if torch.compiler.is_compiling():
+            self._traced_step(scaling)
+        else:
+            self._take_step(scaling, loss)
+        return loss
+
+    def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
+        """Moves everything that has a gradient; loss: what a closure returned."""
+        plan = self._ready_plan()
+        plan.step([self._hyper(group) for group in self.param_groups], scaling, self._layer_coupling(loss))
+        self._run_weight_hooks(plan.parameters)
+
+    def _couples(self) -> bool:
+        """Whether layers wait for one another."""
+        return False
+
+    def _layer_coupling(self, loss: Number | None) -> Coupling | None:
+        """What this step's layers wait for, where they do."""
+        return None
+
+    def register_weight_hook(self, hook: Callable[[Weights], None]) -> RemovableHandle:
+        """Has hook(weights) called at the end of every step, after all weights have moved, inside a captured or a
+        compiled step too; see `Weights`. The handle's remove() ends it.
+        """
+        handle = RemovableHandle(self._weight_hooks)
+        self._weight_hooks[handle.id] = hook
+        return handle
+
+    def _run_weight_hooks(self, parameters: Sequence[Parameter]) -> None:
+        if self._weight_hooks:
+            weights = Weights({p.tensor: p for p in parameters})
+            for hook in list(self._weight_hooks.values()):
+                hook(weights)
+
+    def init_state(self) -> None:
+        """Creates the state of every parameter now, as if each had a zero gradient, without a step."""
+        self._init_states([(p, p.dtype, group) for group in self.param_groups for p in group["params"]])
+
+    @torch.no_grad()
+    def prepare(self) -> set[str]:
+        """Makes state and plan for the gradients there are, without a step; the backends it will run on."""
+        return self._ready_plan().backends
+
+    def _recipe(self, group: Group) -> Recipe:
+        """The group's recipe, the same object until a value it may depend on changes."""
+        if torch.compiler.is_compiling():
+            return self._new_recipe(group)
+        return self._known_recipe(group)[0]
+
+    def _known_recipe(self, group: Group) -> tuple[Recipe, int]:
+        """A group's recipe, and a number that is another one whenever its values have changed."""
+        values = frozen(group, (key for key in self.defaults if key not in CHANGING))
+        known = self._recipes.get(id(group))
+        if known is None or changed(known[0], values) is not None:
+            version = 1 + max((version for _, _, version in self._recipes.values()), default=0)
+            known = self._recipes[id(group)] = (values, self._new_recipe(group), version)
+        return known[1:]
+
+    def _new_recipe(self, group: Group) -> Recipe:
+        return self.recipe(group) if group["use_muon"] else adamw(group["momentum_dtype"], **finish(group))
+
+    def _hyper(self, group: Group) -> Hyper:
+        return self.hyper(group) if group["use_muon"] else adam_hyper(group)
+
+    def _ready_plan(self) -> Plan:
+        """The plan of this step; every check is made, before the first write, when there is none for it yet."""
+        if not all(group["capturable"] for group in self.param_groups if group["params"]):
+            refuse_capture(
+                "its learning rate is a number, which the graph would repeat for ever: make the optimizer with "
+                "capturable=True, or use steepest.graphed(optimizer)"
+            )
+        for group in self.param_groups:
+            self._numbers_on_device(group)
+        key = self._key()
+        if self._plan is None or self._plan_key != key:
+            refuse_capture("what it steps has changed since the last step: take one with these gradients first")
+            self._plan = None
+            for number, group in enumerate(self.param_groups):
+                self._check_step(number, group)
+            self._plan = self._new_plan()
+            self._plan_key = self._key()
+        if any(recipe.kronecker is not None for recipe in self._plan.recipes):
+            refuse_capture("the host decides when its bases are refreshed")
+        return self._plan
+
+    def _key(self) -> list[object]:
+        """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds."""
+        found: list[object] = [self._couples(), self._reduce, self._transport]
+        for group in self.param_groups:
+            found.append((id(group), self._known_recipe(group)[1]))
+            for p in group["params"]:
+                g = p.grad
+                if g is None:
+                    found.append(None)
+                    continue
+                own = self.state.get(p)
+                state = None if own is None else tuple([_place(value) for value in own.values()])
+                # Few layouts of five dimensions and more, and of Triton's tensors, can be walked.
+                strides = None if g.is_contiguous() and p.is_contiguous() else (p.stride(), g.stride())
+                found.append((id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state))
+        return found
+
+    def _new_plan(self) -> Plan:
+        stepping = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        self._init_states(
+            [
+                (p, p.grad.dtype, group)
+                for params, group in zip(stepping, self.param_groups, strict=True)
+                for p in params
+                if p.grad is not None
+            ]
+        )
+        parameters = [
+            self._parameter(number, i, p, self.state[p])
+            for number, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+        return self._plan_of(parameters, traced=False)
+
+    def _plan_of(self, parameters: Sequence[Parameter], *, traced: bool) -> Plan:
+        for p in parameters:
+            self._counter(p.tensor.device)
+        return Plan(
+            parameters,
+            self._skipped,
+            coupled=self._couples(),
+            reduce=self._reduce,
+            transport=self._transport,
+            traced=traced,
+        )
+
+    def _parameter(self, number: int, index: int, p: Tensor, state: State) -> Parameter:
+        """Parameter `index` of group `number` as a step sees it."""
+        group = self.param_groups[number]
+        options = StepOptions(
+            group["maximize"],
+            group["backend"],
+            group["max_workspace_bytes"],
+            group["use_muon"] and group["fuse_update"],
+        )
+        return Parameter(p, state, self._recipe(group), self._pieces(p, group), number, index, options)
+
+    def _check_step(self, number: int, group: Group) -> None:
+        """Raises for what a step of this group would stumble over: its values may have changed since it was added."""
+        name = type(self).__name__
+        requested(group["backend"])
+        self._check_devices(group)
+        for i, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            what = f"{parameter_name(group, i)} (group {number}, shape {tuple(p.shape)})"
+            check_gradient(name, what, p)
+            self._check_tensor(p)
+            self._pieces(p, group)
+            if self.state.get(p):
+                check_state(self._recipe(group), what, p, self.state[p], self._state_shapes(p, group))
+            if requested(group["backend"]) != "auto":
+                self._backend(p, group)
+
+    def _state_shapes(self, p: Tensor, group: Group) -> dict[str, torch.Size]:
+        """What a parameter's state holds, and in which shapes."""
+        like = torch.empty(p.shape, dtype=p.dtype, device="meta")
+        return {key: value.shape for key, value in self._fresh_state(like, p.dtype, group).items()}
+
+    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
+        """State before the first gradient, which has this dtype."""
+        g = torch.empty_like(p, dtype=dtype, requires_grad=False)
+        return self._recipe(group).init(p.detach(), g, self._pieces(p, group))
+
+    def _traced_step(self, scaling: Scaling) -> None:
+        """The step as torch.compile sees it: tensor operations and no plan."""
+        for number, group in enumerate(self.param_groups):
+            if self._recipe(group).kronecker is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__} cannot be traced by torch.compile: the host decides when it refreshes its "
+                    "bases; call its step outside of the compiled function"
+                )
+            self._check_step(number, group)
+        parameters = [p for number in range(len(self.param_groups)) for p in self._traced_parameters(number)]
+        plan = self._plan_of(parameters, traced=True)
+        plan.step([self._hyper(group) for group in self.param_groups], scaling)
+        self._run_weight_hooks(parameters)
+
+    def _traced_parameters(self, number: int) -> list[Parameter]:
+        group = self.param_groups[number]
+        params: list[Tensor] = []
+        states: list[Tensor] = []
+        self._init_group(group, params, [], states, [])
+        keys = list(self._recipe(group).layouts)
+        indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        return [
+            self._parameter(number, i, p, dict(zip(keys, states[k * len(keys) : (k + 1) * len(keys)], strict=True)))
+            for k, (i, p) in enumerate(zip(indices, params, strict=True))
+        ]
+
+    def _init_group(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], states: list[Tensor], skipped: list[Tensor]
+    ) -> bool:
+        """Appends what a step of this group touches; `states` is flat, len(recipe.layouts) tensors a parameter.
+
+        Lists of tensors and this name are what lets torch.compile map the optimizer's tensors to its graph.
+        """
+        recipe = self._recipe(group)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            self._init_state(p, p.grad.dtype, group)
+            params.append(p)
+            grads.append(p.grad)
+            states.extend(self.state[p][key] for key in recipe.layouts)
+            skipped.append(self._counter(p.device))
+        return False
+
+    def _init_states(self, params: Iterable[tuple[Tensor, torch.dtype, Group]]) -> None:
+        """State for those that have none yet, in stacks; each with the dtype of its gradient and its group."""
+        fresh = [self.state[p] for p, dtype, group in params if self._init_state(p, dtype, group)]
+        stack(fresh)
+
+    def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
+        """Completes a parameter's state; whether there was something to add."""
+        state, keys = self.state[p], self._recipe(group).layouts
+        if all(key in state for key in keys):
+            return False
+        for key, value in self._fresh_state(p, dtype, group).items():
+            state.setdefault(key, value)
+        return True
+
+    def _counter(self, device: torch.device) -> Tensor:
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._skipped[device]
+
+    def _backend(self, p: Tensor, group: Group) -> str:
+        """The backend of everything elementwise in a parameter's step."""
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        return route(self._parameter(number, 0, p, self.state.get(p, {})), coupled=self._couples())
+
+    def _forget_plans(self) -> None:
+        self._recipes, self._plan = {}, None
+        self.__dict__.setdefault(
+            "_weight_hooks", OrderedDict()
+        )  # of a copy: hooks stay with the original, as torch's do
+
+    def make_capturable(self) -> None:
+        """Sets capturable in every group and puts its numbers on the device, as the argument of that name does.
+
+        RuntimeError, with the reason, for a group whose step a CUDA graph cannot hold.
+        """
+        for number, group in enumerate(self.param_groups):
+            direction, why = self._recipe(group).direction, None
+            if self._recipe(group).kronecker is not None:
+                why = "the host decides when its bases are refreshed; call its step outside of the graph"
+            if not direction.capturable:
+                why = f"{direction} reads from the device; choose an iterative preset, such as polar='auto'"
+            device = group["params"][0].device if group["params"] else None
+            others = [key for key in ("momentum", "betas", "eps") if _elsewhere(group.get(key), device)]
+            if others:
+                why = f"{others[0]} is a tensor on another device than {device}; move it there or make it a number"
+            if group["params"] and why is not None:
+                raise RuntimeError(f"group {number} cannot be captured in a CUDA graph: {why}")
+        for group in self.param_groups:
+            group["capturable"] = True
+            self._numbers_on_device(group)
+
+
+def _place(value: object) -> int:
+    """Where a tensor of the state lies. A plan's views keep the memory, so that no other tensor comes to lie there."""
+    return value.data_ptr() if type(value) is Tensor else id(value)  # a fake tensor has no address
+
+
+def _elsewhere(value: Any, device: torch.device | None) -> bool:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(each, Tensor) and each.device != device for each in values)

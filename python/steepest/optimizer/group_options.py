@@ -1,0 +1,106 @@
+"""The values of a parameter group: what they must be, and what a step reads from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..parts import Decay, Hyper, Number, Rounding
+
+Group = dict[str, Any]
+
+# Group values that change from step to step and that no recipe depends on.
+CHANGING = frozenset({"params", "lr", "weight_decay", "momentum", "betas", "initial_lr", "max_lr", "min_lr"})
+# Those that `capturable` keeps on the device, where a captured step reads them.
+ON_DEVICE = ("lr", "weight_decay")
+
+
+def check_lr(lr: Number) -> None:
+    """ValueError in torch's words unless lr is one number >= 0."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element but has {lr.numel()}")
+    check_at_least_zero("Learning rate", lr)
+
+
+def check_at_least_zero(name: str, value: Number) -> None:
+    if not value >= 0.0:
+        raise ValueError(f"{name} should be >= 0 but is: {value}")
+
+
+def check_betas(betas: tuple[Number, Number]) -> None:
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas should be two numbers in [0, 1) but is: {betas}")
+
+
+def number(value: Number) -> Number:
+    """A float, or a 0-d view of a 1-element tensor of any shape."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def adam_hyper(group: Group) -> Hyper:
+    """The numbers of a group with Adam's keys: lr, betas, eps, weight_decay."""
+    keys = (group["lr"], group["weight_decay"], *group["betas"], group["eps"])
+    return Hyper(*map(number, keys))
+
+
+def finish(group: Group) -> dict[str, Any]:
+    """The parts of a recipe that end every step, the same for matrices and for AdamW."""
+    return {
+        "decay": Decay(cautious=group["cautious_wd"]),
+        "rounding": Rounding(_rounding(group)),
+    }
+
+
+def _rounding(group: Group) -> Literal["nearest", "stochastic", "mantissa"]:
+    if group["stochastic_rounding"] and group["keep_mantissa"]:
+        raise ValueError("stochastic_rounding and keep_mantissa are two answers to one question: choose one of them")
+    return "stochastic" if group["stochastic_rounding"] else "mantissa" if group["keep_mantissa"] else "nearest"
+
+
+def number_on(value: Number, device: torch.device) -> Tensor:
+    """A 0-d tensor on the device: the given one where it is there, else an fp64 copy."""
+    if isinstance(value, Tensor) and value.device == device:
+        return value.reshape(()) if value.ndim else value
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def frozen(group: Group, keys: Iterable[str]) -> Group:
+    """A copy of these values that later changes of the group, of its lists too, do not reach."""
+    return {key: _frozen(group[key]) for key in keys if key in group}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def changed(before: Group, now: Group) -> str | None:
+    """The first key whose value is another one, or None; tensors count by identity."""
+    return next((key for key in {**before, **now} if not _same(before.get(key), now.get(key))), None)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+
+
+def parameter_name(group: Group, i: int) -> str:
+    names = group.get("param_names")
+    return f"parameter {names[i]!r}" if names else f"parameter {i}"
+
+
+def name_the_rule(group: Group) -> bool:
+    """Turns algorithm="muon"/"adamw" into use_muon; whether the group named its rule at all."""
+    if "algorithm" in group:
+        algorithm = group.pop("algorithm")
+        if algorithm not in ("muon", "adamw"):
+            raise ValueError(f"group algorithm {algorithm!r} is not known; use 'muon' or 'adamw'")
+        group["use_muon"] = algorithm == "muon"
+    return "use_muon" in group

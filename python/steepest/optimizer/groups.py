@@ -1,0 +1,171 @@
+"""Who is a matrix, what a group may say, and that a group is checked whole before it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import routing
+from ..matrices import Piece, pieces
+from ..ops.backend import requested
+from ..parts import ADJUST_LR
+from ..recipe import Recipe
+from .group_options import (
+    ON_DEVICE,
+    Group,
+    check_at_least_zero,
+    check_betas,
+    check_lr,
+    name_the_rule,
+    number_on,
+)
+
+__all__ = ["Groups", "Params"]
+
+Params = nn.Module | Mapping[str, Tensor] | Iterable[Any]
+
+
+class Groups(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` with two kinds of group, which parameters without groups are routed to.
+
+    Groups with use_muon=True take the class's own recipe, those with use_muon=False AdamW.
+    """
+
+    _adamw_defaults: Group
+    _reasons: dict[Tensor, str]
+
+    def recipe(self, group: Group) -> Recipe:
+        """The method of a matrix group."""
+        raise NotImplementedError
+
+    # ---- what a subclass may check or route otherwise ---------------------------------------------------------------
+
+    def _check_values(self, group: Group) -> None:
+        """ValueError for a value the matrix method cannot take."""
+        check_lr(group["lr"])
+        check_at_least_zero("weight decay", group["weight_decay"])
+        if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUST_LR:
+            raise ValueError(
+                f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; use one of "
+                f"{', '.join(ADJUST_LR)} or None (original)"
+            )
+        requested(group["backend"])
+        if group["max_workspace_bytes"] < 1:
+            raise ValueError(f"max_workspace_bytes should be positive but is: {group['max_workspace_bytes']}")
+        self.recipe(group)
+
+    def _check_shape(self, p: Tensor, group: Group, declared: bool) -> None:
+        """ValueError for a parameter that cannot be read as matrices. `declared`: the group said use_muon itself."""
+        if p.ndim < 2:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is not a matrix: put it in a group with use_muon=False, "
+                "or pass the module so that parameters are routed"
+            )
+        if p.ndim == 3 and group["batch_dims"] is None:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is either a batch of matrices or a convolution: "
+                "say batch_dims=1 or batch_dims=0 in its group"
+            )
+
+    def _bare_groups(self, params: list[Any]) -> list[Any]:
+        """Groups for parameters that came without names or a module."""
+        return self._route(params)
+
+    # ---- groups ---------------------------------------------------------------------------------------------------
+
+    def _groups(self, params: Params) -> Any:
+        if isinstance(params, (nn.Module, Mapping)):
+            return self._route(params)
+        if isinstance(params, Tensor):
+            return params  # torch says what is wrong with it
+        found = list(params)
+        if not found or isinstance(found[0], dict):
+            return found
+        return self._route(found) if isinstance(found[0], tuple) else self._bare_groups(found)
+
+    def _route(self, params: Any) -> list[Group]:
+        """Routed groups; AdamW does not decay parameters with fewer than two dimensions (gains, biases)."""
+        decay = self._adamw_defaults["weight_decay"]
+        return routing.param_groups(params, adamw={"weight_decay": decay} if decay else None)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group; use_muon (or algorithm="muon"/"adamw") says which method takes it, by default the matrix one.
+
+        The group is checked whole, and an unsuitable one leaves the optimizer as it was.
+        """
+        if not isinstance(param_group, dict):
+            return super().add_param_group(param_group)
+        param_group = dict(param_group)  # the caller may use his own again
+        declared = name_the_rule(param_group)
+        reasons = param_group.pop("param_reasons", None)
+        self._fill(param_group)
+        super().add_param_group(param_group)
+        try:
+            self._check_group(param_group, declared=declared, routed=reasons is not None)
+            self._numbers_on_device(param_group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if reasons is not None:
+            self._reasons.update(zip(param_group["params"], reasons, strict=True))
+        return None
+
+    def _fill(self, group: Group) -> None:
+        if not group.setdefault("use_muon", True):
+            for key, value in self._adamw_defaults.items():
+                group.setdefault(key, value)
+
+    def _check_group(self, group: Group, *, declared: bool, routed: bool) -> None:
+        for p in group["params"]:
+            self._check_tensor(p)
+        self._check_devices(group)
+        if not group["use_muon"]:
+            self._check_adamw(group)
+            return
+        self._check_values(group)
+        for p in group["params"]:
+            if not routed:
+                self._check_shape(p, group, declared)
+            self._pieces(p, group)
+
+    def _check_tensor(self, p: Tensor) -> None:
+        if hasattr(p, "device_mesh"):
+            raise RuntimeError(
+                f"{type(self).__name__} does not take sharded parameters (DTensor) yet; found one of shape "
+                f"{tuple(p.shape)}: use DistributedDataParallel, which keeps every matrix whole"
+            )
+
+    def _check_devices(self, group: Group) -> None:
+        devices = list(dict.fromkeys(p.device for p in group["params"]))
+        if len(devices) > 1:
+            raise ValueError(
+                f"a group has parameters on {' and '.join(map(str, devices))}: make one group per device, "
+                "its numbers live where its parameters do"
+            )
+
+    @staticmethod
+    def _numbers_on_device(group: Group) -> None:
+        """With capturable, turns numbers that a graph must read anew into tensors where the parameters are."""
+        if group["capturable"] and group["params"]:
+            for key in ON_DEVICE:
+                group[key] = number_on(group[key], group["params"][0].device)
+
+    @staticmethod
+    def _check_adamw(group: Group) -> None:
+        check_lr(group["lr"])
+        check_at_least_zero("weight decay", group["weight_decay"])
+        check_at_least_zero("eps", group["eps"])
+        check_betas(group["betas"])
+
+    def _pieces(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
+        if not group["use_muon"]:
+            return (Piece(0, p.shape[0] if p.ndim else 1, 1, 1, p.numel()),)
+        return pieces(
+            p.shape,
+            split_sizes=group["split_sizes"],
+            num_heads=group["num_heads"],
+            batch_dims=group["batch_dims"] or 0,
+        )

@@ -1,0 +1,42 @@
+"""Weights that a step has moved, for hooks: by the numbers they stand for, not by what their dtype shows of those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..step.parameter import Parameter
+
+__all__ = ["Weights"]
+
+
+class Weights:
+    """The weights of the parameters that have a gradient, after a step; what a weight hook is given.
+
+    All is done on the device by torch operations, so that a CUDA graph and torch.compile can hold it.
+    """
+
+    def __init__(self, parameters: Mapping[Tensor, Parameter]) -> None:
+        self._parameters = parameters
+
+    def __contains__(self, p: Tensor) -> bool:
+        """Whether the step was about this parameter."""
+        return p in self._parameters
+
+    def value(self, p: Tensor) -> Tensor:
+        """The weight in fp32 (fp64 for fp64), with the bits that bf16 drops where keep_mantissa keeps them."""
+        return self._parameters[p].value()
+
+    @torch.no_grad()
+    def store(self, p: Tensor, value: Tensor) -> None:
+        """Makes this the weight, of p's shape, rounded as the step rounds it: the bits that are kept are its bits."""
+        parameter = self._parameters[p]
+        recipe, state = parameter.recipe, parameter.state
+        place = (parameter.group, parameter.index, len(parameter.pieces))  # of none of its pieces
+        wide = value.to(torch.promote_types(p.dtype, torch.float32))
+        stored, remainder = recipe.rounding.store(wide, p.dtype, state.get("step"), place)
+        p.copy_(stored)
+        for key, t in remainder.items():
+            state[key].copy_(t)

@@ -1,0 +1,45 @@
+"""What comes between the direction and the weights, and may remember: a transform of the update.
+
+    u, state <- apply(state, u, m)        u = P^-1 d, as long as the direction says; m is what the momentum reads
+
+Grafting gives u another length, NorMuon divides its rows by a running size of them, momentum of updates averages them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..state_layout import StateSpec
+from .hyper import Hyper
+from .precondition import State
+
+__all__ = ["UpdateTransform"]
+
+
+@dataclass(frozen=True)
+class UpdateTransform:
+    """Base of the transforms: one that remembers nothing and changes nothing. All functions are pure.
+
+    Tensors of a gradient, a momentum or an update are (batch, rows, columns); state is as its layout says (see
+    `steepest.state_layout`), elementwise state being (batch, rows, columns) too.
+    """
+
+    @property
+    def specs(self) -> tuple[StateSpec, ...]:
+        """The state it keeps, which begins at zero."""
+        return ()
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it needs state["step"], the count t of this step."""
+        return False
+
+    def observe(self, state: State, g: Tensor, hyper: Hyper) -> State:
+        """The state that takes the raw gradient, before the direction."""
+        return {}
+
+    def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
+        """(the update, the state that takes it)."""
+        return u, {}

@@ -1,0 +1,287 @@
+"""How the matrices of a fused step meet: buckets that share a direction call, rounds that share the launches around it.
+
+An *item* is what the fused ops call one: a piece of a parameter or, where the program takes the whole step, all of it.
+A *bucket* is matrices of one shape and recipe, whose inputs lie in one tensor; a *round* is as many buckets, or parts
+of one, as the workspace has room for. Items that take their whole step in `update_moments` go into the first round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..chunking import chunk_by_bytes
+from ..ops.multi_tensor import Item, Items, Table
+from ..ops.polar_chain import Update
+from ..ops.program import Program
+from ..parts import Identity
+from .parameter import Matrices, Parameter
+
+__all__ = ["Bucket", "FusedItem", "Round", "items_of", "rounds_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class FusedItem:
+    """One item of the fused ops: `row` is its parameter's in the table of numbers, `line` that of its first matrix in
+    the table of sums. matrices is None where the program takes the whole step of the parameter.
+    """
+
+    parameter: Parameter
+    program: Program
+    row: int
+    line: int
+    matrices: Matrices | None
+
+    @property
+    def count(self) -> int:
+        """Its matrices; 1 of a whole parameter."""
+        return 1 if self.matrices is None else self.matrices.piece.batch
+
+    @property
+    def size(self) -> int:
+        """Elements of a matrix."""
+        return self.parameter.tensor.numel() if self.matrices is None else self._area
+
+    @property
+    def _area(self) -> int:
+        assert self.matrices is not None
+        return self.matrices.piece.rows * self.matrices.piece.cols
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        return (self.parameter.group, self.parameter.index, 0) if self.matrices is None else self.matrices.place
+
+    @property
+    def by_torch(self) -> bool:
+        """Whether torch operations stand between the fused ops and the direction."""
+        return self.parameter.recipe.by_matrix
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype of what `update_moments` stores: the direction's own, or that of the rotations before it."""
+        if self.by_torch:
+            return torch.promote_types(self.parameter.grad_dtype, torch.float32)
+        assert self.matrices is not None
+        return self.matrices.input_dtype
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether its directions may go straight into the weights: nothing else is asked of them or of the weights."""
+        p, recipe = self.parameter, self.parameter.recipe
+        plain_decay = not (recipe.decay.cautious or recipe.decay.after or recipe.decay.scaled)
+        return (
+            p.options.fuse_update
+            and self.matrices is not None
+            and recipe.scale == "lmo"
+            and plain_decay
+            and recipe.rounding.mode == "nearest"
+            and recipe.direction.moves
+            and isinstance(recipe.precondition, Identity)
+            and not recipe.transforms
+            and p.tensor.is_contiguous()
+            and all(piece.dim == 0 for piece in p.pieces)
+        )
+
+    @property
+    def input_bytes(self) -> int:
+        """Of the direction's input and of the direction made from it."""
+        return 2 * self.count * self.size * self.input_dtype.itemsize
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of what the direction needs besides, and the torch operations around it."""
+        assert self.matrices is not None
+        piece, dtype = self.matrices.piece, self.matrices.input_dtype
+        around = self.count * self.size * (dtype.itemsize + 4) if self.by_torch else 0
+        return around + self.count * self.parameter.recipe.direction.workspace_bytes(piece.rows, piece.cols, dtype)
+
+    def view(self, t: Tensor) -> Tensor:
+        """Its part of a tensor of the parameter's shape; of one without elements that."""
+        narrow = self.matrices is not None and self.matrices.piece.narrow and t.numel()
+        return self.matrices.piece.view(t) if narrow and self.matrices is not None else t
+
+    def state(self, keys: Sequence[str]) -> Tensor:
+        """Its part of the elementwise state under the first key; without elements where there is none."""
+        return self.view(self.parameter.state[keys[0]]) if keys else self.parameter.tensor.new_empty(0)
+
+    def item(self, program: Program) -> Item:
+        ratio = 1.0 if self.matrices is None else self.matrices.ratio
+        return Item(program, self.row, self.count, self.line, self.place, ratio)
+
+
+class Bucket:
+    """Matrices whose inputs are one tensor.
+
+    sizes: matrices of each item, shape: of all their inputs, stored_shape: of what `update_moments` stores, which for
+    recipes with torch operations before the direction is another one; slack: what the direction says of each matrix.
+    """
+
+    def __init__(self, items: Sequence[FusedItem]) -> None:
+        first = items[0]
+        assert first.matrices is not None
+        self.items = items
+        self.recipe, self.device = first.parameter.recipe, first.parameter.tensor.device
+        self.by_torch, self.moves_weights = first.by_torch, first.moves_weights
+        self.dtype, self.stored_dtype = first.matrices.input_dtype, first.input_dtype
+        self.counts = [item.count for item in items]
+        self.stored_shape = (sum(self.counts), first.matrices.piece.rows, first.matrices.piece.cols)
+        shapes = [item.matrices.input_shape for item in items if item.matrices is not None]
+        self.sizes = [shape[0] for shape in shapes]
+        self.shape = (sum(self.sizes), *shapes[0][1:])
+        self.slack = torch.full(self.shape[:1], float("nan"), dtype=torch.float32, device=self.device)
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.stored_shape, dtype=self.stored_dtype, device=self.device)
+
+    def direction_input(self, stored: Tensor) -> Tensor:
+        """What the direction is asked about, made from what `update_moments` has stored."""
+        if not self.by_torch:
+            return stored
+        parts = []
+        for item, m in zip(self.items, stored.split(self.counts), strict=True):
+            assert item.matrices is not None
+            state, taken = item.matrices.recipe_state(), item.parameter.taken
+            parts.append(self.recipe.precondition.into(state, m, taken.hyper, state.get("step")).to(self.dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def updates(self, d: Tensor) -> list[Tensor]:
+        """The update of every item, in the weight's variables and contiguous, from its directions."""
+        parts = list(d.split(self.sizes))
+        if not self.by_torch:
+            return parts
+        updates = []
+        for item, part in zip(self.items, parts, strict=True):
+            assert item.matrices is not None
+            grad = item.matrices.grad.reshape(item.matrices.shape)
+            u, remembered = self.recipe.update(item.matrices.recipe_state(), part, grad, item.parameter.taken.hyper)
+            item.matrices.keep(remembered)
+            updates.append(u.to(self.stored_dtype).contiguous())
+        return updates
+
+    def dual_norms(self, x: Tensor, d: Tensor, table: Table) -> list[Tensor]:
+        """<x, d> of every matrix by items, (matrices,) fp64; d: of length 1, x: as the direction took it."""
+        norm = self.recipe.direction.dual_norm(x, d).flatten().double()
+        if self.dtype is torch.float16:  # an fp16 x was multiplied by a power of two
+            norm = norm / self._numbers(table, "input_scale")
+        return list(norm.split(self.sizes))
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """Of the table, for each matrix; needed by some kinds of step only."""
+        rows = [item.row for item, size in zip(self.items, self.sizes, strict=True) for _ in range(size)]
+        return torch.tensor(rows, device=self.device)
+
+    def _numbers(self, table: Table, name: str) -> Tensor:
+        """A column of the table's rows, (matrices,)."""
+        return table.column(name).index_select(0, self._rows)
+
+    def weight_update(self, table: Table) -> Update:
+        """What this step does to the weights, W <- (1 - decay) W - step d; nothing where the step is not taken."""
+        taken, first = self._numbers(table, "finite"), self.items[0].matrices
+        assert first is not None
+        eta = torch.where(taken != 0, -first.ratio * self._numbers(table, "lr"), 0)
+        beta = torch.where(taken != 0, 1 - self._numbers(table, "decay"), 1)
+        weights = [item.view(item.parameter.tensor.detach()).view(-1, *self.shape[1:]) for item in self.items]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return Update([w for stack in weights for w in stack.unbind()], eta.to(wide), beta.to(wide))
+
+    def slack_for(self, x: Tensor) -> Tensor:
+        """Where the direction of x says its slack: what it is asked elsewhere about other matrices is not kept."""
+        return self.slack if x.shape == self.shape else x.new_empty(len(x), dtype=torch.float32)
+
+    def slack_of(self, group: int) -> list[Tensor]:
+        """The slack of a group's matrices: no tensor or one."""
+        parts = zip(self.items, self.slack.split(self.sizes), strict=True)
+        some = [slack for item, slack in parts if item.parameter.group == group]
+        return [torch.cat(some)] if some else []
+
+
+class Round:
+    """Items that share launches: the first `whole` of them take their whole step in `update_moments`, the others lie
+    in buckets, one after another; `late` are those that `apply_update` moves.
+
+    coupled: the moments were updated by an earlier call (`observe`), so that this round's reads them only.
+    """
+
+    def __init__(self, whole: Sequence[FusedItem], parts: Sequence[Sequence[FusedItem]], coupled: bool) -> None:
+        self.whole = len(whole)
+        self.items = [*whole, *(item for part in parts for item in part)]
+        self.buckets = [Bucket(part) for part in parts]
+        self.late = [i for i in range(self.whole, len(self.items)) if not self.items[i].moves_weights]
+        programs = [item.program for item in self.items]
+        self.observing = Items(tuple(item.item(program) for item, program in zip(self.items, programs, strict=True)))
+        reading = [replace(program, frozen_moments=True) if coupled else program for program in programs]
+        self.before = Items(tuple(item.item(program) for item, program in zip(self.items, reading, strict=True)))
+        self.after = Items(tuple(self.items[i].item(programs[i]) for i in self.late))
+        absent, rest = self.items[0].parameter.tensor.new_empty(0), len(self.items) - self.whole
+        self.no_inputs, self.no_params = [absent] * self.whole, [absent] * rest
+        self.no_remainders = [absent.to(torch.int16)] * rest
+        self.momenta = [item.view(item.parameter.momentum) for item in self.items]
+        self.seconds = _present([item.state(_second(item)) for item in self.items])
+        self.remainders = _present([item.state(item.parameter.recipe.rounding.keys) for item in self.items])
+
+    def weights(self) -> list[Tensor]:
+        """Made anew in every step: a parameter's `data` may have been exchanged."""
+        return [item.view(item.parameter.tensor) for item in self.items]
+
+    def grads(self) -> list[Tensor]:
+        """As they are stored."""
+        return [item.view(item.parameter.grad) for item in self.items]
+
+    def of_late(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the items that `apply_update` moves, from a list of all items' or an empty one."""
+        return [tensors[i] for i in self.late] if tensors else []
+
+    def stored(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """Each item's part of what its bucket stores."""
+        return [part for t, bucket in zip(stacks, self.buckets, strict=True) for part in t.split(bucket.counts)]
+
+
+def _second(item: FusedItem) -> tuple[str, ...]:
+    """The key of an elementwise second moment."""
+    return () if item.parameter.recipe.kronecker is not None else item.parameter.recipe.precondition.keys
+
+
+def _present(tensors: list[Tensor]) -> list[Tensor]:
+    """No list at all where every tensor is absent."""
+    return tensors if any(t.numel() for t in tensors) else []
+
+
+def items_of(parameters: Sequence[Parameter], programs: Sequence[Program]) -> list[FusedItem]:
+    """The items of all parameters in their order, with the lines of their matrices one after another."""
+    items: list[FusedItem] = []
+    line = 0
+    for row, (parameter, program) in enumerate(zip(parameters, programs, strict=True)):
+        for matrices in [None] if program.whole else parameter.matrices():
+            items.append(FusedItem(parameter, program, row, line, matrices))
+            line += items[-1].count
+    return items
+
+
+def rounds_of(items: Sequence[FusedItem], max_bytes: int, coupled: bool) -> Iterator[Round]:
+    """Rounds whose inputs and directions take at most max_bytes, and direction calls that with their workspace do."""
+    whole = [item for item in items if item.matrices is None]
+    buckets: dict[tuple[object, ...], list[FusedItem]] = {}
+    for item in items:
+        if item.matrices is not None:
+            p, piece = item.parameter, item.matrices.piece
+            weights = p.tensor.dtype if item.moves_weights else None
+            key = (p.recipe, piece.rows, piece.cols, item.matrices.input_dtype, item.moves_weights, weights)
+            buckets.setdefault(key, []).append(item)
+    parts = [part for bucket in buckets.values() for part in chunk_by_bytes(bucket, _bytes_of_call, max_bytes)]
+    # Where layers wait, directions that are cheap are made twice and the others kept: a round has one kind.
+    cheap = [part for part in parts if coupled and not part[0].parameter.recipe.direction.batched]
+    for kind in (cheap, [part for part in parts if part not in cheap]):
+        for chosen in chunk_by_bytes(kind, lambda part: sum(item.input_bytes for item in part), max_bytes):
+            yield Round(whole, chosen, coupled)
+            whole = []
+    if whole:
+        yield Round(whole, [], coupled)
+
+
+def _bytes_of_call(item: FusedItem) -> int:
+    return item.input_bytes + item.workspace_bytes

@@ -1,0 +1,57 @@
+"""What a step would stumble over, said before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..recipe import CLOCK, Recipe, State
+
+__all__ = ["check_gradient", "check_state", "refuse_capture"]
+
+
+def check_gradient(optimizer: str, what: str, p: Tensor) -> None:
+    """RuntimeError for a gradient that no step takes; what: names the parameter, optimizer: the class."""
+    g = p.grad
+    assert g is not None
+    if torch.is_complex(p) or torch.is_complex(g):
+        raise RuntimeError(f"{optimizer} does not support complex parameters; found {what}")
+    if g.layout != torch.strided:
+        raise RuntimeError(f"{optimizer} does not support sparse gradients; found one of {what}")
+    if g.device != p.device:
+        raise RuntimeError(f"{what} is on {p.device} and its gradient on {g.device}: move one to the other")
+    if g.shape != p.shape:
+        raise RuntimeError(f"{what} has a gradient of shape {tuple(g.shape)}: make them equal")
+
+
+def check_state(recipe: Recipe, what: str, p: Tensor, state: State, shapes: Mapping[str, torch.Size]) -> None:
+    """RuntimeError for state that is of another parameter or lies elsewhere; shapes: what there should be.
+
+    Drops what was kept of a weight's bits where the weight's dtype has changed.
+    """
+    for key, shape in shapes.items():
+        value = state.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise RuntimeError(f"{what} has a state {key!r} that is {value!r}: put a tensor there")
+        if value.device != (torch.device("cpu") if key == CLOCK else p.device):
+            where = "to the host" if key == CLOCK else "too"
+            raise RuntimeError(
+                f"{what} is on {p.device} and its state {key!r} on {value.device}: move the state {where}"
+            )
+        if key in recipe.rounding.keys and bool(value.numel()) != (p.dtype is torch.bfloat16 and p.numel() > 0):
+            del state[key]  # the parameter's dtype has changed: what was kept of the old one says nothing
+        elif value.numel() and value.shape != shape:
+            raise RuntimeError(
+                f"{what} has a state {key!r} of shape {tuple(value.shape)}: a parameter that was resized, or a "
+                "checkpoint of another model; delete optimizer.state[p] to start it anew"
+            )
+
+
+def refuse_capture(why: str) -> None:
+    """RuntimeError where a CUDA graph is being captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"this step cannot be captured in a CUDA graph: {why}")

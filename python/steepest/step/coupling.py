@@ -1,0 +1,46 @@
+"""Steps whose layers wait for one another: what all of them measured decides how far each one goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from ..parts import Number
+
+if TYPE_CHECKING:
+    from .plan import Executor
+
+__all__ = ["Coupling", "Directed"]
+
+
+@dataclass(frozen=True)
+class Directed:
+    """The directions of a batch, ready to be stepped along.
+
+    ds: one tensor (matrices, rows, cols) for all that shares a call.   lengths: for every item what its directions are
+    yet to be multiplied by, (matrices,), or None.   inner: for every item <M, U> of its matrices, U the step's update
+    in the weight's variables: the dual norm, or its square in a "dual" step; only where it was asked for.
+    """
+
+    ds: list[Tensor]
+    lengths: Sequence[Tensor | None]
+    inner: Sequence[Tensor] | None = None
+
+
+class Coupling(Protocol):
+    """What a step asks between the moments, which have taken the gradients, and the first weight that moves."""
+
+    def factors(self, executors: Sequence[Executor]) -> list[Number]:
+        """What the step of every group is multiplied by (`Hyper.step_factor`)."""
+        ...
+
+    def directed(self, executor: Executor, batch: Any) -> Directed | None:
+        """The directions of a batch that `factors` has kept, or None: they are to be made."""
+        ...
+
+    def moving(self, executor: Executor, batch: Any, directed: Directed) -> None:
+        """Hears of the directions, measured, along which a batch is about to move."""
+        ...

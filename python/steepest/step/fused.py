@@ -1,0 +1,282 @@
+"""Steps by the fused ops: three ops around the direction.
+
+    grad_stats                                 every gradient
+    for every round of matrices
+        update_moments                         every item of the round; in the first, all that is elementwise
+        d = direction(x)                       buckets of all shapes at once
+        apply_update                           every item of the round, but those whose direction moved the weights
+
+What depends only on shapes, dtypes and recipes is laid out once; a step hands the tensors over. Their addresses travel
+in the launch (Triton's table of them is keyed by its contents), so no new gradient makes them stale, and inputs are
+borrowed from torch's allocator, so that between steps their memory is free for activations.
+
+Recipes with Kronecker factors or transforms of the update have torch operations between the ops and the direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..ops import multi_tensor
+from ..ops.multi_tensor import Groups, Scaling, Table
+from ..ops.program import COLUMNS, Program
+from ..parts import Direction, Hyper
+from .buckets import Bucket, FusedItem, Round, items_of, rounds_of
+from .coupling import Directed
+from .factors import advance_clocks, update_factors, update_rotated_moments
+from .parameter import Matrices, Parameter, StepValues, signed_gradient, store_if
+from .seams import Reduce
+
+__all__ = ["Fused"]
+
+
+class Fused:
+    """The executor by the fused ops; see `steepest.step.plan.Executor`. Parameters have elements and are on one device.
+
+    skipped: the int64 counter of that device.   coupled: layers wait for one another, so that all moments are updated
+    before the first direction is taken.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        programs: Sequence[Program],
+        skipped: Tensor,
+        *,
+        backend: str,
+        max_workspace_bytes: int,
+        coupled: bool,
+    ) -> None:
+        self.parameters = parameters
+        self.device = skipped.device
+        self.backend = backend
+        self._max_bytes, self._coupled = max_workspace_bytes, coupled
+        self._packed = [program.packed() for program in programs]
+        self._group_of = [p.group for p in parameters]
+        self._items = items_of(parameters, programs)
+        lines = [0] * len(parameters)
+        for item in self._items:
+            lines[item.row] += item.count
+        self._first_sums = list(accumulate(lines, initial=0))
+        sizes = [p.tensor.numel() for p in parameters]
+        self.table = Table.empty(skipped, sizes, [(item.count, item.size) for item in self._items])
+        self._absent = torch.empty(0, device=self.device)
+        self._steps = [p.state.get("step", self._absent) for p in parameters]
+        self._rounds = list(rounds_of(self._items, max_workspace_bytes, coupled))
+        #: those of this step: fewer where a parameter's first gradient only makes its metric
+        self._present = self._rounds
+        #: parameters with torch operations around the direction, and their matrices
+        self._by_torch = [p for p in parameters if p.recipe.by_matrix]
+        self._matrices = [item.matrices for item in self._items if item.by_torch and item.matrices is not None]
+        self._watched = [p.momentum for p in parameters if _has_fp16_input(p)]
+        self._versions: list[int] = []
+        self._rows = {group: self._span(group) for group in set(self._group_of)}
+        self._remember_state()
+
+    def _span(self, group: int) -> slice:
+        """The rows of a group's parameters, which follow one another."""
+        first = self._group_of.index(group)
+        return slice(first, first + self._group_of.count(group))
+
+    def buckets(self) -> list[Bucket]:
+        return [bucket for round_ in self._rounds for bucket in round_.buckets]
+
+    def _remember_state(self) -> None:
+        """Sums as a step that is not taken leaves them; the momenta's largest entries bound the next fp16 input."""
+        for item in self._items:
+            lines = slice(item.line, item.line + item.count)
+            m, p = (item.view(t).reshape(item.count, -1) for t in (item.parameter.momentum, item.parameter.tensor))
+            self.table.column("momentum_max")[lines] = m.abs().amax(-1)
+            for name, t in (("momentum_sq", m), ("param_sq", p)):
+                wide = torch.promote_types(t.dtype, torch.float32)
+                self.table.column(name)[lines] = torch.linalg.vector_norm(t, dim=-1, dtype=wide).double().square()
+            if item.moves_weights:
+                for name in ("update_sq", "param_sq"):  # nobody measures them
+                    self.table.column(name)[lines] = torch.nan
+        self._versions = [m._version for m in self._watched]
+
+    def notice_changes(self) -> None:
+        """Looks at momenta anew that somebody else changed: a user, or a compiled step."""
+        if [m._version for m in self._watched] != self._versions:
+            self._remember_state()
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
+
+    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], reduce: Reduce | None) -> None:
+        self.notice_changes()
+        phases = [p.recipe.phase(p.state) for p in self.parameters]
+        self._present, steps = self._rounds, self._steps
+        if not all(phase.steps for phase in phases):
+            stepping = [item for item in self._items if phases[item.row].steps]
+            self._present = list(rounds_of(stepping, self._max_bytes, self._coupled))
+            steps = [step if phase.steps else self._absent for step, phase in zip(steps, phases, strict=True)]
+        scaled = scaling[self.device]
+        groups = _groups(hypers, self._group_of, self.device)
+        arguments = (steps, self.table, self._packed, self._first_sums, groups, scaled)
+        grads = [p.grad for p in self.parameters]
+        multi_tensor.grad_stats(grads, *arguments, decide=reduce is None, backend=self.backend)
+        if reduce is not None:
+            reduce(self.table.rows[:, : COLUMNS.index("grad_max") + 1])
+            multi_tensor.decide_steps(*arguments, backend=self.backend)
+        flags = self.table.column("finite") != 0 if self._by_torch or self._coupled else None
+        for row, (p, phase) in enumerate(zip(self.parameters, phases, strict=True)):
+            if flags is not None and (self._coupled or p.recipe.by_matrix):
+                g = signed_gradient(p.grad, p.options.maximize, scaled.grad_scale)
+                p.step = StepValues(g, flags[row], phase, hypers[p.group])
+
+    def observe(self) -> None:
+        update_factors([item for item in self._matrices if item.phase.before])
+        for p in self._by_torch:
+            taken = p.taken
+            hyper = taken.hyper.beginning(p.state["step"] - taken.finite) if p.recipe.starts_first else taken.hyper
+            for transform in p.recipe.transforms if taken.phase.steps else ():
+                store_if(taken.finite, p.state, transform.observe(p.state, taken.grad, hyper))
+        update_rotated_moments([item for item in self._matrices if item.phase.steps])
+        for round_ in self._present if self._coupled else ():
+            grads, rest = round_.grads(), len(round_.items)
+            multi_tensor.update_moments(
+                grads,
+                round_.momenta,
+                round_.seconds,
+                [self._absent] * rest,
+                [],
+                [],
+                self.table,
+                round_.observing,
+                backend=self.backend,
+            )
+
+    def batches(self) -> list[Round]:
+        return self._present
+
+    def items(self, batch: Round) -> list[list[Matrices]]:
+        return [[item.matrices for item in bucket.items if item.matrices is not None] for bucket in batch.buckets]
+
+    def inputs(self, batch: Round) -> list[Tensor]:
+        stacks, whole = [bucket.empty() for bucket in batch.buckets], batch.whole
+        multi_tensor.update_moments(
+            batch.grads(),
+            batch.momenta,
+            batch.seconds,
+            batch.no_inputs + batch.stored(stacks),
+            batch.weights()[:whole] + batch.no_params,
+            batch.remainders[:whole] + batch.no_remainders if whole and batch.remainders else [],
+            self.table,
+            batch.before,
+            backend=self.backend,
+        )
+        return [bucket.direction_input(t) for bucket, t in zip(batch.buckets, stacks, strict=True)]
+
+    def directions(self, batch: Round, xs: list[Tensor]) -> list[Tensor]:
+        """Of length 1, but for those that go on by torch operations. Buckets that differ only in shape share a call.
+
+        Those that move their weights do so now.
+        """
+        alike: dict[tuple[Direction, bool], list[int]] = {}
+        ds = list(xs)
+        for i, bucket in enumerate(batch.buckets):
+            if bucket.by_torch and bucket.recipe.scale == "dual":
+                ds[i] = bucket.recipe.direction.scaled(xs[i])
+            else:
+                alike.setdefault((bucket.recipe.direction, bucket.moves_weights), []).append(i)
+        for (direction, moves), some in alike.items():
+            inputs, slacks = [xs[i] for i in some], [batch.buckets[i].slack_for(xs[i]) for i in some]
+            if moves:
+                direction.move(inputs, slacks, [batch.buckets[i].weight_update(self.table) for i in some])
+                continue
+            for i, d in zip(some, direction.units(inputs, slacks), strict=True):
+                ds[i] = d
+        return ds
+
+    def directed(self, batch: Round, xs: list[Tensor], ds: list[Tensor], measure: bool) -> Directed:
+        lengths: list[Tensor | None] = []
+        inner: list[Tensor] = []
+        for bucket, x, d in zip(batch.buckets, xs, ds, strict=True):
+            scales = bucket.recipe.scale == "dual" and not bucket.by_torch
+            norms = bucket.dual_norms(x, d, self.table) if measure or scales else []
+            inner += [norm.square() if scales else norm for norm in norms]
+            lengths += norms if scales else [None] * len(bucket.items)
+        return Directed(ds, lengths, inner if measure else None)
+
+    def apply(self, batch: Round, directed: Directed) -> None:
+        if not batch.late:
+            return
+        updates = [u for bucket, d in zip(batch.buckets, directed.ds, strict=True) for u in bucket.updates(d)]
+        lengths = [_length(item, norm) for item, norm in zip(batch.items[batch.whole :], directed.lengths, strict=True)]
+        if all(length is None for length in lengths):
+            lengths = []
+        multi_tensor.apply_update(
+            batch.of_late([*batch.no_inputs, *updates]),
+            batch.of_late(batch.seconds),
+            batch.of_late(batch.weights()),
+            batch.of_late(batch.remainders),
+            batch.of_late([*batch.no_inputs, *(self._absent if t is None else t for t in lengths)] if lengths else []),
+            self.table,
+            batch.after,
+            backend=self.backend,
+        )
+
+    def finish(self) -> None:
+        update_factors([item for item in self._matrices if item.phase.after])
+        advance_clocks(self._by_torch)
+        for p in self.parameters:
+            p.step = None
+        self._present = self._rounds
+        self._versions = [m._version for m in self._watched]
+
+    # ---- what a step measured ---------------------------------------------------------------------------------------
+
+    def sums_of(self, group: int) -> dict[str, Tensor]:
+        """Sums of squares over a group's parameters here, and the slack of its matrices; empty where it has none.
+
+        The momentum, update and parameter of a step that was not taken are those of the last that was.
+        """
+        rows = self._rows.get(group)
+        if rows is None:
+            return {}
+        taken = self.table.column("finite")[rows] > 0
+        sums = {"grad_sq": torch.where(taken, self.table.column("grad_sq")[rows], 0).sum()}
+        lines = slice(self._first_sums[rows.start], self._first_sums[rows.stop])
+        for name in ("momentum_sq", "update_sq", "param_sq"):
+            sums[name] = self.table.column(name)[lines].sum()
+        slack = [part for bucket in self.buckets() for part in bucket.slack_of(group)]
+        return sums | ({"slack": torch.cat(slack)} if slack else {})
+
+
+def _length(item: FusedItem, norm: Tensor | None) -> Tensor | None:
+    """What an item's directions are multiplied by, (matrices,) fp64; None: by 1."""
+    factor = 1.0 if item.parameter.step is None else item.parameter.step.hyper.step_factor
+    if norm is None:
+        plain = not isinstance(factor, Tensor) and factor == 1
+        ones = None if plain else torch.ones(item.count, dtype=torch.float64, device=item.parameter.tensor.device)
+        return None if ones is None else ones * factor
+    return norm * factor
+
+
+def _has_fp16_input(p: Parameter) -> bool:
+    wide = torch.promote_types(p.grad_dtype, torch.float32)
+    return p.recipe.direction.compute_dtype(wide, p.tensor.device) is torch.float16
+
+
+def _groups(hypers: Sequence[Hyper], of: list[int], device: torch.device) -> Groups:
+    values: list[float] = []
+    tensors: list[Tensor] = []
+    at: list[int] = []
+    for hyper in hypers:
+        for number in (hyper.lr, hyper.weight_decay, hyper.beta1, hyper.beta2, hyper.eps):
+            if isinstance(number, Tensor):
+                at.append(len(values))
+                tensors.append(_on(number, device))
+                number = 0.0
+            values.append(float(number))
+    return Groups(values, tensors, at, of)
+
+
+def _on(number: Tensor, device: torch.device) -> Tensor:
+    wanted = number.dtype if number.dtype in (torch.float32, torch.float64) else torch.float64
+    # A copy to the host must have arrived when the host reads it.
+    return number.detach().to(device, wanted, non_blocking=device.type == "cuda")

@@ -1,0 +1,251 @@
+"""One step for all parameters: the order is `Plan.step`, the same for every recipe and backend.
+
+A `Plan` is made once for a set of parameters with gradients and serves every step until one of them changes. It shares
+the parameters out among executors: the fused ops, device by device, and torch operations. Nothing in a step reads a
+tensor on the host, so it neither waits for the device nor depends on the data's values, but for a refresh of
+eigenbases, which reads the status of the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..ops import multi_tensor
+from ..ops.backend import prepare, requested
+from ..ops.multi_tensor import NOT_SCALED, Scaling
+from ..ops.program import Program
+from ..parts import Hyper
+from ..recipe import Recipe
+from .coupling import Coupling, Directed
+from .eager import Eager
+from .fused import Fused
+from .parameter import Matrices, Parameter
+from .program import program
+from .seams import Reduce, Transport
+from .warm_up import warm_up
+
+__all__ = ["Executor", "Plan", "reason", "route", "scaling_on"]
+
+
+class Executor(Protocol):
+    """Takes the steps of some of a plan's parameters; a batch is what shares its launches.
+
+    The functions stand in the order in which `Plan.step` calls them.
+    """
+
+    backend: str
+
+    @property
+    def parameters(self) -> Sequence[Parameter]: ...
+
+    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], reduce: Reduce | None) -> None:
+        """Measures the gradients and says which parameters step; counts those that do not. No state is written."""
+        ...
+
+    def observe(self) -> None:
+        """State takes the gradients, as far as `inputs` does not do it on the way."""
+        ...
+
+    def batches(self) -> Sequence[Any]: ...
+
+    def items(self, batch: Any) -> list[list[Matrices]]:
+        """The matrices of each of a batch's inputs, in their order."""
+        ...
+
+    def inputs(self, batch: Any) -> list[Tensor]:
+        """What the direction is asked about, one tensor (matrices, rows, cols) for all that shares its call."""
+        ...
+
+    def directions(self, batch: Any, xs: list[Tensor]) -> list[Tensor]:
+        """The directions of these inputs."""
+        ...
+
+    def directed(self, batch: Any, xs: list[Tensor], ds: list[Tensor], measure: bool) -> Directed:
+        """The directions of these inputs with what is to be known of them."""
+        ...
+
+    def apply(self, batch: Any, directed: Directed) -> None:
+        """Moves the weights along the directions."""
+        ...
+
+    def finish(self) -> None:
+        """Factors that learn after the step take the gradients."""
+        ...
+
+    def sums_of(self, group: int) -> dict[str, Tensor]:
+        """What the last step measured of a group: sums of squares, 0-d fp64; empty where it has no parameter here."""
+        ...
+
+    def notice_changes(self) -> None:
+        """What a step does first, for a graph, which replays only what follows."""
+        ...
+
+
+class Plan:
+    """The step of these parameters. skipped: the int64 counters by device.
+
+    coupled: layers wait for one another.   reduce, transport: see `steepest.step.seams`.   traced: by torch.compile,
+    which fuses torch operations itself.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        skipped: dict[torch.device, Tensor],
+        *,
+        coupled: bool = False,
+        reduce: Reduce | None = None,
+        transport: Transport | None = None,
+        traced: bool = False,
+    ) -> None:
+        self.parameters = parameters
+        self.recipes: set[Recipe] = {p.recipe for p in parameters}
+        self.reduce, self.transport = reduce, transport
+        by_torch: list[Parameter] = []
+        fused: dict[tuple[torch.device, str, int], list[tuple[Parameter, Program]]] = {}
+        for p in parameters:
+            backend = "torch" if traced else route(p, coupled=coupled)
+            packed = program(p.recipe, maximize=p.options.maximize, coupled=coupled)
+            if backend == "torch" or isinstance(packed, str):
+                by_torch.append(p)
+            else:
+                key = (p.tensor.device, backend, p.options.max_workspace_bytes)
+                fused.setdefault(key, []).append((p, packed))
+        self.executors: list[Executor] = []
+        for (device, backend, max_bytes), some in fused.items():
+            ours, programs = [p for p, _ in some], [packed for _, packed in some]
+            options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_bytes, "coupled": coupled}
+            self.executors.append(Fused(ours, programs, skipped[device], **options))
+        if by_torch:
+            self.executors.append(Eager(by_torch, skipped))
+        if not traced:
+            self._warm_up()
+
+    @property
+    def backends(self) -> set[str]:
+        """Those that the elementwise part runs on."""
+        return {executor.backend for executor in self.executors}
+
+    def step(self, hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED, coupling: Coupling | None = None) -> None:
+        """One step in place; hypers[i] are the numbers of group i. Gradients are read from the parameters."""
+        scalings = {device: scaling_on(scaling, device) for device in {p.tensor.device for p in self.parameters}}
+        for executor in self.executors:
+            executor.decide(hypers, scalings, self.reduce)
+        for executor in self.executors:
+            executor.observe()
+        if coupling is not None:
+            self._share(coupling.factors(self.executors))
+        for executor in self.executors:
+            for batch in executor.batches():
+                directed = None if coupling is None else coupling.directed(executor, batch)
+                directed = directed or self.directed(executor, batch, measure=coupling is not None)
+                if coupling is not None:
+                    coupling.moving(executor, batch, directed)
+                executor.apply(batch, directed)
+            executor.finish()
+
+    def directed(self, executor: Executor, batch: Any, *, measure: bool) -> Directed:
+        """The directions of a batch, wherever they are taken; measure: with their inner products."""
+        xs = executor.inputs(batch)
+        if self.transport is None:
+            return executor.directed(batch, xs, executor.directions(batch, xs), measure)
+        items = executor.items(batch)
+        ds = executor.directions(batch, self.transport.inputs(items, xs))
+        return executor.directed(batch, xs, self.transport.directions(items, ds), measure)
+
+    def _share(self, factors: Sequence[Any]) -> None:
+        for p in self.parameters:
+            p.step = replace(p.taken, hyper=replace(p.taken.hyper, step_factor=factors[p.group]))
+
+    def _warm_up(self) -> None:
+        """Has every kernel of the steps checked and compiled, before one of them writes anything."""
+        for p in self.parameters:
+            if p.recipe.kronecker is not None:
+                prepare(p.recipe.kronecker.families, p.tensor.device)
+        for executor in self.executors:
+            if isinstance(executor, Fused):
+                for bucket in executor.buckets():
+                    weights = bucket.items[0].parameter.tensor.dtype if bucket.moves_weights else None
+                    warm_up(bucket.recipe.direction, bucket.shape[1:], bucket.dtype, bucket.device, weights)
+                continue
+            for item in (item for p in executor.parameters for item in p.matrices()):
+                wide = torch.promote_types(item.parameter.grad_dtype, torch.float32)
+                warm_up(item.recipe.direction, item.input_shape[1:], wide, item.parameter.tensor.device)
+
+    def notice_changes(self) -> None:
+        """What a step does first, for a graph, which replays only what follows."""
+        for executor in self.executors:
+            executor.notice_changes()
+
+    def metrics(self, groups: int) -> list[dict[str, Tensor]]:
+        """For each group what its last step measured, as 0-d fp64 tensors; see `MatrixOptimizer.metrics`."""
+        return [_norms([executor.sums_of(number) for executor in self.executors]) for number in range(groups)]
+
+
+def reason(p: Parameter, *, coupled: bool = False) -> str | None:
+    """Why the fused ops do not take a parameter; None where they do."""
+    packed = program(p.recipe, maximize=p.options.maximize, coupled=coupled)
+    return packed if isinstance(packed, str) else multi_tensor.takes(_tensors(p))
+
+
+def route(p: Parameter, *, coupled: bool = False) -> str:
+    """The backend of a parameter's step but for its direction; RuntimeError where a forced one cannot run.
+
+    One without elements goes by torch operations, whatever was asked for: there is nothing to run.
+    """
+    device = p.tensor.device
+    if requested(p.options.backend) == "torch" or not p.tensor.numel():
+        return "torch"
+    why = reason(p, coupled=coupled)
+    reasons = {name: of_backend or why for name, of_backend in multi_tensor.reasons(device).items()}
+    if reasons["triton"] is None:
+        reasons["triton"] = _triton_reason(p, coupled)
+    return multi_tensor.choose("step", p.options.backend, reasons, device, multi_tensor.FAMILY)
+
+
+def scaling_on(scaling: Scaling, device: torch.device) -> Scaling:
+    def moved(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().to(device, torch.float32, non_blocking=device.type == "cuda")
+
+    return Scaling(moved(scaling.found_inf), moved(scaling.grad_scale))
+
+
+def _tensors(p: Parameter) -> list[Tensor]:
+    """What the fused ops read and write elementwise."""
+    state = [p.state[key] for key, layout in p.recipe.layouts.items() if layout == "elementwise" and key in p.state]
+    return [p.tensor, *state, *([] if p.tensor.grad is None else [p.grad])]
+
+
+def _triton_reason(p: Parameter, coupled: bool) -> str | None:
+    """Why the Triton kernels, which take less than the compiled ones, do not take a parameter; None where they do."""
+    tensors = _tensors(p)
+    if p.recipe.rounding.mode == "stochastic" and not all(t.is_contiguous() for t in tensors):
+        return "stochastic rounding goes by an element's place, and a tensor is not contiguous"
+    packed = program(p.recipe, coupled=coupled)
+    if isinstance(packed, str) or packed.whole:
+        return multi_tensor.triton_takes(tensors, 1)
+    for piece in p.pieces:
+        views = [piece.view(t) for t in tensors]
+        stack = torch.empty(views[0].shape, device="meta")  # the direction's input is contiguous whatever p is
+        if (why := multi_tensor.triton_takes([*views, stack], piece.batch)) is not None:
+            return why
+    return None
+
+
+def _norms(sums: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Norms from sums of squares, over executors, which for one group are on one device."""
+    sums = [each for each in sums if each]
+    if not sums:
+        return {}
+    norms = {}
+    for name in ("grad", "momentum", "update", "param"):
+        norms[f"{name}_norm"] = torch.stack([each[f"{name}_sq"] for each in sums]).sum().sqrt()
+    slack = [each["slack"] for each in sums if "slack" in each]
+    if slack:
+        norms["polar_slack"] = torch.cat(slack)
+    return norms

@@ -1,0 +1,164 @@
+"""Who is compared: every optimizer of `steepest.zoo` beside torch's AdamW and SGD, and at which learning rates.
+
+A grid is the middle below times powers of 4; a class that is not in the table has its own default in the middle. What a
+matrix method leaves to AdamW trains at one rate in all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from steepest import zoo
+from steepest.optimizer import MatrixOptimizer
+
+STEP = 4.0  # ratio of two learning rates of a grid
+ADAMW_RATE = 8e-3  # between AdamW's best of a short run and of a long one
+
+#: The middle of a grid: (on the GPT, on mushrooms).
+RATES: Mapping[str, tuple[float, float]] = {
+    "torch.AdamW": (1.6e-2, 4e-2),
+    "torch.SGD": (0.25, 0.25),
+    "Muon": (8e-2, 0.1),
+    "MuAdam": (4e-3, 2e-2),
+    "MuAdamSANIA": (1.6e-4, 1e-4),
+    "Shampoo": (4e-2, 4e-2),
+    "OneSidedShampoo": (6e-2, 0.25),
+    "KLShampoo": (6e-2, 0.1),
+    "SOAP": (2e-2, 4e-2),
+    "KLSOAP": (2e-2, 4e-2),
+    "SPlus": (0.8, 0.8),
+    "KFAC": (0.1, 0.16),
+    "NormalizedSGD": (0.25, 0.16),
+    "SignSGD": (8e-3, 8e-3),
+    "AdaGrad": (6e-2, 0.16),
+    "Adam": (2e-2, 6e-2),
+    "AdamSANIA": (1e-6, 2.5e-5),
+    "MADGRAD": (0.1, 0.2),
+    "TrustRegion": (6e-2, 0.2),
+    "OrthogonalSGDM": (3e-2, 6e-2),
+    "NIGT": (0.1, 0.1),
+    "Fromage": (6e-2, 0.1),
+    "Scion": (6e-4, 1e-2),
+    "Schattor": (0.25, 0.16),
+    "MuonMax": (1.5e-2, 6e-2),
+    "MuonMax-Momo": (6e-2, 0.25),
+    "MuonAdam": (3e-2, 0.1),
+    "MuonAdam-Momo": (6e-2, 0.25),
+    "PolarGrad": (1.5e-2, 6e-2),
+    "ProdigyMuon": (4.0, 4.0),
+}
+
+#: What departs from the defaults, besides weight_decay=0: eps=0, with which SANIA's invariance holds; Muon's direction
+#: as the others have it; an average over ten steps, as runs are short.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "MuAdamSANIA": {"eps": 0.0},
+    "Muon": {"polar": "auto"},
+    "torch.SGD": {"momentum": 0.9},
+    "AdamSANIA": {"eps": 0.0},
+    "SPlus": {"average_rate": 0.9},
+}
+#: Methods that are a class with arguments of their own.
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "MuonMax-Momo": ("MuonMax", {"lower_bound": 0.0}),
+    "MuonAdam-Momo": ("MuonAdam", {"lower_bound": 0.0}),
+    "PolarGrad": ("ProductNormDescent", {"product": "l2"}),
+}
+#: With its default arguments this one is MuonMax.
+NOT_ALONE = ("ProductNormDescent",)
+#: Optimizers that are given the module, whose layers they watch.
+TAKE_MODULE = ("KFAC",)
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer class and how it is made for a model."""
+
+    name: str
+    kind: type[Optimizer]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, model: nn.Module, lr: float, routed: bool) -> Optimizer:
+        """routed: the module is given, so that embeddings and heads go to AdamW; else its parameters, all of them."""
+        whole = self.kind.__name__ in TAKE_MODULE or (routed and issubclass(self.kind, MatrixOptimizer))
+        make: Callable[..., Optimizer] = self.kind
+        given = partial(make, model if whole else list(model.parameters()), lr=lr, **self.options)
+        try:
+            return given(adamw_lr=ADAMW_RATE)
+        except TypeError:  # it leaves nothing to AdamW
+            return given()
+
+    def grid(self, task: str, count: int) -> list[float]:
+        """`count` learning rates around the default for this task, from small to large."""
+        middle = self._default(task)
+        return [float(f"{middle * STEP ** (k - (count - 1) // 2):.3g}") for k in range(count)]
+
+    def _default(self, task: str) -> float:
+        if self.name in RATES:
+            return RATES[self.name][0 if task == "gpt" else 1]
+        given = _argument(self.kind, "lr")
+        return float(given.default) if given is not None and isinstance(given.default, (int, float)) else 1e-3
+
+
+def known() -> dict[str, Method]:
+    """By name: torch's own first, then what the zoo exports and takes a learning rate, then the variants."""
+    kinds: dict[str, type[Optimizer]] = {"torch.AdamW": torch.optim.AdamW, "torch.SGD": torch.optim.SGD}
+    exported = {name: getattr(zoo, name) for name in zoo.__all__}
+    kinds |= {name: kind for name, kind in exported.items() if isinstance(kind, type) and issubclass(kind, Optimizer)}
+    kinds = {name: kind for name, kind in kinds.items() if _argument(kind, "lr")}
+    found = {name: Method(name, kind, _options(name, kind)) for name, kind in kinds.items() if name not in NOT_ALONE}
+    for name, (of, own) in VARIANTS.items():
+        found[name] = Method(name, kinds[of], {**_options(of, kinds[of]), **own})
+    return found
+
+
+def _options(name: str, kind: type[Optimizer]) -> dict[str, Any]:
+    alike = {"weight_decay": 0.0} if _argument(kind, "weight_decay") else {}
+    return {**alike, **OPTIONS.get(name, {})}
+
+
+def _argument(kind: type, name: str) -> inspect.Parameter | None:
+    """Of the first class, along the bases, whose constructor names it."""
+    for each in kind.__mro__:
+        constructor = vars(each).get("__init__")
+        found = None if constructor is None else inspect.signature(constructor).parameters.get(name)
+        if found is not None:
+            return found
+    return None
+
+
+def chosen(names: str | None) -> dict[str, Method]:
+    """The methods in a comma-separated list, in any case of letters; None: all. ValueError for one that is unknown."""
+    every = known()
+    if names is None:
+        return every
+    lower = {name.lower(): name for name in every}
+    found = {}
+    for name in (part.strip() for part in names.split(",")):
+        if name.lower() not in lower:
+            raise ValueError(f"--optimizers: unknown optimizer {name!r}; pass some of {', '.join(every)}")
+        found[lower[name.lower()]] = every[lower[name.lower()]]
+    return found
+
+
+def rates(overrides: Sequence[str]) -> dict[str | None, list[float]]:
+    """ "1e-3,1e-2" -> {None: [...]}, "Muon=0.02" -> {"Muon": [0.02]}; ValueError for what is no learning rate."""
+    found: dict[str | None, list[float]] = {}
+    for override in overrides:
+        name, equals, values = override.rpartition("=")
+        own = next(iter(chosen(name))) if equals else None
+        try:
+            numbers = [float(value) for value in values.split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(0 < number < float("inf") for number in numbers):
+            raise ValueError(f"--rates {override}: pass positive numbers, as in --rates 1e-3,1e-2 or --rates Muon=0.02")
+        found[own] = sorted(set(numbers))
+    return found
