@@ -26,6 +26,7 @@ from steepest.ops.multi_tensor import CHUNK, COLUMNS, HYPERS, SUMS, Groups, Item
 from steepest.ops.program import Power, Program
 from steepest.parts import Rounding
 from support.problems import FEW, gaussian
+from support.slow import slow
 from support.training import all_same_bits, same_bits
 
 MORE = settings(FEW, max_examples=100)
@@ -710,6 +711,7 @@ print(table.rows.view(torch.int64).tolist())
 """
 
 
+@pytest.mark.slow
 def test_narrower_vectors_are_the_formulas_too() -> None:
     """What ATEN_CPU_CAPABILITY allows; by "default" what processors run that are no x86 or have no AVX2. Sums are kept
     in as many parts as a vector has lanes, so that their last bits tell whether it was heeded."""
@@ -1097,7 +1099,7 @@ def moved(given: dict[str, Arguments], device: str) -> dict[str, Arguments]:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("op", ["inspect", "before", "after"])
-@pytest.mark.parametrize("types", TYPES[1:5], ids=ids)
+@pytest.mark.parametrize("types", [*TYPES[1:3], *map(slow, TYPES[3:5])], ids=ids)
 def test_opcheck(types: Types, op: str, device: str) -> None:
     works = list(every_program(types).values())
     if op != "inspect":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from support.cuobjdump import tool
+from support.slow import slow
 from support.triton_interpreter import mend_the_interpreter, run_interpreted
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -85,6 +86,7 @@ def every_tile_is_taken_once(device: torch.device, block: int) -> None:
             assert torch.equal(tiles.sort().values, wanted), f"{rows} x {columns}, {symmetric=}, {group=}: {tiles}"
 
 
+@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     """In fp32, whose products it takes right."""
     done = run_interpreted(__file__)
@@ -422,7 +424,15 @@ def name_of(x: Any) -> str:
     return f"{x.block_m}x{x.block_n}" if isinstance(x, kernels.Configuration) else f"sm_{x}"
 
 
-@pytest.mark.parametrize("capability,listed,kind", list(compilations()), ids=name_of)
+def a_second_each() -> Iterator[Any]:
+    """All compilations; only the first for each architecture is not slow."""
+    seen: set[int] = set()
+    for capability, listed, kind in compilations():
+        yield (slow if capability in seen else pytest.param)(capability, listed, kind)
+        seen.add(capability)
+
+
+@pytest.mark.parametrize("capability,listed,kind", list(a_second_each()), ids=name_of)
 def test_code(capability: int, listed: Any, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # what is read is what was compiled now
     compiled = compile_for(capability, listed, kind)

@@ -42,6 +42,7 @@ def nothing_is_uploaded_twice(device: torch.device) -> None:
         assert uploads[3:] == [3 * HYPERS * len(GROUPS)]
 
 
+@pytest.mark.slow
 @needs_triton
 @needs_extension
 def test_in_the_interpreter() -> None:

@@ -38,6 +38,7 @@ DTYPES = {
     "fp16": (torch.float16, None),
     "fp64": (torch.float64, None),
 }
+ROUNDED = {"stochastic_rounding": True, "cautious_wd": True}  # of bf16 alone
 PLAIN = (type(None), bool, int, float, str, torch.Tensor)
 
 
@@ -49,8 +50,11 @@ def through_a_file(saved: Any) -> Any:
 
 
 @every_optimizer
-@pytest.mark.parametrize("options", [{}, {"stochastic_rounding": True, "cautious_wd": True}], ids=["plain", "rounded"])
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("dtypes", "options"),
+    [*((dtypes, {}) for dtypes in DTYPES.values()), *((DTYPES[name], ROUNDED) for name in DTYPES if "bf16" in name)],
+    ids=[*DTYPES, "rounded", "rounded, fp32 gradients"],
+)
 def test_a_resumed_run_is_the_run(
     cls: type[MatrixOptimizer], dtypes: tuple[torch.dtype, torch.dtype | None], options: dict[str, Any]
 ) -> None:

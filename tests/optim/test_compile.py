@@ -9,16 +9,25 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import steepest
 from steepest.ops import multi_tensor
 from steepest.ops.multi_tensor import Groups, Item, Items, Table
 from steepest.ops.program import Program
 from steepest.optimizer import MatrixOptimizer
+from support.slow import slow
 from support.training import OPTIMIZERS, both_kinds, give_gradients, noise
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("cls", OPTIMIZERS[:2])
-@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    ("cls", "tensor"),
+    [
+        (steepest.Muon, True),
+        (steepest.MuAdam, False),
+        slow(steepest.Muon, False),
+        slow(steepest.MuAdam, True),
+    ],
+)
 def test_compiled_once_and_equal_to_eager(cls: type[MatrixOptimizer], tensor: bool, device: str) -> None:
     """Matrices and AdamW groups; a learning rate in a tensor may change without a new graph."""
 
@@ -64,6 +73,7 @@ def graphs_of(optimizer: MatrixOptimizer, params: list[Tensor], steps: int, **op
     return graphs
 
 
+@pytest.mark.slow
 def test_a_scheduled_learning_rate() -> None:
     """What docs/step.md says of it: a tensor is compiled once, a number once more, with dynamic=False every number."""
     cls, rates = OPTIMIZERS[0], {"lr": 0.02, "adamw_lr": 0.01}

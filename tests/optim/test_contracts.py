@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -138,14 +139,20 @@ def test_the_same_run_twice_is_the_same_bits(
     assert same_states(runs[0][1], runs[1][1])
 
 
-POISON = {"NaN": math.nan, "+inf": math.inf, "-inf": -math.inf}
+POISON = (math.nan, math.inf, -math.inf)
 
 
-@every_optimizer
-@every_dtype
-@every_path
-@pytest.mark.parametrize("poison", POISON.values(), ids=POISON)
-@pytest.mark.parametrize("started", [True, False], ids=["mid-run", "first step"])
+def poisoned() -> Iterator[Any]:
+    """Every optimizer, path, dtype and time, each pair of them with all three values that are not finite."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    for numbers in product(range(2), range(len(PATHS)), range(len(dtypes)), range(2)):
+        cls, path, dtype, started = OPTIMIZERS[numbers[0]], list(PATHS)[numbers[1]], dtypes[numbers[2]], numbers[3] > 0
+        poison = POISON[sum(numbers) % 3]
+        name = f"{cls.__name__}-{path}-{dtype}-{'mid-run' if started else 'first step'}-{poison}"
+        yield pytest.param(cls, started, poison, dtype, PATHS[path], id=name)
+
+
+@pytest.mark.parametrize(("cls", "started", "poison", "dtype", "options"), list(poisoned()))
 def test_a_bad_gradient_stays_where_it_is(
     cls: type[MatrixOptimizer], started: bool, poison: float, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:

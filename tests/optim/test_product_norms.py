@@ -566,6 +566,7 @@ def worker(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend")
+@pytest.mark.slow
 def test_ranks_agree_though_their_losses_differ(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     ranks = [

@@ -18,8 +18,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "steepest"
 
@@ -88,40 +86,46 @@ def test_every_room_is_on_the_plan() -> None:
     assert {room(path, PACKAGE / "tools") for path in sources() if room(path) == "tools"} == set(TOOLS)
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_only_from_below(path: Path) -> None:
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("steepest.")}
-    above = {name for name in used - BELOW[room(path)] - {room(path)} if name in BELOW or name in ("_C", "kernels")}
-    assert not above, f"{path.name} (floor {room(path)}) reaches up or past its door: {sorted(above)}"
+def test_imports_only_from_below() -> None:
+    guilty = []
+    for path in sources():
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("steepest.")}
+        above = {name for name in used - BELOW[room(path)] - {room(path)} if name in BELOW or name in ("_C", "kernels")}
+        guilty += [f"{path.relative_to(PACKAGE)} (floor {room(path)}) imports {name}" for name in sorted(above)]
+    assert not guilty
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "tools").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_tool_imports_only_the_tools_below_it(path: Path) -> None:
-    used = {name.split(".")[2] for name in imports(path) if name.startswith("steepest.tools.")}
-    name = room(path, PACKAGE / "tools")
-    assert used & set(TOOLS) - {name} <= TOOLS[name]
+def test_a_tool_imports_only_the_tools_below_it() -> None:
+    guilty = []
+    for path in (PACKAGE / "tools").rglob("*.py"):
+        name = room(path, PACKAGE / "tools")
+        used = {imported.split(".")[2] for imported in imports(path) if imported.startswith("steepest.tools.")}
+        guilty += [f"{path.relative_to(PACKAGE)} imports {other}" for other in used & set(TOOLS) - TOOLS[name] - {name}]
+    assert not guilty
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_only_the_optimizer_knows_torch_optim(path: Path) -> None:
-    if room(path) in ("optimizer", "diagnostics", "tools"):
-        return
-    code = ast.parse(path.read_text())
-    uses = [node for node in ast.walk(code) if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.optim"]
-    assert not uses
-    assert not any(name.startswith("torch.optim") for name in imports(path))
+def test_only_the_optimizer_knows_torch_optim() -> None:
+    guilty = []
+    for path in sources():
+        if room(path) in ("optimizer", "diagnostics", "tools"):
+            continue
+        attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+        if any(ast.unparse(node) == "torch.optim" for node in attributes):
+            guilty.append(path)
+        if any(name.startswith("torch.optim") for name in imports(path)):
+            guilty.append(path)
+    assert not guilty
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
-def test_kernels_import_torch_and_triton_only(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    roots = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
-        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
-    }
-    assert roots - sys.stdlib_module_names <= {"torch", "triton"}
+def test_kernels_import_torch_and_triton_only() -> None:
+    for path in (ROOT / "kernels").glob("*.py"):
+        roots = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
+            for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+        }
+        assert roots - sys.stdlib_module_names <= {"torch", "triton"}, path
 
 
 def test_no_torch_header_below_the_door() -> None:
