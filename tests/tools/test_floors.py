@@ -19,6 +19,17 @@ PACKAGE = ROOT / "python" / "steepest"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 #: Rooms that are no part of the library's picture.
 NOT_DRAWN = {"__init__", "__main__", "_moved", "_version", "tools"}
+#: What each tool imports of the others; the command line imports a command's module when it is called.
+TOOLS: dict[str, set[str]] = {
+    "bench": {"compare", "planner"},
+    "cli": set(),
+    "compare": set(),
+    "doctor": {"facts"},
+    "facts": set(),
+    "planner": set(),
+    "tune": {"bench"},
+    "__init__": set(),
+}
 #: How high the library may be.
 FLOORS = 8
 
@@ -41,8 +52,8 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def room(path: Path) -> str:
-    first = path.relative_to(PACKAGE).parts[0]
+def room(path: Path, package: Path = PACKAGE) -> str:
+    first = path.relative_to(package).parts[0]
     return first.removesuffix(".py")
 
 
@@ -97,6 +108,16 @@ def test_the_library_imports_no_tool() -> None:
         used = {name.split(".")[1] for name in imports(path) if name.startswith("steepest.")}
         above = used & ({"tools", "_C"} | ({"kernels"} if room(path) != "ops" else set()))
         guilty += [f"{path.relative_to(PACKAGE)} imports {name}" for name in sorted(above)]
+    assert not guilty
+
+
+def test_a_tool_imports_only_the_tools_below_it() -> None:
+    assert {room(path, PACKAGE / "tools") for path in sources() if room(path) == "tools"} == set(TOOLS)
+    guilty = []
+    for path in (PACKAGE / "tools").rglob("*.py"):
+        name = room(path, PACKAGE / "tools")
+        used = {imported.split(".")[2] for imported in imports(path) if imported.startswith("steepest.tools.")}
+        guilty += [f"{path.relative_to(PACKAGE)} imports {other}" for other in used & set(TOOLS) - TOOLS[name] - {name}]
     assert not guilty
 
 
