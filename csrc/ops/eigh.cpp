@@ -10,7 +10,7 @@
 #include "common/device.h"
 #include "eigh/cusolver.h"
 #include "eigh/params.h"
-#include "ops/door.h"
+#include "ops/op_checks.h"
 
 namespace steepest {
 
