@@ -1,4 +1,4 @@
-// The door of a list of products: check -> problems -> device guard, plan -> launch.
+// The op of a list of products: check -> problems -> device guard, plan -> launch.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>

@@ -1,4 +1,4 @@
-// The door of the fused elementwise ops: check -> params -> device guard, stream -> launch.
+// The fused elementwise ops: check -> params -> device guard, stream -> launch.
 //
 // Python checks first and in its own words; these checks hold for whoever calls torch.ops.steepest directly. An absent
 // tensor is one without elements, and a list without elements is a list of absent tensors.

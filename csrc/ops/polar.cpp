@@ -1,4 +1,4 @@
-// The door of the ops of the polar iteration: check -> params -> device guard, stream -> launch.
+// The ops of the polar iteration: check -> params -> device guard, stream -> launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

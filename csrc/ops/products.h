@@ -1,4 +1,4 @@
-// What the doors of products share: how factors lie, numbers of each matrix, and the run of a list.
+// What the ops of products share: how factors lie, numbers of each matrix, and the run of a list.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
