@@ -79,18 +79,8 @@ STEEPEST_HD inline double input_scale(double bound) {
   return ldexp(1.0, 15 - exponent);
 }
 
-// What is measured, of a parameter's row: from its gradient's largest magnitude (infinite where an entry is not finite)
-// and sum of squares. largest_finite: number of the arithmetic that follows.
-STEEPEST_HD inline void measure_row(double* row, double grad_max, double grad_sq, bool found_inf, double grad_scale,
-                                    double largest_finite) {
-  const double scale = 1 / grad_scale;
-  grad_max *= scale;
-  row[kFinite] = !found_inf && grad_max <= largest_finite;
-  row[kGradMax] = grad_max;
-  row[kGradSq] = grad_sq * scale * scale;
-}
-
-// The rest of it, from the step count before this gradient and the largest magnitude of the old momentum.
+// The rest of a row that `measure` began, from the step count before this gradient and the largest magnitude of the
+// old momentum.
 STEEPEST_HD inline void decide_row(double* row, const Program& program, const double* hyper, double step,
                                    double momentum_max, double grad_scale) {
   const double scale = 1 / grad_scale;
@@ -121,11 +111,16 @@ STEEPEST_HD inline double value_of(const HyperValue& number) {
 
 STEEPEST_HD inline double value_or_one(const float* at) { return at ? *at : 1.0; }
 
-// measure_row with what GradScaler says.
+// What is measured, of a parameter's row: from its gradient's largest magnitude (infinite where an entry is not finite)
+// and sum of squares. is_double: the arithmetic that follows is fp64.
 STEEPEST_HD inline void measure(const Scaling& scaling, double grad_max, double grad_sq, bool is_double, double* row) {
+  const double scale = 1 / value_or_one(scaling.grad_scale);
+  const double largest_finite = is_double ? 1.7976931348623157e308 : 3.4028234663852886e38;
   const bool found_inf = scaling.found_inf != nullptr && *scaling.found_inf != 0;
-  measure_row(row, grad_max, grad_sq, found_inf, value_or_one(scaling.grad_scale),
-              is_double ? 1.7976931348623157e308 : 3.4028234663852886e38);
+  grad_max *= scale;
+  row[kFinite] = !found_inf && grad_max <= largest_finite;
+  row[kGradMax] = grad_max;
+  row[kGradSq] = grad_sq * scale * scale;
 }
 
 // decide_row with what the owner says; counts its step. False where the step is not taken.
