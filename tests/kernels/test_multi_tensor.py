@@ -425,8 +425,8 @@ def assert_row(old: Work, at: Formulas, found: dict[str, float], name: str) -> N
         "read_beta1": beta1,
         "one_minus_read_beta1": 1 - beta1,
         "eps": eps,
-        "inverse_mass1": 1 / (1 - beta1**at.t) if p.momentum_correction else 1,
-        "inverse_mass2": (1 - beta2**at.t) ** (-2 * POWERS[p.power]) if p.second_correction else 1,
+        "inverse_correction1": 1 / (1 - beta1**at.t) if p.momentum_correction else 1,
+        "inverse_correction2": (1 - beta2**at.t) ** (-2 * POWERS[p.power]) if p.second_correction else 1,
         "decay": lr * decay,
         "lr": lr,
     }
@@ -550,7 +550,7 @@ def test_corrections_do_not_cancel(beta: float, t: int) -> None:
         mass = 1 - Decimal(beta) ** t
         first = [float(1 / mass)] * 3
         second = [float(mass ** (-2 * Decimal(POWERS[power]))) for power in POWERS]
-    for column, wanted in (("inverse_mass1", first), ("inverse_mass2", second)):
+    for column, wanted in (("inverse_correction1", first), ("inverse_correction2", second)):
         torch.testing.assert_close(table.column(column), torch.tensor(wanted, dtype=D), rtol=1e-14, atol=0)
     assert table.column("step").tolist() == [t] * 3
     assert [w.step.item() for w in works] == [t] * 3

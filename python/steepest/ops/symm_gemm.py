@@ -57,7 +57,6 @@ def gemm(
     out: Tensor,
     symmetric: bool = False,
     workspace: Workspace | None = None,
-    row_sums: Tensor | None = None,
 ) -> Tensor:
     """``alpha a @ b + beta c``, into ``out``, which is returned.
 
@@ -67,18 +66,11 @@ def gemm(
     ``symmetric``.  Torch's products take plain numbers alone: where one is a tensor the product is rounded by itself,
     and the sum of the two once more.  In fp16 a symmetric product is brought into range before that, alpha on its
     factors; of another, ``a @ b`` is what fp16 must hold: scaled, small rows of X would lose digits that count.
-
-    row_sums: (batch, m) fp32 (fp64 for fp64), filled with sum_j |out_ij|. The largest of a matrix is its infinity norm,
-    which no eigenvalue exceeds in magnitude: that of X X^T bounds the largest singular value of X from above, squared.
     """
     if _route(a, b) == "triton":
         from ..kernels.symm_gemm import product
 
-        product(a, b, c, alpha, beta, 0.0, out, symmetric=symmetric, row_sums=row_sums)
-        return out
-    if row_sums is not None:
-        gemm(a, b, c, alpha=alpha, beta=beta, out=out, symmetric=symmetric, workspace=workspace)
-        torch.linalg.vector_norm(out, 1, dim=-1, dtype=row_sums.dtype, out=row_sums)
+        product(a, b, c, alpha, beta, 0.0, out, symmetric=symmetric)
         return out
     if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
         product = out if c is None else (workspace or Workspace()).get("product", out.shape, out)

@@ -23,9 +23,9 @@ from support.singular_values import orthogonal, with_spectrum
 
 pytestmark = pytest.mark.kernels
 
-SMALL = ("9symm_gemm8multiply", "DtypeE0", "MajorsE0", "TileE1", "EndE0")
-WIDE = ("9symm_gemm8multiply", "DtypeE0", "MajorsE0", "TileE0", "EndE0")
-UPDATE = ("9symm_gemm8multiply", "DtypeE0", "MajorsE2", "TileE1", "EndE1")
+SMALL = ("9symm_gemm8multiply", "DtypeE2", "MajorsE0", "TileE1", "EndE0")
+WIDE = ("9symm_gemm8multiply", "DtypeE2", "MajorsE0", "TileE0", "EndE0")
+UPDATE = ("9symm_gemm8multiply", "DtypeE2", "MajorsE2", "TileE1", "EndE1")
 NUMBERS, SUM, CLUSTER = ("13chain_numbers",), ("10matrix_sum",), ("11small_polarILi256E",)
 EIGH = ("4eigh", "7refreshILi1E")
 ORDERS = 40  # of warps and copies that are tried until one shows a fault
