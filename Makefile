@@ -22,7 +22,7 @@ oldest_triton := build/triton-3.6/.ready
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-quick test-slow test-all test-kernels check check-torch wheel bench gpu doctor clean
+.PHONY: demo test test-quick test-slow test-all test-kernels check check-torch wheel bench gpu doctor clean same-python
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -57,6 +57,7 @@ check: $(VENV)/.torch $(VENV)/.dev
 # virtual environment of its own, which is thrown away.
 other := build/check-torch
 check-torch:
+	$(if $(TORCH),,$(error check-torch builds against the torch that is named: make check-torch TORCH="torch==2.11.0"))
 	@echo "== $(TORCH): downloads, then some minutes on two cores"
 	rm -rf $(other)
 	$(PYTHON) -m venv $(other)
@@ -93,8 +94,15 @@ $(oldest_triton): $(VENV)/.torch
 	$(install) --target $(@D) --no-deps triton==3.6.0
 	touch $@
 
+# A virtual environment keeps the Python that it was made with: another one would be asked for in vain.
+same-python:
+ifneq ($(origin PYTHON),file)
+	@test ! -e $(VENV)/.torch || test "$$($(PYTHON) -VV)" = "$$($(bin)/python -VV)" || { echo "$(VENV) was made with \
+	$$($(bin)/python -V), and PYTHON=$(PYTHON) is $$($(PYTHON) -V): make clean, or set VENV to another folder" >&2; exit 1; }
+endif
+
 # Stamps: torch and the build tools, which take a minute or two of downloads; the compiled part; the tools of each command.
-$(VENV)/.torch:
+$(VENV)/.torch: | same-python
 	@echo "== $(VENV) with $(or $(TORCH),the torch of $(PYTHON)) and build tools: downloads, then half a minute"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steepest needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)

@@ -9,15 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 TILES = ("any", "wide", "small")
 STREAMS = ("by model", "never", "always")
-
-#: Of the fixture `kernels`, for tests that take a second or two.
-several_seeds = pytest.mark.parametrize("kernels", [0, 1, 2], indirect=True)
 
 
 class Kernels:

@@ -17,7 +17,7 @@ from support import fused_ops
 from support.chain_numbers import given, grams, kernel
 from support.singular_values import gaussian
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.orders(1)]
 
 
 def fused(ops: Any) -> None:

@@ -243,6 +243,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.orders(1)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_caught(name: str, kernels: Kernels, guards: Guards) -> None:
     fault = FAULTS[name]

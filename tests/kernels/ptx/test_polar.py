@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptx.kernels import Guards, Kernels, several_seeds
+from ptx.kernels import Guards, Kernels
 from steepest.linalg.chain import Chain, chain
 from steepest.linalg.coefficients import SCHEDULES, Schedule
 from steepest.linalg.scaling import prescaled
@@ -71,7 +71,6 @@ SHAPES = ((2, 136, 200), (1, 200, 136), (1, 72, 72))
 SEVEN = ((1, 16, 24), (2, 40, 16), (1, 64, 136), (1, 136, 72), (3, 24, 24), (1, 8, 200), (1, 104, 64))
 
 
-@several_seeds
 @tiles
 @pytest.mark.parametrize("dtype", [H, B], ids=str)
 @pytest.mark.parametrize("name, shapes", [("auto", SHAPES), ("turbo", SHAPES), ("exact", SEVEN), ("auto", SEVEN)])
@@ -90,6 +89,7 @@ def test_a_chain_is_the_hosts(
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
+@pytest.mark.orders(1)
 @tiles
 def test_cut_tiles_chunks_and_order_do_not_count(tile: str, kernels: Kernels, guards: Guards) -> None:
     """Sums are cut the same in every order of blocks; without cuts a matrix is alone, whatever its chunk is."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptx.kernels import Guards, Kernels, several_seeds
+from ptx.kernels import Guards, Kernels
 from ptx.products import DTYPES, KK, KMN, MNMN, WEIGHTS, Product, Shape, multiply
 from steepest.ops import grouped_gemm
 
@@ -30,7 +30,6 @@ STORED = {
 }
 
 
-@several_seeds
 @tiles
 @pytest.mark.parametrize("case", STORED)
 def test_a_product(case: str, tile: str, kernels: Kernels) -> None:
@@ -65,6 +64,7 @@ CUT = {
 }
 
 
+@pytest.mark.orders(1)
 @pytest.mark.parametrize("case", CUT)
 def test_cut_tiles_do_not_depend_on_who_is_last(case: str, kernels: Kernels) -> None:
     shape, tile, multiprocessors = CUT[case]
@@ -124,7 +124,6 @@ def test_update(case: str, dtype: str, weights: str, tile: str, kernels: Kernels
     product.check()
 
 
-@several_seeds
 @tiles
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_cut_update(weights: str, tile: str, kernels: Kernels) -> None:
@@ -215,6 +214,7 @@ def test_the_op(layout: str, dtype: str, streams: str, tile: str, kernels: Kerne
     call.check()
 
 
+@pytest.mark.orders(1)
 @pytest.mark.parametrize("layout", ["a b", "x x^T"])
 def test_the_op_in_any_order(layout: str, kernels: Kernels, guards: Guards) -> None:
     """Cut sums are added up in one order, whoever comes last."""
