@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import with_spectrum
 from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import SCHEDULES
 from steepest.linalg.newton_schulz import newton_schulz
-from steepest.linalg.polar import _prescaled
+from steepest.linalg.scaling import prescaled
 from steepest.ops import backend
 from steepest.ops.polar_chain import Update, polar_chain, weights_reason
 from steepest.ops.symm_gemm import Workspace
 from steepest.ops.weight_update import weight_update
+from support.singular_values import with_spectrum
 
 H, B, F, D = torch.float16, torch.bfloat16, torch.float32, torch.float64
 needs_extension = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
@@ -139,7 +139,7 @@ def stacks_of(dtype: torch.dtype, device: torch.device = CPU, scale: int = 1) ->
     found = []
     for m, n in SHAPES:
         x = torch.stack([with_spectrum(m * scale, n * scale, "root") for _ in range(3)]).float()
-        x = _prescaled(x, dtype)
+        x = prescaled(x, dtype)
         x[-1, 0, 0] = torch.nan
         found.append(x.to(device))
     return found
