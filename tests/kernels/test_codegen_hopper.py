@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = "csrc/symm_gemm/sm90_f16_kmn.cu"  # the others differ in the element type and in how the factors lie
 FLAGS = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
 KERNEL = "9symm_gemm8multiply"
-# By the enumerators of csrc/symm_gemm/params.h and plan.h in a mangled name.
+# By the enumerators of csrc/common/dtype.h, symm_gemm/params.h and plan.h in a mangled name.
 DTYPES = {"DtypeE2": "f16", "DtypeE1": "bf16"}
 MAJORS = {"MajorsE0": "kk", "MajorsE1": "mnmn", "MajorsE2": "kmn"}
 TILES = {"TileE0": "wide", "TileE1": "small"}
