@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from steepest.ops.program import Program
 from steepest.optimizer import MatrixOptimizer
 from support.slow import slow
 from support.training import OPTIMIZERS, both_kinds, give_gradients, noise
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -75,12 +78,21 @@ def graphs_of(optimizer: MatrixOptimizer, params: list[Tensor], steps: int, **op
 
 @pytest.mark.slow
 def test_a_scheduled_learning_rate() -> None:
-    """What docs/step.md says of it: a tensor is compiled once, a number once more, with dynamic=False every number."""
+    """A tensor is compiled once, a number once more, with dynamic=False every number; docs/step.md says so, and what
+    to do."""
     cls, rates = OPTIMIZERS[0], {"lr": 0.02, "adamw_lr": 0.01}
     assert graphs_of(*both_kinds(cls, capturable=True, **rates), steps=6) == [1] * 6
     assert graphs_of(*both_kinds(cls, **rates), steps=6) == [1] + [2] * 5
     assert graphs_of(*both_kinds(cls, **rates), steps=4, dynamic=False) == [1, 2, 3, 4]
     assert torch._dynamo.config.recompile_limit == 8
+    page = " ".join((ROOT / "docs" / "step.md").read_text(encoding="utf-8").split())
+    for said in (
+        "`capturable=True` makes learning rate and weight decay tensors",
+        "which schedulers fill: the step is compiled once.",
+        "it is compiled anew for every number, until torch gives up after 8",
+        "So a schedule wants `capturable=True`",
+    ):
+        assert said in page
 
 
 def test_the_fused_ops_are_traced_whole() -> None:

@@ -39,6 +39,7 @@ class Kernels:
         self.seed(seed)
         self.library.ptxsim_truncating(0)
         self.library.ptxsim_capability(capability)
+        self.library.ptxsim_clusters(1)
         self.library.ptxsim_multiprocessors(multiprocessors)
 
     def seed(self, number: int) -> None:

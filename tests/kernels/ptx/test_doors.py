@@ -98,6 +98,20 @@ def test_shared_memory_is_allowed_once_and_for_the_largest(kernels: Kernels, gua
     assert len(calls) == len(set(calls)), "a limit is set once"
 
 
+def test_clusters_are_the_devices_word(kernels: Kernels, guards: Guards) -> None:
+    """Not its capability's number: what only a cluster takes is refused by name, the rest goes on."""
+    polar, device = SmallPolar(kernels, guards), 0
+    assert kernels.ops.cluster_launch(device)
+    kernels.library.ptxsim_clusters(0)
+    assert not kernels.ops.cluster_launch(device)
+    with pytest.raises(
+        ValueError, match="must be at most 128 with 232448 bytes of shared memory and no clusters, got 136"
+    ):
+        polar([gaussian(136, 140).float()[None]], "turbo")
+    (y,), _ = polar([gaussian(128, 140).float()[None]], "turbo")
+    assert y.isfinite().all()
+
+
 def test_what_hopper_does_not_take(kernels: Kernels) -> None:
     with pytest.raises(RuntimeError, match="polar_chain: A has strides 320 and 20 elements; multiples of 8"):
         a_chain(kernels.ops, columns=20)
