@@ -1,4 +1,4 @@
-"""The `torch.optim` shell: groups, state, closures and checkpoints around `plan.Plan`.
+"""The `torch.optim` shell: groups, state, closures and checkpoints around `steepest.step.Plan`.
 
 A `MatrixOptimizer` holds two kinds of group: those with use_muon=True take the class's own recipe, those with
 use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler for a whole model.
