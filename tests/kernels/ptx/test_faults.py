@@ -176,9 +176,9 @@ FAULTS = {
     "a descriptor's stride": Fault(
         SMALL, replacing("4611686293305360384", "4611686155866406912"), a_ragged_product, f"{UNWRITTEN}|numbers"
     ),
-    "a tensor copy one row off": Fault(
+    "a tensor copy from other rows": Fault(
         SMALL,
-        replacing(r"(cp\.async\.bulk\.tensor\.3d\S* \[%r\d+\], \[%rd\d+, \{%r\d+), (%r\d+),", r"\1, %r4451,", 0),
+        replacing(r"(cp\.async\.bulk\.tensor\.3d\S* \[%r\d+\], \[%rd\d+, \{)(%r\d+), %r\d+,", r"\1\2, \2,", 0),
         a_ragged_product,
         "numbers",
     ),
