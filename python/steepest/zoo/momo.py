@@ -153,7 +153,7 @@ class Momo(MatrixOptimizer):
 
     def _layer_coupling(self, loss: Number | None) -> Coupling | None:
         assert self._plan is not None
-        return _Truncated(self, self._plan, loss) if self._couples() else None
+        return Truncated(self, self._plan, loss) if self._couples() else None
 
     def _share_of(self, layers: Sequence[Layers], loss: Number | None) -> list[Number]:
         """What each group's step is multiplied by."""
@@ -296,7 +296,7 @@ class Momo(MatrixOptimizer):
         super()._traced_step(scaling)
 
 
-class _Truncated:
+class Truncated:
     """The coupling of a step: it measures layers, keeps directions that are dear, and tells how far each group goes."""
 
     def __init__(self, optimizer: Momo, plan: Plan, loss: Number | None) -> None:
