@@ -72,6 +72,10 @@ class InsideDecayRecipe(Recipe):
 class RidgeRecipe(InsideDecayRecipe):
     """A recipe that steps to the ball's point nearest to the minimiser of a model with ridge, and no further."""
 
+    def direction_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """Wide: the weight is a part of the input, and where the step ends at the minimiser, of its end."""
+        return dtype
+
     def descent_direction(self, x: Tensor, hyper: Hyper) -> Tensor:
         radius = hyper.weight_decay * hyper.lr * hyper.step_factor * shape_ratio(self.adjust_lr, *x.shape[-2:])
         return self.direction.saturated(x, radius.to(x.dtype) if isinstance(radius, Tensor) else radius)
