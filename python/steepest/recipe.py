@@ -188,6 +188,10 @@ class Recipe:
         """
         return self.precondition.into(state, self.momentum_of(state, g, hyper), hyper, state.get("step"))
 
+    def direction_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """The dtype in which a direction's input is gathered, of a gradient in `dtype`, fp32 at least."""
+        return self.direction.compute_dtype(dtype, device)
+
     def descent_direction(self, x: Tensor, hyper: Hyper) -> Tensor:
         """The step in the preconditioner's variables, before the learning rate."""
         return self.direction.unit(x) if self.scale == "lmo" else self.direction.scaled(x)

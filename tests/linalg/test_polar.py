@@ -154,6 +154,15 @@ def test_svd_is_equivariant_under_orthogonal_changes_of_basis() -> None:
     torch.testing.assert_close(polar(q @ x @ p, "svd"), q @ polar(x, "svd") @ p, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_svd_is_the_truth_whatever_the_dtype(dtype: torch.dtype) -> None:
+    """At a condition number of 1e5, where an fp32 decomposition is off, up to the rounding of the result."""
+    u, v, s = orthogonal(40, 1), orthogonal(50, 2)[:, :40], torch.logspace(0, -5, 40, dtype=torch.float64)
+    x = ((u * s) @ v.mT).to(dtype)
+    found, wanted = polar(x, "svd"), polar(x.double(), "svd")
+    assert (found.double() - wanted).abs().max() <= torch.finfo(dtype).eps / 2
+
+
 def test_svd_drops_what_is_below_eps() -> None:
     x = torch.diag(torch.tensor([1.0, 1e-3, 1e-6], dtype=torch.float64))
     assert polar(x, "svd").diagonal().tolist() == pytest.approx([1, 1, 1])

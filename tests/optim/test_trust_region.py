@@ -156,6 +156,24 @@ def test_without_a_ridge_it_is_the_linear_model(norm: str) -> None:
 
 
 @NEAREST
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_a_ridge_where_products_run_in_bf16(
+    norm: str, dtype: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CPUs with native bf16: the input has the weight in it, and the decomposition is no product."""
+    monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: True)
+    found = []
+    for of in (torch.float64, dtype):
+        p = nn.Parameter(gaussian(6, 4).to(dtype).to(of))
+        optimizer = region(p, norm=norm, composite="ridge", polar="auto")
+        for t in range(10):
+            p.grad = gaussian(6, 4, seed=t).to(dtype).to(of)
+            optimizer.step()
+        found.append(p.detach())
+    assert gap(found[1], found[0]) < most
+
+
+@NEAREST
 def test_numbers_of_a_ridge_may_be_tensors(norm: str) -> None:
     found = []
     for as_number in (float, lambda x: torch.tensor(x, dtype=torch.float64)):

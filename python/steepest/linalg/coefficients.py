@@ -140,10 +140,16 @@ SCHEDULES: dict[str, Schedule] = {
 def polar_express(steps: int = 5, safety: float = POLAR_EXPRESS_SAFETY) -> Table:
     """Polar Express for any number of steps: the published ones, then the last repeated.
 
-    ``safety`` divides x in all but the published last step, as the paper does for low precision (arXiv:2505.16932).
+    ``safety`` divides x in all but the published last step, and the norm besides, as the paper does for low precision
+    (arXiv:2505.16932): in the first step twice.
     """
     steady = POLAR_EXPRESS[-1]
-    safe = [tuple(v / safety ** (2 * power + 1) for power, v in enumerate(step)) for step in POLAR_EXPRESS[:-1]]
+
+    def safe_step(step: tuple[float, ...], divisor: float) -> tuple[float, ...]:
+        return tuple(v / divisor ** (2 * power + 1) for power, v in enumerate(step))
+
+    first, *others = POLAR_EXPRESS[:-1]
+    safe = [safe_step(first, safety**2), *(safe_step(step, safety) for step in others)]
     return tuple((safe + [steady] * steps)[:steps])
 
 

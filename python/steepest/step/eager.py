@@ -164,7 +164,7 @@ def _input(item: Matrices) -> Tensor:
 def _work_dtype(item: Matrices) -> torch.dtype:
     wide = torch.promote_types(item.parameter.grad_dtype, torch.float32)
     # fp16 has no room for what the fused op scales into its range.
-    dtype = item.recipe.direction.compute_dtype(wide, item.parameter.tensor.device)
+    dtype = item.recipe.direction_dtype(wide, item.parameter.tensor.device)
     return wide if dtype == torch.float16 else dtype
 
 

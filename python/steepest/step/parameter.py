@@ -127,7 +127,7 @@ class Matrices:
     def input_dtype(self) -> torch.dtype:
         """The dtype in which the direction works."""
         wide = torch.promote_types(self.parameter.grad_dtype, torch.float32)
-        return self.recipe.direction.compute_dtype(wide, self.parameter.tensor.device)
+        return self.recipe.direction_dtype(wide, self.parameter.tensor.device)
 
     @property
     def weight(self) -> Tensor:

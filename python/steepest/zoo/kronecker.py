@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # Whole numbers, and their least.
 COUNTS = (("precondition_frequency", 1), ("max_preconditioner_dim", 1), ("exact_refreshes", 0), ("refresh_delay", 0))
 INVERSE_ROOTS = ("basis", "newton")
+FIRST_STEPS = ("skip", "move")
 NORMS = ("frobenius", "spectral", "sign")
 # State of SPlus: the average that began at zero, its total weight, and the weights while the average is in their place.
 AVERAGE, MASS, WEIGHTS = "average", "average_mass", "weights"
@@ -179,6 +180,7 @@ class KroneckerOptimizer(MatrixOptimizer):
         _check_choice("norm", group["norm"], (*NORMS, None))
         _check_choice("parity", group["parity"], self._parities)
         _check_choice("inverse_root", group.get("inverse_root", "basis"), INVERSE_ROOTS)
+        _check_choice("first_step", group.get("first_step"), (*FIRST_STEPS, None))
         polar_of(group)
         super()._check_values(group)
 
@@ -281,11 +283,12 @@ class OneSidedShampoo(KroneckerOptimizer):
         return {"momentum": momentum, "precondition": precondition}
 
 
-def _as_the_authors(group: Group) -> Group:
-    """What SOAP and KL-Shampoo have in common, and what parity="authors" means for both."""
+def _first_and_refresh(group: Group) -> Group:
+    """What SOAP and KL-Shampoo have in common: their first step, and what parity="authors" means for a refresh."""
+    first = "identity" if group["first_step"] == "move" else "skip"
     if group["parity"]:
-        return {"first": "skip", "method": "qr", "transport": "slots"}
-    return {"first": "skip", "method": group["refresh"], "transport": "hadamard"}
+        return {"first": first, "method": "qr", "transport": "slots"}
+    return {"first": first, "method": group["refresh"], "transport": "hadamard"}
 
 
 #: Values of the authors of KL-Shampoo: averages in the current basis that begin at 0.1.
@@ -298,14 +301,18 @@ class KLShampoo(KroneckerOptimizer):
         L <- beta2 L + (1 - beta2) g R^-1 g^T / n;   R <- beta2 R + (1 - beta2) g^T L^-1 g / m
         W <- (1 - lr weight_decay) W - lr L^-1/2 m R^-1/2
 
-    The eigenvalues are averages that every step adds to in the bases of the last refresh. Arguments as in `SOAP`. The
-    first step only makes the bases. A refresh mixes the eigenvalues by the squares of its rotation. parity="authors":
-    orthogonal iteration for every refresh, eigenvalues stay with their columns, and weight decay after the update (the
-    authors' iteration does not sort its columns, ours does). Source: arXiv:2509.03378.
+    The eigenvalues are averages that every step adds to in the bases of the last refresh, from .1 on, and not below
+    1/max(10, min(n, 4000))^2. The first gradient meets R = I and L = I. Arguments as in `SOAP`. A refresh mixes the
+    eigenvalues by the squares of its rotation. parity="authors": orthogonal iteration for every refresh, eigenvalues
+    stay with their columns, and weight decay after the update (the authors' iteration does not sort its columns, ours
+    does). Source: arXiv:2509.03378.
 
     inverse_root="newton" (see `Shampoo`) is the formula above, with L^-1/2 and R^-1/2 of the factors themselves at the
-    last refresh; both begin as rms(g) I with the first gradient, which is stepped. There are no averages of eigenvalues
-    and no eps, and the scale of the gradients changes nothing.
+    last refresh; both begin as rms(g) I with the first gradient. There are no averages of eigenvalues and no eps, and
+    the scale of the gradients changes nothing.
+
+    first_step: as in `SOAP`; None is "skip" with bases, and with inverse_root="newton" "move", in the metric that the
+    first gradient has made.
     """
 
     _parities = (None, "authors")
@@ -319,16 +326,18 @@ class KLShampoo(KroneckerOptimizer):
         eps: float = 1e-8,
         *,
         inverse_root: str = "basis",
+        first_step: str | None = None,
         **extra: Unpack[BasesAndExtras],
     ) -> None:
         own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "inverse_root": inverse_root}
-        super().__init__(params, own, extra)
+        super().__init__(params, {**own, "first_step": first_step}, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
         if group["inverse_root"] == "newton":
-            precondition: Kronecker = self.by_roots(group, 0.5, coupling=True)
+            first = "skip" if group["first_step"] == "skip" else "learn"
+            precondition: Kronecker = self.by_roots(group, 0.5, coupling=True, first=first)
         else:
-            precondition = self.rotated(group, _COUPLED, coupling=_COUPLED, **_as_the_authors(group))
+            precondition = self.rotated(group, _COUPLED, coupling=_COUPLED, **_first_and_refresh(group))
         momentum = Momentum(dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
 
@@ -344,17 +353,19 @@ class SOAP(KroneckerOptimizer):
     lr, weight_decay: numbers >= 0.   betas: of m, and of v and the factors (see shampoo_beta).   eps: added to sqrt(v).
     extra: see `Bases` and `steepest.zoo.shared.Extras`.
 
-    The first step only makes the bases: in them the first gradient is diagonal, and Adam would divide the rounding
-    errors beside it by themselves. At a refresh v is mixed by the squares of the rotation, v <- (R_L o R_L)^T v (R_R o
-    R_R), as if the gradient's entries were independent: what a large rotation finds in its slots would else be of other
-    directions, and a step tens of times too long. parity="authors": the bases are refreshed by orthogonal iteration
-    with v permuted as its columns are sorted, and weight decay follows the update; the trajectory is that of the
-    authors' implementation. eps is divided by sqrt(1 - beta2^t), as they have it. With identity bases it is Adam, with
-    norm="spectral" MuAdam in these bases. Source: arXiv:2409.11321.
+    first_step: "skip", the authors': the first gradient only makes the bases; in them it is diagonal, and Adam would
+        divide the rounding errors beside it by themselves. "move": the first step is Adam's, in identity bases.
+
+    At a refresh v is mixed by the squares of the rotation, v <- (R_L o R_L)^T v (R_R o R_R), as if the gradient's
+    entries were independent: what a large rotation finds in its slots would else be of other directions, and a step
+    tens of times too long. parity="authors": the bases are refreshed by orthogonal iteration with v permuted as its
+    columns are sorted, and weight decay follows the update. The trajectory is then that of the authors' implementation
+    if the first gradient has full rank; else a factor begins with a null space, every basis of which is as good, and
+    which one it is depends on the eigensolver. eps is divided by sqrt(1 - beta2^t), as they have it. With identity
+    bases it is Adam, with norm="spectral" MuAdam in these bases. Source: arXiv:2409.11321.
     """
 
     _parities = (None, "authors")
-    _coupling: Sides | None = None
 
     def __init__(
         self,
@@ -363,21 +374,46 @@ class SOAP(KroneckerOptimizer):
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
+        *,
+        first_step: str = "skip",
         **extra: Unpack[BasesAndExtras],
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}, extra)
+        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "first_step": first_step}
+        super().__init__(params, own, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
-        inner = Diagonal(power=0.25)
-        precondition = self.rotated(group, inner, coupling=self._coupling, **_as_the_authors(group))
-        momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
+        return self._adam_in_bases(group)
+
+    def _adam_in_bases(self, group: Group, coupling: Sides | None = None, *, corrected: bool = True) -> dict[str, Any]:
+        """corrected: by Adam's bias corrections."""
+        inner = Diagonal(power=0.25, bias_correction=corrected)
+        precondition = self.rotated(group, inner, coupling=coupling, **_first_and_refresh(group))
+        momentum = Momentum(bias_correction=corrected, dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
 
 
 class KLSOAP(SOAP):
-    """SOAP in the bases of KL-Shampoo's factors; see `SOAP` and `KLShampoo`. Source: arXiv:2509.03378."""
+    """Adam in the eigenbases of KL-Shampoo's factors; see `SOAP` and `KLShampoo`.
 
-    _coupling = _COUPLED
+    parity="authors": as in `SOAP`, and without Adam's bias corrections, so that entries of the first update are
+    (1 - beta1) / sqrt(1 - beta2), .71 with the default betas, where Adam's are 1. Source: arXiv:2509.03378.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-4,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        *,
+        first_step: str = "skip",
+        **extra: Unpack[BasesAndExtras],
+    ) -> None:
+        super().__init__(params, lr, weight_decay, betas, eps, first_step=first_step, **extra)
+
+    def parts(self, group: Group) -> dict[str, Any]:
+        return self._adam_in_bases(group, _COUPLED, corrected=group["parity"] is None)
 
 
 class SPlus(KroneckerOptimizer):

@@ -70,6 +70,7 @@ class Momo(MatrixOptimizer):
     stale_dual: takes <M, D> of the spectral and Schatten directions from the previous step, so that no direction is
         kept or computed twice; otherwise those of all matrices are held at once, as large as the matrices. A matrix
         that has not moved yet is measured anew; if its first gradient was not finite it counts as 0 in the next step.
+        None is True, as the authors have it, but for `ProductNormDescent` and `Schattor`.
     reduce_loss: where torch.distributed is initialised, the loss is averaged over all processes of the default group,
         so that ranks with a batch each agree; with False it must be the same on all of them.
 
@@ -82,20 +83,23 @@ class Momo(MatrixOptimizer):
 
     _carried: tuple[str, ...] = ("lower_bound", "stale_dual", "reduce_loss")
     lower_bound: Number | None = None
+    #: what stale_dual=None means for a class
+    stale_dual: bool = True
     _loss: Number | None = None
 
     def __init__(
         self,
         *args: Any,
         lower_bound: Number | None = 0.0,
-        stale_dual: bool = True,
+        stale_dual: bool | None = None,
         reduce_loss: bool = True,
         **kwargs: Any,
     ) -> None:
         one = isinstance(lower_bound, (int, float)) or (isinstance(lower_bound, Tensor) and lower_bound.numel() == 1)
         if lower_bound is not None and not one:
             raise TypeError(f"lower_bound should be one number or None but is: {lower_bound!r}")
-        self.lower_bound, self.stale_dual, self.reduce_loss = lower_bound, stale_dual, reduce_loss
+        self.lower_bound, self.reduce_loss = lower_bound, reduce_loss
+        self.stale_dual = type(self).stale_dual if stale_dual is None else stale_dual
         super().__init__(*args, **kwargs)
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ class Momo(MatrixOptimizer):
 
     def _layer_coupling(self, loss: Number | None) -> Coupling | None:
         assert self._plan is not None
-        return _Truncated(self, self._plan, loss) if self._couples() else None
+        return Truncated(self, self._plan, loss) if self._couples() else None
 
     def _share_of(self, layers: Sequence[Layers], loss: Number | None) -> list[Number]:
         """What each group's step is multiplied by."""
@@ -296,7 +300,7 @@ class Momo(MatrixOptimizer):
         super()._traced_step(scaling)
 
 
-class _Truncated:
+class Truncated:
     """The coupling of a step: it measures layers, keeps directions that are dear, and tells how far each group goes."""
 
     def __init__(self, optimizer: Momo, plan: Plan, loss: Number | None) -> None:

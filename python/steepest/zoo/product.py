@@ -51,7 +51,7 @@ class Coupling(Extras, total=False):
     """
 
     lower_bound: Number | None
-    stale_dual: bool
+    stale_dual: bool | None
     reduce_loss: bool
 
 
@@ -177,9 +177,12 @@ class ProductNormDescent(ProductNormOptimizer):
     polar: as in `steepest.MuAdam`.   extra: see `Coupling`; with a lower_bound t is Momo's, else 1.
 
     "max" with "lmo" and "l2" with "dual" do not couple layers without a lower bound. The steps of "l2" with "lmo" have
-    length lr because their dual norms are never stale. Besides the directions a coupled step costs passes over momenta,
-    those of `Momo` with a lower bound, and the memory that stale_dual=False takes. Source: arXiv:2510.09827.
+    length lr because their dual norms are never stale. The others' are those of the step before with stale_dual=True.
+    Besides the directions a coupled step costs passes over momenta, those of `Momo` with a lower bound, and unless dual
+    norms are stale the memory that holds all directions. Source: arXiv:2510.09827.
     """
+
+    stale_dual = False
 
     def __init__(
         self,
@@ -211,7 +214,7 @@ class MuonMax(ProductNormOptimizer):
         t = min(1, (model - lower_bound)_+ / (lr (matrix_scale S^2 + sum M^2 / (sqrt(V) + eps))))
 
     with M and V as in `ProductNormDescent`, whose product="hybrid", scale="dual", others="adam_2" this is. All matrices
-    share one adaptive factor. With stale_dual=True S is that of the previous step, so that a direction is made once.
+    share one adaptive factor. S is of the previous step, as the authors have it; with stale_dual=False of this one.
     With one matrix and matrix_scale=1 it is regularized Muon, W - lr ||M||_nuc polar(M).
 
     lower_bound: of the loss; None: MuonMax without Momo, t = 1. The authors use 0, and up to 3.2 for language models.

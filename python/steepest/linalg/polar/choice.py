@@ -102,7 +102,8 @@ def compute_dtype(preset: str, dtype: torch.dtype, device: torch.device | str) -
 
     fp64 stays.  On a CPU bf16 where its matrix products are native, else fp32, and never fp16 (1 GFLOP/s);
     STEEPEST_CPU_BF16=0 or 1 in the environment says whether they are.  On a GPU fp16 for the presets that may take the
-    Gram form, in which bf16 has an off-diagonal error of .2, and bf16 for the rest. "svd" runs in fp32.
+    Gram form, in which bf16 has an off-diagonal error of .2, and bf16 for the rest. "svd" takes fp32, and
+    decomposes it in fp64.
     """
     if dtype == torch.float64:
         return dtype

@@ -170,7 +170,7 @@ class Rotated(Kronecker):
         left, right = self._bases(state)
         x = self.to_blocks(g.to(left.dtype))
         images = {"left": x @ right if right.numel() else x, "right": x.mT @ left if left.numel() else x.mT}
-        # The first gradient makes the bases; only then is there a metric of the other side.
+        # The first gradient makes the bases; only then is there a metric of the other side, which was the identity.
         started = learned > 1
         values = self._values(state, images, self.coupling, self.rate(hyper), started)
         return self._measured(state, images, self.coupling, started), values
@@ -192,14 +192,13 @@ class Rotated(Kronecker):
         return torch.maximum(values, values.amax(-1, keepdim=True) * resolution)
 
     def _measured(self, state: State, images: State, sides: Sides, started: Tensor) -> State:
-        """Y with Y Y^T = G R^-1 G^T / n on the left side, and so on the right; G G^T before the start."""
+        """Y with Y Y^T = G R^-1 G^T / n on the left side, and so on the right; G G^T / n before the start."""
         found: State = {}
         for factor, other in (("left", RIGHT), ("right", LEFT)):
             y, values = images[factor], state[other]
-            scale = y.new_full((), max(1, y.shape[-1]) ** -0.5)
             if values.numel():
-                scale = sides.whitening(values).unsqueeze(-2) * scale
-            found[factor] = y * torch.where(started, scale, 1)
+                y = y * torch.where(started, sides.whitening(values).unsqueeze(-2), 1)
+            found[factor] = y / max(1, y.shape[-1]) ** 0.5
         return found
 
     def _values(self, state: State, images: State, sides: Sides, beta: Number, started: Tensor) -> State:
@@ -210,7 +209,7 @@ class Rotated(Kronecker):
             if state[key].numel():
                 if state[other].numel():
                     y = y * sides.whitening(state[other]).square().unsqueeze(-2)
-                mixed = state[key] * beta + y.sum(-1) / max(1, y.shape[-1]) * (1 - beta)
+                mixed = sides.limit(state[key] * beta + y.sum(-1) / max(1, y.shape[-1]) * (1 - beta))
                 fresh[key] = torch.where(started, mixed.to(state[key].dtype), state[key])
         return fresh
 
