@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..optimizer import Params
 from ..optimizer.group_options import Group
+from ..optimizer.option_types import BELOW_ONE, check_option
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
 from ..recipe import Recipe, State
+from ..state_layout import Layout
 from .momo import Layers, dot
 from .product import Coupling, ProductNormOptimizer, own_values
 from .shared import Polar, polar_of
@@ -42,6 +44,8 @@ class ProdigyMuon(ProductNormOptimizer):
     """
 
     _carried: tuple[str, ...] = ("norm", "initial_step")
+    _kept: ClassVar[dict[str, Layout | None]] = {START: "elementwise", STEP_SIZE: "scalar"}
+    _shared: tuple[str, ...] = (STEP_SIZE,)
 
     def __init__(
         self,
@@ -56,11 +60,10 @@ class ProdigyMuon(ProductNormOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Coupling],
     ) -> None:
-        if norm not in ("spectral", "sign"):
+        if check_option("norm", norm) not in ("spectral", "sign"):
             raise ValueError(f"norm {norm!r} is not known; use 'spectral' or 'sign'")
-        if not initial_step > 0:
-            raise ValueError(f"initial_step should be > 0, far below any good step, but is: {initial_step}")
-        self.norm, self.initial_step = norm, initial_step
+        self.norm, self.initial_step = norm, check_option("initial_step", initial_step)
+        momentum = check_option("momentum", momentum, BELOW_ONE)
         own = own_values(lr, weight_decay, (momentum, 0.0), 0.0, adjust_lr_fn, polar)
         super().__init__(params, own, extra, product=ProductNorm("max"), scale="lmo", others="sign")
 
