@@ -55,7 +55,8 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
         self._skipped: dict[torch.device, Tensor] = {}
         self._recipes: dict[int, tuple[Group, Recipe, int]] = {}
         self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
-        self._check_adamw({"use_muon": False, **self._adamw_defaults})
+        self._check_options(defaults)
+        self._check_options(self._adamw_defaults, prefix="adamw_")
         self._check_values(defaults)
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..linalg.basis import Method
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer, Params
-from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas
+from ..optimizer.group_options import Group, adam_hyper
 from ..parts import (
     Decay,
     Diagonal,
@@ -28,13 +28,12 @@ from ..parts import (
 )
 from ..parts.precondition.kronecker import LEARNED, Kronecker
 from ..recipe import Recipe, State
+from ..state_layout import Layout
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Whole numbers, and their least.
-COUNTS = (("precondition_frequency", 1), ("max_preconditioner_dim", 1), ("exact_refreshes", 0), ("refresh_delay", 0))
 INVERSE_ROOTS = ("basis", "newton")
 FIRST_STEPS = ("skip", "move")
 NORMS = ("frobenius", "spectral", "sign")
@@ -155,15 +154,6 @@ class KroneckerOptimizer(MatrixOptimizer):
         }
 
     def _check_values(self, group: Group) -> None:
-        check_betas(group["betas"])
-        if "eps" in group:
-            check_at_least_zero("eps", group["eps"])
-        beta = group["shampoo_beta"]
-        if beta is not None and not 0.0 <= beta <= 1.0:
-            raise ValueError(f"shampoo_beta should be in [0, 1] or None but is: {beta}")
-        for name, least in COUNTS:
-            if not isinstance(group[name], int) or group[name] < least:
-                raise ValueError(f"{name} should be a whole number of at least {least} but is: {group[name]!r}")
         if group["refresh_delay"] > group["precondition_frequency"]:
             raise ValueError(
                 f"refresh_delay should be at most precondition_frequency, {group['precondition_frequency']}, but is: "
@@ -438,6 +428,7 @@ class SPlus(KroneckerOptimizer):
             "refresh": "eigh",
         }
     )
+    _kept: ClassVar[dict[str, Layout | None]] = {AVERAGE: "elementwise", MASS: "scalar", WEIGHTS: "elementwise"}
     _norm = "sign"
     _ratio = "splus"
     _parities = (None, "authors")
@@ -462,11 +453,6 @@ class SPlus(KroneckerOptimizer):
             "precondition": self.rotated(group, first="identity"),
             "decay": self.decay(group, scaled=True),
         }
-
-    def _check_values(self, group: Group) -> None:
-        if not 0.0 <= group["average_rate"] < 1.0:
-            raise ValueError(f"average_rate should be in [0, 1) but is: {group['average_rate']}")
-        super()._check_values(group)
 
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """The averages take the weights that were stepped."""
