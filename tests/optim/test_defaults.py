@@ -34,14 +34,9 @@ def test_a_model_of_characters_trains(name: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Embedding(len(letters), 8),
-            nn.Flatten(),
-            nn.Linear(64, 32),
-            nn.LayerNorm(32),
-            nn.GELU(),
-            nn.Linear(32, 32),
+            nn.Embedding(len(letters), 8), nn.Flatten(), nn.Linear(64, 32), nn.LayerNorm(32), nn.GELU()
         )
-        model.append(nn.GELU()).append(nn.Linear(32, len(letters)))
+        model.extend([nn.Linear(32, 32), nn.GELU(), nn.Linear(32, len(letters))])
     optimizer, losses = CLASSES[name](model), []
     for step in range(100):
         batch = windows[torch.randint(len(windows), (32,), generator=torch.Generator().manual_seed(step))]

@@ -12,6 +12,7 @@ from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, adam_hyper
 from ..parts import (
+    ClipRMS,
     Decay,
     Diagonal,
     Direction,
@@ -302,7 +303,10 @@ class KLShampoo(KroneckerOptimizer):
     the scale of the gradients changes nothing.
 
     first_step: as in `SOAP`; None is "skip" with bases, and with inverse_root="newton" "move", in the metric that the
-    first gradient has made.
+        first gradient has made.
+    max_update_rms: bound on the root mean square of an update before lr, which is ((1 - beta1) / (1 + beta1))^1/2 for
+        noise and at most about 1; None, the authors': no bound. A gradient is stepped before the factors know it, so
+        that one s times too large makes a step about s (1 - beta1^2)^1/2 times the usual one; with 1 at most 5 times.
     """
 
     _parities = (None, "authors")
@@ -317,10 +321,11 @@ class KLShampoo(KroneckerOptimizer):
         *,
         inverse_root: str = "basis",
         first_step: str | None = None,
+        max_update_rms: float | None = None,
         **extra: Unpack[BasesAndExtras],
     ) -> None:
         own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "inverse_root": inverse_root}
-        super().__init__(params, {**own, "first_step": first_step}, extra)
+        super().__init__(params, {**own, "first_step": first_step, "max_update_rms": max_update_rms}, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
         if group["inverse_root"] == "newton":
@@ -328,8 +333,9 @@ class KLShampoo(KroneckerOptimizer):
             precondition: Kronecker = self.by_roots(group, 0.5, coupling=True, first=first)
         else:
             precondition = self.rotated(group, _COUPLED, coupling=_COUPLED, **_first_and_refresh(group))
-        momentum = Momentum(dtype=group["momentum_dtype"])
-        return {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
+        momentum, most = Momentum(dtype=group["momentum_dtype"]), group["max_update_rms"]
+        parts = {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
+        return parts if most is None else {**parts, "transforms": (ClipRMS(most),)}
 
 
 class SOAP(KroneckerOptimizer):

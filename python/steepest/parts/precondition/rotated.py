@@ -170,7 +170,7 @@ class Rotated(Kronecker):
         left, right = self._bases(state)
         x = self.to_blocks(g.to(left.dtype))
         images = {"left": x @ right if right.numel() else x, "right": x.mT @ left if left.numel() else x.mT}
-        # The first gradient makes the bases; only then is there a metric of the other side, which was the identity.
+        # The first gradient makes the bases. Until then the metric of the other side is the identity.
         started = learned > 1
         values = self._values(state, images, self.coupling, self.rate(hyper), started)
         return self._measured(state, images, self.coupling, started), values
