@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops import streams
 from ..recipe import CLOCK
+from ..step.modes import in_default_modes
 from ..step.state_storage import stack
 from .group_options import Group, name_the_rule, parameter_name
 
@@ -63,6 +64,7 @@ class Checkpoints(torch.optim.Optimizer):
             self._restore_dtypes(self._loading)
 
     @torch._disable_dynamo
+    @in_default_modes
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, of `torch.optim.Muon`, or of KellerJordan's Muon groups.
 

@@ -176,7 +176,8 @@ class Spectral(Direction):
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
         """By the singular value decomposition, whatever the preset."""
-        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        u, s, vt = torch.linalg.svd(wide, full_matrices=False)
         return (_shortened(s, s, radius).unsqueeze(-2) * u) @ vt
 
     def _polars(
