@@ -145,7 +145,7 @@ class Recipe:
         if self.kronecker is None:
             state |= self.precondition.init(g)
         else:
-            state[CLOCK] = torch.zeros((), dtype=torch.int64)
+            state[CLOCK] = torch.zeros((), dtype=torch.int64, device="cpu")
             for number, piece in enumerate(pieces):
                 factors = self.kronecker.init(piece.view(g).reshape(piece.shape))
                 state |= {name: factors[key] for key, name in self.names(number).items()}

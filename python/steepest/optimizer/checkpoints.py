@@ -13,6 +13,7 @@ from torch import Tensor
 from ..ops import streams
 from ..recipe import ADAMW, Recipe
 from ..state_layout import Layout
+from ..step.modes import in_default_modes
 from ..step.state_storage import stack
 from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
 from .checkpoint_state import check_kept, check_state, restored
@@ -104,6 +105,8 @@ class Checkpoints(torch.optim.Optimizer):
 
     # ---- loading ----------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo
+    @in_default_modes
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, of `torch.optim.Muon` or KellerJordan's Muon into `Muon`, of
         `torch.optim.AdamW` into `Adam` and groups with use_muon=False. `steepest convert` translates others.

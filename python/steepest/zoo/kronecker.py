@@ -30,6 +30,7 @@ from ..parts import (
 from ..parts.precondition.kronecker import LEARNED, Kronecker
 from ..recipe import Recipe, State
 from ..state_layout import Layout
+from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 
 if TYPE_CHECKING:
@@ -491,7 +492,7 @@ class SPlus(KroneckerOptimizer):
                     state[AVERAGE] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
                     state[MASS] = torch.zeros((), dtype=torch.float64, device=p.device)
 
-    @torch.no_grad()
+    @in_default_modes
     def eval(self) -> None:
         """Puts the averages of the iterates in place of the weights, which are kept in the state."""
         for p, state in self.state.items():
@@ -500,7 +501,7 @@ class SPlus(KroneckerOptimizer):
                 average, mass = state[AVERAGE], state[MASS].to(state[AVERAGE].dtype)
                 p.copy_(torch.where(mass > 0, average / mass, p.to(average.dtype)))
 
-    @torch.no_grad()
+    @in_default_modes
     def train(self) -> None:
         """Puts the weights back."""
         for p, state in self.state.items():

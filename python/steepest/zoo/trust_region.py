@@ -36,6 +36,7 @@ from ..parts import (
 )
 from ..recipe import Recipe, State, all_finite
 from ..state_layout import Layout, StateSpec
+from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
 from .vector import MomentumOptimizer, VectorOptimizer
 
@@ -309,7 +310,7 @@ class NIGT(MomentumOptimizer):
     def _traced_step(self, scaling: Any) -> None:
         raise RuntimeError("NIGT cannot be traced by torch.compile: call its step outside of the compiled function")
 
-    @torch.no_grad()
+    @in_default_modes
     def eval(self) -> None:
         """Puts the iterates W in place of the points ahead of them."""
         for p, state in self.state.items():
@@ -317,7 +318,7 @@ class NIGT(MomentumOptimizer):
                 state[AHEAD] = p.clone()
                 p.copy_(state[WEIGHTS])
 
-    @torch.no_grad()
+    @in_default_modes
     def train(self) -> None:
         """Puts the points ahead back."""
         for p, state in self.state.items():
