@@ -90,8 +90,8 @@ def read_groups(checkpoint: Mapping[str, Any]) -> tuple[list[Group], Mapping[Has
 
 
 def match(optimizer: str, saved: Sequence[Group], state: Mapping[Hashable, Any], groups: Sequence[Group]) -> Match:
-    """Which entry of the checkpoint belongs to which parameter. ValueError, which says how to give names, where
-    neither names nor the order can tell. Where no name is on both sides the order decides, as in torch, which is logged.
+    """Which entry of the checkpoint belongs to which parameter; where no name is on both sides the order decides, as
+    in torch, which is logged. ValueError, which says how to give names, where the order cannot tell.
     """
     theirs, ours = _saved_names(saved), _names(groups)
     if theirs is not None and ours is not None and _distinct(theirs) and _distinct(ours):
@@ -99,7 +99,7 @@ def match(optimizer: str, saved: Sequence[Group], state: Mapping[Hashable, Any],
         if set(_flat(theirs)) & set(_flat(ours)):
             return _by_name(theirs, ours, saved, state, groups)
         logger.warning(
-            "%s.load_state_dict: none of the checkpoint's names (%s) is one of this optimizer's (%s): state goes by order",
+            "%s.load_state_dict goes by order: none of the checkpoint's names (%s) is one of this optimizer's (%s)",
             *(optimizer, _some(_flat(theirs)), _some(_flat(ours))),
         )
     sizes = [[len(group["params"]) for group in each] for each in (saved, groups)]
