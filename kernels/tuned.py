@@ -11,25 +11,32 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("steepest")
 
+ORPHANED = 3600.0  # seconds after which a file that is still being written is nobody's
+
 Found = dict[str, dict[str, dict[str, Any]]]  # machine, question, fields of the configuration
 
 
 def path() -> Path:
-    """Where the file is, or would be."""
-    if own := os.environ.get("STEEPEST_CACHE"):
-        return Path(own).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~/.cache").expanduser()) / "steepest" / "tuned.json"
+    """Where the file is, or would be. OSError where the system knows no home folder."""
+    try:
+        if own := os.environ.get("STEEPEST_CACHE"):
+            return Path(own).expanduser()
+        home = os.environ.get("XDG_CACHE_HOME")
+        return (Path(home) if home else Path("~/.cache").expanduser()) / "steepest" / "tuned.json"
+    except RuntimeError as error:  # a user id without a name, as in containers, and no HOME
+        raise OSError(f"there is no home folder ({error}): set STEEPEST_CACHE to a file") from error
 
 
 def read(file: Path) -> Found:
@@ -38,6 +45,8 @@ def read(file: Path) -> Found:
         found: Found = json.loads(file.read_bytes())  # of no JSON, and of no text: ValueError
     except FileNotFoundError:
         return {}
+    except RecursionError as error:
+        raise ValueError("it is nested more deeply than what steepest tune writes") from error
     if not _nested(found, depth=3):
         raise ValueError("it is not what steepest tune writes")
     return found
@@ -58,6 +67,7 @@ def write(file: Path, machine: str, won: Mapping[str, Mapping[str, Any]]) -> Non
         found = {}
     found[machine] = {**found.get(machine, {}), **{question: dict(fields) for question, fields in won.items()}}
     file.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(file)
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "w") as stream:
@@ -70,13 +80,26 @@ def write(file: Path, machine: str, won: Mapping[str, Mapping[str, Any]]) -> Non
     held.cache_clear()
 
 
+def _sweep(file: Path) -> None:
+    """Removes what writers that were killed have left beside the file, once nobody can be writing it any more."""
+    for left in file.parent.glob(f".{glob.escape(file.name)}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ORPHANED:
+                left.unlink()
+
+
 @functools.cache
 def held() -> Found:
-    """The file as it was when it was first asked for."""
+    """The file as it was when it was first asked for; {} where there is none, or none that can be read."""
     try:
-        return read(path())
+        file = path()
+    except OSError as error:
+        note(f"no tuned configurations are looked for: {error}")
+        return {}
+    try:
+        return read(file)
     except (OSError, ValueError) as error:
-        note(f"{path()} is ignored: {error}; `steepest tune --clear` removes it")
+        note(f"{file} is ignored: {error}; `steepest tune --clear` removes it")
         return {}
 
 

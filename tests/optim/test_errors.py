@@ -13,6 +13,7 @@ from torch import nn
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
+from steepest.step.checks import overlaps
 from support.training import both_kinds, give_gradients, parameters, train
 
 MUON, MUADAM, SANIA = steepest.Muon, steepest.MuAdam, steepest.MuAdamSANIA
@@ -256,7 +257,10 @@ def make_sparse(p: nn.Parameter) -> None:
     ("spoil", "text"),
     [
         (make_complex, r"does not support complex parameters; found parameter 1 \(group 1, shape \(4, 3\)\)"),
-        (make_sparse, r"does not support sparse gradients; found one of parameter 1 \(group 1, shape \(4, 3\)\)"),
+        (
+            make_sparse,
+            r"does not support sparse gradients; found one of parameter 1 .*: make the layer with sparse=False, or",
+        ),
     ],
     ids=["complex", "sparse"],
 )
@@ -265,6 +269,35 @@ def test_gradients(cls: type[MatrixOptimizer], spoil: Callable[[nn.Parameter], N
     spoil(params[-1])
     with pytest.raises(RuntimeError, match=f"{cls.__name__} {text}"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: torch.ones(1, 4).expand(4, 4), lambda: torch.ones(10).as_strided((4, 4), (2, 1))],
+    ids=["expanded", "overlapping"],
+)
+def test_a_parameter_that_cannot_be_written(make: Callable[[], torch.Tensor], backend: str) -> None:
+    p = nn.Parameter(make())
+    optimizer = MUON([("w", p)], backend=backend)
+    p.grad = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match=r"^parameter 'w' .* holds one element at two .*: make .* from a clone"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_strides_that_do_not_overlap_are_no_error() -> None:
+    for w in (torch.ones(4, 8)[:, ::2], torch.ones(8, 4).T, torch.ones(2, 3, 4).permute(2, 0, 1), torch.ones(0, 4)):
+        assert not overlaps(w)
+
+
+@pytest.mark.parametrize("cls", [MUON, MUADAM, steepest.Adam, SOAP])
+def test_lazy_parameters(cls: type[MatrixOptimizer]) -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    params = list(model.parameters())
+    for given in (model, params, [{"params": params}], [{"params": params, "use_muon": False}]):
+        with pytest.raises(ValueError, match=r"has no shape yet \(lazy module\): run the model once before this"):
+            cls(given)
 
 
 def resize(p: nn.Parameter) -> None:

@@ -314,6 +314,23 @@ def test_a_comparison_that_was_stopped_goes_on(
     assert "holds runs on mushrooms with seed 0, not 1: pass the same options again" in capsys.readouterr().err
 
 
+def test_a_stop_while_records_are_mended_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runs.jsonl"
+    text = '{"task": "a"}\n{"task": "b"}\n{"ta'
+    path.write_text(text)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            records.read(path)
+    assert path.read_text() == text
+    assert records.read(path) == [{"task": "a"}, {"task": "b"}]
+    assert path.read_text() == text[: text.rindex("{")]
+
+
 def test_without_matplotlib_there_are_no_pictures(
     compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -97,6 +97,38 @@ def test_what_is_written_is_read_and_added_to(file: Path) -> None:
     assert tuned.fields("one", "r") is tuned.fields("three", "q") is None
 
 
+def test_what_cannot_be_read_counts_as_none(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file.parent.mkdir()
+    file.write_text("[" * 100_000)
+    assert tuned.held() == {}
+    assert "is ignored: it is nested more deeply" in caplog.text
+
+
+def test_without_a_home_nothing_is_tuned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def unknown(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    monkeypatch.delenv("STEEPEST_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert tuned.held() == {}
+    assert "there is no home folder" in caplog.text
+    assert "set STEEPEST_CACHE to a file" in caplog.text
+    with pytest.raises(OSError, match="there is no home folder"):
+        tuned.path()
+
+
+def test_what_killed_writers_left_is_swept(file: Path) -> None:
+    file.parent.mkdir()
+    old, new, other = (file.parent / name for name in (".tuned.json.old", ".tuned.json.new", "tuned.json.mine"))
+    for each in (old, new, other):
+        each.write_text("{")
+    for each in (old, other):
+        os.utime(each, (0, 0))
+    tuned.write(file, "one", {"p": {"x": 1}})
+    assert sorted(each.name for each in file.parent.iterdir()) == [".tuned.json.new", "tuned.json", "tuned.json.mine"]
+
+
 def test_a_write_that_fails_leaves_the_file_as_it_was(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned.write(file, "one", {"p": {"x": 1}})
     with pytest.raises(TypeError):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .group_options import Group, frozen, name_the_rule, same
 
 __all__ = ["AUTHOR", "GIVE_NAMES", "Match", "match", "read_groups", "values_of"]
+
+logger = logging.getLogger("steepest")
 
 #: The key under which a checkpoint names the class that wrote it.
 AUTHOR = "optimizer"
@@ -87,12 +90,18 @@ def read_groups(checkpoint: Mapping[str, Any]) -> tuple[list[Group], Mapping[Has
 
 
 def match(optimizer: str, saved: Sequence[Group], state: Mapping[Hashable, Any], groups: Sequence[Group]) -> Match:
-    """Which entry of the checkpoint belongs to which parameter. ValueError, which says how to give names, where
-    neither names nor the order can tell.
+    """Which entry of the checkpoint belongs to which parameter; where no name is on both sides the order decides, as
+    in torch, which is logged. ValueError, which says how to give names, where the order cannot tell.
     """
     theirs, ours = _saved_names(saved), _names(groups)
     if theirs is not None and ours is not None and _distinct(theirs) and _distinct(ours):
-        return _by_name(*_comparable(theirs, ours), saved, state, groups)
+        theirs, ours = _comparable(theirs, ours)
+        if set(_flat(theirs)) & set(_flat(ours)):
+            return _by_name(theirs, ours, saved, state, groups)
+        logger.warning(
+            "%s.load_state_dict goes by order: none of the checkpoint's names (%s) is one of this optimizer's (%s)",
+            *(optimizer, _some(_flat(theirs)), _some(_flat(ours))),
+        )
     sizes = [[len(group["params"]) for group in each] for each in (saved, groups)]
     why = None
     if len(saved) != len(groups):
@@ -158,9 +167,12 @@ def _bare(names: list[list[str]]) -> list[list[str]]:
     return [[name.replace("_orig_mod.", "").removeprefix("module.") for name in each] for each in names]
 
 
+def _flat(names: list[list[str]]) -> list[str]:
+    return [name for each in names for name in each]
+
+
 def _distinct(names: list[list[str]]) -> bool:
-    flat = [name for each in names for name in each]
-    return len(flat) == len(set(flat))
+    return len(_flat(names)) == len(set(_flat(names)))
 
 
 def _by_name(
@@ -175,12 +187,7 @@ def _by_name(
         for number, (group, names) in enumerate(zip(saved, theirs, strict=True))
         for key, name in zip(group["params"], names, strict=True)
     }
-    wanted = {name for each in ours for name in each}
-    if found and wanted and not wanted & set(found):
-        raise ValueError(
-            f"none of the checkpoint's names ({_some(found)}) is one of this optimizer's ({_some(wanted)}): it is of "
-            "another model"
-        )
+    wanted = set(_flat(ours))
     matched = Match([], [], [name for name, e in found.items() if name not in wanted and state.get(e.key)])
     for number, (group, names) in enumerate(zip(groups, ours, strict=True)):
         entries = [found.get(name) for name in names]
@@ -199,8 +206,7 @@ def _by_name(
     return matched
 
 
-def _some(names: Iterable[str]) -> str:
-    first = sorted(names)
+def _some(first: list[str]) -> str:
     return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
 
 

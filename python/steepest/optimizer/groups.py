@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import routing
 from ..matrices import Piece, pieces
@@ -148,6 +149,8 @@ class Groups(torch.optim.Optimizer):
             self._pieces(p, group)
 
     def _check_tensor(self, p: Tensor) -> None:
+        if is_lazy(p):
+            raise ValueError("a parameter has no shape yet (lazy module): run the model once before this")
         if hasattr(p, "device_mesh"):
             raise RuntimeError(
                 f"{type(self).__name__} does not take sharded parameters (DTensor) yet; found one of shape "

@@ -19,11 +19,29 @@ def check_gradient(optimizer: str, what: str, p: Tensor) -> None:
     if torch.is_complex(p) or torch.is_complex(g):
         raise RuntimeError(f"{optimizer} does not support complex parameters; found {what}")
     if g.layout != torch.strided:
-        raise RuntimeError(f"{optimizer} does not support sparse gradients; found one of {what}")
+        raise RuntimeError(
+            f"{optimizer} does not support sparse gradients; found one of {what}: make the layer with sparse=False, or "
+            "leave the parameter to torch.optim.SparseAdam"
+        )
+    if not torch.compiler.is_compiling() and overlaps(p):
+        raise RuntimeError(
+            f"{what} holds one element at two indices, as an expanded tensor does, and cannot be updated in place: "
+            "make the parameter from a clone(), and expand it where it is used"
+        )
     if g.device != p.device:
         raise RuntimeError(f"{what} is on {p.device} and its gradient on {g.device}: move one to the other")
     if g.shape != p.shape:
         raise RuntimeError(f"{what} has a gradient of shape {tuple(g.shape)}: make them equal")
+
+
+def overlaps(p: Tensor) -> bool:
+    """Whether two indices of a tensor may be one place in memory."""
+    reach = 1  # of the dimensions so far, from the densest: each must step over all that is below it
+    for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1):
+        if stride < reach:
+            return p.numel() > 0
+        reach = stride * (size - 1) + reach
+    return False
 
 
 def check_state(recipe: Recipe, what: str, p: Tensor, state: State, shapes: Mapping[str, torch.Size]) -> None:

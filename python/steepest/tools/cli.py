@@ -1,9 +1,10 @@
 """The command line: what this machine can run, what a polar call does on a GPU, which tiles are fastest on this one,
-all optimizers side by side, and how fast all of it is.
+checkpoints of other optimizers, all optimizers side by side, and how fast all of it is.
 
 steepest doctor [--json]                          exit status 1 where kernels fail their self-check
 steepest plan --shape 24x1024x4096 [--shape ...] [--preset auto] [--dtype float16] [--json]
 steepest tune [--shape 24x1024x4096 ...] [--model gpt2-124m] [--of polar] [--dtype bfloat16] [--json | --show | --clear]
+steepest convert --source torch muon.pt adamw.pt --out steepest.pt [--key optimizer] [--names names.txt]
 steepest compare [--quick] [--optimizers Muon,MuAdam] [--tasks gpt] [--out FOLDER] [--resume]
 steepest bench [SUITE ...] [--quick] [--shapes gpt2-124m] [--out FOLDER] [--compare OLD.json]
 """
@@ -23,6 +24,7 @@ COMMANDS = {
     "doctor": ("doctor", "what this machine can run, what to do about the rest, and whether it is right"),
     "plan": ("planner", "forms, products and launches of a polar call on Hopper; needs no GPU"),
     "tune": ("tune", "time Triton's products of some shapes on this GPU and keep the fastest tiles"),
+    "convert": ("convert", "checkpoints of other optimizers as those of steepest.Muon"),
     "compare": ("compare", "all optimizers on a small GPT and a classifier, over learning rates"),
     "bench": ("bench", "how fast: suites beside torch and peers, as a table, data and pictures"),
 }

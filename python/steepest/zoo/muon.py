@@ -103,6 +103,9 @@ class Muon(MatrixOptimizer):
         super()._check_shape(p, group, declared)
 
     def _bare_groups(self, params: list[Any]) -> list[Any]:
+        for p in params:
+            if isinstance(p, torch.Tensor):
+                self._check_tensor(p)
         matrices = [p for p in params if isinstance(p, torch.Tensor) and p.ndim == 2]
         routes = [routing.Route(f"param_{i}", p, "matrix", "a plain iterable") for i, p in enumerate(matrices)]
         routing.warn_if_embedding_like(routes, named=False)

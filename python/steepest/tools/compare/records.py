@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def read(path: Path) -> list[Record]:
         return []
     lines = path.read_text().splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
-        path.write_text("".join(lines[:-1]))
         lines.pop()
+        _replace(path, "".join(lines))
     return [json.loads(line) for line in lines]
 
 
@@ -28,6 +29,13 @@ def append(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes the file anew, so that whoever is stopped in the middle leaves it as it was or as it will be."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
 def done(records: Sequence[Record]) -> set[tuple[str, str, float]]:
