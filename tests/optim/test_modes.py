@@ -67,7 +67,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "inference mode": torch.inference_mode,
     "deterministic": lambda: setting(deterministic, True, False),
-    "anomaly detection": lambda: torch.autograd.detect_anomaly(check_nan=True),
+    "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
 }
 
 

@@ -149,7 +149,7 @@ class Groups(torch.optim.Optimizer):
             self._pieces(p, group)
 
     def _check_tensor(self, p: Tensor) -> None:
-        if is_lazy(p):
+        if not torch.compiler.is_compiling() and is_lazy(p):
             raise ValueError("a parameter has no shape yet (lazy module): run the model once before this")
         if hasattr(p, "device_mesh"):
             raise RuntimeError(

@@ -478,6 +478,7 @@ class SPlus(KroneckerOptimizer):
                     state[AVERAGE].lerp_(value.to(state[AVERAGE].dtype), weight.to(state[AVERAGE].dtype))
                     state[MASS].lerp_(torch.ones_like(weight), weight)
 
+    @in_default_modes
     def init_state(self) -> None:
         """Creates the state as `MatrixOptimizer.init_state` does, and the averages."""
         super().init_state()
