@@ -212,7 +212,6 @@ def chain_arguments(device: str) -> tuple[Any, ...]:
         [x],
         [torch.zeros_like(x)],
         [torch.zeros(2, device=device)],
-        [torch.zeros(2, 16, device=device)],
         [],
         [],
         [],

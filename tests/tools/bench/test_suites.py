@@ -192,7 +192,8 @@ def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     # The same products in the same dtype, whose sums may go in another order.
     assert found["Muon"]["relative_error"] == pytest.approx(found["torch.optim.Muon"]["relative_error"], abs=2e-3)
     assert found["Muon"]["base"] == "torch.optim.Muon"
-    assert rows["tiny whole SOAP", "SOAP"]["off_the_parts"] < 1e-4
+    # Where a gradient has no rank SOAP divides rounding by rounding, and the fused momentum rounds otherwise.
+    assert rows["tiny whole SOAP", "SOAP"]["off_the_parts"] < 1e-3
 
 
 def test_a_wrong_direction_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
