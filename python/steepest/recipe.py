@@ -120,7 +120,7 @@ class Recipe:
         return self.kronecker is not None or bool(self.transforms)
 
     def input_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Of what the direction is given for (batch, m, n)."""
+        """The shape of the direction's input for matrices (batch, m, n)."""
         return shape if self.kronecker is None else self.kronecker.input_shape(shape)
 
     def names(self, piece: int) -> dict[str, str]:

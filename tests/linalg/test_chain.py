@@ -153,6 +153,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype,name", BOUNDS)
 @pytest.mark.parametrize("form", ["standard", "gram"])
 def test_rounding_of_every_preset(dtype: torch.dtype, name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from steepest.linalg.scaling import prescaled
 from steepest.ops.symm_gemm import Workspace
 from support.polar_error import assert_polar, polar_error
 from support.singular_values import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, polynomial_of, with_spectrum
+from support.slow import slow
 
 PRESETS = (*tables.SCHEDULES, "polar_express", "svd")
 POLYNOMIAL = [name for name in PRESETS if name != "svd"]
@@ -299,7 +300,7 @@ def test_traces_without_data(preset: str) -> None:
     assert result.shape == (2, 300, 40)
 
 
-@pytest.mark.parametrize("preset", ["auto", "turbo", "jordan", "exact"])
+@pytest.mark.parametrize("preset", ["auto", *map(slow, ("turbo", "jordan", "exact"))])
 def test_compiles_in_one_graph(preset: str) -> None:
     compiled = torch.compile(lambda x: polar(x, preset), fullgraph=True, backend="eager")
     for x in (gaussian(300, 420).float(), gaussian(8, 6).float()):

@@ -70,9 +70,9 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "polar": (lambda: MUADAM(matrix(), polar="best"), ValueError, "preset 'best' is not known; choose one of .*auto"),
     "polar of a group": (lambda: MUON(matrix(polar="best")), ValueError, "preset 'best' is not known"),
     "polar table": (
-        lambda: MUON(matrix(), polar=(3.0, -3.0, 1.0)),  # type: ignore[arg-type]
+        lambda: MUON(matrix(), polar=(3.0, (-3.0, 1.0))),  # type: ignore[arg-type]
         TypeError,
-        r"a preset's name or a list of coefficient tuples, one a step, but is: \(3.0, -3.0, 1.0\)",
+        r"a preset's name or coefficients as `steepest.polar` takes them, .* but is: \(3.0, \(-3.0, 1.0\)\)",
     ),
     "polar table entries": (
         lambda: MUADAM(matrix(), polar=[(1.0,)]),
@@ -96,9 +96,9 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"must not begin with 0 or hold one term alone, got \(\(0.0, 1.0, 0.5\),\)",
     ),
     "momentum_dtype": (
-        lambda: MUADAM(matrix(), momentum_dtype="bfloat16"),
-        ValueError,
-        "momentum dtype should be a floating torch.dtype or None but is: 'bfloat16'",
+        lambda: MUADAM(matrix(), momentum_dtype="bfloat16"),  # type: ignore[arg-type]
+        TypeError,
+        "momentum_dtype should be a torch.dtype or None but is: 'bfloat16'; write torch.bfloat16",
     ),
     "momentum_dtype of integers": (
         lambda: MUON(matrix(), momentum_dtype=torch.int32),
@@ -154,8 +154,8 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "precondition_frequency of a group": (
         lambda: SOAP(matrix(precondition_frequency="10")),
-        ValueError,
-        "precondition_frequency should be a whole number of at least 1 but is: '10'",
+        TypeError,
+        "precondition_frequency should be a whole number of at least 1 but is: '10', a string: unquote it",
     ),
     "exact_refreshes": (
         lambda: SPLUS(matrix(), exact_refreshes=-1),
@@ -164,7 +164,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "max_preconditioner_dim": (
         lambda: SHAMPOO(matrix(), max_preconditioner_dim=0.5),  # type: ignore[arg-type]
-        ValueError,
+        TypeError,
         "max_preconditioner_dim should be a whole number of at least 1 but is: 0.5",
     ),
     "refresh": (

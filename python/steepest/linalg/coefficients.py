@@ -83,12 +83,12 @@ TURBO_8E3: Table = (*TIGHT_8E3[:2], (3.87512, -7.537368, 6.55156, -2.369701, 0.2
 
 
 def gain(table: Table) -> float:
-    """By how much the table lifts a vanishing singular value of the normalised matrix."""
+    """The factor by which the table lifts a vanishing singular value of the normalised matrix."""
     return math.prod(step[0] for step in table)
 
 
 def evaluate(table: Table, x: float) -> float:
-    """Where the table sends the singular value ``x`` of the normalised matrix, in double precision."""
+    """The value to which the table sends the singular value ``x`` of the normalised matrix, in double precision."""
     for step in table:
         x = sum(coefficient * x ** (2 * power + 1) for power, coefficient in enumerate(step))
     return x

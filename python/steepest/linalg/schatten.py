@@ -182,12 +182,12 @@ def compute_dtype(p: float, dtype: torch.dtype, device: torch.device | str, *, m
     wide = torch.promote_types(dtype, torch.float32)
     if not by_products(p, _settled(p, method, dtype, device)) or p == 2:
         return wide
-    own = _polar.compute_dtype("auto", dtype, device)
+    of_polar = _polar.compute_dtype("auto", dtype, device)
     if p in STEPS or p == math.inf:
-        return own
+        return of_polar
     if p == 1 and torch.device(device).type == "cpu":
         return wide
-    return torch.bfloat16 if own == torch.float16 else own
+    return torch.bfloat16 if of_polar == torch.float16 else of_polar
 
 
 def workspace_bytes(p: float, m: int, n: int, dtype: torch.dtype, *, method: str = "auto") -> int:
@@ -223,7 +223,7 @@ def _check(x: Tensor, p: float, method: str, eps: float, dtype: torch.dtype | No
 
 
 def check_norm(p: float, method: str) -> None:
-    """ValueError for a p below 1, an unknown method, and "matmul" for a p that has no products."""
+    """The check of p and method: ValueError for p below 1, an unknown method, "matmul" for a p without products."""
     if not p >= 1:
         raise ValueError(f"p must be at least 1, got {p}; math.inf is the spectral norm")
     if method not in METHODS:

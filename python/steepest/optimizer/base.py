@@ -1,4 +1,4 @@
-"""The `torch.optim` shell: groups, state, closures and checkpoints around `plan.Plan`.
+"""The `torch.optim` shell: groups, state, closures and checkpoints around `steepest.step.Plan`.
 
 A `MatrixOptimizer` holds two kinds of group: those with use_muon=True take the class's own recipe, those with
 use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler for a whole model.
@@ -55,7 +55,8 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
         self._skipped: dict[torch.device, Tensor] = {}
         self._recipes: dict[int, tuple[Group, Recipe, int]] = {}
         self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
-        self._check_adamw({"use_muon": False, **self._adamw_defaults})
+        self._check_options(defaults)
+        self._check_options(self._adamw_defaults, prefix="adamw_")
         self._check_values(defaults)
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
 
@@ -344,7 +345,7 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
 
 
 def _place(value: object) -> int:
-    """Where a tensor of the state lies. A plan's views keep the memory, so that no other tensor comes to lie there."""
+    """The address of a tensor of the state. A plan's views keep the memory, so that no other tensor comes there."""
     return value.data_ptr() if type(value) is Tensor else id(value)  # a fake tensor has no address
 
 

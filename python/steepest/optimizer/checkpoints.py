@@ -1,118 +1,230 @@
-"""Checkpoints: state in the dtype it was saved in, of this class, of torch's optimizers, and of no other model."""
+"""state_dict and load_state_dict: what is loaded is checked whole before anything changes, and goes to its name."""
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..ops import streams
-from ..recipe import CLOCK
+from ..recipe import ADAMW, Recipe
+from ..state_layout import Layout
 from ..step.state_storage import stack
+from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
+from .checkpoint_state import check_kept, check_state, restored
 from .group_options import Group, name_the_rule, parameter_name
+from .option_types import OPTION_TYPES
 
 __all__ = ["Checkpoints"]
 
+# What torch's optimizers have in their groups: switches, which say nothing about a method; options of the methods here
+# and their values that AdamW has here too; and those of methods that are not here.
+_SWITCHES = ("foreach", "fused", "differentiable")
+_OF_ADAMW = {"amsgrad": False, "decoupled_weight_decay": True}
+_ELSEWHERE = ("dampening", "alpha", "centered", "rho", "lambd", "momentum_decay", "beta2_decay", "lr_decay", "etas")
+
 
 class Checkpoints(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` whose checkpoints keep dtypes, are checked before they are loaded, and may lack keys.
+    """A `torch.optim.Optimizer` whose checkpoints keep dtypes, name their class, and are loaded whole or not at all.
 
-    A subclass says which state belongs to a parameter, and completes groups that a checkpoint has left incomplete.
+    A subclass says which state belongs to a parameter, checks groups, and completes those that lack values.
     """
 
-    _loading: dict[str, Any] | None = None
+    #: the state that is being loaded, and what it was matched by
+    _loading: tuple[dict[Any, Any], Match] | None = None
     #: attributes that a copy of the optimizer takes along
     _carried: tuple[str, ...] = ()
+    #: state besides that of recipes, and how it lies beside the parameter; None: in some other way
+    _kept: ClassVar[dict[str, Layout | None]] = {}
+    #: those of them that belong to all parameters and are in the state of the first one
+    _shared: tuple[str, ...] = ()
 
-    def _state_shapes(self, p: Tensor, group: Group) -> dict[str, torch.Size]:
-        """What a parameter's state holds, and in which shapes."""
+    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> dict[str, Tensor]:
+        """State before the first gradient, which has this dtype."""
+        raise NotImplementedError
+
+    def _recipe(self, group: Group) -> Recipe:
+        """The method of any group."""
+        raise NotImplementedError
+
+    def _options(self, group: Group) -> Group:
+        """Those values of a group that are this optimizer's."""
         raise NotImplementedError
 
     def _fill(self, group: Group) -> None:
         """Completes a group's values."""
         raise NotImplementedError
 
+    def _check_group(self, group: Group, *, declared: bool, routed: bool) -> None:
+        """Raises for a group that is not one of this optimizer."""
+        raise NotImplementedError
+
     def _forget_plans(self) -> None:
         """Forgets what was made for the state that is about to be replaced."""
         raise NotImplementedError
 
+    def _merged(self, name: str) -> dict[str, Any]:
+        """A class attribute of this name, of this class and its bases: dictionaries as one, tuples as their keys."""
+        found: dict[str, Any] = {}
+        for kind in reversed(type(self).__mro__):
+            found |= dict.fromkeys(value) if isinstance(value := vars(kind).get(name, {}), tuple) else value
+        return found
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. What is made beside the steps is in it: the present stream waits for it."""
+        """The state as torch gives it, and under "optimizer" the class, by which `load_state_dict` knows its own.
+
+        What is made beside the steps is in it: the present stream waits for it.
+        """
         streams.join()
-        return super().state_dict()
+        return {**super().state_dict(), AUTHOR: type(self).__name__}
 
     def __getstate__(self) -> dict[str, Any]:
         streams.join()
-        carried = {key: getattr(self, key) for kind in type(self).__mro__ for key in vars(kind).get("_carried", ())}
-        return {**super().__getstate__(), **carried}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in self._merged("_carried")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch's base sets it, and no group here has it
         self._forget_plans()
-        rules = [True] * len(self.param_groups) if self._loading is None else self._loading["rules"]
-        for group, use_muon in zip(self.param_groups, rules, strict=True):
-            # A checkpoint of torch.optim.Muon, of torch.optim.AdamW or of an older version lacks keys.
+        if self._loading is not None:  # before the user's post-hooks
+            self.state.update(self._loading[0])
+            return
+        for group in self.param_groups:  # of a copy, which an older version may have pickled
             if not name_the_rule(group):
-                group["use_muon"] = use_muon
+                group["use_muon"] = True
             self._fill(group)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        if self._loading is not None:
-            self._restore_dtypes(self._loading)
 
-    @torch._disable_dynamo
+    # ---- loading ----------------------------------------------------------------------------------------------------
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state_dict of this class, of `torch.optim.Muon`, or of KellerJordan's Muon groups.
+        """Loads a state_dict of this class, of `torch.optim.Muon` or KellerJordan's Muon into `Muon`, of
+        `torch.optim.AdamW` into `Adam` and groups with use_muon=False. `steepest convert` translates others.
+
+        Where both sides have names (a module, or named parameters), state goes to its name, whatever the order and the
+        groups. A parameter that the checkpoint does not have begins anew. State of one that is not here any more, or
+        that another rule takes now (a matrix that has become AdamW's, or the reverse), is dropped, with one warning
+        that names them all. Group values are those of the checkpoint; where groups have been split or merged, one in
+        which they differ stays what it is. Without names the order decides, and sizes and shapes must agree.
 
         State keeps the dtype it was saved in: torch's own loader would cast fp32 averages of bf16 parameters to bf16.
-        Raises ValueError for state of another shape than its parameter, before anything is loaded.
+        TypeError or ValueError, with nothing changed, for another optimizer's checkpoint, for a group value that the
+        constructor refuses, and for state that lacks a tensor or has one of another shape or kind, or not finite.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                "load_state_dict takes what state_dict() gives, a dictionary with 'state' and 'param_groups', but is "
+                f"given: {state_dict!r}"
+            )
         streams.join()
-        saved: dict[str, Any] = {"rules": [group["use_muon"] for group in self.param_groups]}
-
-        def look(_: Any, given: dict[str, Any]) -> None:
-            self._check_shapes(given)
-            saved.update(given)
-
-        handle = self.register_load_state_dict_pre_hook(look)  # after the user's hooks
-        self._loading = saved  # for __setstate__, which torch calls before the user's post-hooks
+        handle = self.register_load_state_dict_pre_hook(self._read)  # after the user's hooks
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(dict(state_dict))
+            assert self._loading is not None
+            matched = self._loading[1]
         finally:
             handle.remove()
             self._loading = None
             self._forget_plans()
         stack([state for state in self.state.values() if state])
+        if text := matched.dropped():
+            warnings.warn(f"{type(self).__name__}.load_state_dict: {text}", UserWarning, stacklevel=2)
 
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            return  # torch says what is wrong with it
-        for saved, group in zip(groups, self.param_groups, strict=True):
-            for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                held = state_dict["state"].get(key, {})
-                for name, shape in self._state_shapes(p, group).items() if held else ():
-                    value = held.get(name)
-                    if name == "step" or not isinstance(value, Tensor) or not value.numel() or value.shape == shape:
-                        continue
-                    raise ValueError(
-                        f"the checkpoint's {name!r} of {parameter_name(group, i)} has shape {tuple(value.shape)} and "
-                        f"the parameter {tuple(p.shape)}: it is of another model, or of another order of parameters"
-                    )
+    def _read(self, _: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint in this optimizer's order, all of it checked. Its state, which is not torch's to cast, is kept
+        for `__setstate__`.
+        """
+        saved, state = read_groups(given)
+        author = given.get(AUTHOR)
+        self._check_author(author)
+        matched = match(type(self).__name__, saved, state, self.param_groups)
+        numbers = range(len(self.param_groups))
+        groups = [self._loaded_group(number, saved, matched, author is None) for number in numbers]
+        loaded: dict[Any, Any] = {}
+        for number, group in enumerate(groups):
+            for i, p in enumerate(group["params"]):
+                entry = matched.entries[number][i]
+                held = {} if entry is None else state.get(entry.key, {})
+                loaded[p] = self._loaded_state(held, parameter_name(group, i), p, group, author is None)
+        self._share(loaded, state)
+        listed = {key for group in saved for key in group["params"]}
+        loaded |= {key: copy.deepcopy(value) for key, value in state.items() if key not in listed}
+        self._loading = {key: value for key, value in loaded.items() if value or not isinstance(key, Tensor)}, matched
+        first = 0
+        for group in groups:
+            group["params"] = list(range(first, first := first + len(group["params"])))
+        return {"state": {}, "param_groups": groups}
 
-    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        ids = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
-        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, p in zip(ids, params, strict=True):
-            for name, value in saved["state"].get(key, {}).items():
-                self.state[p][name] = _restored(name, value, p)
+    def _check_author(self, author: object) -> None:
+        """ValueError for a checkpoint of another class; one of a base class will do for a class of the user's own."""
+        name, module = type(self).__name__, type(self).__module__
+        bases = () if module.startswith("steepest.") else tuple(kind.__name__ for kind in type(self).__mro__)
+        if author is not None and author not in (name, *bases):
+            raise ValueError(
+                f"the checkpoint is of {author}, and this is {name}: load it into {author}, or begin {name} without it"
+            )
+
+    def _loaded_group(self, number: int, saved: list[Group], matched: Match, foreign: bool) -> Group:
+        """This optimizer's group with the checkpoint's values, checked, and its own names and parameters."""
+        present = self.param_groups[number]
+        group = {**self._options(present), **values_of(number, saved, matched, self.param_groups)}
+        group |= {key: present[key] for key in ("params", "param_names", "use_muon") if key in present}
+        try:
+            if foreign:
+                self._check_keys(group)
+            self._check_group(group, declared=True, routed=True)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the checkpoint's {matched.source(number)}: {error}") from error
+        return group
+
+    def _check_keys(self, group: Group) -> None:
+        """ValueError for options that only other optimizers have; drops those of torch's that say nothing new."""
+        for key in _SWITCHES:
+            group.pop(key, None)
+        options = self._options(group)
+        others = [key for key in group if key in (*OPTION_TYPES, *_ELSEWHERE) and key not in options]
+        if not others and any(key in group for key in _OF_ADAMW):
+            plain = all(group.pop(key, value) == value for key, value in _OF_ADAMW.items())
+            others = [] if plain and _is_adam(self._recipe(group)) else list(_OF_ADAMW)
+        if others:
+            raise ValueError(
+                f"it has {', '.join(others)}, which {type(self).__name__} does not take here: it is of another "
+                "optimizer; `steepest convert` translates some"
+            )
+
+    def _loaded_state(self, held: Any, what: str, p: Tensor, group: Group, foreign: bool) -> dict[str, Any]:
+        """A parameter's state as it will be, checked; without state of this optimizer it begins anew."""
+        if not isinstance(held, Mapping):
+            raise TypeError(f"the checkpoint's state of {what} should be a dictionary but is: {held!r}")
+        fresh = self._fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
+        kept = self._merged("_kept")
+        if any(key in held for key in fresh) or (foreign and not all(key in kept for key in held)):
+            check_state(held, what, p, fresh, self._recipe(group).rounding.keys, type(self).__name__)
+        check_kept(held, what, p, kept)
+        return {key: restored(key, value, p) for key, value in held.items()}
+
+    def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any]) -> None:
+        """Puts what belongs to all parameters into the state of the one that is the first now."""
+        shared = self._merged("_shared")
+        found = {key: held[key] for held in state.values() for key in shared if key in held}
+        if not found:
+            return
+        for own in loaded.values():
+            for key in found:
+                own.pop(key, None)
+        first = next(p for group in self.param_groups for p in group["params"])
+        check_kept(found, "all parameters", first, self._merged("_kept"))
+        loaded[first] |= {key: restored(key, value, first) for key, value in found.items()}
 
 
-def _restored(name: str, value: Any, p: Tensor) -> Any:
-    if name == CLOCK:
-        return torch.as_tensor(value, dtype=torch.int64).clone().reshape(()).cpu()
-    if name == "step":
-        return torch.as_tensor(value).detach().clone().reshape(()).to(p.device, torch.float32)
-    return value.detach().clone().to(p.device) if isinstance(value, Tensor) else value
+def _is_adam(recipe: Recipe) -> bool:
+    """Whether a recipe is torch.optim.AdamW's, state and all."""
+    kinds = [(each.precondition, each.direction, each.scale, list(each.layouts)[:1]) for each in (recipe, ADAMW)]
+    return kinds[0] == kinds[1]

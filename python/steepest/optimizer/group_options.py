@@ -1,4 +1,4 @@
-"""The values of a parameter group: what they must be, and what a step reads from them."""
+"""The values of a parameter group: what a step reads from them, and words of other optimizers for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..parts import Decay, Hyper, Number, Rounding
+from .option_types import check_option
 
 Group = dict[str, Any]
 
@@ -16,23 +17,6 @@ Group = dict[str, Any]
 CHANGING = frozenset({"params", "lr", "weight_decay", "momentum", "betas", "initial_lr", "max_lr", "min_lr"})
 # Those that `capturable` keeps on the device, where a captured step reads them.
 ON_DEVICE = ("lr", "weight_decay")
-
-
-def check_lr(lr: Number) -> None:
-    """ValueError in torch's words unless lr is one number >= 0."""
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element but has {lr.numel()}")
-    check_at_least_zero("Learning rate", lr)
-
-
-def check_at_least_zero(name: str, value: Number) -> None:
-    if not value >= 0.0:
-        raise ValueError(f"{name} should be >= 0 but is: {value}")
-
-
-def check_betas(betas: tuple[Number, Number]) -> None:
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas should be two numbers in [0, 1) but is: {betas}")
 
 
 def number(value: Number) -> Number:
@@ -80,14 +64,15 @@ def _frozen(value: Any) -> Any:
 
 def changed(before: Group, now: Group) -> str | None:
     """The first key whose value is another one, or None; tensors count by identity."""
-    return next((key for key in {**before, **now} if not _same(before.get(key), now.get(key))), None)
+    return next((key for key in {**before, **now} if not same(before.get(key), now.get(key))), None)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two frozen values are equal; tensors are where they are one."""
     if a is b:
         return True
     if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
 
 
@@ -96,11 +81,25 @@ def parameter_name(group: Group, i: int) -> str:
     return f"parameter {names[i]!r}" if names else f"parameter {i}"
 
 
-def name_the_rule(group: Group) -> bool:
-    """Turns algorithm="muon"/"adamw" into use_muon; whether the group named its rule at all."""
+def read_switches(group: Group) -> None:
+    """Turns torch's foreach and fused into the values that say the same here, unless the group has these too.
+
+    foreach=False: one matrix after another, as max_workspace_bytes=1.   fused=False: torch operations, as
+    backend="torch".   None and True of either: as it is without.
+    """
+    for key, value in (("foreach", ("max_workspace_bytes", 1)), ("fused", ("backend", "torch"))):
+        if key in group and check_option(key, group.pop(key)) is False:
+            group.setdefault(*value)
+
+
+def name_the_rule(group: Group, of: str = "") -> bool:
+    """Turns algorithm="muon"/"adamw" into use_muon; whether the group named its rule at all. of: as `check_option`."""
     if "algorithm" in group:
         algorithm = group.pop("algorithm")
         if algorithm not in ("muon", "adamw"):
-            raise ValueError(f"group algorithm {algorithm!r} is not known; use 'muon' or 'adamw'")
+            raise ValueError(f"{of}group algorithm {algorithm!r} is not known; use 'muon' or 'adamw'")
         group["use_muon"] = algorithm == "muon"
-    return "use_muon" in group
+    if "use_muon" not in group:
+        return False
+    check_option("use_muon", group["use_muon"], of=of)
+    return True

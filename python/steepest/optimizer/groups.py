@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,11 @@ from ..recipe import Recipe
 from .group_options import (
     ON_DEVICE,
     Group,
-    check_at_least_zero,
-    check_betas,
-    check_lr,
     name_the_rule,
     number_on,
+    read_switches,
 )
+from .option_types import OptionType, check_options
 
 __all__ = ["Groups", "Params"]
 
@@ -36,26 +35,39 @@ class Groups(torch.optim.Optimizer):
 
     _adamw_defaults: Group
     _reasons: dict[Tensor, str]
+    #: options whose type is another one than in every other optimizer; of all classes in the order of resolution
+    _own_types: ClassVar[dict[str, OptionType]] = {}
 
     def recipe(self, group: Group) -> Recipe:
         """The method of a matrix group."""
         raise NotImplementedError
 
+    def _new_recipe(self, group: Group) -> Recipe:
+        """The method of any group."""
+        raise NotImplementedError
+
     # ---- what a subclass may check or route otherwise ---------------------------------------------------------------
 
     def _check_values(self, group: Group) -> None:
-        """ValueError for a value the matrix method cannot take."""
-        check_lr(group["lr"])
-        check_at_least_zero("weight decay", group["weight_decay"])
+        """ValueError for a value the matrix method cannot take; each has been found to be what `OPTION_TYPES` says."""
         if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUST_LR:
             raise ValueError(
                 f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; use one of "
                 f"{', '.join(ADJUST_LR)} or None (original)"
             )
         requested(group["backend"])
-        if group["max_workspace_bytes"] < 1:
-            raise ValueError(f"max_workspace_bytes should be positive but is: {group['max_workspace_bytes']}")
         self.recipe(group)
+
+    def _check_options(self, values: Group, prefix: str = "") -> None:
+        """`check_options` with the types of this class; prefix: of the names in messages."""
+        classes = reversed(type(self).__mro__)
+        own = {name: kind for cls in classes for name, kind in vars(cls).get("_own_types", {}).items()}
+        check_options(values, own, prefix)
+
+    def _options(self, group: Group) -> Group:
+        """Those values of a group that are this optimizer's, and none that a user or a scheduler has put there."""
+        own = {"use_muon", *self.defaults, *(() if group["use_muon"] else self._adamw_defaults)}
+        return {key: value for key, value in group.items() if key in own}
 
     def _check_shape(self, p: Tensor, group: Group, declared: bool) -> None:
         """ValueError for a parameter that cannot be read as matrices. `declared`: the group said use_muon itself."""
@@ -100,6 +112,7 @@ class Groups(torch.optim.Optimizer):
             return super().add_param_group(param_group)
         param_group = dict(param_group)  # the caller may use his own again
         declared = name_the_rule(param_group)
+        read_switches(param_group)
         reasons = param_group.pop("param_reasons", None)
         self._fill(param_group)
         super().add_param_group(param_group)
@@ -122,8 +135,11 @@ class Groups(torch.optim.Optimizer):
         for p in group["params"]:
             self._check_tensor(p)
         self._check_devices(group)
+        self._check_options(values := self._options(group))
+        group.update(values)
         if not group["use_muon"]:
-            self._check_adamw(group)
+            requested(group["backend"])
+            self._new_recipe(group)
             return
         self._check_values(group)
         for p in group["params"]:
@@ -148,17 +164,10 @@ class Groups(torch.optim.Optimizer):
 
     @staticmethod
     def _numbers_on_device(group: Group) -> None:
-        """With capturable, turns numbers that a graph must read anew into tensors where the parameters are."""
+        """Turns numbers that a graph must read anew into tensors, of a group that is capturable, on its device."""
         if group["capturable"] and group["params"]:
             for key in ON_DEVICE:
                 group[key] = number_on(group[key], group["params"][0].device)
-
-    @staticmethod
-    def _check_adamw(group: Group) -> None:
-        check_lr(group["lr"])
-        check_at_least_zero("weight decay", group["weight_decay"])
-        check_at_least_zero("eps", group["eps"])
-        check_betas(group["betas"])
 
     def _pieces(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
         if not group["use_muon"]:

@@ -175,7 +175,7 @@ class Spectral(Direction):
         self._polars(xs, slacks, updates)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
-        """By the singular value decomposition in fp64, whatever the preset."""
+        """The nearest point of the ball, by the singular value decomposition in fp64 whatever the preset."""
         u, s, vt = torch.linalg.svd(x.double(), full_matrices=False)
         return ((_shortened(s, s, radius).unsqueeze(-2) * u) @ vt).to(x.dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from ..ops.multi_tensor import Scaling
 from ..optimizer.group_options import Group, adam_hyper
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.kronecker import FACTORS
+from ..state_layout import Layout
 from .kronecker import BasesAndExtras, KroneckerOptimizer
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class KFAC(KroneckerOptimizer):
     """
 
     _carried: tuple[str, ...] = ("_handles",)
+    _kept: ClassVar[dict[str, Layout | None]] = {PASSES: "scalar"}
     _ranks: Any = None
 
     def __init__(
@@ -147,11 +149,6 @@ class KFAC(KroneckerOptimizer):
             if any(p is weight for p in group["params"]):
                 return weight, group
         raise RuntimeError(f"the weight of {layer} is not among the optimizer's parameters any more: call remove_hooks")
-
-    def _check_values(self, group: Group) -> None:
-        if not group["damping"] > 0:
-            raise ValueError(f"damping should be > 0 but is: {group['damping']}")
-        super()._check_values(group)
 
 
 def _is_taken(layer: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..linalg.basis import Method
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer, Params
-from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas
+from ..optimizer.group_options import Group, adam_hyper
 from ..parts import (
     ClipRMS,
     Decay,
@@ -29,13 +29,12 @@ from ..parts import (
 )
 from ..parts.precondition.kronecker import LEARNED, Kronecker
 from ..recipe import Recipe, State
+from ..state_layout import Layout
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Whole numbers, and their least.
-COUNTS = (("precondition_frequency", 1), ("max_preconditioner_dim", 1), ("exact_refreshes", 0), ("refresh_delay", 0))
 INVERSE_ROOTS = ("basis", "newton")
 FIRST_STEPS = ("skip", "move")
 NORMS = ("frobenius", "spectral", "sign")
@@ -121,7 +120,7 @@ class KroneckerOptimizer(MatrixOptimizer):
         return adam_hyper(group)
 
     def decay(self, group: Group, *, scaled: bool = False) -> Decay:
-        """After the update where the authors have it there."""
+        """The weight decay, after the update where the authors have it there."""
         return Decay(cautious=group["cautious_wd"], after=group["parity"] is not None, scaled=scaled)
 
     def _direction(self, norm: str, group: Group) -> Direction:
@@ -156,15 +155,6 @@ class KroneckerOptimizer(MatrixOptimizer):
         }
 
     def _check_values(self, group: Group) -> None:
-        check_betas(group["betas"])
-        if "eps" in group:
-            check_at_least_zero("eps", group["eps"])
-        beta = group["shampoo_beta"]
-        if beta is not None and not 0.0 <= beta <= 1.0:
-            raise ValueError(f"shampoo_beta should be in [0, 1] or None but is: {beta}")
-        for name, least in COUNTS:
-            if not isinstance(group[name], int) or group[name] < least:
-                raise ValueError(f"{name} should be a whole number of at least {least} but is: {group[name]!r}")
         if group["refresh_delay"] > group["precondition_frequency"]:
             raise ValueError(
                 f"refresh_delay should be at most precondition_frequency, {group['precondition_frequency']}, but is: "
@@ -444,6 +434,7 @@ class SPlus(KroneckerOptimizer):
             "refresh": "eigh",
         }
     )
+    _kept: ClassVar[dict[str, Layout | None]] = {AVERAGE: "elementwise", MASS: "scalar", WEIGHTS: "elementwise"}
     _norm = "sign"
     _ratio = "splus"
     _parities = (None, "authors")
@@ -469,11 +460,6 @@ class SPlus(KroneckerOptimizer):
             "decay": self.decay(group, scaled=True),
         }
 
-    def _check_values(self, group: Group) -> None:
-        if not 0.0 <= group["average_rate"] < 1.0:
-            raise ValueError(f"average_rate should be in [0, 1) but is: {group['average_rate']}")
-        super()._check_values(group)
-
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """The averages take the weights that were stepped."""
         if self._averaged():
@@ -492,7 +478,7 @@ class SPlus(KroneckerOptimizer):
                     state[MASS].lerp_(torch.ones_like(weight), weight)
 
     def init_state(self) -> None:
-        """As `MatrixOptimizer.init_state`; the averages too."""
+        """Creates the state as `MatrixOptimizer.init_state` does, and the averages."""
         super().init_state()
         self._start_averages()
 

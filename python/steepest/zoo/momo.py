@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,11 @@ from torch import Tensor
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer
 from ..optimizer.group_options import Group, number
+from ..optimizer.option_types import check_option
 from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
 from ..recipe import Recipe, State
+from ..state_layout import Layout
 from ..step.coupling import Coupling, Directed
 from ..step.parameter import Matrices, Parameter
 from ..step.plan import Executor, Plan
@@ -82,6 +84,8 @@ class Momo(MatrixOptimizer):
     """
 
     _carried: tuple[str, ...] = ("lower_bound", "stale_dual", "reduce_loss")
+    _kept: ClassVar[dict[str, Layout | None]] = {DESCENT: None, INNER: "scalar", LOSS: None, LOSSES: "scalar"}
+    _shared: tuple[str, ...] = (LOSS, LOSSES)
     lower_bound: Number | None = None
     #: what stale_dual=None means for a class
     stale_dual: bool = True
@@ -95,11 +99,10 @@ class Momo(MatrixOptimizer):
         reduce_loss: bool = True,
         **kwargs: Any,
     ) -> None:
-        one = isinstance(lower_bound, (int, float)) or (isinstance(lower_bound, Tensor) and lower_bound.numel() == 1)
-        if lower_bound is not None and not one:
-            raise TypeError(f"lower_bound should be one number or None but is: {lower_bound!r}")
-        self.lower_bound, self.reduce_loss = lower_bound, reduce_loss
-        self.stale_dual = type(self).stale_dual if stale_dual is None else stale_dual
+        self.lower_bound = check_option("lower_bound", lower_bound)
+        stale_dual = type(self).stale_dual if stale_dual is None else stale_dual
+        self.stale_dual = check_option("stale_dual", stale_dual)
+        self.reduce_loss = check_option("reduce_loss", reduce_loss)
         super().__init__(*args, **kwargs)
 
     # ---- the step -------------------------------------------------------------------------------------------------

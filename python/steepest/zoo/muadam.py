@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..optimizer import MatrixOptimizer, Params
-from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas
+from ..optimizer.group_options import Group, adam_hyper
 from ..parts import Diagonal, Hyper, Momentum, Number
 from ..recipe import Recipe
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
@@ -66,11 +66,6 @@ class MuAdam(MatrixOptimizer):
 
     def hyper(self, group: Group) -> Hyper:
         return adam_hyper(group)
-
-    def _check_values(self, group: Group) -> None:
-        check_betas(group["betas"])
-        check_at_least_zero("eps", group["eps"])
-        super()._check_values(group)
 
 
 class MuAdamSANIA(MuAdam):

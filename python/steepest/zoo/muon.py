@@ -9,7 +9,7 @@ import torch
 from .. import routing
 from ..linalg.coefficients import JORDAN_STEP
 from ..optimizer import MatrixOptimizer, Params
-from ..optimizer.group_options import Group, check_at_least_zero, number
+from ..optimizer.group_options import Group, number
 from ..parts import Hyper, Identity, Momentum, Number
 from ..recipe import Recipe
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
@@ -86,7 +86,6 @@ class Muon(MatrixOptimizer):
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
 
     def _check_values(self, group: Group) -> None:
-        check_at_least_zero("momentum", group["momentum"])
         if len(group["ns_coefficients"]) != 3:
             raise ValueError(f"Coefficients must be a tuple of exactly 3 values but is: {group['ns_coefficients']}")
         if group["ns_steps"] >= 100:

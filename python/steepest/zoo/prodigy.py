@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,9 +11,11 @@ from torch import Tensor
 from ..ops.multi_tensor import Scaling
 from ..optimizer import Params
 from ..optimizer.group_options import Group
+from ..optimizer.option_types import BELOW_ONE, check_option
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
 from ..recipe import Recipe, State
+from ..state_layout import Layout
 from ..step.coupling import Coupling as StepCoupling
 from ..step.coupling import Directed
 from ..step.parameter import Matrices, Parameter
@@ -53,6 +55,8 @@ class ProdigyMuon(ProductNormOptimizer):
 
     _carried: tuple[str, ...] = ("norm", "initial_step")
     _led: list[Led]
+    _kept: ClassVar[dict[str, Layout | None]] = {START: "elementwise", STEP_SIZE: "scalar"}
+    _shared: tuple[str, ...] = (STEP_SIZE,)
 
     def __init__(
         self,
@@ -67,11 +71,10 @@ class ProdigyMuon(ProductNormOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Coupling],
     ) -> None:
-        if norm not in ("spectral", "sign"):
+        if check_option("norm", norm) not in ("spectral", "sign"):
             raise ValueError(f"norm {norm!r} is not known; use 'spectral' or 'sign'")
-        if not initial_step > 0:
-            raise ValueError(f"initial_step should be > 0, far below any good step, but is: {initial_step}")
-        self.norm, self.initial_step = norm, initial_step
+        self.norm, self.initial_step = norm, check_option("initial_step", initial_step)
+        momentum = check_option("momentum", momentum, BELOW_ONE)
         own = own_values(lr, weight_decay, (momentum, 0.0), 0.0, adjust_lr_fn, polar)
         super().__init__(params, own, extra, product=ProductNorm("max"), scale="lmo", others="sign")
 

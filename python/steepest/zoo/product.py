@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..optimizer import Params
-from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas, finish
+from ..optimizer.group_options import Group, adam_hyper, finish
+from ..optimizer.option_types import check_option
 from ..parts import Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Precondition, Sign
 from ..parts.product_norm import Box, ProductNorm
 from ..recipe import Recipe
@@ -74,8 +75,10 @@ class ProductNormOptimizer(Momo):
         scale: Scale,
         others: str,
     ) -> None:
+        check_option("scale", scale)
         if scale not in ("lmo", "dual"):
             raise ValueError(f"scale {scale!r} is not known; use 'lmo' (length lr in the norm) or 'dual'")
+        check_option("others", others)
         if others not in OTHERS:
             raise ValueError(f"norm {others!r} of the other parameters is not known; use one of {', '.join(OTHERS)}")
         name = type(self).__name__
@@ -95,7 +98,7 @@ class ProductNormOptimizer(Momo):
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def direction(self, group: Group) -> Direction:
-        """Of the matrices of a group."""
+        """The base norm of the matrices of a group."""
         return polar_of(group)
 
     def momentum(self, group: Group) -> Momentum:
@@ -140,17 +143,11 @@ class ProductNormOptimizer(Momo):
         return [own[0] if group["use_muon"] else own[1] for group in self.param_groups]
 
     def _dual_norms(self, layers: Sequence[Layers]) -> tuple[Tensor, Tensor]:
-        """Of all matrices and of all other layers."""
+        """The dual norms of all matrices, and those of all other layers."""
         found: dict[bool, list[Tensor]] = {True: [layers[0].inner[:0]], False: [layers[0].inner[:0]]}
         for group, each in zip(self.param_groups, layers, strict=True):
             found[group["use_muon"]].append(each.dual_norms)
         return torch.cat(found[True]), torch.cat(found[False])
-
-    def _check_values(self, group: Group) -> None:
-        if "betas" in group:
-            check_betas(group["betas"])
-            check_at_least_zero("eps", group["eps"])
-        super()._check_values(group)
 
 
 class ProductNormDescent(ProductNormOptimizer):
@@ -201,7 +198,8 @@ class ProductNormDescent(ProductNormOptimizer):
         **extra: Unpack[Coupling],
     ) -> None:
         own = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
-        rule = ProductNorm(product, matrix_scale if product == "hybrid" else 1.0)
+        matrix_scale = check_option("matrix_scale", matrix_scale)
+        rule = ProductNorm(check_option("product", product), matrix_scale if product == "hybrid" else 1.0)
         super().__init__(params, own, extra, product=rule, scale=scale, others=others)
 
 
@@ -238,7 +236,7 @@ class MuonMax(ProductNormOptimizer):
         **extra: Unpack[Coupling],
     ) -> None:
         own = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
-        rule = ProductNorm("hybrid", matrix_scale)
+        rule = ProductNorm("hybrid", check_option("matrix_scale", matrix_scale))
         super().__init__(params, own, extra, product=rule, scale="dual", others="adam_2")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..optimizer import Params
-from ..optimizer.group_options import Group, check_at_least_zero, number
+from ..optimizer.group_options import Group, number
+from ..optimizer.option_types import BELOW_ONE, OptionType, check_option
 from ..parts import Direction, Frobenius, Hyper, Momentum, Number
 from ..parts.direction import Schatten
 from ..parts.product_norm import ProductNorm
@@ -52,6 +53,7 @@ class Schattor(ProductNormOptimizer):
     """
 
     stale_dual = False
+    _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class Schattor(ProductNormOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Coupling],
     ) -> None:
-        if block_norm not in ("max", "l2"):
+        if check_option("block_norm", block_norm) not in ("max", "l2"):
             raise ValueError(f"block_norm {block_norm!r} is not known; use 'max' or 'l2'")
         own = {
             "lr": lr,
@@ -96,9 +98,3 @@ class Schattor(ProductNormOptimizer):
 
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
-
-    def _check_values(self, group: Group) -> None:
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"momentum should be in [0, 1) but is: {group['momentum']}")
-        check_at_least_zero("Schatten norm p", group["p"])
-        super()._check_values(group)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..optimizer import Params
 from ..optimizer.group_options import Group, number, parameter_name
+from ..optimizer.option_types import BELOW_ONE, OptionType, check_option
 from ..parts import Columns, Direction, Hyper, Identity, Momentum, Number, Rows, Sign, shape_ratio
 from ..recipe import Recipe
 from ..routing.overrides import Overrides, find, read_overrides
@@ -67,6 +68,8 @@ class Scion(VectorOptimizer):
     adjust_lr_fn="spectral_unclamped". Source: arXiv:2502.07529, Algorithms 1 and 2; norms and defaults of its code.
     """
 
+    _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+
     def __init__(
         self,
         params: Params,
@@ -90,7 +93,7 @@ class Scion(VectorOptimizer):
             "polar": polar,
             "adjust_lr_fn": None,
         }
-        self._radius = radius
+        self._radius = check_option("radius", radius)
         super().__init__(params, *defaults_of("Scion", own, extra))
 
     def recipe(self, group: Group) -> Recipe:
@@ -126,10 +129,6 @@ class Scion(VectorOptimizer):
     def _check_values(self, group: Group) -> None:
         if group["norm"] not in NORMS:
             raise ValueError(f"norm {group['norm']!r} is not known; use one of {', '.join(NORMS)}")
-        if not group["radius"] > 0:
-            raise ValueError(f"radius should be positive but is: {group['radius']}")
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"momentum should be in [0, 1) but is: {group['momentum']}")
         super()._check_values(group)
 
     def _check_group(self, group: Group, *, declared: bool, routed: bool) -> None:

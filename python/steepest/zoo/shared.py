@@ -8,12 +8,13 @@ from typing import Any, TypedDict
 import torch
 
 from ..linalg.coefficients import schedule
-from ..optimizer.group_options import Group, check_at_least_zero, finish
+from ..optimizer.group_options import Group, finish, read_switches
+from ..optimizer.option_types import POLAR, check_option
 from ..parts import Number, Spectral
 from ..recipe import Recipe
 
-#: A preset of `steepest.polar`, or a table of odd polynomials, one tuple of coefficients a step.
-Polar = str | Sequence[Sequence[float]]
+#: A preset of `steepest.polar`, or its `coefficients`: those of an odd polynomial, or a list of such, one a step.
+Polar = str | Sequence[float] | Sequence[Sequence[float]]
 
 
 class Extras(TypedDict, total=False):
@@ -31,6 +32,9 @@ class Extras(TypedDict, total=False):
     fuse_update: directions that nothing else is asked of (step length lr, plain decay, no preconditioner, weights
         rounded to nearest) go from the last product straight into the weights, in the fused step. Not measured yet, so
         off; `metrics` has NaN for the norms of updates and parameters then.
+    foreach, fused: torch's switches, for calls that were written for torch.optim. None and True change nothing, for a
+        step takes all parameters at once anyway; foreach=False is max_workspace_bytes=1, one matrix after another, and
+        fused=False backend="torch", unless these are given.
     adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW groups; adamw_lr=None is 3e-4, or lr itself with
         adjust_lr_fn="match_rms_adamw".
     """
@@ -47,12 +51,15 @@ class Extras(TypedDict, total=False):
     backend: str
     max_workspace_bytes: int
     fuse_update: bool
+    foreach: bool | None
+    fused: bool | None
     adamw_lr: Number | None
     adamw_betas: tuple[float, float]
     adamw_eps: float
     adamw_weight_decay: float
 
 
+#: Their defaults, less those of torch's switches.
 EXTRAS = Extras(
     num_heads=None,
     split_sizes=None,
@@ -75,10 +82,13 @@ EXTRAS = Extras(
 
 def defaults_of(name: str, own: Group, extra: Extras) -> tuple[Group, Group]:
     """(defaults of matrix groups, defaults of AdamW groups) from a class's own arguments and the shared ones."""
-    unknown = sorted(set(extra) - set(EXTRAS))
+    taken = (*own, *Extras.__annotations__)
+    unknown = sorted(set(extra) - set(taken))
     if unknown:
-        raise TypeError(f"{name} got an unexpected argument {unknown[0]!r}; it takes {', '.join([*own, *EXTRAS])}")
-    values: Group = {**own, **EXTRAS, **extra}
+        raise TypeError(f"{name} got an unexpected argument {unknown[0]!r}; it takes {', '.join(taken)}")
+    given: Group = dict(extra)
+    read_switches(given)
+    values: Group = {**own, **EXTRAS, **given}
     adamw = {key.removeprefix("adamw_"): values.pop(key) for key in list(values) if key.startswith("adamw_")}
     if adamw["lr"] is None:
         adamw["lr"] = own["lr"] if own["adjust_lr_fn"] == "match_rms_adamw" else 3e-4
@@ -94,7 +104,6 @@ def spectral(
     group: Group, preset: str, coefficients: Any = None, steps: int | None = None, eps: float = 1e-7
 ) -> Spectral:
     """The direction; an error now for what `polar` would refuse in the middle of a step."""
-    check_at_least_zero("eps", eps)
     table = None if coefficients is None else tuple(tuple(row) for row in coefficients)
     if preset != "svd":
         schedule(preset, table, steps)
@@ -103,10 +112,7 @@ def spectral(
 
 def polar_of(group: Group, eps: float = 1e-7) -> Spectral:
     """The direction for the group's `polar`; eps as in `steepest.polar`."""
-    polar = group["polar"]
+    polar = check_option("polar", group["polar"], POLAR)
     if isinstance(polar, str):
         return spectral(group, polar, eps=eps)
-    rows: tuple[Any, ...] = tuple(polar) if isinstance(polar, Sequence) else ()
-    if not rows or not all(isinstance(row, Sequence) for row in rows):
-        raise TypeError(f"polar must be a preset's name or a list of coefficient tuples, one a step, but is: {polar!r}")
-    return spectral(group, "jordan", rows, eps=eps)
+    return spectral(group, "jordan", polar if isinstance(polar[0], Sequence) else (polar,), eps=eps)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..matrices import LAYOUT_KEYS
 from ..optimizer import MatrixOptimizer, Params
-from ..optimizer.group_options import Group, check_at_least_zero, number
+from ..optimizer.group_options import Group, number
+from ..optimizer.option_types import BELOW_ONE, OptionType
 from ..parts import (
     Columns,
     Decay,
@@ -34,8 +35,8 @@ from ..parts import (
     shape_ratio,
 )
 from ..recipe import Recipe, State, all_finite
-from ..state_layout import StateSpec
-from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
+from ..state_layout import Layout, StateSpec
+from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
 from .vector import MomentumOptimizer, VectorOptimizer
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class TrustRegion(VectorOptimizer):
     Source: arXiv:2503.12645, Algorithm 1.
     """
 
+    _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     _route = MatrixOptimizer._route
 
     def __init__(
@@ -191,14 +193,14 @@ class TrustRegion(VectorOptimizer):
         }
         if group["composite"] == "decay":
             return recipe_of(group, ratio="none", **parts)
+        if group["norm"] == "spectral":  # by SVD, and so from an input that is not rounded to 16 bits
+            parts["direction"] = spectral(group, "svd")
         return recipe_of(group, kind=RidgeRecipe, ratio="none", decay=_no_decay(group), **parts)
 
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
 
     def _check_values(self, group: Group) -> None:
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"momentum should be in [0, 1) but is: {group['momentum']}")
         if group["norm"] not in NORMS:
             raise ValueError(f"norm {group['norm']!r} is not known; use one of {', '.join(NORMS)}")
         if group["composite"] not in ("decay", "ridge"):
@@ -255,10 +257,6 @@ class OrthogonalSGDM(MatrixOptimizer):
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
 
-    def _check_values(self, group: Group) -> None:
-        check_at_least_zero("momentum", group["momentum"])
-        super()._check_values(group)
-
 
 class NIGT(MomentumOptimizer):
     """Normalized SGD with implicit gradient transport: gradients are taken ahead of the iterate.
@@ -277,6 +275,8 @@ class NIGT(MomentumOptimizer):
     Source: arXiv:2002.03305, Algorithm 1.
     """
 
+    _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    _kept: ClassVar[dict[str, Layout | None]] = {AHEAD: "elementwise"}
     _direction = Frobenius()
 
     def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
@@ -323,11 +323,6 @@ class NIGT(MomentumOptimizer):
         for p, state in self.state.items():
             if AHEAD in state:
                 p.copy_(state.pop(AHEAD))
-
-    def _check_values(self, group: Group) -> None:
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"momentum should be in [0, 1) but is: {group['momentum']}")
-        super()._check_values(group)
 
 
 class Fromage(VectorOptimizer):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..matrices import Piece
 from ..optimizer import MatrixOptimizer, Params
-from ..optimizer.group_options import Group, adam_hyper, check_at_least_zero, check_betas, number
+from ..optimizer.group_options import Group, adam_hyper, number
 from ..parts import Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Sign
 from ..recipe import Recipe
 from ..routing.places import read_places
@@ -89,10 +89,6 @@ class MomentumOptimizer(VectorOptimizer):
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
 
-    def _check_values(self, group: Group) -> None:
-        check_at_least_zero("momentum", group["momentum"])
-        super()._check_values(group)
-
 
 class NormalizedSGD(MomentumOptimizer):
     """Momentum, of length 1: every step of a parameter is lr long, whatever its gradient.
@@ -159,11 +155,6 @@ class AdaGrad(VectorOptimizer):
         lr, decay, beta, eps = map(number, (group["lr"], group["weight_decay"], group["momentum"], group["eps"]))
         return Hyper(lr, decay, beta, eps=eps)
 
-    def _check_values(self, group: Group) -> None:
-        check_at_least_zero("momentum", group["momentum"])
-        check_at_least_zero("eps", group["eps"])
-        super()._check_values(group)
-
 
 class Adam(VectorOptimizer):
     """Adam, and with weight decay AdamW.
@@ -204,11 +195,6 @@ class Adam(VectorOptimizer):
 
     def hyper(self, group: Group) -> Hyper:
         return adam_hyper(group)
-
-    def _check_values(self, group: Group) -> None:
-        check_betas(group["betas"])
-        check_at_least_zero("eps", group["eps"])
-        super()._check_values(group)
 
 
 class MADGRAD(Adam):

@@ -83,10 +83,11 @@ def choose(
             raise ValueError(
                 f"restarts must lie in 1 .. {table.steps - 1} for {table.steps} steps, got {tuple(restarts)}"
             )
-        return Choice("standard" if tuple(restarts) == every else "gram", work, table, tuple(restarts), "caller")
+        positions = tuple(sorted(restarts))
+        return Choice("standard" if positions == every else "gram", work, table, positions, "caller")
     if form != "auto":
         positions = default_restarts(table, form, rows, columns, work)
-        return Choice("standard" if form == "standard" else "gram", work, table, positions, "caller")
+        return Choice("gram" if form == "gram" else "standard", work, table, positions, "caller")
     if name == PLAIN:
         return Choice("plain", work, table, every, "preset")
     if dtype is None and small(table):

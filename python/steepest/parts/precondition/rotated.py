@@ -164,7 +164,7 @@ class Rotated(Kronecker):
         return fresh
 
     def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
-        """With coupling also averages of values."""
+        """The factors' inputs, and with coupling averages of values too."""
         if self.coupling is None:
             return super().factor_inputs(state, g, hyper, learned)
         left, right = self._bases(state)
@@ -181,7 +181,7 @@ class Rotated(Kronecker):
         return self._resolved(((wide(factor) @ q) * q).sum(-2))
 
     def _resolved(self, values: Tensor) -> Tensor:
-        """Not below what rounding has left of the largest, or a direction without a gradient would be divided by that.
+        """Values not below what rounding leaves of the largest: a direction without a gradient would be divided by it.
 
         A unit in the last place of factors in bf16; else sqrt(n), about what products of length n add up to.
         """
@@ -258,12 +258,12 @@ class Rotated(Kronecker):
 
 
 def _solver(method: Method, device: torch.device) -> Method:
-    """On a CPU an exact solver takes no longer than a rotation, and the stages of "auto" three times as long."""
+    """The method on this device: an exact solver on a CPU, where it takes no longer than a rotation."""
     return "eigh" if method == "auto" and device.type == "cpu" else method
 
 
 def _refreshed(factors: Tensor, bases: Tensor, exact: list[bool], method: Method) -> Refreshed:
-    """By the exact solver where that is wanted, which reads the device, and by this method elsewhere."""
+    """Bases made by the exact solver where that is wanted, which reads the device, and by this method elsewhere."""
     if not any(exact):
         return eigh_refresh(factors, bases, method=method)
     if all(exact):

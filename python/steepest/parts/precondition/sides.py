@@ -28,7 +28,7 @@ LEFT, RIGHT = "left_values", "right_values"
 
 @dataclass(frozen=True)
 class Sides:
-    """Where the values come from, and their power.
+    """The preconditioner of a product metric: where its values come from, and their power.
 
     values: "present", the diagonal of the factor as it is now in the basis of the last refresh; "refresh", what that
         was at the refresh: a direction without a gradient until then has a value near 0, by which the first gradient

@@ -1,0 +1,209 @@
+"""Which parameter of a checkpoint is which of the optimizer's: by name where both have names, else by order."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .group_options import Group, frozen, name_the_rule, same
+
+__all__ = ["AUTHOR", "GIVE_NAMES", "Match", "match", "read_groups", "values_of"]
+
+#: The key under which a checkpoint names the class that wrote it.
+AUTHOR = "optimizer"
+#: What to do where the order of parameters cannot be relied upon.
+GIVE_NAMES = (
+    "State goes by name, whatever the order and the groups, where checkpoint and optimizer have names: make both from "
+    "a module or from model.named_parameters()"
+)
+_OF_PARAMETERS = ("params", "param_names")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter in a checkpoint: the number of its group, its key in the state, and its name if it has one."""
+
+    group: int
+    key: Hashable
+    name: str | None = None
+
+
+@dataclass
+class Match:
+    """What a checkpoint has for an optimizer's groups.
+
+    entries: for every parameter of every group, None where the checkpoint has nothing that it can take.
+    sources: for every group, the checkpoint's groups of the same rule that its parameters come from.
+    removed, rerouted: names whose state is dropped: not here any more, or taken by another rule.
+    kept: group values that stay what they are, as "lr of group 1".
+    """
+
+    entries: list[list[Entry | None]]
+    sources: list[list[int]]
+    removed: list[str] = field(default_factory=list)
+    rerouted: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+    def source(self, number: int) -> str:
+        """The checkpoint's groups from which a group has its values, in words."""
+        numbers = self.sources[number] or [number]
+        return f"group{'s' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))}"
+
+    def dropped(self) -> str:
+        """Everything that is not taken over, in words; "" where all is."""
+        said = (
+            ("state is dropped of parameters that are not here any more", self.removed),
+            ("state is dropped of parameters that another rule takes now, they begin anew", self.rerouted),
+            ("groups are other ones, and values in which they differ stay as they are", self.kept),
+        )
+        return "; ".join(f"{what}: {', '.join(names)}" for what, names in said if names)
+
+
+def read_groups(checkpoint: Mapping[str, Any]) -> tuple[list[Group], Mapping[Hashable, Any]]:
+    """Copies of the groups, each saying use_muon where it says its rule at all, and the state by parameter.
+
+    TypeError or ValueError for what is no state_dict.
+    """
+    for key in ("state", "param_groups"):
+        if key not in checkpoint:
+            raise ValueError(
+                f"the checkpoint has no {key!r}, only {', '.join(map(repr, checkpoint))}: give what state_dict() gives"
+            )
+    state, groups = checkpoint["state"], checkpoint["param_groups"]
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the checkpoint's 'state' should be a dictionary but is: {state!r}")
+    if not isinstance(groups, list | tuple):
+        raise TypeError(f"the checkpoint's 'param_groups' should be a list of dictionaries but is: {groups!r}")
+    found = []
+    for number, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise TypeError(
+                f"the checkpoint's group {number} should be a dictionary with a list 'params' but is: {group!r}"
+            )
+        found.append(dict(group))
+        name_the_rule(found[-1], of=f"the checkpoint's group {number}: ")
+    return found, state
+
+
+def match(optimizer: str, saved: Sequence[Group], state: Mapping[Hashable, Any], groups: Sequence[Group]) -> Match:
+    """Which entry of the checkpoint belongs to which parameter. ValueError, which says how to give names, where
+    neither names nor the order can tell.
+    """
+    theirs, ours = _saved_names(saved), _names(groups)
+    if theirs is not None and ours is not None and _distinct(theirs) and _distinct(ours):
+        return _by_name(*_comparable(theirs, ours), saved, state, groups)
+    sizes = [[len(group["params"]) for group in each] for each in (saved, groups)]
+    why = None
+    if len(saved) != len(groups):
+        why = "loaded state dict has a different number of parameter groups"
+    elif sizes[0] != sizes[1]:
+        why = "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+    else:
+        rules = [(a.get("use_muon", b["use_muon"]), b["use_muon"]) for a, b in zip(saved, groups, strict=True)]
+        if any(a != b for a, b in rules):
+            why = "loaded state dict has other groups with use_muon=True and False"
+    if why is not None:
+        raise ValueError(
+            f"{why}: {_in_words(saved)} in the checkpoint, and {_in_words(groups)} in this {optimizer}. {GIVE_NAMES}"
+        )
+    entries: list[list[Entry | None]] = [
+        [Entry(number, key) for key in group["params"]] for number, group in enumerate(saved)
+    ]
+    return Match(entries, [[number] for number in range(len(groups))])
+
+
+def values_of(number: int, saved: Sequence[Group], matched: Match, groups: Sequence[Group]) -> Group:
+    """The checkpoint's values for a group.
+
+    A group that corresponds to one of the checkpoint's takes all of its values. Where groups have been split or merged
+    it takes those in which the checkpoint's groups agree and the optimizer's too.
+    """
+    sources = matched.sources[number]
+    siblings = [group for group, own in zip(groups, matched.sources, strict=True) if set(own) & set(sources)]
+    found: Group = {}
+    for key in dict.fromkeys(key for source in sources for key in saved[source] if key not in _OF_PARAMETERS):
+        values = [saved[source].get(key) for source in sources]
+        if (len(sources) == 1 or _agree(values)) and (len(siblings) == 1 or _agree([g.get(key) for g in siblings])):
+            found[key] = values[0]
+        elif key in groups[number]:
+            matched.kept.append(f"{key} of group {number}")
+    return found
+
+
+def _agree(values: Sequence[Any]) -> bool:
+    first, *others = (frozen({"value": value}, ["value"])["value"] for value in values)
+    return all(same(first, other) for other in others)
+
+
+def _names(groups: Sequence[Group]) -> list[list[str]] | None:
+    """Of all parameters, where all have one."""
+    names = [list(group.get("param_names") or ()) for group in groups]
+    return names if all(len(n) == len(g["params"]) for n, g in zip(names, groups, strict=True)) else None
+
+
+def _saved_names(saved: Sequence[Group]) -> list[list[str]] | None:
+    """torch.distributed.checkpoint has names in place of numbers, in the order of whoever loads."""
+    keys = [list(group["params"]) for group in saved]
+    return keys if all(isinstance(key, str) for each in keys for key in each) else _names(saved)
+
+
+def _comparable(theirs: list[list[str]], ours: list[list[str]]) -> tuple[list[list[str]], list[list[str]]]:
+    """Names without what DistributedDataParallel and torch.compile put in front, unless two become one by it."""
+    bare = _bare(theirs), _bare(ours)
+    return bare if all(map(_distinct, bare)) else (theirs, ours)
+
+
+def _bare(names: list[list[str]]) -> list[list[str]]:
+    return [[name.replace("_orig_mod.", "").removeprefix("module.") for name in each] for each in names]
+
+
+def _distinct(names: list[list[str]]) -> bool:
+    flat = [name for each in names for name in each]
+    return len(flat) == len(set(flat))
+
+
+def _by_name(
+    theirs: list[list[str]],
+    ours: list[list[str]],
+    saved: Sequence[Group],
+    state: Mapping[Hashable, Any],
+    groups: Sequence[Group],
+) -> Match:
+    found = {
+        name: Entry(number, key, name)
+        for number, (group, names) in enumerate(zip(saved, theirs, strict=True))
+        for key, name in zip(group["params"], names, strict=True)
+    }
+    wanted = {name for each in ours for name in each}
+    if found and wanted and not wanted & set(found):
+        raise ValueError(
+            f"none of the checkpoint's names ({_some(found)}) is one of this optimizer's ({_some(wanted)}): it is of "
+            "another model"
+        )
+    matched = Match([], [], [name for name, e in found.items() if name not in wanted and state.get(e.key)])
+    for number, (group, names) in enumerate(zip(groups, ours, strict=True)):
+        entries = [found.get(name) for name in names]
+        sources = [number] if not names and number < len(saved) and not saved[number]["params"] else []
+        for i, entry in enumerate(entries):
+            if entry is None:
+                continue
+            if saved[entry.group].get("use_muon", group["use_muon"]) == group["use_muon"]:
+                sources.append(entry.group)
+                continue
+            entries[i] = None
+            if state.get(entry.key):
+                matched.rerouted.append(f"{entry.name} (now {'a matrix' if group['use_muon'] else 'of AdamW'})")
+        matched.entries.append(entries)
+        matched.sources.append(list(dict.fromkeys(sources)))
+    return matched
+
+
+def _some(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
+
+
+def _in_words(groups: Sequence[Group]) -> str:
+    sizes = " and ".join(str(len(group["params"])) for group in groups)
+    return f"{len(groups)} {'group' if len(groups) == 1 else 'groups'} of {sizes} parameters"

@@ -1,0 +1,225 @@
+"""What every option of every optimizer must be, said once: `OPTION_TYPES`.
+
+A value of another type is a TypeError that names the option, the value and what is wanted; one out of range a
+ValueError, in torch's words where torch has the option. Numbers of numpy become Python's own, so that checkpoints stay
+plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["BELOW_ONE", "OPTION_TYPES", "OptionType", "check_option", "check_options"]
+
+
+@dataclass(frozen=True)
+class OptionType:
+    """The type of an option, and its range where that is the same in every optimizer.
+
+    wanted: what the option should be.   takes: whether a value is of the type.   limits: what its value should be, ""
+    for no limits.   fits: whether a value of the type is within them.   called: its name in torch's messages.
+    """
+
+    wanted: str
+    takes: Callable[[Any], bool]
+    limits: str = ""
+    fits: Callable[[Any], bool] = lambda value: True
+    called: str | None = None
+
+
+def check_option(name: str, value: Any, kind: OptionType | None = None, of: str = "") -> Any:
+    """The value, of Python's own numbers. TypeError or ValueError unless it is what `kind` says, by default the
+    table's entry of this name; adamw_ in front of a name is no part of it. of: whose it is, in front of the message.
+    """
+    kind = kind or OPTION_TYPES[name.removeprefix("adamw_")]
+    value = _plain(value)
+    if not kind.takes(value):
+        if isinstance(value, Tensor) and value.numel() != 1 and kind.takes(0.5):
+            raise ValueError(f"{of}Tensor {name} must be 1-element but has {value.numel()}")
+        raise TypeError(f"{of}{name} should be {kind.wanted} but is: {value!r}{_way_out(value)}")
+    if not kind.fits(value):
+        raise ValueError(f"{of}{kind.called or name} should be {kind.limits} but is: {value}")
+    return value
+
+
+def check_options(
+    values: MutableMapping[str, Any], special: Mapping[str, OptionType] | None = None, prefix: str = ""
+) -> None:
+    """`check_option` of every value the table knows, in place. special: types that go before those of the table;
+    prefix: of the names in messages.
+    """
+    kinds = {**OPTION_TYPES, **(special or {})}
+    for key in values:
+        if key in kinds:
+            values[key] = check_option(prefix + key, values[key], kinds[key])
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy, alone or in a sequence, as Python's; sequences of other libraries as tuples."""
+    if isinstance(value, Tensor | str | bytes):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return tuple(map(_plain, value)) if isinstance(value, Sequence) else value
+
+
+def _way_out(value: Any) -> str:
+    if value is None:
+        return "; leave it out for its default"
+    if not isinstance(value, str):
+        return ""
+    if isinstance(getattr(torch, value, None), torch.dtype):
+        return f"; write torch.{value}"
+    if value.strip().lower() in ("true", "false", "none", "null", "yes", "no"):
+        return ", a string: unquote it"
+    try:
+        float(value)
+    except ValueError:
+        return ", a string"
+    yaml = "; YAML reads 1e-4 as a string, write 1.0e-4 there" if "e" in value.lower() else ""
+    return f", a string: unquote it{yaml}"
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    return _is_real(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, torch.dtype)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _sequence_of(takes: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(map(takes, value))
+
+
+_are_reals = _sequence_of(_is_real)
+
+
+def _or_none(kind: OptionType) -> OptionType:
+    takes, fits = kind.takes, kind.fits
+    return replace(
+        kind,
+        wanted=f"{kind.wanted} or None",
+        takes=lambda value: value is None or takes(value),
+        limits=kind.limits and f"{kind.limits} or None",
+        fits=lambda value: value is None or fits(value),
+    )
+
+
+def _at_least(least: int) -> OptionType:
+    text = f"a whole number of at least {least}"
+    return OptionType(text, _is_whole, text, lambda value: value >= least)
+
+
+NUMBER = OptionType("a number or a tensor of one element", _is_number)
+AT_LEAST_ZERO = OptionType("a number >= 0 or a tensor of one element", _is_number, ">= 0", lambda value: value >= 0)
+#: A decay rate that the authors keep below 1.
+BELOW_ONE = OptionType("a number in [0, 1)", _is_number, "in [0, 1)", lambda value: 0 <= value < 1)
+REAL = OptionType("a number", _is_real)
+WHOLE = OptionType("a whole number", _is_whole)
+BOOL = OptionType("True or False", _is_bool)
+TEXT = OptionType("a name", _is_text)
+DTYPE = OptionType("a torch.dtype", _is_dtype)
+BETAS = OptionType(
+    "two numbers in [0, 1), as in (0.9, 0.95),",
+    _sequence_of(_is_number),
+    "two numbers in [0, 1)",
+    lambda betas: len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas),
+)
+ROWS = OptionType("a whole number or a list of them", lambda value: _is_whole(value) or _sequence_of(_is_whole)(value))
+POLAR = OptionType(
+    "a preset's name or coefficients as `steepest.polar` takes them, (a, b, c) or a list of such, one a step,",
+    lambda value: _is_text(value) or ((_are_reals(value) or _sequence_of(_are_reals)(value)) and bool(value)),
+)
+
+
+def _positive(text: str = "> 0") -> OptionType:
+    return OptionType("a number > 0", _is_real, text, lambda value: value > 0)
+
+
+#: By the name of an argument, which is that of a group value but for those of a whole optimizer.
+OPTION_TYPES: dict[str, OptionType] = {
+    # numbers of a step
+    "lr": replace(AT_LEAST_ZERO, called="Learning rate"),
+    "weight_decay": replace(AT_LEAST_ZERO, called="weight decay"),
+    "momentum": AT_LEAST_ZERO,
+    "betas": BETAS,
+    "eps": AT_LEAST_ZERO,
+    "damping": OptionType("a number > 0 or a tensor of one element", _is_number, "> 0", lambda value: value > 0),
+    "radius": _positive("positive"),
+    "average_rate": replace(BELOW_ONE, takes=_is_real),
+    "shampoo_beta": _or_none(OptionType("a number in [0, 1]", _is_real, "in [0, 1]", lambda value: 0 <= value <= 1)),
+    "p": REAL,
+    # of a whole optimizer
+    "matrix_scale": REAL,
+    "initial_step": _positive("> 0, far below any good step,"),
+    "lower_bound": _or_none(NUMBER),
+    "stale_dual": BOOL,
+    "reduce_loss": BOOL,
+    "product": TEXT,
+    "scale": TEXT,
+    "others": TEXT,
+    "block_norm": TEXT,
+    # methods
+    "nesterov": BOOL,
+    "constrained": BOOL,
+    "ns_coefficients": OptionType("numbers (a, b, c)", _sequence_of(_is_real)),
+    "ns_steps": WHOLE,
+    "polar": _or_none(POLAR),
+    "adjust_lr_fn": _or_none(TEXT),
+    "norm": _or_none(TEXT),
+    "composite": TEXT,
+    "start": TEXT,
+    "method": TEXT,
+    "graft": _or_none(TEXT),
+    "inverse_root": TEXT,
+    "parity": _or_none(TEXT),
+    "refresh": TEXT,
+    "precondition_frequency": _at_least(1),
+    "exact_refreshes": _at_least(0),
+    "refresh_delay": _at_least(0),
+    "max_preconditioner_dim": _at_least(1),
+    "block_preconditioner": BOOL,
+    "factor_dtype": _or_none(DTYPE),
+    # of every optimizer
+    "use_muon": BOOL,
+    "num_heads": _or_none(ROWS),
+    "split_sizes": _or_none(OptionType("a list of whole numbers, as in (64, 64, 64),", _sequence_of(_is_whole))),
+    "batch_dims": _or_none(WHOLE),
+    "cautious_wd": BOOL,
+    "maximize": BOOL,
+    "momentum_dtype": _or_none(DTYPE),
+    "stochastic_rounding": BOOL,
+    "keep_mantissa": BOOL,
+    "capturable": BOOL,
+    "backend": TEXT,
+    "max_workspace_bytes": OptionType("a whole number > 0", _is_whole, "positive", lambda value: value > 0),
+    "fuse_update": BOOL,
+    "foreach": _or_none(BOOL),
+    "fused": _or_none(BOOL),
+}

@@ -1,0 +1,452 @@
+"""load_state_dict: what a checkpoint must be, that nothing changes where it is not, and that state goes to its name."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+import steepest
+from steepest.optimizer import MatrixOptimizer
+from support.training import (
+    KRONECKER,
+    OPTIMIZERS,
+    RELATIVES,
+    both_kinds,
+    copies,
+    give_gradients,
+    made,
+    noise,
+    parameters,
+    same_bits,
+    same_states,
+    state_copies,
+    train,
+)
+
+CLASSES = (*OPTIMIZERS, *KRONECKER, *RELATIVES)
+#: Every class with its defaults, and options that change what is kept.
+CONFIGURATIONS: dict[str, tuple[type[MatrixOptimizer], dict[str, Any]]] = {
+    **{cls.__name__: (cls, {}) for cls in CLASSES},
+    "Muon, mantissa": (steepest.Muon, {"keep_mantissa": True}),
+    "Muon, stochastic": (steepest.Muon, {"stochastic_rounding": True}),
+    "Muon, capturable": (steepest.Muon, {"capturable": True}),
+    "Muon, bf16 momentum": (steepest.Muon, {"momentum_dtype": torch.bfloat16}),
+    "MuAdam, torch": (steepest.MuAdam, {"backend": "torch"}),
+    "SOAP, blocks": (steepest.SOAP, {"max_preconditioner_dim": 4, "block_preconditioner": True}),
+    "SOAP, spectral": (steepest.SOAP, {"norm": "spectral"}),
+    "SOAP, bf16 factors": (steepest.SOAP, {"factor_dtype": torch.bfloat16}),
+    "SOAP, delay": (steepest.SOAP, {"refresh_delay": 1, "precondition_frequency": 2}),
+    "Shampoo, newton": (steepest.Shampoo, {"inverse_root": "newton"}),
+    "Shampoo, no graft": (steepest.Shampoo, {"graft": None}),
+    "KLShampoo, newton": (steepest.KLShampoo, {"inverse_root": "newton"}),
+    "TrustRegion, ridge": (steepest.TrustRegion, {"composite": "ridge", "norm": "frobenius"}),
+    "Schattor, first": (steepest.Schattor, {"start": "first"}),
+    "MuonMax, Momo": (steepest.MuonMax, {"lower_bound": 0.0}),
+}
+every_configuration = pytest.mark.parametrize(("cls", "options"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+DTYPES = {"Muon, mantissa": torch.bfloat16, "Muon, stochastic": torch.bfloat16}
+
+
+def trained(cls: type[MatrixOptimizer], options: dict[str, Any], steps: range) -> MatrixOptimizer:
+    dtype = torch.bfloat16 if {"keep_mantissa", "stochastic_rounding"} & set(options) else torch.float32
+    optimizer, params = both_kinds(cls, dtype, **options)
+    step: Any = optimizer.step
+    for number in steps:
+        give_gradients(params, number)
+        step(**({"loss": 1.0} if "lower_bound" in options else {}))
+    return optimizer
+
+
+Checkpoint = dict[str, Any]
+
+
+def with_group(number: int, **values: Any) -> Callable[[Checkpoint], Any]:
+    return lambda saved: saved["param_groups"][number].update(values)
+
+
+def with_state(change: Callable[[str, Tensor], Any], chosen: Callable[[Tensor], bool]) -> Callable[[Checkpoint], Any]:
+    """Changes the last tensor of the last parameter that will do, so that much is loaded by then."""
+
+    def spoil(saved: Checkpoint) -> None:
+        state, key = [(s, k) for s in saved["state"].values() for k, t in s.items() if t.ndim and chosen(t)][-1]
+        state[key] = change(key, state[key])
+
+    return spoil
+
+
+def without_step(saved: Checkpoint) -> None:
+    """Where a parameter has more than one tensor; an empty state is one that begins."""
+    states = [state for state in saved["state"].values() if len(state) > 1]
+    if states:
+        del states[-1]["step" if "step" in states[-1] else next(iter(states[-1]))]
+    else:
+        saved["state"][0] = None
+
+
+def of_floats(t: Tensor) -> bool:
+    return t.is_floating_point() and t.numel() > 1
+
+
+#: What is done to a good checkpoint.
+FAULTS: dict[str, Callable[[Checkpoint], Any]] = {
+    "lr below 0": with_group(0, lr=-1.0),
+    "lr of AdamW below 0": with_group(1, lr=-1.0),
+    "lr a string": with_group(0, lr="1e-4"),
+    "lr None": with_group(1, lr=None),
+    "betas": with_group(1, betas=(2, 5)),
+    "eps of AdamW": with_group(1, eps=-1.0),
+    "weight_decay": with_group(0, weight_decay=-0.1),
+    "backend": with_group(0, backend="abacus"),
+    "maximize": with_group(1, maximize="yes"),
+    "use_muon": with_group(1, use_muon="false"),
+    "adjust_lr_fn": with_group(0, adjust_lr_fn="spectral"),
+    "num_heads": with_group(0, num_heads=5),
+    "step or another tensor missing": without_step,
+    "NaN": with_state(lambda key, t: torch.full_like(t, torch.nan), of_floats),
+    "inf": with_state(lambda key, t: torch.full_like(t, torch.inf), of_floats),
+    "integers": with_state(lambda key, t: t.to(torch.int32), of_floats),
+    "8 bits": with_state(lambda key, t: t.to(torch.float8_e5m2), of_floats),
+    "another shape": with_state(lambda key, t: t[..., :1], lambda t: of_floats(t) and t.shape[-1] > 1),
+    "no elements": with_state(lambda key, t: t[:0], of_floats),
+    "a string for a tensor": with_state(lambda key, t: "tensor", of_floats),
+    "None for a tensor": with_state(lambda key, t: None, of_floats),
+    "a number for a tensor": with_state(lambda key, t: 0.5, of_floats),
+    "None for a state": lambda saved: saved["state"].update({0: None}),
+    "a list for a state": lambda saved: saved["state"].update({0: [1, 2]}),
+    "no state": lambda saved: saved.pop("state"),
+    "no groups": lambda saved: saved.pop("param_groups"),
+    "None for groups": lambda saved: saved.update(param_groups=None),
+    "None for all states": lambda saved: saved.update(state=None),
+    "a group less": lambda saved: saved["param_groups"].pop(),
+    "a parameter less": lambda saved: saved["param_groups"][0]["params"].pop(),
+    "no list of parameters": lambda saved: saved["param_groups"][1].pop("params"),
+    "a group that is none": lambda saved: saved["param_groups"].__setitem__(0, None),
+    "another class": lambda saved: saved.update(optimizer="Lion"),
+    "groups in another order": lambda saved: saved["param_groups"].reverse(),
+}
+
+
+def everything(optimizer: MatrixOptimizer) -> dict[str, Any]:
+    """All that a load may change, as values that later changes do not reach."""
+    groups = [
+        {key: list(value) if key == "params" else copy.deepcopy(value) for key, value in group.items()}
+        for group in optimizer.param_groups
+    ]
+    state = {p: {key: copy.deepcopy(value) for key, value in held.items()} for p, held in optimizer.state.items()}
+    return {"groups": groups, "state": state, "defaults": dict(optimizer.defaults)}
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Deep equality, bit for bit; parameters are themselves."""
+    if isinstance(a, nn.Parameter):
+        return a is b
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and same_bits(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(alike, a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
+@every_configuration
+def test_a_bad_checkpoint_is_refused_and_changes_nothing(cls: type[MatrixOptimizer], options: dict[str, Any]) -> None:
+    good = trained(cls, options, range(3)).state_dict()
+    optimizer = trained(cls, options, range(3, 5))
+    before, taken = everything(optimizer), []
+    for name, spoil in FAULTS.items():
+        saved = copy.deepcopy(good)
+        spoil(saved)
+        try:
+            optimizer.load_state_dict(saved)
+            taken.append(f"{name}: taken")
+        except (TypeError, ValueError) as error:
+            if "checkpoint" not in str(error):
+                taken.append(f"{name}: does not say that it is the checkpoint's: {error}")
+        if not alike(everything(optimizer), before):
+            taken.append(f"{name}: half loaded")
+            optimizer = trained(cls, options, range(3, 5))
+            before = everything(optimizer)
+    assert not taken
+    optimizer.load_state_dict(good)
+
+
+@pytest.mark.parametrize("given", [None, [1], "state"])
+def test_what_is_no_dictionary_is_refused(given: Any) -> None:
+    optimizer = trained(steepest.Muon, {}, range(1))
+    with pytest.raises(TypeError, match=r"takes what state_dict\(\) gives, a dictionary .* but is given"):
+        optimizer.load_state_dict(given)
+
+
+@every_configuration
+def test_saved_loaded_and_saved_again_is_the_same(cls: type[MatrixOptimizer], options: dict[str, Any]) -> None:
+    saved = trained(cls, options, range(3)).state_dict()
+    optimizer = trained(cls, options, range(1))
+    keys = [set(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    assert alike(optimizer.state_dict(), saved)
+    assert [set(group) for group in optimizer.param_groups] == keys
+    assert "differentiable" not in optimizer.defaults
+
+
+# ---- by name ----
+
+
+def named(order: str, shapes: dict[str, tuple[int, ...]] | None = None) -> nn.ParameterDict:
+    """Matrices a, b, ... of one shape, unless said otherwise, in this order."""
+    shapes = shapes or {}
+    return nn.ParameterDict([(k, nn.Parameter(noise(shapes.get(k, (6, 6)), ord(k)))) for k in order])
+
+
+def gradients(model: nn.ParameterDict, step: int) -> None:
+    for k, p in model.items():
+        p.grad = noise(p.shape, 100 * step + ord(k))
+
+
+def run(optimizer: torch.optim.Optimizer, model: nn.ParameterDict, steps: range) -> None:
+    for step in steps:
+        gradients(model, step)
+        step: Any = optimizer.step
+        step(**({"loss": 1.0} if getattr(optimizer, "lower_bound", None) is not None else {}))
+
+
+def same_weights(a: nn.ParameterDict, b: nn.ParameterDict, tolerance: float = 0.0) -> bool:
+    return all(float((a[k] - b[k]).detach().abs().max()) <= tolerance for k in a if k in b)
+
+
+@every_configuration
+def test_another_order_is_the_same_network(cls: type[MatrixOptimizer], options: dict[str, Any]) -> None:
+    options = {key: value for key, value in options.items() if key != "stochastic_rounding"}  # its bits go by place
+    model, other = named("abcd"), named("dbca")
+    optimizer, second = made(cls, model, lr=0.02, **options), made(cls, other, lr=0.02, **options)
+    run(optimizer, model, range(3))
+    other.load_state_dict(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.load_state_dict(optimizer.state_dict())
+    assert second.param_groups[0]["param_names"] == ["d", "b", "c", "a"]
+    for o, m in ((optimizer, model), (second, other)):
+        run(o, m, range(3, 6))
+    coupled = isinstance(optimizer, steepest.Momo)  # sums over layers in another order
+    assert same_weights(model, other, 1e-5 if coupled else 0.0)
+
+
+def test_layers_that_are_new_begin_anew_and_those_that_are_gone_are_named() -> None:
+    old, model = named("abc"), named("bxc")
+    optimizer, second = steepest.Muon(old, lr=0.1), steepest.Muon(model, lr=0.3)
+    run(optimizer, old, range(2))
+    with pytest.warns(UserWarning, match=r"dropped of parameters that are not here any more: a$") as caught:
+        second.load_state_dict(optimizer.state_dict())
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert set(second.state) == {model["b"], model["c"]}
+    assert torch.equal(second.state[model["b"]]["momentum_buffer"], optimizer.state[old["b"]]["momentum_buffer"])
+    assert second.param_groups[0]["lr"] == 0.1
+    run(second, model, range(2, 3))
+
+
+def test_a_parameter_that_another_rule_takes_now_begins_anew() -> None:
+    old, model = named("abc"), named("abc")
+    optimizer = steepest.Muon(steepest.param_groups(old.items(), overrides={"c": "adamw"}), lr=0.1)
+    second = steepest.Muon(steepest.param_groups(model.items(), overrides={"a": "adamw"}), lr=0.1)
+    run(optimizer, old, range(2))
+    with pytest.warns(UserWarning, match=r"another rule takes now.*: (a|c) \(now .*\), (a|c) \(now .*\)$") as caught:
+        second.load_state_dict(optimizer.state_dict())
+    assert "a (now of AdamW)" in str(caught[0].message)
+    assert "c (now a matrix)" in str(caught[0].message)
+    assert set(second.state) == {model["b"]}
+    run(second, model, range(2, 3))
+
+
+@pytest.mark.parametrize("split_first", [True, False])
+def test_groups_may_be_split_and_merged(split_first: bool) -> None:
+    old, model = named("abc"), named("abc")
+
+    def groups(m: nn.ParameterDict, split: bool) -> list[dict[str, Any]]:
+        if not split:
+            return [{"params": list(m.items()), "weight_decay": 0.1}]
+        return [
+            {"params": [("a", m["a"])], "weight_decay": 0.1},
+            {"params": [("c", m["c"]), ("b", m["b"])], "weight_decay": 0.0},
+        ]
+
+    optimizer = steepest.Muon(groups(old, split_first), lr=0.1)
+    second = steepest.Muon(groups(model, not split_first), lr=0.2)
+    run(optimizer, old, range(2))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05  # as a scheduler does
+    decays = [group["weight_decay"] for group in second.param_groups]
+    with pytest.warns(UserWarning, match="values in which they differ stay as they are: weight_decay of group 0"):
+        second.load_state_dict(optimizer.state_dict())
+    assert [group["lr"] for group in second.param_groups] == [0.05] * len(decays)
+    assert [group["weight_decay"] for group in second.param_groups] == decays
+    for k in "abc":
+        assert torch.equal(second.state[model[k]]["momentum_buffer"], optimizer.state[old[k]]["momentum_buffer"])
+
+
+def test_one_group_of_adam_goes_into_routed_groups_of_its_rule() -> None:
+    old, model = named("ab"), named("ab")
+    optimizer = steepest.Adam(list(old.items()))
+    second = steepest.Adam([{"params": [("b", model["b"])]}, {"params": [("a", model["a"])]}])
+    run(optimizer, old, range(2))
+    second.load_state_dict(optimizer.state_dict())
+    assert torch.equal(second.state[model["a"]]["exp_avg_sq"], optimizer.state[old["a"]]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("front", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_wrappers_put_in_front_of_a_name_does_not_count(front: str) -> None:
+    old, model = named("ab"), named("ba")
+    optimizer = steepest.Muon([(front + k, p) for k, p in old.items()])
+    second = steepest.Muon(model)
+    run(optimizer, old, range(2))
+    second.load_state_dict(optimizer.state_dict())
+    assert torch.equal(second.state[model["a"]]["momentum_buffer"], optimizer.state[old["a"]]["momentum_buffer"])
+    assert second.param_groups[0]["param_names"] == ["b", "a"]
+
+
+def test_names_of_another_model_are_refused() -> None:
+    optimizer, second = steepest.Muon(named("abcd")), steepest.Muon(named("wxyz"))
+    with pytest.raises(
+        ValueError, match=r"none of the checkpoint's names \(a, b, c, ...\) is one of .* \(w, x, y, ...\)"
+    ):
+        second.load_state_dict(optimizer.state_dict())
+
+
+def test_distributed_checkpoint_dictionaries_go_by_name_too() -> None:
+    """They have the loader's order of parameters beside the saver's list of names."""
+    model, other = named("abc"), named("cab")
+    optimizer, second = steepest.Muon(model), steepest.Muon(other)
+    run(optimizer, model, range(2))
+    set_optimizer_state_dict(other, second, get_optimizer_state_dict(model, optimizer))
+    for k in "abc":
+        assert torch.equal(second.state[other[k]]["momentum_buffer"], optimizer.state[model[k]]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("how", ["shape", "groups", "sizes", "rules"])
+def test_without_names_doubt_is_an_error_that_says_how_to_give_them(how: str) -> None:
+    shapes = {"shape": [(4, 6), (6, 6), (5,)], "sizes": [(6, 6), (5,)]}.get(how, [(6, 6), (4, 6), (5,)])
+
+    def build(shapes: list[tuple[int, ...]], one: bool = False, turned: bool = False) -> MatrixOptimizer:
+        params = parameters(shapes)
+        if turned:
+            return steepest.Muon([{"params": params[:2], "use_muon": False}, {"params": params[2:], "use_muon": False}])
+        groups = [{"params": params[:-1]}, {"params": params[-1:], "use_muon": False}]
+        optimizer = steepest.Muon(groups[:1] if one else groups)
+        train(optimizer, [p for group in optimizer.param_groups for p in group["params"]], range(1))
+        return optimizer
+
+    saved = build([(6, 6), (4, 6), (5,)]).state_dict()
+    optimizer = build(shapes, one=how == "groups", turned=how == "rules")
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=r"make both from a module or from model.named_parameters\(\)") as caught:
+        optimizer.load_state_dict(saved)
+    if how in ("groups", "sizes"):
+        assert "2 groups of 2 and 1 parameters in the checkpoint" in str(caught.value)
+    assert alike(everything(optimizer), before)
+
+
+# ---- whose it is ----
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_checkpoint_names_its_class_and_no_other_takes_it(cls: type[MatrixOptimizer]) -> None:
+    saved = trained(cls, {}, range(2)).state_dict()
+    assert saved["optimizer"] == cls.__name__
+    for other in CLASSES:
+        if other is not cls:
+            optimizer, _ = both_kinds(other)
+            with pytest.raises(ValueError, match=f"is of {cls.__name__}, and this is {other.__name__}: load it into"):
+                optimizer.load_state_dict(saved)
+    del saved["optimizer"]  # as older versions have it
+    optimizer, _ = both_kinds(cls)
+    optimizer.load_state_dict(saved)
+    assert same_states(state_copies(optimizer), [*saved["state"].values()])
+
+
+def test_without_a_class_the_options_and_the_state_tell() -> None:
+    for saver, loader, text in (
+        (steepest.MuAdam, steepest.Muon, "it has betas, which Muon does not take"),
+        (steepest.Muon, steepest.MuAdam, "it has momentum, nesterov, .*which MuAdam does not take"),
+        (steepest.Shampoo, steepest.SOAP, "it has graft, inverse_root, which SOAP does not take"),
+        (steepest.SOAP, steepest.KLShampoo, "lacks .*, which KLShampoo keeps"),
+        (steepest.Muon, steepest.SignSGD, "it has ns_coefficients, eps, ns_steps, polar, which SignSGD does not take"),
+    ):
+        saved = trained(saver, {}, range(2)).state_dict()
+        del saved["optimizer"]
+        optimizer, _ = both_kinds(loader)
+        with pytest.raises(ValueError, match=text):
+            optimizer.load_state_dict(saved)
+
+
+class Mine(steepest.Muon):
+    """A user's own."""
+
+
+def test_a_users_class_takes_its_base() -> None:
+    optimizer, params = both_kinds(steepest.Muon)
+    train(optimizer, params, range(1))
+    mine, _ = both_kinds(Mine)
+    mine.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="is of Mine, and this is Muon"):
+        optimizer.load_state_dict(mine.state_dict())
+
+
+def trained_by_torch(cls: Any, **values: Any) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    params = parameters([(6, 4), (4, 5)])
+    optimizer = cls(params, lr=0.01, **values)
+    train(optimizer, params, range(3))
+    return optimizer, params
+
+
+OF_TORCH: dict[str, Callable[[], tuple[torch.optim.Optimizer, list[nn.Parameter]]]] = {
+    "SGD": lambda: trained_by_torch(torch.optim.SGD, momentum=0.9),
+    "RMSprop": lambda: trained_by_torch(torch.optim.RMSprop),
+    "Adagrad": lambda: trained_by_torch(torch.optim.Adagrad),
+    "NAdam": lambda: trained_by_torch(torch.optim.NAdam),
+    "AdamW": lambda: trained_by_torch(torch.optim.AdamW),
+    "AdamW, amsgrad": lambda: trained_by_torch(torch.optim.AdamW, amsgrad=True),
+    "Adam": lambda: trained_by_torch(torch.optim.Adam),
+}
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_other_optimizers_of_torch_are_refused(cls: type[MatrixOptimizer], name: str) -> None:
+    theirs, params = OF_TORCH[name]()
+    optimizer = cls(parameters([(6, 4), (4, 5)]))
+    before = everything(optimizer)
+    if (cls, name) == (steepest.Adam, "AdamW"):
+        optimizer.load_state_dict(theirs.state_dict())
+        others = optimizer.param_groups[0]["params"]
+        for p, q in zip(params, others, strict=True):
+            q.data.copy_(p.data)
+        for o, ps in ((theirs, params), (optimizer, others)):
+            train(o, ps, range(3, 5))
+        assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(params, others, strict=True))
+        assert "amsgrad" not in optimizer.param_groups[0]
+        return
+    with pytest.raises(ValueError, match="of another optimizer|it is incomplete"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert alike(everything(optimizer), before)
+
+
+def test_muon_of_torch_is_loaded_and_leaves_other_options_alone() -> None:
+    theirs, params = trained_by_torch(torch.optim.Muon)
+    optimizer = steepest.Muon([{"params": copies_of(params), "num_heads": 2}], backend="torch")
+    optimizer.load_state_dict(theirs.state_dict())
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["num_heads"], group["backend"]) == (0.01, 2, "torch")
+    assert torch.equal(
+        optimizer.state[group["params"][0]]["momentum_buffer"], theirs.state[params[0]]["momentum_buffer"]
+    )
+
+
+def copies_of(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [nn.Parameter(t) for t in copies(params)]

@@ -1,0 +1,136 @@
+"""Every argument of every class: a value of another type is refused by its name, its value and a way out."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import steepest
+from steepest.optimizer import MatrixOptimizer
+from steepest.optimizer.option_types import OPTION_TYPES, check_option
+from steepest.zoo.kronecker import BasesAndExtras
+from steepest.zoo.product import Coupling
+from steepest.zoo.shared import Extras
+from support.training import KRONECKER, OPTIMIZERS, RELATIVES, noise, parameters
+
+CLASSES: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES, steepest.KFAC)
+MORE = {"Unpack[Extras]": Extras, "Unpack[BasesAndExtras]": BasesAndExtras, "Unpack[Coupling]": Coupling}
+#: Tried where the argument does not take them.
+WRONG: tuple[Any, ...] = ("1e-4", "0.1", "false", None, 0.9, 2.5, 3, True, [1.5], (), {}, object(), torch.ones(3))
+
+
+def arguments(cls: type[MatrixOptimizer]) -> list[str]:
+    found = list(inspect.signature(cls).parameters.values())[1:]
+    extra = next(MORE[p.annotation] for p in found if p.kind is inspect.Parameter.VAR_KEYWORD)
+    names = [p.name for p in found if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return [*names, *sorted(extra.__optional_keys__)]
+
+
+def build(cls: type[MatrixOptimizer], **values: Any) -> MatrixOptimizer:
+    if cls is steepest.KFAC:
+        return cls(nn.Linear(4, 3, bias=False), **values)
+    return cls(parameters([(4, 3)]), **values)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_argument_refuses_what_is_no_value_of_it(cls: type[MatrixOptimizer]) -> None:
+    bare = []
+    for name in arguments(cls):
+        kind = OPTION_TYPES[name.removeprefix("adamw_")]
+        for value in WRONG:
+            if kind.takes(value) or (name == "adamw_lr" and value is None):
+                continue
+            try:
+                build(cls, **{name: value})
+                bare.append(f"{name}={value!r} is taken")
+            except (TypeError, ValueError) as error:
+                text = str(error)
+                if "does not take" in text:  # this class has no such argument
+                    break
+                if name not in text or (repr(value) not in text and not isinstance(value, torch.Tensor)):
+                    bare.append(f"{name}={value!r}: {text}")
+                if value in ("1e-4", "0.1", "false") and "unquote it" not in text and not kind.takes("name"):
+                    bare.append(f"{name}={value!r} does not say to unquote it: {text}")
+    assert not bare
+
+
+@pytest.mark.parametrize("name", OPTION_TYPES)
+def test_a_group_is_checked_as_the_arguments_are(name: str) -> None:
+    kind = OPTION_TYPES[name]
+    for cls in CLASSES[:-1]:
+        if name not in {*build(cls).defaults, "use_muon"}:
+            continue
+        for value in WRONG:
+            if not kind.takes(value):
+                with pytest.raises((TypeError, ValueError), match=name):
+                    cls([{"params": parameters([(4, 3)]), name: value}])
+
+
+@pytest.mark.parametrize("name", ["lr", "betas", "eps", "weight_decay", "momentum_dtype", "cautious_wd"])
+def test_groups_of_adamw_are_checked_too(name: str) -> None:
+    for value in WRONG:
+        if not OPTION_TYPES[name].takes(value):
+            with pytest.raises((TypeError, ValueError), match=name):
+                steepest.Muon([{"params": parameters([(4,)]), "use_muon": False, name: value}])
+    with pytest.raises(ValueError, match="of 16 bits or more or None but is: torch.float8_e4m3fn"):
+        steepest.Muon([{"params": parameters([(4,)]), "use_muon": False, "momentum_dtype": torch.float8_e4m3fn}])
+
+
+def test_what_a_user_keeps_in_a_group_is_his() -> None:
+    optimizer = steepest.Muon([{"params": parameters([(4, 3)]), "scale": "mine", "p": "too", "lr_scale": "0.1"}])
+    assert optimizer.param_groups[0]["scale"] == "mine"
+
+
+def test_numbers_of_numpy_become_numbers() -> None:
+    np = pytest.importorskip("numpy")
+    optimizer = steepest.Muon(
+        parameters([(4, 3)]),
+        lr=np.float32(0.5),
+        weight_decay=np.array(0.25),
+        ns_steps=np.int64(4),
+        nesterov=np.bool_(False),
+        adamw_betas=(np.float64(0.5), np.float64(0.75)),
+    )
+    group = optimizer.param_groups[0]
+    values = [group[key] for key in ("lr", "weight_decay", "ns_steps", "nesterov")]
+    assert values == [0.5, 0.25, 4, False]
+    assert [type(value) for value in values] == [float, float, int, bool]
+    optimizer.add_param_group({"params": parameters([(4,)]), "use_muon": False})
+    assert [type(beta) for beta in optimizer.param_groups[1]["betas"]] == [float, float]
+    with pytest.raises(TypeError, match=r"lr should be a number >= 0 .* but is: array\(\[0.5\]\)"):
+        steepest.Muon(parameters([(4, 3)]), lr=np.array([0.5]))
+
+
+def test_the_text_for_yaml() -> None:
+    with pytest.raises(TypeError, match="lr should be .* '1e-4', a string: unquote it; YAML reads 1e-4 as a string"):
+        check_option("lr", "1e-4")
+    with pytest.raises(TypeError, match="momentum_dtype should be a torch.dtype or None .*; write torch.bfloat16"):
+        check_option("momentum_dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("coefficients", [(3.0, -3.2, 1.2), [3.0, -3.2, 1.2], [(3.0, -3.2, 1.2), (2.0, -1.5, 0.5)]])
+def test_polar_takes_the_coefficients_that_polar_takes(coefficients: Any) -> None:
+    p = nn.Parameter(torch.zeros(6, 4))
+    optimizer = steepest.Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0, polar=coefficients, adjust_lr_fn="none")
+    p.grad = noise((6, 4), 1)
+    optimizer.step()
+    assert torch.allclose(-p, steepest.polar(p.grad, coefficients=coefficients), atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.MuonMax])
+def test_switches_of_torch(cls: type[MatrixOptimizer]) -> None:
+    plain = build(cls).param_groups[0]
+    for foreach in (None, True):
+        for fused in (None, True):
+            assert build(cls, foreach=foreach, fused=fused).param_groups[0].keys() == plain.keys()
+    group = build(cls, foreach=False, fused=False).param_groups[0]
+    assert (group["max_workspace_bytes"], group["backend"]) == (1, "torch")
+    assert "foreach" not in group
+    group = build(cls, foreach=False, fused=False, max_workspace_bytes=99, backend="cpu").param_groups[0]
+    assert (group["max_workspace_bytes"], group["backend"]) == (99, "cpu")
+    group = cls([{"params": parameters([(4, 3)]), "fused": False, "foreach": None}]).param_groups[0]
+    assert (group["backend"], "fused" in group) == ("torch", False)
