@@ -85,7 +85,7 @@ def test_what_is_rotated_there_and_back() -> None:
     state = wide.init(x)
     for step in range(10):
         state |= wide.update_factors(state, gaussian(2, 12, 8, seed=step).float(), hyper)
-    state |= wide.take({**state, **wide.refresh(wide.gather([state], exact=True), [state])[0]})
+    state |= wide.commit({**state, **wide.refresh(wide.gather([state], exact=True), [state])[0]})
     rounded = {key: t.to(BF16) if key.endswith(("left", "right", "basis")) else t for key, t in state.items()}
     assert orthonormality(rounded["left_basis"].float()).max() < 2.0**-8
     found, wanted = (p.back(s, p.into(s, x, hyper, None), hyper, None) for p, s in ((narrow, rounded), (wide, state)))
@@ -197,7 +197,7 @@ def test_the_scale_of_the_gradients(scale: float) -> None:
         (steepest.SOAP, {"factor_dtype": torch.float16}, "factor_dtype should be None .fp32. or torch.bfloat16 but is"),
         (steepest.Shampoo, {"factor_dtype": BF16}, "a sum .* of bf16 factors drowns .*: choose a beta below 1"),
         (Rotated, {"dtype": torch.float16}, "factors are fp32 .dtype=None. or torch.bfloat16, but dtype is"),
-        (Rotated, {"dtype": BF16, "given": True}, "factors that are given are not rounded here"),
+        (Rotated, {"dtype": BF16, "external": True}, "factors that are given are not rounded here"),
     ],
 )
 def test_what_cannot_be(cls: Any, options: dict[str, Any], message: str) -> None:

@@ -479,7 +479,11 @@ def test_training_in_bf16_goes_down() -> None:
         (lambda p: MuonMax(p, adamw_lr=1e-3), TypeError, "MuonMax does not take adamw_lr"),
         (lambda p: MuonMax(p, matrix_scale=0.0), ValueError, "should be > 0 but is: 0.0"),
         (lambda p: MuonMax(p, betas=(1.0, 0.9)), ValueError, "betas should be two numbers"),
-        (lambda p: MuonMax(p, lower_bound="low"), TypeError, "lower_bound should be a number or a tensor of one element or None but is: 'low'"),
+        (
+            lambda p: MuonMax(p, lower_bound="low"),
+            TypeError,
+            "lower_bound should be a number or a tensor of one element or None but is: 'low'",
+        ),
         (lambda p: MuonMax(p, lower_bound=0.0, maximize=True), ValueError, "minimize the negative loss"),
         (lambda p: ProductNormDescent(p, others="l1"), ValueError, "norm 'l1' of the other parameters is not known"),
         (lambda p: ProductNormDescent(p, scale="x"), ValueError, "scale 'x' is not known"),

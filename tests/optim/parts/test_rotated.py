@@ -275,7 +275,7 @@ PHASES = {
 
 @pytest.mark.parametrize(("first", "current"), PHASES)
 def test_phases(first: Any, current: bool) -> None:
-    part = Rotated(first=first, current=current, every=2)
+    part = Rotated(first=first, update_first=current, every=2)
     for clock, wanted in enumerate(PHASES[first, current]):
         phase = part.phase(clock)
         flags = (phase.before, phase.steps, phase.after, phase.refreshes)
