@@ -1,5 +1,5 @@
-# make demo | test | test-kernels | check | check-torch | wheel | bench | gpu | doctor | clean. Each sets up $(VENV) by
-# itself; a second call starts at once.
+# make demo | test | test-quick | test-slow | test-all | test-kernels | check | check-torch | wheel | bench | gpu | doctor
+# | clean. Each sets up $(VENV) by itself; a second call starts at once.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -22,16 +22,25 @@ oldest_triton := build/triton-3.6/.ready
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-kernels check check-torch wheel bench gpu doctor clean
+.PHONY: demo test test-quick test-slow test-all test-kernels check check-torch wheel bench gpu doctor clean same-python
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
 	@echo "== Training a small GPT with three optimizers: 2 to 3 minutes on two cores"
 	$(bin)/python examples/train_gpt.py $(ARGS)
 
-test: $(VENV)/.built $(VENV)/.test
-	@echo "== The tests that need no nvcc: about 10 minutes on two cores"
-	$(bin)/python -m pytest -n 2 -m "not kernels" $(ARGS)
+# The tests that need no nvcc: while editing, before a commit, the rest, and all of them in one run.
+test-quick: tests := quick and not slow and not kernels
+test-quick: takes := half a minute
+test: tests := not slow and not kernels
+test: takes := less than 4 minutes
+test-slow: tests := slow and not kernels
+test-slow: takes := 3 minutes
+test-all: tests := not kernels
+test-all: takes := 6 minutes
+test-quick test test-slow test-all: $(VENV)/.built $(VENV)/.test
+	@echo "== $@, which needs no nvcc: $(takes) on two cores"
+	$(bin)/python -m pytest -n 2 -m "$(tests)" $(ARGS)
 
 # Every kernel for every architecture: its machine code is read, and its PTX executed.
 test-kernels: $(VENV)/.built-all $(VENV)/.test $(oldest_triton)
@@ -48,6 +57,7 @@ check: $(VENV)/.torch $(VENV)/.dev
 # virtual environment of its own, which is thrown away.
 other := build/check-torch
 check-torch:
+	$(if $(TORCH),,$(error check-torch builds against the torch that is named: make check-torch TORCH="torch==2.11.0"))
 	@echo "== $(TORCH): downloads, then some minutes on two cores"
 	rm -rf $(other)
 	$(PYTHON) -m venv $(other)
@@ -84,8 +94,15 @@ $(oldest_triton): $(VENV)/.torch
 	$(install) --target $(@D) --no-deps triton==3.6.0
 	touch $@
 
+# A virtual environment keeps the Python that it was made with: another one would be asked for in vain.
+same-python:
+ifneq ($(origin PYTHON),file)
+	@test ! -e $(VENV)/.torch || test "$$($(PYTHON) -VV)" = "$$($(bin)/python -VV)" || { echo "$(VENV) was made with \
+	$$($(bin)/python -V), and PYTHON=$(PYTHON) is $$($(PYTHON) -V): make clean, or set VENV to another folder" >&2; exit 1; }
+endif
+
 # Stamps: torch and the build tools, which take a minute or two of downloads; the compiled part; the tools of each command.
-$(VENV)/.torch:
+$(VENV)/.torch: | same-python
 	@echo "== $(VENV) with $(or $(TORCH),the torch of $(PYTHON)) and build tools: downloads, then half a minute"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steepest needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)

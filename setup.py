@@ -116,10 +116,9 @@ def find_devices(environ: Mapping[str, str]) -> list[str]:
     return sorted((each for each in capabilities if float(each) >= OLDEST_DEVICE), key=float)
 
 
-def find_nvcc(environ: Mapping[str, str], root: Path = Path("/")) -> str | None:
-    """nvcc through CUDACXX, CUDA_HOME (or CUDA_PATH), PATH and root/usr/local/cuda; None leaves CUDA out."""
-    if asked(environ) == "0":
-        return None
+def find_nvcc(environ: Mapping[str, str], root: Path = Path("/"), *, required: bool = False) -> str | None:
+    """nvcc through CUDACXX, CUDA_HOME (or CUDA_PATH), PATH and root/usr/local/cuda; None, or an error where it is
+    required, if it is at none of them."""
     homes = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     at_home, usual = [os.path.join(home, "bin", "nvcc") for home in homes], root / "usr/local/cuda/bin/nvcc"
     named = environ.get("CUDACXX", "")
@@ -127,7 +126,7 @@ def find_nvcc(environ: Mapping[str, str], root: Path = Path("/")) -> str | None:
         raise RuntimeError(f"CUDACXX={named!r} is no program: set it to nvcc's path, or unset it to look for nvcc")
     candidates = [named, *at_home, "nvcc", str(usual)]
     found = next((path for name in candidates if name and (path := shutil.which(name, path=environ.get("PATH")))), None)
-    if found is None and asked(environ) == "1":
+    if found is None and required:
         raise RuntimeError(
             "STEEPEST_CUDA=1 asks for the CUDA kernels, but nvcc is not at CUDACXX, in CUDA_HOME/bin, on PATH or in "
             "/usr/local/cuda/bin: install the CUDA toolkit, or unset STEEPEST_CUDA to build without them"
@@ -214,7 +213,7 @@ def decide(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> B
             None,
             f"no GPU of compute capability {OLDEST_DEVICE} or newer here; STEEPEST_CUDA=1 builds for all",
         )
-    nvcc, cutlass = find_nvcc(environ, root), find_cutlass()
+    nvcc, cutlass = find_nvcc(environ, root, required=wish == "1"), find_cutlass()
     if nvcc is None:
         return Build(None, [], None, "no nvcc; a GPU runs the Triton kernels")
     if environ.get("TORCH_CUDA_ARCH_LIST") and wish != "local":

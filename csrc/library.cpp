@@ -43,12 +43,12 @@ STABLE_TORCH_LIBRARY(steepest, m) {
       "chain_numbers(Tensor gram, Tensor(a!) numbers, Tensor(b!) slack, Tensor(c!) scratch, float[] constants, "
       "int[] powers, float[] slacks, bool tight, float eps) -> ()");
   m.def(
-      "polar_chain(Tensor(a!)[] xs, Tensor(b!)[] ys, Tensor(c!)[] slacks, Tensor(d!)[] row_sums, "
-      "Tensor(e!)[] weights, Tensor[] etas, Tensor[] betas, int[] ints, float[] floats, float[] constants, "
+      "polar_chain(Tensor(a!)[] xs, Tensor(b!)[] ys, Tensor(c!)[] slacks, Tensor(d!)[] weights, "
+      "Tensor[] etas, Tensor[] betas, int[] ints, float[] floats, float[] constants, "
       "int[] powers, float[] least, bool tight, float eps, int chunks=0, bool batch_invariant=False) -> ()");
   m.def(
-      "grouped_gemm(Tensor[] a, Tensor[] b, Tensor[] c, Tensor(a!)[] out, Tensor(b!)[] row_sums, Tensor[] alphas, "
-      "Tensor[] betas, float alpha, float beta, bool symmetric, int tile=0, int streams=0) -> ()");
+      "grouped_gemm(Tensor[] a, Tensor[] b, Tensor[] c, Tensor(a!)[] out, Tensor[] alphas, Tensor[] betas, "
+      "float alpha, float beta, bool symmetric, int tile=0, int streams=0) -> ()");
   m.def("weight_update(Tensor a, Tensor b, Tensor(a!)[] weights, Tensor alpha, Tensor beta) -> ()");
   m.def(
       "small_polar(Tensor[] xs, Tensor(a!)[] outs, Tensor(b!)[] slacks, float[] coefficients, int tables, "

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "common/binary_search.h"
 #include "common/floats.h"
 #include "multi_tensor/layout.h"
 #include "multi_tensor/params.h"
@@ -36,7 +37,8 @@ std::vector<std::vector<Block>> plan_chunks(const std::vector<std::pair<int64_t,
     const auto first_chunk = [&](int i) { return launch.first_chunk[i]; };
     std::vector<Block> blocks;
     for (int32_t b = 0; b < launch.chunks; ++b) {
-      const int at = mt::owner(first_chunk, static_cast<int>(launch.items.size()), b), item = launch.items[at];
+      const int at = steepest::part_with(first_chunk, static_cast<int>(launch.items.size()), b),
+                item = launch.items[at];
       const mt::Span span = mt::span(items[item].second, chunk, b - int64_t{launch.first_chunk[at]});
       blocks.emplace_back(item, span.matrix, span.start, span.start + span.length);
     }

@@ -62,8 +62,8 @@ BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2 = _constants(
     "beta1 one_minus_beta1 beta2 one_minus_beta2", layout.COLUMNS.index
 )
 READ_BETA1, ONE_MINUS_READ_BETA1, EPS = _constants("read_beta1 one_minus_read_beta1 eps", layout.COLUMNS.index)
-INVERSE_MASS1, INVERSE_MASS2, DECAY = _constants("inverse_mass1 inverse_mass2 decay", layout.COLUMNS.index)
-LR, INPUT_SCALE = _constants("lr input_scale", layout.COLUMNS.index)
+INVERSE_CORRECTION1, INVERSE_CORRECTION2 = _constants("inverse_correction1 inverse_correction2", layout.COLUMNS.index)
+DECAY, LR, INPUT_SCALE = _constants("decay lr input_scale", layout.COLUMNS.index)
 INPUT_SQ, INPUT_MAX, GRAD_DOT = _constants("input_sq input_max grad_dot", layout.SUMS.index)
 MOMENTUM_SQ, MOMENTUM_MAX = _constants("momentum_sq momentum_max", layout.SUMS.index)
 UPDATE_SQ, PARAM_SQ = _constants("update_sq param_sq", layout.SUMS.index)
@@ -151,6 +151,16 @@ def _tile(THREADS: tl.constexpr):
 
 
 @triton.jit
+def _dot(x, y, ALIGNED: tl.constexpr):
+    # Over a line. Where each of its elements is in another thread, all of them end with the same sum only if a product
+    # is rounded before it is added: a thread would fuse its own with the sum of the others.
+    if ALIGNED:
+        return tl.sum(x * y, axis=1)
+    else:
+        return tl.sum(tl.fma(x, y, tl.zeros_like(x)), axis=1)
+
+
+@triton.jit
 def _number(row, column):
     return tl.load(row + column).to(tl.float32)
 
@@ -176,7 +186,7 @@ def _cube_root(x):
 
 
 @triton.jit
-def _squared_d(program, v, eps, inverse_mass2):
+def _squared_d(program, v, eps, inverse_correction2):
     # D^2 = (v^(2p) + eps) / c  or  v^(2p) / c + eps
     power = _choice(program, POWER)
     if power == QUARTER:
@@ -185,7 +195,7 @@ def _squared_d(program, v, eps, inverse_mass2):
         squared = _cube_root(v)
     else:
         squared = v
-    return (squared + eps) * inverse_mass2 if _flag(program, EPS_INSIDE) else squared * inverse_mass2 + eps
+    return (squared + eps) * inverse_correction2 if _flag(program, EPS_INSIDE) else squared * inverse_correction2 + eps
 
 
 @triton.jit
@@ -315,8 +325,8 @@ def update_moments_kernel(
     read_beta1 = _number(row, READ_BETA1)
     one_minus_read_beta1 = _number(row, ONE_MINUS_READ_BETA1)
     eps = _number(row, EPS)
-    inverse_mass1 = _number(row, INVERSE_MASS1)
-    inverse_mass2 = _number(row, INVERSE_MASS2)
+    inverse_correction1 = _number(row, INVERSE_CORRECTION1)
+    inverse_correction2 = _number(row, INVERSE_CORRECTION2)
     input_scale = _number(row, INPUT_SCALE)
     decay, keep, step = _step_numbers(program, line, row, matrix)
     seed = _seed(line, row)
@@ -345,14 +355,14 @@ def update_moments_kernel(
         if _flag(program, NESTEROV):
             d = g + m * read_beta1 if _flag(program, HEAVY_BALL) else _lerp(g, m, read_beta1, one_minus_read_beta1)
         else:
-            d = m * inverse_mass1
+            d = m * inverse_correction1
         if V is not None:
             if _flag(program, FROZEN_MOMENTS) == 0:
                 v = v + g * g if _flag(program, SUM) else v * beta2 + g * g * one_minus_beta2
                 tl.store(second + at, v.to(V), mask=mask)
-            squared = _squared_d(program, v, eps, inverse_mass2)
-        grad_dot += tl.sum(g * m, axis=1)
-        momentum_sq += tl.sum(m * m, axis=1)
+            squared = _squared_d(program, v, eps, inverse_correction2)
+        grad_dot += _dot(g, m, ALIGNED)
+        momentum_sq += _dot(m, m, ALIGNED)
         momentum_max = tl.maximum(momentum_max, tl.max(tl.abs(m), axis=1))
         if P is not None and _choice(program, KIND) == IDENTITY:
             if V is not None:
@@ -360,7 +370,7 @@ def update_moments_kernel(
         else:
             if V is not None:
                 d = d * _inverse(squared)
-            input_sq += tl.sum(d * d, axis=1)
+            input_sq += _dot(d, d, ALIGNED)
             input_max = tl.maximum(input_max, tl.max(tl.abs(d), axis=1))
             if P is not None:
                 d = (d > 0).to(tl.float32) - (d < 0).to(tl.float32)
@@ -368,8 +378,8 @@ def update_moments_kernel(
                     d = d * _inverse(squared)
         if P is not None:
             p = _moved(program, p, d, decay, keep, step)
-            update_sq += tl.sum(d * d, axis=1)
-            param_sq += tl.sum(p * p, axis=1)
+            update_sq += _dot(d, d, ALIGNED)
+            param_sq += _dot(p, p, ALIGNED)
             _store_param(param, mantissa, program, seed, start, at, mask, p, P, L)
         if D is not None:
             if D.is_fp16():
@@ -416,7 +426,7 @@ def apply_update_kernel(
     param = _pointer(line, PARAM, start, P, ALIGNED)
     mantissa = _pointer(line, MANTISSA, start, L, ALIGNED)
     eps = _number(row, EPS)
-    inverse_mass2 = _number(row, INVERSE_MASS2)
+    inverse_correction2 = _number(row, INVERSE_CORRECTION2)
     decay, keep, step = _step_numbers(program, line, row, matrix)
     seed = _seed(line, row)
     tile = _tile(THREADS)
@@ -428,10 +438,10 @@ def apply_update_kernel(
         d = tl.load(direction + at, mask=mask, other=0.0).to(tl.float32)
         if V is not None:
             v = tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
-            d = d * _inverse(_squared_d(program, v, eps, inverse_mass2))
+            d = d * _inverse(_squared_d(program, v, eps, inverse_correction2))
         p = _moved(program, _load_param(param, mantissa, at, mask, L), d, decay, keep, step)
-        update_sq += tl.sum(d * d, axis=1)
-        param_sq += tl.sum(p * p, axis=1)
+        update_sq += _dot(d, d, ALIGNED)
+        param_sq += _dot(p, p, ALIGNED)
         _store_param(param, mantissa, program, seed, start, at, mask, p, P, L)
     partial = partials + chunk.to(tl.int64) * SUMS
     tl.store(partial + UPDATE_SQ, (tl.sum(update_sq) * (step * step)).to(tl.float64))
@@ -496,7 +506,7 @@ def _power_of(x, exponent):
 
 
 @triton.jit
-def _mass(beta, t):
+def _bias_correction(beta, t):
     # 1 - beta^t without cancellation; beta in [0, 1).
     return tl.where(beta == 0, 1.0, -_expm1(t * tl.log(beta)))
 
@@ -504,7 +514,7 @@ def _mass(beta, t):
 @triton.jit
 def _geometric(ratio, t):
     # sum of ratio^j for j = 0 .. t - 1
-    below = tl.where(ratio <= 0, 1.0, _mass(ratio, t) / (1 - ratio))
+    below = tl.where(ratio <= 0, 1.0, _bias_correction(ratio, t) / (1 - ratio))
     above = _expm1(t * tl.log(ratio)) / (ratio - 1)
     return tl.where(ratio < 1, below, tl.where(ratio == 1, t, above))
 
@@ -518,12 +528,12 @@ def _twice_power(program):
 
 
 @triton.jit
-def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, inverse_mass1, inverse_mass2, t, g, m):
+def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, inverse1, inverse2, t, g, m):
     # A bound on |x| for x = y / D; g, m: the largest entries of gradient and old momentum. formulas.cuh has the proof.
     heavy_ball, nesterov = _flag(program, HEAVY_BALL), _flag(program, NESTEROV)
     weight = tl.where(heavy_ball, 1.0, one_minus_beta1)
     m = beta1 * m + weight * g
-    y = tl.where(nesterov, weight * g + beta1 * m, m) * inverse_mass1
+    y = tl.where(nesterov, weight * g + beta1 * m, m) * inverse1
     beta2 = tl.where(_flag(program, SUM), 1.0, beta2)
     own = tl.where(_flag(program, SUM), 1.0, one_minus_beta2)
     counts = _flag(program, MOMENTUM_CORRECTION) | _flag(program, SECOND_CORRECTION)
@@ -533,8 +543,8 @@ def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, i
     c = tl.where(_flag(program, START_FIRST), tl.where(t == 1, 1.0, tl.sqrt(first)), c)
     c = tl.where(nesterov, weight / tl.sqrt(own) + beta1 * c, c)
     power = _twice_power(program)
-    by_history = _power_of(y, 1 - power) * _power_of(c * inverse_mass1, power) / tl.sqrt(inverse_mass2)
-    by_eps = y / tl.sqrt(eps * tl.where(_flag(program, EPS_INSIDE), inverse_mass2, 1.0))
+    by_history = _power_of(y, 1 - power) * _power_of(c * inverse1, power) / tl.sqrt(inverse2)
+    by_eps = y / tl.sqrt(eps * tl.where(_flag(program, EPS_INSIDE), inverse2, 1.0))
     divided = tl.where(by_history <= by_eps, by_history, by_eps)
     return tl.where(power == 0, y, divided) * 1.02  # the momentum is rounded to bf16 at worst, and v to fp32
 
@@ -585,7 +595,7 @@ def grad_stats_kernel(
         g = tl.load(grad + at, mask=at < length, other=0.0).to(tl.float32)
         g = tl.where(g == g, g, float("inf"))
         most = tl.maximum(most, tl.max(tl.abs(g), axis=1))
-        square += tl.sum(g * g, axis=1)
+        square += _dot(g, g, ALIGNED)
     partial = partials + chunk.to(tl.int64) * SUMS
     tl.store(partial + MOST, tl.max(most).to(tl.float64))
     tl.store(partial + SQUARE, tl.sum(square).to(tl.float64))
@@ -661,14 +671,25 @@ def _decide(line, hypers, hyper_count, row, sums, skipped, scale, finite, grad_m
     begins = _flag(program, START_FIRST) & (step == 0)
     step += finite.to(tl.float64)
     tl.store(step_at.to(tl.pointer_type(tl.float32)), step.to(tl.float32), mask=step_at != 0)
-    mass1, mass2 = _mass(beta1, step), _mass(beta2, step)
-    inverse_mass1 = tl.where(_flag(program, MOMENTUM_CORRECTION), 1 / mass1, 1.0)
-    inverse_mass2 = tl.where(_flag(program, SECOND_CORRECTION), 1 / _power_of(mass2, _twice_power(program)), 1.0)
+    correction1, correction2 = _bias_correction(beta1, step), _bias_correction(beta2, step)
+    inverse_correction1 = tl.where(_flag(program, MOMENTUM_CORRECTION), 1 / correction1, 1.0)
+    inverse2 = 1 / _power_of(correction2, _twice_power(program))
+    inverse_correction2 = tl.where(_flag(program, SECOND_CORRECTION), inverse2, 1.0)
     tl.store(row + READ_BETA1, beta1)
     tl.store(row + ONE_MINUS_READ_BETA1, 1 - beta1)
     beta1, beta2 = tl.where(begins, 0.0, beta1), tl.where(begins, 0.0, beta2)
     bound = _input_bound(
-        program, beta1, 1 - beta1, beta2, 1 - beta2, eps, inverse_mass1, inverse_mass2, step, grad_max, momentum_max
+        program,
+        beta1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps,
+        inverse_correction1,
+        inverse_correction2,
+        step,
+        grad_max,
+        momentum_max,
     )
     tl.store(row + STEP, step)
     tl.store(row + GRAD_SCALE, tl.where(_flag(program, MAXIMIZE), -scale, scale))
@@ -677,8 +698,8 @@ def _decide(line, hypers, hyper_count, row, sums, skipped, scale, finite, grad_m
     tl.store(row + BETA2, beta2)
     tl.store(row + ONE_MINUS_BETA2, 1 - beta2)
     tl.store(row + EPS, eps)
-    tl.store(row + INVERSE_MASS1, inverse_mass1)
-    tl.store(row + INVERSE_MASS2, inverse_mass2)
+    tl.store(row + INVERSE_CORRECTION1, inverse_correction1)
+    tl.store(row + INVERSE_CORRECTION2, inverse_correction2)
     tl.store(row + DECAY, lr * weight_decay)
     tl.store(row + LR, lr)
     tl.store(row + INPUT_SCALE, tl.where(finite, _input_scale(bound), 1.0))

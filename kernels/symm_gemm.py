@@ -346,7 +346,7 @@ def _box(x, matrix, row, column, ROWS: tl.constexpr):
         return tl.trans(x.load([matrix, column, row]).reshape(x.block_shape[1], x.block_shape[2]))
 
 
-ADDRESSES = ("a", "b", "c", "out", "row_lines", "alpha", "beta", "gamma")
+ADDRESSES = ("a", "b", "c", "out", "alpha", "beta", "gamma")
 INTEGERS = ("m", "n", "k", "alpha_stride", "beta_stride", "gamma_stride")
 STRIDES = ("a_batch", "a_stride", "b_batch", "b_stride", "c_batch", "c_stride", "out_batch", "out_stride")
 
@@ -357,7 +357,6 @@ def product_kernel(
     b,
     c,  # or None
     out,
-    row_lines,  # or None: (batch, tiles across, m) sums of |out| over a row of a tile
     m,
     n,
     k,
@@ -451,13 +450,6 @@ def product_kernel(
             tl.store(mirror, tile, mask=mask)
     at = _corner(out, matrix, out_batch, out_stride, row, column, True, ALIGNED)
     tl.store(at + _offsets(at_row, at_column, out_stride, True, ALIGNED, OFFSET), tile, mask=mask)
-    if row_lines is not None:  # every number has one program that writes it
-        size = tl.where(mask, tl.abs(tile.to(tl.float32)), 0.0)
-        line = row_lines + matrix.to(tl.int64) * columns * m
-        in_row, in_column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-        tl.store(line + j * m + row + in_row, tl.sum(size, axis=1), mask=in_row < rows_left)
-        if SYMMETRIC and i != j:
-            tl.store(line + i * m + column + in_column, tl.sum(size, axis=0), mask=in_column < columns_left)
 
 
 # ---- the op --------------------------------------------------------------------------------------------------------
@@ -488,7 +480,6 @@ def product(
     *,
     symmetric: bool,
     precision: Precision = "ieee",
-    row_sums: Tensor | None = None,
     chosen: Configuration | None = None,
 ) -> None:
     """``out[i] = alpha[i] a[i] @ b[i] + beta[i] c[i] + gamma[i] I``, accumulated in fp32, rounded once.
@@ -503,9 +494,6 @@ def product(
     symmetric: the exact result is, of which the caller is sure. Its tiles at and below the diagonal are computed, the
     others are copies, so that out is symmetric to the bit; what c has above the diagonal does not count.
 
-    row_sums: (batch, m) fp32, filled with sum_j |out_ij| of what out holds in the end. In another batch, whose tiles
-    are of another size, they may be added up in another order.
-
     chosen: one of `candidates`, in place of `configuration`'s. Operands whose elements share memory are loaded by
     address in any case.
 
@@ -518,11 +506,7 @@ def product(
         c, beta = None, 0.0
     has_gamma = isinstance(gamma, Tensor) or gamma != 0
     _check(a, b, c, out, square=symmetric or has_gamma)
-    if row_sums is not None and (row_sums.shape != (batch, m) or row_sums.dtype != torch.float32):
-        raise ValueError(f"row_sums is {row_sums.dtype} of shape {tuple(row_sums.shape)}; it is fp32, {(batch, m)}")
     if out.numel() == 0:
-        if row_sums is not None:
-            row_sums.zero_()
         return
     a_place, b_place, out_place = _checked_place(a), _checked_place(b), _checked_place(out)
     c_place = out_place if c is None else _checked_place(c)
@@ -534,7 +518,6 @@ def product(
     programs = batch * tile_count(m, n, chosen, symmetric)
     if programs > MAX_PROGRAMS:
         raise ValueError(f"{batch} matrices of {m} x {n} are {programs} tiles; a launch has {MAX_PROGRAMS} at most")
-    lines = None if row_sums is None else row_sums.new_empty(batch, -(-n // chosen.block_n), m)
     tma = chosen.tma and aligned and _has_boxes(a, a_place) and _has_boxes(b, b_place)
     last = max(a_place.stride, b_place.stride, c_place.stride, out_place.stride) * (LONGEST_SIDE - 1)
     with _on(a.device):
@@ -543,7 +526,6 @@ def product(
             _boxes(b, b_place, chosen.block_k, chosen.block_n) if tma else b,
             c,
             out,
-            lines,
             m,
             n,
             k,
@@ -576,8 +558,6 @@ def product(
             num_stages=chosen.stages,
             enable_fp_fusion=False,
         )
-    if lines is not None:
-        torch.sum(lines, dim=1, out=row_sums)
 
 
 def _check(a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, square: bool) -> None:

@@ -1,5 +1,5 @@
-"""What every test shares: skips that name what is missing, threads shared out among workers, no forced backend, and a
-GPU that no longer answers ends a run."""
+"""What every test shares: skips that name what is missing, threads shared out among workers, no forced backend, which
+tests are quick, and a GPU that no longer answers ends a run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,20 @@ import torch
 
 from steepest.linalg import polar
 from steepest.ops import backend
+
+TESTS = Path(__file__).parent
+#: Files and folders whose tests are `quick`: together some 25 seconds of one core, and something of every part.
+QUICK = (
+    *("optim/parts", "optim/test_adamw.py", "optim/test_backends_of_a_step.py", "optim/test_drop_in.py"),
+    *("optim/test_errors.py", "optim/test_graph.py", "optim/test_identities.py", "optim/test_matrices.py"),
+    *("optim/test_metrics.py", "optim/test_optimizer_recipes.py", "optim/test_plan.py", "optim/test_recipe.py"),
+    *("optim/test_routing.py", "optim/test_scaling.py", "optim/test_scion.py", "optim/test_splus.py"),
+    *("optim/test_state_storage.py", "optim/test_table.py", "optim/test_trust_region.py", "optim/test_upstream.py"),
+    *("linalg/test_blocks.py", "linalg/test_coefficients.py", "linalg/test_polar_robust.py"),
+    *("kernels/test_chain_numbers.py", "kernels/test_eigh.py", "kernels/test_grouped_gemm.py"),
+    *("kernels/test_small_polar.py", "kernels/test_symm_gemm.py", "kernels/test_weight_update.py"),
+    *("tools/bench/test_harness.py", "tools/test_floors.py", "tools/test_tune.py"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +70,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     return result
 
 
+def is_quick(path: Path) -> bool:
+    return any(path == TESTS / name or path.parent == TESTS / name for name in QUICK)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m "quick and ..."` the other files are not even imported."""
+    quick = config.option.markexpr.split(" and ")[0] == "quick"
+    return True if quick and collection_path.is_file() and not is_quick(collection_path) else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m decides
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    quick = {path for path in {item.path for item in items} if is_quick(path)}
+    for item in items:
+        if item.path in quick:
+            item.add_marker(pytest.mark.quick)
     file = config.getoption("--begun")
     begun = set(file.read_text().splitlines()) if file is not None and file.exists() else set()
     if begun:

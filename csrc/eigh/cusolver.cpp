@@ -21,8 +21,10 @@ constexpr int kFp32 = 0, kFp64 = 1;  // CUDA_R_32F, CUDA_R_64F
 
 struct Library {
   int (*create)(Handle*);
+  int (*destroy)(Handle);
   int (*set_stream)(Handle, void*);
   int (*create_params)(Params*);
+  int (*destroy_params)(Params);
   int (*buffer_size)(Handle, Params, int jobz, int uplo, int64_t n, int type_a, const void* a, int64_t lda, int type_w,
                      const void* w, int type_compute, size_t* device_bytes, size_t* host_bytes, int64_t batch);
   int (*solve)(Handle, Params, int jobz, int uplo, int64_t n, int type_a, void* a, int64_t lda, int type_w, void* w,
@@ -60,11 +62,17 @@ Solver& solver_of(int32_t device, void* stream) {
   const std::pair<int32_t, void*> key{device, stream};
   const auto known = solvers.find(key);
   if (known != solvers.end()) return known->second;
+  // What has been made is destroyed where a later call fails: the next attempt makes its own.
+  using Made = std::unique_ptr<void, int (*)(void*)>;
   Solver made{};
   check(library->create(&made.handle), "cusolverDnCreate");
+  Made handle(made.handle, library->destroy);
   check(library->create_params(&made.params), "cusolverDnCreateParams");
+  Made params(made.params, library->destroy_params);
   check(library->set_stream(made.handle, stream), "cusolverDnSetStream");
-  return solvers.emplace(key, std::move(made)).first->second;
+  Solver& kept = solvers.emplace(key, std::move(made)).first->second;
+  static_cast<void>(handle.release()), static_cast<void>(params.release());
+  return kept;
 }
 
 void* host_memory(Solver& solver, size_t bytes) {
@@ -90,8 +98,10 @@ std::string load_cusolver(const std::vector<std::string>& names) {
       continue;
     }
     auto loaded = std::make_unique<Library>();
-    if (find(opened, "cusolverDnCreate", loaded->create) && find(opened, "cusolverDnSetStream", loaded->set_stream) &&
+    if (find(opened, "cusolverDnCreate", loaded->create) && find(opened, "cusolverDnDestroy", loaded->destroy) &&
+        find(opened, "cusolverDnSetStream", loaded->set_stream) &&
         find(opened, "cusolverDnCreateParams", loaded->create_params) &&
+        find(opened, "cusolverDnDestroyParams", loaded->destroy_params) &&
         find(opened, "cusolverDnXsyevBatched_bufferSize", loaded->buffer_size) &&
         find(opened, "cusolverDnXsyevBatched", loaded->solve)) {
       library = std::move(loaded);

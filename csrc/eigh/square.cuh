@@ -55,10 +55,10 @@ using Sums = float[2 * kSpans][2 * kSpans];
 
 // Where this thread's elements of the first span begin. Found anew for every product: the compiler would keep all
 // addresses that follow from them in registers through the whole refresh.
-struct Place {
+struct Corner {
   int row, column;
 
-  __device__ static Place own() {
+  __device__ static Corner of_thread() {
     int thread = threadIdx.x;
     hide(thread);
     return {thread / (kSpan / 2) * 2, thread % (kSpan / 2) * 2};
@@ -68,11 +68,11 @@ struct Place {
 // sums <- A B, or A^T B
 template <bool kTransposed, int kSpans>
 __device__ inline void multiply(Sums<kSpans>& sums, const Square& a, const Square& b) {
-  const Place place = Place::own();
+  const Corner corner = Corner::of_thread();
   int row[kSpans], column[kSpans];  // those beyond the matrix are computed as its last, and not written
 #pragma unroll
   for (int i = 0; i < kSpans; ++i) {
-    const int most = a.even - 2, down = place.row + kSpan * i, along = place.column + kSpan * i;
+    const int most = a.even - 2, down = corner.row + kSpan * i, along = corner.column + kSpan * i;
     row[i] = down < most ? down : most, column[i] = along < most ? along : most;
   }
 #pragma unroll
@@ -107,13 +107,13 @@ __device__ inline void multiply(Sums<kSpans>& sums, const Square& a, const Squar
 // to <- times sums + factor to. Waits before, for those that still read, and after.
 template <int kSpans>
 __device__ inline void store(const Square& to, const Sums<kSpans>& sums, float times = 1, float factor = 0) {
-  const Place place = Place::own();
+  const Corner corner = Corner::of_thread();
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 2 * kSpans; ++i)
 #pragma unroll
     for (int j = 0; j < kSpans; ++j) {
-      const int row = place.row + kSpan * (i / 2) + i % 2, column = place.column + kSpan * j;
+      const int row = corner.row + kSpan * (i / 2) + i % 2, column = corner.column + kSpan * j;
       if (row >= to.even || column >= to.even) continue;
       Two& x = to.two(row, column);
       const Two old = factor == 0 ? Two{0, 0} : Two{factor * x.first, factor * x.second};

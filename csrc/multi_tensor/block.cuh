@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "common/arguments.h"
+#include "common/binary_search.h"
 #include "common/block.cuh"
 #include "common/check.h"
 #include "common/floats.h"
@@ -18,13 +20,6 @@
 namespace steepest::multi_tensor {
 
 constexpr int kVector = 8;  // elements a thread takes at once: 16 bytes of a 16-bit type, twice 16 of fp32
-
-// What a launch can be told: 32764 bytes where toolkit and driver are of CUDA 12.1 or newer, else 4 KB.
-#if CUDART_VERSION >= 12010
-constexpr size_t kArgumentBytes = 32764;
-#else
-constexpr size_t kArgumentBytes = 4096;
-#endif
 
 // A launch's items, handed over by value: a captured launch replays without any table in memory. Head is what they
 // share.
@@ -40,11 +35,10 @@ struct alignas(8) Batch {
 
 template <class Batch>
 __device__ inline const typename Batch::Item& find(const Batch& batch, int32_t block) {
-  return batch.items[owner([&](int i) { return batch.items[i].first_chunk; }, batch.count, block)];
+  return batch.items[part_with([&](int i) { return batch.items[i].first_chunk; }, batch.count, block)];
 }
 
-// ---- elements
-// --------------------------------------------------------------------------------------------------------
+// ---- elements ------------------------------------------------------------------------------------------------------
 
 // Where element `index` lies in every tensor of an item, in elements; one division for every dimension but the
 // outermost.
@@ -180,8 +174,7 @@ __device__ inline void for_each_element(const Span& span, bool aligned, Body& bo
   for (int64_t i = cut + threadIdx.x; i < end; i += kThreads) body.template operator()<1>(i);
 }
 
-// ---- launches
-// --------------------------------------------------------------------------------------------------------
+// ---- launches ------------------------------------------------------------------------------------------------------
 
 // Launches `kernel` over items; `convert(i)` is the kernel's form of the i-th, whose extent is extents[i].
 template <class Batch, class Kernel, class Convert>

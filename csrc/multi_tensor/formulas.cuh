@@ -18,7 +18,7 @@ inline namespace STEEPEST_ISA {
 // ---- the numbers of a step: once for every parameter, in fp64 ------------------------------------------------------
 
 // 1 - beta^t without cancellation; beta in [0, 1).
-STEEPEST_HD inline double mass(double beta, double t) { return beta == 0 ? 1.0 : -expm1(t * log(beta)); }
+STEEPEST_HD inline double bias_correction(double beta, double t) { return beta == 0 ? 1.0 : -expm1(t * log(beta)); }
 
 STEEPEST_HD inline double power_of(Program::Power power) {
   switch (power) {
@@ -35,7 +35,7 @@ STEEPEST_HD inline double power_of(Program::Power power) {
 
 // sum of ratio^j for j = 0 .. t - 1; t = infinity where nobody counts.
 STEEPEST_HD inline double geometric(double ratio, double t) {
-  if (ratio < 1) return ratio <= 0 ? 1.0 : mass(ratio, t) / (1 - ratio);
+  if (ratio < 1) return ratio <= 0 ? 1.0 : bias_correction(ratio, t) / (1 - ratio);
   return ratio == 1 ? t : expm1(t * log(ratio)) / (ratio - 1);
 }
 
@@ -48,7 +48,7 @@ STEEPEST_HD inline double geometric(double ratio, double t) {
 STEEPEST_HD inline double input_bound(const Program& program, const double* row, double momentum_max) {
   const double beta1 = row[kBeta1], weight = program.heavy_ball ? 1.0 : row[kOneMinusBeta1], g = row[kGradMax];
   const double m = beta1 * momentum_max + weight * g;
-  const double y = (program.nesterov ? weight * g + beta1 * m : m) * row[kInverseMass1];
+  const double y = (program.nesterov ? weight * g + beta1 * m : m) * row[kInverseCorrection1];
   const double slack = 1.02;  // the momentum is rounded to bf16 at worst, and v to fp32
   if (program.power == Program::kNone) return slack * y;
   const double beta2 = program.sum ? 1.0 : row[kBeta2], own = program.sum ? 1.0 : row[kOneMinusBeta2];
@@ -62,9 +62,10 @@ STEEPEST_HD inline double input_bound(const Program& program, const double* row,
   if (program.nesterov) c = weight / sqrt(own) + beta1 * c;
   const double p = power_of(program.power);
   // y <= c sqrt(v) and D^2 >= v^(2p) times its correction.
-  const double by_history = slack * pow(y, 1 - 2 * p) * pow(c * row[kInverseMass1], 2 * p) / sqrt(row[kInverseMass2]);
+  const double by_history =
+      slack * pow(y, 1 - 2 * p) * pow(c * row[kInverseCorrection1], 2 * p) / sqrt(row[kInverseCorrection2]);
   // D^2 >= eps as well.
-  const double by_eps = slack * y / sqrt(row[kEps] * (program.eps_inside ? row[kInverseMass2] : 1));
+  const double by_eps = slack * y / sqrt(row[kEps] * (program.eps_inside ? row[kInverseCorrection2] : 1));
   return by_history <= by_eps ? by_history : by_eps;  // with beta2 = 0 the history bounds nothing
 }
 
@@ -78,18 +79,8 @@ STEEPEST_HD inline double input_scale(double bound) {
   return ldexp(1.0, 15 - exponent);
 }
 
-// What is measured, of a parameter's row: from its gradient's largest magnitude (infinite where an entry is not finite)
-// and sum of squares. largest_finite: number of the arithmetic that follows.
-STEEPEST_HD inline void measure_row(double* row, double grad_max, double grad_sq, bool found_inf, double grad_scale,
-                                    double largest_finite) {
-  const double scale = 1 / grad_scale;
-  grad_max *= scale;
-  row[kFinite] = !found_inf && grad_max <= largest_finite;
-  row[kGradMax] = grad_max;
-  row[kGradSq] = grad_sq * scale * scale;
-}
-
-// The rest of it, from the step count before this gradient and the largest magnitude of the old momentum.
+// The rest of a row that `measure` began, from the step count before this gradient and the largest magnitude of the
+// old momentum.
 STEEPEST_HD inline void decide_row(double* row, const Program& program, const double* hyper, double step,
                                    double momentum_max, double grad_scale) {
   const double scale = 1 / grad_scale;
@@ -104,26 +95,32 @@ STEEPEST_HD inline void decide_row(double* row, const Program& program, const do
   row[kReadBeta1] = hyper[kHyperBeta1];
   row[kOneMinusReadBeta1] = 1 - hyper[kHyperBeta1];
   row[kEps] = hyper[kHyperEps];
-  row[kInverseMass1] = program.momentum_correction ? 1 / mass(hyper[kHyperBeta1], row[kStep]) : 1;
-  row[kInverseMass2] =
-      program.second_correction ? pow(mass(hyper[kHyperBeta2], row[kStep]), -2 * power_of(program.power)) : 1;
+  row[kInverseCorrection1] = program.momentum_correction ? 1 / bias_correction(hyper[kHyperBeta1], row[kStep]) : 1;
+  row[kInverseCorrection2] = program.second_correction
+                                 ? pow(bias_correction(hyper[kHyperBeta2], row[kStep]), -2 * power_of(program.power))
+                                 : 1;
   row[kDecay] = hyper[kHyperLr] * hyper[kHyperWeightDecay];
   row[kLr] = hyper[kHyperLr];
   row[kInputScale] = row[kFinite] != 0 ? input_scale(input_bound(program, row, momentum_max)) : 1;
 }
 
-STEEPEST_HD inline double value_of(const Number& number) {
+STEEPEST_HD inline double value_of(const HyperValue& number) {
   if (number.at == nullptr) return number.value;
   return number.dtype == Dtype::f64 ? *static_cast<const double*>(number.at) : *static_cast<const float*>(number.at);
 }
 
 STEEPEST_HD inline double value_or_one(const float* at) { return at ? *at : 1.0; }
 
-// measure_row with what GradScaler says.
+// What is measured, of a parameter's row: from its gradient's largest magnitude (infinite where an entry is not finite)
+// and sum of squares. is_double: the arithmetic that follows is fp64.
 STEEPEST_HD inline void measure(const Scaling& scaling, double grad_max, double grad_sq, bool is_double, double* row) {
+  const double scale = 1 / value_or_one(scaling.grad_scale);
+  const double largest_finite = is_double ? 1.7976931348623157e308 : 3.4028234663852886e38;
   const bool found_inf = scaling.found_inf != nullptr && *scaling.found_inf != 0;
-  measure_row(row, grad_max, grad_sq, found_inf, value_or_one(scaling.grad_scale),
-              is_double ? 1.7976931348623157e308 : 3.4028234663852886e38);
+  grad_max *= scale;
+  row[kFinite] = !found_inf && grad_max <= largest_finite;
+  row[kGradMax] = grad_max;
+  row[kGradSq] = grad_sq * scale * scale;
 }
 
 // decide_row with what the owner says; counts its step. False where the step is not taken.
@@ -139,7 +136,7 @@ STEEPEST_HD inline bool decide(const Owner& owner, const float* grad_scale, doub
 template <class R>
 struct Numbers {
   R grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, read_beta1, one_minus_read_beta1;
-  R eps, inverse_mass1, inverse_mass2;
+  R eps, inverse_correction1, inverse_correction2;
   R keep, decay, step, input_scale;
 
   Numbers() = default;
@@ -157,16 +154,15 @@ struct Numbers {
         read_beta1(static_cast<R>(row[kReadBeta1])),
         one_minus_read_beta1(static_cast<R>(row[kOneMinusReadBeta1])),
         eps(static_cast<R>(row[kEps])),
-        inverse_mass1(static_cast<R>(row[kInverseMass1])),
-        inverse_mass2(static_cast<R>(row[kInverseMass2])),
+        inverse_correction1(static_cast<R>(row[kInverseCorrection1])),
+        inverse_correction2(static_cast<R>(row[kInverseCorrection2])),
         keep(static_cast<R>(1 - decay)),
         decay(static_cast<R>(decay)),
         step(static_cast<R>(step)),
         input_scale(static_cast<R>(row[kInputScale])) {}
 };
 
-// ---- elements
-// --------------------------------------------------------------------------------------------------------
+// ---- elements ------------------------------------------------------------------------------------------------------
 
 // The same elements of an item's tensors; `p` as the fp32 number that parameter and mantissa make together.
 template <class R, int N>
@@ -248,9 +244,9 @@ STEEPEST_HD inline void squared_d(const Program& program, const Numbers<R>& n, c
       STEEPEST_EACH squared[j] = v[j];
   }
   if (program.eps_inside) {
-    STEEPEST_EACH squared[j] = (squared[j] + n.eps) * n.inverse_mass2;
+    STEEPEST_EACH squared[j] = (squared[j] + n.eps) * n.inverse_correction2;
   } else {
-    STEEPEST_EACH squared[j] = squared[j] * n.inverse_mass2 + n.eps;
+    STEEPEST_EACH squared[j] = squared[j] * n.inverse_correction2 + n.eps;
   }
 }
 
@@ -303,7 +299,7 @@ STEEPEST_HD inline void observe(const Program& program, const Numbers<R>& n, Til
 template <class R, int N>
 STEEPEST_HD inline void read(const Program& program, const Numbers<R>& n, Tile<R, N>& tile, Sums<R>& sums) {
   if (!program.nesterov) {
-    STEEPEST_EACH tile.d[j] = tile.m[j] * n.inverse_mass1;
+    STEEPEST_EACH tile.d[j] = tile.m[j] * n.inverse_correction1;
   } else if (program.heavy_ball) {
     STEEPEST_EACH tile.d[j] = tile.g[j] + tile.m[j] * n.read_beta1;
   } else {

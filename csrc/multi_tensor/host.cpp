@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "common/binary_search.h"
 #include "multi_tensor/formulas.cuh"
 #include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
@@ -62,7 +63,7 @@ std::vector<std::pair<int, Span>> cut(const Items& items, const Extent_& extent)
   for (const Launch& launch : plan_launches(extents, kChunk, kAllItems)) {
     const auto first = [&](int i) { return launch.first_chunk[i]; };
     for (int32_t b = 0; b < launch.chunks; ++b) {
-      const int at = owner(first, static_cast<int>(launch.items.size()), b), index = launch.items[at];
+      const int at = part_with(first, static_cast<int>(launch.items.size()), b), index = launch.items[at];
       chunks.emplace_back(index, span(extents[index].size, kChunk, b - launch.first_chunk[at]));
     }
   }

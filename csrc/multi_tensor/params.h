@@ -80,9 +80,9 @@ enum Column : int {
   kReadBeta1,  // of what Nesterov's momentum reads
   kOneMinusReadBeta1,
   kEps,
-  kInverseMass1,  // 1 / (1 - beta1^t), or 1
-  kInverseMass2,  // 1 / (1 - beta2^t)^(2 power), or 1
-  kDecay,         // lr weight_decay, before any ratio
+  kInverseCorrection1,  // 1 / (1 - beta1^t), or 1
+  kInverseCorrection2,  // 1 / (1 - beta2^t)^(2 power), or 1
+  kDecay,               // lr weight_decay, before any ratio
   kLr,
   kInputScale,  // power of two that brings the direction's input into the range of fp16
   kColumns
@@ -115,8 +115,8 @@ struct Item {
   Walk walk;
 };
 
-// One number of a group: `at` (fp32 or fp64, on the device) where it is not null, else `value`.
-struct Number {
+// A number of a group: `at` (fp32 or fp64, on the device) where it is not null, else `value`.
+struct HyperValue {
   const void* at;
   double value;
   Dtype dtype;
@@ -127,7 +127,7 @@ enum Hyper : int { kHyperLr, kHyperWeightDecay, kHyperBeta1, kHyperBeta2, kHyper
 struct Owner {
   float* step;  // t, counted up where the gradient is finite; nullptr where nobody counts
   Program program;
-  Number hyper[kHypers];
+  HyperValue hyper[kHypers];
   int64_t first_sum, end_sum;  // lines of its matrices in the table of sums
 };
 

@@ -2,8 +2,8 @@
 //
 // The matrices of an item are cut into chunks of `chunk` elements, none of which holds elements of two matrices, so
 // that a matrix' sums are sums over its chunks. A launch takes up to `capacity` items (what its kernel arguments hold)
-// and one block for every chunk of theirs. A block finds its item by bisection over `first_chunk`, so there is no table
-// that grows with the number of elements.
+// and one block for every chunk of theirs. A block finds its item by binary search in `first_chunk`, so there is no
+// table that grows with the number of elements.
 #pragma once
 
 #include <cstdint>
@@ -25,20 +25,6 @@ struct Launch {
 };
 
 std::vector<Launch> plan_launches(const std::vector<Extent>& items, int64_t chunk, int capacity);
-
-// Position of the last item whose first chunk is not after `block`; first_chunk(i) rises with i.
-template <class FirstChunk>
-STEEPEST_HD inline int owner(const FirstChunk& first_chunk, int count, int32_t block) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (first_chunk(middle) <= block)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
 
 // The chunk-th chunk of an item: elements [start, start + length) of the item, all of one matrix.
 struct Span {

@@ -1,4 +1,4 @@
-// The door of the refresh of small eigenbases and of the batched eigensolver: check -> params -> device guard, stream
+// The ops of the refresh of small eigenbases and of the batched eigensolver: check -> params -> device guard, stream
 // -> launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,7 @@
 #include "common/device.h"
 #include "eigh/cusolver.h"
 #include "eigh/params.h"
-#include "ops/door.h"
+#include "ops/op_checks.h"
 
 namespace steepest {
 

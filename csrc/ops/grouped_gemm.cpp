@@ -1,4 +1,4 @@
-// The door of a list of products: check -> problems -> device guard, plan -> launch.
+// The op of a list of products: check -> problems -> device guard, plan -> launch.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
@@ -37,54 +37,19 @@ symm_gemm::Strides check_matrices(const Tensor& x, const Place& place, Dtype dty
   return {x.stride(1), x.stride(0)};
 }
 
-// Sums of rows of products, from the lines that the products leave.
-struct RowSums {
-  std::vector<Tensor> lines;
-  std::vector<polar::Stack> stacks;
-
-  void add(Problem& problem, const Tensor& sums, const Place& place, size_t i) {
-    const Shape& shape = problem.shape;
-    STD_TORCH_CHECK(shape.symmetric, "row_sums are those of symmetric products");
-    place.check(sums, "row_sums", i);
-    STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float && sums.is_contiguous() && sums.dim() == 2 &&
-                        sums.size(0) == shape.batch && sums.size(1) == shape.m,
-                    "row_sums[", i, "] must be a contiguous float32 tensor of shape (", shape.batch, ", ", shape.m,
-                    ")");
-    lines.push_back(torch::stable::new_empty(sums, {shape.batch, symm_gemm::row_lines(shape.n), shape.m}));
-    polar::Stack stack{};
-    stack.matrices = shape.batch, stack.rows = stack.columns = shape.m;
-    stack.row_sums = pointer<float>(sums), stack.row_lines = problem.row_sums = pointer<float>(lines.back());
-    stacks.push_back(stack);
-  }
-
-  void run([[maybe_unused]] const Place& place) const {
-    for (const polar::Stack& stack : stacks) {
-#ifdef STEEPEST_HAS_HOPPER
-      if (place.cuda) {
-        polar::row_sums_on_device(stack, current_stream(place.index));
-        continue;
-      }
-#endif
-      polar::row_sums_on_host(stack);
-    }
-  }
-};
-
 void grouped_gemm(const std::vector<Tensor>& a, const std::vector<Tensor>& b, const std::vector<Tensor>& c,
-                  const std::vector<Tensor>& out, const std::vector<Tensor>& row_sums,
-                  const std::vector<Tensor>& alphas, const std::vector<Tensor>& betas, double alpha, double beta,
-                  bool symmetric, int64_t tile, int64_t streams) {
+                  const std::vector<Tensor>& out, const std::vector<Tensor>& alphas, const std::vector<Tensor>& betas,
+                  double alpha, double beta, bool symmetric, int64_t tile, int64_t streams) {
   const size_t count = a.size();
   const auto fits = [&](const std::vector<Tensor>& list) { return list.empty() || list.size() == count; };
-  STD_TORCH_CHECK(b.size() == count && out.size() == count && fits(c) && fits(row_sums) && fits(alphas) && fits(betas),
-                  "a, b and out go by one another, and so do c, row_sums, alphas and betas where there are any");
+  STD_TORCH_CHECK(b.size() == count && out.size() == count && fits(c) && fits(alphas) && fits(betas),
+                  "a, b and out go by one another, and so do c, alphas and betas where there are any");
   const Options options = options_of(tile, streams);
   if (count == 0) return;
   const Place place(a[0]);
   const OnDevice device(place);
   const Dtype dtype = element_type(a[0], place, "a", 0);
   std::vector<Problem> problems;
-  RowSums sums;
   for (size_t i = 0; i < count; ++i) {
     Problem problem = product_of(a[i], b[i], place, dtype);
     Shape& shape = problem.shape;
@@ -100,11 +65,9 @@ void grouped_gemm(const std::vector<Tensor>& a, const std::vector<Tensor>& b, co
     problem.alpha = {nullptr, 0, static_cast<float>(alpha)}, problem.beta = {nullptr, 0, static_cast<float>(beta)};
     if (!alphas.empty()) problem.alpha = scalar(alphas[i], place, shape.batch, "alphas");
     if (!betas.empty()) problem.beta = scalar(betas[i], place, shape.batch, "betas");
-    if (!row_sums.empty()) sums.add(problem, row_sums[i], place, i);
     problems.push_back(problem);
   }
   run_products(problems, dtype, place, a[0], options, "grouped_gemm");
-  sums.run(place);
 }
 
 }  // namespace

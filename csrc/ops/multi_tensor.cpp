@@ -1,4 +1,4 @@
-// The door of the fused elementwise ops: check -> params -> device guard, stream -> launch.
+// The fused elementwise ops: check -> params -> device guard, stream -> launch.
 //
 // Python checks first and in its own words; these checks hold for whoever calls torch.ops.steepest directly. An absent
 // tensor is one without elements, and a list without elements is a list of absent tensors.
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "multi_tensor/params.h"
-#include "ops/door.h"
+#include "ops/op_checks.h"
 
 namespace steepest {
 namespace {
@@ -86,7 +86,7 @@ Program make_program(int64_t bits, size_t i) {
   return program;
 }
 
-Number make_number(double value) { return {nullptr, value, Dtype::f64}; }
+HyperValue make_number(double value) { return {nullptr, value, Dtype::f64}; }
 
 const float* check_scalar(const std::optional<Tensor>& scalar, const Place& place, const char* name) {
   if (!scalar.has_value()) return nullptr;
@@ -122,7 +122,7 @@ std::vector<Owner> make_owners(const Owners& given, const Place& place) {
   STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Long && skipped.numel() == 1,
                   "skipped must be one int64 number");
 
-  std::vector<Number> numbers;
+  std::vector<HyperValue> numbers;
   for (double value : hyper) numbers.push_back(make_number(value));
   for (size_t k = 0; k < tensors.size(); ++k) {
     place.check(tensors[k], "tensors", k);

@@ -1,4 +1,4 @@
-// The door of the ops of the polar iteration: check -> params -> device guard, stream -> launch.
+// The ops of the polar iteration: check -> params -> device guard, stream -> launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "common/device.h"
-#include "ops/door.h"
+#include "ops/op_checks.h"
 #include "polar/chain.h"
 #include "polar/chunks.h"
 #include "polar/params.h"
@@ -93,16 +93,6 @@ std::vector<Stack> make_stacks(const std::vector<Tensor>& xs, const std::vector<
   return stacks;
 }
 
-void add_row_sums(std::vector<Stack>& stacks, const std::vector<Tensor>& row_sums, const Place& place) {
-  if (row_sums.empty()) return;
-  STD_TORCH_CHECK(row_sums.size() == stacks.size(), "row_sums has ", row_sums.size(), " tensors for ", stacks.size(),
-                  " stacks");
-  for (size_t i = 0; i < stacks.size(); ++i) {
-    check_floats(row_sums[i], place, stacks[i].matrices * stacks[i].side(), "row_sums");
-    stacks[i].row_sums = pointer<float>(row_sums[i]);
-  }
-}
-
 // The weights that a chain ends in; the stacks point into `addresses`.
 void add_weights(std::vector<Stack>& stacks, const std::vector<Tensor>& weights, const std::vector<Tensor>& etas,
                  const std::vector<Tensor>& betas, const Place& place, std::vector<void*>& addresses) {
@@ -117,10 +107,11 @@ void add_weights(std::vector<Stack>& stacks, const std::vector<Tensor>& weights,
     Stack& stack = stacks[i];
     const size_t first = addresses.size();
     check_floats(etas[i], place, stack.matrices, "etas"), check_floats(betas[i], place, stack.matrices, "betas");
-    stack.update = {addresses.data() + first, element_type(weights[first], place, "weights", first),
-                    pointer<float>(etas[i]), pointer<float>(betas[i])};
+    const Dtype stored = element_type(weights[first], place, "weights", first);
+    stack.update = {addresses.data() + first, stored, {pointer<float>(etas[i]), 1, 0}};
+    stack.update_beta = {pointer<float>(betas[i]), 1, 0};
     for (size_t at = first; at < first + stack.matrices; ++at)
-      addresses.push_back(weight_address(weights[at], place, at, stack.rows, stack.columns, stack.update.dtype));
+      addresses.push_back(weight_address(weights[at], place, at, stack.rows, stack.columns, stored));
   }
 }
 
@@ -143,9 +134,6 @@ std::vector<Tensor> add_room(std::vector<Stack>& stacks, const std::vector<Chunk
         static_cast<float*>(hold(torch::stable::new_empty(x, {most, stack.number_columns}, ScalarType::Float)));
     held.push_back(torch::stable::new_zeros(x, {most + blocks * kSpreadSums}, ScalarType::Double));
     stack.scratch = check_scratch(held.back(), place, kSpreadSums, most, blocks);
-    if (stack.row_sums != nullptr)
-      stack.row_lines = static_cast<float*>(
-          hold(torch::stable::new_empty(x, {most, symm_gemm::row_lines(side), side}, ScalarType::Float)));
   }
   return held;
 }
@@ -153,16 +141,13 @@ std::vector<Tensor> add_room(std::vector<Stack>& stacks, const std::vector<Chunk
 // What runs on the host or the device: lists of products, and what is done stack by stack.
 struct Ways {
   std::function<void(const std::vector<symm_gemm::Problem>&)> products;
-  std::function<void(const Stack&)> numbers, row_sums;
+  std::function<void(const Stack&)> numbers;
   std::function<void(const Node&, const Stack&)> sum;
 };
 
 void run_chain(const std::vector<Node>& nodes, const std::vector<Stack>& stacks, const Ways& run) {
   run.products(first_gram(stacks));
-  for (const Stack& stack : stacks) {
-    run.numbers(stack);
-    if (stack.row_sums != nullptr) run.row_sums(stack);
-  }
+  for (const Stack& stack : stacks) run.numbers(stack);
   for (const Node& node : nodes) {
     if (node.kind == Kind::sum)
       for (const Stack& stack : stacks) run.sum(node, stack);
@@ -201,16 +186,14 @@ void run_on_hopper(const std::vector<Node>& nodes, const std::vector<std::vector
     counters = std::max(counters, plans.back().workspace_counters);
   };
   for (const std::vector<Stack>& part : parts)
-    run_chain(nodes, part, {plan, [](const Stack&) {}, [](const Stack&) {}, [](const Node&, const Stack&) {}});
+    run_chain(nodes, part, {plan, [](const Stack&) {}, [](const Node&, const Stack&) {}});
   const Tensor partials = torch::stable::new_empty(x, {floats}, ScalarType::Float);
   const Tensor counts = torch::stable::new_zeros(x, {counters}, ScalarType::Int);
   const symm_gemm::Workspace workspace{pointer<float>(partials), pointer<uint32_t>(counts)};
   auto next = plan_of.begin();
-  const auto type = dtype == Dtype::f16 ? symm_gemm::Dtype::f16 : symm_gemm::Dtype::bf16;
   const Ways ways{
-      [&](const std::vector<symm_gemm::Problem>& some) { run_on_sm90(plans[*next++], some, type, workspace, stream); },
+      [&](const std::vector<symm_gemm::Problem>& some) { run_on_sm90(plans[*next++], some, dtype, workspace, stream); },
       [&](const Stack& stack) { numbers_on_device(numbers_params(stack, dtype, numbering), stream); },
-      [&](const Stack& stack) { row_sums_on_device(stack, stream); },
       [&](const Node& node, const Stack& stack) { sum_on_device(node, stack, dtype, stream); }};
   for (const std::vector<Stack>& part : parts) run_chain(nodes, part, ways);
 }
@@ -233,11 +216,11 @@ std::vector<Chunk> make_chunks(const std::vector<Node>& nodes, const std::vector
 }
 
 void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, const std::vector<Tensor>& slacks,
-                 const std::vector<Tensor>& row_sums, const std::vector<Tensor>& weights,
-                 const std::vector<Tensor>& etas, const std::vector<Tensor>& betas, const std::vector<int64_t>& ints,
-                 const std::vector<double>& floats, const std::vector<double>& constants,
-                 const std::vector<int64_t>& powers, const std::vector<double>& least, bool tight, double eps,
-                 int64_t chunk_count, [[maybe_unused]] bool batch_invariant) {
+                 const std::vector<Tensor>& weights, const std::vector<Tensor>& etas, const std::vector<Tensor>& betas,
+                 const std::vector<int64_t>& ints, const std::vector<double>& floats,
+                 const std::vector<double>& constants, const std::vector<int64_t>& powers,
+                 const std::vector<double>& least, bool tight, double eps, int64_t chunk_count,
+                 [[maybe_unused]] bool batch_invariant) {
   STD_TORCH_CHECK(ys.size() == xs.size() && slacks.size() == xs.size(), "xs, ys and slacks go by one another");
   STD_TORCH_CHECK(chunk_count >= 0, "chunks is ", chunk_count, "; 0 stands for what the planner finds");
   if (xs.empty()) return;
@@ -248,7 +231,6 @@ void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, c
   const std::vector<Node> nodes = make_nodes(ints, floats, numbering.columns);
   std::vector<Stack> stacks = make_stacks(xs, ys, slacks, numbering.columns, place, dtype);
   std::vector<void*> addresses;
-  add_row_sums(stacks, row_sums, place);
   add_weights(stacks, weights, etas, betas, place, addresses);
   STD_TORCH_CHECK(weights.empty() || (!nodes.empty() && nodes.back().kind == Kind::apply &&
                                       nodes.back().beta.column < 0 && nodes.back().beta.value == 0),
@@ -268,17 +250,15 @@ void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, c
 #endif
   const Ways ways{[&](const std::vector<symm_gemm::Problem>& some) { products_on_host(some, dtype); },
                   [&](const Stack& stack) { numbers_on_host(numbers_params(stack, dtype, numbering)); },
-                  row_sums_on_host, [&](const Node& node, const Stack& stack) { sum_on_host(node, stack, dtype); }};
+                  [&](const Node& node, const Stack& stack) { sum_on_host(node, stack, dtype); }};
   for (const std::vector<Stack>& part : parts) run_chain(nodes, part, ways);
 }
 
 #ifdef STEEPEST_HAS_CUDA
-small_polar::Dtype small_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
+Dtype small_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
   const Dtype type = element_type(tensor, place, name, i);
   STD_TORCH_CHECK(type != Dtype::f64 && type != Dtype::i16, name, "[", i, "] must be float32, bfloat16 or float16");
-  return type == Dtype::f32    ? small_polar::Dtype::f32
-         : type == Dtype::bf16 ? small_polar::Dtype::bf16
-                               : small_polar::Dtype::f16;
+  return type;
 }
 
 small_polar::Schedule make_schedule(const std::vector<double>& coefficients, int64_t tables,

@@ -1,4 +1,4 @@
-// What the doors of products share: how factors lie, numbers of each matrix, and the run of a list.
+// What the ops of products share: how factors lie, numbers of each matrix, and the run of a list.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "common/device.h"
-#include "ops/door.h"
+#include "ops/op_checks.h"
 #include "polar/chain.h"
 #include "symm_gemm/plan.h"
 
@@ -74,8 +74,8 @@ inline void run_products(const std::vector<symm_gemm::Problem>& problems, Dtype 
   for (const std::string& reason : plan.reasons) STD_TORCH_CHECK(reason.empty(), op, ": ", reason);
   const Tensor partials = torch::stable::new_empty(like, {plan.workspace_floats}, ScalarType::Float);
   const Tensor counts = torch::stable::new_zeros(like, {plan.workspace_counters}, ScalarType::Int);
-  const auto type = dtype == Dtype::f16 ? symm_gemm::Dtype::f16 : symm_gemm::Dtype::bf16;
-  run_on_sm90(plan, problems, type, {pointer<float>(partials), pointer<uint32_t>(counts)}, current_stream(place.index));
+  run_on_sm90(plan, problems, dtype, {pointer<float>(partials), pointer<uint32_t>(counts)},
+              current_stream(place.index));
 #endif
 }
 

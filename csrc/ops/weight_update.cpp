@@ -1,4 +1,4 @@
-// The door of a batched product that is taken into weights: check -> problem -> device guard, stream -> launch.
+// The op of a batched product that is taken into weights: check -> problem -> device guard, stream -> launch.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>

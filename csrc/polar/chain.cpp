@@ -78,15 +78,6 @@ void product_on_host(const Problem& problem, Dtype dtype, int64_t matrix) {
   for (int64_t i = 0; shape.symmetric && i < shape.m; ++i)
     for (int64_t j = 0; j < i; ++j)
       store(problem.d, dtype, d + j * shape.d.row + i, load(problem.d, dtype, d + i * shape.d.row + j));
-  if (problem.row_sums == nullptr) return;
-  const int64_t lines = symm_gemm::row_lines(shape.n);
-  for (int64_t line = 0; line < lines; ++line)
-    for (int64_t i = 0; i < shape.m; ++i) {
-      float sum = 0;
-      for (int64_t j = 64 * line; j < std::min(shape.n, 64 * (line + 1)); ++j)
-        sum += std::fabs(load(problem.d, dtype, d + i * shape.d.row + j));
-      problem.row_sums[(matrix * lines + line) * shape.m + i] = sum;
-    }
 }
 
 }  // namespace
@@ -133,23 +124,13 @@ NumbersParams numbers_params(const Stack& stack, Dtype dtype, const Numbering& n
 std::vector<Problem> updates_of(const Node& last, const std::vector<Stack>& stacks) {
   std::vector<Problem> found = products_of(last, stacks);
   for (size_t i = 0; i < stacks.size(); ++i) {
-    const Update& update = stacks[i].update;
-    found[i].beta = {update.beta, 1, 0}, found[i].d = nullptr;
-    found[i].update = {update.weights, update.dtype, {update.eta, 1, 0}};
+    found[i].update = stacks[i].update, found[i].beta = stacks[i].update_beta, found[i].d = nullptr;
   }
   return found;
 }
 
 std::vector<Problem> first_gram(const std::vector<Stack>& stacks) {
-  std::vector<Problem> found = products_of({Kind::gram, kGram, kX, kX, kX, {-1, 1}, {-1, 0}, 0}, stacks);
-  for (size_t i = 0; i < stacks.size(); ++i) found[i].row_sums = stacks[i].row_lines;
-  return found;
-}
-
-void row_sums_on_host(const Stack& stack) {
-  const int64_t side = stack.side(), lines = symm_gemm::row_lines(side);
-  for (int64_t i = 0; i < stack.matrices * side; ++i)
-    stack.row_sums[i] = symm_gemm::row_sum(stack.row_lines, lines, side, i);
+  return products_of({Kind::gram, kGram, kX, kX, kX, {-1, 1}, {-1, 0}, 0}, stacks);
 }
 
 void products_on_host(const std::vector<Problem>& problems, Dtype dtype) {

@@ -33,23 +33,15 @@ struct Node {
   float gamma;
 };
 
-// Where weights lie, a pointer for each matrix, and what they and their update are multiplied by.
-struct Update {
-  void* const* weights;  // nullptr where there are none
-  Dtype dtype;
-  const float *eta, *beta;  // (matrices,)
-};
-
 struct Stack {
   int64_t matrices, rows, columns;
   void* at[kBuffers];
   float* numbers;  // (matrices, number_columns)
   int64_t number_columns;
-  float* slack;      // (matrices,)
-  Scratch scratch;   // of the numbers
-  float* row_sums;   // nullptr, or (matrices, side): sums of |G| over a row of the first Gram product
-  float* row_lines;  // (matrices, row_lines(side), side) that they are added up from
-  Update update;     // with weights, the last node writes nothing but them
+  float* slack;              // (matrices,)
+  Scratch scratch;           // of the numbers
+  symm_gemm::Update update;  // with weights, the last node writes nothing but them
+  symm_gemm::Scalar update_beta;
 
   int64_t side() const { return rows < columns ? rows : columns; }
   bool tall() const { return rows > columns; }
@@ -61,7 +53,7 @@ std::vector<symm_gemm::Problem> products_of(const Node& node, const std::vector<
 // W[i] <- beta[i] W[i] + eta[i] (what the last node makes of X[i]), in place of a product that is stored.
 std::vector<symm_gemm::Problem> updates_of(const Node& last, const std::vector<Stack>& stacks);
 
-// The first Gram product, which leaves row sums where they are asked for.
+// The first Gram product, which the numbers follow from.
 std::vector<symm_gemm::Problem> first_gram(const std::vector<Stack>& stacks);
 
 // What the numbers of a stack's matrices follow from.
@@ -70,10 +62,6 @@ NumbersParams numbers_params(const Stack& stack, Dtype dtype, const Numbering& n
 // A node that does not.
 void sum_on_host(const Node& node, const Stack& stack, Dtype dtype);
 void sum_on_device(const Node& node, const Stack& stack, Dtype dtype, void* stream);
-
-// Stack::row_sums from Stack::row_lines, line by line.
-void row_sums_on_host(const Stack& stack);
-void row_sums_on_device(const Stack& stack, void* stream);
 
 // The reference: one matrix and one entry after another, summed in fp32 along k, rounded once.
 void products_on_host(const std::vector<symm_gemm::Problem>& problems, Dtype dtype);

@@ -156,8 +156,10 @@ std::vector<Stack> part_of(const std::vector<Stack>& stacks, const Chunk& chunk)
       if (own.at[buffer] != nullptr)
         own.at[buffer] = static_cast<uint16_t*>(own.at[buffer]) + first * own.rows * own.columns;
     if (own.slack != nullptr) own.slack += first;
-    if (own.row_sums != nullptr) own.row_sums += first * own.side();
-    if (own.update.weights != nullptr) own.update.weights += first, own.update.eta += first, own.update.beta += first;
+    if (own.update.weights != nullptr) {
+      own.update.weights += first;
+      own.update.eta.at += first, own.update_beta.at += first;
+    }
     part.push_back(own);
   }
   return part;

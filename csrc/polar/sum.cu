@@ -1,10 +1,9 @@
-// Sums of matrices: bound by memory, a pass over squares where a product writes as much. And sums of rows.
+// Sums of matrices: bound by memory, a pass over squares where a product writes as much.
 #include <algorithm>
 
 #include "common/block.cuh"
 #include "common/check.h"
 #include "polar/sum.cuh"
-#include "symm_gemm/formulas.cuh"
 
 namespace steepest::polar {
 namespace {
@@ -38,25 +37,7 @@ __global__ void __launch_bounds__(kThreads) matrix_sum(const __grid_constant__ A
   }
 }
 
-struct Lines {
-  const float* from;
-  float* to;
-  int64_t matrices, lines, side;
-};
-
-__global__ void __launch_bounds__(kThreads) add_lines(const __grid_constant__ Lines lines) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i < lines.matrices * lines.side) lines.to[i] = symm_gemm::row_sum(lines.from, lines.lines, lines.side, i);
-}
-
 }  // namespace
-
-void row_sums_on_device(const Stack& stack, void* stream) {
-  const Lines lines{stack.row_lines, stack.row_sums, stack.matrices, symm_gemm::row_lines(stack.side()), stack.side()};
-  const int blocks = static_cast<int>((stack.matrices * stack.side() + kThreads - 1) / kThreads);
-  add_lines<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(lines);
-  check_launch("row_sums", blocks, stack.matrices);
-}
 
 void sum_on_device(const Node& node, const Stack& stack, Dtype dtype, void* stream) {
   const Arguments arguments{sum_params(node, stack), dtype};

@@ -12,9 +12,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace steepest::small_polar {
+#include "common/dtype.h"
 
-enum class Dtype : uint8_t { f32, bf16, f16 };
+namespace steepest::small_polar {
 
 constexpr int kMostAlone = 128;  // of the shorter side, in a block
 constexpr int kMostRows = 256;   // in a cluster
@@ -32,7 +32,7 @@ struct Matrices {
   int32_t rows, columns;
   int64_t x_row, x_matrix;  // from one to the next
   int64_t out_row, out_matrix;
-  Dtype x_dtype, out_dtype;
+  Dtype x_dtype, out_dtype;  // f32, bf16 or f16
 };
 
 // The odd polynomials of one table, lowest coefficient first, two to five of them for degrees 3 to 9.

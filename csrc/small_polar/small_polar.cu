@@ -45,6 +45,8 @@
 #include <string>
 #include <vector>
 
+#include "common/arguments.h"
+#include "common/binary_search.h"
 #include "common/check.h"
 #include "common/device.h"
 #include "common/shared.cuh"
@@ -56,13 +58,6 @@
 
 namespace steepest::small_polar {
 namespace {
-
-// What a launch can be told: 32764 bytes where toolkit and driver are of CUDA 12.1 or newer, else 4 KB.
-#if CUDART_VERSION >= 12010
-constexpr size_t kArgumentBytes = 32764;
-#else
-constexpr size_t kArgumentBytes = 4096;
-#endif
 
 struct Item {
   Matrices matrices;
@@ -79,12 +74,7 @@ struct Batch {
 static_assert(sizeof(Batch) <= kArgumentBytes);
 
 __device__ inline const Item& find(const Batch& batch, int32_t matrix) {
-  int low = 0, high = batch.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (batch.items[middle].first <= matrix ? low : high) = middle;
-  }
-  return batch.items[low];
+  return batch.items[part_with([&](int i) { return batch.items[i].first; }, batch.count, matrix)];
 }
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
@@ -346,11 +336,11 @@ struct Block {
   __device__ Halves whole_r() const { return kAlone ? r.part[0] : z.part[0]; }
 
   __device__ void store_z(Tiles<kHalf>& sums, const Share& share) const {
-    z.template store<Place::both>(sums, share);
+    z.template store<StoreAs::both>(sums, share);
     if constexpr (!kAlone) collect(z, z);
   }
   __device__ void store_r(Tiles<kHalf>& sums, const Share& share) const {
-    r.template store<Place::both>(sums, share);
+    r.template store<StoreAs::both>(sums, share);
     if constexpr (!kAlone) collect(r, z);
   }
 
@@ -407,7 +397,7 @@ struct Block {
         if (row == column + 1) diagonal[row] = other, other = 0;
       });
     }
-    q.template store<Place::plain>(sums, share);
+    q.template store<StoreAs::plain>(sums, share);
   }
 
   // R <- (a I + Z) R, in full, then ((a I + Z) R) (a I + Z)^T.
@@ -415,7 +405,7 @@ struct Block {
     const Share full = share(false);
     Tiles<kFull> left;
     advance(left, full, r, a);
-    r.template store<Place::transposed>(left, full);
+    r.template store<StoreAs::transposed>(left, full);
     const Share half = share(true);
     Tiles<kHalf> both;
     advance(both, half, r, a);

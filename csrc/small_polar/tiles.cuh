@@ -156,7 +156,7 @@ struct Owners {
   }
 };
 
-enum class Place { plain, transposed, both };  // where entry (i, j) of a result goes: (i, j), (j, i), or either
+enum class StoreAs { plain, transposed, both };  // where entry (i, j) of a result goes: (i, j), (j, i), or either
 
 // A square matrix in one part or in two: the nearest half and the half nearest to the rest. `kWhole`: every block has
 // room for all rows, else for its own.
@@ -202,13 +202,13 @@ struct Square {
   // for the other blocks too where they own the entries. Both: but for the tiles on the diagonal. Those are as
   // symmetric as the formula that computed them, which is enough, for nobody relies on it: (a I + Z) R (a I + Z)^T and
   // (a I + Z) Q belong together whatever Z is.
-  template <Place kPlace, int kTiles>
+  template <StoreAs kAs, int kTiles>
   __device__ void store(Tiles<kTiles>& sums, const Share& share) const {
-    constexpr int kWaiting = kPlace == Place::plain ? 1 : kBlocks;
+    constexpr int kWaiting = kAs == StoreAs::plain ? 1 : kBlocks;
     sync_blocks<kWaiting>();
     for_each_pair(sums, share, [this](int row, int column, float first, float second) {
-      if (kPlace != Place::transposed) write(row, column, first, second);
-      if (kPlace == Place::transposed || (kPlace == Place::both && (row ^ column) >= kTile))
+      if (kAs != StoreAs::transposed) write(row, column, first, second);
+      if (kAs == StoreAs::transposed || (kAs == StoreAs::both && (row ^ column) >= kTile))
         write_transposed(row, column, first, second);
     });
     sync_blocks<kWaiting>();

@@ -4,7 +4,7 @@
 //   - sync(): all 128 meet, and see what each wrote
 //   - pack, unpack: two 16-bit entries in a word, the first in its lower half
 //   - load_matrices, store_matrices, store_transposed: a warp's four 8 x 8 matrices, every lane giving a row's address
-//   - add_lanes: over the warp, always in the same order; add_row: over eight lanes that follow one another
+//   - add_lanes: over the warp, always in the same order
 //   - publish, acquire: before and after a counter says that something is in memory
 //   - count: adds 1 to a counter, returns what was there
 //   - load_shared, store_shared: 16 bytes that other blocks write or read
@@ -42,12 +42,12 @@ struct Output {
   void* d;
   int64_t c_row, c_matrix, d_row, d_matrix;
   Scalar alpha, beta, gamma;
-  float *partials, *diagonal, *row_sums;
+  float *partials, *diagonal;
   int32_t m, n;
   Tiling tiling;
   Scalar eta;
-  steepest::Dtype weights;  // of an update
-  int32_t first_weight;     // among the addresses of a launch
+  Dtype weights;         // of an update
+  int32_t first_weight;  // among the addresses of a launch
 };
 
 inline Output output_of(const Problem& problem, const PlannedProblem& planned) {
@@ -63,7 +63,6 @@ inline Output output_of(const Problem& problem, const PlannedProblem& planned) {
           problem.gamma,
           problem.partials,
           problem.diagonal,
-          problem.row_sums,
           static_cast<int32_t>(shape.m),
           static_cast<int32_t>(shape.n),
           planned.tiling,
@@ -219,22 +218,9 @@ struct TileStore {
       staging.direct[staged(moved_row(team.thread, i), moved_vector(team.thread))] = ahead[i];
   }
 
-  // One vector of D; n is a multiple of its 8 entries. Eight lanes have a row of a chunk.
+  // One vector of D; n is a multiple of its 8 entries.
   STEEPEST_HD void put(int at_row, int at_column, const Vector& vector) const {
-    const bool inside = at_row < out.m && at_column < out.n;
-    if (inside) *reinterpret_cast<Vector*>(d + at_row * out.d_row + at_column) = vector;
-    if (out.row_sums == nullptr) return;
-    float sum = 0;
-    STEEPEST_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      float pair[2];
-      team.unpack(vector.words[i] & 0x7fff7fffu, pair[0], pair[1]);
-      sum += pair[0] + pair[1];
-    }
-    sum = team.add_row(inside ? sum : 0.0f);
-    if (moved_vector(team.thread) != 0 || at_row >= out.m) return;
-    const int64_t line = int64_t{work.matrix} * ((out.n + kChunk - 1) / kChunk) + at_column / kChunk;
-    out.row_sums[line * out.m + at_row] = sum;
+    if (at_row < out.m && at_column < out.n) *reinterpret_cast<Vector*>(d + at_row * out.d_row + at_column) = vector;
   }
 
   STEEPEST_HD void put_chunk(int chunk) const {

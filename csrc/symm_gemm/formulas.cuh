@@ -26,14 +26,6 @@ STEEPEST_HD inline float moved(float beta, float weight, float alpha, float prod
   return alpha == 0 ? beta * weight : fmaf(alpha, product, beta * weight);
 }
 
-// The i-th of (matrices, m) row sums from (matrices, lines, m).
-STEEPEST_HD inline float row_sum(const float* from, int64_t lines, int64_t m, int64_t i) {
-  const float* at = from + i / m * lines * m + i % m;
-  float sum = 0;
-  for (int64_t line = 0; line < lines; ++line) sum += at[line * m];
-  return sum;
-}
-
 constexpr int kChunk = 64;  // rows and columns
 constexpr int kVector = 8;  // entries of 16 bytes
 constexpr int kRowVectors = kChunk / kVector;

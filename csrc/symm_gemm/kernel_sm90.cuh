@@ -15,19 +15,13 @@
 //     consumers wait for, and the other's releases its loading warp waits for at the end (load_tail).
 #pragma once
 
-#ifndef CUTLASS_ENABLE_GDC_FOR_SM90
-#define CUTLASS_ENABLE_GDC_FOR_SM90  // griddepcontrol; does nothing unless a launch asks for overlap
-#endif
-
-#include "cutlass/arch/grid_dependency_control.h"
+#include "common/arguments.h"
 #include "cutlass/arch/reg_reconfig.h"
 #include "cutlass/cutlass.h"
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "symm_gemm/team_sm90.cuh"
 
 namespace steepest::symm_gemm {
-
-constexpr size_t kArgumentBytes = 32764;  // of a kernel, from CUDA 12.1 on
 
 template <Dtype kDtype, Majors kMajors, Tile kTile, End kEnd = End::store>
 struct Traits {
@@ -187,8 +181,6 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply(const __grid_constant
   } else {
     __syncthreads();
   }
-  cutlass::arch::wait_on_dependent_grids();  // all roles read what the kernel before may have written
-  cutlass::arch::launch_dependent_grids();   // they find room when a block here leaves
 
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<40>();

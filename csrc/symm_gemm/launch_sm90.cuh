@@ -72,7 +72,7 @@ int32_t add_weights(typename T::Batch& batch, int at, const Problem& problem, in
 
 template <class T>
 void launch_tile(const Launch& launch, const std::vector<Problem>& problems, const Workspace& workspace,
-                 cudaStream_t stream, bool overlap) {
+                 cudaStream_t stream) {
   static thread_local typename T::Batch batch;  // not on the stack; the launch copies what it is given
   batch.workspace = workspace;
   batch.schedule = launch.schedule;
@@ -87,30 +87,27 @@ void launch_tile(const Launch& launch, const std::vector<Problem>& problems, con
   }
   const auto kernel = reinterpret_cast<const void*>(multiply<T>);
   allow_shared_memory(kernel, sizeof(typename T::Shared));
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(T::kShape.cluster), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(T::kShape.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(launch.schedule.clusters * T::kShape.cluster);
   config.blockDim = dim3(T::kThreads);
   config.dynamicSmemBytes = sizeof(typename T::Shared);
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = overlap ? 2 : 1;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   void* arguments[] = {&batch};
   check_cuda(cudaLaunchKernelExC(&config, kernel, arguments), "symm_gemm: the launch");
 }
 
 template <Dtype kDtype, Majors kMajors, End kEnd>
-void launch_sm90(const Launch& launch, const std::vector<Problem>& problems, const Workspace& workspace, void* stream,
-                 bool overlap) {
+void launch_sm90(const Launch& launch, const std::vector<Problem>& problems, const Workspace& workspace, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   if (launch.tile == Tile::wide)
-    launch_tile<Traits<kDtype, kMajors, Tile::wide, kEnd>>(launch, problems, workspace, on, overlap);
+    launch_tile<Traits<kDtype, kMajors, Tile::wide, kEnd>>(launch, problems, workspace, on);
   else
-    launch_tile<Traits<kDtype, kMajors, Tile::small, kEnd>>(launch, problems, workspace, on, overlap);
+    launch_tile<Traits<kDtype, kMajors, Tile::small, kEnd>>(launch, problems, workspace, on);
 }
 
 }  // namespace steepest::symm_gemm

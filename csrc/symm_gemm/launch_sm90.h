@@ -7,7 +7,6 @@
 namespace steepest::symm_gemm {
 
 template <Dtype, Majors, End>
-void launch_sm90(const Launch& launch, const std::vector<Problem>& problems, const Workspace& workspace, void* stream,
-                 bool overlap);
+void launch_sm90(const Launch& launch, const std::vector<Problem>& problems, const Workspace& workspace, void* stream);
 
 }  // namespace steepest::symm_gemm

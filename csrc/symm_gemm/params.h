@@ -13,8 +13,6 @@
 
 namespace steepest::symm_gemm {
 
-enum class Dtype : uint8_t { f16, bf16 };
-
 // Along which of its dimensions a factor lies contiguous in memory: k, or the other one.
 //   A   k: memory rows are A's rows           mn: memory holds A^T, k rows of m
 //   B   k: memory holds B^T, n rows of k      mn: memory rows are B's rows
@@ -54,13 +52,10 @@ struct Scalar {
 // fp32, bf16 or fp16, read once and rounded once. Where eta or alpha is 0 the product does not count, NaN or not.
 struct Update {
   void* const* weights;  // `batch` addresses, in host memory
-  steepest::Dtype dtype;
+  Dtype dtype;
   Scalar eta;
 };
 constexpr int kMostWeights = 1024;  // matrices of a list of updates: their addresses go into the launch
-
-// Lines of row sums of a matrix with n columns.
-inline int64_t row_lines(int64_t n) { return (n + 63) / 64; }
 
 struct Problem {
   Shape shape;
@@ -71,9 +66,6 @@ struct Problem {
   // their sum in any fixed order is the matrix'.
   float* partials;
   float* diagonal;  // nullptr, or m floats for each matrix: D's diagonal before rounding, min(m, n) of them written
-  // nullptr, or row_lines(n) lines of m floats for each matrix: line j has sums of |D|, as it is stored, over columns
-  // 64 j to 64 j + 63. The sum over the lines in any fixed order is a row's.
-  float* row_sums;
   Update update;
 };
 
@@ -85,9 +77,9 @@ struct Workspace {
 
 struct Plan;
 
-// `stream` is a cudaStream_t on the current device, which has compute capability 9.0. `overlap`: the kernel may start
-// while its predecessor in the stream drains (it waits before it reads). Throws when a launch fails.
+// `stream` is a cudaStream_t on the current device, which has compute capability 9.0. dtype: f16 or bf16, of the
+// matrices. Throws when a launch fails.
 void run_on_sm90(const Plan& plan, const std::vector<Problem>& problems, Dtype dtype, const Workspace& workspace,
-                 void* stream, bool overlap = false);
+                 void* stream);
 
 }  // namespace steepest::symm_gemm

@@ -90,7 +90,7 @@ Candidate share_out(Candidate found, int64_t whole, int64_t clusters, int multip
     int32_t step = steps == 0 ? 0 : stream_begin(launch.schedule, cluster);
     const int32_t end = steps == 0 ? 0 : stream_begin(launch.schedule, cluster + 1);
     while (step < end) {
-      const int32_t at = last_not_above(first_step.data(), count, step);
+      const int32_t at = part_with([&](int32_t i) { return first_step[i]; }, count, step);
       const int32_t k_tiles = launch.problems[at].tiling.k_tiles, within = (step - first_step[at]) % k_tiles;
       const int32_t taken = std::min(k_tiles - within, end - step), tile = step - within;
       clocks += taken * cost.step;

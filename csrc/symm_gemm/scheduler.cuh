@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/binary_search.h"
 #include "common/host_device.h"
 
 namespace steepest::symm_gemm {
@@ -30,7 +31,7 @@ struct Schedule {
   int32_t clusters;      // times steps less than 2^31
 };
 
-struct Place {
+struct TileCoord {
   int32_t row, column;  // of a cluster tile, counted in cluster tiles
 };
 
@@ -39,7 +40,7 @@ struct Work {
   int32_t problem, matrix, tile;
   int32_t k_begin, k_tiles;
   int32_t part, parts, opener;  // parts of the tile, and the cluster that has part 0; opener + i has part i
-  Place place;
+  TileCoord place;
 };
 
 // Tile rows that are walked together, column by column: eight rows and the columns in flight stay in the L2 cache,
@@ -64,7 +65,7 @@ STEEPEST_HD inline int32_t triangle_row(int32_t index) {
   return static_cast<int32_t>(row);
 }
 
-STEEPEST_HD inline Place place_of(const Tiling& tiling, int32_t tile) {
+STEEPEST_HD inline TileCoord place_of(const Tiling& tiling, int32_t tile) {
   if (!tiling.symmetric) {
     const int32_t band = tile / (kRowsTogether * tiling.columns), first = band * kRowsTogether;
     const int32_t left = tiling.rows - first, height = left < kRowsTogether ? left : kRowsTogether;
@@ -77,19 +78,6 @@ STEEPEST_HD inline Place place_of(const Tiling& tiling, int32_t tile) {
   if (rest < first * height) return {first + rest % height, rest / height};
   const int32_t corner = rest - first * height, row = triangle_row(corner);
   return {first + row, first + corner - row * (row + 1) / 2};
-}
-
-// Position of the last of `count` numbers, rising from 0, that is not above `value`.
-STEEPEST_HD inline int32_t last_not_above(const int32_t* numbers, int32_t count, int32_t value) {
-  int32_t low = 0, high = count;
-  while (high - low > 1) {
-    const int32_t middle = (low + high) / 2;
-    if (numbers[middle] <= value)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
 }
 
 // The first step of a cluster's stream, and the cluster whose stream has a step. As many streams as some number of
@@ -117,12 +105,12 @@ class Walk {
     int32_t tile;  // among the problem's
     work.part = 0, work.parts = 1, work.opener = cluster_;
     if (tile_ < schedule.whole) {
-      work.problem = last_not_above(first_tile, count, tile_);
+      work.problem = part_with([&](int32_t i) { return first_tile[i]; }, count, tile_);
       tile = tile_ - first_tile[work.problem];
       work.k_begin = 0, work.k_tiles = tiling_of(work.problem).k_tiles;
       tile_ += schedule.clusters;
     } else if (step_ < end_) {
-      work.problem = last_not_above(first_step, count, step_);
+      work.problem = part_with([&](int32_t i) { return first_step[i]; }, count, step_);
       const int32_t k_tiles = tiling_of(work.problem).k_tiles, at = step_ - first_step[work.problem];
       const int32_t dealt = schedule.whole - first_tile[work.problem];
       tile = at / k_tiles;

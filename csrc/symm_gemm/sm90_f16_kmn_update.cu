@@ -2,5 +2,5 @@
 
 namespace steepest::symm_gemm {
 template void launch_sm90<Dtype::f16, Majors::kmn, End::update>(const Launch&, const std::vector<Problem>&,
-                                                                const Workspace&, void*, bool);
+                                                                const Workspace&, void*);
 }

@@ -55,12 +55,6 @@ struct Warpgroup {
     return value;
   }
 
-  __device__ static float add_row(float value) {
-#pragma unroll
-    for (int lanes = 4; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-    return value;
-  }
-
   __device__ static void publish() { __threadfence(); }
   __device__ static void acquire() { __threadfence(); }
   __device__ static uint32_t count(uint32_t* counter) { return atomicAdd(counter, 1u); }

@@ -65,7 +65,7 @@ struct UpdateStore {
   }
 
  private:
-  STEEPEST_HD bool wide() const { return out.weights == steepest::Dtype::f32; }
+  STEEPEST_HD bool wide() const { return out.weights == Dtype::f32; }
   STEEPEST_HD int chunk_column(int chunk) const { return column + chunk * kChunk; }
   STEEPEST_HD bool stores(int chunk) const { return row < out.m && chunk_column(chunk) < out.n; }
 
@@ -120,7 +120,7 @@ struct UpdateStore {
       to[0] = fresh[0], to[1] = fresh[1];
       return;
     }
-    const bool bf16 = out.weights == steepest::Dtype::bf16;
+    const bool bf16 = out.weights == Dtype::bf16;
     STEEPEST_UNROLL
     for (int k = 0; k < 4; ++k) {
       const auto low = static_cast<uint16_t>(first.words[k]), high = static_cast<uint16_t>(first.words[k] >> 16);

@@ -120,7 +120,7 @@ class Recipe:
         return self.kronecker is not None or bool(self.transforms)
 
     def input_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Of what the direction is given for (batch, m, n)."""
+        """The shape of the direction's input for matrices (batch, m, n)."""
         return shape if self.kronecker is None else self.kronecker.input_shape(shape)
 
     def names(self, piece: int) -> dict[str, str]:
@@ -145,7 +145,7 @@ class Recipe:
         if self.kronecker is None:
             state |= self.precondition.init(g)
         else:
-            state[CLOCK] = torch.zeros((), dtype=torch.int64)
+            state[CLOCK] = torch.zeros((), dtype=torch.int64, device="cpu")
             for number, piece in enumerate(pieces):
                 factors = self.kronecker.init(piece.view(g).reshape(piece.shape))
                 state |= {name: factors[key] for key, name in self.names(number).items()}
@@ -187,6 +187,10 @@ class Recipe:
         w: the weight in g's shape, for a recipe that `reads_weight`.
         """
         return self.precondition.into(state, self.momentum_of(state, g, hyper), hyper, state.get("step"))
+
+    def direction_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """The dtype in which a direction's input is gathered, of a gradient in `dtype`, fp32 at least."""
+        return self.direction.compute_dtype(dtype, device)
 
     def descent_direction(self, x: Tensor, hyper: Hyper) -> Tensor:
         """The step in the preconditioner's variables, before the learning rate."""

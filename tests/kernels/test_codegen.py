@@ -45,7 +45,6 @@ KERNELS = {
     "apply_update strided": ("12apply_update", "11StridedItem"),
     "chain numbers": ("13chain_numbers",),
     "matrix sum": ("10matrix_sum",),
-    "row sums": ("9add_lines",),
     "small polar 64": ("11small_polarILi64E",),
     "small polar 128": ("11small_polarILi128E",),
     "small polar 256": ("11small_polarILi256E",),

@@ -30,9 +30,11 @@ int solve(double* a, double* w, int* info, int64_t count, int64_t n, int device,
 }
 """
 
+Libraries = tuple[ctypes.CDLL, ctypes.CDLL]
+
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ctypes.CDLL]:
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
     """Our side, and the stand-in for cuSOLVER that it has loaded."""
     folder = tmp_path_factory.mktemp("cusolver")
     (folder / "door.cpp").write_text(DOOR)
@@ -44,30 +46,54 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ct
     return ours, theirs
 
 
-def test_streams_share_neither_a_handle_nor_host_memory(libraries: tuple[ctypes.CDLL, ctypes.CDLL]) -> None:
+def solve(libraries: Libraries, n: int, device: int, stream: int) -> int | None:
+    """Solves the identity; where the host memory lay that the solver was given, None where a call failed."""
     ours, theirs = libraries
+    a, w = torch.eye(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+    info, zeroed = torch.full((1,), -1, dtype=torch.int32), torch.zeros(1000, dtype=torch.uint8)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, w, info)]
+    sizes = (ctypes.c_int64(1), ctypes.c_int64(n), ctypes.c_int(device))
+    if ours.solve(*pointers, *sizes, ctypes.c_void_p(stream), ctypes.c_void_p(zeroed.data_ptr())) != 0:
+        return None
+    assert info.item() == 0
+    assert w.tolist() == [1.0] * n
+    return int(theirs.cusolver_host_memory())
 
-    def solve(n: int, device: int, stream: int) -> int:
-        a, w = torch.eye(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
-        info, zeroed = torch.full((1,), -1, dtype=torch.int32), torch.zeros(1000, dtype=torch.uint8)
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, w, info)]
-        sizes = (ctypes.c_int64(1), ctypes.c_int64(n), ctypes.c_int(device))
-        last = (ctypes.c_void_p(stream), ctypes.c_void_p(zeroed.data_ptr()))
-        assert ours.solve(*pointers, *sizes, *last) == 0
-        assert info.item() == 0
-        assert w.tolist() == [1.0] * n
-        return int(theirs.cusolver_host_memory())
 
-    main, side = 64, 128  # addresses of streams
-    first = solve(3, 0, main)
+MAIN, SIDE = 64, 128  # addresses of streams
+
+
+def test_streams_share_neither_a_handle_nor_host_memory(libraries: Libraries) -> None:
+    _, theirs = libraries
+    first = solve(libraries, 3, 0, MAIN)
     assert theirs.cusolver_handles() == 1
-    beside = solve(3, 0, side)
+    beside = solve(libraries, 3, 0, SIDE)
     assert theirs.cusolver_handles() == 2
     assert beside != first
-    assert solve(2, 0, main) == first
-    larger = solve(5, 0, main)
-    assert len({first, beside, larger}) == 3  # what the first call was given is not given back while it may be read
-    assert solve(3, 0, main) == larger
+    assert solve(libraries, 2, 0, MAIN) == first
+    larger = solve(libraries, 5, 0, MAIN)
+    assert len({first, beside, larger}) == 3
+    assert first is not None
+    assert ctypes.string_at(first, 300) == b"\xab" * 300, "was given back, while the first call's solver may read it"
+    assert solve(libraries, 3, 0, MAIN) == larger
     assert theirs.cusolver_handles() == 2
-    solve(3, 1, main)
+    solve(libraries, 3, 1, MAIN)
     assert theirs.cusolver_handles() == 3
+
+
+def test_what_was_made_before_a_failure_is_destroyed(libraries: Libraries) -> None:
+    """Or every attempt would leave a handle, with its memory on the device."""
+    _, theirs = libraries
+
+    def alive() -> tuple[int, int]:
+        return theirs.cusolver_handles(), theirs.cusolver_params()
+
+    handles, params = alive()
+    for refused in ((1, 0), (0, 1)):  # parameters, a stream
+        theirs.cusolver_refuse(*refused)
+        for _ in range(2):
+            assert solve(libraries, 3, 2, MAIN) is None
+            assert alive() == (handles, params)
+    theirs.cusolver_refuse(0, 0)
+    assert solve(libraries, 3, 2, MAIN) is not None
+    assert alive() == (handles + 1, params + 1)

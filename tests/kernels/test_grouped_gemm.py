@@ -50,9 +50,6 @@ class Problem:
     def outs(self) -> list[Tensor]:
         return [torch.full_like(c, torch.nan) for c in self.c]
 
-    def sums(self) -> list[Tensor]:
-        return [torch.full(c.shape[:2], torch.nan, device=c.device) for c in self.c]
-
     def check(self, found: Sequence[Tensor], plain: bool = False, roundings: int = 1) -> None:
         """Against fp32 (fp64 for fp64), up to the roundings of what is stored and of sums in fp32; ``plain`` is A B."""
         for i, out in enumerate(found):
@@ -70,11 +67,6 @@ class Problem:
             assert not self.symmetric or torch.equal(out, out.mT)
 
 
-def check_sums(found: Sequence[Tensor], products: Sequence[Tensor]) -> None:
-    for sums, out in zip(found, products, strict=True):
-        torch.testing.assert_close(sums, out.float().abs().sum(-1), rtol=1e-4, atol=1e-5)
-
-
 SMALL: Sizes = [(3, 24, 40, 16), (1, 8, 8, 72), (2, 72, 64, 8)]
 SQUARE: Sizes = [(3, 24, 24, 40), (1, 72, 72, 16), (2, 8, 8, 8)]
 
@@ -83,8 +75,7 @@ SQUARE: Sizes = [(3, 24, 24, 40), (1, 72, 72, 16), (2, 8, 8, 8)]
 def test_in_torch(dtype: torch.dtype) -> None:
     for symmetric, sizes in ((False, SMALL), (True, SQUARE)):
         problem = Problem(sizes, dtype, CPU, symmetric=symmetric)
-        outs, sums = problem.outs(), [s.to(torch.promote_types(dtype, F)) for s in problem.sums()]
-        more = {"row_sums": sums} if symmetric else {}
+        outs = problem.outs()
         grouped_gemm(
             problem.a,
             problem.b,
@@ -93,11 +84,8 @@ def test_in_torch(dtype: torch.dtype) -> None:
             beta=problem.beta,
             out=outs,
             symmetric=symmetric,
-            **more,
         )
         problem.check(outs, roundings=3)
-        if symmetric:
-            check_sums([s.float() for s in sums], outs)
         outs = problem.outs()
         grouped_gemm(problem.a, problem.b, out=outs, symmetric=symmetric)
         problem.check(outs, plain=True)
@@ -111,16 +99,14 @@ def compiled(problem: Problem, tile: str, streams: str) -> None:
         tile=TILES.index(tile),
         streams=STREAMS.index(streams),
     )
-    outs, sums = problem.outs(), problem.sums() if problem.symmetric else []
-    op(problem.a, problem.b, problem.c, outs, sums, problem.alpha, problem.beta, 0.0, 0.0)
+    outs = problem.outs()
+    op(problem.a, problem.b, problem.c, outs, problem.alpha, problem.beta, 0.0, 0.0)
     problem.check(outs)
-    if sums:
-        check_sums(sums, outs)
     plain = problem.outs()
-    op(problem.a, problem.b, [], plain, [], [], [], 1.0, 0.0)
+    op(problem.a, problem.b, [], plain, [], [], 1.0, 0.0)
     problem.check(plain, plain=True)
     within = [c.clone() for c in problem.c]
-    op(problem.a, problem.b, within, within, [], problem.alpha, problem.beta, 0.0, 0.0)
+    op(problem.a, problem.b, within, within, problem.alpha, problem.beta, 0.0, 0.0)
     assert all(torch.equal(x, y) for x, y in zip(within, outs, strict=True))
 
 
@@ -140,8 +126,8 @@ def test_the_op_on_the_host() -> None:
 
 
 def opcheck(problem: Problem) -> None:
-    lists = (problem.a, problem.b, problem.c, problem.outs(), problem.sums(), problem.alpha, problem.beta)
-    for out in (*lists[3], *lists[4]):
+    lists = (problem.a, problem.b, problem.c, problem.outs(), problem.alpha, problem.beta)
+    for out in lists[3]:
         out.zero_()  # NaN is not equal to itself where opcheck compares
     torch.library.opcheck(
         torch.ops.steepest.grouped_gemm.default,
@@ -168,8 +154,6 @@ def test_opcheck() -> None:
         ({"a": [torch.zeros(2, 8, 8, 2, dtype=H)[..., 0]]}, "the rows of a, and the rows or the columns of b"),
         ({"out": [torch.zeros(2, 8, 16, dtype=H)]}, r"out\[0\] must be of the type of a, of shape \(2, 8, 8\)"),
         ({"c": [torch.zeros(2, 8, 8)]}, r"c\[0\] must be of the type of a"),
-        ({"row_sums": [torch.zeros(2, 8)]}, "row_sums are those of symmetric products"),
-        ({"row_sums": [torch.zeros(2, 9)], "symmetric": True}, r"row_sums\[0\] must be .* of shape \(2, 8\)"),
         ({"symmetric": True, "b": [torch.zeros(2, 8, 16, dtype=H)]}, "it has 8 rows and 16 columns"),
         ({"a": [torch.zeros(0, 8, 8, dtype=H)], "b": [torch.zeros(0, 8, 8, dtype=H)]}, r"a\[0\] or b\[0\] is empty"),
         ({"tile": 3}, "tile is 3"),
@@ -178,7 +162,7 @@ def test_opcheck() -> None:
 )
 def test_errors_of_the_op(change: dict[str, Any], message: str) -> None:
     square = torch.zeros(2, 8, 8, dtype=H)
-    given: dict[str, Any] = {"a": [square], "b": [square], "c": [], "out": [square.clone()], "row_sums": []}
+    given: dict[str, Any] = {"a": [square], "b": [square], "c": [], "out": [square.clone()]}
     given |= {"alphas": [], "betas": [], "alpha": 1.0, "beta": 0.0, "symmetric": False, "tile": 0, "streams": 0}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.steepest.grouped_gemm(**(given | change))
@@ -193,7 +177,6 @@ def test_errors_of_the_op(change: dict[str, Any], message: str) -> None:
         ({"out": [torch.zeros(2, 8, 9)]}, r"do not fit as \(batch, m, k\), \(batch, k, n\): .*\(2, 8, 9\)"),
         ({"a": [torch.zeros(8, 8)]}, r"a\[0\], b\[0\] and out\[0\] do not fit"),
         ({"a": [torch.zeros(2, 16, 8)], "out": [torch.zeros(2, 16, 8)], "symmetric": True}, "square ones where symm"),
-        ({"row_sums": [torch.zeros(2, 8)]}, "pass symmetric=True"),
         ({"tile": "huge"}, "tile='huge' is not known; use one of auto, wide, small"),
         ({"streams": "maybe"}, "streams='maybe' is not known; use one of auto, never, always"),
     ],
@@ -224,9 +207,7 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "strides (0, 16, 1)" in str(_reason([x], [x.mT], [], [out[:1].expand(2, -1, -1)]))
     assert "strides (384, 1, 16)" in str(_reason([torch.zeros(2, 24, 16, dtype=H).mT], [x.mT], [], [out]))
     assert "16 bytes" in str(_reason([x], [x.mT], [], [torch.zeros(520, dtype=H)[1:513].view(2, 16, 16)]))
-    sums = torch.zeros(2, 32)
-    for more in (([numbers.double()],), ((), [sums[:, :16].double()]), ((), [sums[:, ::2]])):
-        assert "float32" in str(_reason([x], [x.mT], [], [out], *more))
+    assert "float32" in str(_reason([x], [x.mT], [], [out], [numbers.double()]))
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
@@ -264,11 +245,10 @@ def test_symmetric_streams_of_the_wide_tile(
         assert (launch["tile"], launch["cluster"]) == ((128, 256, 64), 2)
         assert launch["steps"] > 0
     problem = Problem([sizes], dtype, cuda, majors=majors, symmetric=True)
-    outs, sums = problem.outs(), problem.sums()
+    outs = problem.outs()
     run = functools.partial(grouped_gemm, problem.a, problem.b, problem.c, alpha=problem.alpha, beta=problem.beta)
-    run(out=outs, symmetric=True, row_sums=sums)
+    run(out=outs, symmetric=True)
     problem.check(outs)
-    check_sums(sums, outs)
     again, same = problem.outs(), torch.ones((), dtype=torch.bool, device=cuda)
     for _ in range(200):
         again[0].fill_(torch.nan)

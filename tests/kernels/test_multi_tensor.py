@@ -26,6 +26,7 @@ from steepest.ops.multi_tensor import CHUNK, COLUMNS, SUMS, Groups, Item, Items,
 from steepest.ops.program import HYPERS, Power, Program
 from steepest.parts import Rounding
 from support.problems import FEW, gaussian
+from support.slow import slow
 from support.training import all_same_bits, same_bits
 
 MORE = settings(FEW, max_examples=100)
@@ -424,8 +425,8 @@ def assert_row(old: Work, at: Formulas, found: dict[str, float], name: str) -> N
         "read_beta1": beta1,
         "one_minus_read_beta1": 1 - beta1,
         "eps": eps,
-        "inverse_mass1": 1 / (1 - beta1**at.t) if p.momentum_correction else 1,
-        "inverse_mass2": (1 - beta2**at.t) ** (-2 * POWERS[p.power]) if p.second_correction else 1,
+        "inverse_correction1": 1 / (1 - beta1**at.t) if p.momentum_correction else 1,
+        "inverse_correction2": (1 - beta2**at.t) ** (-2 * POWERS[p.power]) if p.second_correction else 1,
         "decay": lr * decay,
         "lr": lr,
     }
@@ -549,7 +550,7 @@ def test_corrections_do_not_cancel(beta: float, t: int) -> None:
         mass = 1 - Decimal(beta) ** t
         first = [float(1 / mass)] * 3
         second = [float(mass ** (-2 * Decimal(POWERS[power]))) for power in POWERS]
-    for column, wanted in (("inverse_mass1", first), ("inverse_mass2", second)):
+    for column, wanted in (("inverse_correction1", first), ("inverse_correction2", second)):
         torch.testing.assert_close(table.column(column), torch.tensor(wanted, dtype=D), rtol=1e-14, atol=0)
     assert table.column("step").tolist() == [t] * 3
     assert [w.step.item() for w in works] == [t] * 3
@@ -813,6 +814,7 @@ print(table.rows.view(torch.int64).tolist())
 """
 
 
+@pytest.mark.slow
 def test_narrower_vectors_are_the_formulas_too() -> None:
     """What ATEN_CPU_CAPABILITY allows; by "default" what processors run that are no x86 or have no AVX2. Sums are kept
     in as many parts as a vector has lanes, so that their last bits tell whether it was heeded."""
@@ -1208,7 +1210,7 @@ def moved(given: dict[str, Arguments], device: str) -> dict[str, Arguments]:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("op", ["grad_stats", "decide_steps", "update_moments", "apply_update"])
-@pytest.mark.parametrize("types", TYPES[1:5], ids=ids)
+@pytest.mark.parametrize("types", [*TYPES[1:3], *map(slow, TYPES[3:5])], ids=ids)
 def test_opcheck(types: Types, op: str, device: str) -> None:
     works = list(every_program(types).values())
     measures = op in ("grad_stats", "decide_steps")

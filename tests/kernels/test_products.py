@@ -288,6 +288,7 @@ def check_gradients(kernels: Any, device: torch.device, dtype: torch.dtype, size
             torch.testing.assert_close(factor.double(), wanted, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_in_the_interpreter() -> None:
     done = run_interpreted(__file__)

@@ -28,22 +28,6 @@ def test_product_with_its_transpose(m: int, batch: int, dtype: torch.dtype) -> N
     torch.testing.assert_close(result, torch.baddbmm(c, a, a.mT, alpha=0.5, beta=2.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch,m", [(1, 300), (3, 64), (2, 1)])
-def test_row_sums_bound_the_largest_eigenvalue(batch: int, m: int, dtype: torch.dtype) -> None:
-    a = torch.randn(batch, m, 40, dtype=dtype, generator=torch.Generator().manual_seed(m))
-    sums = torch.full((batch, m), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
-    out = gemm(a, a.mT, out=torch.empty(batch, m, m, dtype=dtype), symmetric=True, row_sums=sums)
-    assert torch.equal(out, gemm(a, a.mT, out=torch.empty_like(out), symmetric=True))
-    torch.testing.assert_close(sums.double(), out.double().abs().sum(-1), rtol=1e-5, atol=0)
-    largest = torch.linalg.eigvalsh(out.double())[:, -1]
-    assert (sums.amax(-1) >= largest * (1 - 1e-5)).all()
-    # Equal where the eigenvector of the largest has entries of one magnitude.
-    ones = torch.ones(batch, m, 1, dtype=dtype)
-    gemm(ones, ones.mT, out=out, symmetric=True, row_sums=sums)
-    assert (sums == m).all()
-
-
 @pytest.mark.parametrize("m", [7, 300])
 def test_commuting_factors_and_output_in_place(m: int) -> None:
     a = torch.randn(1, m, m, dtype=torch.float64, generator=torch.Generator().manual_seed(m))
@@ -85,13 +69,11 @@ def test_what_a_kernel_is_given(preset: str, shape: tuple[int, ...], monkeypatch
         out: Tensor,
         *,
         symmetric: bool,
-        row_sums: Tensor | None,
     ) -> None:
         def wide(x: Number) -> Number:
             return x[:, None, None] if isinstance(x, Tensor) else x
 
         assert gamma == 0
-        assert row_sums is None
         d = wide(alpha) * (a @ b) + (0.0 if c is None else wide(beta) * c)
         out.copy_(d.tril() + d.tril(-1).mT if symmetric else d)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from support.cuobjdump import tool
+from support.slow import slow
 from support.triton_interpreter import mend_the_interpreter, run_interpreted
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -85,6 +86,7 @@ def every_tile_is_taken_once(device: torch.device, block: int) -> None:
             assert torch.equal(tiles.sort().values, wanted), f"{rows} x {columns}, {symmetric=}, {group=}: {tiles}"
 
 
+@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     """In fp32, whose products it takes right."""
     done = run_interpreted(__file__)
@@ -365,7 +367,6 @@ class Kind:
     even_k: bool = True
     precision: str = "ieee"
     wide: bool = False  # c and out are fp32
-    sums: bool = False  # of rows
     tma: bool = False
 
 
@@ -374,7 +375,6 @@ GRAM = Kind(H, True, True, True, "none")  # X X^T
 TALL_GRAM = Kind(B, False, False, True, "none", even_k=False)  # X^T X
 SQUARE = Kind(H, True, False, True)  # Q Z + a Q
 TALL = Kind(H, False, True, False)
-SUMS = replace(GRAM, sums=True)
 ODD = Kind(H, True, False, True, "tensors", aligned=False, even_k=False)
 # Results in fp32: of square tiles, and of those that are not.
 AVERAGE = Kind(B, True, True, True, "average", wide=True)  # L + w (G G^T - L)
@@ -390,7 +390,7 @@ def compilations() -> Iterator[Any]:
         square, small = listed.block_m == listed.block_n, listed == kernels.CONFIGURATIONS[name][-1]
         kinds = [PLAIN]
         if name != "sm_86":
-            kinds += [SQUARE if small else GRAM, SUMS] if square else [TALL] if listed.block_m == 64 else []
+            kinds += [SQUARE if small else GRAM] if square else [TALL] if listed.block_m == 64 else []
             kinds += [TALL_GRAM, ODD] if small else []
         yield from ((capability, listed, kind) for kind in kinds)
     yield 120, kernels.CONFIGURATIONS["sm_86"][0], SQUARE
@@ -422,7 +422,15 @@ def name_of(x: Any) -> str:
     return f"{x.block_m}x{x.block_n}" if isinstance(x, kernels.Configuration) else f"sm_{x}"
 
 
-@pytest.mark.parametrize("capability,listed,kind", list(compilations()), ids=name_of)
+def a_second_each() -> Iterator[Any]:
+    """All compilations; only the first for each architecture is not slow."""
+    seen: set[int] = set()
+    for capability, listed, kind in compilations():
+        yield (slow if capability in seen else pytest.param)(capability, listed, kind)
+        seen.add(capability)
+
+
+@pytest.mark.parametrize("capability,listed,kind", list(a_second_each()), ids=name_of)
 def test_code(capability: int, listed: Any, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # what is read is what was compiled now
     compiled = compile_for(capability, listed, kind)
@@ -456,8 +464,7 @@ def test_code(capability: int, listed: Any, kind: Kind, tmp_path: Path, monkeypa
     if kind.aligned and not without_tensor_cores:
         stores = re.findall(r"\bSTG\.E\S*", code)
         assert stores
-        assert kind.sums or all(".128" in store for store in stores), stores
-        assert any(".128" in store for store in stores), stores
+        assert all(".128" in store for store in stores), stores
 
 
 def compile_for(capability: int, listed: Any, kind: Kind) -> Any:
@@ -479,8 +486,6 @@ def compile_for(capability: int, listed: Any, kind: Kind) -> Any:
         "PRECISION": kind.precision,
         "TMA": kind.tma,
     }
-    if not kind.sums:
-        constants["row_lines"] = None
     if kind.numbers != "tensors":
         constants |= dict.fromkeys(("alpha_stride", "beta_stride", "gamma_stride"))
     if kind.numbers == "none":
@@ -493,7 +498,6 @@ def compile_for(capability: int, listed: Any, kind: Kind) -> Any:
         m, n, k = listed.block_m, listed.block_n, listed.block_k
         types["a"] = f"tensordesc<{TYPES[kind.dtype]}[1, {f'{m}, {k}' if kind.a_along_k else f'{k}, {m}'}]>"
         types["b"] = f"tensordesc<{TYPES[kind.dtype]}[1, {f'{n}, {k}' if kind.b_along_k else f'{k}, {n}'}]>"
-    types["row_lines"] = "*fp32"
     types |= dict.fromkeys(("alpha", "beta", "gamma"), "*fp32" if kind.numbers == "tensors" else "fp32")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in KERNEL.arg_names}
     options = {"num_warps": listed.warps, "num_stages": listed.stages, "enable_fp_fusion": False}

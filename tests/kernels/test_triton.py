@@ -43,6 +43,7 @@ def nothing_is_uploaded_twice(device: torch.device) -> None:
         assert uploads[3:] == [3 * len(HYPERS) * len(GROUPS)]
 
 
+@pytest.mark.slow
 @needs_triton
 @needs_extension
 def test_in_the_interpreter() -> None:

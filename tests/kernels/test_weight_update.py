@@ -200,29 +200,6 @@ def test_the_chain_op_ends_in_weights(stored: torch.dtype, chunks: int) -> None:
     compare(stacks_of(B), restarts, stored, run, atol=0.1)
 
 
-@needs_extension
-@pytest.mark.parametrize("dtype", [H, B], ids=str)
-@pytest.mark.parametrize("chunks", [1, 5])
-def test_row_sums_of_the_first_product(chunks: int, dtype: torch.dtype) -> None:
-    """More than one block of 64 in a row, wide and tall; they bound the largest singular value."""
-    plan = chain(SCHEDULE, (2,))
-    xs = [
-        torch.stack([prescaled(with_spectrum(*shape, "log").float()[None], dtype)[0]] * 2)
-        for shape in ((72, 80), (80, 66))
-    ]
-    sums, slacks = [torch.full((2, 72), torch.nan), torch.full((2, 66), torch.nan)], [torch.empty(2) for _ in xs]
-    numbers = (plan.packed, plan.constants, plan.powers, SCHEDULE.slacks)
-    held = [x.clone() for x in xs]
-    ys = [torch.empty_like(x) for x in xs]
-    polar_chain(held, ys, slacks, *numbers, tight=True, eps=1e-7, row_sums=sums, chunks=chunks)
-    for x, found in zip(xs, sums, strict=True):
-        wide = x.double() if x.shape[1] <= x.shape[2] else x.double().mT
-        gram = wide @ wide.mT
-        torch.testing.assert_close(found.double(), gram.abs().sum(-1), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
-        largest = torch.linalg.matrix_norm(wide, 2).square()
-        assert (found.amax(-1) >= largest * (1 - torch.finfo(dtype).eps)).all()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("stored", [F, B, H], ids=str)
 @pytest.mark.parametrize("dtype", [H, B], ids=str)

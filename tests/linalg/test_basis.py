@@ -25,6 +25,7 @@ from support.eigenvalues import (
     whitening,
 )
 from support.singular_values import gaussian, orthogonal
+from support.slow import slow
 
 WAYS: dict[str, dict] = {
     "jr": {"method": "jr"},
@@ -57,7 +58,7 @@ def mean_of_last_half(errors: list[float]) -> float:
     return sum(half) / len(half)
 
 
-@pytest.mark.parametrize("n, count", [(128, 24), (256, 16), (512, 9)])
+@pytest.mark.parametrize("n, count", [(128, 24), (256, 16), slow(512, 9)])
 @pytest.mark.parametrize("spectrum", EIGENVALUES)
 def test_jr_at_every_step_whitens_better_than_sorted_qr(spectrum: str, n: int, count: int) -> None:
     matrices = list(drifting(n, spectrum, count))
@@ -390,7 +391,7 @@ def test_nothing_is_read(way: str) -> None:
         assert shifted_cholesky_qr(P).shape == P.shape
 
 
-@pytest.mark.parametrize("way", ["jr", "qr", "auto without reading"])
+@pytest.mark.parametrize("way", [slow("jr"), "qr", slow("auto without reading")])
 def test_compiles_in_one_graph(way: str) -> None:
     matrices, Q = HARD["condition 1e8, warm"]
     compiled = torch.compile(lambda P, Q: eigh_refresh(P, Q, **WAYS[way]), fullgraph=True, backend="eager")

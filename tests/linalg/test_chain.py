@@ -12,7 +12,7 @@ from steepest.linalg import runner
 from steepest.linalg.chain import Apply, Chain, Column, Gram, Product, Sum, chain
 from steepest.linalg.coefficients import SCHEDULES, Schedule, polar_express
 from steepest.linalg.newton_schulz import newton_schulz
-from steepest.linalg.polar import default_restarts, polar
+from steepest.linalg.polar import STANDARD_PRESETS, default_restarts, polar
 from steepest.linalg.scaling import prescaled
 from steepest.ops import backend
 from steepest.ops.polar_chain import polar_chain
@@ -100,7 +100,10 @@ def linear(
 def test_the_op_runs_the_chain(
     name: str, restarts: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wide, tall and square stacks in one call, each as if alone; against the same nodes in torch ops."""
+    """Wide, tall and square stacks in one call, each as if alone; against the same nodes in torch ops.
+
+    To 16 units of rounding, or where the Gram form without restarts lifts rounding itself, to what that does to them.
+    """
     monkeypatch.setattr(runner, "gemm", gemm)
     monkeypatch.setattr(runner, "linear", linear)
     schedule, plan = ALL[name], chain(ALL[name], restarts)
@@ -122,7 +125,9 @@ def test_the_op_runs_the_chain(
         held = torch.empty(len(x))
         wanted = newton_schulz([x.clone()], schedule, restarts, Workspace(), eps=1e-7, slacks=[held])[0]
         torch.testing.assert_close(slack, held, rtol=1e-5, atol=0)
-        torch.testing.assert_close(y.float(), wanted.float(), rtol=0, atol=16 * torch.finfo(dtype).eps)
+        exact = newton_schulz([x.double()], schedule, restarts, Workspace(), eps=1e-7, slacks=[held.clone()])[0]
+        lifted = float((wanted.double() - exact).abs().max()) if not restarts and name in STANDARD_PRESETS else 0.0
+        torch.testing.assert_close(y.float(), wanted.float(), rtol=0, atol=max(16 * torch.finfo(dtype).eps, lifted))
         for i in range(len(x)):
             ((alone,), _) = run([x[i : i + 1]])
             assert torch.equal(alone[0], y[i])
@@ -148,6 +153,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype,name", BOUNDS)
 @pytest.mark.parametrize("form", ["standard", "gram"])
 def test_rounding_of_every_preset(dtype: torch.dtype, name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:

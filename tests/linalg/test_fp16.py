@@ -19,6 +19,7 @@ from steepest.linalg.schatten import schatten
 from steepest.ops.symm_gemm import Workspace, gemm
 from steepest.ops.weight_update import weight_update
 from support.singular_values import gaussian, polynomial_of
+from support.slow import slow
 
 FP16 = torch.float16
 PRESETS = SCHEDULES | {"polar_express": Schedule((polar_express(),))}
@@ -56,7 +57,7 @@ def assert_near_the_polynomial(x: Tensor, y: Tensor, schedule: Schedule, bound: 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("form", ["standard", "gram"])
-@pytest.mark.parametrize("m,n", [(160, 200), (200, 160), (128, 128)])
+@pytest.mark.parametrize("m,n", [(160, 200), slow(200, 160), slow(128, 128)])
 def test_one_large_row_column_or_entry(name: str, form: str, m: int, n: int) -> None:
     """What rounds is bounded by the Gram form's own rounding, which a column 1000 times larger makes largest."""
     schedule = ALL[name]
@@ -76,6 +77,7 @@ def test_without_a_restart(name: str) -> None:
         assert torch.linalg.matrix_norm(y, 2) < 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["auto", "turbo", "polar_express"])
 @pytest.mark.parametrize("form", ["standard", "gram"])
 def test_a_large_matrix(name: str, form: str) -> None:

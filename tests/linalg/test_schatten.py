@@ -101,7 +101,7 @@ def test_a_composition_is_near_the_power(p: float) -> None:
 def test_fp64_is_the_composition_of_the_singular_values(p: float, spectrum: str) -> None:
     for shape in SHAPES:
         x = with_spectrum(*shape, spectrum)
-        torch.testing.assert_close(schatten(x, p), expected(x, p), atol=1e-8, rtol=0)
+        torch.testing.assert_close(schatten(x, p, method="matmul"), expected(x, p), atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("p", STEPS)
@@ -109,7 +109,7 @@ def test_fp64_is_the_composition_of_the_singular_values(p: float, spectrum: str)
 def test_the_inner_product_is_nearly_the_dual_norm(p: float, spectrum: str) -> None:
     for shape in SHAPES:
         x = with_spectrum(*shape, spectrum)
-        d = schatten(x, p)
+        d = schatten(x, p, method="matmul")
         length = norm(d, p).item()
         assert length == pytest.approx(1, abs=1e-12 if p % 2 == 0 else 0.02)
         assert 1 - CLAIMS[p][3] < (x * d).sum() / length / norm(x, dual(p)) < 1 + 1e-12
@@ -403,6 +403,16 @@ def test_which_p_have_products_and_in_which_dtype(monkeypatch: pytest.MonkeyPatc
     assert all(by_products(p) for p in PRODUCTS)
     assert not any(by_products(p) for p in (1.01, 1.25, 2.5, 5, 16, 34 / 33))
     assert not by_products(4, "eigh")
+    for p, method, wide in ((4, "auto", "eigh"), (4, "matmul", "matmul"), (4 / 3, "auto", "matmul")):
+        for x in (gaussian(6, 4), gaussian(4, 6).float()):
+            monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: False)
+            assert torch.equal(schatten(x, p, method=method), schatten(x, p, method=wide))
+            assert torch.equal(
+                schatten(x, p, dtype=torch.float32), schatten(x, p, method="matmul", dtype=torch.float32)
+            )
+            monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: True)
+            of_16_bits = schatten(x, p, method="matmul" if x.dtype == torch.float32 else wide)
+            assert torch.equal(schatten(x, p, method=method), of_16_bits)
     assert compute_dtype(4, torch.float32, "cuda") == compute_dtype(INF, torch.float32, "cuda") == torch.float16
     assert compute_dtype(4 / 3, torch.float32, "cuda") == compute_dtype(1, torch.float32, "cuda") == torch.bfloat16
     assert compute_dtype(5.5, torch.bfloat16, "cuda") == torch.float32

@@ -15,6 +15,7 @@ from steepest.parts import Decay, Hyper, Momentum, Rounding, Spectral
 from steepest.recipe import Recipe, State
 from steepest.step import Parameter, Plan, StepOptions
 from support.problems import RECIPES, SHAPES, TOLERANCE, gap, gaussian, refer
+from support.slow import slow
 
 HYPER = Hyper(0.02, 0.1, 0.9, 0.95, 1e-6)
 
@@ -98,7 +99,7 @@ def test_plan_agrees_with_step_one(name: str, dtype: torch.dtype, backend: str) 
     compare(VARIANTS[name], dtype, factor * TOLERANCE[dtype], backend=backend)
 
 
-@pytest.mark.parametrize("preset", ["auto", "turbo", "jordan"])
+@pytest.mark.parametrize("preset", ["auto", *map(slow, ("turbo", "jordan"))])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", ["muon", "muadam"])
 @both_paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,16 +10,27 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import steepest
 from steepest.ops import multi_tensor
 from steepest.ops.multi_tensor import Groups, Item, Items, Table
 from steepest.ops.program import Program
 from steepest.optimizer import MatrixOptimizer
+from support.slow import slow
 from support.training import OPTIMIZERS, both_kinds, give_gradients, noise
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("cls", OPTIMIZERS[:2])
-@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    ("cls", "tensor"),
+    [
+        (steepest.Muon, True),
+        (steepest.MuAdam, False),
+        slow(steepest.Muon, False),
+        slow(steepest.MuAdam, True),
+    ],
+)
 def test_compiled_once_and_equal_to_eager(cls: type[MatrixOptimizer], tensor: bool, device: str) -> None:
     """Matrices and AdamW groups; a learning rate in a tensor may change without a new graph."""
 
@@ -64,13 +76,23 @@ def graphs_of(optimizer: MatrixOptimizer, params: list[Tensor], steps: int, **op
     return graphs
 
 
+@pytest.mark.slow
 def test_a_scheduled_learning_rate() -> None:
-    """What docs/step.md says of it: a tensor is compiled once, a number once more, with dynamic=False every number."""
+    """A tensor is compiled once, a number once more, with dynamic=False every number; docs/step.md says so, and what
+    to do."""
     cls, rates = OPTIMIZERS[0], {"lr": 0.02, "adamw_lr": 0.01}
     assert graphs_of(*both_kinds(cls, capturable=True, **rates), steps=6) == [1] * 6
     assert graphs_of(*both_kinds(cls, **rates), steps=6) == [1] + [2] * 5
     assert graphs_of(*both_kinds(cls, **rates), steps=4, dynamic=False) == [1, 2, 3, 4]
     assert torch._dynamo.config.recompile_limit == 8
+    page = " ".join((ROOT / "docs" / "step.md").read_text(encoding="utf-8").split())
+    for said in (
+        "`capturable=True` makes learning rate and weight decay tensors",
+        "which schedulers fill: the step is compiled once.",
+        "it is compiled anew for every number, until torch gives up after 8",
+        "So a schedule wants `capturable=True`",
+    ):
+        assert said in page
 
 
 def test_the_fused_ops_are_traced_whole() -> None:

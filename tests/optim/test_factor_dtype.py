@@ -93,6 +93,7 @@ def test_what_is_rotated_there_and_back() -> None:
     assert 1e-4 < relative(found, wanted) < 2.0**-7
 
 
+@pytest.mark.slow
 @every_method
 def test_training_descends_as_with_fp32(name: str) -> None:
     """A noisy quadratic with curvatures over two decades on both sides."""

@@ -1,4 +1,4 @@
-"""K-FAC against its formulas, with factors from the gradients of single samples, and what its hooks see."""
+"""What K-FAC's hooks see, and what it depends on. Its formulas are in tests/papers."""
 
 from __future__ import annotations
 
@@ -14,120 +14,9 @@ from torch import Tensor, nn
 
 import steepest
 from steepest.zoo.kfac import PASSES
-from support.problems import gap, gaussian
+from support.kfac import BATCH, CLASSES, data, linear_network, loss_of, with_weights
+from support.references import gap, gaussian
 from support.training import all_same_bits, copies, same_states, state_copies
-
-BATCH, CLASSES = 16, 4
-
-
-def linear_network() -> nn.Sequential:
-    """Two linear layers and nothing between them."""
-    return with_weights(nn.Sequential(nn.Linear(5, 6, bias=False), nn.Linear(6, CLASSES, bias=False)).double())
-
-
-def convolutional_network() -> nn.Sequential:
-    layers = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(27, CLASSES)
-    return with_weights(nn.Sequential(*layers).double())
-
-
-def with_weights(model: nn.Sequential) -> nn.Sequential:
-    for i, p in enumerate(model.parameters()):
-        p.data.copy_(gaussian(*p.shape, seed=i) / 2)
-    return model
-
-
-def data(step: int, *shape: int) -> tuple[Tensor, Tensor]:
-    return gaussian(BATCH, *shape, seed=100 + step), gaussian(BATCH, CLASSES, seed=200 + step).argmax(1)
-
-
-def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(model(x), y)
-
-
-def damped_step(s: Tensor, a: Tensor, bases: list[Tensor], m: Tensor, damping: float) -> Tensor:
-    """(S + sqrt(damping) / pi)^-1 m (A + pi sqrt(damping))^-1, of S and A what is diagonal in the bases."""
-    pi = ((a.trace() / len(a)) / (s.trace() / len(s))).sqrt()
-    left = (bases[0].mT @ s @ bases[0]).diagonal() + damping**0.5 / pi
-    right = (bases[1].mT @ a @ bases[1]).diagonal() + damping**0.5 * pi
-    return bases[0] @ (bases[0].mT @ m @ bases[1] / left[:, None] / right) @ bases[1].mT
-
-
-def eigenbases_of(state: dict[str, Tensor], averages: list[Tensor]) -> list[Tensor]:
-    """The library's, after a look at them: of a null space every basis is as good."""
-    bases = [state[f"{side}_basis"][0].clone() for side in ("left", "right")]
-    for basis, average in zip(bases, averages):
-        assert gap(basis.mT @ basis, torch.eye(len(basis))) < 1e-12
-        assert gap(basis.mT @ average @ basis, torch.linalg.eigvalsh(average).flip(-1).diag()) < 1e-9
-    return bases
-
-
-def outputs_gradients(model: nn.Sequential, layer: int, x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """For every sample alone: what the layer is given, and the gradient of its loss by what the layer gives."""
-    given, gradients = [], []
-    for i in range(len(x)):
-        a = model[:layer](x[i : i + 1]).detach()
-        out = model[layer](a).detach().requires_grad_()
-        loss = nn.functional.cross_entropy(model[layer + 1 :](out), y[i : i + 1])
-        given.append(a[0])
-        gradients.append(torch.autograd.grad(loss, out)[0][0])
-    return given, gradients
-
-
-def linear_products(a: list[Tensor], d: list[Tensor], layer: nn.Module) -> tuple[Tensor, Tensor]:
-    return sum(torch.outer(x, x) for x in d) / len(d), sum(torch.outer(x, x) for x in a) / len(a)
-
-
-def conv_products(a: list[Tensor], d: list[Tensor], layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Patches cut out by hand; A sums over the positions and S averages over them."""
-    s, total = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for x, g in zip(a, d):
-        padded = nn.functional.pad(x, (1, 1, 1, 1))
-        for i in range(g.shape[1]):
-            for j in range(g.shape[2]):
-                patch = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].reshape(-1)
-                total = total + torch.outer(patch, patch) / len(a)
-                s = s + torch.outer(g[:, i, j], g[:, i, j]) / len(a) / (g.shape[1] * g.shape[2])
-    return s, total
-
-
-Products = Callable[[list[Tensor], list[Tensor], nn.Module], tuple[Tensor, Tensor]]
-NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...], dict[int, Products]]] = {
-    "linear": (linear_network, (5,), {0: linear_products, 1: linear_products}),
-    "convolution": (convolutional_network, (2, 5, 5), {0: conv_products, 3: linear_products}),
-}
-
-
-@pytest.mark.parametrize("every", [1, 5])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_kfac_is_the_published_rule(name: str, every: int) -> None:
-    """Fifty steps from gradients of single samples; the inverses are in the bases of the last refresh."""
-    make, shape, products = NETWORKS[name]
-    lr, wd, b1, b2, damping = 0.05, 0.1, 0.9, 0.9, 1e-2
-    model, twin = make(), make()
-    options = {"damping": damping, "precondition_frequency": every, "refresh": "eigh", "adamw_lr": 0.0}
-    optimizer = steepest.KFAC(model, lr=lr, weight_decay=wd, betas=(b1, b2), **options)
-    moments = {k: torch.zeros_like(twin[k].weight) for k in products}
-    averages: dict[int, list[Tensor]] = {}
-    bases: dict[int, list[Tensor]] = {}
-    for t in range(1, 51 if name == "linear" else 21):
-        x, y = data(t, *shape)
-        optimizer.zero_grad()
-        loss_of(model, x, y).backward()
-        optimizer.step()
-        grads = dict(zip(products, torch.autograd.grad(loss_of(twin, x, y), [twin[k].weight for k in products])))
-        found = {k: products[k](*outputs_gradients(twin, k, x, y), twin[k]) for k in products}
-        for k, pair in found.items():
-            old = averages.get(k, [torch.zeros_like(f) for f in pair])
-            averages[k] = [b2 * f + (1 - b2) * product for f, product in zip(old, pair)]
-            corrected = [f / (1 - b2**t) for f in averages[k]]
-            if t == 1 or t % every == 0:
-                bases[k] = eigenbases_of(optimizer.state[model[k].weight], corrected)
-            moments[k] = b1 * moments[k] + (1 - b1) * grads[k]
-            u = damped_step(*corrected, bases[k], moments[k].flatten(1), damping).reshape(moments[k].shape)
-            weight = twin[k].weight.data
-            weight.mul_(1 - lr * wd).sub_(lr * u)
-    for k in products:
-        assert gap(model[k].weight.detach(), twin[k].weight.detach()) < 1e-9
 
 
 def affine(model: nn.Sequential, mix: Tensor, turn: Tensor) -> nn.Module:

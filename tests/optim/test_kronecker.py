@@ -1,11 +1,11 @@
-"""The methods with bases against their published rules, written here from the formulas, and what theory says of them.
+"""The methods with bases: what theory says of them, and when they refresh. Their published rules are in tests/papers.
 
 fp64 and the exact polar factor throughout, but for what is about rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,28 +18,12 @@ from steepest.parts.precondition import rotated
 from steepest.parts.precondition.roots import RESIDUALS
 from steepest.recipe import CLOCK, Recipe, State, step_one
 from steepest.zoo.kronecker import KroneckerOptimizer
-from support.problems import SHAPES, gap, gaussian, polar_by_svd
+from support.problems import SHAPES
+from support.references import gap, gaussian, gradients, polar_by_svd, trained
 from support.training import KRONECKER
 
 Maker = type[KroneckerOptimizer]
 every_class = pytest.mark.parametrize("cls", KRONECKER)
-
-
-def gradients(steps: int, *shape: int, seed: int = 0) -> Iterator[Tensor]:
-    """Noise whose rows and columns have scales of their own, so that eigenvalues are far apart."""
-    rows, cols = (torch.logspace(0, -1, n, dtype=torch.float64) for n in shape[-2:])
-    left, right = (torch.linalg.qr(gaussian(n, n, seed=seed + 7 + n)).Q for n in shape[-2:])
-    for step in range(steps):
-        yield left @ (rows[:, None] * gaussian(*shape, seed=1000 * seed + step) * cols) @ right
-
-
-def trained(cls: Callable[..., Any], grads: Iterator[Tensor], start: Tensor, **options: Any) -> Tensor:
-    p = torch.nn.Parameter(start.clone())
-    optimizer = cls([p], **options)
-    for g in grads:
-        p.grad = g.clone()
-        optimizer.step()
-    return p.detach()
 
 
 # ---- all parameters at once are one after the other -----------------------------------------------------------------
@@ -144,230 +128,8 @@ def test_a_piece_sees_its_own_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(set(optimizer.recipe(optimizer.param_groups[0]).keys), n) for n in (4, 3, 2)]
 
 
-# ---- parity with the published rules --------------------------------------------------------------------------------
-
 SIZES = pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 6)], ids=str)
-STEPS, EVERY = 50, 7
-
-
-def eigenbasis(factor: Tensor) -> Tensor:
-    """Columns in the order of falling eigenvalues."""
-    return torch.linalg.eigh(factor).eigenvectors.flip(-1)
-
-
-def iterated(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """(one sorted step of orthogonal iteration, the order of the old columns)."""
-    order = (basis.mT @ factor @ basis).diagonal().argsort(descending=True)
-    return torch.linalg.qr(factor @ basis[:, order]).Q, order
-
-
-def eigenbases_of(state: State, factors: Sequence[Tensor]) -> list[Tensor]:
-    """The library's, after a look at them: a longer side has a null space, every basis of which is as good."""
-    bases = [state[key][0].clone() for key in rotated.BASES]
-    for basis, factor in zip(bases, factors):
-        assert gap(basis.mT @ basis, torch.eye(len(basis))) < 1e-12
-        turned = basis.mT @ factor @ basis
-        assert gap(turned, torch.linalg.eigvalsh(factor).flip(-1).diag()) < 1e-12
-    return bases
-
-
-def in_basis(q: Tensor, factor: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-    """The function of what the factor is in this basis, off the diagonal excepted."""
-    return q @ f((q.mT @ factor @ q).diagonal()).diag() @ q.mT
-
-
-@SIZES
-@pytest.mark.parametrize("graft", ["adam", None])
-@pytest.mark.parametrize("beta", [1.0, 0.97])
-@pytest.mark.parametrize("parity", [None, "authors"])
-def test_shampoo_is_the_published_rule(
-    shape: tuple[int, int], beta: float, graft: str | None, parity: str | None
-) -> None:
-    """L^-1/4 m R^-1/4 with roots of every EVERY steps; without parity only the bases are so old.
-
-    1e-12 and 1e-6 of the largest eigenvalue are added.
-    """
-    w, lr, wd, b1, b2, eps = gaussian(*shape, seed=9), 0.02, 0.1, 0.9, 0.99, 1e-12
-    p, m, v = torch.nn.Parameter(w.clone()), torch.zeros_like(w), torch.zeros_like(w)
-    options = {"shampoo_beta": beta, "graft": graft, "betas": (b1, b2), "refresh": "eigh", "parity": parity}
-    optimizer = steepest.Shampoo([p], lr=lr, weight_decay=wd, precondition_frequency=EVERY, **options)
-    factors, roots = [w.new_zeros(n, n) for n in shape], [w.new_zeros(n, n) for n in shape]
-    bases: list[Tensor] = []
-
-    def inverse_root(values: Tensor) -> Tensor:
-        return (values.clamp(min=0) + eps + 1e-6 * values.max()) ** -0.25
-
-    for t, g in enumerate(gradients(STEPS, *shape), 1):
-        p.grad = g
-        optimizer.step()
-        for i, product in enumerate((g @ g.mT, g.mT @ g)):
-            factors[i] = factors[i] + product if beta == 1 else beta * factors[i] + (1 - beta) * product
-        corrected = [factor if beta == 1 else factor / (1 - beta**t) for factor in factors]
-        if t == 1 or t % EVERY == 0:
-            bases = list(map(eigenbasis, corrected)) if parity else eigenbases_of(optimizer.state[p], corrected)
-            roots = [in_basis(q, factor, inverse_root) for q, factor in zip(bases, corrected)]
-        elif parity is None:
-            roots = [in_basis(q, factor, inverse_root) for q, factor in zip(bases, corrected)]
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        u = roots[0] @ m @ roots[1] / (1 - b1**t)
-        if graft:
-            adam = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)
-            u = u * adam.norm() / u.norm()
-        w = (1 - lr * wd) * w - lr * u
-    assert gap(p.detach(), w) < 1e-9
-
-
-@SIZES
-@pytest.mark.parametrize("parity", [None, "authors"])
-def test_one_sided_shampoo_is_the_published_rule(shape: tuple[int, int], parity: str | None) -> None:
-    """The inverse square root of the smaller side's factor; averages are divided by their weights."""
-    w, lr, wd, b1, b2, eps = gaussian(*shape, seed=9), 0.02, 0.1, 0.9, 0.95, 1e-8
-    start, left = w, shape[0] <= shape[1]
-    m, (factor, root, basis) = torch.zeros_like(w), w.new_zeros(3, min(shape), min(shape))
-    for t, g in enumerate(gradients(STEPS, *shape), 1):
-        factor = b2 * factor + (1 - b2) * (g @ g.mT if left else g.mT @ g)
-        due = t == 1 or t % EVERY == 0
-        basis = eigenbasis(factor) if due else basis
-        if due or parity is None:
-            root = in_basis(basis, factor / (1 - b2**t), lambda d: 1 / (d.sqrt() + eps))
-        m = b1 * m + (1 - b1) * g
-        u = m / (1 - b1**t)
-        w = (1 - lr * wd) * w - lr * (root @ u if left else u @ root)
-    found = trained(
-        steepest.OneSidedShampoo,
-        gradients(STEPS, *shape),
-        start,
-        lr=lr,
-        weight_decay=wd,
-        precondition_frequency=EVERY,
-        refresh="eigh",
-        parity=parity,
-    )
-    assert gap(found, w) < 1e-9
-
-
-def kl_factors(factors: list[Tensor], g: Tensor, bases: list[Tensor], s: list[Tensor], beta: float) -> list[Tensor]:
-    """Each in the metric of the other, whose inverse square root has eigenvalues s."""
-    m, n = g.shape
-    left, right = (g @ bases[1]) * s[1], (g.mT @ bases[0]) * s[0]
-    products = left @ left.mT / n, right @ right.mT / m
-    return [beta * factor + (1 - beta) * product for factor, product in zip(factors, products)]
-
-
-def kl_values(values: list[Tensor], g: Tensor, bases: list[Tensor], s: list[Tensor], beta: float) -> list[Tensor]:
-    turned = bases[0].mT @ g @ bases[1]
-    means = (turned * s[1]).square().mean(1), (turned * s[0][:, None]).square().mean(0)
-    return [beta * value + (1 - beta) * mean for value, mean in zip(values, means)]
-
-
-def whitening(values: list[Tensor]) -> list[Tensor]:
-    return [(1 / value.sqrt()).clamp(max=max(10, min(len(value), 4000))) for value in values]
-
-
-@SIZES
-@pytest.mark.parametrize("scale", [1.0, 0.01], ids=["plain", "clamped"])
-def test_kl_shampoo_is_the_authors_rule(shape: tuple[int, int], scale: float) -> None:
-    w, lr, wd, b1, b2, eps = gaussian(*shape, seed=9), 0.01, 0.1, 0.9, 0.9, 1e-8
-    p, m = torch.nn.Parameter(w.clone()), torch.zeros_like(w)
-    options = {"betas": (b1, b2), "precondition_frequency": EVERY, "parity": "authors"}
-    optimizer = steepest.KLShampoo([p], lr=lr, weight_decay=wd, **options)
-    values = [torch.full((n,), 0.1, dtype=torch.float64) for n in shape]
-    factors: list[Tensor] = []
-    bases: list[Tensor] = []
-    for step, g in enumerate(gradients(STEPS, *shape)):
-        p.grad = g = g * scale
-        optimizer.step()
-        if step == 0:
-            factors = [(1 - b2) * g @ g.mT, (1 - b2) * g.mT @ g]
-            bases = eigenbases_of(optimizer.state[p], factors)
-            continue
-        s = whitening(values)
-        m = b1 * m + (1 - b1) * g
-        joint = s[0][:, None] * s[1]
-        u = bases[0] @ ((bases[0].mT @ m @ bases[1]) * joint / (1 + eps * joint)) @ bases[1].mT
-        factors = kl_factors(factors, g, bases, s, b2)
-        values = kl_values(values, g, bases, s, b2)
-        if step % EVERY == 0:
-            for i in range(2):
-                bases[i], order = iterated(factors[i], bases[i])
-                values[i] = values[i][order]
-        w = (w - lr * u) * (1 - lr * wd)
-    assert gap(p.detach(), w) < 1e-9
-
-
-@SIZES
-@pytest.mark.parametrize("cls", [steepest.SOAP, steepest.KLSOAP])
-def test_soap_is_the_authors_rule(shape: tuple[int, int], cls: Maker) -> None:
-    """The first step makes the bases; the moment in them; sorted orthogonal iteration with v permuted; decay last."""
-    w, lr, wd, b1, b2, eps = gaussian(*shape, seed=9), 0.01, 0.1, 0.95, 0.9, 1e-8
-    p, turned, v = torch.nn.Parameter(w.clone()), torch.zeros_like(w), torch.zeros_like(w)
-    options = {"betas": (b1, b2), "precondition_frequency": EVERY, "parity": "authors"}
-    optimizer = cls([p], lr=lr, weight_decay=wd, **options)
-    factors: list[Tensor] = []
-    bases: list[Tensor] = []
-    values = [torch.full((n,), 0.1, dtype=torch.float64) for n in shape]
-    for step, g in enumerate(gradients(STEPS, *shape)):
-        p.grad = g
-        optimizer.step()
-        if step == 0:
-            factors = [(1 - b2) * g @ g.mT, (1 - b2) * g.mT @ g]
-            bases = eigenbases_of(optimizer.state[p], factors)
-            continue
-        own = bases[0].mT @ g @ bases[1]
-        turned, v = b1 * turned + (1 - b1) * own, b2 * v + (1 - b2) * own**2
-        u = bases[0] @ (turned / (v.sqrt() + eps)) @ bases[1].mT
-        w = (w - lr * (1 - b2**step) ** 0.5 / (1 - b1**step) * u) * (1 - lr * wd)
-        if cls is steepest.KLSOAP:
-            s = whitening(values)
-            factors = kl_factors(factors, g, bases, s, b2)
-            values = kl_values(values, g, bases, s, b2)
-        else:
-            factors = [b2 * f + (1 - b2) * product for f, product in zip(factors, (g @ g.mT, g.mT @ g))]
-        if step % EVERY == 0:
-            m = bases[0] @ turned @ bases[1].mT
-            bases[0], rows = iterated(factors[0], bases[0])
-            bases[1], cols = iterated(factors[1], bases[1])
-            v, values = v[rows][:, cols], [values[0][rows], values[1][cols]]
-            turned = bases[0].mT @ m @ bases[1]
-    assert gap(p.detach(), w) < 1e-9
-
-
-@pytest.mark.parametrize("parity", [None, "authors"])
-@SIZES
-def test_splus_is_the_authors_rule(shape: tuple[int, int], parity: str | None) -> None:
-    """Bases of the refresh before the step, the identity at first; the average of the iterates, its weights 1."""
-    w, lr, wd, b1, b2, rate = gaussian(*shape, seed=9), 0.1, 0.1, 0.9, 0.9, 0.95
-    m, average, length = torch.zeros_like(w), torch.zeros_like(w), lr * 2 / sum(shape)
-    bases = [torch.eye(n, dtype=torch.float64) for n in shape]
-    factors = [torch.zeros(n, n, dtype=torch.float64) for n in shape]
-    p = torch.nn.Parameter(w.clone())
-    optimizer = steepest.SPlus(
-        [p],
-        lr=lr,
-        weight_decay=wd,
-        betas=(b1, b2),
-        average_rate=rate,
-        precondition_frequency=EVERY,
-        parity=parity,
-    )
-    for t, g in enumerate(gradients(STEPS, *shape), 1):
-        m = b1 * m + (1 - b1) * g
-        u = bases[0] @ (bases[0].mT @ m @ bases[1]).sign() @ bases[1].mT
-        w = (w - length * u) * (1 - length * wd) if parity else (1 - length * wd) * w - length * u
-        average = rate * average + (1 - rate) * w
-        factors = [b2 * f + (1 - b2) * product for f, product in zip(factors, (g @ g.mT, g.mT @ g))]
-        p.grad = g
-        optimizer.step()
-        if t == 1:
-            bases = eigenbases_of(optimizer.state[p], [g @ g.mT, g.mT @ g])
-        elif t % EVERY == 0:
-            bases = [eigenbasis(factor) for factor in factors]
-    assert gap(p.detach(), w) < 1e-9
-    optimizer.eval()
-    assert gap(p.detach(), average / (1 - rate**STEPS)) < 1e-9
-    optimizer.train()
-    assert gap(p.detach(), w) < 1e-9
-
+STEPS = 50
 
 # ---- identities -----------------------------------------------------------------------------------------------------
 
@@ -382,9 +144,38 @@ def test_soap_without_factors_is_adam_after_the_first_step() -> None:
     assert gap(found, wanted) < 1e-12
 
 
+@pytest.mark.parametrize("cls", [steepest.SOAP, steepest.KLSOAP])
+@pytest.mark.parametrize("parity", [None, "authors"])
+def test_a_first_step_that_moves_is_adams(cls: Maker, parity: str | None) -> None:
+    """And makes the bases, in which the next ones are stepped. Without bias corrections it is longer."""
+    grads, start = list(gradients(3, 8, 5)), gaussian(8, 5, seed=9)
+    values: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.0, "eps": 0.0}
+    options = {**values, "parity": parity, "first_step": "move"}
+    once = trained(cls, iter(grads[:1]), start, **options)
+    wanted = trained(torch.optim.AdamW, iter(grads[:1]), start, **values)
+    longer = 0.1 / 0.05**0.5 if parity and cls is steepest.KLSOAP else 1.0
+    assert gap(once - start, longer * (wanted - start)) < 1e-12
+    skipped = trained(cls, iter(grads[:2]), start, **{**options, "first_step": "skip"})
+    moved = trained(cls, iter(grads[:2]), start, **options)
+    assert torch.equal(trained(cls, iter(grads[:1]), start, **{**options, "first_step": "skip"}), start)
+    assert (moved - once).norm() < 2 * (skipped - start).norm()
+
+
+def test_kl_shampoo_may_move_in_its_first_step_too() -> None:
+    """By ten times its momentum: values begin at .1."""
+    (g,), start = gradients(1, 8, 5), gaussian(8, 5, seed=9)
+    found = trained(
+        steepest.KLShampoo, iter([g]), start, lr=1.0, betas=(0.9, 0.98), eps=0.0, weight_decay=0.0, first_step="move"
+    )
+    assert gap(start - found, 10 * 0.1 * g) < 1e-12
+    with pytest.raises(ValueError, match="first_step 'later' is not known; use 'skip' or 'move' or None"):
+        steepest.KLShampoo([torch.nn.Parameter(start)], first_step="later")
+
+
 def test_kl_soap_without_factors_is_soap() -> None:
+    options = {"lr": 1e-3, "betas": (0.9, 0.98), **WITHOUT}
     found, wanted = (
-        trained(cls, gradients(20, 8, 5), gaussian(8, 5, seed=9), **WITHOUT) for cls in (steepest.KLSOAP, steepest.SOAP)
+        trained(cls, gradients(20, 8, 5), gaussian(8, 5, seed=9), **options) for cls in (steepest.KLSOAP, steepest.SOAP)
     )
     assert torch.equal(found, wanted)
 

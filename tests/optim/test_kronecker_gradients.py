@@ -76,6 +76,21 @@ def test_a_spike(cls: Maker) -> None:
     assert all(length < 10 * max(lengths[:15]) for length in lengths if UNSCALED[cls])
 
 
+@pytest.mark.parametrize("options", [{}, {"parity": "authors"}, {"inverse_root": "newton"}], ids=str)
+def test_a_spike_goes_straight_into_kl_shampoos_step_unless_that_is_bounded(options: dict[str, Any]) -> None:
+    """Its rule whitens by values from before: about s sqrt(1 - beta1^2) times the usual step, 436 here."""
+    ratios = {}
+    for most in (None, 1.0):
+        grads = (gaussian(8, 6, seed=k) * (1000.0 if k == 300 else 1.0) for k in range(320))
+        lengths = lengths_of(path(steepest.KLShampoo, grads, torch.float64, max_update_rms=most, **options))
+        ratios[most] = max(lengths[299:]) / max(lengths[200:299])
+        assert lengths.index(max(lengths[200:])) == 299
+    assert 200 < ratios[None] < 700
+    assert ratios[1.0] < 5
+    with pytest.raises(ValueError, match="rms of an update should be > 0 and finite but is: 0.0"):
+        steepest.KLShampoo([torch.nn.Parameter(torch.zeros(3, 2))], max_update_rms=0.0)
+
+
 @pytest.mark.parametrize("cls", [steepest.SOAP, steepest.KLSOAP])
 def test_after_a_spike_the_second_moment_is_that_of_the_new_bases(cls: Maker) -> None:
     """Left in its slots it made steps of up to thirty times the usual length for tens of steps."""

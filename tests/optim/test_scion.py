@@ -57,20 +57,6 @@ def test_every_norm_is_tested() -> None:
 
 
 @every_norm
-@pytest.mark.parametrize("decay", [0.0, 0.5])
-@pytest.mark.parametrize("constrained", [True, False])
-def test_scion_is_its_rule(norm: str, constrained: bool, decay: float) -> None:
-    optimizer, p = layer(norm, constrained=constrained, weight_decay=decay)
-    w, m = p.detach().clone(), torch.zeros_like(p.detach())
-    for t in range(20):
-        p.grad = gaussian(*p.shape, seed=t + 1)
-        m = (1 - ALPHA) * m + ALPHA * p.grad
-        w = (1 - LR * (decay + constrained)) * w - LR * RADIUS * LAYERS[norm][2](m)
-        optimizer.step()
-    assert gap(p.detach(), w) < 1e-10
-
-
-@every_norm
 def test_the_constrained_weights_stay_in_their_ball(norm: str) -> None:
     length = LAYERS[norm][1]
     optimizer, p = layer(norm, lr=0.3)

@@ -16,6 +16,9 @@ from torch import Tensor
 from steepest.matrices import Piece
 from steepest.parts import Diagonal, Hyper, Momentum, Sign, Spectral
 from steepest.recipe import ADAMW, Recipe, State, all_finite, step_one
+from support.references import gap as gap
+from support.references import gaussian as gaussian
+from support.references import polar_by_svd as polar_by_svd
 
 #: Property tests: few examples, the same ones every time.
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -39,27 +42,8 @@ RECIPES = {
 }
 
 
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def uniform(*shape: int, low: float, high: float, seed: int) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def gap(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference relative to the largest wanted entry; infinite where only one of the two is finite."""
-    if wanted.numel() == 0:
-        return 0.0
-    difference = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-300)
-    return float(difference.nan_to_num(nan=float("inf")))
-
-
-def polar_by_svd(x: Tensor) -> Tensor:
-    """U V^T, zero singular values dropped, written apart from the library."""
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    kept = s > 1e-12 * s.amax(dim=-1, keepdim=True)
-    return (u * kept.unsqueeze(-2)) @ vt
 
 
 # ---- parameters of every shape class ------------------------------------------------------------------------------

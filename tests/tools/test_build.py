@@ -317,7 +317,8 @@ def test_a_machine_without_a_gpu_builds_no_cuda_unless_asked(machine: Decide) ->
         == machine(nvcc=False).why
         == "no nvcc; a GPU runs the Triton kernels"
     )
-    assert machine("9.0", STEEPEST_CUDA="0").nvcc is None
+    for named in ({}, {"CUDACXX": "/nowhere/nvcc"}):
+        assert machine("9.0", STEEPEST_CUDA="0", **named).nvcc is None
 
 
 def test_a_driver_that_answers_something_else_is_no_gpu(build: types.ModuleType, tmp_path: Path) -> None:
@@ -427,16 +428,15 @@ def test_where_nvcc_is_looked_for(build: types.ModuleType, tmp_path: Path) -> No
     assert build.find_nvcc(path, root) == on_path
     assert build.find_nvcc(home, root) == at_home
     assert build.find_nvcc({**home, "CUDACXX": named}, root) == named
-    assert build.find_nvcc({**home, "STEEPEST_CUDA": "0"}, root) is None
     assert build.find_nvcc({"PATH": str(tmp_path)}, root) == usual
     assert build.find_nvcc({"PATH": str(tmp_path)}, tmp_path) is None
 
 
-def test_missing_nvcc_is_an_error_when_asked_for(build: types.ModuleType, tmp_path: Path) -> None:
+def test_missing_nvcc_is_an_error_when_asked_for(machine: Decide) -> None:
     with pytest.raises(RuntimeError, match="STEEPEST_CUDA=1 asks for the CUDA kernels, but nvcc is not at CUDACXX"):
-        build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "1"}, tmp_path)
+        machine(nvcc=False, STEEPEST_CUDA="1")
     with pytest.raises(RuntimeError, match="STEEPEST_CUDA='yes': 0 leaves CUDA out, 1 builds for all"):
-        build.find_nvcc({"PATH": str(tmp_path), "STEEPEST_CUDA": "yes"})
+        machine(STEEPEST_CUDA="yes")
 
 
 def test_an_nvcc_that_is_named_is_not_replaced_by_another(machine: Decide) -> None:
@@ -523,13 +523,20 @@ def test_commit_is_our_own(build: types.ModuleType, tmp_path: Path, monkeypatch:
 # ---- the makefile
 
 
-def make(*arguments: str) -> str:
-    """What it would do from a fresh clone; without a warning."""
+def run_make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a fresh clone, whatever is set around the tests."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     command = ["make", "-C", str(ROOT), "--no-print-directory", "VENV=no-such-folder", *arguments]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("STEEPEST", "MAKE"))}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60)
+    others = ("STEEPEST", "MAKE", "PYTHON")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+
+def make(*arguments: str) -> str:
+    """What it would do from a fresh clone; without a warning."""
+    done = run_make(*arguments)
+    assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
     return done.stdout
 
@@ -564,6 +571,33 @@ def test_the_build_is_for_this_machine_unless_asked() -> None:
     show = "--eval=show: ; @echo $$STEEPEST_CUDA"
     assert make(show, "show") == "local\n"
     assert make(show, "show", "STEEPEST_CUDA=1") == "1\n"
+
+
+def test_a_check_of_no_torch_says_so() -> None:
+    done = run_make("-n", "check-torch", "TORCH=")
+    assert done.returncode != 0
+    assert 'check-torch builds against the torch that is named: make check-torch TORCH="torch==2.11.0"' in done.stderr
+
+
+def test_an_environment_of_another_python_is_named(tmp_path: Path) -> None:
+    """It keeps the Python that it was made with, and PYTHON= would be read and not followed."""
+    (tmp_path / "venv").mkdir()
+    script(tmp_path / "venv" / "bin" / "python", "echo Python 3.11.7")
+    other = script(tmp_path / "other", "echo Python 3.13.1")
+    same = script(tmp_path / "same", "echo Python 3.11.7")
+    venv = f"VENV={tmp_path / 'venv'}"
+    assert run_make("same-python", venv, f"PYTHON={other}").returncode == 0, "nothing is made yet"
+    (tmp_path / "venv" / ".torch").touch()
+    done = run_make("same-python", venv, f"PYTHON={other}")
+    assert done.returncode != 0
+    wanted = f"was made with Python 3.11.7, and PYTHON={other} is Python 3.13.1: make clean, or set VENV to another"
+    assert wanted in done.stderr
+    for arguments in ((f"PYTHON={same}",), ()):
+        assert run_make("same-python", venv, *arguments).returncode == 0
+    for target in ("test", "check", "wheel", "demo"):
+        assert "was made with" in make("-n", target, f"PYTHON={sys.executable}")
+    for target in ("gpu", "check-torch", "clean"):
+        assert "was made with" not in make("-n", target, f"PYTHON={sys.executable}")
 
 
 # ---- the binary

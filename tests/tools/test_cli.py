@@ -18,6 +18,7 @@ from steepest.linalg.polar import choose
 from steepest.ops import backend, polar_chain
 from steepest.tools import cli, doctor, facts, planner
 from steepest.tools.planner import Plan, Stack
+from support.slow import slow
 
 NO_LAUNCHES = planner._no_launches(choose(256, 512, device="cuda"), Stack(1, 256, 512))
 needs_launches = pytest.mark.skipif(NO_LAUNCHES is not None, reason=f"{NO_LAUNCHES}")
@@ -291,10 +292,10 @@ def test_doctor_checks_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     [
         ("name == 'after' and arguments[2][0].mul_(1.01)", "parameter of (40, 24)"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
-        ("raise OSError('no compiler')", "OSError: no compiler"),
-        ("os._exit(3)", "exit status 3"),
-        ("os._exit(0)", "exit status 0"),
-        ("os.kill(os.getpid(), 40)", "killed by signal 40"),
+        slow("raise OSError('no compiler')", "OSError: no compiler"),
+        slow("os._exit(3)", "exit status 3"),
+        slow("os._exit(0)", "exit status 0"),
+        slow("os.kill(os.getpid(), 40)", "killed by signal 40"),
     ],
     ids=["wrong", "a crash", "an error", "an exit", "an exit in silence", "a signal without a name"],
 )

@@ -1,12 +1,8 @@
-"""The floors of the house: a module imports only what lies below it.
+"""The house as its imports draw it: CONTRIBUTING.md shows the picture that this file draws, all of it.
 
-    zoo -> optimizer -> plan -> {fused, unfused} -> rounds -> recipe -> parts -> linalg -> ops -> {lib, kernels, torch}
-
-`matrices`, `stacks`, `values` and `routing` stand beside `recipe`, `budget` below all; `graph` and `diagnostics` stand
-on `optimizer`, `compare` on `zoo`, `bench` on all of them, `tune` on `bench`, `doctor` on `ops`. `kernels` imports
-torch and triton only; only `optimizer`, and what looks at any optimizer from outside, knows `torch.optim`; only `ops`
-knows the compiled part and the kernels; no torch header lies below csrc/ops. When the picture should change, change it
-here in the same commit.
+`python tests/tools/test_floors.py` prints the picture. A room is a module or a package of `steepest`; it stands one
+floor above the highest room it imports, so that circles have no picture. `__init__`, which names everything, the tools
+and `_version`, which is one number, are not drawn.
 """
 
 from __future__ import annotations
@@ -16,37 +12,26 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "steepest"
-
-BELOW = {
-    "bench": {"_version", "compare", "diagnostics", "graph", "linalg", "ops", "optimizer", "planner", "zoo"},
-    "graph": {"optimizer", "values"},
-    "diagnostics": {"optimizer", "matrices"},
-    "compare": {"zoo", "optimizer", "diagnostics"},
-    "zoo": {"optimizer", "values", "plan", "unfused", "recipe", "routing", "matrices", "parts", "linalg", "ops"},
-    "optimizer": {"plan", "values", "unfused", "recipe", "stacks", "routing", "matrices", "parts", "ops"},
-    "plan": {"fused", "unfused", "rounds", "recipe", "matrices", "parts", "ops"},
-    "fused": {"rounds", "recipe", "parts", "ops"},
-    "rounds": {"budget", "recipe", "matrices", "parts", "ops"},
-    "unfused": {"budget", "recipe", "matrices", "parts", "ops"},
-    "stacks": {"recipe"},
-    "values": {"parts"},
-    "routing": {"matrices"},
-    "matrices": set(),
-    "recipe": {"parts"},
-    "parts": {"linalg", "ops"},
-    "linalg": {"budget", "ops"},
-    "budget": set(),
-    "ops": {"_version", "kernels"},
-    "planner": {"linalg", "ops"},
-    "tune": {"bench", "linalg", "ops"},
-    "doctor": {"ops"},
-    "cli": {"_version", "bench", "compare", "doctor", "planner", "tune", "ops"},
-    "__main__": {"cli"},
-    "__init__": {"_version", "diagnostics", "graph", "zoo", "routing", "linalg", "ops"},
-    "_version": set(),
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+#: Rooms that are no part of the library's picture.
+NOT_DRAWN = {"__init__", "__main__", "_moved", "_version", "tools"}
+#: What each tool imports of the others; the command line imports a command's module when it is called.
+TOOLS: dict[str, set[str]] = {
+    "bench": {"compare", "planner"},
+    "cli": set(),
+    "compare": set(),
+    "doctor": {"facts"},
+    "facts": set(),
+    "planner": set(),
+    "tune": {"bench"},
+    "__init__": set(),
 }
+#: How high the library may be.
+FLOORS = 8
 
 
 def sources() -> list[Path]:
@@ -67,28 +52,79 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def room(path: Path) -> str:
-    first = path.relative_to(PACKAGE).parts[0]
+def room(path: Path, package: Path = PACKAGE) -> str:
+    first = path.relative_to(package).parts[0]
     return first.removesuffix(".py")
 
 
-def test_every_room_is_on_the_plan() -> None:
-    assert {room(path) for path in sources()} == set(BELOW)
+def rooms() -> dict[str, set[str]]:
+    """What each room of the library imports of the others."""
+    drawn: dict[str, set[str]] = {}
+    for path in sources():
+        drawn.setdefault(room(path), set()).update(
+            name.split(".")[1] for name in imports(path) if name.startswith("steepest.")
+        )
+    names = drawn.keys() - NOT_DRAWN
+    return {name: (drawn[name] & names) - {name} for name in names}
 
 
-def test_imports_only_from_below() -> None:
+def floors(house: dict[str, set[str]]) -> dict[str, int]:
+    """The floor of every room, from 1; ValueError where rooms import one another in a circle."""
+    heights: dict[str, int] = {}
+    while len(heights) < len(house):
+        ready = [name for name in house if name not in heights and house[name] <= heights.keys()]
+        if not ready:
+            raise ValueError(f"a circle of imports among {sorted(house.keys() - heights.keys())}")
+        heights |= {name: 1 + max((heights[below] for below in house[name]), default=0) for name in ready}
+    return heights
+
+
+def picture() -> str:
+    house = rooms()
+    heights = floors(house)
+    order = sorted(house, key=lambda name: (-heights[name], name))
+    return "\n".join(f"{heights[name]}  {name:<13} {' '.join(sorted(house[name]))}".rstrip() for name in order)
+
+
+def test_the_picture_is_that_of_the_imports() -> None:
+    """If this fails, the house has changed: look whether it should, and copy the picture that this file prints."""
+    shown = re.search(r"```\n(\d  .*?)\n```", CONTRIBUTING.read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == picture()
+
+
+def test_the_library_has_few_floors() -> None:
+    assert max(floors(rooms()).values()) <= FLOORS
+    with pytest.raises(ValueError, match="a circle of imports among"):
+        floors({"a": {"b"}, "b": {"a"}, "c": set()})
+
+
+def test_the_library_imports_no_tool() -> None:
+    """Nor does it import the compiled test module, or kernels outside of the ops."""
     guilty = []
     for path in sources():
+        if room(path) in ("tools", "__main__"):
+            continue
         used = {name.split(".")[1] for name in imports(path) if name.startswith("steepest.")}
-        above = {name for name in used - BELOW[room(path)] - {room(path)} if name in BELOW or name in ("_C", "kernels")}
-        guilty += [f"{path.relative_to(PACKAGE)} (floor {room(path)}) imports {name}" for name in sorted(above)]
+        above = used & ({"tools", "_C"} | ({"kernels"} if room(path) != "ops" else set()))
+        guilty += [f"{path.relative_to(PACKAGE)} imports {name}" for name in sorted(above)]
+    assert not guilty
+
+
+def test_a_tool_imports_only_the_tools_below_it() -> None:
+    assert {room(path, PACKAGE / "tools") for path in sources() if room(path) == "tools"} == set(TOOLS)
+    guilty = []
+    for path in (PACKAGE / "tools").rglob("*.py"):
+        name = room(path, PACKAGE / "tools")
+        used = {imported.split(".")[2] for imported in imports(path) if imported.startswith("steepest.tools.")}
+        guilty += [f"{path.relative_to(PACKAGE)} imports {other}" for other in used & set(TOOLS) - TOOLS[name] - {name}]
     assert not guilty
 
 
 def test_only_the_optimizer_knows_torch_optim() -> None:
     guilty = []
     for path in sources():
-        if room(path) in ("optimizer", "diagnostics", "compare", "bench"):
+        if room(path) in ("optimizer", "diagnostics", "tools"):
             continue
         attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
         if any(ast.unparse(node) == "torch.optim" for node in attributes):
@@ -115,3 +151,7 @@ def test_no_torch_header_below_the_door() -> None:
     assert inside
     guilty = [p.name for p in inside if re.search(r"#include\s*<(torch|ATen|c10|pybind11)/", p.read_text())]
     assert not guilty
+
+
+if __name__ == "__main__":
+    print(picture())

@@ -19,7 +19,7 @@ from steepest.linalg.coefficients import SCHEDULES
 from steepest.linalg.newton_schulz import newton_schulz
 from steepest.ops import backend, tuning
 from steepest.ops.symm_gemm import Workspace
-from steepest.ops.tuning import Asked
+from steepest.ops.tuning import Problem
 from steepest.tools import cli, tune
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -29,7 +29,7 @@ tuned = pytest.importorskip("steepest.kernels.tuned")
 H, B, F = torch.float16, torch.bfloat16, torch.float32
 H200, CAPABILITY, MULTIPROCESSORS = "NVIDIA H200", (9, 0), 132
 CPU = torch.device("cpu")
-ASKED = Asked(3, 256, 256, 512, H, symmetric=True, b_rows=False, c=False)
+PROBLEM = Problem(3, 256, 256, 512, H, symmetric=True, b_rows=False, c=False)
 
 
 @pytest.fixture(autouse=True)
@@ -66,21 +66,21 @@ def timer(seconds: Callable[[str], float]) -> tuning.Timer:
     return lambda calls: {name: seconds(name) for name in calls}
 
 
-def chosen(asked: Asked = ASKED, gpu: str | None = H200, aligned: bool = True, **changes: Any) -> Any:
+def chosen(problem: Problem = PROBLEM, gpu: str | None = H200, aligned: bool = True, **changes: Any) -> Any:
     """The configuration that a product takes on that GPU."""
-    asked = replace(asked, **changes)
-    sizes = (asked.m, asked.n, asked.k, CAPABILITY, MULTIPROCESSORS, asked.batch, asked.symmetric, aligned)
-    return kernels.configuration(*sizes, asked.fp32_precision, asked.wide, gpu)
+    problem = replace(problem, **changes)
+    sizes = (problem.m, problem.n, problem.k, CAPABILITY, MULTIPROCESSORS, problem.batch, problem.symmetric, aligned)
+    return kernels.configuration(*sizes, problem.fp32_precision, problem.wide, gpu)
 
 
-def slowest(asked: Asked = ASKED) -> Any:
+def slowest(problem: Problem = PROBLEM) -> Any:
     """A candidate that is not the model's choice."""
-    listed = kernels.candidates(CAPABILITY, asked.symmetric, True, asked.fp32_precision, asked.wide)
-    return next(c for c in reversed(listed) if c != chosen(asked, None))
+    listed = kernels.candidates(CAPABILITY, problem.symmetric, True, problem.fp32_precision, problem.wide)
+    return next(c for c in reversed(listed) if c != chosen(problem, None))
 
 
-def keep(file: Path, asked: Asked, fields: Mapping[str, Any], machine: str | None = None) -> None:
-    tuned.write(file, machine or kernels.machine(H200, CAPABILITY), {str(asked): fields})
+def keep(file: Path, problem: Problem, fields: Mapping[str, Any], machine: str | None = None) -> None:
+    tuned.write(file, machine or kernels.machine(H200, CAPABILITY), {str(problem): fields})
     kernels.configuration.cache_clear()
 
 
@@ -158,7 +158,7 @@ def test_a_file_that_is_none_of_ours_is_ignored_and_replaced(
     assert f"{file} is ignored" in caplog.text
     with pytest.raises(ValueError):
         tuned.read(file)
-    keep(file, ASKED, asdict(slowest()))
+    keep(file, PROBLEM, asdict(slowest()))
     assert chosen() == slowest()
 
 
@@ -182,7 +182,7 @@ def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_what_was_measured_counts_for_that_product_alone(file: Path) -> None:
     model, won = chosen(), slowest()
-    keep(file, ASKED, asdict(won))
+    keep(file, PROBLEM, asdict(won))
     assert chosen() == won
     assert chosen(gpu=None) == model
     others: list[dict[str, Any]] = [{"batch": 4}, {"m": 264, "n": 264}, {"k": 520}, {"symmetric": False}]
@@ -196,13 +196,13 @@ def test_what_was_measured_counts_for_that_product_alone(file: Path) -> None:
 def test_another_triton_or_architecture_measures_anew(file: Path, part: str) -> None:
     own = kernels.machine(H200, CAPABILITY)
     assert part in own
-    keep(file, ASKED, asdict(slowest()), own.replace(part, "other"))
+    keep(file, PROBLEM, asdict(slowest()), own.replace(part, "other"))
     assert chosen() == chosen(gpu=None)
 
 
 def test_a_configuration_that_is_no_longer_listed_is_ignored(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     for fields in ({**asdict(slowest()), "stages": 9}, {"block_m": 64}, {}):
-        keep(file, ASKED, fields)
+        keep(file, PROBLEM, fields)
         assert chosen() == chosen(gpu=None)
         kernels.configuration.cache_clear()
         assert chosen() == chosen(gpu=None)
@@ -233,7 +233,7 @@ def test_a_product_takes_what_won(file: Path, monkeypatch: pytest.MonkeyPatch) -
     for x in (a, a.new_empty(3, 512, 256).mT, a[:, :1].expand(3, 256, 512), a.new_empty(3, 256, 513)[:, :, :512]):
         won = slowest()
         assert won.tma
-        keep(file, ASKED, asdict(won))
+        keep(file, PROBLEM, asdict(won))
         kernels.product(x, x.mT, None, 1.0, 0.0, 0.0, out, symmetric=True)
     assert [options["TMA"] for _, options in launches] == [True, True, False, False]
     for (arguments, options), block in zip(launches, ([1, 64, 64], [1, 64, 64]), strict=False):
@@ -272,7 +272,7 @@ def test_products_of_a_polar_call_are_those_that_it_makes(monkeypatch: pytest.Mo
         def record(a: Any, b: Any, c: Any = None, *, inner: Any = gemm, into: Any = made, **options: Any) -> Any:
             symmetric = options.get("symmetric", False)
             lie = {"a_rows": a.stride(-1) == 1, "b_rows": b.stride(-1) == 1}
-            into.append(Asked(*a.shape[:2], b.shape[2], a.shape[2], H, symmetric, c=c is not None, **lie))
+            into.append(Problem(*a.shape[:2], b.shape[2], a.shape[2], H, symmetric, c=c is not None, **lie))
             return inner(a, b, c, **options)
 
         with monkeypatch.context() as patched:
@@ -309,19 +309,24 @@ def test_products_of_kronecker_factors() -> None:
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(
-    "asked",
-    [ASKED, replace(ASKED, symmetric=False), replace(ASKED, dtype=B, wide=True, c=True), Asked(1, 64, 64, 64, H, True)]
-    + [Asked(2, 128, 64, 192, F, precision="tf32x3"), Asked(2, 64, 64, 72, F, True, "tf32x3", a_rows=False)],
+    "problem",
+    [
+        PROBLEM,
+        replace(PROBLEM, symmetric=False),
+        replace(PROBLEM, dtype=B, wide=True, c=True),
+        Problem(1, 64, 64, 64, H, True),
+    ]
+    + [Problem(2, 128, 64, 192, F, precision="tf32x3"), Problem(2, 64, 64, 72, F, True, "tf32x3", a_rows=False)],
     ids=str,
 )
-def test_the_fastest_is_kept_and_taken(asked: Asked, file: Path) -> None:
-    won = slowest(asked)
-    found = tuning.measure(asked, CPU, timer(lambda name: 1.0 if name == tuning.describe(won) else 2.0), file)
+def test_the_fastest_is_kept_and_taken(problem: Problem, file: Path) -> None:
+    won = slowest(problem)
+    found = tuning.measure(problem, CPU, timer(lambda name: 1.0 if name == tuning.describe(won) else 2.0), file)
     assert found is not None
-    assert found.won == tuning.describe(won) != found.model == tuning.describe(chosen(asked, None))
+    assert found.won == tuning.describe(won) != found.model == tuning.describe(chosen(problem, None))
     assert not found.left_out
-    assert chosen(asked) == won
-    assert json.loads(file.read_text()) == {kernels.machine(H200, CAPABILITY): {str(asked): asdict(won)}}
+    assert chosen(problem) == won
+    assert json.loads(file.read_text()) == {kernels.machine(H200, CAPABILITY): {str(problem): asdict(won)}}
     assert re.search(rf"^ -> +1000000\.0 us  {re.escape(found.won)}$", tune.describe(found), re.MULTILINE)
     assert re.search(
         rf"^ +2000000\.0 us  {re.escape(found.model)} +the model's choice$", tune.describe(found), re.MULTILINE
@@ -330,7 +335,7 @@ def test_the_fastest_is_kept_and_taken(asked: Asked, file: Path) -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_of_equals_the_model_decides(file: Path) -> None:
-    found = tuning.measure(ASKED, CPU, timer(lambda name: 1.0), file)
+    found = tuning.measure(PROBLEM, CPU, timer(lambda name: 1.0), file)
     assert found is not None
     assert found.won == found.model
     assert chosen() == chosen(gpu=None)
@@ -348,7 +353,7 @@ def test_what_is_wrong_or_does_not_run_is_left_out(file: Path, monkeypatch: pyte
             arguments[6][0, 0, 0] += 1
 
     monkeypatch.setattr(kernels, "product", product)
-    found = tuning.measure(ASKED, CPU, timer(lambda name: 1.0), file)
+    found = tuning.measure(PROBLEM, CPU, timer(lambda name: 1.0), file)
     assert found is not None
     first, second = (tuning.describe(c) for c in listed[:2])
     assert found.left_out == {
@@ -362,7 +367,7 @@ def test_what_is_wrong_or_does_not_run_is_left_out(file: Path, monkeypatch: pyte
 @pytest.mark.usefixtures("gpu")
 def test_where_nothing_is_to_be_chosen(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows that are no multiple of 16 bytes have one configuration; fp64 and slow TF32 go to torch."""
-    odd = replace(ASKED, m=255, n=255, k=511)
+    odd = replace(PROBLEM, m=255, n=255, k=511)
     assert tune.tune([odd], CPU, timer(lambda name: 1.0), file) == []
     assert not file.exists()
     assert "255 x 255 x 511, symmetric, 16 bits\n    nothing to choose\n0 of 1 products" in capsys.readouterr().out
@@ -371,19 +376,19 @@ def test_where_nothing_is_to_be_chosen(file: Path, capsys: pytest.CaptureFixture
 def test_a_product_without_memory_is_passed_over(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measure(asked: Asked, *_: Any) -> None:
-        if asked.batch == 1000:
+    def measure(problem: Problem, *_: Any) -> None:
+        if problem.batch == 1000:
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(tuning, "measure", measure)
-    assert tune.tune([replace(ASKED, batch=1000), ASKED], CPU, timer(lambda name: 1.0), file) == []
+    assert tune.tune([replace(PROBLEM, batch=1000), PROBLEM], CPU, timer(lambda name: 1.0), file) == []
     assert "1000 x 256 x 256 x 512, symmetric, 16 bits\n    not measured: no memory" in capsys.readouterr().out
 
 
 def test_torch_multiplies_fp32_where_tf32_is_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert Asked(1, 64, 64, 64, F, precision="tf32").candidates(CPU) == []
-    assert len(Asked(1, 64, 64, 64, H).candidates(CPU)) > 1
+    assert Problem(1, 64, 64, 64, F, precision="tf32").candidates(CPU) == []
+    assert len(Problem(1, 64, 64, 64, H).candidates(CPU)) > 1
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -108,13 +108,13 @@ def measure(
     """
     g, u = _checked(update, gradient)
     inner = (g * u).sum()
-    found = {"update_norm": torch.linalg.vector_norm(u), "gradient_norm": torch.linalg.vector_norm(g)}
-    found |= {"inner": inner, "cosine": cosine(u, g), "metric_condition": metric_condition(u, g)}
+    measures = {"update_norm": torch.linalg.vector_norm(u), "gradient_norm": torch.linalg.vector_norm(g)}
+    measures |= {"inner": inner, "cosine": cosine(u, g), "metric_condition": metric_condition(u, g)}
     lengths, duals = norms_of(update, norms, pieces), dual_norms(gradient, norms, pieces)
     for name in norms:
-        found[f"{name}_update"], found[f"{name}_dual"] = lengths[name], duals[name]
-        found[f"{name}_steepness"] = inner / (duals[name] * lengths[name])
-    return found
+        measures[f"{name}_update"], measures[f"{name}_dual"] = lengths[name], duals[name]
+        measures[f"{name}_steepness"] = inner / (duals[name] * lengths[name])
+    return measures
 
 
 def _norm(name: str) -> BaseNorm:

@@ -145,21 +145,21 @@ def _gap(
     if not chosen:
         raise ValueError("no parameter would be written in other variables: say which with only=lambda name, p: ...")
     generator = torch.Generator().manual_seed(seed)
-    weights, own = dict(model.named_parameters()), dict(twin.named_parameters())
+    weights, twin_weights = dict(model.named_parameters()), dict(twin.named_parameters())
     start = {name: weights[name].detach().clone() for name in chosen}
     changes = {name: change(weights[name].detach(), generator) for name in chosen}
     with torch.no_grad():
         for name, its in changes.items():
-            own[name].copy_(its.write(weights[name]))
+            twin_weights[name].copy_(its.write(weights[name]))
 
     def twin_loss(_: nn.Module, batch: Any) -> Tensor:
-        read = {f"model.{name}": its.read(own[name]) for name, its in changes.items()}
+        read = {f"model.{name}": its.read(twin_weights[name]) for name, its in changes.items()}
         return functional_call(_Loss(twin, loss), read, (batch,))
 
     plain = _train(model, optimizer, loss, batches, seed)
     changed = _train(twin, other, twin_loss, batches, seed)
     with torch.no_grad():
-        read = {name: changes[name].read(p) if name in changes else p for name, p in own.items()}
+        read = {name: changes[name].read(p) if name in changes else p for name, p in twin_weights.items()}
         gaps = {name: _relative(read[name], p) for name, p in weights.items()}
         moved = max(_relative(start[name], weights[name]) for name in chosen)
     losses = [abs(a - b) / abs(b) if b else abs(a) for a, b in zip(changed, plain, strict=True)]
@@ -188,11 +188,11 @@ def _of_adamw(optimizer: Optimizer) -> set[Tensor]:
     return {p for group in optimizer.param_groups if group.get("use_muon") is False for p in group["params"]}
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
+def _relative(value: Tensor, wanted: Tensor) -> float:
     if not wanted.numel():
         return 0.0
     largest = wanted.detach().double().abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
-    return float((found.detach().double() - wanted.detach().double()).abs().amax() / largest)
+    return float((value.detach().double() - wanted.detach().double()).abs().amax() / largest)
 
 
 def _random_matrix(n: int, condition: float, generator: torch.Generator) -> Tensor:

@@ -74,5 +74,5 @@ def _units(update: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sine(g: Tensor, u: Tensor) -> Tensor:
-    """Of the angle between unit vectors, 2 sin(psi / 2) cos(psi / 2): accurate for small angles too."""
+    """The sine of the angle between unit vectors, 2 sin(psi / 2) cos(psi / 2): accurate for small angles too."""
     return (torch.linalg.vector_norm(u - g) * torch.linalg.vector_norm(u + g) / 2).clamp(max=1)

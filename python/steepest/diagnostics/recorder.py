@@ -46,11 +46,11 @@ def copies(optimizer: Optimizer) -> dict[Tensor, Tensor]:
 def names_of(optimizer: Optimizer, model: nn.Module | None = None) -> dict[Tensor, str]:
     """A name for every parameter."""
     known = {p: name for name, p in model.named_parameters()} if model is not None else {}
-    found = {}
+    names = {}
     for number, group in enumerate(optimizer.param_groups):
-        own = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-        found.update({p: known.get(p, name) for p, name in zip(group["params"], own, strict=True)})
-    return found
+        group_names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
+        names.update({p: known.get(p, name) for p, name in zip(group["params"], group_names, strict=True)})
+    return names
 
 
 def measured(
@@ -67,9 +67,9 @@ def measured(
             old, g = before[p], p.grad.to_dense() if p.grad.is_sparse else p.grad
             g = g if scale is None else g / scale
             u = old.double() - p.detach().double()
-            own = measure(u, g, norms, _pieces(p, group))
-            own["weight_norm"] = torch.linalg.vector_norm(old.double())
-            layers[names[p]] = own | ({"polar_slack": slack[p]} if p in slack else {})
+            measures = measure(u, g, norms, _pieces(p, group))
+            measures["weight_norm"] = torch.linalg.vector_norm(old.double())
+            layers[names[p]] = measures | ({"polar_slack": slack[p]} if p in slack else {})
     return layers
 
 
@@ -85,7 +85,7 @@ def _slack(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     """The least slack of each parameter's matrices, where all that stepped have one."""
     if not isinstance(optimizer, MatrixOptimizer):
         return {}
-    found: dict[Tensor, list[Tensor]] = {}
+    of_matrices: dict[Tensor, list[Tensor]] = {}
     metrics = optimizer.metrics()
     for number, group in enumerate(optimizer.param_groups):
         values = metrics.get(f"{number}/polar_slack")
@@ -97,5 +97,5 @@ def _slack(optimizer: Optimizer) -> dict[Tensor, Tensor]:
         owners = [p for bucket in buckets.values() for p, count in bucket for _ in range(count)]
         if values is not None and len(values) == len(owners):
             for p, value in zip(owners, values, strict=True):
-                found.setdefault(p, []).append(value)
-    return {p: torch.stack(own).amin().double() for p, own in found.items()}
+                of_matrices.setdefault(p, []).append(value)
+    return {p: torch.stack(slacks).amin().double() for p, slacks in of_matrices.items()}

@@ -39,10 +39,10 @@ def splitting(loss: Callable[[], Tensor], layer: nn.Linear, activation: nn.Modul
     """
     seen: dict[str, Tensor] = {}
 
-    def inputs(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.update(x=given[0].detach(), z=output.detach().clone())  # an activation in place would change it
+    def inputs(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.update(x=arguments[0].detach(), z=output.detach().clone())  # an activation in place would change it
 
-    def outputs(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def outputs(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         seen["a"] = output
 
     hooks = [layer.register_forward_hook(inputs), activation.register_forward_hook(outputs)]

@@ -81,25 +81,29 @@ class Watch:
         if before:
             names = self.names if before.keys() <= self.names.keys() else names_of(optimizer) | self.names
             layers = measured(optimizer, before, names, self.norms)
-            found = {f"{layer}/{key}": value for layer, own in layers.items() for key, value in own.items()}
-            self.log({"step": step, **plain(found | _of_groups(optimizer))})
+            of_layers = {
+                f"{layer}/{key}": value for layer, measures in layers.items() for key, value in measures.items()
+            }
+            self.log({"step": step, **plain(of_layers | _of_groups(optimizer))})
 
 
-def plain(found: Mapping[str, Tensor | float]) -> dict[str, float]:
+def plain(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     """The same as Python numbers; one read for each device."""
-    numbers = {key: value for key, value in found.items() if not isinstance(value, Tensor)}
-    tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    numbers = {key: value for key, value in metrics.items() if not isinstance(value, Tensor)}
+    tensors = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
     for device in {t.device for t in tensors.values()}:
-        own = {key: t for key, t in tensors.items() if t.device == device}
-        read = torch.stack([t.reshape(()).double() for t in own.values()]).tolist()
-        numbers |= dict(zip(own, read, strict=True))
-    return {key: numbers[key] for key in found}
+        on_device = {key: t for key, t in tensors.items() if t.device == device}
+        read = torch.stack([t.reshape(()).double() for t in on_device.values()]).tolist()
+        numbers |= dict(zip(on_device, read, strict=True))
+    return {key: numbers[key] for key in metrics}
 
 
 def _of_groups(optimizer: Optimizer) -> dict[str, Tensor | float]:
-    found: dict[str, Tensor | float] = {f"groups/{i}/lr": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+    of_groups: dict[str, Tensor | float] = {
+        f"groups/{i}/lr": group["lr"] for i, group in enumerate(optimizer.param_groups)
+    }
     if isinstance(optimizer, MatrixOptimizer):
         for key, value in optimizer.metrics().items():
             if value.ndim == 0:
-                found[key if key.startswith("skipped/") else f"groups/{key}"] = value
-    return found
+                of_groups[key if key.startswith("skipped/") else f"groups/{key}"] = value
+    return of_groups

@@ -136,27 +136,27 @@ def eigh_refresh(
     order = slots
     if method == "auto":
         read = P.device.type == "cpu" if exact is None else exact
-        new, taken, bits = _cascade(problem.P, old, sweeps, read)
+        new, accepted, bits = _cascade(problem.P, old, sweeps, read)
     elif method == "jr":
-        found, small = _rotate(problem.P, old, sweeps)
-        new = _better(found, old)
-        taken = new.error < old.error
+        candidate, small = _rotate(problem.P, old, sweeps)
+        new = _better(candidate, old)
+        accepted = new.error < old.error
         bits = _bits((~small, LARGE_ROTATION), (~(small & _progress(new, old)), WANTS_EXACT))
     else:
-        found, order = _iterate(problem.P, old) if method == "qr" else _solve(problem.P, old)
-        taken = _orthonormal(found)
+        candidate, order = _iterate(problem.P, old) if method == "qr" else _solve(problem.P, old)
+        accepted = _orthonormal(candidate)
         if method == "eigh":
             # A basis as good as rounding lets it be is taken as well, so that its columns are sorted.
-            taken = taken & ((found.error <= old.error) | (found.error <= _rounding(old.B)))
-        new = _where(taken, found, old)
-        bits = _bits((~_orthonormal(found), WANTS_EXACT))
+            accepted = accepted & ((candidate.error <= old.error) | (candidate.error <= _rounding(old.B)))
+        new = _where(accepted, candidate, old)
+        bits = _bits((~_orthonormal(candidate), WANTS_EXACT))
     # P that is zero or not finite has come to this as zero, of which every basis is an eigenbasis: nothing was won.
     nothing = problem.nothing
-    taken = taken & ~nothing
+    accepted = accepted & ~nothing
     basis = torch.where(nothing[:, None, None], old.Q, new.Q)
-    order = torch.where(taken[:, None], order, slots)
+    order = torch.where(accepted[:, None], order, slots)
     values = torch.where(nothing[:, None], 0, problem.scale.divide(_diagonal(new.B)[:, None])[:, 0])
-    status = torch.where(nothing, 0, bits | _bits((taken, ACCEPTED))) | problem.status
+    status = torch.where(nothing, 0, bits | _bits((accepted, ACCEPTED))) | problem.status
     return _shaped(P, basis, values, status, order)
 
 
@@ -351,8 +351,8 @@ def _orthonormal_factor(Y: Tensor) -> Tensor:
 
 def _cascade(P: Tensor, old: _Basis, sweeps: int, read: bool) -> tuple[_Basis, Tensor, Tensor]:
     """The method "auto": the new bases, which are new, and the other bits of their status but those of the input."""
-    found, small = _rotate(P, old, sweeps)
-    new = _better(found, old)
+    rotated, small = _rotate(P, old, sweeps)
+    new = _better(rotated, old)
     done = first = small & _progress(new, old)
     if not read:
         second, done_again = _iterate_and_rotate(P, old, new, sweeps)
@@ -372,20 +372,20 @@ def _cascade(P: Tensor, old: _Basis, sweeps: int, read: bool) -> tuple[_Basis, T
 def _iterate_and_rotate(P: Tensor, old: _Basis, best: _Basis, sweeps: int) -> tuple[_Basis, Tensor]:
     """Second stage: one orthogonal iteration, its columns back in their slots, then Jacobi."""
     iterated, order = _iterate(P, old)
-    found, small = _rotate(P, _measured(P, _in_slots(iterated.Q, order), iterated.residual), sweeps)
-    new = _better(found, best)
-    return new, small & (found.error < best.error) & _progress(new, old)
+    rotated, small = _rotate(P, _measured(P, _in_slots(iterated.Q, order), iterated.residual), sweeps)
+    new = _better(rotated, best)
+    return new, small & (rotated.error < best.error) & _progress(new, old)
 
 
 def _solve_in_place(P: Tensor, old: _Basis, best: _Basis, sweeps: int) -> tuple[_Basis, Tensor]:
     """Last stage: the exact solver, its columns where the values of the same rank were."""
     solved, order = _solve(P, old)
-    found = _measured(P, _in_slots(solved.Q, order), solved.residual)
-    return _better(found, best), _orthonormal(found)
+    sorted_back = _measured(P, _in_slots(solved.Q, order), solved.residual)
+    return _better(sorted_back, best), _orthonormal(sorted_back)
 
 
 def _orthonormal(basis: _Basis) -> Tensor:
-    """False for what is not finite."""
+    """Whether a basis is orthonormal as far as promised; False for what is not finite."""
     return basis.error.isfinite() & (basis.residual <= ORTHONORMAL[basis.Q.dtype])
 
 

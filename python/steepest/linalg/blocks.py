@@ -11,12 +11,12 @@ from torch.nn.functional import pad
 
 
 def block_length(length: int, most: int) -> int:
-    """Of the parts of a side."""
+    """The length of the parts of a side."""
     return -(-length // parts(length, most))
 
 
 def parts(length: int, most: int) -> int:
-    """How many parts a side has; an empty one is a part."""
+    """The number of parts of a side; an empty one is a part."""
     return max(1, -(-length // max(1, most)))
 
 

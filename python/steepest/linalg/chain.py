@@ -83,7 +83,7 @@ Node = Gram | Product | Sum | Apply
 
 @dataclass(frozen=True)
 class Operand:
-    """A buffer as it enters a product; what lies in it has contiguous rows."""
+    """A buffer, whose rows are contiguous, as it enters a product."""
 
     buffer: str
     transposed: bool = False

@@ -83,12 +83,12 @@ TURBO_8E3: Table = (*TIGHT_8E3[:2], (3.87512, -7.537368, 6.55156, -2.369701, 0.2
 
 
 def gain(table: Table) -> float:
-    """By how much the table lifts a vanishing singular value of the normalised matrix."""
+    """The factor by which the table lifts a vanishing singular value of the normalised matrix."""
     return math.prod(step[0] for step in table)
 
 
 def evaluate(table: Table, x: float) -> float:
-    """Where the table sends the singular value ``x`` of the normalised matrix, in double precision."""
+    """The value to which the table sends the singular value ``x`` of the normalised matrix, in double precision."""
     for step in table:
         x = sum(coefficient * x ** (2 * power + 1) for power, coefficient in enumerate(step))
     return x
@@ -140,10 +140,16 @@ SCHEDULES: dict[str, Schedule] = {
 def polar_express(steps: int = 5, safety: float = POLAR_EXPRESS_SAFETY) -> Table:
     """Polar Express for any number of steps: the published ones, then the last repeated.
 
-    ``safety`` divides x in all but the published last step, as the paper does for low precision (arXiv:2505.16932).
+    ``safety`` divides x in all but the published last step, and the norm besides, as the paper does for low precision
+    (arXiv:2505.16932): in the first step twice.
     """
     steady = POLAR_EXPRESS[-1]
-    safe = [tuple(v / safety ** (2 * power + 1) for power, v in enumerate(step)) for step in POLAR_EXPRESS[:-1]]
+
+    def safe_step(step: tuple[float, ...], divisor: float) -> tuple[float, ...]:
+        return tuple(v / divisor ** (2 * power + 1) for power, v in enumerate(step))
+
+    first, *others = POLAR_EXPRESS[:-1]
+    safe = [safe_step(first, safety**2), *(safe_step(step, safety) for step in others)]
     return tuple((safe + [steady] * steps)[:steps])
 
 

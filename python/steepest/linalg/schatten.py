@@ -6,7 +6,7 @@
 rank-one u_1 v_1^T.  With R = X X^T:
 
     q = 2, 4, 6, ...           S^(q-1) = R^((q-2)/2) X, exact                                    p = 2, 4/3, 6/5, ...
-    p = 3/2, 3, 4, 6, 8        x^(q-1) by a composition of odd polynomials, below
+    p = 3/2, 3, 4, 6, 8        x^(q-1) by a composition of odd polynomials, below, where that runs in 16 bits
     p = 1                      R^4096 by squaring: the power method
     p = inf                    `polar`
     any other                  eigenvectors of R in fp64
@@ -130,9 +130,9 @@ def schatten(
         p: at least 1; inf is the polar factor.
         method: "matmul" for products alone, which never wait for the device; "eigh" for the eigenvectors of the short
             side's Gram matrix in fp64, exact, a solver that waits for a GPU; "auto" for products where p is one of
-            theirs.
+            theirs and what they lose is of the size of their rounding: where they are exact, or in 16 bits.
         eps: "eigh" drops singular values below max(eps, rounding) times the largest; p = inf as in `polar`.
-        dtype: compute dtype of products; `compute_dtype` chooses by default.
+        dtype: compute dtype of products, which are then taken; `compute_dtype` chooses by default.
         max_workspace_bytes: bound on what one chunk of the batch allocates; at least one matrix is worked on.
 
     A zero matrix gives zero; one with a non-finite entry gives NaN and leaves the rest of its batch alone.  The scale
@@ -144,6 +144,7 @@ def schatten(
         TypeError: x is not real floating point, or dtype is not a compute dtype.
     """
     _check(x, p, method, eps, dtype)
+    method = _settled(p, method, x.dtype, x.device) if dtype is None else method
     eigh = not by_products(p, method)
     if p == math.inf and not eigh:
         return _polar.polar(x, "auto", eps=eps, dtype=dtype, max_workspace_bytes=max_workspace_bytes)
@@ -153,7 +154,8 @@ def schatten(
     batch = x.reshape(-1, *x.shape[-2:])
     out = torch.empty(batch.shape, dtype=x.dtype, device=x.device)
     _, m, n = batch.shape
-    size = chunk_size(batch, workspace_bytes(p, m, n, work, method=method), max_workspace_bytes)
+    bytes_of_one = workspace_bytes(p, m, n, work, method="eigh" if eigh else "matmul")
+    size = chunk_size(batch, bytes_of_one, max_workspace_bytes)
     for chunk, target in zip(batch.split(size), out.split(size), strict=True):
         y = prescaled(chunk, work)
         if eigh:
@@ -167,7 +169,7 @@ def schatten(
 
 
 def by_products(p: float, method: str = "auto") -> bool:
-    """Whether `schatten` takes matrix products alone."""
+    """Whether `schatten` takes matrix products alone where these run in 16 bits: elsewhere "auto" takes no STEPS."""
     return method != "eigh" and (p in (1, math.inf) or p in STEPS or _power(p) is not None)
 
 
@@ -178,14 +180,14 @@ def compute_dtype(p: float, dtype: torch.dtype, device: torch.device | str, *, m
     (no products), for p = 1 on a CPU, and for eigenvectors, which are found in fp64.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    if not by_products(p, method) or p == 2:
+    if not by_products(p, _settled(p, method, dtype, device)) or p == 2:
         return wide
-    own = _polar.compute_dtype("auto", dtype, device)
+    of_polar = _polar.compute_dtype("auto", dtype, device)
     if p in STEPS or p == math.inf:
-        return own
+        return of_polar
     if p == 1 and torch.device(device).type == "cpu":
         return wide
-    return torch.bfloat16 if own == torch.float16 else own
+    return torch.bfloat16 if of_polar == torch.float16 else of_polar
 
 
 def workspace_bytes(p: float, m: int, n: int, dtype: torch.dtype, *, method: str = "auto") -> int:
@@ -193,9 +195,16 @@ def workspace_bytes(p: float, m: int, n: int, dtype: torch.dtype, *, method: str
 
     Products take what `polar` takes and X in fp32, for norms and where p = 1: an upper bound.
     """
+    method = "eigh" if method == "auto" and p in STEPS and dtype.itemsize > 2 else method
     work = dtype if by_products(p, method) else torch.float64
     beside = 0 if p == math.inf else m * n * torch.promote_types(work, torch.float32).itemsize
     return _polar.workspace_bytes(m, n, work) + beside
+
+
+def _settled(p: float, method: str, dtype: torch.dtype, device: torch.device | str) -> str:
+    """The method for a matrix of ``dtype``: compositions err by more than 32 bits do."""
+    composed = method == "auto" and p in STEPS
+    return "eigh" if composed and _polar.compute_dtype("auto", dtype, device).itemsize > 2 else method
 
 
 def _check(x: Tensor, p: float, method: str, eps: float, dtype: torch.dtype | None) -> None:
@@ -214,7 +223,7 @@ def _check(x: Tensor, p: float, method: str, eps: float, dtype: torch.dtype | No
 
 
 def check_norm(p: float, method: str) -> None:
-    """ValueError for a p below 1, an unknown method, and "matmul" for a p that has no products."""
+    """The check of p and method: ValueError for p below 1, an unknown method, "matmul" for a p without products."""
     if not p >= 1:
         raise ValueError(f"p must be at least 1, got {p}; math.inf is the spectral norm")
     if method not in METHODS:

@@ -75,10 +75,10 @@ def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     compute_XY (PTX) is compiled by the driver for anything newer, a suffixed one again only for its own.
     """
     for name in architectures:
-        own = target(name)
-        if own == capability:
+        built = target(name)
+        if built == capability:
             return True
-        if name[-1].isdigit() and own < capability and (name.startswith("compute") or own[0] == capability[0]):
+        if name[-1].isdigit() and built < capability and (name.startswith("compute") or built[0] == capability[0]):
             return True
     return False
 
@@ -122,9 +122,9 @@ def _driver_reason(built: str) -> str | None:
     driver = driver_cuda()
     if driver is None:
         return None
-    own, other = (tuple(int(part) for part in version.split(".")[:2]) for version in (built, driver))
+    ours, theirs = (tuple(int(part) for part in version.split(".")[:2]) for version in (built, driver))
     arguments = (12, 1)  # from here on a launch may carry 32 KB, and ours do
-    if own[0] <= other[0] and not (own >= arguments > other):
+    if ours[0] <= theirs[0] and not (ours >= arguments > theirs):
         return None
     built = ".".join(built.split(".")[:2])
     return f"built with CUDA {built}, the driver takes {driver}; update the driver or rebuild with an older toolkit"
@@ -203,13 +203,13 @@ def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: tor
         return "torch"
     if name == "auto":
         why = dict(reasons)
-        for taken in NAMES:
-            if why.get(taken, "") is None:
-                why[taken] = selfcheck.reason(family, taken, device)
-            if taken == "torch" or why.get(taken, "") is None:
+        for chosen in NAMES:
+            if why.get(chosen, "") is None:
+                why[chosen] = selfcheck.reason(family, chosen, device)
+            if chosen == "torch" or why.get(chosen, "") is None:
                 break
-        log_once(op, taken, why, device)
-        return taken
+        log_once(op, chosen, why, device)
+        return chosen
     if (reason := reasons.get(name) or selfcheck.reason(family, name, device)) is not None:
         raise RuntimeError(f"{op}: backend={name!r} cannot run: {reason}. backend='auto' takes one that can")
     return name
@@ -238,12 +238,12 @@ def prepare(families: Iterable[str], device: torch.device) -> None:
                 checked(family, device, name)
 
 
-def log_once(op: str, taken: str, reasons: Mapping[str, str | None], device: torch.device) -> None:
+def log_once(op: str, chosen: str, reasons: Mapping[str, str | None], device: torch.device) -> None:
     """The first time that an op falls back to this backend."""
     best = "cpu" if device.type == "cpu" else NAMES[0]
-    if torch.compiler.is_compiling() or taken == best or (op, device.type, taken) in _logged:
+    if torch.compiler.is_compiling() or chosen == best or (op, device.type, chosen) in _logged:
         return
-    _logged.add((op, device.type, taken))
-    why = "; ".join(f"{name}: {reasons[name]}" for name in NAMES[: NAMES.index(taken)] if name in reasons)
+    _logged.add((op, device.type, chosen))
+    why = "; ".join(f"{name}: {reasons[name]}" for name in NAMES[: NAMES.index(chosen)] if name in reasons)
     level = logging.WARNING if device.type == "cuda" else logging.INFO
-    logger.log(level, "%s runs on %s (%s)", op, taken, why)
+    logger.log(level, "%s runs on %s (%s)", op, chosen, why)

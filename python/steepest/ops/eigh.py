@@ -94,7 +94,7 @@ def cusolver_reason() -> str | None:
 
 
 def _cusolver_names(cuda: str | None) -> list[str]:
-    """Where cuSOLVER may be: in the wheels that torch depends on, then wherever the loader looks."""
+    """The names under which cuSOLVER may be: in the wheels that torch depends on, then wherever the loader looks."""
     name = CUSOLVER.get((cuda or "").partition(".")[0])
     if name is None:
         return []

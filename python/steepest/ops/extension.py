@@ -66,7 +66,7 @@ class Extension:
         return int(self._library.steepest_small_polar_rows(capability))
 
     def small_polar_blocks(self, rows: int, capability: int) -> int:
-        """How many blocks take a matrix of this short side; 0 where none do."""
+        """The number of blocks that take a matrix of this short side; 0 where none do."""
         return int(self._library.steepest_small_polar_blocks(rows, capability))
 
     def eigh_rows(self, capability: int) -> int:
@@ -144,7 +144,7 @@ def _number(name: str, names: Mapping[str, int] | Sequence[str], what: str) -> i
 
 
 def _ints(values: Iterable[int]) -> ctypes.Array[c_int64]:
-    """ValueError for what 64 bits do not hold, of which ctypes would take the lowest."""
+    """The integers as int64; ValueError for what it does not hold, of which ctypes would take the lowest bits."""
     listed = list(values)
     for value in listed:
         if not -(2**63) <= value < 2**63:

@@ -31,7 +31,6 @@ def grouped_gemm(
     alpha: float | Sequence[Tensor] = 1.0,
     beta: float | Sequence[Tensor] = 1.0,
     symmetric: bool = False,
-    row_sums: Sequence[Tensor] = (),
     tile: Literal["auto", "wide", "small"] = "auto",
     streams: Literal["auto", "never", "always"] = "auto",
 ) -> None:
@@ -40,8 +39,7 @@ def grouped_gemm(
 
     a[i]: (batch, m, k), b[i]: (batch, k, n), c[i] and out[i]: (batch, m, n), with sizes of their own for every i, of
     one floating dtype, on one device. alpha, beta: numbers, or a (batch,) fp32 tensor for each i. ``c`` may be empty;
-    c[i] may be out[i], and no other two overlap. symmetric, and row_sums, (batch, m) fp32 for each i, contiguous: as
-    for `gemm`; row_sums ask for symmetric products.
+    c[i] may be out[i], and no other two overlap. symmetric: as `gemm`.
 
     tile, streams: of the compiled kernel, and without effect elsewhere. The tile that a block of threads makes, of 128
     x 256 or 128 x 128 entries; and whether a sum along k may be cut where there are fewer tiles than multiprocessors.
@@ -49,13 +47,13 @@ def grouped_gemm(
     Equals ``torch.baddbmm`` in fp32, rounded once, where the compiled kernel runs. Deterministic, not differentiable.
     ValueError for lists that do not go by one another, shapes that make no products, and names that are not known.
     """
-    _check(a, b, c, out, alpha, beta, row_sums, symmetric, tile, streams)
+    _check(a, b, c, out, alpha, beta, symmetric, tile, streams)
     if not a:
         return
-    if _route(a, b, c, out, (*_tensors(alpha), *_tensors(beta)), row_sums) == "cuda":
+    if _route(a, b, c, out, (*_tensors(alpha), *_tensors(beta))) == "cuda":
         numbers = (_tensors(alpha), _tensors(beta), _number(alpha), _number(beta))
         choices = (symmetric, TILES.index(tile), STREAMS.index(streams))
-        torch.ops.steepest.grouped_gemm(a, b, c, out, row_sums, *numbers, *choices)
+        torch.ops.steepest.grouped_gemm(a, b, c, out, *numbers, *choices)
         return
     for i in range(len(a)):
         gemm(
@@ -66,7 +64,6 @@ def grouped_gemm(
             beta=_of(beta, i),
             out=out[i],
             symmetric=symmetric,
-            row_sums=row_sums[i] if row_sums else None,
         )
 
 
@@ -85,15 +82,15 @@ def _of(numbers: float | Sequence[Tensor], i: int) -> float | Tensor:
 Lists = Sequence[Tensor]
 
 
-def _route(a: Lists, b: Lists, c: Lists, out: Lists, numbers: Lists, row_sums: Lists) -> str:
+def _route(a: Lists, b: Lists, c: Lists, out: Lists, numbers: Lists) -> str:
     device = a[0].device
     if device.type != "cuda" or torch.compiler.is_compiling():
         return "torch"
-    reasons = {"cuda": _reason(a, b, c, out, numbers, row_sums)}
+    reasons = {"cuda": _reason(a, b, c, out, numbers)}
     return _backend.choose("grouped_gemm", "auto", reasons, device, "polar chain")
 
 
-def _reason(a: Lists, b: Lists, c: Lists, out: Lists, numbers: Lists = (), row_sums: Lists = ()) -> str | None:
+def _reason(a: Lists, b: Lists, c: Lists, out: Lists, numbers: Lists = ()) -> str | None:
     """Why the compiled kernel does not take these; None where it does."""
     if (why := hopper_reason(a[0])) is not None:
         return why
@@ -108,8 +105,8 @@ def _reason(a: Lists, b: Lists, c: Lists, out: Lists, numbers: Lists = (), row_s
                 return why
     if any(x.data_ptr() % 16 for some in (a, b, c, out) for x in some):
         return "a stack does not begin at a multiple of 16 bytes"
-    if any(x.dtype != torch.float32 for x in (*numbers, *row_sums)) or not all(x.is_contiguous() for x in row_sums):
-        return "alpha, beta and row_sums are taken as float32, row_sums as contiguous"
+    if any(x.dtype != torch.float32 for x in numbers):
+        return "alpha and beta are taken as float32"
     return None
 
 
@@ -120,7 +117,6 @@ def _check(
     out: Sequence[Tensor],
     alpha: float | Sequence[Tensor],
     beta: float | Sequence[Tensor],
-    row_sums: Sequence[Tensor],
     symmetric: bool,
     tile: str,
     streams: str,
@@ -128,12 +124,10 @@ def _check(
     for name, choice, known in (("tile", tile, TILES), ("streams", streams, STREAMS)):
         if choice not in known:
             raise ValueError(f"{name}={choice!r} is not known; use one of {', '.join(known)}")
-    lists = {"b": b, "out": out, "c": c, "row_sums": row_sums, "alpha": _tensors(alpha), "beta": _tensors(beta)}
+    lists = {"b": b, "out": out, "c": c, "alpha": _tensors(alpha), "beta": _tensors(beta)}
     for name, some in lists.items():
         if len(some) != len(a) and (some or name in ("b", "out")):
             raise ValueError(f"{name} has {len(some)} tensors for {len(a)} products")
-    if row_sums and not symmetric:
-        raise ValueError("row_sums are those of symmetric products; pass symmetric=True")
     for i, (x, y, z) in enumerate(zip(a, b, out, strict=True)):
         fits = x.ndim == y.ndim == 3 and len(x) == len(y) and x.shape[2] == y.shape[1]
         wanted = (len(x), x.shape[1], y.shape[2]) if fits else ()
@@ -154,4 +148,4 @@ if _backend.extension is not None:
 
     @torch.library.register_fake("steepest::grouped_gemm")
     def _(*arguments: object) -> None:
-        """Mutates out and row_sums; no metadata changes."""
+        """Mutates out; no metadata changes."""

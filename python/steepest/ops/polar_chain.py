@@ -44,7 +44,7 @@ class Update:
     beta: Tensor
 
     def split(self, size: int) -> list[Update]:
-        """Of so many matrices at a time."""
+        """Updates of so many matrices at a time."""
         starts = range(0, len(self.weights), size)
         return [Update(self.weights[i : i + size], self.eta[i : i + size], self.beta[i : i + size]) for i in starts]
 
@@ -60,7 +60,6 @@ def polar_chain(
     *,
     tight: bool,
     eps: float,
-    row_sums: Sequence[Tensor] = (),
     updates: Sequence[Update] = (),
     chunks: int = 0,
 ) -> None:
@@ -69,9 +68,6 @@ def polar_chain(
     xs, ys: (batch, m, n), contiguous, all fp16 or all bf16, on one device; slacks: (batch,) fp32 for each. nodes: seven
     integers for each (place in KINDS, buffers out, a, b, c by their place in BUFFERS, columns of alpha and beta or -1)
     and three numbers (alpha and beta where they are no column, gamma). constants to eps: as for `chain_numbers`.
-
-    row_sums: (batch, min(m, n)) fp32 for each stack, contiguous, filled with sum_j |G_ij| of G = X X^T as it is stored.
-    The largest of a matrix, its infinity norm, bounds the largest eigenvalue of G and so ||X||_2^2 from above.
 
     updates: one for each stack. The last product then goes into the weights, in fp32 and rounded once, and is not
     written anywhere else; what is left in xs and ys is undefined.
@@ -86,7 +82,7 @@ def polar_chain(
     weights = [w for update in updates for w in update.weights]
     into = (weights, [update.eta for update in updates], [update.beta for update in updates])
     numbers = (*nodes, flat, powers, least, tight, eps, chunks, _backend.batch_invariant)
-    torch.ops.steepest.polar_chain(xs, ys, slacks, row_sums, *into, *numbers)
+    torch.ops.steepest.polar_chain(xs, ys, slacks, *into, *numbers)
 
 
 def weights_reason(weights: Sequence[Tensor]) -> str | None:
@@ -154,4 +150,4 @@ if _backend.extension is not None:
 
     @torch.library.register_fake("steepest::polar_chain")
     def _(*arguments: object) -> None:
-        """Mutates xs, ys, slacks, row_sums and weights; no metadata changes."""
+        """Mutates xs, ys, slacks and weights; no metadata changes."""

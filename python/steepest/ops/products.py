@@ -84,24 +84,24 @@ def syrk_ema(factor: Tensor, x: Tensor, weight: Number | None, *, out: Tensor | 
     lead, m = factor.shape[:-2], factor.shape[-1]
     batch = math.prod(lead)
     result = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device) if out is None else out
-    held, rows, into = _stack(factor), _stack(x), result.view(batch, m, m)
+    average, rows, into = _stack(factor), _stack(x), result.view(batch, m, m)
     if isinstance(weight, Tensor):
         weight = weight.to(factor.dtype).reshape(-1).expand(batch)
     if _route(factor, "tf32x3", narrow=x.dtype.itemsize == 2) == "triton":
         from ..kernels.symm_gemm import product as launch
 
-        rows, held = _placed(rows), _placed(held)
+        rows, average = _placed(rows), _placed(average)
         alpha, beta = (1.0, 1.0) if weight is None else (weight, None)
-        launch(rows, rows.mT, held, alpha, beta, 0.0, into, symmetric=True, precision="tf32x3")
+        launch(rows, rows.mT, average, alpha, beta, 0.0, into, symmetric=True, precision="tf32x3")
         return result
     rows = rows.to(factor.dtype)
     gram = _by_torch(rows, rows.mT, symmetric=True)
     if weight is None:
-        torch.add(held, gram, out=into)
+        torch.add(average, gram, out=into)
     elif isinstance(weight, Tensor):
-        torch.lerp(held, gram, weight[:, None, None], out=into)
+        torch.lerp(average, gram, weight[:, None, None], out=into)
     else:
-        torch.lerp(held, gram, weight, out=into)
+        torch.lerp(average, gram, weight, out=into)
     return result
 
 
@@ -141,19 +141,19 @@ def _stack(x: Tensor) -> Tensor:
 
 
 def _placed(x: Tensor) -> Tensor:
-    """With contiguous rows or columns."""
+    """x, or a copy of it with contiguous rows."""
     return x if x.stride(-1) == 1 or x.stride(-2) == 1 else x.contiguous()
 
 
 def _check(A: Tensor, B: Tensor, C: Tensor | None, precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
-    given = [x for x in (A, B, C) if x is not None]
-    if A.dtype not in (torch.float32, torch.float64) or any(x.dtype != A.dtype for x in given):
-        raise TypeError(f"product takes float32 or float64 for all, got {', '.join(str(x.dtype) for x in given)}")
+    matrices = [x for x in (A, B, C) if x is not None]
+    if A.dtype not in (torch.float32, torch.float64) or any(x.dtype != A.dtype for x in matrices):
+        raise TypeError(f"product takes float32 or float64 for all, got {', '.join(str(x.dtype) for x in matrices)}")
     fits = A.ndim >= 2 and B.ndim >= 2 and A.shape[:-2] == B.shape[:-2] and A.shape[-1] == B.shape[-2]
     if not fits or (C is not None and C.shape != (*A.shape[:-1], B.shape[-1])):
-        raise ValueError(f"shapes do not make a product: {', '.join(str(tuple(x.shape)) for x in given)}")
+        raise ValueError(f"shapes do not make a product: {', '.join(str(tuple(x.shape)) for x in matrices)}")
 
 
 def _check_average(factor: Tensor, x: Tensor, weight: Number | None, out: Tensor | None) -> None:

@@ -72,8 +72,8 @@ class Check:
 def check_of(family: str) -> Check:
     """The check of a family, whose module is imported when it is first wanted."""
     module = importlib.import_module(".checks." + family.replace(" ", "_"), __package__)
-    found: Check = module.CHECK
-    return found
+    check: Check = module.CHECK
+    return check
 
 
 def reason(family: str, backend: str, device: torch.device) -> str | None:
@@ -173,7 +173,7 @@ def versions(device: torch.device) -> str:
 
 
 def tracker() -> str:
-    """Where to report: the address in the package's metadata, if there is one."""
+    """The address to report to, from the package's metadata, if there is one."""
     from importlib import metadata
 
     with contextlib.suppress(metadata.PackageNotFoundError):

@@ -55,8 +55,8 @@ def takes(xs: Sequence[Tensor], tables: Tables, least: tuple[float, ...]) -> boo
     if not xs[0].is_cuda or _backend.cuda_reason(device.index) is not None or _refusal(tables, least) is not None:
         return False
     capability = _capability(device.index)
-    taken = (x.numel() > 0 and too_long(min(x.shape[-2:]), capability) is None for x in xs)
-    if not all(x.dtype in DTYPES and x.stride(-1) == 1 for x in xs) or not all(taken):
+    fits = (x.numel() > 0 and too_long(min(x.shape[-2:]), capability) is None for x in xs)
+    if not all(x.dtype in DTYPES and x.stride(-1) == 1 for x in xs) or not all(fits):
         return False
     reason = _backend.checked("small polar", device)
     if reason is not None:
@@ -79,7 +79,7 @@ def too_long(short: int, capability: tuple[int, int]) -> str | None:
 
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
-    """Of a device; (8, 9), which has no clusters, where the device has none or runs code that was made without them."""
+    """The compute capability of a device; (8, 9) where it has no clusters, or runs code that was made without them."""
     assert _backend.extension is not None
     capability = torch.cuda.get_device_capability(index)
     if capability < CLUSTERS:

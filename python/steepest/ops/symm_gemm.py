@@ -41,10 +41,10 @@ class Workspace:
 
     def get(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """A contiguous buffer of this shape, of ``like``'s dtype and device, with undefined contents."""
-        held = self._buffers.get(name)
-        if held is None or held.shape != torch.Size(shape) or held.dtype != like.dtype:
-            held = self._buffers[name] = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return held
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != torch.Size(shape) or buffer.dtype != like.dtype:
+            buffer = self._buffers[name] = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return buffer
 
 
 def gemm(
@@ -57,7 +57,6 @@ def gemm(
     out: Tensor,
     symmetric: bool = False,
     workspace: Workspace | None = None,
-    row_sums: Tensor | None = None,
 ) -> Tensor:
     """``alpha a @ b + beta c``, into ``out``, which is returned.
 
@@ -67,18 +66,11 @@ def gemm(
     ``symmetric``.  Torch's products take plain numbers alone: where one is a tensor the product is rounded by itself,
     and the sum of the two once more.  In fp16 a symmetric product is brought into range before that, alpha on its
     factors; of another, ``a @ b`` is what fp16 must hold: scaled, small rows of X would lose digits that count.
-
-    row_sums: (batch, m) fp32 (fp64 for fp64), filled with sum_j |out_ij|. The largest of a matrix is its infinity norm,
-    which no eigenvalue exceeds in magnitude: that of X X^T bounds the largest singular value of X from above, squared.
     """
     if _route(a, b) == "triton":
         from ..kernels.symm_gemm import product
 
-        product(a, b, c, alpha, beta, 0.0, out, symmetric=symmetric, row_sums=row_sums)
-        return out
-    if row_sums is not None:
-        gemm(a, b, c, alpha=alpha, beta=beta, out=out, symmetric=symmetric, workspace=workspace)
-        torch.linalg.vector_norm(out, 1, dim=-1, dtype=row_sums.dtype, out=row_sums)
+        product(a, b, c, alpha, beta, 0.0, out, symmetric=symmetric)
         return out
     if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
         product = out if c is None else (workspace or Workspace()).get("product", out.shape, out)
@@ -146,13 +138,13 @@ def linear(
     if c is None and not gamma:
         return times(a, alpha, out=out)
     wide = torch.promote_types(a.dtype, torch.float32)
-    held = out if out.dtype == wide and out is not c else torch.empty(out.shape, dtype=wide, device=out.device)
-    times(held.copy_(a), alpha, out=held)
+    total = out if out.dtype == wide and out is not c else torch.empty(out.shape, dtype=wide, device=out.device)
+    times(total.copy_(a), alpha, out=total)
     if c is not None:
-        held.addcmul_(c, _wide(beta, c)) if isinstance(beta, Tensor) else held.add_(c, alpha=beta)
+        total.addcmul_(c, _wide(beta, c)) if isinstance(beta, Tensor) else total.add_(c, alpha=beta)
     if gamma:
-        held.diagonal(dim1=-2, dim2=-1).add_(gamma)
-    return out if held is out else out.copy_(held)
+        total.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return out if total is out else out.copy_(total)
 
 
 def times(matrix: Tensor, factor: Number, *, out: Tensor) -> Tensor:
@@ -172,7 +164,7 @@ def _wide(factor: Tensor, matrix: Tensor) -> Tensor:
 
 
 def block_edges(m: int) -> tuple[int, ...]:
-    """Where the block rows of an m x m product begin and end: equal blocks, a multiple of 32, and what remains."""
+    """The edges of the block rows of an m x m product: equal blocks, a multiple of 32, and what remains."""
     rows = min(MAX_BLOCK_ROWS, max(1, m // MIN_BLOCK))
     block = m if rows == 1 else 32 * -(-m // (32 * rows))
     return (*range(0, m, block), m)

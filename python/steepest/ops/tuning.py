@@ -24,7 +24,7 @@ Timer = Callable[[Mapping[str, Call]], Mapping[str, float]]  # seconds of each c
 
 
 @dataclass(frozen=True)
-class Asked:
+class Problem:
     """``batch`` products of m x k and k x n.  dtype: of the operands; precision: of fp32 ones.
 
     a_rows, b_rows: whether rows of the operands are contiguous, columns if not. c: whether a matrix is added. wide: c
@@ -48,7 +48,7 @@ class Asked:
         return self.precision if self.dtype == torch.float32 else None
 
     def __str__(self) -> str:
-        """As the file has it; products of one text share a configuration."""
+        """The name of the product in the file; products of one name share a configuration."""
         from ..kernels.symm_gemm import question
 
         return question(self.m, self.n, self.k, self.batch, self.symmetric, self.fp32_precision, self.wide)
@@ -84,19 +84,19 @@ class Asked:
 class Measured:
     """Seconds by configuration; ``model`` and ``won`` are two of them, or one and the same."""
 
-    asked: Asked
+    problem: Problem
     seconds: dict[str, float]
     model: str
     won: str
     left_out: dict[str, str] = field(default_factory=dict)  # why
 
     def json(self) -> dict[str, Any]:
-        """As plain data."""
-        found = {name: getattr(self, name) for name in ("seconds", "model", "won", "left_out")}
-        return {"product": str(self.asked), **found}
+        """The measurement as plain data."""
+        results = {name: getattr(self, name) for name in ("seconds", "model", "won", "left_out")}
+        return {"product": str(self.problem), **results}
 
 
-def measure(asked: Asked, device: torch.device, timer: Timer, file: Path) -> Measured | None:
+def measure(problem: Problem, device: torch.device, timer: Timer, file: Path) -> Measured | None:
     """Times the candidates for a product and writes the fastest to the file; None where there is nothing to choose.
 
     Of equals, and of candidates that are no faster than the model's choice, the model's choice.
@@ -104,19 +104,27 @@ def measure(asked: Asked, device: torch.device, timer: Timer, file: Path) -> Mea
     from ..kernels import symm_gemm as kernels
     from ..kernels import tuned
 
-    listed = asked.candidates(device)
+    listed = problem.candidates(device)
     if len(listed) < 2:
         return None
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    sizes = (asked.m, asked.n, asked.k, capability, properties.multi_processor_count, asked.batch, asked.symmetric)
-    model = kernels.configuration(*sizes, True, asked.fp32_precision, asked.wide)
+    sizes = (
+        problem.m,
+        problem.n,
+        problem.k,
+        capability,
+        properties.multi_processor_count,
+        problem.batch,
+        problem.symmetric,
+    )
+    model = kernels.configuration(*sizes, True, problem.fp32_precision, problem.wide)
     by_name = {describe(c): c for c in (model, *(c for c in listed if c != model))}
-    a, b, c, out = asked.operands(device)
+    a, b, c, out = problem.operands(device)
 
     def call(chosen: Any) -> Call:
-        numbers = (1.0, 1.0 if asked.c else 0.0, 0.0)
-        options = {"symmetric": asked.symmetric, "precision": asked.precision, "chosen": chosen}
+        numbers = (1.0, 1.0 if problem.c else 0.0, 0.0)
+        options = {"symmetric": problem.symmetric, "precision": problem.precision, "chosen": chosen}
         return lambda: kernels.product(a, b, c, *numbers, out, **options)
 
     calls = {name: call(chosen) for name, chosen in by_name.items()}
@@ -129,9 +137,9 @@ def measure(asked: Asked, device: torch.device, timer: Timer, file: Path) -> Mea
     seconds = dict(timer(calls))
     won = min(seconds, key=lambda name: seconds[name])  # the first of equals
     gpu = kernels.machine(torch.cuda.get_device_name(device), capability)
-    tuned.write(file, gpu, {str(asked): asdict(by_name[won])})
+    tuned.write(file, gpu, {str(problem): asdict(by_name[won])})
     kernels.configuration.cache_clear()
-    return Measured(asked, seconds, describe(model), won, left_out)
+    return Measured(problem, seconds, describe(model), won, left_out)
 
 
 def describe(configuration: Any) -> str:

@@ -43,8 +43,8 @@ def weight_update(
     _check(a, b, weights, alpha, beta)
     if _route(a, b, weights, alpha, beta) == "cuda":
         for first in range(0, len(weights), MOST):
-            own = slice(first, first + MOST)
-            torch.ops.steepest.weight_update(a[own], b[own], weights[own], alpha[own], beta[own])
+            some = slice(first, first + MOST)
+            torch.ops.steepest.weight_update(a[some], b[some], weights[some], alpha[some], beta[some])
         return
     product = (workspace or Workspace()).get("product", (len(a), a.shape[1], b.shape[2]), a)
     add_into(gemm(a, b, out=product), weights, alpha, beta)
@@ -52,8 +52,8 @@ def weight_update(
 
 def add_into(product: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> None:
     """``weights[i] = beta[i] weights[i] + alpha[i] product[i]``, in place; arguments as those of `weight_update`."""
-    for each in zip(weights, product, alpha, beta, strict=True):
-        _add_one(*each)  # whose memory is free for the next
+    for arguments in zip(weights, product, alpha, beta, strict=True):
+        _add_one(*arguments)  # whose memory is free for the next
 
 
 def _add_one(w: Tensor, product: Tensor, alpha: Tensor, beta: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The `torch.optim` shell: groups, state, closures and checkpoints around `plan.Plan`.
+"""The `torch.optim` shell: groups, state, closures and checkpoints around `steepest.step.Plan`.
 
 A `MatrixOptimizer` holds two kinds of group: those with use_muon=True take the class's own recipe, those with
 use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler for a whole model.
@@ -21,6 +21,7 @@ from ..recipe import Recipe, State, adamw
 from ..step import Parameter, Plan, StepOptions
 from ..step.checks import check_gradient, check_state, refuse_capture
 from ..step.coupling import Coupling
+from ..step.modes import in_default_modes
 from ..step.plan import route
 from ..step.seams import Reduce, Transport
 from ..step.state_storage import stack
@@ -77,12 +78,16 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step(loss)
+        return loss
+
+    @in_default_modes
+    def _step(self, loss: Number | None) -> None:
         scaling = Scaling(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
         if torch.compiler.is_compiling():
             self._traced_step(scaling)
         else:
             self._take_step(scaling, loss)
-        return loss
 
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """Moves everything that has a gradient; loss: what a closure returned."""
@@ -112,11 +117,12 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
             for hook in list(self._weight_hooks.values()):
                 hook(weights)
 
+    @in_default_modes
     def init_state(self) -> None:
         """Creates the state of every parameter now, as if each had a zero gradient, without a step."""
         self._init_states([(p, p.dtype, group) for group in self.param_groups for p in group["params"]])
 
-    @torch.no_grad()
+    @in_default_modes
     def prepare(self) -> set[str]:
         """Makes state and plan for the gradients there are, without a step; the backends it will run on."""
         return self._ready_plan().backends
@@ -345,7 +351,7 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
 
 
 def _place(value: object) -> int:
-    """Where a tensor of the state lies. A plan's views keep the memory, so that no other tensor comes to lie there."""
+    """The address of a tensor of the state. A plan's views keep the memory, so that no other tensor comes there."""
     return value.data_ptr() if type(value) is Tensor else id(value)  # a fake tensor has no address
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..ops import streams
 from ..recipe import ADAMW, Recipe
 from ..state_layout import Layout
+from ..step.modes import in_default_modes
 from ..step.state_storage import stack
 from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
 from .checkpoint_state import check_kept, check_state, restored
@@ -77,7 +78,7 @@ class Checkpoints(torch.optim.Optimizer):
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, and "optimizer": the name of the class, by which `load_state_dict` knows its own checkpoints.
+        """The state as torch gives it, and under "optimizer" the class, by which `load_state_dict` knows its own.
 
         What is made beside the steps is in it: the present stream waits for it.
         """
@@ -104,6 +105,8 @@ class Checkpoints(torch.optim.Optimizer):
 
     # ---- loading ----------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo
+    @in_default_modes
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, of `torch.optim.Muon` or KellerJordan's Muon into `Muon`, of
         `torch.optim.AdamW` into `Adam` and groups with use_muon=False. `steepest convert` translates others.

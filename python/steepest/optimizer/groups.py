@@ -171,7 +171,7 @@ class Groups(torch.optim.Optimizer):
 
     @staticmethod
     def _numbers_on_device(group: Group) -> None:
-        """With capturable, turns numbers that a graph must read anew into tensors where the parameters are."""
+        """Turns numbers that a graph must read anew into tensors, of a group that is capturable, on its device."""
         if group["capturable"] and group["params"]:
             for key in ON_DEVICE:
                 group[key] = number_on(group[key], group["params"][0].device)

@@ -43,7 +43,7 @@ class Reports(torch.optim.Optimizer):
         return "AdamW"
 
     def skipped_updates(self) -> dict[torch.device, Tensor]:
-        """Per device, how many parameter updates a gradient that was not finite left out (0-d int64 tensors)."""
+        """Counts, per device, the parameter updates that were left out for their gradients (0-d int64 tensors)."""
         return dict(self._skipped)
 
     def metrics(self) -> dict[str, Tensor]:

@@ -5,13 +5,14 @@
     direction     the maximiser of <x, d> over the unit ball of a base norm, and the dual norm <x, d>
     step_size     what the learning rate means for a matrix of a given shape
     decay         decoupled weight decay
-    graft         an update as long as another method's: one of the transforms of an update
+    graft, clip   an update as long as another method's, or no larger than a bound: transforms of an update
     rounding      how the new weight is stored
 
 A part is a frozen dataclass: it holds the choices that fix the program (which formula), never the numbers that change
 from step to step (those are a `Hyper`) and never state (that is a dictionary of tensors owned by the caller).
 """
 
+from .clip import ClipRMS
 from .decay import Decay
 from .direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral
 from .graft import Graft
@@ -24,6 +25,7 @@ from .update_transform import UpdateTransform
 
 __all__ = [
     "ADJUST_LR",
+    "ClipRMS",
     "Columns",
     "Decay",
     "Diagonal",

@@ -175,9 +175,9 @@ class Spectral(Direction):
         self._polars(xs, slacks, updates)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
-        """By the singular value decomposition, whatever the preset."""
-        u, s, vt = torch.linalg.svd(x, full_matrices=False)
-        return (_shortened(s, s, radius).unsqueeze(-2) * u) @ vt
+        """The nearest point of the ball, by the singular value decomposition in fp64 whatever the preset."""
+        u, s, vt = torch.linalg.svd(x.double(), full_matrices=False)
+        return ((_shortened(s, s, radius).unsqueeze(-2) * u) @ vt).to(x.dtype)
 
     def _polars(
         self, xs: Sequence[Tensor], slacks: Sequence[Tensor] | None, updates: Sequence[Update] | None = None

@@ -27,7 +27,7 @@ class Hyper:
     step_factor: Number = 1.0
 
     def beginning(self, taken: Tensor) -> Hyper:
-        """With these numbers an average that has taken no term yet takes the first one whole; taken: 0-d, how many."""
+        """The numbers with which an average that has no term yet takes the first one whole; taken: 0-d, how many."""
         begun = (taken != 0).double()
         return replace(self, beta1=begun * self.beta1, beta2=begun * self.beta2)
 

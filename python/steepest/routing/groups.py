@@ -1,4 +1,4 @@
-"""From routes to the group dictionaries of torch.optim."""
+"""Group dictionaries of torch.optim, made of routes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _no_matrix(routes: Sequence[Route], total: int) -> str:
             "excluded. Unfreeze some, or pass model.named_parameters()"
         )
     counts = Counter(r.reason for r in routes).most_common()
-    found = "; ".join(f"{count} x {reason}" for reason, count in counts[:6]) + ("; ..." if len(counts) > 6 else "")
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in counts[:6]) + ("; ..." if len(counts) > 6 else "")
     candidate = next((r.name for r in routes if r.param.ndim >= 2), None)
     override = "" if candidate is None else f', or send one to the matrix method: overrides={{{candidate!r}: "matrix"}}'
-    return f"none of {len(routes)} parameters goes to the matrix method ({found}). Use torch.optim.AdamW{override}"
+    return f"none of {len(routes)} parameters goes to the matrix method ({reasons}). Use torch.optim.AdamW{override}"

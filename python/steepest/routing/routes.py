@@ -1,4 +1,4 @@
-"""From places to routes: overrides first, then the rules, then a matrix."""
+"""Routes of parameters, made of places: overrides first, then the rules, then a matrix."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def decide(parameters: Sequence[Sequence[Place]], named: bool, overrides: Overri
 
 def warn_if_embedding_like(routes: Iterable[Route], *, named: bool) -> None:
     """One UserWarning that names the 2-D matrices with a side >= 8192 and >= 8 times the other, and the way out."""
-    found = [f"{r.name} {tuple(r.param.shape)}" for r in routes if r.rule == "matrix" and _embedding_like(r)]
-    if found:
+    suspects = [f"{r.name} {tuple(r.param.shape)}" for r in routes if r.rule == "matrix" and _embedding_like(r)]
+    if suspects:
         way_out = 'overrides={"NAME": "adamw"}' if named else "the model or model.named_parameters(), not tensors alone"
         warnings.warn(
-            f"looks like an embedding or a head, but goes to the matrix method: {', '.join(found)}. "
+            f"looks like an embedding or a head, but goes to the matrix method: {', '.join(suspects)}. "
             f"Embeddings and heads belong to AdamW: pass {way_out}",
             UserWarning,
             stacklevel=4,

@@ -96,13 +96,13 @@ def _vector(place: Place) -> str | None:
 
 
 def _embedding_module(place: Place) -> str | None:
-    found = isinstance(place.module, nn.Embedding | nn.EmbeddingBag) or _class_matches(place, _EMBEDDING_CLASS)
-    return place.kind if found else None
+    is_embedding = isinstance(place.module, nn.Embedding | nn.EmbeddingBag) or _class_matches(place, _EMBEDDING_CLASS)
+    return place.kind if is_embedding else None
 
 
 def _normalization(place: Place) -> str | None:
-    found = isinstance(place.module, _NormBase) or _class_matches(place, _NORM_CLASS)
-    return f"normalization ({place.kind})" if found else None
+    is_normalization = isinstance(place.module, _NormBase) or _class_matches(place, _NORM_CLASS)
+    return f"normalization ({place.kind})" if is_normalization else None
 
 
 def _class_matches(place: Place, pattern: re.Pattern[str]) -> bool:
@@ -139,13 +139,13 @@ def _depthwise(place: Place) -> str | None:
 
 def _leading_one(place: Place) -> str | None:
     shape = tuple(place.param.shape)
-    found = len(shape) == 3 and shape[0] == 1 and not isinstance(place.module, _ConvNd)
-    return f"a table, by the leading 1 of its shape {shape}" if found else None
+    is_table = len(shape) == 3 and shape[0] == 1 and not isinstance(place.module, _ConvNd)
+    return f"a table, by the leading 1 of its shape {shape}" if is_table else None
 
 
 def _side_of_one(place: Place) -> str | None:
-    found = any(min(piece.rows, piece.cols) <= 1 for piece in read_pieces(place.param, layout(place)))
-    return f"a vector in disguise, shape {tuple(place.param.shape)}" if found else None
+    is_vector = any(min(piece.rows, piece.cols) <= 1 for piece in read_pieces(place.param, layout(place)))
+    return f"a vector in disguise, shape {tuple(place.param.shape)}" if is_vector else None
 
 
 _RULES: tuple[Callable[[Place], str | None], ...] = (

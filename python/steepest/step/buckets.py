@@ -38,7 +38,7 @@ class FusedItem:
 
     @property
     def count(self) -> int:
-        """Its matrices; 1 of a whole parameter."""
+        """The number of its matrices; 1 of a whole parameter."""
         return 1 if self.matrices is None else self.matrices.piece.batch
 
     @property
@@ -88,24 +88,24 @@ class FusedItem:
 
     @property
     def input_bytes(self) -> int:
-        """Of the direction's input and of the direction made from it."""
+        """Memory of the direction's input and of the direction made from it."""
         return 2 * self.count * self.size * self.input_dtype.itemsize
 
     @property
     def workspace_bytes(self) -> int:
-        """Of what the direction needs besides, and the torch operations around it."""
+        """Memory that the direction needs besides, and the torch operations around it."""
         assert self.matrices is not None
         piece, dtype = self.matrices.piece, self.matrices.input_dtype
         around = self.count * self.size * (dtype.itemsize + 4) if self.by_torch else 0
         return around + self.count * self.parameter.recipe.direction.workspace_bytes(piece.rows, piece.cols, dtype)
 
     def view(self, t: Tensor) -> Tensor:
-        """Its part of a tensor of the parameter's shape; of one without elements that."""
+        """The item's part of a tensor of the parameter's shape; one without elements as it is."""
         narrow = self.matrices is not None and self.matrices.piece.narrow and t.numel()
         return self.matrices.piece.view(t) if narrow and self.matrices is not None else t
 
     def state(self, keys: Sequence[str]) -> Tensor:
-        """Its part of the elementwise state under the first key; without elements where there is none."""
+        """The item's part of the elementwise state under the first key; without elements where there is none."""
         return self.view(self.parameter.state[keys[0]]) if keys else self.parameter.tensor.new_empty(0)
 
     def item(self, program: Program) -> Item:
@@ -171,7 +171,7 @@ class Bucket:
 
     @cached_property
     def _rows(self) -> Tensor:
-        """Of the table, for each matrix; needed by some kinds of step only."""
+        """The row of the table of each matrix; needed by some kinds of step only."""
         rows = [item.row for item, size in zip(self.items, self.sizes, strict=True) for _ in range(size)]
         return torch.tensor(rows, device=self.device)
 
@@ -190,7 +190,7 @@ class Bucket:
         return Update([w for stack in weights for w in stack.unbind()], eta.to(wide), beta.to(wide))
 
     def slack_for(self, x: Tensor) -> Tensor:
-        """Where the direction of x says its slack: what it is asked elsewhere about other matrices is not kept."""
+        """The tensor for the slack of x, the bucket's own or, for matrices of somebody else, one that is not kept."""
         return self.slack if x.shape == self.shape else x.new_empty(len(x), dtype=torch.float32)
 
     def slack_of(self, group: int) -> list[Tensor]:
@@ -223,14 +223,19 @@ class Round:
         self.momenta = [item.view(item.parameter.momentum) for item in self.items]
         self.seconds = _present([item.state(_second(item)) for item in self.items])
         self.remainders = _present([item.state(item.parameter.recipe.rounding.keys) for item in self.items])
+        pieces = [None if item.matrices is None else item.matrices.piece for item in self.items]
+        #: what makes views of a parameter, of those items that are less than theirs
+        self._views = [
+            (item.parameter, piece if piece and piece.narrow else None) for item, piece in zip(self.items, pieces)
+        ]
 
     def weights(self) -> list[Tensor]:
-        """Made anew in every step: a parameter's `data` may have been exchanged."""
-        return [item.view(item.parameter.tensor) for item in self.items]
+        """Views of the weights, new ones in every step: a parameter's `data` may have been exchanged."""
+        return [p.tensor if piece is None else piece.view(p.tensor) for p, piece in self._views]
 
     def grads(self) -> list[Tensor]:
-        """As they are stored."""
-        return [item.view(item.parameter.grad) for item in self.items]
+        """The gradients as they are stored."""
+        return [p.grad if piece is None else piece.view(p.grad) for p, piece in self._views]
 
     def of_late(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Those of the items that `apply_update` moves, from a list of all items' or an empty one."""
@@ -247,7 +252,7 @@ def _second(item: FusedItem) -> tuple[str, ...]:
 
 
 def _present(tensors: list[Tensor]) -> list[Tensor]:
-    """No list at all where every tensor is absent."""
+    """The list, or none at all where every tensor is absent."""
     return tensors if any(t.numel() for t in tensors) else []
 
 

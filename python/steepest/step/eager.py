@@ -110,7 +110,7 @@ class Eager:
     def _apply(self, item: Matrices, d: Tensor) -> None:
         recipe, p, weight, finite = item.recipe, item.parameter, item.weight, item.finite
         state, g, hyper = item.recipe_state(), item.elementwise(item.grad), p.taken.hyper
-        u, remembered = recipe.update(state, d if recipe.by_matrix else d.reshape(g.shape), g, hyper)
+        u, remembered = recipe.update(state, d if item.by_matrix else d.reshape(g.shape), g, hyper)
         value = recipe.rounding.value(weight, item.state)
         u = torch.where(finite, u.reshape(weight.shape), 0).to(value.dtype)  # 0 NaN is NaN
         moved = recipe.moved(value, u, hyper, item.ratio)
@@ -164,12 +164,12 @@ def _input(item: Matrices) -> Tensor:
 def _work_dtype(item: Matrices) -> torch.dtype:
     wide = torch.promote_types(item.parameter.grad_dtype, torch.float32)
     # fp16 has no room for what the fused op scales into its range.
-    dtype = item.recipe.direction.compute_dtype(wide, item.parameter.tensor.device)
+    dtype = item.recipe.direction_dtype(wide, item.parameter.tensor.device)
     return wide if dtype == torch.float16 else dtype
 
 
 def _workspace_bytes(item: Matrices) -> int:
-    """Of the input, what the direction needs, the direction and an update in fp32."""
+    """Memory of the input, of what the direction needs, of the direction and of an update in fp32."""
     batch, rows, cols = item.shape
     dtype = _work_dtype(item)
     return batch * (item.recipe.direction.workspace_bytes(rows, cols, dtype) + rows * cols * (2 * dtype.itemsize + 4))

@@ -71,6 +71,8 @@ class Fused:
         self._present = self._rounds
         #: parameters with torch operations around the direction, and their matrices
         self._by_torch = [p for p in parameters if p.recipe.by_matrix]
+        #: rows of those whose gradients and decisions are looked at outside of the ops
+        self._valued = [row for row, p in enumerate(parameters) if coupled or p.recipe.by_matrix]
         self._matrices = [item.matrices for item in self._items if item.by_torch and item.matrices is not None]
         self._watched = [p.momentum for p in parameters if _has_fp16_input(p)]
         self._versions: list[int] = []
@@ -108,12 +110,13 @@ class Fused:
 
     def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], reduce: Reduce | None) -> None:
         self.notice_changes()
-        phases = [p.recipe.phase(p.state) for p in self.parameters]
+        phases = {row: self.parameters[row].recipe.phase(self.parameters[row].state) for row in self._valued}
+        waiting = {row for row, phase in phases.items() if not phase.steps}
         self._present, steps = self._rounds, self._steps
-        if not all(phase.steps for phase in phases):
-            stepping = [item for item in self._items if phases[item.row].steps]
+        if waiting:
+            stepping = [item for item in self._items if item.row not in waiting]
             self._present = list(rounds_of(stepping, self._max_bytes, self._coupled))
-            steps = [step if phase.steps else self._absent for step, phase in zip(steps, phases, strict=True)]
+            steps = [self._absent if row in waiting else step for row, step in enumerate(steps)]
         scaled = scaling[self.device]
         groups = _groups(hypers, self._group_of, self.device)
         arguments = (steps, self.table, self._packed, self._first_sums, groups, scaled)
@@ -122,11 +125,11 @@ class Fused:
         if reduce is not None:
             reduce(self.table.rows[:, : COLUMNS.index("grad_max") + 1])
             multi_tensor.decide_steps(*arguments, backend=self.backend)
-        flags = self.table.column("finite") != 0 if self._by_torch or self._coupled else None
-        for row, (p, phase) in enumerate(zip(self.parameters, phases, strict=True)):
-            if flags is not None and (self._coupled or p.recipe.by_matrix):
-                g = signed_gradient(p.grad, p.options.maximize, scaled.grad_scale)
-                p.step = StepValues(g, flags[row], phase, hypers[p.group])
+        flags = (self.table.column("finite") != 0).unbind() if phases else ()
+        for row, phase in phases.items():
+            p = self.parameters[row]
+            g = signed_gradient(p.grad, p.options.maximize, scaled.grad_scale)
+            p.step = StepValues(g, flags[row], phase, hypers[p.group])
 
     def observe(self) -> None:
         update_factors([item for item in self._matrices if item.phase.before])
@@ -172,9 +175,9 @@ class Fused:
         return [bucket.direction_input(t) for bucket, t in zip(batch.buckets, stacks, strict=True)]
 
     def directions(self, batch: Round, xs: list[Tensor]) -> list[Tensor]:
-        """Of length 1, but for those that go on by torch operations. Buckets that differ only in shape share a call.
+        """The directions, of length 1 but where torch operations go on with them.
 
-        Those that move their weights do so now.
+        Buckets that differ only in shape share a call. Those that move their weights do so now.
         """
         alike: dict[tuple[Direction, bool], list[int]] = {}
         ds = list(xs)
@@ -223,8 +226,8 @@ class Fused:
     def finish(self) -> None:
         update_factors([item for item in self._matrices if item.phase.after])
         advance_clocks(self._by_torch)
-        for p in self.parameters:
-            p.step = None
+        for row in self._valued:
+            self.parameters[row].step = None
         self._present = self._rounds
         self._versions = [m._version for m in self._watched]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +13,7 @@ from ..parts.precondition import Phase
 from ..recipe import Recipe, State
 from ..state_layout import piece_view
 
-__all__ = ["Matrices", "Parameter", "StepOptions", "StepValues", "store_if"]
+__all__ = ["Matrices", "Parameter", "StepOptions", "StepValues", "signed_gradient", "store_if"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,9 @@ class Parameter:
     options: StepOptions = StepOptions()
     step: StepValues | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        self.momentum_key = self.recipe.keys[0]
+
     @property
     def grad(self) -> Tensor:
         """The gradient as it is stored, of a parameter that has one."""
@@ -77,7 +79,7 @@ class Parameter:
     @property
     def momentum(self) -> Tensor:
         """The state that averages gradients or updates."""
-        return self.state[self.recipe.keys[0]]
+        return self.state[self.momentum_key]
 
     def value(self) -> Tensor:
         """The weight in fp32 (fp64 for fp64), with the bits that its dtype drops where they are kept."""
@@ -101,6 +103,7 @@ class Matrices:
         self.parameter, self.number, self.piece = parameter, number, pieces[number]
         self.place = (parameter.group, parameter.index, number)
         self.ratio = shape_ratio(recipe.adjust_lr, self.piece.rows, self.piece.cols)
+        self.by_matrix = recipe.by_matrix
         names = recipe.names(number)
         self.state: State = {}
         for key, layout in recipe.layouts.items():
@@ -117,23 +120,23 @@ class Matrices:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Of what the direction is given."""
+        """The shape of the direction's input."""
         return self.recipe.input_shape(self.piece.shape)
 
     @property
     def input_dtype(self) -> torch.dtype:
         """The dtype in which the direction works."""
         wide = torch.promote_types(self.parameter.grad_dtype, torch.float32)
-        return self.recipe.direction.compute_dtype(wide, self.parameter.tensor.device)
+        return self.recipe.direction_dtype(wide, self.parameter.tensor.device)
 
     @property
     def weight(self) -> Tensor:
-        """In its natural shape."""
+        """The piece of the weight, in its natural shape."""
         return self.piece.view(self.parameter.tensor)
 
     @property
     def grad(self) -> Tensor:
-        """Of this step, in its natural shape."""
+        """The piece of this step's gradient, in its natural shape."""
         return self.piece.view(self.parameter.taken.grad)
 
     @property
@@ -146,11 +149,11 @@ class Matrices:
 
     def elementwise(self, t: Tensor) -> Tensor:
         """A tensor of the parameter's shape in the shape the recipe's elementwise parts want: by matrix or natural."""
-        return t.reshape(self.shape) if self.recipe.by_matrix else t
+        return t.reshape(self.shape) if self.by_matrix else t
 
     def recipe_state(self) -> State:
         """The state as the recipe reads it: elementwise tensors as `elementwise` has them."""
-        if not self.recipe.by_matrix:
+        if not self.by_matrix:
             return self.state
         layouts = self.recipe.layouts
         return {
@@ -175,11 +178,3 @@ def signed_gradient(g: Tensor, maximize: bool, grad_scale: Tensor | None) -> Ten
         wide = torch.promote_types(g.dtype, torch.float32)
         g = g.to(wide) / grad_scale.to(wide)
     return -g if maximize else g
-
-
-def by_group(parameters: Sequence[Parameter]) -> dict[int, list[Parameter]]:
-    """Parameters by the number of their group, in order."""
-    groups: dict[int, list[Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(parameter.group, []).append(parameter)
-    return groups

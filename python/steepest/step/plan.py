@@ -105,6 +105,7 @@ class Plan:
     ) -> None:
         self.parameters = parameters
         self.recipes: set[Recipe] = {p.recipe for p in parameters}
+        self._devices = list(dict.fromkeys(p.tensor.device for p in parameters))
         self.reduce, self.transport = reduce, transport
         by_torch: list[Parameter] = []
         fused: dict[tuple[torch.device, str, int], list[tuple[Parameter, Program]]] = {}
@@ -133,7 +134,7 @@ class Plan:
 
     def step(self, hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED, coupling: Coupling | None = None) -> None:
         """One step in place; hypers[i] are the numbers of group i. Gradients are read from the parameters."""
-        scalings = {device: scaling_on(scaling, device) for device in {p.tensor.device for p in self.parameters}}
+        scalings = {device: scaling_on(scaling, device) for device in self._devices}
         for executor in self.executors:
             executor.decide(hypers, scalings, self.reduce)
         for executor in self.executors:
@@ -183,7 +184,7 @@ class Plan:
             executor.notice_changes()
 
     def metrics(self, groups: int) -> list[dict[str, Tensor]]:
-        """For each group what its last step measured, as 0-d fp64 tensors; see `MatrixOptimizer.metrics`."""
+        """What the last step measured of each group, as 0-d fp64 tensors; see `MatrixOptimizer.metrics`."""
         return [_norms([executor.sums_of(number) for executor in self.executors]) for number in range(groups)]
 
 

@@ -1,4 +1,4 @@
-"""Where a step lets others in: what a distributed step, or a model's hook, adds to it without a step of its own."""
+"""The places where a step lets others in: what a distributed step adds without a step of its own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The workshop beside the library: what the command `steepest` runs. No training job imports it.
 
 cli                     the command line; each command is imported when it is called
-doctor                  what this machine can run, and whether its kernels are right
+doctor, facts           what this machine can run, and whether its kernels are right
 planner                 what a polar call does on a Hopper GPU
 tune                    which tiles of Triton's products are fastest on this GPU
 bench, compare          how fast all of it is, and all optimizers side by side

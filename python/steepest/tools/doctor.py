@@ -106,9 +106,9 @@ def _check(family: str, backend: str, device: torch.device) -> Outcome:
     if done.returncode != 0 or not lines:
         said = done.stderr.strip().rpartition("\n")[2]
         return Outcome(family, backend, str(device), "wrong", f"{_end(done.returncode)}: {said}")
-    found = json.loads(lines[-1])
-    state: Literal["right", "wrong"] = "right" if found["text"] == "" else "wrong"
-    return Outcome(family, backend, str(device), state, **found)
+    answer = json.loads(lines[-1])
+    state: Literal["right", "wrong"] = "right" if answer["text"] == "" else "wrong"
+    return Outcome(family, backend, str(device), state, **answer)
 
 
 def _end(status: int) -> str:

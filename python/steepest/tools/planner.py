@@ -179,7 +179,7 @@ class Plan:
     calls: tuple[Call, ...]
 
     def json(self) -> dict[str, Any]:
-        """As plain data, with the sums."""
+        """The plan as plain data, with the sums."""
         return {**dataclasses.asdict(self), "totals": self.totals()}
 
     def totals(self) -> dict[str, Any]:
@@ -331,11 +331,12 @@ def _call(
 def _chunking(products: Chain, stacks: Sequence[Stack], multiprocessors: int, l2_bytes: int) -> Chunking | None:
     assert backend.extension is not None
     shapes = [dataclasses.astuple(stack) for stack in stacks]
-    found = backend.extension.polar_chunks(*products.packed, shapes, multiprocessors, l2_bytes)
-    if not found["clocks_whole"]:
+    chunking = backend.extension.polar_chunks(*products.packed, shapes, multiprocessors, l2_bytes)
+    if not chunking["clocks_whole"]:
         return None
-    chunks = tuple(tuple(count for _, count in chunk) for chunk in found["chunks"])
-    return Chunking(chunks, found["bytes"], found["bytes_whole"], 1 - found["clocks"] / found["clocks_whole"])
+    chunks = tuple(tuple(count for _, count in chunk) for chunk in chunking["chunks"])
+    gain = 1 - chunking["clocks"] / chunking["clocks_whole"]
+    return Chunking(chunks, chunking["bytes"], chunking["bytes_whole"], gain)
 
 
 def _part(stacks: Sequence[Stack], counts: Sequence[int]) -> tuple[Stack, ...]:
@@ -388,12 +389,12 @@ def _major(operand: Operand, by_rows: str, by_columns: str) -> str:
     return by_columns if operand.transposed else by_rows
 
 
-def _launch(found: dict[str, Any], products: Sequence[Multiplication]) -> Launch:
-    _, side, depth = found["tile"]
-    own = [(products[problem["index"]], problem) for problem in found["problems"]]
-    executed = sum(p.batch * each["tiles"] * 2 * side * side * each["k_tiles"] * depth for p, each in own)
+def _launch(launch: dict[str, Any], products: Sequence[Multiplication]) -> Launch:
+    _, side, depth = launch["tile"]
+    problems = [(products[problem["index"]], problem) for problem in launch["problems"]]
+    executed = sum(p.batch * each["tiles"] * 2 * side * side * each["k_tiles"] * depth for p, each in problems)
     names = ("majors", "tile", "cluster", "clusters", "tiles", "whole", "steps", "waves", "efficiency")
-    return Launch(**{name: found[name] for name in names}, asked=sum(p.flop for p, _ in own), executed=executed)
+    return Launch(**{name: launch[name] for name in names}, asked=sum(p.flop for p, _ in problems), executed=executed)
 
 
 def _formula(node: Node) -> str:
@@ -468,11 +469,11 @@ def _describe_call(call: Call, plan: Plan) -> list[str]:
             lines.append(f"         workspace {stage.workspace_bytes / 2**20:.1f} MB")
     if call.no_launches:
         lines.append(f"    launches are not shown: {call.no_launches}")
-    held = call.working_set_bytes
-    fits = "fits" if held <= plan.l2_bytes else "does not fit"
-    lines.append(f"    working set {held / 2**20:.1f} MB, {fits} an L2 cache of {plan.l2_bytes / 2**20:.0f} MB")
+    working_set = call.working_set_bytes
+    fits = "fits" if working_set <= plan.l2_bytes else "does not fit"
+    lines.append(f"    working set {working_set / 2**20:.1f} MB, {fits} an L2 cache of {plan.l2_bytes / 2**20:.0f} MB")
     for stack, size in zip(call.stacks, call.matrix_bytes):
-        if held > plan.l2_bytes:
+        if working_set > plan.l2_bytes:
             lines.append(f"      {stack!s:<18} {size / 2**20:.1f} MB a matrix, {plan.l2_bytes // size} at once fit")
     return lines if call.chunking is None else [*lines, f"    {_describe_chunks(call.chunking)}"]
 

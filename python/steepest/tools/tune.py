@@ -26,7 +26,7 @@ from steepest.linalg.chain import Gram, Sum, chain, multiplication
 from steepest.linalg.coefficients import presets
 from steepest.linalg.polar import PLAIN, choose, compute_dtype
 from steepest.ops import backend, tuning
-from steepest.ops.tuning import Asked, Measured, Timer
+from steepest.ops.tuning import Measured, Problem, Timer
 
 from .bench import shapes
 from .bench.timing import Call, interleaved
@@ -69,19 +69,19 @@ def run(options: argparse.Namespace) -> int:
     if (reason := backend.triton_reason()) is not None:
         raise ValueError(f"tune measures on a GPU, with Triton, and cannot here: {reason}")
     dtypes = [DTYPES[name] for name in options.dtype] if options.dtype else None
-    asked = products(stacks, options.preset, dtypes, options.of)
+    problems = products(stacks, options.preset, dtypes, options.of)
     device = torch.device("cuda", torch.cuda.current_device())
     timer = functools.partial(_seconds, rounds=options.rounds, device=str(device))
     file = tuning.cache()
-    found = tune(asked, device, timer, file, quiet=options.json)
+    measurements = tune(problems, device, timer, file, quiet=options.json)
     if options.json:
-        print(json.dumps({"file": str(file), "products": [each.json() for each in found]}, indent=2))
+        print(json.dumps({"file": str(file), "products": [each.json() for each in measurements]}, indent=2))
     return 0
 
 
 def _show(file: Path, as_json: bool) -> int:
-    found = tuning.kept(file)
-    print(json.dumps(found, indent=2) if as_json else describe_kept(file, found))
+    machines = tuning.kept(file)
+    print(json.dumps(machines, indent=2) if as_json else describe_kept(file, machines))
     return 0
 
 
@@ -93,22 +93,24 @@ def _clear(file: Path, as_json: bool) -> int:
     return 0
 
 
-def tune(asked: Sequence[Asked], device: torch.device, timer: Timer, file: Path, quiet: bool = False) -> list[Measured]:
+def tune(
+    problems: Sequence[Problem], device: torch.device, timer: Timer, file: Path, quiet: bool = False
+) -> list[Measured]:
     """Measures one product after another; what is done is in the file even if the rest never is."""
-    found = []
-    for each in asked:
+    measurements = []
+    for each in problems:
         text = f"{each}\n    nothing to choose"
         try:
             if (measured := tuning.measure(each, device, timer, file)) is not None:
-                found.append(measured)
+                measurements.append(measured)
                 text = describe(measured)
         except torch.OutOfMemoryError:
             text = f"{each}\n    not measured: no memory for its operands"
         if not quiet:
             print(text, flush=True)
     if not quiet:
-        print(f"{len(found)} of {len(asked)} products are in {file}")
-    return found
+        print(f"{len(measurements)} of {len(problems)} products are in {file}")
+    return measurements
 
 
 def products(
@@ -116,27 +118,27 @@ def products(
     preset: str = "auto",
     dtypes: Sequence[torch.dtype] | None = None,
     of: Sequence[str] = PARTS,
-) -> list[Asked]:
+) -> list[Problem]:
     """What is asked of Triton for (count, rows, columns), each once.
 
     dtypes: of polar's products, those of 16 bits, and of gradients; None for what polar chooses on a GPU, and fp32.
     """
     if preset not in presets() or preset == "svd":
         raise ValueError(f"preset {preset!r} has no products to tune; choose one of {', '.join(presets())} but svd")
-    found: list[Asked] = []
+    problems: list[Problem] = []
     for dtype in dtypes or (compute_dtype(preset, torch.float32, "cuda"), torch.float32):
         if "polar" in of and dtype.itemsize == 2 and preset != PLAIN:
             for stack in stacks:
-                found += _of_polar(*stack, preset, dtype)
+                problems += _of_polar(*stack, preset, dtype)
         if "kronecker" in of:
             for stack in stacks:
-                found += _averages(*stack, dtype)
+                problems += _averages(*stack, dtype)
     if "kronecker" in of:
-        found += _of_refreshes(stacks)
-    return list({str(each): each for each in reversed(found)}.values())[::-1]
+        problems += _of_refreshes(stacks)
+    return list({str(each): each for each in reversed(problems)}.values())[::-1]
 
 
-def _of_polar(count: int, rows: int, columns: int, preset: str, dtype: torch.dtype) -> list[Asked]:
+def _of_polar(count: int, rows: int, columns: int, preset: str, dtype: torch.dtype) -> list[Problem]:
     choice = choose(rows, columns, preset, device="cuda", dtype=dtype)
     products = []
     for node in (Gram("gram", "x"), *chain(choice.schedule, choice.restarts).nodes):
@@ -144,7 +146,7 @@ def _of_polar(count: int, rows: int, columns: int, preset: str, dtype: torch.dty
             continue
         product = multiplication(node, rows, columns)
         products.append(
-            Asked(
+            Problem(
                 count,
                 product.m,
                 product.n,
@@ -159,26 +161,26 @@ def _of_polar(count: int, rows: int, columns: int, preset: str, dtype: torch.dty
     return products
 
 
-def _averages(count: int, rows: int, columns: int, dtype: torch.dtype) -> list[Asked]:
+def _averages(count: int, rows: int, columns: int, dtype: torch.dtype) -> list[Problem]:
     """Gradients are G and G^T, of contiguous rows and of contiguous columns."""
     wide = dtype.itemsize == 2
     return [
-        Asked(count, m, m, k, dtype, True, "tf32x3", wide, a_rows=by_rows, b_rows=not by_rows)
+        Problem(count, m, m, k, dtype, True, "tf32x3", wide, a_rows=by_rows, b_rows=not by_rows)
         for m, k, by_rows in ((rows, columns, True), (columns, rows, False))
     ]
 
 
-def _of_refreshes(stacks: Sequence[shapes.Stack]) -> list[Asked]:
+def _of_refreshes(stacks: Sequence[shapes.Stack]) -> list[Problem]:
     """P Q, Q^T P Q and Y + Y X of all factors of a size together, as bases and roots are refreshed."""
     sizes: Counter[int] = Counter()
     for count, rows, columns in stacks:
         sizes.update({rows: count})
         sizes.update({columns: count})
-    found = []
+    problems = []
     for n, count in sizes.items():
-        found += [Asked(count, n, n, n, torch.float32, symmetric, "tf32x3") for symmetric in (False, True)]
-        found.append(Asked(count, n, n, n, torch.float32, precision="tf32"))
-    return found
+        problems += [Problem(count, n, n, n, torch.float32, symmetric, "tf32x3") for symmetric in (False, True)]
+        problems.append(Problem(count, n, n, n, torch.float32, precision="tf32"))
+    return problems
 
 
 def _seconds(calls: Mapping[str, tuning.Call], rounds: int, device: str) -> dict[str, float]:
@@ -189,18 +191,18 @@ def _seconds(calls: Mapping[str, tuning.Call], rounds: int, device: str) -> dict
 def describe(measured: Measured) -> str:
     """The times of a product's configurations, fastest first, as text for a person."""
     marks = {measured.model: "the model's choice"}
-    lines = [str(measured.asked)]
+    lines = [str(measured.problem)]
     for name, seconds in sorted(measured.seconds.items(), key=lambda item: item[1]):
-        taken = "->" if name == measured.won else "  "
-        lines.append(f" {taken} {seconds * 1e6:10.1f} us  {name:<42}{marks.get(name, '')}".rstrip())
+        mark = "->" if name == measured.won else "  "
+        lines.append(f" {mark} {seconds * 1e6:10.1f} us  {name:<42}{marks.get(name, '')}".rstrip())
     lines += [f"    left out       {name}: {reason}" for name, reason in measured.left_out.items()]
     return "\n".join(lines)
 
 
-def describe_kept(file: Path, found: Mapping[str, Mapping[str, Mapping[str, object]]]) -> str:
+def describe_kept(file: Path, machines: Mapping[str, Mapping[str, Mapping[str, object]]]) -> str:
     """What the file holds as text for a person."""
-    lines = [str(file) if found else f"{file} holds nothing"]
-    for machine, won in found.items():
+    lines = [str(file) if machines else f"{file} holds nothing"]
+    for machine, won in machines.items():
         lines.append(machine)
         lines += [f"    {product:<60} {json.dumps(fields)}" for product, fields in won.items()]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from ..optimizer.group_options import Group, adam_hyper
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.kronecker import FACTORS
 from ..state_layout import Layout
+from ..step.modes import in_default_modes
 from .kronecker import BasesAndExtras, KroneckerOptimizer
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class KFAC(KroneckerOptimizer):
             a = (inputs[0] if inputs else named["input"]).detach()
             output.register_hook(lambda d: self._collect(layer, a, d.detach()))
 
-    @torch.no_grad()
+    @in_default_modes
     def _collect(self, layer: nn.Module, a: Tensor, d: Tensor) -> None:
         weight, group = self._group_of(layer)
         if PASSES not in self.state[weight]:

@@ -12,6 +12,7 @@ from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, adam_hyper
 from ..parts import (
+    ClipRMS,
     Decay,
     Diagonal,
     Direction,
@@ -29,12 +30,14 @@ from ..parts import (
 from ..parts.precondition.kronecker import LEARNED, Kronecker
 from ..recipe import Recipe, State
 from ..state_layout import Layout
+from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 INVERSE_ROOTS = ("basis", "newton")
+FIRST_STEPS = ("skip", "move")
 NORMS = ("frobenius", "spectral", "sign")
 # State of SPlus: the average that began at zero, its total weight, and the weights while the average is in their place.
 AVERAGE, MASS, WEIGHTS = "average", "average_mass", "weights"
@@ -118,7 +121,7 @@ class KroneckerOptimizer(MatrixOptimizer):
         return adam_hyper(group)
 
     def decay(self, group: Group, *, scaled: bool = False) -> Decay:
-        """After the update where the authors have it there."""
+        """The weight decay, after the update where the authors have it there."""
         return Decay(cautious=group["cautious_wd"], after=group["parity"] is not None, scaled=scaled)
 
     def _direction(self, norm: str, group: Group) -> Direction:
@@ -169,6 +172,7 @@ class KroneckerOptimizer(MatrixOptimizer):
         _check_choice("norm", group["norm"], (*NORMS, None))
         _check_choice("parity", group["parity"], self._parities)
         _check_choice("inverse_root", group.get("inverse_root", "basis"), INVERSE_ROOTS)
+        _check_choice("first_step", group.get("first_step"), (*FIRST_STEPS, None))
         polar_of(group)
         super()._check_values(group)
 
@@ -271,11 +275,12 @@ class OneSidedShampoo(KroneckerOptimizer):
         return {"momentum": momentum, "precondition": precondition}
 
 
-def _as_the_authors(group: Group) -> Group:
-    """What SOAP and KL-Shampoo have in common, and what parity="authors" means for both."""
+def _first_and_refresh(group: Group) -> Group:
+    """What SOAP and KL-Shampoo have in common: their first step, and what parity="authors" means for a refresh."""
+    first = "identity" if group["first_step"] == "move" else "skip"
     if group["parity"]:
-        return {"first": "skip", "method": "qr", "transport": "slots"}
-    return {"first": "skip", "method": group["refresh"], "transport": "hadamard"}
+        return {"first": first, "method": "qr", "transport": "slots"}
+    return {"first": first, "method": group["refresh"], "transport": "hadamard"}
 
 
 #: Values of the authors of KL-Shampoo: averages in the current basis that begin at 0.1.
@@ -288,14 +293,21 @@ class KLShampoo(KroneckerOptimizer):
         L <- beta2 L + (1 - beta2) g R^-1 g^T / n;   R <- beta2 R + (1 - beta2) g^T L^-1 g / m
         W <- (1 - lr weight_decay) W - lr L^-1/2 m R^-1/2
 
-    The eigenvalues are averages that every step adds to in the bases of the last refresh. Arguments as in `SOAP`. The
-    first step only makes the bases. A refresh mixes the eigenvalues by the squares of its rotation. parity="authors":
-    orthogonal iteration for every refresh, eigenvalues stay with their columns, and weight decay after the update (the
-    authors' iteration does not sort its columns, ours does). Source: arXiv:2509.03378.
+    The eigenvalues are averages that every step adds to in the bases of the last refresh, from .1 on, and not below
+    1/max(10, min(n, 4000))^2. The first gradient meets R = I and L = I. Arguments as in `SOAP`. A refresh mixes the
+    eigenvalues by the squares of its rotation. parity="authors": orthogonal iteration for every refresh, eigenvalues
+    stay with their columns, and weight decay after the update (the authors' iteration does not sort its columns, ours
+    does). Source: arXiv:2509.03378.
 
     inverse_root="newton" (see `Shampoo`) is the formula above, with L^-1/2 and R^-1/2 of the factors themselves at the
-    last refresh; both begin as rms(g) I with the first gradient, which is stepped. There are no averages of eigenvalues
-    and no eps, and the scale of the gradients changes nothing.
+    last refresh; both begin as rms(g) I with the first gradient. There are no averages of eigenvalues and no eps, and
+    the scale of the gradients changes nothing.
+
+    first_step: as in `SOAP`; None is "skip" with bases, and with inverse_root="newton" "move", in the metric that the
+        first gradient has made.
+    max_update_rms: bound on the root mean square of an update before lr, which is ((1 - beta1) / (1 + beta1))^1/2 for
+        noise and at most about 1; None, the authors': no bound. A gradient is stepped before the factors know it, so
+        that one s times too large makes a step about s (1 - beta1^2)^1/2 times the usual one; with 1 at most 5 times.
     """
 
     _parities = (None, "authors")
@@ -309,18 +321,22 @@ class KLShampoo(KroneckerOptimizer):
         eps: float = 1e-8,
         *,
         inverse_root: str = "basis",
+        first_step: str | None = None,
+        max_update_rms: float | None = None,
         **extra: Unpack[BasesAndExtras],
     ) -> None:
         own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "inverse_root": inverse_root}
-        super().__init__(params, own, extra)
+        super().__init__(params, {**own, "first_step": first_step, "max_update_rms": max_update_rms}, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
         if group["inverse_root"] == "newton":
-            precondition: Kronecker = self.by_roots(group, 0.5, coupling=True)
+            first = "skip" if group["first_step"] == "skip" else "learn"
+            precondition: Kronecker = self.by_roots(group, 0.5, coupling=True, first=first)
         else:
-            precondition = self.rotated(group, _COUPLED, coupling=_COUPLED, **_as_the_authors(group))
-        momentum = Momentum(dtype=group["momentum_dtype"])
-        return {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
+            precondition = self.rotated(group, _COUPLED, coupling=_COUPLED, **_first_and_refresh(group))
+        momentum, most = Momentum(dtype=group["momentum_dtype"]), group["max_update_rms"]
+        parts = {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
+        return parts if most is None else {**parts, "transforms": (ClipRMS(most),)}
 
 
 class SOAP(KroneckerOptimizer):
@@ -334,17 +350,19 @@ class SOAP(KroneckerOptimizer):
     lr, weight_decay: numbers >= 0.   betas: of m, and of v and the factors (see shampoo_beta).   eps: added to sqrt(v).
     extra: see `Bases` and `steepest.zoo.shared.Extras`.
 
-    The first step only makes the bases: in them the first gradient is diagonal, and Adam would divide the rounding
-    errors beside it by themselves. At a refresh v is mixed by the squares of the rotation, v <- (R_L o R_L)^T v (R_R o
-    R_R), as if the gradient's entries were independent: what a large rotation finds in its slots would else be of other
-    directions, and a step tens of times too long. parity="authors": the bases are refreshed by orthogonal iteration
-    with v permuted as its columns are sorted, and weight decay follows the update; the trajectory is that of the
-    authors' implementation. eps is divided by sqrt(1 - beta2^t), as they have it. With identity bases it is Adam, with
-    norm="spectral" MuAdam in these bases. Source: arXiv:2409.11321.
+    first_step: "skip", the authors': the first gradient only makes the bases; in them it is diagonal, and Adam would
+        divide the rounding errors beside it by themselves. "move": the first step is Adam's, in identity bases.
+
+    At a refresh v is mixed by the squares of the rotation, v <- (R_L o R_L)^T v (R_R o R_R), as if the gradient's
+    entries were independent: what a large rotation finds in its slots would else be of other directions, and a step
+    tens of times too long. parity="authors": the bases are refreshed by orthogonal iteration with v permuted as its
+    columns are sorted, and weight decay follows the update. The trajectory is then that of the authors' implementation
+    if the first gradient has full rank; else a factor begins with a null space, every basis of which is as good, and
+    which one it is depends on the eigensolver. eps is divided by sqrt(1 - beta2^t), as they have it. With identity
+    bases it is Adam, with norm="spectral" MuAdam in these bases. Source: arXiv:2409.11321.
     """
 
     _parities = (None, "authors")
-    _coupling: Sides | None = None
 
     def __init__(
         self,
@@ -353,21 +371,46 @@ class SOAP(KroneckerOptimizer):
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
+        *,
+        first_step: str = "skip",
         **extra: Unpack[BasesAndExtras],
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}, extra)
+        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "first_step": first_step}
+        super().__init__(params, own, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
-        inner = Diagonal(power=0.25)
-        precondition = self.rotated(group, inner, coupling=self._coupling, **_as_the_authors(group))
-        momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
+        return self._adam_in_bases(group)
+
+    def _adam_in_bases(self, group: Group, coupling: Sides | None = None, *, corrected: bool = True) -> dict[str, Any]:
+        """corrected: by Adam's bias corrections."""
+        inner = Diagonal(power=0.25, bias_correction=corrected)
+        precondition = self.rotated(group, inner, coupling=coupling, **_first_and_refresh(group))
+        momentum = Momentum(bias_correction=corrected, dtype=group["momentum_dtype"])
         return {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
 
 
 class KLSOAP(SOAP):
-    """SOAP in the bases of KL-Shampoo's factors; see `SOAP` and `KLShampoo`. Source: arXiv:2509.03378."""
+    """Adam in the eigenbases of KL-Shampoo's factors; see `SOAP` and `KLShampoo`.
 
-    _coupling = _COUPLED
+    parity="authors": as in `SOAP`, and without Adam's bias corrections, so that entries of the first update are
+    (1 - beta1) / sqrt(1 - beta2), .71 with the default betas, where Adam's are 1. Source: arXiv:2509.03378.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-4,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        *,
+        first_step: str = "skip",
+        **extra: Unpack[BasesAndExtras],
+    ) -> None:
+        super().__init__(params, lr, weight_decay, betas, eps, first_step=first_step, **extra)
+
+    def parts(self, group: Group) -> dict[str, Any]:
+        return self._adam_in_bases(group, _COUPLED, corrected=group["parity"] is None)
 
 
 class SPlus(KroneckerOptimizer):
@@ -436,7 +479,7 @@ class SPlus(KroneckerOptimizer):
                     state[MASS].lerp_(torch.ones_like(weight), weight)
 
     def init_state(self) -> None:
-        """As `MatrixOptimizer.init_state`; the averages too."""
+        """Creates the state as `MatrixOptimizer.init_state` does, and the averages."""
         super().init_state()
         self._start_averages()
 
@@ -449,7 +492,7 @@ class SPlus(KroneckerOptimizer):
                     state[AVERAGE] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
                     state[MASS] = torch.zeros((), dtype=torch.float64, device=p.device)
 
-    @torch.no_grad()
+    @in_default_modes
     def eval(self) -> None:
         """Puts the averages of the iterates in place of the weights, which are kept in the state."""
         for p, state in self.state.items():
@@ -458,7 +501,7 @@ class SPlus(KroneckerOptimizer):
                 average, mass = state[AVERAGE], state[MASS].to(state[AVERAGE].dtype)
                 p.copy_(torch.where(mass > 0, average / mass, p.to(average.dtype)))
 
-    @torch.no_grad()
+    @in_default_modes
     def train(self) -> None:
         """Puts the weights back."""
         for p, state in self.state.items():

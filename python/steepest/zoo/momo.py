@@ -72,6 +72,7 @@ class Momo(MatrixOptimizer):
     stale_dual: takes <M, D> of the spectral and Schatten directions from the previous step, so that no direction is
         kept or computed twice; otherwise those of all matrices are held at once, as large as the matrices. A matrix
         that has not moved yet is measured anew; if its first gradient was not finite it counts as 0 in the next step.
+        None is True, as the authors have it, but for `ProductNormDescent` and `Schattor`.
     reduce_loss: where torch.distributed is initialised, the loss is averaged over all processes of the default group,
         so that ranks with a batch each agree; with False it must be the same on all of them.
 
@@ -86,17 +87,20 @@ class Momo(MatrixOptimizer):
     _kept: ClassVar[dict[str, Layout | None]] = {DESCENT: None, INNER: "scalar", LOSS: None, LOSSES: "scalar"}
     _shared: tuple[str, ...] = (LOSS, LOSSES)
     lower_bound: Number | None = None
+    #: what stale_dual=None means for a class
+    stale_dual: bool = True
     _loss: Number | None = None
 
     def __init__(
         self,
         *args: Any,
         lower_bound: Number | None = 0.0,
-        stale_dual: bool = True,
+        stale_dual: bool | None = None,
         reduce_loss: bool = True,
         **kwargs: Any,
     ) -> None:
         self.lower_bound = check_option("lower_bound", lower_bound)
+        stale_dual = type(self).stale_dual if stale_dual is None else stale_dual
         self.stale_dual = check_option("stale_dual", stale_dual)
         self.reduce_loss = check_option("reduce_loss", reduce_loss)
         super().__init__(*args, **kwargs)
@@ -156,7 +160,7 @@ class Momo(MatrixOptimizer):
 
     def _layer_coupling(self, loss: Number | None) -> Coupling | None:
         assert self._plan is not None
-        return _Truncated(self, self._plan, loss) if self._couples() else None
+        return Truncated(self, self._plan, loss) if self._couples() else None
 
     def _share_of(self, layers: Sequence[Layers], loss: Number | None) -> list[Number]:
         """What each group's step is multiplied by."""
@@ -299,7 +303,7 @@ class Momo(MatrixOptimizer):
         super()._traced_step(scaling)
 
 
-class _Truncated:
+class Truncated:
     """The coupling of a step: it measures layers, keeps directions that are dear, and tells how far each group goes."""
 
     def __init__(self, optimizer: Momo, plan: Plan, loss: Number | None) -> None:

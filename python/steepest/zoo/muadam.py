@@ -29,6 +29,9 @@ class MuAdam(MatrixOptimizer):
     polar: a preset of `steepest.polar` or a coefficient table.
     adjust_lr_fn: as in `Muon`.                 extra: see `Extras`.
 
+    The authors' released code (the class TAIA) sets its step count back at every call, so that t = 1 for ever and D is
+    larger by (1 - beta2)^-1/4: its lr is worth (1 - beta2)^(1/4) of ours, .18 for beta2 = .999.
+
     Source: arXiv:2510.10777, Algorithm 1 (row MuAdam of Table 1). With a constant D it equals Muon up to scale.
     """
 
@@ -70,12 +73,28 @@ class MuAdamSANIA(MuAdam):
 
         W <- (1 - lr weight_decay) W - lr ratio(rows, cols) polar(m / (1 - beta1^t) / D) / D
 
-    With eps=0 (where 0/0 = 0) the iterates are equivariant under elementwise rescaling of the weights: training
-    f(A o W) from A^-1 o W_0 visits A^-1 o W_t. The update grows as one over the gradient's scale: a loss multiplied by
-    c wants lr multiplied by c. Arguments as in `MuAdam`; eps is divided by 1 - beta2^t too, so its default of 1e-8, the
-    authors', outweighs gradients below 3e-3 in the first step.
+    With eps=0 (where 0/0 = 0) the iterates are equivariant under elementwise rescaling of the weights by positive
+    numbers: training f(A o W) from A^-1 o W_0 visits A^-1 o W_t. (Signs change the singular values of m / D, and with
+    them the update, unless they are those of whole rows and columns.) The update grows as one over the gradient's
+    scale: a loss multiplied by c wants lr multiplied by c. Other arguments as in `MuAdam`; eps is divided by
+    1 - beta2^t too, so its default of 1e-8, the authors', outweighs gradients below 3e-3 in the first step. The lr of
+    their code, in which t = 1 (see `MuAdam`), is worth (1 - beta2)^(1/2) of ours, .032 for beta2 = .999.
 
     Source: arXiv:2510.10777 (row MuAdam-SANIA of Table 1).
     """
 
     _power = 0.5
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adjust_lr_fn: str | None = None,
+        *,
+        polar: Polar = "auto",
+        **extra: Unpack[Extras],
+    ) -> None:
+        super().__init__(params, lr, weight_decay, betas, eps, adjust_lr_fn, polar=polar, **extra)

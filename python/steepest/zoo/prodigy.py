@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..ops.multi_tensor import Scaling
 from ..optimizer import Params
 from ..optimizer.group_options import Group
 from ..optimizer.option_types import BELOW_ONE, check_option
@@ -15,15 +16,22 @@ from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
 from ..recipe import Recipe, State
 from ..state_layout import Layout
-from .momo import Layers, dot
+from ..step.coupling import Coupling as StepCoupling
+from ..step.coupling import Directed
+from ..step.parameter import Matrices, Parameter
+from ..step.plan import Executor, Plan
+from .momo import Layers, Truncated, dot
 from .product import Coupling, ProductNormOptimizer, own_values
 from .shared import Polar, polar_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# State of every parameter: where it began. Of the first one: the step size.
-START, STEP_SIZE = "start", "step_size"
+# State of every parameter: where it began, and what rounding to 16 bits has dropped. Of the first one: the step size.
+START, DROPPED, STEP_SIZE = "start", "dropped", "step_size"
+
+#: Matrices, where a step leads them in fp32, and whether it is taken.
+Led = tuple[Matrices, Tensor, Tensor]
 
 
 class ProdigyMuon(ProductNormOptimizer):
@@ -39,11 +47,14 @@ class ProdigyMuon(ProductNormOptimizer):
 
     initial_step: the first eta > 0, far too small.   lr: a factor on eta, for schedules.
     momentum: with 0 M is the gradient and the rule the paper's; more is a variant of it.
-    Other arguments as in `ProductNormDescent`, `Coupling`. Keeps W_0, as large as the parameters, and all directions
-    of a step at once. This is not all of Prodigy, whose averages weight gradients by eta.
+    Other arguments as in `ProductNormDescent`, `Coupling`. Keeps W_0, as large as the parameters and in fp32 where they
+    are narrower, and all directions of a step at once. Steps of the first eta are lost in weights of 16 bits whose
+    mantissa is not kept: there W is the weight and what its last roundings have dropped, at most one unit in the last
+    place of it, in fp32 too. This is not all of Prodigy, whose averages weight gradients by eta.
     """
 
     _carried: tuple[str, ...] = ("norm", "initial_step")
+    _led: list[Led]
     _kept: ClassVar[dict[str, Layout | None]] = {START: "elementwise", STEP_SIZE: "scalar"}
     _shared: tuple[str, ...] = (STEP_SIZE,)
 
@@ -79,7 +90,7 @@ class ProdigyMuon(ProductNormOptimizer):
     def _factors(self, layers: Sequence[Layers]) -> list[Number]:
         gain = torch.zeros((), dtype=torch.float64, device=self._device)
         for p in (p for each in layers for p in each.parameters):
-            w, m = p.value(), p.recipe.momentum_of(p.state, p.taken.grad, p.taken.hyper)
+            w, m = self._iterate(p), p.recipe.momentum_of(p.state, p.taken.grad, p.taken.hyper)
             start = self.state[p.tensor][START].to(w.dtype)
             gain = gain + torch.where(p.taken.finite, dot(m, start - w), 0)
         eta = self._shared_state()[STEP_SIZE]
@@ -91,5 +102,49 @@ class ProdigyMuon(ProductNormOptimizer):
         return {**super()._fresh_shared_state(), STEP_SIZE: size}
 
     def _own_state(self, p: Tensor, group: Group) -> State:
-        start = {} if START in self.state[p] else {START: p.detach().clone()}
-        return {**super()._own_state(p, group), **start}
+        held, rounding, own = self.state[p], self._recipe(group).rounding, super()._own_state(p, group)
+        if START not in held:
+            own[START] = rounding.value(p.detach(), held).clone()
+        lossy = p.dtype == torch.float16 or (p.dtype == torch.bfloat16 and rounding.mode != "mantissa")
+        if lossy and DROPPED not in held:
+            own[DROPPED] = torch.zeros_like(p, dtype=torch.float32)
+        return own
+
+    # ---- weights of 16 bits -----------------------------------------------------------------------------------------
+
+    def _iterate(self, p: Parameter) -> Tensor:
+        """W, with what rounding has dropped."""
+        value = p.value()
+        dropped = self.state[p.tensor].get(DROPPED)
+        return value if dropped is None else value + dropped
+
+    def _layer_coupling(self, loss: Number | None) -> StepCoupling | None:
+        assert self._plan is not None
+        return _Escalated(self, self._plan, loss, self._led)
+
+    def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
+        self._led = []
+        super()._take_step(scaling, loss)
+        for item, value, finite in self._led:
+            dropped, w = item.piece.view(self.state[item.parameter.tensor][DROPPED]), item.weight.float()
+            info = torch.finfo(item.weight.dtype)
+            unit = info.eps * w.abs().clamp(min=info.tiny)
+            torch.where(finite, (value - w + dropped).clamp(-unit, unit), dropped, out=dropped)
+        del self._led
+
+
+class _Escalated(Truncated):
+    """Notes where a step leads before it is rounded, of weights from which rounding drops something."""
+
+    def __init__(self, optimizer: ProdigyMuon, plan: Plan, loss: Number | None, led: list[Led]) -> None:
+        super().__init__(optimizer, plan, loss)
+        self._led = led
+
+    def moving(self, executor: Executor, batch: Any, directed: Directed) -> None:
+        super().moving(executor, batch, directed)
+        for items, ds in zip(executor.items(batch), directed.ds, strict=True):
+            for item, d in zip(items, ds.split([item.input_shape[0] for item in items]), strict=True):
+                if DROPPED in self._optimizer.state[item.parameter.tensor]:
+                    w, hyper = item.weight.float(), item.parameter.taken.hyper
+                    value = item.recipe.moved(w, d.reshape(w.shape).float(), hyper, item.ratio)
+                    self._led.append((item, value, item.finite))

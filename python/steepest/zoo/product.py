@@ -52,7 +52,7 @@ class Coupling(Extras, total=False):
     """
 
     lower_bound: Number | None
-    stale_dual: bool
+    stale_dual: bool | None
     reduce_loss: bool
 
 
@@ -98,7 +98,7 @@ class ProductNormOptimizer(Momo):
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def direction(self, group: Group) -> Direction:
-        """Of the matrices of a group."""
+        """The base norm of the matrices of a group."""
         return polar_of(group)
 
     def momentum(self, group: Group) -> Momentum:
@@ -143,7 +143,7 @@ class ProductNormOptimizer(Momo):
         return [own[0] if group["use_muon"] else own[1] for group in self.param_groups]
 
     def _dual_norms(self, layers: Sequence[Layers]) -> tuple[Tensor, Tensor]:
-        """Of all matrices and of all other layers."""
+        """The dual norms of all matrices, and those of all other layers."""
         found: dict[bool, list[Tensor]] = {True: [layers[0].inner[:0]], False: [layers[0].inner[:0]]}
         for group, each in zip(self.param_groups, layers, strict=True):
             found[group["use_muon"]].append(each.dual_norms)
@@ -174,9 +174,12 @@ class ProductNormDescent(ProductNormOptimizer):
     polar: as in `steepest.MuAdam`.   extra: see `Coupling`; with a lower_bound t is Momo's, else 1.
 
     "max" with "lmo" and "l2" with "dual" do not couple layers without a lower bound. The steps of "l2" with "lmo" have
-    length lr because their dual norms are never stale. Besides the directions a coupled step costs passes over momenta,
-    those of `Momo` with a lower bound, and the memory that stale_dual=False takes. Source: arXiv:2510.09827.
+    length lr because their dual norms are never stale. The others' are those of the step before with stale_dual=True.
+    Besides the directions a coupled step costs passes over momenta, those of `Momo` with a lower bound, and unless dual
+    norms are stale the memory that holds all directions. Source: arXiv:2510.09827.
     """
+
+    stale_dual = False
 
     def __init__(
         self,
@@ -209,7 +212,7 @@ class MuonMax(ProductNormOptimizer):
         t = min(1, (model - lower_bound)_+ / (lr (matrix_scale S^2 + sum M^2 / (sqrt(V) + eps))))
 
     with M and V as in `ProductNormDescent`, whose product="hybrid", scale="dual", others="adam_2" this is. All matrices
-    share one adaptive factor. With stale_dual=True S is that of the previous step, so that a direction is made once.
+    share one adaptive factor. S is of the previous step, as the authors have it; with stale_dual=False of this one.
     With one matrix and matrix_scale=1 it is regularized Muon, W - lr ||M||_nuc polar(M).
 
     lower_bound: of the loss; None: MuonMax without Momo, t = 1. The authors use 0, and up to 3.2 for language models.

@@ -16,6 +16,7 @@ from ..recipe import Recipe
 from ..routing.overrides import Overrides, find, read_overrides
 from ..routing.places import Place, Routable, read_places
 from ..routing.rules import layout, role
+from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 from .vector import VectorOptimizer
 
@@ -111,7 +112,7 @@ class Scion(VectorOptimizer):
         reach = group["radius"] / _taps(group) ** 0.5
         return Hyper(lr * reach, (decay + 1.0 if group["constrained"] else decay) / reach, beta)
 
-    @torch.no_grad()
+    @in_default_modes
     def init(self) -> None:
         """W <- radius unit(W) for every weight but AdamW's: a random start, on the sphere; zeros stay zeros."""
         for group in self.param_groups:

@@ -36,7 +36,8 @@ from ..parts import (
 )
 from ..recipe import Recipe, State, all_finite
 from ..state_layout import Layout, StateSpec
-from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
+from ..step.modes import in_default_modes
+from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
 from .vector import MomentumOptimizer, VectorOptimizer
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ class InsideDecayRecipe(Recipe):
 
 class RidgeRecipe(InsideDecayRecipe):
     """A recipe that steps to the ball's point nearest to the minimiser of a model with ridge, and no further."""
+
+    def direction_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """Wide: the weight is a part of the input, and where the step ends at the minimiser, of its end."""
+        return dtype
 
     def descent_direction(self, x: Tensor, hyper: Hyper) -> Tensor:
         radius = hyper.weight_decay * hyper.lr * hyper.step_factor * shape_ratio(self.adjust_lr, *x.shape[-2:])
@@ -189,6 +194,8 @@ class TrustRegion(VectorOptimizer):
         }
         if group["composite"] == "decay":
             return recipe_of(group, ratio="none", **parts)
+        if group["norm"] == "spectral":  # by SVD, and so from an input that is not rounded to 16 bits
+            parts["direction"] = spectral(group, "svd")
         return recipe_of(group, kind=RidgeRecipe, ratio="none", decay=_no_decay(group), **parts)
 
     def hyper(self, group: Group) -> Hyper:
@@ -303,7 +310,7 @@ class NIGT(MomentumOptimizer):
     def _traced_step(self, scaling: Any) -> None:
         raise RuntimeError("NIGT cannot be traced by torch.compile: call its step outside of the compiled function")
 
-    @torch.no_grad()
+    @in_default_modes
     def eval(self) -> None:
         """Puts the iterates W in place of the points ahead of them."""
         for p, state in self.state.items():
@@ -311,7 +318,7 @@ class NIGT(MomentumOptimizer):
                 state[AHEAD] = p.clone()
                 p.copy_(state[WEIGHTS])
 
-    @torch.no_grad()
+    @in_default_modes
     def train(self) -> None:
         """Puts the points ahead back."""
         for p, state in self.state.items():

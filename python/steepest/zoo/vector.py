@@ -230,9 +230,23 @@ class AdamSANIA(Adam):
 
     With eps=0 (where 0/0 = 0) the iterates are equivariant under elementwise rescaling of the weights: training
     f(A o W) from A^-1 o W_0 visits A^-1 o W_t. A loss multiplied by c wants lr multiplied by c, and a gradient of 1e-3
-    makes a step of 1e3 lr. SANIA's own Polyak step size (arXiv:2312.17369) is not in it. Arguments as in `Adam`.
+    makes a step of 1e3 lr: hence the small default. SANIA's own Polyak step size (arXiv:2312.17369) is not in it. Other
+    arguments as in `Adam`.
 
     Source: arXiv:2510.10777 (row Adam-SANIA of Table 1).
     """
 
     _power = 0.5
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-5,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        adjust_lr_fn: str | None = None,
+        **extra: Unpack[Extras],
+    ) -> None:
+        super().__init__(params, lr, weight_decay, betas, eps, adjust_lr_fn=adjust_lr_fn, **extra)

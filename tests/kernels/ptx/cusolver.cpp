@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -14,13 +15,15 @@ constexpr size_t kDevice = 1000;
 constexpr int kMostHandles = 8;
 struct Handle {
   void* stream;
+  bool alive;
 } handles[kMostHandles];
-int handle_count = 0, params = 0;
+int params = 0, alive_params = 0;
+bool refuses_params = false, refuses_stream = false;
 void* host_memory = nullptr;  // of the last call
 
 Handle* known(void* handle) {
-  for (int i = 0; i < handle_count; ++i)
-    if (handle == &handles[i]) return &handles[i];
+  for (Handle& each : handles)
+    if (handle == &each && each.alive) return &each;
   return nullptr;
 }
 
@@ -72,22 +75,45 @@ bool solve_one(T* a, T* w, int64_t n) {
 extern "C" {
 
 int cusolverDnCreate(void** handle) {
-  if (handle_count == kMostHandles) return kInvalid;
-  *handle = &handles[handle_count++];
+  for (Handle& each : handles)
+    if (!each.alive) {
+      each = {nullptr, true};
+      *handle = &each;
+      return 0;
+    }
+  return kInvalid;
+}
+int cusolverDnDestroy(void* handle) {
+  Handle* const own = known(handle);
+  if (own == nullptr) return kInvalid;
+  own->alive = false;
   return 0;
 }
 int cusolverDnCreateParams(void** made) {
+  if (refuses_params) return kInvalid;
+  ++alive_params;
   *made = &params;
+  return 0;
+}
+int cusolverDnDestroyParams(void* given) {
+  if (given != &params || alive_params == 0) return kInvalid;
+  --alive_params;
   return 0;
 }
 // A handle serves one stream: what it holds on the device may be in use there.
 int cusolverDnSetStream(void* handle, void* stream) {
   Handle* const own = known(handle);
-  if (own == nullptr || (own->stream != nullptr && own->stream != stream)) return kInvalid;
+  if (refuses_stream || own == nullptr || (own->stream != nullptr && own->stream != stream)) return kInvalid;
   own->stream = stream;
   return 0;
 }
-int cusolver_handles() { return handle_count; }
+int cusolver_handles() {
+  int count = 0;
+  for (const Handle& each : handles) count += each.alive;
+  return count;
+}
+int cusolver_params() { return alive_params; }
+void cusolver_refuse(int params, int stream) { refuses_params = params != 0, refuses_stream = stream != 0; }
 void* cusolver_host_memory() { return host_memory; }
 
 int cusolverDnXsyevBatched_bufferSize(void* handle, void* given, int jobz, int uplo, int64_t n, int type_a, const void*,
@@ -104,6 +130,7 @@ int cusolverDnXsyevBatched(void* handle, void* given, int jobz, int uplo, int64_
   if (!fits(handle, given, jobz, uplo, n, type_a, lda, type_w, compute, batch)) return kInvalid;
   if (device_bytes != kDevice || host_bytes != host_bytes_of(n) || host == nullptr) return kInvalid;
   host_memory = host;
+  memset(host, 0xab, host_bytes);  // is still the solver's when the call has returned
   for (size_t i = 0; i < device_bytes; ++i)
     if (static_cast<char*>(device)[i] != 0) return kInvalid;
   for (int64_t k = 0; k < batch; ++k) {

@@ -276,7 +276,7 @@ struct Product {
   const void *a, *b, *c;
   void* d;
   const float *alpha, *beta, *gamma, *eta;
-  float *partials, *diagonal, *row_sums;
+  float *partials, *diagonal;
   void* const* weights;
   int32_t weights_dtype;
 };
@@ -306,7 +306,7 @@ const char* door_products(const Product* products, int count, int dtype, bool ru
                 at[14] != 0};
     to.a = p.a, to.b = p.b, to.c = p.c, to.d = p.d;
     to.alpha = {p.alpha, 1, 0}, to.beta = {p.beta, 1, 0}, to.gamma = {p.gamma, 1, 0};
-    to.partials = p.partials, to.diagonal = p.diagonal, to.row_sums = p.row_sums;
+    to.partials = p.partials, to.diagonal = p.diagonal;
     if (p.weights != nullptr) to.update = {p.weights, static_cast<steepest::Dtype>(p.weights_dtype), {p.eta, 1, 0}};
     problems.push_back(to), shapes.push_back(to.shape);
   }
@@ -328,7 +328,7 @@ const char* door_products(const Product* products, int count, int dtype, bool ru
     door_remember(aligned, plan.workspace_floats * 4, true), door_remember(counters.data(), counters.size() * 4, true);
     ++guards;
     try {
-      run_on_sm90(plan, problems, static_cast<sg::Dtype>(dtype), {aligned, counters.data()}, &current_stream);
+      run_on_sm90(plan, problems, static_cast<steepest::Dtype>(dtype), {aligned, counters.data()}, &current_stream);
     } catch (const std::exception& e) {
       error = e.what();
     }

@@ -9,15 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 TILES = ("any", "wide", "small")
 STREAMS = ("by model", "never", "always")
-
-#: Of the fixture `kernels`, for tests that take a second or two.
-several_seeds = pytest.mark.parametrize("kernels", [0, 1, 2], indirect=True)
 
 
 class Kernels:
@@ -43,6 +39,7 @@ class Kernels:
         self.seed(seed)
         self.library.ptxsim_truncating(0)
         self.library.ptxsim_capability(capability)
+        self.library.ptxsim_clusters(1)
         self.library.ptxsim_multiprocessors(multiprocessors)
 
     def seed(self, number: int) -> None:

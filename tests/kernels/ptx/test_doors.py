@@ -17,7 +17,7 @@ from support import fused_ops
 from support.chain_numbers import given, grams, kernel
 from support.singular_values import gaussian
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.orders(1)]
 
 
 def fused(ops: Any) -> None:
@@ -96,6 +96,20 @@ def test_shared_memory_is_allowed_once_and_for_the_largest(kernels: Kernels, gua
     calls = [(each, device) for each, device, _ in kernels.allowed()]
     assert len({each for each, _ in calls}) >= 6
     assert len(calls) == len(set(calls)), "a limit is set once"
+
+
+def test_clusters_are_the_devices_word(kernels: Kernels, guards: Guards) -> None:
+    """Not its capability's number: what only a cluster takes is refused by name, the rest goes on."""
+    polar, device = SmallPolar(kernels, guards), 0
+    assert kernels.ops.cluster_launch(device)
+    kernels.library.ptxsim_clusters(0)
+    assert not kernels.ops.cluster_launch(device)
+    with pytest.raises(
+        ValueError, match="must be at most 128 with 232448 bytes of shared memory and no clusters, got 136"
+    ):
+        polar([gaussian(136, 140).float()[None]], "turbo")
+    (y,), _ = polar([gaussian(128, 140).float()[None]], "turbo")
+    assert y.isfinite().all()
 
 
 def test_what_hopper_does_not_take(kernels: Kernels) -> None:

@@ -72,6 +72,7 @@ def spectrum(name: str, n: int) -> Tensor:
 SPECTRA = ("rank 0", "rank 1", "rank 2", "rank n / 4", *EIGENVALUES, "condition 1e8", "clusters")
 
 
+@pytest.mark.orders(2)
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 32, 33, 64, 65, 110, 128])
 def test_the_exact_solver_against_lapack(n: int, kernel: Refresh) -> None:
     """Nearer than LAPACK in fp32 to the small eigenvalues, and to its basis; as near to the large ones."""
@@ -92,6 +93,7 @@ def test_the_exact_solver_against_lapack(n: int, kernel: Refresh) -> None:
             assert ours <= 2 * theirs + 1e-2, (name, ours, theirs)
 
 
+@pytest.mark.orders(2)
 @pytest.mark.parametrize("name", ["exponential, condition 2e6", "condition 1e8"])
 def test_small_eigenvalues_are_those_of_the_matrix(name: str, kernel: Refresh) -> None:
     P = symmetric(spectrum(name, 96)).float()
@@ -131,6 +133,7 @@ def test_the_rotation_is_that_of_basis_py(n: int, sweeps: int, kernel: Refresh) 
             Q = wanted.basis
 
 
+@pytest.mark.orders(2)
 @pytest.mark.parametrize("method", ["jr", "auto", "eigh"])
 @pytest.mark.parametrize("case", HARD)
 def test_what_is_promised_of_every_matrix(case: str, method: str, kernel: Refresh) -> None:
@@ -191,6 +194,7 @@ def test_columns_keep_slot_and_sign(kernel: Refresh) -> None:
 # ---- what comes in -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.orders(2)
 @pytest.mark.parametrize("method", eigh.METHODS)
 def test_what_is_not_finite_or_zero_stays_alone(method: str, kernel: Refresh) -> None:
     names = ["rank 2, moving", "condition 1e8", "toeplitz", "a random basis", "rank 0"]
@@ -273,6 +277,7 @@ def test_the_largest_matrix_of_each_architecture(capability: int, most: int, ker
 # ---- the door --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.orders(1)
 def test_errors(kernels: Kernels) -> None:
     P = torch.zeros(2, 20, 20)
     into = torch.empty(2, 20, 20), torch.empty(2, 20), torch.empty(2, dtype=torch.int32), torch.empty(2, 20).long()
@@ -280,6 +285,7 @@ def test_errors(kernels: Kernels) -> None:
         kernels.ops.eigh_refresh(P, P, into[0].double(), *into[1:], 0, 1)
 
 
+@pytest.mark.orders(1)
 def test_the_batched_solver(kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of cuSOLVER, of a library with its names: it refuses arguments and a workspace that are wrong."""
     P = torch.stack([symmetric(torch.logspace(0, -2, 7).double(), seed) for seed in range(3)])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptx.kernels import Kernels, several_seeds
+from ptx.kernels import Kernels
 from steepest.ops.multi_tensor import CHUNK, Table
 from support import fused_ops
 from support.fused_ops import State, assert_close, compare, compare_step, random_state
@@ -62,6 +62,7 @@ def laid_out(turn: int) -> State:
     return state
 
 
+@pytest.mark.orders(2)
 @pytest.mark.parametrize("turn", range(len(LAYOUTS)))
 def test_layouts(turn: int, kernels: Kernels) -> None:
     compare(kernels.ops, CPU, lambda: laid_out(turn))
@@ -96,6 +97,7 @@ def transposed() -> State:
     return state
 
 
+@pytest.mark.orders(2)
 @pytest.mark.parametrize("make", [flat, transposed])
 def test_several_chunks(make: Callable[[], State], kernels: Kernels) -> None:
     compare(kernels.ops, CPU, make)
@@ -113,6 +115,7 @@ def test_a_scratch_serves_every_step(kernels: Kernels) -> None:
         assert_close(state, wanted)
 
 
+@pytest.mark.orders(2)
 def test_more_items_than_a_launch_takes(kernels: Kernels) -> None:
     wanted = random_state(shapes=((1, (5,)), (2, (2, 8)), (1, (3, 3))), times=16)
     for i in range(0, len(wanted.params), 2):  # every other one strided
@@ -124,7 +127,6 @@ def test_more_items_than_a_launch_takes(kernels: Kernels) -> None:
     assert kernels.launches() - before > 2 * 6, "each of six kernels is launched at least twice"
 
 
-@several_seeds
 def test_rows_without_a_matrix(kernels: Kernels) -> None:
     """More rows than lines: what `update_moments` leaves in the scratch is behind the counters of `grad_stats`."""
     table = Table.empty(torch.zeros((), dtype=torch.int64), [CHUNK + 1] * 3, [(1, CHUNK + 1)])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptx.kernels import Guards, Kernels, several_seeds
+from ptx.kernels import Guards, Kernels
 from steepest.linalg.chain import Chain, chain
 from steepest.linalg.coefficients import SCHEDULES, Schedule
 from steepest.linalg.scaling import prescaled
@@ -45,7 +45,6 @@ class Run:
         self.xs = [guards.twin(x) for x in stacks]
         self.ys = [guards.twin(torch.full_like(x, torch.nan)) for x in stacks]
         self.slacks = [guards.twin(torch.full((len(x),), torch.nan)) for x in stacks]
-        self.row_sums = [guards.twin(torch.full((len(x), min(x.shape[1:])), torch.nan)) for x in stacks]
 
     def __call__(
         self, ops: Any, *, weights: Sequence[Tensor] = (), etas: Sequence[Tensor] = (), betas: Sequence[Tensor] = (),
@@ -54,7 +53,7 @@ class Run:
         constants = [value for row in self.plan.constants for value in row]
         numbers = (*self.plan.packed, constants, self.plan.powers, self.schedule.slacks)
         options = (self.schedule.norm == "tight", 1e-7, chunks, batch_invariant)
-        lists = (self.xs, self.ys, self.slacks, self.row_sums, list(weights), list(etas), list(betas))
+        lists = (self.xs, self.ys, self.slacks, list(weights), list(etas), list(betas))
         ops.polar_chain(*lists, *numbers, *options)
         return self.xs if self.plan.result == "x" else self.ys
 
@@ -72,7 +71,6 @@ SHAPES = ((2, 136, 200), (1, 200, 136), (1, 72, 72))
 SEVEN = ((1, 16, 24), (2, 40, 16), (1, 64, 136), (1, 136, 72), (3, 24, 24), (1, 8, 200), (1, 104, 64))
 
 
-@several_seeds
 @tiles
 @pytest.mark.parametrize("dtype", [H, B], ids=str)
 @pytest.mark.parametrize("name, shapes", [("auto", SHAPES), ("turbo", SHAPES), ("exact", SEVEN), ("auto", SEVEN)])
@@ -87,10 +85,11 @@ def test_a_chain_is_the_hosts(
     pairs = zip(ours(kernels.ops), theirs(torch.ops.steepest), strict=True)
     for y, wanted in pairs:
         torch.testing.assert_close(y.float(), wanted.float(), rtol=0, atol=16 * torch.finfo(dtype).eps)
-    for a, b in zip(ours.slacks + ours.row_sums, theirs.slacks + theirs.row_sums, strict=True):
+    for a, b in zip(ours.slacks, theirs.slacks, strict=True):
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
+@pytest.mark.orders(1)
 @tiles
 def test_cut_tiles_chunks_and_order_do_not_count(tile: str, kernels: Kernels, guards: Guards) -> None:
     """Sums are cut the same in every order of blocks; without cuts a matrix is alone, whatever its chunk is."""

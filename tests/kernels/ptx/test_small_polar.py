@@ -46,6 +46,7 @@ def test_it_is_the_polynomial_of_the_singular_values(preset: str, shape: tuple[i
     assert_polynomial(kernel, shape, preset, names, off_diagonal=0.06, rounding=rounding(min(shape)))
 
 
+@pytest.mark.orders(2)
 @pytest.mark.parametrize("preset", ["auto", "polar_express"])
 @pytest.mark.parametrize("shape", [(2, 3), (4, 5), (20, 16)])
 def test_hundreds_of_log_uniform_matrices_stay_bounded(preset: str, shape: tuple[int, int], kernel: SmallPolar) -> None:
@@ -185,6 +186,7 @@ def test_126_small_matrices_in_one_launch(kernel: SmallPolar) -> None:
         assert torch.equal(slack, alone_slack)
 
 
+@pytest.mark.orders(2)
 def test_more_matrices_than_a_launch_takes(kernel: SmallPolar) -> None:
     xs = [gaussian(2, 3, i).float()[None] for i in range(400)]
     before = kernel.launches()
@@ -194,6 +196,7 @@ def test_more_matrices_than_a_launch_takes(kernel: SmallPolar) -> None:
     assert torch.equal(torch.cat(together), batch)
 
 
+@pytest.mark.orders(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_stack_of_more_blocks_than_a_grid_has(dtype: torch.dtype, kernel: SmallPolar) -> None:
     """Is cut, wherever the launch is full, and nothing that follows is left out; here a grid has 10 blocks."""
@@ -251,6 +254,7 @@ def test_in_place(shape: tuple[int, int], kernel: SmallPolar) -> None:
     assert torch.equal(x, wanted)
 
 
+@pytest.mark.orders(1)
 def test_nothing_to_do(kernel: SmallPolar) -> None:
     before = kernel.launches()
     for shape in ((0, 3, 4), (2, 0, 4), (2, 4, 0)):
@@ -258,6 +262,7 @@ def test_nothing_to_do(kernel: SmallPolar) -> None:
     assert kernel.launches() == before
 
 
+@pytest.mark.orders(1)
 @pytest.mark.parametrize(
     "shape, plan, capability, message",
     [

@@ -105,6 +105,7 @@ def settings_of(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) ->
     return bench.command._settings(options)
 
 
+@pytest.mark.slow
 def test_files_without_a_test_for_a_gpu_are_not_imported(gpu: types.ModuleType) -> None:
     """All that are named have some; collecting them is a matter of seconds, of the whole suite it is not."""
     files = gpu.gpu_files()
@@ -273,6 +274,7 @@ def lines(tmp_path: Path) -> dict[str, str]:
     return {words[1]: words[2] for words in found}
 
 
+@pytest.mark.slow
 def test_what_fails_hangs_or_crashes_leaves_the_others(
     tmp_path: Path, repository: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -313,6 +315,7 @@ def test_what_fails_hangs_or_crashes_leaves_the_others(
     assert {"logs/tests-tests.test_hangs.py.log", "logs/tests-tests.test_hangs.py.xml"} < names
 
 
+@pytest.mark.slow
 def test_a_suite_that_fails_hangs_or_crashes_leaves_the_others(
     tmp_path: Path, repository: Callable[..., subprocess.CompletedProcess[str]], gpu: types.ModuleType
 ) -> None:
@@ -423,6 +426,7 @@ def test_the_error_of_a_build_is_in_the_summary(tmp_path: Path) -> None:
     assert "RuntimeError: TORCH_CUDA_ARCH_LIST: 'Hopper' is not an architecture; write it as 8.0, 9.0a" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_a_gpu_nothing_is_said_to_be_measured(tmp_path: Path) -> None:
     """This machine's torch, where it sees none: every step but the doctor's says so."""
     import torch

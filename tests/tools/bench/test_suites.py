@@ -24,6 +24,7 @@ from steepest.tools.bench.suites import SUITES, launch, memory, polar, refresh, 
 from steepest.tools.compare import text
 from support.pretended_gpu import pretended
 from support.singular_values import gaussian
+from support.slow import slow
 
 CEILINGS = Ceilings({"float32": 1e12, "bfloat16": 1e12, "float16": 1e12}, 1e11)
 QUICK = Settings(quick=True, rounds=3, seconds=0.0, peers=False, compiled=False)
@@ -465,7 +466,7 @@ def test_what_a_gpu_would_be_given(suite: str, quick: bool) -> None:
 SHAPES = {"polar": ["2x32x64"], "symm_gemm": ["2x32x32"], "small": ["2x16x24+2x32x32"], "refresh": ["2x16"]}
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [(slow if suite == "launch" else pytest.param)(suite) for suite in SUITES])
 def test_the_harness_as_on_a_gpu(suite: str, book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that is pretended: launches queue behind a busy GPU, graphs stand beside calls, nothing fails."""
     monkeypatch.setattr(timing, "FLUSH_BYTES", 1024)

@@ -83,10 +83,11 @@ def choose(
             raise ValueError(
                 f"restarts must lie in 1 .. {table.steps - 1} for {table.steps} steps, got {tuple(restarts)}"
             )
-        return Choice("standard" if tuple(restarts) == every else "gram", work, table, tuple(restarts), "caller")
+        positions = tuple(sorted(restarts))
+        return Choice("standard" if positions == every else "gram", work, table, positions, "caller")
     if form != "auto":
         positions = default_restarts(table, form, rows, columns, work)
-        return Choice("standard" if form == "standard" else "gram", work, table, positions, "caller")
+        return Choice("gram" if form == "gram" else "standard", work, table, positions, "caller")
     if name == PLAIN:
         return Choice("plain", work, table, every, "preset")
     if dtype is None and small(table):
@@ -101,7 +102,8 @@ def compute_dtype(preset: str, dtype: torch.dtype, device: torch.device | str) -
 
     fp64 stays.  On a CPU bf16 where its matrix products are native, else fp32, and never fp16 (1 GFLOP/s);
     STEEPEST_CPU_BF16=0 or 1 in the environment says whether they are.  On a GPU fp16 for the presets that may take the
-    Gram form, in which bf16 has an off-diagonal error of .2, and bf16 for the rest. "svd" runs in fp32.
+    Gram form, in which bf16 has an off-diagonal error of .2, and bf16 for the rest. "svd" takes fp32, and
+    decomposes it in fp64.
     """
     if dtype == torch.float64:
         return dtype

@@ -50,17 +50,19 @@ def polar(
                               114 s       8e-3    [.817, 1.183]   bound, otherwise
         exact, jordan  5      484         1e-2    [.681, 1.135]   Frobenius
         you            5      492         1e-2    [.977, 1.032]   Frobenius
-        polar_express  5      976         1e-3    [.846, 1.124]   Frobenius; any number of steps
+        polar_express  5      966         1e-3    [.840, 1.124]   1.01 Frobenius; any number of steps
         tight_8e-3     4      168 s       8e-3    [.968, 1.032]   bound
         tight_4e-3     4      247 s       4e-3    [.859, 1.141]   bound
         svd            -      any         eps     [1, 1]          singular values up to eps are dropped
 
-    "auto" lifts small singular values at least as much as "jordan" on every spectrum, at less work; the choice among
-    its tables is made per matrix on the device.  "turbo" does so from s = 4.25 on.  "jordan" is, operation for
-    operation, torch.optim.Muon's function (full products); "exact" is the same polynomial with symmetric products,
-    whose rounding is up to twice as large.  In bf16 rounding comes on top: on small matrices (short side below 100) of
-    a few equal large singular values and the rest 100 times smaller, "auto" was seen to err by .25 where "jordan" errs
-    by .2.  form="gram" is not bounded in 16 bits on matrices with a short side below 100.
+    "auto" lifts vanishing singular values at least as much as "jordan" on every spectrum, at less work, and those near
+    1.5e-3 ||X||_F up to 4.5% less where s is just over 2.26 (2.6% just over 1.54); the choice among its tables is made
+    per matrix on the device.  "turbo" lifts vanishing ones so from s = 4.25 on (2.5% less near 1.5e-3 from 5.93 on).
+    "jordan" is, operation for operation, torch.optim.Muon's function (full products); "exact" is the same polynomial
+    with symmetric products, whose rounding is up to twice as large.  "svd" is computed in fp64 whatever x is.  In bf16
+    rounding comes on top: on matrices of a few large singular values, or of one, "auto" in the Gram form was seen to
+    err by .33 (160 x 200, rank 1) where "jordan" errs by .25.  form="gram" is not bounded in 16 bits on matrices with a
+    short side below 100.
 
     Args:
         coefficients: instead of a preset, (a, b, c) or a list of such; 2 to 5 numbers, odd degrees 3 to 9.
@@ -72,7 +74,8 @@ def polar(
         restarts: steps (1 .. steps - 1) before which the Gram form takes a new X X^T; overrides ``form``.
         max_workspace_bytes: bound on what one chunk of the batch allocates; at least one matrix is worked on.
         slack: (batch,) fp32 on x's device, batch the product of the leading dimensions; filled with ||X||_F over the
-            norm that X was divided by, the s above: 1 with the Frobenius norm, NaN for "svd", 0 for a zero matrix.
+            norm that X was divided by, the s above: 1 with the Frobenius norm (also of "polar_express", whose 1.01 is
+            in its first step), NaN for "svd", 0 for a zero matrix.
 
     A zero matrix gives zero.  A matrix with a non-finite entry gives NaN and leaves the rest of its batch alone.
     Deterministic, not differentiable; no host synchronisation and traceable, but for "svd", whose LAPACK-like solver
@@ -239,13 +242,13 @@ def _slack_buffer(x: Tensor, slack: Tensor | None) -> Tensor:
 
 
 def _svd(x: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
-    """U V^T over the singular values above rounding; LAPACK refuses NaN, so such matrices go in as zero."""
-    work = dtype if dtype in (torch.float32, torch.float64) else compute_dtype("svd", x.dtype, x.device)
+    """U V^T in fp64 over the singular values above x's rounding; LAPACK refuses NaN: such matrices go in as zero."""
+    known = dtype if dtype in (torch.float32, torch.float64) else compute_dtype("svd", x.dtype, x.device)
     if x.numel() == 0:
         return torch.empty_like(x)
-    y = prescaled(x.reshape(-1, *x.shape[-2:]), work)
+    y = prescaled(x.reshape(-1, *x.shape[-2:]), torch.float64)
     finite = y.isfinite().all(-1).all(-1)[:, None, None]
     u, s, vh = torch.linalg.svd(torch.where(finite, y, torch.zeros_like(y)), full_matrices=False)
-    least = s[:, :1] * max(eps, torch.finfo(work).eps * max(x.shape[-2:]))
-    kept = (s > least).to(work)[:, None, :]
+    least = s[:, :1] * max(eps, torch.finfo(known).eps * max(x.shape[-2:]))
+    kept = (s > least).to(s.dtype)[:, None, :]
     return torch.where(finite, (u * kept) @ vh, torch.nan).to(x.dtype).reshape(x.shape)

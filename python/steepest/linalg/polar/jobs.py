@@ -89,7 +89,7 @@ def at_once(jobs: list[Job], dtype: torch.dtype, max_bytes: int | None) -> Itera
 
 
 def chunk_size(batch: Tensor, matrix_bytes: int, max_workspace_bytes: int | None) -> int:
-    """How many matrices of a batch, (batch, m, n), are worked on at once, if one takes ``matrix_bytes``."""
+    """The number of matrices of a batch, (batch, m, n), worked on at once, if one takes ``matrix_bytes``."""
     count, m, n = batch.shape
     size = max(1, CPU_CHUNK // (m * n)) if batch.device.type == "cpu" else count
     if max_workspace_bytes is not None:

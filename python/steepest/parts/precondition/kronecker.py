@@ -172,13 +172,13 @@ class Kronecker:
         return {"left": x, "right": x.mT}, {}
 
     def needs_exact(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
-        """Of each matrix, whether the last refresh got no hold of it."""
+        """Whether the last refresh got no hold of each matrix."""
         return [False for i, side in owners for _ in states[i][FACTORS[side]]]
 
     # ---- shapes -----------------------------------------------------------------------------------------------------
 
     def input_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Of what `into` gives for (batch, m, n): (batch * blocks, rows, cols)."""
+        """The shape of what `into` gives for (batch, m, n): (batch * blocks, rows, cols)."""
         batch, m, n = shape
         if not self.blocks:
             return shape
@@ -246,13 +246,13 @@ class Kronecker:
         return hyper.beta2 if self.beta is None else self.beta
 
     def weight(self, hyper: Hyper, learned: Tensor) -> Number | None:
-        """Of the newest term; None for sums."""
+        """The weight of the newest term; None for sums."""
         beta = self.rate(hyper)
         sums = isinstance(beta, float | int) and beta == 1
         return None if sums else (1 - beta) / bias_correction(beta, learned)
 
     def stored(self, factor: Tensor, learned: Tensor, side: int) -> Tensor:
-        """As the state has it, and symmetric."""
+        """The factor as the state has it, and symmetric."""
         if self.dtype is None:
             return factor
         rounded, _ = Rounding("stochastic").store(factor, self.dtype, learned, (side,))
@@ -301,12 +301,12 @@ def refresh_bytes(state: State) -> int:
 
 
 def wide(t: Tensor) -> Tensor:
-    """In the dtype that is computed in."""
+    """The tensor in the dtype that is computed in."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def shape_of(count: int, *lengths: int) -> tuple[int, ...]:
-    """Of state that only a side with a factor has."""
+    """The shape of state that only a side with a factor has."""
     return (count, *lengths) if all(lengths) else (0,)
 
 

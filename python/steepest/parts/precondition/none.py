@@ -1,4 +1,4 @@
-"""No preconditioner: P is the identity."""
+"""The preconditioner of methods that have none: P is the identity."""
 
 from __future__ import annotations
 

@@ -165,5 +165,5 @@ class Roots(Kronecker):
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Of every matrix; a factor near the smallest numbers there are has an inverse beyond the largest."""
+    """Whether each matrix is finite; a factor near the smallest numbers there are has an inverse beyond the largest."""
     return torch.isfinite(x).flatten(1).all(-1)

@@ -164,13 +164,13 @@ class Rotated(Kronecker):
         return fresh
 
     def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
-        """With coupling also averages of values."""
+        """The factors' inputs, and with coupling averages of values too."""
         if self.coupling is None:
             return super().factor_inputs(state, g, hyper, learned)
         left, right = self._bases(state)
         x = self.to_blocks(g.to(left.dtype))
         images = {"left": x @ right if right.numel() else x, "right": x.mT @ left if left.numel() else x.mT}
-        # The first gradient makes the bases; only then is there a metric of the other side.
+        # The first gradient makes the bases. Until then the metric of the other side is the identity.
         started = learned > 1
         values = self._values(state, images, self.coupling, self.rate(hyper), started)
         return self._measured(state, images, self.coupling, started), values
@@ -181,7 +181,7 @@ class Rotated(Kronecker):
         return self._resolved(((wide(factor) @ q) * q).sum(-2))
 
     def _resolved(self, values: Tensor) -> Tensor:
-        """Not below what rounding has left of the largest, or a direction without a gradient would be divided by that.
+        """Values not below what rounding leaves of the largest: a direction without a gradient would be divided by it.
 
         A unit in the last place of factors in bf16; else sqrt(n), about what products of length n add up to.
         """
@@ -192,14 +192,13 @@ class Rotated(Kronecker):
         return torch.maximum(values, values.amax(-1, keepdim=True) * resolution)
 
     def _measured(self, state: State, images: State, sides: Sides, started: Tensor) -> State:
-        """Y with Y Y^T = G R^-1 G^T / n on the left side, and so on the right; G G^T before the start."""
+        """Y with Y Y^T = G R^-1 G^T / n on the left side, and so on the right; G G^T / n before the start."""
         found: State = {}
         for factor, other in (("left", RIGHT), ("right", LEFT)):
             y, values = images[factor], state[other]
-            scale = y.new_full((), max(1, y.shape[-1]) ** -0.5)
             if values.numel():
-                scale = sides.whitening(values).unsqueeze(-2) * scale
-            found[factor] = y * torch.where(started, scale, 1)
+                y = y * torch.where(started, sides.whitening(values).unsqueeze(-2), 1)
+            found[factor] = y / max(1, y.shape[-1]) ** 0.5
         return found
 
     def _values(self, state: State, images: State, sides: Sides, beta: Number, started: Tensor) -> State:
@@ -210,7 +209,7 @@ class Rotated(Kronecker):
             if state[key].numel():
                 if state[other].numel():
                     y = y * sides.whitening(state[other]).square().unsqueeze(-2)
-                mixed = state[key] * beta + y.sum(-1) / max(1, y.shape[-1]) * (1 - beta)
+                mixed = sides.limit(state[key] * beta + y.sum(-1) / max(1, y.shape[-1]) * (1 - beta))
                 fresh[key] = torch.where(started, mixed.to(state[key].dtype), state[key])
         return fresh
 
@@ -259,12 +258,12 @@ class Rotated(Kronecker):
 
 
 def _solver(method: Method, device: torch.device) -> Method:
-    """On a CPU an exact solver takes no longer than a rotation, and the stages of "auto" three times as long."""
+    """The method on this device: an exact solver on a CPU, where it takes no longer than a rotation."""
     return "eigh" if method == "auto" and device.type == "cpu" else method
 
 
 def _refreshed(factors: Tensor, bases: Tensor, exact: list[bool], method: Method) -> Refreshed:
-    """By the exact solver where that is wanted, which reads the device, and by this method elsewhere."""
+    """Bases made by the exact solver where that is wanted, which reads the device, and by this method elsewhere."""
     if not any(exact):
         return eigh_refresh(factors, bases, method=method)
     if all(exact):

@@ -28,13 +28,13 @@ LEFT, RIGHT = "left_values", "right_values"
 
 @dataclass(frozen=True)
 class Sides:
-    """Where the values come from, and their power.
+    """The preconditioner of a product metric: where its values come from, and their power.
 
     values: "present", the diagonal of the factor as it is now in the basis of the last refresh; "refresh", what that
         was at the refresh: a direction without a gradient until then has a value near 0, by which the first gradient
         that has it is divided; "average", an average of squares in the basis, which every gradient adds to.
-    initial: what an average begins with. limited: 1/sqrt(v) is at most max(10, min(n, 4000)) for a side of length n, as
-    KL-Shampoo's authors have it.
+    initial: what an average begins with. limited: 1/sqrt(v) is at most max(10, min(n, 4000)) for a side of length n, in
+    the averages too, as KL-Shampoo's authors have it.
     """
 
     exponent: float = 0.25
@@ -71,7 +71,13 @@ class Sides:
         """1/sqrt(v), 0 where v = 0."""
         inverse = values.rsqrt()
         inverse = inverse.masked_fill(~torch.isfinite(inverse), 0.0)
-        return inverse.clamp(max=float(max(10, min(values.shape[-1], 4000)))) if self.limited else inverse
+        return inverse.clamp(max=_largest_whitening(values)) if self.limited else inverse
+
+    def limit(self, values: Tensor) -> Tensor:
+        """Averages as they are kept: where limited not below what `whitening` takes them for; 0 stays 0."""
+        if not self.limited:
+            return values
+        return torch.where(values > 0, values.clamp(min=_largest_whitening(values) ** -2), values)
 
     def _inverse(self, state: State, hyper: Hyper) -> Tensor:
         """1 / D, (batch, m, n) or what broadcasts to it."""
@@ -96,3 +102,7 @@ class Sides:
             pi = (values.mean(-1, keepdim=True) / other.mean(-1, keepdim=True)).sqrt() if other.numel() else 1.0
             values = values + pi * hyper.eps**0.5
         return values**self.exponent
+
+
+def _largest_whitening(values: Tensor) -> float:
+    return float(max(10, min(values.shape[-1], 4000)))

@@ -136,7 +136,7 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[Row]:
 
 
 def failure(error: Exception) -> str:
-    """As a status: one variant that fails leaves the others their rows."""
+    """The status of a variant that failed; it leaves the others their rows."""
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -177,8 +177,8 @@ def _gate(variant: Variant, settings: Settings) -> tuple[str, Errors]:
             if whole > settings.guard:
                 return f"skipped: about {whole:.1f} s, more than --guard {settings.guard:g}", {}
         variant.call.prepare()
-        found = variant.run()
-        errors = variant.errors(found) if variant.errors is not None else {}
+        result = variant.run()
+        errors = variant.errors(result) if variant.errors is not None else {}
     except Exception as error:
         return failure(error), {}
     wrong = any(not errors[name] <= most for name, most in variant.bounds.items())

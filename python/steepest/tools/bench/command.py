@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _in_turn(suites: Sequence[Sequence[Job]], in_turn: bool) -> list[Job]:
-    """One suite after the other; or the first job of each, then the second, so that time runs out for the last ones."""
+    """The jobs, suite after suite; or the first of each, then the second, so that time runs out for the last ones."""
     if not in_turn:
         return [job for jobs in suites for job in jobs]
     return [job for row in zip_longest(*suites) for job in row if job is not None]
@@ -145,7 +145,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _begin(facts: Mapping[str, str], names: Sequence[str], settings: Settings, options: argparse.Namespace) -> Record:
-    """With the ceilings and the peers, both told."""
+    """A record with the ceilings and the peers, both of which are printed."""
     print("  ".join(f"{key}: {value}" for key, value in facts.items()))
     measured = ceilings.measure(settings.device, settings.quick)
     print(measured)
@@ -195,6 +195,6 @@ def _draw(out: Path, record: Record) -> str:
 
 
 def _judge(old: Sequence[Record], new: Sequence[Record]) -> int:
-    found = regression.compare(old, new)
-    print(found)
-    return 1 if found.failed else 0
+    comparison = regression.compare(old, new)
+    print(comparison)
+    return 1 if comparison.failed else 0

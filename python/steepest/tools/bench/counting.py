@@ -61,7 +61,7 @@ class Peak(TorchDispatchMode):
 
 
 def storages(tree: Any) -> Iterable[Any]:
-    """Of the tensors in nested lists, tuples and dicts."""
+    """The storages of the tensors in nested lists, tuples and dicts."""
     return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
@@ -72,21 +72,21 @@ def flop_of(call: Callable[[], Any]) -> float:
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """Beyond what was there before: of the allocator on a GPU, of `Peak` elsewhere."""
+    """The peak of memory beyond what was there before: the allocator's on a GPU, that of `Peak` elsewhere."""
     if not device.startswith("cuda"):
         with Peak() as peak:
             call()
         return peak.peak
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - held
+    return torch.cuda.max_memory_allocated() - allocated
 
 
 def launches(call: Callable[[], Any], device: str) -> dict[str, int]:
-    """By the profiler: "launches" of any kernel on a GPU and "ours" of them, or the "operators" called on a CPU."""
+    """The profiler's counts: "launches" of any kernel on a GPU and "ours" of them, or "operators" called on a CPU."""
     cuda = device.startswith("cuda")
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CPU, activity.CUDA] if cuda else [activity.CPU]) as profile:

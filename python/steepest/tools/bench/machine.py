@@ -25,15 +25,15 @@ def machine(device: str = "cpu") -> dict[str, str]:
 
 
 def commit(folder: Path | None = None) -> str:
-    """Of the git checkout the package lies in, "+changes" if it has any; else of the build; else "unknown"."""
+    """The commit of the checkout the package lies in, "+changes" if it has any; else of the build; else "unknown"."""
     git = ["git", "-C", str(folder or Path(__file__).parent)]
     try:
         # A package installed into a checkout of something else is not part of it.
         known = subprocess.check_output([*git, "ls-files", "machine.py"], text=True, stderr=subprocess.DEVNULL)
         if known.strip():
-            found = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+            head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
             changed = subprocess.check_output([*git, "status", "--porcelain"], text=True).strip()
-            return found + ("+changes" if changed else "")
+            return head + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         pass
     built = backend.extension.build_info()["commit"] if backend.extension is not None else ""

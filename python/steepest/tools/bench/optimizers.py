@@ -81,14 +81,14 @@ CAPTURED = ("Muon auto", "MuAdam auto")
 
 def muons(settings: Settings, model: Model) -> dict[str, Method]:
     """torch's, ours, and on a GPU ours as one CUDA graph; then the peers'."""
-    found = {BASE: TORCH}
+    methods = {BASE: TORCH}
     few = sum(count for count, _, _ in matrices(model)) <= MOST_TO_COMPILE
     if settings.compiled and few:
-        found[f"{BASE} compiled"] = replace(TORCH, essential=False, wrap=_compiled)
-    found |= MUONS
+        methods[f"{BASE} compiled"] = replace(TORCH, essential=False, wrap=_compiled)
+    methods |= MUONS
     if settings.cuda:
-        found |= {f"{name}, captured": replace(MUONS[name], metric=None, wrap=graphed) for name in CAPTURED}  # type: ignore[arg-type]
-    return found | theirs("muon", "normed", settings)
+        methods |= {f"{name}, captured": replace(MUONS[name], metric=None, wrap=graphed) for name in CAPTURED}  # type: ignore[arg-type]
+    return methods | theirs("muon", "normed", settings)
 
 
 def soaps(settings: Settings) -> dict[str, Method]:
@@ -132,7 +132,7 @@ class Problem:
             p.grad = grad
 
     def build(self, method: Method) -> list[Any]:
-        """Its optimizers, or what they are wrapped in."""
+        """The optimizers of a method, or what they are wrapped in."""
         optimizers = method.build(self.matrices, self.others)
         return optimizers if method.wrap is None else [method.wrap(each) for each in optimizers]
 
@@ -141,15 +141,15 @@ class Problem:
         if method.skip:
             return Variant(lambda: None, method.ours, method.version, skip=method.skip)
         optimizers: list[Any] = []
-        own: list[Tensor] = [] if method.ours or method.build is torch_muon else [g.clone() for g in self.grads]
+        copies: list[Tensor] = [] if method.ours or method.build is torch_muon else [g.clone() for g in self.grads]
 
         def before() -> None:
             if not optimizers:
-                self.give(own or self.grads)
+                self.give(copies or self.grads)
                 optimizers.extend(self.build(method))
-            if own:
-                torch._foreach_copy_(own, self.grads)
-            self.give(own or self.grads)
+            if copies:
+                torch._foreach_copy_(copies, self.grads)
+            self.give(copies or self.grads)
 
         def step() -> None:
             for optimizer in optimizers:
@@ -160,21 +160,21 @@ class Problem:
 
 
 def parameters(model: Model, kind: str, device: str, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    """Of one kind, each with its gradient."""
+    """The parameters of one kind, each with its gradient."""
     generator = torch.Generator(device).manual_seed(0)
-    found = []
+    ps = []
     for each in model:
         for _ in range(each.count if each.kind == kind else 0):
             p = nn.Parameter(0.02 * torch.randn(each.shape, generator=generator, device=device).to(dtype))
             p.grad = (GRADIENT * torch.randn(each.shape, generator=generator, device=device)).to(dtype)
-            found.append(p)
-    return found
+            ps.append(p)
+    return ps
 
 
 def direction_errors(
     methods: Mapping[str, Method], shapes: Sequence[tuple[int, int]], device: str
 ) -> dict[str, Errors]:
-    """Of every method that has a metric, the worst over the shapes; {} for one that fails, whose row says so later."""
+    """The errors of every method with a metric, worst over shapes; {} for one that fails, whose row says so later."""
     worst = {name: Error(0.0, 0.0) for name, method in methods.items() if method.metric and not method.skip}
     failed: set[str] = set()
     for m, n in dict.fromkeys(shapes):

@@ -103,7 +103,7 @@ def _of(module: str, name: str) -> Any:
 
 
 def beside(optimizer: Optimizer, others: Sequence[nn.Parameter]) -> list[Optimizer]:
-    """With torch's AdamW for what a method of matrices does not take."""
+    """A peer's optimizer, with torch's AdamW for what a method of matrices does not take."""
     return [optimizer, torch.optim.AdamW(others, lr=LR, fused=True)] if others else [optimizer]
 
 

@@ -46,19 +46,19 @@ def draw(folder: Path, record: Record) -> list[Path]:
 def by_case(rows: Sequence[Row], subjects: Sequence[tuple[str, str]]) -> Any | None:
     """A panel for each subject and dtype."""
     panels = [
-        (key, label, dtype, own)
+        (key, label, dtype, of_panel)
         for key, label in subjects
         for dtype in dict.fromkeys(row.get("dtype", "") for row in rows)
-        if (own := [row for row in rows if row.get(key) and row.get("dtype", "") == dtype])
+        if (of_panel := [row for row in rows if row.get(key) and row.get("dtype", "") == dtype])
     ][:MOST_PANELS]
     if not panels:
         return None
     looks = _looks(rows)
     figure, axes = canvas(len(panels), _height(looks))
-    for ax, (key, label, dtype, own) in zip(axes, panels):
-        cases = list(dict.fromkeys(row["case"] for row in own))
+    for ax, (key, label, dtype, of_panel) in zip(axes, panels):
+        cases = list(dict.fromkeys(row["case"] for row in of_panel))
         for variant, look in looks.items():
-            points = [(cases.index(row["case"]), row) for row in own if row["variant"] == variant]
+            points = [(cases.index(row["case"]), row) for row in of_panel if row["variant"] == variant]
             if points:
                 ax.errorbar(
                     [place for place, _ in points],
@@ -88,14 +88,14 @@ def roofline(rows: Sequence[Row], record: Record) -> Any | None:
         ax.plot(xs, [min(rate, x * ceilings.copy) / 1e12 for x in xs], color="0.6", linewidth=0.8)
         ax.annotate(name, (xs[-1], rate / 1e12), fontsize="xx-small", color="0.4", ha="right", va="bottom")
     for variant, look in looks.items():
-        own = [(x, row) for x, row in zip(intensities, known) if row["variant"] == variant]
-        ax.plot([x for x, _ in own], [row["tflop_per_s"] for _, row in own], linestyle="", markersize=4, **look)
+        points = [(x, row) for x, row in zip(intensities, known) if row["variant"] == variant]
+        ax.plot([x for x, _ in points], [row["tflop_per_s"] for _, row in points], linestyle="", markersize=4, **look)
     ax.set(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="TFLOP/s", title="roofline")
     return _with_legend(figure, axes)
 
 
 def error_against_time(rows: Sequence[Row]) -> Any | None:
-    """Of the slowest cases that have errors."""
+    """A panel for each of the slowest cases that have errors."""
     known = [(row, key) for row in rows for key in ERRORS if row.get(key) and row.get("ms")]
     cases: dict[tuple[str, str, str], list[Row]] = {}
     for row, key in known:
@@ -166,9 +166,9 @@ def _height(looks: Mapping[str, object]) -> float:
 
 
 def _with_legend(figure: Any, axes: Sequence[Any]) -> Any:
-    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    if found:
-        figure.legend(found.values(), found, loc="outside lower center", ncols=3, frameon=False, fontsize="x-small")
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize="x-small")
     return figure
 
 

@@ -50,7 +50,7 @@ def write_csv(path: Path, rows: Sequence[Row], machine: Mapping[str, str]) -> No
 
 
 def read(path: Path) -> list[Record]:
-    """Of a file, or of every JSON file in a folder; ValueError for what is none."""
+    """The records of a file, or of every JSON file in a folder; ValueError for what is none."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no JSON file of steepest bench")
@@ -59,10 +59,10 @@ def read(path: Path) -> list[Record]:
 
 def _read(path: Path) -> Record:
     try:
-        found = json.loads(path.read_text())
-        if found["format"] != FORMAT:
-            raise ValueError(f"{path} has format {found['format']}, and this version of steepest reads {FORMAT}")
-        return Record(found["machine"], Ceilings(**found["ceilings"]), found["peers"], found["settings"], found["rows"])
+        data = json.loads(path.read_text())
+        if data["format"] != FORMAT:
+            raise ValueError(f"{path} has format {data['format']}, and this version of steepest reads {FORMAT}")
+        return Record(data["machine"], Ceilings(**data["ceilings"]), data["peers"], data["settings"], data["rows"])
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; pass a file that steepest bench wrote") from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:

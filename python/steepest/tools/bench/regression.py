@@ -48,13 +48,13 @@ class Comparison:
 
     def __str__(self) -> str:
         lines = [f"{self.compared} rows compared"]
-        for title, found in (("worse", self.worse), ("lost", self.lost), ("better", self.better)):
-            lines += [f"{title}: {each}" for each in found]
+        for title, changes in (("worse", self.worse), ("lost", self.lost), ("better", self.better)):
+            lines += [f"{title}: {change}" for change in changes]
         return "\n".join(lines if len(lines) > 1 else [*lines, "nothing changed beyond the spread"])
 
 
 def compare(old: Sequence[Record], new: Sequence[Record]) -> Comparison:
-    """ValueError where the hardware is another, or no row is in both."""
+    """What changed between two runs; ValueError where the hardware is another, or no row is in both."""
     check_machine([record.machine for record in (*old, *new)])
     before, after = _ours(old), _ours(new)
     suites = {key[0] for key in after}
@@ -77,7 +77,7 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> Comparison:
 
 
 def check_machine(facts: Iterable[Mapping[str, str]]) -> None:
-    """ValueError for more than one."""
+    """The check that all runs are of one machine; ValueError for more than one."""
     names = sorted({str(each.get("machine")) for each in facts})
     if len(names) > 1:
         raise ValueError(f"runs on different machines are not compared: {', '.join(names)}")
@@ -89,14 +89,14 @@ def _ours(records: Iterable[Record]) -> Mapping[Key, Row]:
 
 
 def _changes(key: Key, old: Row, new: Row) -> list[Change]:
-    found = []
+    changes = []
     for name, spread in MEASURES.items():
         if name in old and name in new and old[name] > 0:
             slack = 0.0 if spread is None else old.get(spread, 0.0) + new.get(spread, 0.0)
             low, high = sorted((old[name], new[name]))
             if high - low > slack and high > MARGIN * low:
-                found.append(Change(key, name, old[name], new[name]))
+                changes.append(Change(key, name, old[name], new[name]))
     for name in ERRORS:
         if name in old and name in new and old[name] > 0 and new[name] > MORE * old[name]:
-            found.append(Change(key, name, old[name], new[name]))
-    return found
+            changes.append(Change(key, name, old[name], new[name]))
+    return changes

@@ -120,9 +120,9 @@ def matrices(model: Model) -> list[Stack]:
 
 
 def elements(model: Model, kind: str | None = None) -> int:
-    """How many numbers the parameters of a kind have, or all of them."""
+    """The number of elements of the parameters of a kind, or of all."""
     sizes = [(p.count * math.prod(p.shape), p.kind) for p in model]
-    return sum(size for size, own in sizes if kind in (None, own))
+    return sum(size for size, p_kind in sizes if kind in (None, p_kind))
 
 
 def spelled(stacks: list[Stack]) -> list[str]:

@@ -41,8 +41,8 @@ COLUMNS = {
 
 
 def text(rows: Sequence[Row]) -> str:
-    """All of them, case by case."""
-    blocks = [_block(label, list(own)) for label, own in groupby(rows, _label)]
+    """The rows as a table, case by case."""
+    blocks = [_block(label, list(of_block)) for label, of_block in groupby(rows, _label)]
     return "\n\n".join(blocks)
 
 

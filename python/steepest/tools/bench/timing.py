@@ -42,7 +42,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Timing:
-    """In seconds."""
+    """The times of a call, in seconds."""
 
     median: float
     spread: float  # half the interquartile range
@@ -72,7 +72,7 @@ def interleaved(
 
 
 def seconds(call: Call, device: str, *, cold: Tensor | None = None, lead: float = 0.0) -> float:
-    """One call. cold: memory to write over first; lead: seconds for which the GPU is kept busy before it."""
+    """The time of one call. cold: memory to write over first; lead: seconds the GPU is kept busy before it."""
     call.prepare()
     if not device.startswith("cuda"):
         start = time.perf_counter()
@@ -92,16 +92,16 @@ def seconds(call: Call, device: str, *, cold: Tensor | None = None, lead: float 
 
 
 def host_seconds(call: Call, calls: int = HOST_CALLS) -> float:
-    """Until the call has returned, on an idle GPU: the median of a few."""
-    found: list[float] = []
-    while len(found) < calls and sum(found) < HOST_ENOUGH:
+    """The seconds until a call has returned, on an idle GPU: the median of a few."""
+    measured: list[float] = []
+    while len(measured) < calls and sum(measured) < HOST_ENOUGH:
         call.prepare()
         torch.cuda.synchronize()
         start = time.perf_counter()
         call.run()
-        found.append(time.perf_counter() - start)
+        measured.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    return statistics.median(found)
+    return statistics.median(measured)
 
 
 def summary(values: list[float], host: float | None = None) -> Timing:

@@ -252,9 +252,9 @@ def precision(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def polar_slack(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, float]:
-    """Of the last step, by the name of the parameter; empty for methods that have none. It reads the device."""
+    """The slack of the last step, by parameter name; empty for methods that have none. It reads the device."""
     names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[str, float] = {}
+    slacks: dict[str, float] = {}
     for optimizer in optimizers:
         if not isinstance(optimizer, MatrixOptimizer):
             continue
@@ -266,15 +266,15 @@ def polar_slack(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, 
             order = [p for shape in shapes for p in group["params"] if p.shape == shape]
             if values is not None and len(values) == len(order):
                 named = {names[id(p)]: value for p, value in zip(order, values.tolist())}
-                found |= {name: value for name, value in named.items() if math.isfinite(value)}
-    return found
+                slacks |= {name: value for name, value in named.items() if math.isfinite(value)}
+    return slacks
 
 
 def auto_tables(slacks: Sequence[float]) -> list[float]:
-    """Which share of these slacks has each table of "auto": the first whose least slack they reach, the last any."""
+    """The share of slacks that each table of "auto" takes: the first whose least slack they reach, the last any."""
     least = schedule("auto", None, None).slacks
-    taken = [next((k for k, at_least in enumerate(least) if value >= at_least), len(least)) for value in slacks]
-    return [round(taken.count(k) / len(taken), 4) for k in range(len(least) + 1)]
+    tables = [next((k for k, at_least in enumerate(least) if value >= at_least), len(least)) for value in slacks]
+    return [round(tables.count(k) / len(tables), 4) for k in range(len(least) + 1)]
 
 
 def _batches(
@@ -287,6 +287,6 @@ def _batches(
 
 
 def _rotated(runs: Sequence[Run], step: int) -> Sequence[Run]:
-    """Who goes first changes with every step, so that no method always finds the batch in cache."""
+    """The runs in an order that changes with every step, so that no method always finds the batch in cache."""
     first = step % len(runs) if runs else 0
     return [*runs[first:], *runs[:first]]

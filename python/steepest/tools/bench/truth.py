@@ -24,7 +24,7 @@ class Error:
     off_diagonal: float
 
     def row(self) -> dict[str, float]:
-        """As errors of a variant."""
+        """The two numbers as errors of a variant."""
         return {"relative_error": self.relative, "off_diagonal": self.off_diagonal}
 
     def worse(self, other: Error) -> Error:

@@ -72,11 +72,11 @@ def run(options: argparse.Namespace) -> int:
         _run(missing, path, options.seed, size)
     finally:
         torch.set_num_threads(threads)
-    asked = {job.key for job in jobs}
-    found = report.summaries([each for each in records.read(path) if _key(each) in asked])
-    print(report.table(found))
-    report.write_csv(options.out / TABLE, found)
-    print(f"\n{path} and {options.out / TABLE} written{_draw(options.out, found)}")
+    keys = {job.key for job in jobs}
+    of_tasks = report.summaries([each for each in records.read(path) if _key(each) in keys])
+    print(report.table(of_tasks))
+    report.write_csv(options.out / TABLE, of_tasks)
+    print(f"\n{path} and {options.out / TABLE} written{_draw(options.out, of_tasks)}")
     return 0
 
 
@@ -132,11 +132,11 @@ def _key(record: dict[str, object]) -> tuple[object, object, object]:
     return record["task"], record["optimizer"], record["lr"]
 
 
-def _draw(out: Path, found: dict[str, list[report.Summary]]) -> str:
+def _draw(out: Path, summaries: dict[str, list[report.Summary]]) -> str:
     """What is to be said of the pictures."""
     try:
-        for task, own in found.items():
-            pictures.draw(out / f"{task}.png", own)
+        for task, of_task in summaries.items():
+            pictures.draw(out / f"{task}.png", of_task)
     except ImportError as error:
         return f"; no pictures, {error}"
-    return ", and " + ", ".join(str(out / f"{task}.png") for task in found)
+    return ", and " + ", ".join(str(out / f"{task}.png") for task in summaries)

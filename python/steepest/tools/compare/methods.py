@@ -89,11 +89,11 @@ class Method:
         """routed: the module is given, so that embeddings and heads go to AdamW; else its parameters, all of them."""
         whole = self.kind.__name__ in TAKE_MODULE or (routed and issubclass(self.kind, MatrixOptimizer))
         make: Callable[..., Optimizer] = self.kind
-        given = partial(make, model if whole else list(model.parameters()), lr=lr, **self.options)
+        make_with_rate = partial(make, model if whole else list(model.parameters()), lr=lr, **self.options)
         try:
-            return given(adamw_lr=ADAMW_RATE)
+            return make_with_rate(adamw_lr=ADAMW_RATE)
         except TypeError:  # it leaves nothing to AdamW
-            return given()
+            return make_with_rate()
 
     def grid(self, task: str, count: int) -> list[float]:
         """`count` learning rates around the default for this task, from small to large."""
@@ -103,20 +103,21 @@ class Method:
     def _default(self, task: str) -> float:
         if self.name in RATES:
             return RATES[self.name][0 if task == "gpt" else 1]
-        given = _argument(self.kind, "lr")
-        return float(given.default) if given is not None and isinstance(given.default, (int, float)) else 1e-3
+        parameter = _argument(self.kind, "lr")
+        default = None if parameter is None else parameter.default
+        return float(default) if isinstance(default, (int, float)) else 1e-3
 
 
 def known() -> dict[str, Method]:
-    """By name: torch's own first, then what the zoo exports and takes a learning rate, then the variants."""
+    """The methods by name: torch's first, then what the zoo exports and takes a learning rate, then the variants."""
     kinds: dict[str, type[Optimizer]] = {"torch.AdamW": torch.optim.AdamW, "torch.SGD": torch.optim.SGD}
     exported = {name: getattr(zoo, name) for name in zoo.__all__}
     kinds |= {name: kind for name, kind in exported.items() if isinstance(kind, type) and issubclass(kind, Optimizer)}
     kinds = {name: kind for name, kind in kinds.items() if _argument(kind, "lr")}
-    found = {name: Method(name, kind, _options(name, kind)) for name, kind in kinds.items() if name not in NOT_ALONE}
-    for name, (of, own) in VARIANTS.items():
-        found[name] = Method(name, kinds[of], {**_options(of, kinds[of]), **own})
-    return found
+    methods = {name: Method(name, kind, _options(name, kind)) for name, kind in kinds.items() if name not in NOT_ALONE}
+    for name, (of, options) in VARIANTS.items():
+        methods[name] = Method(name, kinds[of], {**_options(of, kinds[of]), **options})
+    return methods
 
 
 def _options(name: str, kind: type[Optimizer]) -> dict[str, Any]:
@@ -125,12 +126,12 @@ def _options(name: str, kind: type[Optimizer]) -> dict[str, Any]:
 
 
 def _argument(kind: type, name: str) -> inspect.Parameter | None:
-    """Of the first class, along the bases, whose constructor names it."""
+    """The parameter in the first class, along the bases, whose constructor names it."""
     for each in kind.__mro__:
         constructor = vars(each).get("__init__")
-        found = None if constructor is None else inspect.signature(constructor).parameters.get(name)
-        if found is not None:
-            return found
+        parameter = None if constructor is None else inspect.signature(constructor).parameters.get(name)
+        if parameter is not None:
+            return parameter
     return None
 
 
@@ -140,25 +141,25 @@ def chosen(names: str | None) -> dict[str, Method]:
     if names is None:
         return every
     lower = {name.lower(): name for name in every}
-    found = {}
+    methods = {}
     for name in (part.strip() for part in names.split(",")):
         if name.lower() not in lower:
             raise ValueError(f"--optimizers: unknown optimizer {name!r}; pass some of {', '.join(every)}")
-        found[lower[name.lower()]] = every[lower[name.lower()]]
-    return found
+        methods[lower[name.lower()]] = every[lower[name.lower()]]
+    return methods
 
 
 def rates(overrides: Sequence[str]) -> dict[str | None, list[float]]:
     """ "1e-3,1e-2" -> {None: [...]}, "Muon=0.02" -> {"Muon": [0.02]}; ValueError for what is no learning rate."""
-    found: dict[str | None, list[float]] = {}
+    by_name: dict[str | None, list[float]] = {}
     for override in overrides:
         name, equals, values = override.rpartition("=")
-        own = next(iter(chosen(name))) if equals else None
+        method = next(iter(chosen(name))) if equals else None
         try:
             numbers = [float(value) for value in values.split(",")]
         except ValueError:
             numbers = []
         if not numbers or not all(0 < number < float("inf") for number in numbers):
             raise ValueError(f"--rates {override}: pass positive numbers, as in --rates 1e-3,1e-2 or --rates Muon=0.02")
-        found[own] = sorted(set(numbers))
-    return found
+        by_name[method] = sorted(set(numbers))
+    return by_name

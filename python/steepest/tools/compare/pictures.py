@@ -15,11 +15,11 @@ IN_A_ROW = 7  # names of the legend
 STYLES = ("-", "--", ":", "-.")
 
 
-def draw(path: Path, found: Sequence[Summary]) -> None:
+def draw(path: Path, summaries: Sequence[Summary]) -> None:
     """The picture of one task. ImportError without matplotlib."""
-    figure, (steps, seconds, rates) = canvas(3, 4.0 + 0.25 * math.ceil(len(found) / IN_A_ROW))
-    first = [each.best["first_loss"] for each in found if each.best is not None]
-    for number, each in enumerate(found):
+    figure, (steps, seconds, rates) = canvas(3, 4.0 + 0.25 * math.ceil(len(summaries) / IN_A_ROW))
+    first = [each.best["first_loss"] for each in summaries if each.best is not None]
+    for number, each in enumerate(summaries):
         best = each.best
         if best is None:
             continue
@@ -38,10 +38,10 @@ def draw(path: Path, found: Sequence[Summary]) -> None:
     seconds.set(xlabel="seconds of training", title="at the best learning rate")
     rates.set(xlabel="learning rate", title="after the last step", xscale="log")
     if first:
-        lowest = min(each.best["loss"] for each in found if each.best is not None)
+        lowest = min(each.best["loss"] for each in summaries if each.best is not None)
         for ax in (steps, seconds, rates):
             ax.set_ylim(lowest - 0.05 * (max(first) - lowest), max(first) + 0.05 * (max(first) - lowest))
     handles, labels = steps.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=IN_A_ROW, frameon=False, fontsize="small")
-    figure.suptitle(found[0].task if found else "")
+    figure.suptitle(summaries[0].task if summaries else "")
     figure.savefig(path, dpi=110)

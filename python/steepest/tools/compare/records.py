@@ -44,7 +44,7 @@ def done(records: Sequence[Record]) -> set[tuple[str, str, float]]:
 
 
 def check_alike(path: Path, records: Sequence[Record], task: str, wanted: Record) -> None:
-    """ValueError if a record of the task was run with other steps, seed, model or data than are wanted now."""
+    """The check that a record of the task has the steps, seed, model and data that are wanted now; else ValueError."""
     for record in records:
         if record["task"] == task:
             for key in SHARED:

@@ -83,7 +83,7 @@ class Summary:
         return min(first, run["loss"]) if run["status"] == "done" else first
 
     def row(self) -> tuple[str, ...]:
-        """Its cells under HEADER."""
+        """The cells of the row, under HEADER."""
         best = self.best
         if best is None:
             return (self.task, self.optimizer, "", self.runs[0]["status"], "", "", f"0/{len(self.runs)}", "", "")
@@ -101,41 +101,42 @@ class Summary:
 
 
 def summaries(records: Sequence[Record]) -> dict[str, list[Summary]]:
-    """By task, the lowest loss first and what never finished last."""
+    """The summaries by task, the lowest loss first and what never finished last."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record["task"], record["optimizer"]), []).append(record)
-    found: dict[str, list[Summary]] = {}
+    by_task: dict[str, list[Summary]] = {}
     for (task, optimizer), runs in groups.items():
-        found.setdefault(task, []).append(Summary(task, optimizer, runs))
-    for own in found.values():
-        own.sort(key=lambda each: float("inf") if each.best is None else each.best["loss"])
-    return found
+        by_task.setdefault(task, []).append(Summary(task, optimizer, runs))
+    for of_task in by_task.values():
+        of_task.sort(key=lambda each: float("inf") if each.best is None else each.best["loss"])
+    return by_task
 
 
-def table(found: Mapping[str, Sequence[Summary]]) -> str:
-    """For a person: one block a task, then the reasons of what failed."""
+def table(by_task: Mapping[str, Sequence[Summary]]) -> str:
+    """The table for a person: one block a task, then the reasons of what failed."""
     blocks = []
-    for own in found.values():
-        blocks.append(_aligned([HEADER, *(each.row() for each in own)]))
-    if any(each.at_the_edge for own in found.values() for each in own):
+    for of_task in by_task.values():
+        blocks.append(_aligned([HEADER, *(each.row() for each in of_task)]))
+    if any(each.at_the_edge for of_task in by_task.values() for each in of_task):
         blocks.append("* at the edge of its grid: a rate beyond it may be better, see --rates")
     failures = {
         f"{run['optimizer']} on {run['task']}: {run['reason']}"
-        for own in found.values()
-        for each in own
+        for of_task in by_task.values()
+        for each in of_task
         for run in each.runs
         if run["status"] == "failed"
     }
     return "\n\n".join([*blocks, *sorted(failures)])
 
 
-def write_csv(path: Path, found: Mapping[str, Sequence[Summary]]) -> None:
+def write_csv(path: Path, by_task: Mapping[str, Sequence[Summary]]) -> None:
     """The rows of the table, without its marks."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([name.replace(" ", "_") for name in HEADER])
-        writer.writerows([cell.removesuffix(" *") for cell in each.row()] for own in found.values() for each in own)
+        for of_task in by_task.values():
+            writer.writerows([cell.removesuffix(" *") for cell in summary.row()] for summary in of_task)
 
 
 def _number(value: float) -> str:

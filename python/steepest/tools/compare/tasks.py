@@ -78,9 +78,9 @@ def make(names: Sequence[str], size: Size, book: Path | None, table: Path | None
     for name in names:
         if name not in NAMES:
             raise ValueError(f"--tasks: unknown task {name!r}; pass some of {', '.join(NAMES)}")
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     if "gpt" in names:
-        found["gpt"] = _gpt(text.load(book, size.shape.context), size)
+        tasks["gpt"] = _gpt(text.load(book, size.shape.context), size)
     if any(name != "gpt" for name in names):
         data = mushrooms.load(table)
         exponents = torch.rand(mushrooms.FEATURES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -88,8 +88,8 @@ def make(names: Sequence[str], size: Size, book: Path | None, table: Path | None
             "mushrooms": torch.ones_like(exponents),
             "mushrooms-scaled": (LARGEST_EXPONENT * exponents).exp(),
         }
-        found |= {name: _mushrooms(name, data, scale, size) for name, scale in scales.items() if name in names}
-    return {name: found[name] for name in names}
+        tasks |= {name: _mushrooms(name, data, scale, size) for name, scale in scales.items() if name in names}
+    return {name: tasks[name] for name in names}
 
 
 def _gpt(corpus: text.Corpus, size: Size) -> Task:

@@ -48,6 +48,7 @@ struct Runtime {
   string error;
   cudaError_t last = cudaSuccess;
   int capability = 90;
+  bool clusters = true;  // where the capability has them
 };
 Runtime& runtime() {
   static Runtime r;
@@ -110,6 +111,8 @@ int most_shared() {
   return (capability == 90 || capability == 100 ? 227 : capability == 80 ? 163 : 99) << 10;
 }
 
+bool has_clusters() { return runtime().capability >= 90 && runtime().clusters; }
+
 ptxsim::Kernel& kernel_of(const Function& function) {
   const auto replaced = runtime().replacements.find(function.name);
   ptxsim::Module* module = nullptr;
@@ -130,6 +133,8 @@ ptxsim::Kernel& kernel_of(const Function& function) {
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t dynamic, int cluster) {
+  if (cluster > 1 && !has_clusters())
+    return report(cudaErrorInvalidClusterSize, "a launch in clusters on a device without them");
   try {
     ptxsim::launch(kernel_of(function_of(function)), {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster,
                    dynamic, args);
@@ -269,7 +274,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = 228 << 10;
       break;
     case cudaDevAttrClusterLaunch:
-      *value = runtime().capability >= 90;
+      *value = has_clusters();
       break;
     default:
       return report(cudaErrorInvalidValue, "device attribute " + std::to_string(int(attribute)));
@@ -313,6 +318,7 @@ void ptxsim_clear() {
   runtime().last = cudaSuccess;
 }
 void ptxsim_capability(int capability) { runtime().capability = capability; }
+void ptxsim_clusters(int yes) { runtime().clusters = yes != 0; }
 const char* ptxsim_text(const char* kernel) {
   for (const auto& [host, function] : runtime().functions)
     if (function.name == kernel) return image_of(*function.binary).text.c_str();

@@ -28,7 +28,7 @@ def memory(settings: Settings) -> Iterator[Job]:
 
 
 def _rows(name: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
-    """One optimizer after the other, so that each has the memory to itself."""
+    """Rows of one optimizer after the other, so that each has the memory to itself."""
     model = parse(name)
     longest = max(max(m, n) for _, m, n in matrices(model))
     methods = muons(settings, model) | (soaps(settings) if longest <= SOAP_SIDE[settings.cuda] else {})
@@ -71,4 +71,4 @@ def _measure(model: Model, method: Method, device: str) -> Row:
 
 def _state(optimizer: Any) -> list[Any]:
     state = getattr(optimizer, "state", {})
-    return [leaf for own in list(state.values()) for leaf in tree_leaves(own)]
+    return [leaf for entry in list(state.values()) for leaf in tree_leaves(entry)]

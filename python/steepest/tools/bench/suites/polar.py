@@ -61,16 +61,16 @@ def _case(name: str, dtype: torch.dtype, settings: Settings) -> Case:
     (x,) = stacks(name, dtype, settings.device)
     count, m, n = x.shape
     errors = Gate([x])
-    found = references([x], settings, errors)
+    variants = references([x], settings, errors)
     square = torch.randn(count, min(m, n), min(m, n), device=x.device).to(x.dtype)
     pair = (x, square) if m > n else (square, x)
     moved = sum(each.nbytes for each in pair) + x.nbytes
-    found[BMM] = Variant(lambda: torch.bmm(*pair), flop=2.0 * count * m * n * min(m, n), bytes=moved)
+    variants[BMM] = Variant(lambda: torch.bmm(*pair), flop=2.0 * count * m * n * min(m, n), bytes=moved)
     for preset in settings.presets:
         # bf16 matrices of a user go through fp16 as well; here they show what bf16 products do.
         compute = torch.bfloat16 if dtype == torch.bfloat16 else None
         run = functools.partial(linalg.polar, x, preset, dtype=compute)
-        found[f"polar {preset}"] = Variant(
+        variants[f"polar {preset}"] = Variant(
             lambda run=run: [run()],  # type: ignore[misc]
             ours=True,
             errors=errors,
@@ -80,9 +80,9 @@ def _case(name: str, dtype: torch.dtype, settings: Settings) -> Case:
             rate=name_of(compute or linalg.compute_dtype(preset, dtype, settings.device)),
             captured=preset in ("auto", "turbo") and may_capture([x]),
         )
-    if settings.cuda and "polar auto" in found:
-        found["polar auto, uncut"] = replace(found["polar auto"], run=uncut(found["polar auto"].run))
-    return Case("polar", name, name_of(dtype), found | theirs(x, settings, errors), BASE)
+    if settings.cuda and "polar auto" in variants:
+        variants["polar auto, uncut"] = replace(variants["polar auto"], run=uncut(variants["polar auto"].run))
+    return Case("polar", name, name_of(dtype), variants | theirs(x, settings, errors), BASE)
 
 
 def uncut(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -118,10 +118,10 @@ class Gate:
         return self._truths
 
     @torch.no_grad()
-    def __call__(self, found: Sequence[Sequence[Tensor] | Tensor]) -> Errors:
+    def __call__(self, factors: Sequence[Sequence[Tensor] | Tensor]) -> Errors:
         worst = Error(0.0, 0.0)
-        for own, ys in zip(self.truths, found, strict=True):
-            for i, truth in own.items():
+        for of_stack, ys in zip(self.truths, factors, strict=True):
+            for i, truth in of_stack.items():
                 worst = worst.worse(truth.error(ys[i]))
             norms = torch.stack([torch.linalg.vector_norm(y, dtype=torch.float32) for y in ys])
             # The norm of the difference is at least the difference of the norms.
@@ -142,26 +142,26 @@ def references(xs: list[Tensor], settings: Settings, errors: Callable[[Any], Err
         bytes=2.0 * sum(x.nbytes for x in xs),
         rate="bfloat16",
     )
-    found = {BASE: eager}
+    variants = {BASE: eager}
     wanted = settings.cuda and not settings.quick if settings.compiled is None else settings.compiled
     if wanted and xs[0].dtype == dtypes(settings)[0]:
         compiled = torch.compile(function, dynamic=False)
-        found[f"{BASE} compiled"] = replace(eager, run=lambda: one_by_one(compiled, xs))
-    return found
+        variants[f"{BASE} compiled"] = replace(eager, run=lambda: one_by_one(compiled, xs))
+    return variants
 
 
 def theirs(x: Tensor, settings: Settings, errors: Callable[[Any], Errors]) -> dict[str, Variant]:
     if not settings.peers or x.dtype != dtypes(settings)[0]:
         return {}
-    own = x.clone()  # some write into what they are given
+    copy = x.clone()  # some write into what they are given
 
     def variant(run: peers.Polar, version: str) -> Variant:
         return Variant(
-            lambda: [run(own)],
+            lambda: [run(copy)],
             version=version,
             errors=errors,
             bounds=BOUNDS,
-            before=lambda: own.copy_(x),
+            before=lambda: copy.copy_(x),
             bytes=2.0 * x.nbytes,
         )
 

@@ -223,8 +223,8 @@ def roots(A: Tensor, Q: Tensor, *, p: int) -> Variants:
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
-def relative(exact: Mapping[int, Tensor], found: Tensor) -> dict[str, float]:
-    errors = ((found[i].double() - exact[i]).norm() / exact[i].norm() for i in exact)
+def relative(exact: Mapping[int, Tensor], results: Tensor) -> dict[str, float]:
+    errors = ((results[i].double() - exact[i]).norm() / exact[i].norm() for i in exact)
     return {"relative_error": max(error.item() for error in errors)}
 
 
@@ -232,12 +232,12 @@ def products(P: Tensor, Q: Tensor) -> Variants:
     errors = functools.partial(relative, {i: P[i].double() @ Q[i].double() for i in ends(len(P))})
     full = 2.0 * len(P) * P.shape[-1] ** 3
     bmm = Variant(lambda: torch.bmm(P, Q), version=torch.__version__, errors=errors, flop=full, bytes=3.0 * P.nbytes)
-    found = {"torch.bmm": bmm}
+    variants = {"torch.bmm": bmm}
     for precision in PRECISIONS:
         run = functools.partial(product, P, Q, precision=precision)  # type: ignore[arg-type]
         bounds = {"relative_error": PRODUCT[precision]}
-        found[precision] = replace(bmm, run=run, ours=True, version="", bounds=bounds)
-    return found
+        variants[precision] = replace(bmm, run=run, ours=True, version="", bounds=bounds)
+    return variants
 
 
 def averages(P: Tensor, Q: Tensor) -> Variants:

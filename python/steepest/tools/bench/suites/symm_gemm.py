@@ -101,8 +101,8 @@ def _case(name: str, dtype: torch.dtype, settings: Settings) -> Case:
     return Case("symm_gemm", name, name_of(dtype), variants, BMM)
 
 
-def _errors(exact: Tensor, found: Tensor | list[Tensor], symmetric: bool = False) -> dict[str, float]:
-    y = found[0].double()
+def _errors(exact: Tensor, results: Tensor | list[Tensor], symmetric: bool = False) -> dict[str, float]:
+    y = results[0].double()
     relative = {"relative_error": ((y - exact).norm() / exact.norm()).item()}
     return relative | ({"asymmetry": (y - y.mT).abs().max().item()} if symmetric else {})
 
@@ -122,25 +122,25 @@ def alone(x: Tensor, out: Tensor) -> Tensor:
 
 def run_chain(x: Tensor, y: Tensor, length: int) -> Tensor:
     """(X X^T)^2 X, into y, which is returned."""
-    plan = chain_of(length)
+    products = chain_of(length)
     slack = torch.empty(len(x), device=x.device)
-    numbers = (plan.packed, plan.constants, plan.powers, ())
+    numbers = (products.packed, products.constants, products.powers, ())
     polar_chain.polar_chain([x], [y], [slack], *numbers, tight=False, eps=0.0, chunks=1)
     return y
 
 
 def one_of_a_chain(rows: list[Row], flop: float, ceilings: Ceilings) -> list[Row]:
     """The row of one product more, from those of the two chains."""
-    found: Mapping[str, Row] = {row["variant"]: row for row in rows if row["status"] == OK}
+    measured: Mapping[str, Row] = {row["variant"]: row for row in rows if row["status"] == OK}
     (long, short), steps = CHAINS, LONG - SHORT
-    if long not in found or short not in found:
+    if long not in measured or short not in measured:
         return []
-    row: Row = {key: found[long][key] for key in ("suite", "case", "dtype", "ours", "version", "relative_error")}
-    each = (found[long]["ms"] - found[short]["ms"]) / steps
-    if each <= 0:
+    row: Row = {key: measured[long][key] for key in ("suite", "case", "dtype", "ours", "version", "relative_error")}
+    product_ms = (measured[long]["ms"] - measured[short]["ms"]) / steps
+    if product_ms <= 0:
         return [row | {"variant": ONE, "status": "failed: less than the noise"}]
-    spread = (found[long]["spread_ms"] + found[short]["spread_ms"]) / steps
-    row |= {"variant": ONE, "status": OK, "ms": round(each, 5), "spread_ms": round(spread, 5)}
-    if BMM in found:
-        row |= {"base": BMM, "ratio": round(found[BMM]["ms"] / each, 3)}
-    return [row | rates(Variant(list, flop=flop), each / 1e3, row["dtype"], ceilings)]
+    spread = (measured[long]["spread_ms"] + measured[short]["spread_ms"]) / steps
+    row |= {"variant": ONE, "status": OK, "ms": round(product_ms, 5), "spread_ms": round(spread, 5)}
+    if BMM in measured:
+        row |= {"base": BMM, "ratio": round(measured[BMM]["ms"] / product_ms, 3)}
+    return [row | rates(Variant(list, flop=flop), product_ms / 1e3, row["dtype"], ceilings)]

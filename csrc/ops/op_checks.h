@@ -1,4 +1,4 @@
-// What every door does: where an op runs, its pointers, its stream.
+// What every op checks and asks for: where an op runs, its pointers, its stream.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

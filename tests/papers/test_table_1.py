@@ -1,0 +1,85 @@
+"""The rows of Table 1 of arXiv:2510.10777 that keep no factors, and Muon (kellerjordan.github.io/posts/muon).
+
+M = b1 M + (1 - b1) G,  V = b2 V + (1 - b2) G o G,  a bar: over 1 - b1^t, 1 - b2^t;  ratio = max(1, m/n)^1/2
+
+Muon            W -= lr ratio polar((1 - b1) G + b1 M)           NormalizedSGD    W -= lr M / |M|
+MuAdam          D^2 = (sqrt V + eps) / (1 - b2^t)^1/2;           SignSGD          W -= lr sign M
+                W -= lr ratio polar(bar M / D) / D               AdaGrad          W -= lr M / (sqrt(sum G^2) + eps)
+MuAdamSANIA     the same, D^2 = (V + eps) / (1 - b2^t)           Adam, MADGRAD, AdamSANIA
+                                                                 W -= lr bar M / (bar V^p + eps), p = 1/2, 1/3, 1
+and before all of them W = (1 - lr wd) W
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from steepest import (
+    MADGRAD,
+    AdaGrad,
+    Adam,
+    AdamSANIA,
+    MuAdam,
+    MuAdamSANIA,
+    Muon,
+    NormalizedSGD,
+    SignSGD,
+)
+from support.references import gap, gaussian, polar_by_svd, trained
+
+LR, WD, B1, B2, EPS = 0.02, 0.1, 0.9, 0.95, 1e-6
+#: the update from G, M, V, sum of G o G, t and the ratio
+Update = Callable[..., Tensor]
+MOMENTUM: dict[str, Any] = {"momentum": B1}
+BETAS: dict[str, Any] = {"betas": (B1, B2), "eps": EPS}
+
+
+def adaptive(p: float) -> Update:
+    return lambda G, M, V, total, t, ratio: M / (1 - B1**t) / ((V / (1 - B2**t)) ** p + EPS)
+
+
+def spectral(p: float) -> Update:
+    def update(G: Tensor, M: Tensor, V: Tensor, total: Tensor, t: int, ratio: float) -> Tensor:
+        D = ((V**p + EPS) / (1 - B2**t) ** p).sqrt()
+        return ratio * polar_by_svd(M / (1 - B1**t) / D) / D
+
+    return update
+
+
+RULES: dict[str, tuple[Any, dict[str, Any], Update]] = {
+    "Muon": (
+        Muon,
+        {**MOMENTUM, "polar": "svd"},
+        lambda G, M, V, total, t, ratio: ratio * polar_by_svd((1 - B1) * G + B1 * M),
+    ),
+    "MuAdam": (MuAdam, {**BETAS, "polar": "svd"}, spectral(1 / 2)),
+    "MuAdamSANIA": (MuAdamSANIA, {**BETAS, "polar": "svd"}, spectral(1)),
+    "NormalizedSGD": (NormalizedSGD, MOMENTUM, lambda G, M, V, total, t, ratio: M / M.norm()),
+    "SignSGD": (SignSGD, MOMENTUM, lambda G, M, V, total, t, ratio: M.sign()),
+    "AdaGrad": (
+        AdaGrad,
+        {**MOMENTUM, "eps": EPS},
+        lambda G, M, V, total, t, ratio: M / (total.sqrt() + EPS),
+    ),
+    "Adam": (Adam, BETAS, adaptive(1 / 2)),
+    "MADGRAD": (MADGRAD, BETAS, adaptive(1 / 3)),
+    "AdamSANIA": (AdamSANIA, BETAS, adaptive(1)),
+}
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (1, 6)], ids=str)
+@pytest.mark.parametrize("name", RULES)
+def test_a_row_of_the_table(name: str, shape: tuple[int, int]) -> None:
+    cls, options, update = RULES[name]
+    w = start = gaussian(*shape, seed=1)
+    M, V, total = (torch.zeros_like(w) for _ in range(3))
+    grads = list(gaussian(25, *shape, seed=2))
+    for t, G in enumerate(grads, 1):
+        M, V, total = B1 * M + (1 - B1) * G, B2 * V + (1 - B2) * G**2, total + G**2
+        w = (1 - LR * WD) * w - LR * update(G, M, V, total, t, max(1.0, shape[0] / shape[1]) ** 0.5)
+    assert gap(trained(cls, iter(grads), start, lr=LR, weight_decay=WD, **options), w) < 1e-11
