@@ -216,7 +216,8 @@ class Checkpoints(torch.optim.Optimizer):
     def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any]) -> None:
         """Puts what belongs to all parameters into the state of the one that is the first now."""
         shared = self._merged("_shared")
-        found = {key: held[key] for held in state.values() for key in shared if key in held}
+        states = [held for held in state.values() if isinstance(held, Mapping)]
+        found = {key: held[key] for held in states for key in shared if key in held}
         if not found:
             return
         for own in loaded.values():

@@ -147,4 +147,4 @@ class _Escalated(Truncated):
                 if DROPPED in self._optimizer.state[item.parameter.tensor]:
                     w, hyper = item.weight.float(), item.parameter.taken.hyper
                     value = item.recipe.moved(w, d.reshape(w.shape).float(), hyper, item.ratio)
-                    self._led.append((item, value, item.finite))
+                    self._led.append((item, value.float(), item.finite))
