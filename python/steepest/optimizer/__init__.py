@@ -1,11 +1,14 @@
 """The `torch.optim` shell around a step.
 
 groups          who is a matrix, what a group may say
-group_options   the values of a group, and what a step reads from them
+option_types    what every option must be, in one table
+group_options   what a step reads from the values of a group
 base            recipes, numbers, state and the plan: `MatrixOptimizer`
 weights         what a hook after the step is given
 reports         metrics, describe, skipped updates
-checkpoints     state_dict and load_state_dict
+checkpoints     state_dict and load_state_dict; of these
+checkpoint_matching   which parameter of a checkpoint is which
+checkpoint_state      what a parameter's state must be
 """
 
 from .base import MatrixOptimizer

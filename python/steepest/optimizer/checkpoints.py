@@ -105,8 +105,6 @@ class Checkpoints(torch.optim.Optimizer):
 
     # ---- loading ----------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
-    @in_default_modes
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, of `torch.optim.Muon` or KellerJordan's Muon into `Muon`, of
         `torch.optim.AdamW` into `Adam` and groups with use_muon=False. `steepest convert` translates others.
@@ -126,6 +124,13 @@ class Checkpoints(torch.optim.Optimizer):
                 "load_state_dict takes what state_dict() gives, a dictionary with 'state' and 'param_groups', but is "
                 f"given: {state_dict!r}"
             )
+        if text := self._load(state_dict).dropped():
+            warnings.warn(f"{type(self).__name__}.load_state_dict: {text}", UserWarning, stacklevel=2)
+
+    @torch._disable_dynamo
+    @in_default_modes
+    def _load(self, state_dict: Mapping[str, Any]) -> Match:
+        """Loads, and says what has been matched with what."""
         streams.join()
         handle = self.register_load_state_dict_pre_hook(self._read)  # after the user's hooks
         try:
@@ -137,8 +142,7 @@ class Checkpoints(torch.optim.Optimizer):
             self._loading = None
             self._forget_plans()
         stack([state for state in self.state.values() if state])
-        if text := matched.dropped():
-            warnings.warn(f"{type(self).__name__}.load_state_dict: {text}", UserWarning, stacklevel=2)
+        return matched
 
     def _read(self, _: Any, given: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint in this optimizer's order, all of it checked. Its state, which is not torch's to cast, is kept
@@ -216,7 +220,8 @@ class Checkpoints(torch.optim.Optimizer):
     def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any]) -> None:
         """Puts what belongs to all parameters into the state of the one that is the first now."""
         shared = self._merged("_shared")
-        found = {key: held[key] for held in state.values() for key in shared if key in held}
+        states = [held for held in state.values() if isinstance(held, Mapping)]
+        found = {key: held[key] for held in states for key in shared if key in held}
         if not found:
             return
         for own in loaded.values():

@@ -134,6 +134,7 @@ class Groups(torch.optim.Optimizer):
 
     def _check_group(self, group: Group, *, declared: bool, routed: bool) -> None:
         for p in group["params"]:
+            self._check_shaped(p)
             self._check_tensor(p)
         self._check_devices(group)
         self._check_options(values := self._options(group))
@@ -148,9 +149,12 @@ class Groups(torch.optim.Optimizer):
                 self._check_shape(p, group, declared)
             self._pieces(p, group)
 
-    def _check_tensor(self, p: Tensor) -> None:
-        if not torch.compiler.is_compiling() and is_lazy(p):
+    @staticmethod
+    def _check_shaped(p: Tensor) -> None:
+        if is_lazy(p):
             raise ValueError("a parameter has no shape yet (lazy module): run the model once before this")
+
+    def _check_tensor(self, p: Tensor) -> None:
         if hasattr(p, "device_mesh"):
             raise RuntimeError(
                 f"{type(self).__name__} does not take sharded parameters (DTensor) yet; found one of shape "

@@ -136,7 +136,6 @@ def _at_least(least: int) -> OptionType:
     return OptionType(text, _is_whole, text, lambda value: value >= least)
 
 
-NUMBER = OptionType("a number or a tensor of one element", _is_number)
 AT_LEAST_ZERO = OptionType("a number >= 0 or a tensor of one element", _is_number, ">= 0", lambda value: value >= 0)
 #: A decay rate that the authors keep below 1.
 BELOW_ONE = OptionType("a number in [0, 1)", _is_number, "in [0, 1)", lambda value: 0 <= value < 1)
@@ -178,7 +177,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     # of a whole optimizer
     "matrix_scale": REAL,
     "initial_step": _positive("> 0, far below any good step,"),
-    "lower_bound": _or_none(NUMBER),
+    "lower_bound": _or_none(OptionType("one number", _is_number)),
     "stale_dual": _or_none(BOOL),
     "reduce_loss": BOOL,
     "product": TEXT,

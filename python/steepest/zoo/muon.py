@@ -105,7 +105,7 @@ class Muon(MatrixOptimizer):
     def _bare_groups(self, params: list[Any]) -> list[Any]:
         for p in params:
             if isinstance(p, torch.Tensor):
-                self._check_tensor(p)
+                self._check_shaped(p)
         matrices = [p for p in params if isinstance(p, torch.Tensor) and p.ndim == 2]
         routes = [routing.Route(f"param_{i}", p, "matrix", "a plain iterable") for i, p in enumerate(matrices)]
         routing.warn_if_embedding_like(routes, named=False)
