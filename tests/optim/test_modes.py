@@ -1,4 +1,4 @@
-"""What a caller has set in torch beside a step does not reach it: the same bits in every mode, and state in its place."""
+"""What a caller has set in torch does not reach a step: the same bits in every mode, and state in its place."""
 
 from __future__ import annotations
 
@@ -188,7 +188,8 @@ def test_a_closure_runs_in_the_callers_modes() -> None:
 
     with torch.autocast("cpu", torch.bfloat16), MODES["default dtype fp64"]():
         optimizer.step(closure)
-        assert torch.is_autocast_enabled("cpu") and torch.get_default_dtype() is torch.float64
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() is torch.float64
     assert seen == [(True, True, torch.float64)]
 
 

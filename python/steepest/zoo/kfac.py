@@ -37,8 +37,8 @@ class KFAC(KroneckerOptimizer):
 
     A and S, with Adam's bias correction, come from hooks that see every forward pass in training mode and the backward
     pass after it. All backward passes between two steps are one batch, one term of the averages: the loss is the mean
-    over the rows (Linear) or images (Conv2d) of them all, as it is for loss / k of k equal micro-batches. A term that is
-    not finite is left out. Where no step follows, zero_grad() forgets what was collected. With the labels of the data
+    over the rows (Linear) or images (Conv2d) of them all, as it is for loss / k of k equal micro-batches. A term that
+    is not finite is left out. Where no step follows, zero_grad() forgets what was collected. With the labels of the data
     these are the factors of the empirical Fisher matrix, with labels sampled from the model those of the true one. A
     convolution's A sums over positions and its S averages over them (arXiv:1602.01407). The inverses are of the
     factors' diagonals in the bases of the last refresh, which comes before its own step.
@@ -46,8 +46,8 @@ class KFAC(KroneckerOptimizer):
     model: its Linear and Conv2d weights (groups=1) are stepped by this rule, everything else by AdamW. A bias is not
         part of its layer's matrix. The ranks of a DistributedDataParallel model share their factors before every step.
     lr, weight_decay: numbers >= 0.   betas: of m, and of A and S.   damping: > 0, in units of the Fisher matrix.
-    loss_scale: what that mean is multiplied by, "sum" for the number of rows: a loss with reduction="sum". The factors are
-        those of the mean whatever it is, as is the scale of a torch.amp.GradScaler; the gradient is not touched.
+    loss_scale: what that mean is multiplied by, "sum" for the number of rows: a loss with reduction="sum". The factors
+        are those of the mean whatever it is, and under a torch.amp.GradScaler; the gradient is not touched.
     extra: as in `SOAP` but for shampoo_beta, factor_dtype and block_preconditioner, which are not taken.
 
     `remove_hooks()` ends the collecting. A copy of model and optimizer made at once collects for itself. With
@@ -136,8 +136,8 @@ class KFAC(KroneckerOptimizer):
             scale = scaling.grad_scale.to(p.device, torch.float64).reshape(()) * scale
         elif scaling.found_inf is not None and group["loss_scale"] == 1:
             raise RuntimeError(
-                "KFAC's hooks have seen gradients that GradScaler.unscale_ has divided since: leave unscale_ out, or set "
-                "loss_scale of the groups to scaler.get_scale()"
+                "KFAC's hooks have seen gradients that GradScaler.unscale_ has divided since: leave unscale_ out, or "
+                "set loss_scale of the groups to scaler.get_scale()"
             )
         if PASSES not in self.state[p]:
             self._init_states([(p, p.dtype, group)])
@@ -170,9 +170,12 @@ class KFAC(KroneckerOptimizer):
         weight, _ = self._group_of(layer)
         batch, pass_ = self._batches.get(weight), torch._C._current_graph_task_id()
         if batch is None or (weight.grad is None and batch.last != pass_):
-            batch = self._batches[weight] = _Batch()
+            batch = None
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        batch.add(*_products(layer, a.to(dtype), d.to(dtype)), pass_)
+        outputs, inputs, rows = _products(layer, a.to(dtype), d.to(dtype))
+        if batch is None:
+            batch = self._batches[weight] = _Batch(torch.zeros_like(outputs), torch.zeros_like(inputs))
+        batch.add(outputs, inputs, rows, pass_)
 
     def _group_of(self, layer: nn.Module) -> tuple[Tensor, Group]:
         weight = layer.weight
@@ -222,8 +225,8 @@ class _Batch:
     added.
     """
 
-    outputs: Tensor | float = 0.0
-    inputs: Tensor | float = 0.0
+    outputs: Tensor
+    inputs: Tensor
     rows: int = 0
     uses: int = 0
     last: int = -1
@@ -238,7 +241,7 @@ class _Batch:
 
 
 def _products(layer: nn.Module, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(sum of d d^T, sum of a a^T, rows or images) of one use of a layer; d d^T is averaged over an image's positions."""
+    """(sum of d d^T, sum of a a^T, rows or images) of one use of a layer; d d^T is averaged over positions."""
     if isinstance(layer, nn.Conv2d):
         assert not isinstance(layer.padding, str)
         batch = (a, d) if a.ndim == 4 else (a[None], d[None])
