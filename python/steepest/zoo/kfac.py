@@ -38,9 +38,9 @@ class KFAC(KroneckerOptimizer):
     A and S, with Adam's bias correction, come from hooks that see every forward pass in training mode and the backward
     pass after it. All backward passes between two steps are one batch, one term of the averages: the loss is the mean
     over the rows (Linear) or images (Conv2d) of them all, as it is for loss / k of k equal micro-batches. A term that
-    is not finite is left out. Where no step follows, zero_grad() forgets what was collected. With the labels of the data
-    these are the factors of the empirical Fisher matrix, with labels sampled from the model those of the true one. A
-    convolution's A sums over positions and its S averages over them (arXiv:1602.01407). The inverses are of the
+    is not finite is left out. Where no step follows, zero_grad() forgets what was collected. With the labels of the
+    data these are the factors of the empirical Fisher matrix, with labels sampled from the model those of the true
+    one. A convolution's A sums over positions and its S averages over them (arXiv:1602.01407). The inverses are of the
     factors' diagonals in the bases of the last refresh, which comes before its own step.
 
     model: its Linear and Conv2d weights (groups=1) are stepped by this rule, everything else by AdamW. A bias is not

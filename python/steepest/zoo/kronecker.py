@@ -450,6 +450,7 @@ class SPlus(KroneckerOptimizer):
                     state[AVERAGE].lerp_(value.to(state[AVERAGE].dtype), weight.to(state[AVERAGE].dtype))
                     state[MASS].lerp_(torch.ones_like(weight), weight)
 
+    @in_default_modes
     def init_state(self) -> None:
         """As `MatrixOptimizer.init_state`; the averages too."""
         super().init_state()
