@@ -15,7 +15,7 @@ nothing in place. `steepest.step` does the same for all parameters at once and m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -39,8 +39,9 @@ from .parts import (
 from .parts.precondition import Kronecker, Phase, State
 from .state_layout import Layout, StateSpec, empty_state, piece_view
 
-__all__ = ["ADAMW", "CLOCK", "Recipe", "State", "adamw", "all_finite", "step_one"]
+__all__ = ["ADAMW", "CLOCK", "Recipe", "State", "adamw", "largest", "square_sum", "step_one"]
 
+ROOM = 2.0**-24  # what a sum may take at once of the largest number
 CLOCK = "clock"  # steps that factors have seen: int64 on the host, where it is decided when to refresh
 
 
@@ -153,6 +154,47 @@ class Recipe:
             state["step"] = empty_state(StateSpec("step", "scalar", torch.float32), g, pieces)
         return state
 
+    # ---- which gradients it takes -----------------------------------------------------------------------------------
+
+    def largest_gradient(self, dtype: torch.dtype) -> float:
+        """The largest magnitude of an entry of a gradient of this dtype, after which everything elementwise is finite.
+
+        Half the largest number, so that the difference of a gradient and an average of such has room, or what the
+        momentum's dtype holds; its root where squares are kept. A heavy ball, or a sum of squares, has room for 2^24.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        most = torch.finfo(wide).max
+        limit = most / 2
+        if self.momentum is not None:
+            of_momentum = torch.finfo(self.momentum.dtype or dtype).max
+            ball = self.momentum.kind == "heavy_ball"
+            limit = min(limit, of_momentum) if not ball or of_momentum < 2.0**64 else min(limit, of_momentum * ROOM)
+        if isinstance(self.precondition, Diagonal):
+            room = ROOM if self.precondition.average == "sum" else 1.0
+            limit = min(limit, (most * room) ** 0.5)
+        return limit
+
+    def takes(
+        self, largest: Tensor, square: Tensor, state: State, names: Sequence[Mapping[str, str]], dtype: torch.dtype
+    ) -> Tensor:
+        """0-d bool: whether what a gradient of this dtype leaves in the state is finite.
+
+        largest, square: 0-d, the magnitude of its largest entry and the sum of its squares, infinite or NaN where an
+        entry is not finite.   names: of the keys of factors, for each piece (`Recipe.names`).
+        """
+        taken = largest <= self.largest_gradient(dtype)
+        if not self.by_matrix:
+            return taken
+        room = torch.finfo(torch.promote_types(dtype, torch.float32)).max / 4
+        if self.kronecker is None:
+            return taken & (square <= room)
+        if self.kronecker.beta == 1:
+            room *= ROOM
+        for of_piece in names:
+            gain = self.kronecker.gain({key: state[name] for key, name in of_piece.items()})
+            taken = taken & (square * gain <= room)
+        return taken
+
     # ---- a step, in its order ---------------------------------------------------------------------------------------
 
     def phase(self, state: State) -> Phase:
@@ -230,15 +272,21 @@ def _whole(w: Tensor) -> Piece:
     return Piece(0, w.shape[0] if w.ndim else 1, w.shape[:-2].numel(), rows, cols)
 
 
-def all_finite(g: Tensor) -> Tensor:
-    """0-d bool on g's device: whether every entry is finite."""
-    return torch.isfinite(torch.stack(torch.aminmax(g))).all() if g.numel() else g.new_ones((), dtype=torch.bool)
+def largest(g: Tensor) -> Tensor:
+    """0-d, the largest magnitude of an entry; NaN where one is NaN."""
+    return torch.stack(torch.aminmax(g)).abs().amax() if g.numel() else g.new_zeros(())
+
+
+def square_sum(t: Tensor) -> Tensor:
+    """0-d fp64, the sum of squares; inf where those do not fit fp32 (fp64 for fp64)."""
+    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double().square()
 
 
 def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step for one weight (..., m, n): (new weight, new state), inputs untouched.
 
-    A gradient that is not finite leaves the weight and its state as they were, but for the clock.
+    A gradient that is not finite, or would leave something in the state that is not (`Recipe.takes`), leaves the weight
+    and its state as they were, but for the clock.
     """
     if not recipe.by_matrix:
         return _step(recipe, w, g, state, hyper)
@@ -254,7 +302,8 @@ def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -
 
 
 def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
-    finite, phase = all_finite(g), recipe.phase(state)
+    phase = recipe.phase(state)
+    finite = recipe.takes(largest(g), square_sum(g), state, (recipe.names(0),), g.dtype)
     fresh, stored = dict(state), w
     if phase.before:
         fresh = recipe.update_factors(fresh, g, hyper, phase)

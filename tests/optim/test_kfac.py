@@ -14,8 +14,18 @@ from torch import Tensor, nn
 
 import steepest
 from steepest.zoo.kfac import PASSES
-from support.kfac import BATCH, CLASSES, data, linear_network, loss_of, with_weights
-from support.references import gap, gaussian
+from support.kfac import (
+    BATCH,
+    CLASSES,
+    damped_step,
+    data,
+    linear_network,
+    linear_products,
+    loss_of,
+    outputs_gradients,
+    with_weights,
+)
+from support.references import eigenbases_of, gap, gaussian
 from support.training import all_same_bits, copies, same_states, state_copies
 
 
@@ -65,21 +75,25 @@ def backward(model: nn.Module, step: int = 0, scale: float = 1.0) -> None:
 
 
 def factors(optimizer: torch.optim.Optimizer, p: Tensor) -> list[Tensor]:
+    """After a step with what was collected."""
+    optimizer.step()
     return [optimizer.state[p][key].clone() for key in ("left", "right")]
 
 
-def test_every_backward_pass_is_a_term_of_the_average() -> None:
+def test_every_step_is_a_term_of_the_average() -> None:
     model = linear_network()
-    optimizer = steepest.KFAC(model, betas=(0.9, 0.8))
-    weight, single = model[0].weight, []
+    optimizer = steepest.KFAC(model, lr=0.0, betas=(0.9, 0.8))
+    weight, single, averages = model[0].weight, [], []
     for step in range(3):
         other = linear_network()
         watcher = steepest.KFAC(other)
         backward(other, step)
         single.append(factors(watcher, other[0].weight))
+        optimizer.zero_grad()
         backward(model, step)
+        averages = factors(optimizer, weight)
     weights = torch.tensor([0.64, 0.8, 1.0], dtype=torch.float64)
-    for i, found in enumerate(factors(optimizer, weight)):
+    for i, found in enumerate(averages):
         wanted = sum(w * each[i] for w, each in zip(weights, single)) / weights.sum()
         assert gap(found, wanted) < 1e-12
     assert optimizer.state[weight][PASSES] == 3
@@ -90,7 +104,7 @@ def test_what_hooks_do_not_see() -> None:
     model = linear_network()
     optimizer = steepest.KFAC(model)
     backward(model)
-    before = state_copies(optimizer)
+    collected = copy.deepcopy(optimizer._batches)
     model.eval()
     backward(model, 1)
     model.train()
@@ -98,7 +112,10 @@ def test_what_hooks_do_not_see() -> None:
         loss_of(model, *data(2, 5))
     optimizer.remove_hooks()
     backward(model, 3)
-    assert same_states(state_copies(optimizer), before)
+    for batch, before in zip(optimizer._batches.values(), collected.values(), strict=True):
+        assert (batch.rows, batch.uses) == (before.rows, before.uses) == (BATCH, BATCH)
+        assert torch.equal(batch.outputs, before.outputs)
+        assert torch.equal(batch.inputs, before.inputs)
     assert not model[0]._forward_hooks
 
 
@@ -108,12 +125,10 @@ def test_a_layer_used_twice_counts_twice() -> None:
     x = gaussian(BATCH, 5, seed=1)
     out = layer(torch.tanh(layer(x)))
     out.square().sum(1).mean().backward()
-    assert optimizer.state[layer.weight][PASSES] == 2
     middle = torch.tanh(x @ layer.weight.mT).detach()
-    # The last use comes first on the way back.
-    wanted = (0.95 * middle.mT @ middle + x.mT @ x) / 1.95 / BATCH
+    wanted = (middle.mT @ middle + x.mT @ x) / 2 / BATCH
     assert gap(factors(optimizer, layer.weight)[1][0], wanted) < 1e-12
-    optimizer.step()
+    assert optimizer.state[layer.weight][PASSES] == 1
 
 
 def test_tied_layers_share_a_weight() -> None:
@@ -122,8 +137,9 @@ def test_tied_layers_share_a_weight() -> None:
     optimizer = steepest.KFAC(nn.Sequential(a, nn.Tanh(), b))
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
     b(a(torch.ones(3, 5))).sum().backward()
+    assert (optimizer._batches[a.weight].rows, optimizer._batches[a.weight].uses) == (3, 6)
     optimizer.step()
-    assert optimizer.state[a.weight][PASSES] == 2
+    assert optimizer.state[a.weight][PASSES] == 1
 
 
 def test_an_activation_in_place_and_a_named_input() -> None:
@@ -209,8 +225,8 @@ def test_a_long_side_may_have_no_factor() -> None:
     optimizer = steepest.KFAC(layer, max_preconditioner_dim=5, lr=0.01)
     start = layer.weight.detach().clone()
     layer(gaussian(BATCH, 9)).square().sum(1).mean().backward()
-    g, s = layer.weight.grad.clone(), optimizer.state[layer.weight]["left"][0].clone()
-    optimizer.step()
+    g = layer.weight.grad.clone()
+    s = factors(optimizer, layer.weight)[0][0]
     assert optimizer.state[layer.weight]["right"].numel() == 0
     wanted = torch.linalg.inv(s + 1e-3**0.5 * torch.eye(4, dtype=s.dtype)) @ (0.1 * g)
     assert gap(start - layer.weight.detach(), 0.01 * wanted) < 1e-9
@@ -333,13 +349,114 @@ def test_a_closure() -> None:
     assert all_same_bits(model.parameters(), twin.parameters())
 
 
-def test_a_gradient_scaler_is_refused() -> None:
+def micro_batches(model: nn.Module, sizes: Sequence[int], step: int, scale: float = 1.0, total: bool = False) -> None:
+    """Backward passes of parts of the batch, whose losses add up to its mean (total: to its sum) times the scale."""
+    x, y = data(step, 5)
+    for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
+        share = float(len(a)) if total else len(a) / len(x)
+        (scale * share * loss_of(model, a, b)).backward()
+
+
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "two micro-batches": ({}, {"sizes": (8, 8)}, 1.0),
+    "eight micro-batches": ({}, {"sizes": (2,) * 8}, 1.0),
+    "unequal micro-batches": ({}, {"sizes": (3, 9, 4)}, 1.0),
+    "a sum": ({"loss_scale": "sum"}, {"sizes": (BATCH,), "total": True}, float(BATCH)),
+    "sums of micro-batches": ({"loss_scale": "sum"}, {"sizes": (4, 12), "total": True}, float(BATCH)),
+    "a scale": ({"loss_scale": 32.0}, {"sizes": (8, 8), "scale": 32.0}, 32.0),
+    "a scale on the device": ({"loss_scale": torch.tensor(32.0)}, {"sizes": (BATCH,), "scale": 32.0}, 32.0),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_factors_are_those_of_the_mean_over_the_whole_batch(way: str) -> None:
+    """The published formula, from gradients of single samples in fp64; the gradient is what it was called with."""
+    options, passes, factor = WAYS[way]
+    model, b2, damping = linear_network(), 0.9, 1e-2
+    shared = {"damping": damping, "precondition_frequency": 1, "refresh": "eigh", "adamw_lr": 0.0}
+    optimizer = steepest.KFAC(model, lr=1e-3, betas=(0.0, b2), **shared, **options)
+    averages: dict[int, list[Tensor]] = {}
+    for t in range(1, 5):
+        x, y = data(t, 5)
+        optimizer.zero_grad()
+        twin = copy.deepcopy(model)
+        grads = torch.autograd.grad(loss_of(twin, x, y), list(twin.parameters()))
+        micro_batches(model, step=t, **passes)
+        optimizer.step()
+        for k in range(2):
+            pair = linear_products(*outputs_gradients(twin, k, x, y), twin[k])
+            old = averages.get(k, [torch.zeros_like(f) for f in pair])
+            averages[k] = [b2 * f + (1 - b2) * product for f, product in zip(old, pair)]
+            corrected = [f / (1 - b2**t) for f in averages[k]]
+            for key, wanted in zip(("left", "right"), corrected):
+                assert gap(optimizer.state[model[k].weight][key][0], wanted) < 1e-12
+            bases = eigenbases_of(optimizer.state[model[k].weight], corrected)
+            u = damped_step(*corrected, bases, grads[k] * factor, damping)
+            assert gap(model[k].weight.detach(), twin[k].weight.detach() - 1e-3 * u) < 1e-10
+
+
+def test_a_pass_without_a_step_is_forgotten_with_its_gradients() -> None:
+    forget: list[Callable[[nn.Module, torch.optim.Optimizer], None]] = [
+        lambda model, optimizer: optimizer.zero_grad(),
+        lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+        lambda model, optimizer: model.zero_grad(),
+    ]
+    runs = []
+    for each in [None, *forget]:
+        model = linear_network()
+        optimizer = steepest.KFAC(model, lr=0.01)
+        for step in range(3):
+            if each is not None:
+                backward(model, 50 + step)
+                each(model, optimizer)
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((copies(model.parameters()), state_copies(optimizer)))
+    for weights, states in runs[1:]:
+        assert all_same_bits(weights, runs[0][0])
+        assert same_states(states, runs[0][1])
+
+
+def test_a_gradient_scaler() -> None:
+    """Factors are those of the unscaled loss, and a step that is not taken leaves them alone."""
+    model, twin = linear_network(), linear_network()
+    optimizer, plain = steepest.KFAC(model, lr=0.01), steepest.KFAC(twin, lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        plain.zero_grad()
+        before = state_copies(optimizer)
+        loss = loss_of(model, *data(step, 5))
+        scaler.scale(loss * float("inf") if step == 1 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 1:
+            kept = [{key: t for key, t in state.items() if key != "clock"} for state in state_copies(optimizer)]
+            assert same_states(kept, [{key: t for key, t in state.items() if key != "clock"} for state in before])
+        else:
+            backward(twin, step)
+            plain.step()
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert gap(*(factors[0] for factors in ([optimizer.state[p]["left"]], [plain.state[q]["left"]]))) < 1e-6
+
+
+def test_gradients_that_were_unscaled_before_the_step() -> None:
     model = linear_network()
     optimizer = steepest.KFAC(model)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(loss_of(model, *data(0, 5))).backward()
-    with pytest.raises(RuntimeError, match="KFAC cannot step under a GradScaler: its hooks have seen scaled gradients"):
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"leave unscale_ out, or set loss_scale of the groups to scaler.get_scale"):
         scaler.step(optimizer)
+    for group in optimizer.param_groups:
+        group["loss_scale"] = scaler.get_scale()
+    scaler.step(optimizer)
+    twin = linear_network()
+    plain = steepest.KFAC(twin)
+    backward(twin)
+    plain.step()
+    assert all(gap(p.detach(), q.detach()) < 1e-12 for p, q in zip(model.parameters(), twin.parameters()))
 
 
 def test_a_gradient_that_went_past_the_hooks() -> None:

@@ -19,6 +19,8 @@ from support.training import KRONECKER, OPTIMIZERS, RELATIVES, both_kinds, copie
 
 STEPS = 3
 
+pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection")
+
 
 class MuAdamMomo(steepest.Momo, steepest.MuAdam):
     """One whose layers wait for one another."""
@@ -111,7 +113,6 @@ def taken(name: str, mode: Callable[[], AbstractContextManager[Any]]) -> tuple[l
     return weights, [dict(optimizer.state[p]) for p in params]
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("name", CASES)
 def test_no_mode_reaches_a_step(name: str) -> None:
     """The first step, which makes the state, and a later one."""

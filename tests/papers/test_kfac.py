@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from steepest import KFAC
-from support.kfac import NETWORKS, data, loss_of, outputs_gradients
+from support.kfac import NETWORKS, damped_step, data, loss_of, outputs_gradients
 from support.references import eigenbases_of, gap
-
-
-def damped_step(s: Tensor, a: Tensor, bases: list[Tensor], m: Tensor, damping: float) -> Tensor:
-    """(S + sqrt(damping) / pi)^-1 m (A + pi sqrt(damping))^-1, of S and A what is diagonal in the bases."""
-    pi = ((a.trace() / len(a)) / (s.trace() / len(s))).sqrt()
-    left = (bases[0].mT @ s @ bases[0]).diagonal() + damping**0.5 / pi
-    right = (bases[1].mT @ a @ bases[1]).diagonal() + damping**0.5 * pi
-    return bases[0] @ (bases[0].mT @ m @ bases[1] / left[:, None] / right) @ bases[1].mT
 
 
 @pytest.mark.parametrize("every", [1, 5])

@@ -70,3 +70,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...], dict[int
     "linear": (linear_network, (5,), {0: linear_products, 1: linear_products}),
     "convolution": (convolutional_network, (2, 5, 5), {0: conv_products, 3: linear_products}),
 }
+
+
+def damped_step(s: Tensor, a: Tensor, bases: list[Tensor], m: Tensor, damping: float) -> Tensor:
+    """(S + sqrt(damping) / pi)^-1 m (A + pi sqrt(damping))^-1, of S and A what is diagonal in the bases."""
+    pi = ((a.trace() / len(a)) / (s.trace() / len(s))).sqrt()
+    left = (bases[0].mT @ s @ bases[0]).diagonal() + damping**0.5 / pi
+    right = (bases[1].mT @ a @ bases[1]).diagonal() + damping**0.5 * pi
+    return bases[0] @ (bases[0].mT @ m @ bases[1] / left[:, None] / right) @ bases[1].mT

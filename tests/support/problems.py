@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steepest.matrices import Piece
 from steepest.parts import Diagonal, Hyper, Momentum, Sign, Spectral
-from steepest.recipe import ADAMW, Recipe, State, all_finite, step_one
+from steepest.recipe import ADAMW, Recipe, State, step_one
 from support.references import gap as gap
 from support.references import gaussian as gaussian
 from support.references import polar_by_svd as polar_by_svd
@@ -71,7 +71,7 @@ def refer(
 ) -> tuple[Tensor, State]:
     """`step_one` on every matrix of a parameter; a gradient that is not finite anywhere stops all of them."""
     p, fresh = p.clone(), {key: t.clone() for key, t in state.items()}
-    if not all_finite(g):
+    if not torch.isfinite(g).all():
         return p, fresh
     for piece in parts:
         own = {key: piece.view(t).reshape(piece.shape) if t.shape == p.shape else t for key, t in state.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..chunking import chunk_by_bytes
 from ..ops.multi_tensor import Scaling
 from ..parts import Hyper
-from ..recipe import all_finite
+from ..recipe import largest, square_sum
 from .coupling import Directed
 from .factors import advance_clocks, update_factors, update_rotated_moments
 from .parameter import Matrices, Parameter, StepValues, signed_gradient, store_if
@@ -42,16 +42,17 @@ class Eager:
             signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
             for p, scale in zip(self.parameters, scales, strict=True)
         ]
-        flags = [all_finite(g) for g in grads]
-        if reduce is not None and flags:
-            flags = _reduced(grads, flags, reduce)
+        measured = [(largest(g).double(), square_sum(g)) for g in grads]
+        if reduce is not None and measured:
+            measured = _reduced(measured, reduce)
         self._sums = {}
-        for p, g, finite, scale in zip(self.parameters, grads, flags, scales, strict=True):
+        for p, g, (most, square), scale in zip(self.parameters, grads, measured, scales, strict=True):
+            finite = p.takes(most, square)
             if scale.found_inf is not None:
                 finite = finite & (scale.found_inf.reshape(()) == 0)
             self._skipped[p.tensor.device].add_(finite.logical_not())
             p.step = StepValues(g, finite, p.recipe.phase(p.state), hypers[p.group])
-            self._add(p, "grad", torch.where(finite, _square(g), 0))
+            self._add(p, "grad", torch.where(finite, square_sum(g) if reduce is not None else square, 0))
 
     def observe(self) -> None:
         update_factors([item for item in self._matrices if item.phase.before])
@@ -117,15 +118,15 @@ class Eager:
         stored, remainder = recipe.rounding.store(moved, weight.dtype, item.state.get("step"), item.place)
         weight.copy_(torch.where(finite, stored, weight))
         item.keep({**remainder, **remembered})
-        self._add(p, "update", _square(u * (hyper.lr * item.ratio * hyper.step_factor)))
+        self._add(p, "update", square_sum(u * (hyper.lr * item.ratio * hyper.step_factor)))
 
     def finish(self) -> None:
         update_factors([item for item in self._matrices if item.phase.after])
         advance_clocks(self.parameters)
         for p in self.parameters:
             self._add(p, "update", torch.zeros((), dtype=torch.float64, device=p.tensor.device))
-            self._add(p, "momentum", _square(p.momentum))
-            self._add(p, "param", _square(p.tensor))
+            self._add(p, "momentum", square_sum(p.momentum))
+            self._add(p, "param", square_sum(p.tensor))
             p.step = None
 
     def sums_of(self, group: int) -> dict[str, Tensor]:
@@ -138,20 +139,18 @@ class Eager:
         self._sums.setdefault((p.group, name), []).append(square)
 
 
-def _reduced(grads: Sequence[Tensor], flags: Sequence[Tensor], reduce: Reduce) -> list[Tensor]:
-    """The flags after ranks have agreed; `reduce` takes what the fused ops measure of each gradient."""
-    measured = zip(grads, flags, strict=True)
-    rows = torch.stack([torch.stack([flag.double(), _square(g), _largest(g).double()]) for g, flag in measured])
+def _reduced(measured: Sequence[tuple[Tensor, Tensor]], reduce: Reduce) -> list[tuple[Tensor, Tensor]]:
+    """(largest magnitude, sum of squares) of all ranks; infinite where a rank's is not finite.
+
+    `reduce` takes what the fused ops measure of each gradient.
+    """
+    rows = torch.stack([torch.stack([most.isfinite().double(), square, most]) for most, square in measured])
     reduce(rows)
-    return list((rows[:, 0] != 0).unbind())
-
-
-def _square(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double().square()
-
-
-def _largest(t: Tensor) -> Tensor:
-    return t.abs().amax() if t.numel() else t.new_zeros(())
+    finite = rows[:, 0] != 0
+    return [
+        (torch.where(flag, most, torch.inf), square)
+        for flag, most, square in zip(finite.unbind(), rows[:, 2].unbind(), rows[:, 1].unbind(), strict=True)
+    ]
 
 
 def _input(item: Matrices) -> Tensor:

@@ -74,6 +74,12 @@ class Fused:
         #: rows of those whose gradients and decisions are looked at outside of the ops
         self._valued = [row for row, p in enumerate(parameters) if coupled or p.recipe.by_matrix]
         self._matrices = [item.matrices for item in self._items if item.by_torch and item.matrices is not None]
+        limits = [p.recipe.largest_gradient(p.grad_dtype) for p in parameters]
+        self._largest = torch.tensor(limits, dtype=torch.float64, device=self.device)
+        self._within = torch.empty_like(self._largest)
+        self._measured = [self.table.column(name) for name in ("finite", "grad_max", "grad_sq")]
+        #: whose sums of squares count as well
+        self._watching = [(row, p) for row, p in enumerate(parameters) if p.recipe.by_matrix]
         self._watched = [p.momentum for p in parameters if _has_fp16_input(p)]
         self._versions: list[int] = []
         self._rows = {group: self._span(group) for group in set(self._group_of)}
@@ -121,15 +127,23 @@ class Fused:
         groups = _groups(hypers, self._group_of, self.device)
         arguments = (steps, self.table, self._packed, self._first_sums, groups, scaled)
         grads = [p.grad for p in self.parameters]
-        multi_tensor.grad_stats(grads, *arguments, decide=reduce is None, backend=self.backend)
+        multi_tensor.grad_stats(grads, *arguments, decide=False, backend=self.backend)
         if reduce is not None:
             reduce(self.table.rows[:, : COLUMNS.index("grad_max") + 1])
-            multi_tensor.decide_steps(*arguments, backend=self.backend)
+        self._refuse()
+        multi_tensor.decide_steps(*arguments, backend=self.backend)
         flags = (self.table.column("finite") != 0).unbind() if phases else ()
         for row, phase in phases.items():
             p = self.parameters[row]
             g = signed_gradient(p.grad, p.options.maximize, scaled.grad_scale)
             p.step = StepValues(g, flags[row], phase, hypers[p.group])
+
+    def _refuse(self) -> None:
+        """Takes no step where the state would not stay finite; before anything is written."""
+        finite, most, square = self._measured
+        finite.mul_(torch.le(most, self._largest, out=self._within))
+        for row, p in self._watching:
+            finite[row].mul_(p.takes(most[row], square[row]))
 
     def observe(self) -> None:
         update_factors([item for item in self._matrices if item.phase.before])

@@ -95,8 +95,7 @@ def _default_dtype() -> Iterator[None]:
 def _exact_products(place: tuple[str, str]) -> Iterator[None]:
     """One that had no precision of its own but that of all has none afterwards."""
     before = _precision_of(*place)
-    of_all = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    after = "none" if of_all == before else before
+    after = "none" if _precision_of("generic", "all") == before else before
     torch._C._set_fp32_precision_setter(*place, "ieee")
     try:
         yield

@@ -85,6 +85,11 @@ class Parameter:
         """The weight in fp32 (fp64 for fp64), with the bits that its dtype drops where they are kept."""
         return self.recipe.rounding.value(self.tensor, self.state)
 
+    def takes(self, largest: Tensor, square: Tensor) -> Tensor:
+        """0-d bool: whether this gradient leaves a finite state; see `Recipe.takes`."""
+        names = [self.recipe.names(number) for number in range(len(self.pieces))]
+        return self.recipe.takes(largest, square, self.state, names, self.grad_dtype)
+
     def matrices(self) -> list[Matrices]:
         """One item a piece; none of a parameter without elements."""
         numbers = range(len(self.pieces)) if self.tensor.numel() else ()

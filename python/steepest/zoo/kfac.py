@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,8 @@ from torch.nn.functional import unfold
 from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.multi_tensor import Scaling
-from ..optimizer.group_options import Group, adam_hyper
+from ..optimizer.group_options import Group, adam_hyper, number
+from ..optimizer.option_types import OPTION_TYPES, OptionType
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.kronecker import FACTORS
 from ..state_layout import Layout
@@ -35,25 +38,35 @@ class KFAC(KroneckerOptimizer):
         W <- (1 - lr weight_decay) W - lr (S + sqrt(damping) / pi I)^-1 m (A + pi sqrt(damping) I)^-1
 
     A and S, with Adam's bias correction, come from hooks that see every forward pass in training mode and the backward
-    pass after it: each adds one term to the averages, unless it is not finite. The loss is the mean over rows (Linear)
-    or images (Conv2d); for a sum over c of them, multiply damping by c^2. With the labels of the data these are the
-    factors of the empirical Fisher matrix, with labels sampled from the model those of the true one. A convolution's A
-    sums over positions and its S averages over them (arXiv:1602.01407). The inverses are of the factors' diagonals in
-    the bases of the last refresh, which comes before its own step.
+    pass after it. All backward passes between two steps are one batch, one term of the averages: the loss is the mean
+    over the rows (Linear) or images (Conv2d) of them all, as it is for loss / k of k equal micro-batches. A term that
+    is not finite is left out. Where no step follows, zero_grad() forgets what was collected. With the labels of the
+    data these are the factors of the empirical Fisher matrix, with labels sampled from the model those of the true
+    one. A convolution's A sums over positions and its S averages over them (arXiv:1602.01407). The inverses are of the
+    factors' diagonals in the bases of the last refresh, which comes before its own step.
 
     model: its Linear and Conv2d weights (groups=1) are stepped by this rule, everything else by AdamW. A bias is not
         part of its layer's matrix. The ranks of a DistributedDataParallel model share their factors before every step.
     lr, weight_decay: numbers >= 0.   betas: of m, and of A and S.   damping: > 0, in units of the Fisher matrix.
+    loss_scale: what that mean is multiplied by, "sum" for the number of rows: a loss with reduction="sum". The factors
+        are those of the mean whatever it is, and under a torch.amp.GradScaler; the gradient is not touched.
     extra: as in `SOAP` but for shampoo_beta, factor_dtype and block_preconditioner, which are not taken.
 
-    `remove_hooks()` ends the collecting. A copy of model and optimizer made at once collects for itself. Not for
-    torch.amp.GradScaler: the hooks would see scaled gradients; bf16 autocast needs none. With precondition_frequency=1
-    steps are invariant to invertible linear changes of a layer's inputs and outputs, but for the damping. Source:
-    arXiv:1503.05671.
+    `remove_hooks()` ends the collecting. A copy of model and optimizer made at once collects for itself. With
+    precondition_frequency=1 steps are invariant to invertible linear changes of a layer's inputs and outputs, but for
+    the damping. Source: arXiv:1503.05671.
     """
 
-    _carried: tuple[str, ...] = ("_handles",)
+    _carried: tuple[str, ...] = ("_handles", "_batches")
     _kept: ClassVar[dict[str, Layout | None]] = {PASSES: "scalar"}
+    _own_types: ClassVar[dict[str, OptionType]] = {
+        "loss_scale": OptionType(
+            "a number, 'sum' or a tensor of one element",
+            lambda value: value == "sum" if isinstance(value, str) else OPTION_TYPES["lr"].takes(value),
+            "positive and finite",
+            lambda value: isinstance(value, (str, Tensor)) or 0 < value < math.inf,
+        )
+    }
     _ranks: Any = None
 
     def __init__(
@@ -63,6 +76,7 @@ class KFAC(KroneckerOptimizer):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         damping: float = 1e-3,
+        loss_scale: Number | Literal["sum"] = 1.0,
         **extra: Unpack[BasesAndExtras],
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -76,7 +90,8 @@ class KFAC(KroneckerOptimizer):
         layers = [layer for layer in model.modules() if _is_taken(layer)]
         if not layers:
             raise ValueError("KFAC found no Linear or Conv2d (groups=1, zero padding) to watch; use torch.optim.AdamW")
-        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "damping": damping}
+        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "damping": damping, "loss_scale": loss_scale}
+        self._batches: dict[Tensor, _Batch] = {}
         super().__init__(list(_groups(model)), own, extra)
         self._handles = [layer.register_forward_hook(self._watch, with_kwargs=True) for layer in layers]
         if isinstance(model, DistributedDataParallel):
@@ -96,18 +111,25 @@ class KFAC(KroneckerOptimizer):
             handle.remove()
         self._handles = []
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what hooks have collected since the last step goes with the gradients."""
+        self._batches.clear()
+        super().zero_grad(set_to_none)
+
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
-        """RuntimeError under a GradScaler, and for a weight whose layer was not watched, before anything moves."""
-        if scaling.found_inf is not None:
-            raise RuntimeError("KFAC cannot step under a GradScaler: its hooks have seen scaled gradients; use bf16")
+        """RuntimeError for a weight whose layer was not watched, before anything moves."""
         for group in self.param_groups:
             for p in group["params"] if group["use_muon"] else ():
                 if p.grad is not None:
-                    self._ready(p)
+                    self._average(p, group, scaling)
+        self._batches.clear()
         super()._take_step(scaling, loss)
 
-    def _ready(self, p: Tensor) -> None:
-        """Checks that p's factors have been collected, and shares them among ranks."""
+    def _average(self, p: Tensor, group: Group, scaling: Scaling) -> None:
+        """The averages of p take what was collected since the last step, and are shared among ranks."""
+        batch = self._batches.get(p)
+        if batch is not None:
+            self._fold(p, group, batch, scaling)
         state = self.state[p]
         if PASSES not in state:
             raise RuntimeError(
@@ -119,6 +141,33 @@ class KFAC(KroneckerOptimizer):
                 dist.all_reduce(state[key], group=self._ranks)
                 state[key].div_(dist.get_world_size(self._ranks))
 
+    def _fold(self, p: Tensor, group: Group, batch: _Batch, scaling: Scaling) -> None:
+        scale: Number = batch.rows if group["loss_scale"] == "sum" else number(group["loss_scale"])
+        if scaling.grad_scale is not None:
+            scale = scaling.grad_scale.to(p.device, torch.float64).reshape(()) * scale
+        elif scaling.found_inf is not None and group["loss_scale"] == 1:
+            raise RuntimeError(
+                "KFAC's hooks have seen gradients that GradScaler.unscale_ has divided since: leave unscale_ out, or "
+                "set loss_scale of the groups to scaler.get_scale()"
+            )
+        if PASSES not in self.state[p]:
+            self._init_states([(p, p.dtype, group)])
+            self.state[p][PASSES] = torch.zeros((), dtype=torch.float64, device=p.device)
+        state = self.state[p]
+        passes, uses = state[PASSES], max(1, batch.uses)
+        # d is that of the loss's mean over all rows, times the scale.
+        outputs = batch.outputs / scale * (batch.rows**2 / uses) / scale
+        products = [t.to(state[key].dtype) for t, key in zip((outputs, batch.inputs / uses), FACTORS, strict=True)]
+        finite = torch.stack([torch.isfinite(product).all() for product in products]).all()
+        if scaling.found_inf is not None:
+            finite = finite & (scaling.found_inf.to(p.device).reshape(()) == 0)
+        passes.add_(finite)
+        beta = group["betas"][1]
+        share = torch.where(finite, (1 - beta) / (1 - beta**passes), 0)
+        for key, product in zip(FACTORS, products, strict=True):
+            if state[key].numel():
+                state[key].lerp_(torch.where(finite, product, 0)[None], share.to(state[key].dtype))
+
     def _watch(self, layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
         weight = layer.weight
         assert isinstance(weight, Tensor)
@@ -128,20 +177,16 @@ class KFAC(KroneckerOptimizer):
 
     @in_default_modes
     def _collect(self, layer: nn.Module, a: Tensor, d: Tensor) -> None:
-        weight, group = self._group_of(layer)
-        if PASSES not in self.state[weight]:
-            self._init_states([(weight, weight.dtype, group)])
-            self.state[weight][PASSES] = torch.zeros((), dtype=torch.float64, device=weight.device)
-        state = self.state[weight]
-        passes, factors = state[PASSES], [state[key] for key in FACTORS]
-        products = _products(layer, *(t.to(factors[0].dtype) for t in (a, d)))
-        finite = torch.stack([torch.isfinite(product).all() for product in products]).all()
-        passes.add_(finite)
-        beta = group["betas"][1]
-        share = torch.where(finite, (1 - beta) / (1 - beta**passes), 0)
-        for factor, product in zip(factors, products, strict=True):
-            if factor.numel():
-                factor.lerp_(torch.where(finite, product, 0)[None], share.to(factor.dtype))
+        """Adds the products of one use of a layer. A weight without a gradient begins a batch."""
+        weight, _ = self._group_of(layer)
+        batch, pass_ = self._batches.get(weight), torch._C._current_graph_task_id()
+        if batch is None or (weight.grad is None and batch.last != pass_):
+            batch = None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        outputs, inputs, rows = _products(layer, a.to(dtype), d.to(dtype))
+        if batch is None:
+            batch = self._batches[weight] = _Batch(torch.zeros_like(outputs), torch.zeros_like(inputs))
+        batch.add(outputs, inputs, rows, pass_)
 
     def _group_of(self, layer: nn.Module) -> tuple[Tensor, Group]:
         weight = layer.weight
@@ -173,14 +218,37 @@ def _groups(model: nn.Module) -> Iterator[Group]:
             yield {"params": own, **values}
 
 
-def _products(layer: nn.Module, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """(E[d d^T], E[a a^T]) of one pass, d being the gradient of a mean over rows or images."""
+@dataclass
+class _Batch:
+    """What hooks have collected since the last step, of one weight: sums of products, unscaled and not divided.
+
+    rows: of the losses; uses: of the layer, which a model may use more than once; last: the backward pass that was last
+    added.
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+    rows: int = 0
+    uses: int = 0
+    last: int = -1
+    _of_pass: int = 0
+
+    def add(self, outputs: Tensor, inputs: Tensor, rows: int, pass_: int) -> None:
+        self.outputs, self.inputs = self.outputs + outputs, self.inputs + inputs
+        self.uses += rows
+        known = self._of_pass if pass_ == self.last else 0
+        self.rows += max(0, rows - known)
+        self.last, self._of_pass = pass_, max(rows, known)
+
+
+def _products(layer: nn.Module, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor, int]:
+    """(sum of d d^T, sum of a a^T, rows or images) of one use of a layer; d d^T is averaged over positions."""
     if isinstance(layer, nn.Conv2d):
         assert not isinstance(layer.padding, str)
         batch = (a, d) if a.ndim == 4 else (a[None], d[None])
         rows = unfold(batch[0], layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
         images, positions = rows.shape[:2]
         a, d = rows.flatten(0, 1), batch[1].flatten(2).transpose(1, 2).flatten(0, 1)
-        return (d.mT @ d) * (images / max(1, positions)), (a.mT @ a) / max(1, images)
+        return (d.mT @ d) / max(1, positions), a.mT @ a, images
     a, d = a.reshape(-1, a.shape[-1]), d.reshape(-1, d.shape[-1])
-    return (d.mT @ d) * len(d), (a.mT @ a) / max(1, len(a))
+    return d.mT @ d, a.mT @ a, len(a)

@@ -34,9 +34,10 @@ from ..parts import (
     UpdateTransform,
     shape_ratio,
 )
-from ..recipe import Recipe, State, all_finite
+from ..recipe import Recipe, State, largest, square_sum
 from ..state_layout import Layout, StateSpec
 from ..step.modes import in_default_modes
+from ..step.parameter import signed_gradient
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
 from .vector import MomentumOptimizer, VectorOptimizer
 
@@ -295,7 +296,9 @@ class NIGT(MomentumOptimizer):
             p.copy_(self.state[p][WEIGHTS])
         super()._take_step(scaling, loss)
         for (p, group), x, w in zip(stepping, ahead, before, strict=True):
-            taken, beta = all_finite(p.grad), number(group["momentum"])
+            recipe, beta = self._recipe(group), number(group["momentum"])
+            g = signed_gradient(p.grad, False, None if scaling.grad_scale is None else scaling.grad_scale.to(p.device))
+            taken = recipe.takes(largest(g), square_sum(g), self.state[p], (), p.grad.dtype)
             if scaling.found_inf is not None:
                 taken = taken & (scaling.found_inf.reshape(()).to(p.device) == 0)
             after = self._iterate(p, p, group)

@@ -171,6 +171,10 @@ class Kronecker:
         x = self.to_blocks(g)  # products of narrow numbers are exact in wide sums
         return {"left": x, "right": x.mT}, {}
 
+    def gain(self, state: State) -> Tensor | float:
+        """A bound, 0-d: the sum of squares of what a gradient adds to a factor, over that of the gradient."""
+        return 1.0
+
     def needs_exact(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
         """Whether the last refresh got no hold of each matrix."""
         return [False for i, side in owners for _ in states[i][FACTORS[side]]]

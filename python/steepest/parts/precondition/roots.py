@@ -138,6 +138,18 @@ class Roots(Kronecker):
 
         return {"left": measured(1, x.mT).mT / max(1, n) ** 0.5, "right": measured(0, x).mT / max(1, m) ** 0.5}, {}
 
+    def gain(self, state: State) -> Tensor | float:
+        if not self.coupling:
+            return super().gain(state)
+        parts = [state[ROOTS[0]].new_ones((1,), dtype=torch.float64)]
+        for side, key in enumerate(ROOTS):
+            if state[key].numel():
+                root = self._root_times(
+                    state, side, torch.eye(state[key].shape[-1], dtype=state[key].dtype, device=state[key].device)
+                )
+                parts.append(root.double().square().sum((-2, -1)).square())
+        return torch.cat(parts).amax()
+
     # ---- the refresh ------------------------------------------------------------------------------------------------
 
     def solve(self, some: Gathered) -> Mapping[Pair, Tensor]:

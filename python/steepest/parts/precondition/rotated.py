@@ -175,6 +175,12 @@ class Rotated(Kronecker):
         values = self._values(state, images, self.coupling, self.rate(hyper), started)
         return self._measured(state, images, self.coupling, started), values
 
+    def gain(self, state: State) -> Tensor | float:
+        if self.coupling is None:
+            return super().gain(state)
+        inverse = [self.coupling.whitening(state[key]).double().square().amax() for key in VALUES if state[key].numel()]
+        return torch.stack(inverse).amax().clamp(min=1.0) if inverse else 1.0
+
     def _values_of(self, factor: Tensor, basis: Tensor) -> Tensor:
         """diag(Q^T P Q)."""
         q = wide(basis)
