@@ -7,6 +7,7 @@ plain.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,6 +164,12 @@ def _positive(text: str = "> 0") -> OptionType:
 
 #: By the name of an argument, which is that of a group value but for those of a whole optimizer.
 OPTION_TYPES: dict[str, OptionType] = {
+    "loss_scale": OptionType(
+        "a number, 'sum' or a tensor of one element",
+        lambda value: value == "sum" if isinstance(value, str) else _is_number(value),
+        "positive and finite",
+        lambda value: isinstance(value, (str, Tensor)) or 0 < value < math.inf,
+    ),
     # numbers of a step
     "lr": replace(AT_LEAST_ZERO, called="Learning rate"),
     "weight_decay": replace(AT_LEAST_ZERO, called="weight decay"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer.group_options import Group, adam_hyper, number
-from ..optimizer.option_types import OPTION_TYPES, OptionType
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.kronecker import FACTORS
 from ..state_layout import Layout
@@ -59,14 +57,6 @@ class KFAC(KroneckerOptimizer):
 
     _carried: tuple[str, ...] = ("_handles", "_batches")
     _kept: ClassVar[dict[str, Layout | None]] = {PASSES: "scalar"}
-    _own_types: ClassVar[dict[str, OptionType]] = {
-        "loss_scale": OptionType(
-            "a number, 'sum' or a tensor of one element",
-            lambda value: value == "sum" if isinstance(value, str) else OPTION_TYPES["lr"].takes(value),
-            "positive and finite",
-            lambda value: isinstance(value, (str, Tensor)) or 0 < value < math.inf,
-        )
-    }
     _ranks: Any = None
 
     def __init__(
