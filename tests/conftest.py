@@ -21,7 +21,7 @@ QUICK = (
     *("optim/test_metrics.py", "optim/test_optimizer_recipes.py", "optim/test_plan.py", "optim/test_recipe.py"),
     *("optim/test_routing.py", "optim/test_scaling.py", "optim/test_scion.py", "optim/test_splus.py"),
     *("optim/test_state_storage.py", "optim/test_table.py", "optim/test_trust_region.py", "optim/test_upstream.py"),
-    *("papers/test_table_1.py", "papers/test_schattor.py"),
+    *("papers/test_scion.py", "papers/test_table_1.py"),
     *("linalg/test_blocks.py", "linalg/test_coefficients.py", "linalg/test_polar_robust.py"),
     *("kernels/test_chain_numbers.py", "kernels/test_eigh.py", "kernels/test_grouped_gemm.py"),
     *("kernels/test_small_polar.py", "kernels/test_symm_gemm.py", "kernels/test_weight_update.py"),
