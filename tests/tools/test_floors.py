@@ -24,6 +24,7 @@ TOOLS: dict[str, set[str]] = {
     "bench": {"compare", "planner"},
     "cli": set(),
     "compare": set(),
+    "convert": set(),
     "doctor": {"facts"},
     "facts": set(),
     "planner": set(),
