@@ -188,11 +188,9 @@ class Recipe:
         room = torch.finfo(torch.promote_types(dtype, torch.float32)).max / 4
         if self.kronecker is None:
             return taken & (square <= room)
-        if self.kronecker.beta == 1:
-            room *= ROOM
         for of_piece in names:
-            gain = self.kronecker.gain({key: state[name] for key, name in of_piece.items()})
-            taken = taken & (square * gain <= room)
+            factors = {key: state[name] for key, name in of_piece.items()}
+            taken = taken & (square * self.kronecker.gain(factors) + self.kronecker.summed(factors) <= room)
         return taken
 
     # ---- a step, in its order ---------------------------------------------------------------------------------------

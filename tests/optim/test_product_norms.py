@@ -482,7 +482,7 @@ def test_training_in_bf16_goes_down() -> None:
         (
             lambda p: MuonMax(p, lower_bound="low"),
             TypeError,
-            "lower_bound should be a number or a tensor of one element or None but is: 'low'",
+            "lower_bound should be one number or None but is: 'low'",
         ),
         (lambda p: MuonMax(p, lower_bound=0.0, maximize=True), ValueError, "minimize the negative loss"),
         (lambda p: ProductNormDescent(p, others="l1"), ValueError, "norm 'l1' of the other parameters is not known"),

@@ -175,6 +175,15 @@ class Kronecker:
         """A bound, 0-d: the sum of squares of what a gradient adds to a factor, over that of the gradient."""
         return 1.0
 
+    def summed(self, state: State) -> Tensor | float:
+        """A bound, 0-d: the largest entry that factors which are sums have reached; 0 of averages."""
+        if self.beta != 1:
+            return 0.0
+        traces = [
+            state[key].double().diagonal(dim1=-2, dim2=-1).sum(-1).amax() for key in FACTORS if state[key].numel()
+        ]
+        return torch.stack(traces).amax() if traces else 0.0
+
     def needs_exact(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
         """Whether the last refresh got no hold of each matrix."""
         return [False for i, side in owners for _ in states[i][FACTORS[side]]]
