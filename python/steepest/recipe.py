@@ -185,9 +185,10 @@ class Recipe:
         taken = largest <= self.largest_gradient(dtype)
         if not self.by_matrix:
             return taken
-        room = torch.finfo(torch.promote_types(dtype, torch.float32)).max / 4
+        wide = torch.promote_types(dtype, torch.float32)
         if self.kronecker is None:
-            return taken & (square <= room)
+            return taken & (square <= torch.finfo(wide).max / 4)
+        room = torch.finfo(self.kronecker.dtype or wide).max / 4
         for of_piece in names:
             factors = {key: state[name] for key, name in of_piece.items()}
             taken = taken & (square * self.kronecker.gain(factors) + self.kronecker.summed(factors) <= room)
