@@ -165,13 +165,14 @@ AOTITorchError __wrap_aoti_torch_delete_device_guard(DeviceGuardHandle) {
   return AOTI_TORCH_SUCCESS;
 }
 
-// What is registered for CUDA is what CPU tensors come to; the host's versions are nobody's.
+// What is registered for CUDA is what CPU tensors come to; the host's versions are nobody's. Ops without tensors stay.
 AOTITorchError __real_aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t,
                                                    TorchLibraryHandle*);
 AOTITorchError __wrap_aoti_torch_library_init_impl(const char* name, const char* key, const char* file, uint32_t line,
                                                    TorchLibraryHandle* library) {
-  return __real_aoti_torch_library_init_impl(name, std::string(key) == "CUDA" ? "CPU" : "PrivateUse1", file, line,
-                                             library);
+  const std::string registered(key);
+  const char* here = registered == "CUDA" ? "CPU" : registered == "CPU" ? "PrivateUse1" : key;
+  return __real_aoti_torch_library_init_impl(name, here, file, line, library);
 }
 
 AOTITorchError __real_torch_get_mutable_data_ptr(AtenTensorHandle, void**);
