@@ -619,6 +619,7 @@ def test_build_info() -> None:
     "op,written",
     [
         ("grad_stats", {"steps", "rows", "skipped", "scratch"}),
+        ("decide_steps", {"steps", "rows", "skipped"}),
         ("update_moments", {"momenta", "seconds", "inputs", "params", "mantissas", "sums", "scratch"}),
         ("apply_update", {"params", "mantissas", "sums", "scratch"}),
     ],

@@ -36,7 +36,7 @@ def a_chain(ops: Any, dtype: torch.dtype = torch.float16, columns: int = 24) -> 
     x = (gaussian(16, columns) / 8).to(dtype)[None]
     constants = [value for row in plan.constants for value in row]
     rest = (*plan.packed, constants, plan.powers, schedule.slacks, True, 1e-7, 0, False)
-    ops.polar_chain([x], [torch.empty_like(x)], [torch.empty(1)], [torch.empty(1, 16)], [], [], [], *rest)
+    ops.polar_chain([x], [torch.empty_like(x)], [torch.empty(1)], [], [], [], *rest)
 
 
 def update(ops: Any) -> None:

@@ -60,7 +60,7 @@ def test_it_agrees_with_the_chain_of_products(name: str, kernel: SmallPolar) -> 
     buffers, slack = {"x": x, "y": torch.empty_like(x)}, torch.empty(1)
     constants = [value for row in plan.constants for value in row]
     numbers = (constants, plan.powers, schedule.slacks, True, 1e-7)
-    torch.ops.steepest.polar_chain([x], [buffers["y"]], [slack], [], [], [], [], *plan.packed, *numbers)
+    torch.ops.steepest.polar_chain([x], [buffers["y"]], [slack], [], [], [], *plan.packed, *numbers)
     (found,), (own,) = kernel([given], "auto")
     wanted = buffers[plan.result].float()
     assert own.item() == pytest.approx(slack.item(), rel=1e-3)
