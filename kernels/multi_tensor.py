@@ -63,7 +63,7 @@ BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2 = _constants(
 )
 READ_BETA1, ONE_MINUS_READ_BETA1, EPS = _constants("read_beta1 one_minus_read_beta1 eps", layout.COLUMNS.index)
 INVERSE_CORRECTION1, INVERSE_CORRECTION2 = _constants("inverse_correction1 inverse_correction2", layout.COLUMNS.index)
-DECAY, LR, INPUT_SCALE = _constants("decay lr input_scale", layout.COLUMNS.index)
+DECAY, LR, INPUT_SCALE, LARGEST_TAKEN = _constants("decay lr input_scale largest_taken", layout.COLUMNS.index)
 INPUT_SQ, INPUT_MAX, GRAD_DOT = _constants("input_sq input_max grad_dot", layout.SUMS.index)
 MOMENTUM_SQ, MOMENTUM_MAX = _constants("momentum_sq momentum_max", layout.SUMS.index)
 UPDATE_SQ, PARAM_SQ = _constants("update_sq param_sq", layout.SUMS.index)
@@ -636,7 +636,9 @@ def rows_kernel(
             most = tl.maximum(most, tl.load(partials + at * SUMS + MOST, mask=at < chunks, other=0.0))
             square += tl.load(partials + at * SUMS + SQUARE, mask=at < chunks, other=0.0)
         grad_max = tl.max(most) * scale
-        finite = grad_max <= 3.4028234663852886e38  # of fp32, in which the gradient is unscaled
+        limit = tl.load(row + LARGEST_TAKEN)
+        # Without a limit the largest of fp32, in which the gradient is unscaled.
+        finite = grad_max <= tl.where(limit > 0, limit, 3.4028234663852886e38)
         if found_inf is not None:
             finite = finite & (tl.load(found_inf) == 0)
         tl.store(row + FINITE, finite.to(tl.float64))

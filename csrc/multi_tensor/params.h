@@ -84,7 +84,8 @@ enum Column : int {
   kInverseCorrection2,  // 1 / (1 - beta2^t)^(2 power), or 1
   kDecay,               // lr weight_decay, before any ratio
   kLr,
-  kInputScale,  // power of two that brings the direction's input into the range of fp16
+  kInputScale,    // power of two that brings the direction's input into the range of fp16
+  kLargestTaken,  // the caller's: a gradient with a larger magnitude is no step; 0: any that is finite is one
   kColumns
 };
 

@@ -95,14 +95,13 @@ class Recipe:
     @property
     def layouts(self) -> dict[str, Layout]:
         """The state tensors of a single matrix and how each lies beside the parameter, in a fixed order."""
-        layouts: dict[str, Layout] = {} if self.momentum is None else {self.momentum.key: "elementwise"}
-        layouts |= dict(self._state_items)
-        return layouts
+        return dict(self._state_items)
 
     @property
     def _state_items(self) -> tuple[tuple[str, Layout], ...]:
         of_metric: Layout = "elementwise" if self.kronecker is None else "factor"
-        items: list[tuple[str, Layout]] = [(key, of_metric) for key in self.precondition.keys]
+        items: list[tuple[str, Layout]] = [] if self.momentum is None else [(self.momentum.key, "elementwise")]
+        items += [(key, of_metric) for key in self.precondition.keys]
         items += [(spec.key, spec.layout) for transform in self.transforms for spec in transform.specs]
         items += [(key, "elementwise") for key in self.rounding.keys]
         items += [(CLOCK, "host")] if self.kronecker is not None else []
@@ -112,8 +111,7 @@ class Recipe:
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of `layouts`, each as often as a part names it."""
-        momentum = () if self.momentum is None else (self.momentum.key,)
-        return (*momentum, *(key for key, _ in self._state_items))
+        return tuple(key for key, _ in self._state_items)
 
     @property
     def by_matrix(self) -> bool:

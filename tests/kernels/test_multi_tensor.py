@@ -430,7 +430,7 @@ def assert_row(old: Work, at: Formulas, found: dict[str, float], name: str) -> N
         "decay": lr * decay,
         "lr": lr,
     }
-    assert wanted.keys() | {"input_scale"} == found.keys()
+    assert wanted.keys() | {"input_scale", "largest_taken"} == found.keys()  # the last is the caller's
     for key, value in wanted.items():
         # Squares are added up in the arithmetic of the gradient.
         near = 200 * torch.finfo(arithmetic(old.grad)).eps if key == "grad_sq" else 1e-12
@@ -651,12 +651,15 @@ def test_measuring_and_deciding_are_one_call(types: Types, scaling: Scaling) -> 
     works[2].grad.view(-1)[-1] = NAN
     apart = [w.copy() for w in works]
     wanted, table = table_of(works), table_of(apart)
-    table.rows.fill_(NAN)
+    for each in (wanted, table):
+        each.column("largest_taken")[3] = 0.1  # of noise, which has larger entries
+    table.rows[:, :-1].fill_(NAN)  # all but what the caller says
     grad_stats(works, wanted, scaling)
+    assert wanted.column("finite")[3] == 0
     old = [w.copy() for w in apart]
     measure(apart, table, scaling)
     assert same_bits(table.rows[:, :3], wanted.rows[:, :3])
-    assert bool(table.rows[:, 3:].isnan().all())
+    assert bool(table.rows[:, 3:-1].isnan().all())
     assert table.skipped.item() == 0
     assert same_works(apart, old)
     decide_steps(apart, table, scaling)
@@ -936,6 +939,23 @@ def test_a_gradient_whose_square_overflows_is_finite() -> None:
     assert row(table, 0)["grad_max"] == w.grad.max().item()
     assert bool(w.input.isfinite().all())
     assert bool(w.param.isfinite().all())
+
+
+@pytest.mark.parametrize("types", [(F, F, F, H, F), (D, D, D, D, D)], ids=ids)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_gradient_larger_than_the_caller_takes_is_no_step(types: Types, scale: float) -> None:
+    """The limit is of the unscaled gradient's largest magnitude, which may be as large; none, 0, is none."""
+    works = [make(PROGRAMS["muadam"], types) for _ in range(4)]
+    table, old = table_of(works), [w.copy() for w in works]
+    largest = max(float(g) for g in works[0].grad.double().abs().flatten()) / scale
+    limits = [0.0, largest, largest * (1 - 2.0**-20), 0.5 * largest]
+    table.column("largest_taken").copy_(torch.tensor(limits, dtype=D))
+    take(works, table, Scaling(None, torch.tensor(scale)))
+    assert table.column("finite").tolist() == [1, 1, 0, 0]
+    assert table.column("largest_taken").tolist() == limits
+    assert table.skipped.item() == 2
+    stayed = [torch.equal(w.param, before.param) for w, before in zip(works, old, strict=True)]
+    assert stayed == [False, False, True, True]
 
 
 # ---- the scale of an fp16 input ------------------------------------------------------------------------------------
@@ -1274,14 +1294,14 @@ ERRORS: dict[str, tuple[str, Change, str]] = {
     "rows, width": (
         "grad_stats",
         put("rows", torch.zeros(3, 3, dtype=D)),
-        "rows must be a contiguous float64 table of 17",
+        "rows must be a contiguous float64 table of 18",
     ),
     "rows, dtype": (
         "update_moments",
-        put("rows", torch.zeros(2, 17)),
-        "rows must be a contiguous float64 table of 17 columns",
+        put("rows", torch.zeros(2, 18)),
+        "rows must be a contiguous float64 table of 18 columns",
     ),
-    "rows, lines": ("grad_stats", put("rows", torch.zeros(2, 17, dtype=D)), "rows has 2 elements; it goes by 3"),
+    "rows, lines": ("grad_stats", put("rows", torch.zeros(2, 18, dtype=D)), "rows has 2 elements; it goes by 3"),
     "sums, width": (
         "apply_update",
         put("sums", torch.zeros(4, 6, dtype=D)),

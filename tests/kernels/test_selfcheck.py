@@ -34,7 +34,7 @@ from steepest.ops.checks import (
 )
 from steepest.ops.checks import polar_chain as chains
 from steepest.ops.checks.comparison import GUARD, Comparison
-from steepest.ops.multi_tensor import CHUNK, SUMS
+from steepest.ops.multi_tensor import CHUNK, COLUMNS, SUMS
 from steepest.parts import Frobenius, Spectral
 from steepest.step import plan
 from steepest.step import warm_up as warming
@@ -214,6 +214,11 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., None], str]] = {
     ),
     "NaN in a neighbour": ("update_moments", lambda *a: a[MOMENTA][3].view(-1)[:1].fill_(torch.nan), "momentum"),
     "a step with a NaN": ("grad_stats", lambda *a: a[2][:, 0].fill_(1), "whether steps are taken"),
+    "a limit that is forgotten": (
+        "grad_stats",
+        lambda *a: a[2][:, 0].logical_or_(a[2][:, COLUMNS.index("largest_taken")] > 0),
+        "whether steps are taken",
+    ),
     "a step that is not counted": ("grad_stats", lambda *a: a[1][2].sub_(1), "step counts: 1 of"),
     "a NaN that is not counted": ("grad_stats", lambda *a: a[4].zero_(), "steps not taken"),
     "a step that is decided and not counted": (

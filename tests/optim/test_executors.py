@@ -13,11 +13,10 @@ import steepest
 from steepest.ops import backend
 from steepest.optimizer import MatrixOptimizer
 from support.problems import gap
-from support.training import KRONECKER, OPTIMIZERS, RELATIVES, both_kinds, give_gradients
+from support.training import EVERY, both_kinds, give_gradients
 
 pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 
-EVERY: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES)
 #: Those that the fused ops leave to torch operations: their direction or their step depends on the weight itself.
 BY_TORCH = (steepest.OrthogonalSGDM, steepest.Fromage)
 

@@ -139,13 +139,16 @@ def grad_stats(
 ) -> None:
     """Fills table.rows, one row a gradient, and counts steps; nothing else is written.
 
+    A gradient whose largest magnitude, unscaled, is above the row's column largest_taken, if that is not 0, is no step.
+
     decide=False: fills the columns finite, grad_sq and grad_max, which are the first three, and counts nothing. They
     can be reduced over ranks (by min, sum and max) before `decide_steps` does the rest, to the bit as here.
 
     grads: fp32, bf16, fp16 (fp64 on the CPU), any strides, at least one element; not mutated.
     steps: fp32 counters of one element, counted up where the gradient is finite; without elements where nobody counts.
     programs: packed; first_sums: (len(grads) + 1,), the lines of gradient i's matrices are first_sums[i : i + 2].
-    table.skipped counts the parameters whose step is not taken: a gradient that is not finite, or scaling.found_inf.
+    table.skipped counts the parameters whose step is not taken: a gradient that is not finite or too large, or
+    scaling.found_inf.
     """
     name = route("grad_stats", grads, backend)
     arguments = (grads, steps, table.rows, table.sums, table.skipped, table.scratch, programs, first_sums)

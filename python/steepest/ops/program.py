@@ -44,7 +44,8 @@ def _lowest_bits() -> dict[str, int]:
 #: The lowest bit of each field.
 LOWEST_BIT = _lowest_bits()
 
-#: Numbers of a parameter, `Column` in params.h; the first three are measured, the others follow from them.
+#: Numbers of a parameter, `Column` in params.h; the first three are measured, the last is the caller's, the others
+#: follow from them.
 COLUMNS = (
     "finite",
     "grad_sq",
@@ -63,6 +64,7 @@ COLUMNS = (
     "decay",
     "lr",
     "input_scale",
+    "largest_taken",
 )
 #: Sums over a matrix, `Sum` there.
 SUMS = ("input_sq", "input_max", "grad_dot", "momentum_sq", "momentum_max", "update_sq", "param_sq")

@@ -29,6 +29,10 @@ class Weights:
         """The weight in fp32 (fp64 for fp64), with the bits that bf16 drops where keep_mantissa keeps them."""
         return self._parameters[p].value()
 
+    def stepped(self, p: Tensor) -> Tensor:
+        """0-d bool, whether the step of this parameter was taken, and not left out for its gradient."""
+        return self._parameters[p].stepped
+
     @torch.no_grad()
     def store(self, p: Tensor, value: Tensor) -> None:
         """Makes this the weight, of p's shape, rounded as the step rounds it: the bits that are kept are its bits."""

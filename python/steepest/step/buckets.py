@@ -7,6 +7,7 @@ of one, as the workspace has room for. Items that take their whole step in `upda
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..chunking import chunk_by_bytes
+from ..matrices import Piece
 from ..ops.multi_tensor import Item, Items, Table
 from ..ops.polar_chain import Update
 from ..ops.program import Program
@@ -44,12 +46,7 @@ class FusedItem:
     @property
     def size(self) -> int:
         """Elements of a matrix."""
-        return self.parameter.tensor.numel() if self.matrices is None else self._area
-
-    @property
-    def _area(self) -> int:
-        assert self.matrices is not None
-        return self.matrices.piece.rows * self.matrices.piece.cols
+        return self.parameter.tensor.numel() if self.matrices is None else math.prod(self.matrices.shape[1:])
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -63,10 +60,7 @@ class FusedItem:
     @property
     def input_dtype(self) -> torch.dtype:
         """The dtype of what `update_moments` stores: the direction's own, or that of the rotations before it."""
-        if self.by_torch:
-            return torch.promote_types(self.parameter.grad_dtype, torch.float32)
-        assert self.matrices is not None
-        return self.matrices.input_dtype
+        return self.parameter.wide_dtype if self.by_torch else self.parameter.input_dtype
 
     @property
     def moves_weights(self) -> bool:
@@ -95,14 +89,18 @@ class FusedItem:
     def workspace_bytes(self) -> int:
         """Memory that the direction needs besides, and the torch operations around it."""
         assert self.matrices is not None
-        piece, dtype = self.matrices.piece, self.matrices.input_dtype
+        piece, dtype = self.matrices.piece, self.parameter.input_dtype
         around = self.count * self.size * (dtype.itemsize + 4) if self.by_torch else 0
         return around + self.count * self.parameter.recipe.direction.workspace_bytes(piece.rows, piece.cols, dtype)
 
     def view(self, t: Tensor) -> Tensor:
         """The item's part of a tensor of the parameter's shape; one without elements as it is."""
-        narrow = self.matrices is not None and self.matrices.piece.narrow and t.numel()
-        return self.matrices.piece.view(t) if narrow and self.matrices is not None else t
+        return t if self._narrow is None or not t.numel() else self._narrow.view(t)
+
+    @cached_property
+    def _narrow(self) -> Piece | None:
+        """What makes views of the parameter, where the item is less than that."""
+        return None if self.matrices is None or not self.matrices.piece.narrow else self.matrices.piece
 
     def state(self, keys: Sequence[str]) -> Tensor:
         """The item's part of the elementwise state under the first key; without elements where there is none."""
@@ -126,7 +124,7 @@ class Bucket:
         self.items = items
         self.recipe, self.device = first.parameter.recipe, first.parameter.tensor.device
         self.by_torch, self.moves_weights = first.by_torch, first.moves_weights
-        self.dtype, self.stored_dtype = first.matrices.input_dtype, first.input_dtype
+        self.dtype, self.stored_dtype = first.parameter.input_dtype, first.input_dtype
         self.counts = [item.count for item in items]
         self.stored_shape = (sum(self.counts), first.matrices.piece.rows, first.matrices.piece.cols)
         shapes = [item.matrices.input_shape for item in items if item.matrices is not None]
@@ -156,7 +154,7 @@ class Bucket:
         updates = []
         for item, part in zip(self.items, parts, strict=True):
             assert item.matrices is not None
-            grad = item.matrices.grad.reshape(item.matrices.shape)
+            grad = item.matrices.elementwise(item.matrices.grad)
             u, remembered = self.recipe.update(item.matrices.recipe_state(), part, grad, item.parameter.taken.hyper)
             item.matrices.keep(remembered)
             updates.append(u.to(self.stored_dtype).contiguous())
@@ -223,19 +221,14 @@ class Round:
         self.momenta = [item.view(item.parameter.momentum) for item in self.items]
         self.seconds = _present([item.state(_second(item)) for item in self.items])
         self.remainders = _present([item.state(item.parameter.recipe.rounding.keys) for item in self.items])
-        pieces = [None if item.matrices is None else item.matrices.piece for item in self.items]
-        #: what makes views of a parameter, of those items that are less than theirs
-        self._views = [
-            (item.parameter, piece if piece and piece.narrow else None) for item, piece in zip(self.items, pieces)
-        ]
 
     def weights(self) -> list[Tensor]:
         """Views of the weights, new ones in every step: a parameter's `data` may have been exchanged."""
-        return [p.tensor if piece is None else piece.view(p.tensor) for p, piece in self._views]
+        return [item.view(item.parameter.tensor) for item in self.items]
 
     def grads(self) -> list[Tensor]:
         """The gradients as they are stored."""
-        return [p.grad if piece is None else piece.view(p.grad) for p, piece in self._views]
+        return [item.view(item.parameter.grad) for item in self.items]
 
     def of_late(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Those of the items that `apply_update` moves, from a list of all items' or an empty one."""
@@ -275,7 +268,7 @@ def rounds_of(items: Sequence[FusedItem], max_bytes: int, coupled: bool) -> Iter
         if item.matrices is not None:
             p, piece = item.parameter, item.matrices.piece
             weights = p.tensor.dtype if item.moves_weights else None
-            key = (p.recipe, piece.rows, piece.cols, item.matrices.input_dtype, item.moves_weights, weights)
+            key = (p.recipe, piece.rows, piece.cols, p.input_dtype, item.moves_weights, weights)
             buckets.setdefault(key, []).append(item)
     parts = [part for bucket in buckets.values() for part in chunk_by_bytes(bucket, _bytes_of_call, max_bytes)]
     # Where layers wait, directions that are cheap are made twice and the others kept: a round has one kind.

@@ -42,17 +42,17 @@ class Eager:
             signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
             for p, scale in zip(self.parameters, scales, strict=True)
         ]
-        measured = [(largest(g).double(), square_sum(g)) for g in grads]
-        if reduce is not None and measured:
-            measured = _reduced(measured, reduce)
+        ours = [(largest(g).double(), square_sum(g)) for g in grads]
+        measured = _reduced(ours, reduce) if reduce is not None and ours else ours
         self._sums = {}
-        for p, g, (most, square), scale in zip(self.parameters, grads, measured, scales, strict=True):
+        rows = zip(self.parameters, grads, ours, measured, scales, strict=True)
+        for p, g, (_, square_here), (most, square), scale in rows:
             finite = p.takes(most, square)
             if scale.found_inf is not None:
                 finite = finite & (scale.found_inf.reshape(()) == 0)
             self._skipped[p.tensor.device].add_(finite.logical_not())
-            p.step = StepValues(g, finite, p.recipe.phase(p.state), hypers[p.group])
-            self._add(p, "grad", torch.where(finite, square_sum(g) if reduce is not None else square, 0))
+            p.step, p.flag = StepValues(g, finite, p.recipe.phase(p.state), hypers[p.group]), finite
+            self._add(p, "grad", torch.where(finite, square_here, 0))
 
     def observe(self) -> None:
         update_factors([item for item in self._matrices if item.phase.before])
@@ -161,10 +161,9 @@ def _input(item: Matrices) -> Tensor:
 
 
 def _work_dtype(item: Matrices) -> torch.dtype:
-    wide = torch.promote_types(item.parameter.grad_dtype, torch.float32)
     # fp16 has no room for what the fused op scales into its range.
-    dtype = item.recipe.direction_dtype(wide, item.parameter.tensor.device)
-    return wide if dtype == torch.float16 else dtype
+    dtype = item.parameter.input_dtype
+    return item.parameter.wide_dtype if dtype == torch.float16 else dtype
 
 
 def _workspace_bytes(item: Matrices) -> int:

@@ -69,18 +69,16 @@ class Fused:
         self._rounds = list(rounds_of(self._items, max_workspace_bytes, coupled))
         #: those of this step: fewer where a parameter's first gradient only makes its metric
         self._present = self._rounds
-        #: parameters with torch operations around the direction, and their matrices
-        self._by_torch = [p for p in parameters if p.recipe.by_matrix]
+        #: parameters with torch operations around the direction, by their rows, and their matrices
+        self._by_torch = {row: p for row, p in enumerate(parameters) if p.recipe.by_matrix}
         #: rows of those whose gradients and decisions are looked at outside of the ops
-        self._valued = [row for row, p in enumerate(parameters) if coupled or p.recipe.by_matrix]
+        self._valued = list(range(len(parameters)) if coupled else self._by_torch)
         self._matrices = [item.matrices for item in self._items if item.by_torch and item.matrices is not None]
         limits = [p.recipe.largest_gradient(p.grad_dtype) for p in parameters]
-        self._largest = torch.tensor(limits, dtype=torch.float64, device=self.device)
-        self._within = torch.empty_like(self._largest)
-        self._measured = [self.table.column(name) for name in ("finite", "grad_max", "grad_sq")]
-        #: whose sums of squares count as well
-        self._watching = [(row, p) for row, p in enumerate(parameters) if p.recipe.by_matrix]
-        self._watched = [p.momentum for p in parameters if _has_fp16_input(p)]
+        self.table.column("largest_taken").copy_(torch.tensor(limits, dtype=torch.float64, device=self.device))
+        for p, flag in zip(parameters, self.table.column("finite").unbind(), strict=True):
+            p.flag = flag
+        self._watched = [p.momentum for p in parameters if p.input_dtype is torch.float16]
         self._versions: list[int] = []
         self._rows = {group: self._span(group) for group in set(self._group_of)}
         self._remember_state()
@@ -127,11 +125,13 @@ class Fused:
         groups = _groups(hypers, self._group_of, self.device)
         arguments = (steps, self.table, self._packed, self._first_sums, groups, scaled)
         grads = [p.grad for p in self.parameters]
-        multi_tensor.grad_stats(grads, *arguments, decide=False, backend=self.backend)
+        at_once = reduce is None and not self._by_torch
+        multi_tensor.grad_stats(grads, *arguments, decide=at_once, backend=self.backend)
         if reduce is not None:
             reduce(self.table.rows[:, : COLUMNS.index("grad_max") + 1])
-        self._refuse()
-        multi_tensor.decide_steps(*arguments, backend=self.backend)
+        if not at_once:
+            self._refuse()
+            multi_tensor.decide_steps(*arguments, backend=self.backend)
         flags = (self.table.column("finite") != 0).unbind() if phases else ()
         for row, phase in phases.items():
             p = self.parameters[row]
@@ -139,15 +139,14 @@ class Fused:
             p.step = StepValues(g, flags[row], phase, hypers[p.group])
 
     def _refuse(self) -> None:
-        """Takes no step where the state would not stay finite; before anything is written."""
-        finite, most, square = self._measured
-        finite.mul_(torch.le(most, self._largest, out=self._within))
-        for row, p in self._watching:
+        """Takes no step where what torch operations make of a gradient would not stay finite."""
+        finite, most, square = (self.table.column(name) for name in ("finite", "grad_max", "grad_sq"))
+        for row, p in self._by_torch.items():
             finite[row].mul_(p.takes(most[row], square[row]))
 
     def observe(self) -> None:
         update_factors([item for item in self._matrices if item.phase.before])
-        for p in self._by_torch:
+        for p in self._by_torch.values():
             taken = p.taken
             hyper = taken.hyper.beginning(p.state["step"] - taken.finite) if p.recipe.starts_first else taken.hyper
             for transform in p.recipe.transforms if taken.phase.steps else ():
@@ -239,7 +238,7 @@ class Fused:
 
     def finish(self) -> None:
         update_factors([item for item in self._matrices if item.phase.after])
-        advance_clocks(self._by_torch)
+        advance_clocks(list(self._by_torch.values()))
         for row in self._valued:
             self.parameters[row].step = None
         self._present = self._rounds
@@ -272,11 +271,6 @@ def _length(item: FusedItem, norm: Tensor | None) -> Tensor | None:
         ones = None if plain else torch.ones(item.count, dtype=torch.float64, device=item.parameter.tensor.device)
         return None if ones is None else ones * factor
     return norm * factor
-
-
-def _has_fp16_input(p: Parameter) -> bool:
-    wide = torch.promote_types(p.grad_dtype, torch.float32)
-    return p.recipe.direction.compute_dtype(wide, p.tensor.device) is torch.float16
 
 
 def _groups(hypers: Sequence[Hyper], of: list[int], device: torch.device) -> Groups:

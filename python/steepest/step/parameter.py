@@ -44,7 +44,8 @@ class Parameter:
     """One parameter of a step: its tensor and state, its recipe, and how it is read as matrices.
 
     group, index: parameter `index` of group `group` of the optimizer.   state: the optimizer's own dictionary.
-    step: what the present step goes by, between its decision and its end.
+    step: what the present step goes by, between its decision and its end.   flag: 0-d, where the executor says by a
+    number that is not 0 that the last step was taken.
     """
 
     tensor: Tensor
@@ -55,6 +56,7 @@ class Parameter:
     index: int = 0
     options: StepOptions = StepOptions()
     step: StepValues | None = field(default=None, repr=False)
+    flag: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.momentum_key = self.recipe.keys[0]
@@ -71,10 +73,26 @@ class Parameter:
         return self.tensor.dtype if self.tensor.grad is None else self.tensor.grad.dtype
 
     @property
+    def wide_dtype(self) -> torch.dtype:
+        """The dtype that is computed in: the gradient's, but at least fp32."""
+        return torch.promote_types(self.grad_dtype, torch.float32)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype in which the direction works."""
+        return self.recipe.direction_dtype(self.wide_dtype, self.tensor.device)
+
+    @property
     def taken(self) -> StepValues:
         """The values of the step that is being taken."""
         assert self.step is not None
         return self.step
+
+    @property
+    def stepped(self) -> Tensor:
+        """0-d bool, whether the last step was taken, and not left out for its gradient."""
+        assert self.flag is not None
+        return self.flag != 0
 
     @property
     def momentum(self) -> Tensor:
@@ -127,12 +145,6 @@ class Matrices:
     def input_shape(self) -> tuple[int, int, int]:
         """The shape of the direction's input."""
         return self.recipe.input_shape(self.piece.shape)
-
-    @property
-    def input_dtype(self) -> torch.dtype:
-        """The dtype in which the direction works."""
-        wide = torch.promote_types(self.parameter.grad_dtype, torch.float32)
-        return self.recipe.direction_dtype(wide, self.parameter.tensor.device)
 
     @property
     def weight(self) -> Tensor:

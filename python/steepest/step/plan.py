@@ -110,8 +110,8 @@ class Plan:
         by_torch: list[Parameter] = []
         fused: dict[tuple[torch.device, str, int], list[tuple[Parameter, Program]]] = {}
         for p in parameters:
-            backend = "torch" if traced else route(p, coupled=coupled)
             packed = program(p.recipe, maximize=p.options.maximize, coupled=coupled)
+            backend = "torch" if traced else _backend(p, packed)
             if backend == "torch" or isinstance(packed, str):
                 by_torch.append(p)
             else:
@@ -175,8 +175,8 @@ class Plan:
                     warm_up(bucket.recipe.direction, bucket.shape[1:], bucket.dtype, bucket.device, weights)
                 continue
             for item in (item for p in executor.parameters for item in p.matrices()):
-                wide = torch.promote_types(item.parameter.grad_dtype, torch.float32)
-                warm_up(item.recipe.direction, item.input_shape[1:], wide, item.parameter.tensor.device)
+                p = item.parameter
+                warm_up(item.recipe.direction, item.input_shape[1:], p.wide_dtype, p.tensor.device)
 
     def notice_changes(self) -> None:
         """What a step does first, for a graph, which replays only what follows."""
@@ -188,24 +188,28 @@ class Plan:
         return [_norms([executor.sums_of(number) for executor in self.executors]) for number in range(groups)]
 
 
-def reason(p: Parameter, *, coupled: bool = False) -> str | None:
-    """Why the fused ops do not take a parameter; None where they do."""
-    packed = program(p.recipe, maximize=p.options.maximize, coupled=coupled)
-    return packed if isinstance(packed, str) else multi_tensor.takes(_tensors(p))
-
-
 def route(p: Parameter, *, coupled: bool = False) -> str:
     """The backend of a parameter's step but for its direction; RuntimeError where a forced one cannot run.
 
     One without elements goes by torch operations, whatever was asked for: there is nothing to run.
     """
+    return _backend(p, program(p.recipe, maximize=p.options.maximize, coupled=coupled))
+
+
+def reason(p: Parameter, packed: Program | str) -> str | None:
+    """Why the fused ops do not take a parameter of this program; None where they do."""
+    return packed if isinstance(packed, str) else multi_tensor.takes(_tensors(p))
+
+
+def _backend(p: Parameter, packed: Program | str) -> str:
     device = p.tensor.device
     if requested(p.options.backend) == "torch" or not p.tensor.numel():
         return "torch"
-    why = reason(p, coupled=coupled)
+    why = reason(p, packed)
     reasons = {name: of_backend or why for name, of_backend in multi_tensor.reasons(device).items()}
     if reasons["triton"] is None:
-        reasons["triton"] = _triton_reason(p, coupled)
+        assert not isinstance(packed, str)
+        reasons["triton"] = _triton_reason(p, packed)
     return multi_tensor.choose("step", p.options.backend, reasons, device, multi_tensor.FAMILY)
 
 
@@ -222,13 +226,12 @@ def _tensors(p: Parameter) -> list[Tensor]:
     return [p.tensor, *state, *([] if p.tensor.grad is None else [p.grad])]
 
 
-def _triton_reason(p: Parameter, coupled: bool) -> str | None:
+def _triton_reason(p: Parameter, packed: Program) -> str | None:
     """Why the Triton kernels, which take less than the compiled ones, do not take a parameter; None where they do."""
     tensors = _tensors(p)
     if p.recipe.rounding.mode == "stochastic" and not all(t.is_contiguous() for t in tensors):
         return "stochastic rounding goes by an element's place, and a tensor is not contiguous"
-    packed = program(p.recipe, coupled=coupled)
-    if isinstance(packed, str) or packed.whole:
+    if packed.whole:
         return multi_tensor.triton_takes(tensors, 1)
     for piece in p.pieces:
         views = [piece.view(t) for t in tensors]

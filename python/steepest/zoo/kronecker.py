@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, get_args
 
 import torch
-from torch import Tensor
 
 from ..linalg.basis import Method
 from ..ops.multi_tensor import Scaling
@@ -27,8 +26,8 @@ from ..parts import (
     Sides,
     Sign,
 )
-from ..parts.precondition.kronecker import LEARNED, Kronecker
-from ..recipe import Recipe, State
+from ..parts.precondition.kronecker import Kronecker
+from ..recipe import Recipe
 from ..state_layout import Layout
 from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
@@ -465,18 +464,15 @@ class SPlus(KroneckerOptimizer):
         """The averages take the weights that were stepped."""
         if self._averaged():
             raise RuntimeError("the weights are averages since eval(); call train() before the next step")
-        before = {p: _steps_taken(state).clone() for p, state in self.state.items() if AVERAGE in state}
         super()._take_step(scaling, loss)
         self._start_averages()
-        for group in self.param_groups:
-            for p in group["params"] if group["average_rate"] else ():
-                if p.grad is not None:
-                    state = self.state[p]
-                    taken = _steps_taken(state) != before.get(p, 0)
-                    weight = taken.to(torch.float64) * (1 - group["average_rate"])
-                    value = self._recipe(group).rounding.value(p, state)
-                    state[AVERAGE].lerp_(value.to(state[AVERAGE].dtype), weight.to(state[AVERAGE].dtype))
-                    state[MASS].lerp_(torch.ones_like(weight), weight)
+        assert self._plan is not None
+        for p in self._plan.parameters:
+            rate, state = self.param_groups[p.group]["average_rate"], self.state[p.tensor]
+            if rate:
+                weight = p.stepped.to(torch.float64) * (1 - rate)
+                state[AVERAGE].lerp_(p.value().to(state[AVERAGE].dtype), weight.to(state[AVERAGE].dtype))
+                state[MASS].lerp_(torch.ones_like(weight), weight)
 
     @in_default_modes
     def init_state(self) -> None:
@@ -511,8 +507,3 @@ class SPlus(KroneckerOptimizer):
 
     def _averaged(self) -> bool:
         return any(WEIGHTS in state for state in self.state.values())
-
-
-def _steps_taken(state: State) -> Tensor:
-    """The count of a matrix' gradients, or of an AdamW parameter's steps; one that is not finite is in neither."""
-    return state[LEARNED] if LEARNED in state else state["step"]

@@ -34,10 +34,9 @@ from ..parts import (
     UpdateTransform,
     shape_ratio,
 )
-from ..recipe import Recipe, State, largest, square_sum
+from ..recipe import Recipe, State
 from ..state_layout import Layout, StateSpec
 from ..step.modes import in_default_modes
-from ..step.parameter import signed_gradient
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
 from .vector import MomentumOptimizer, VectorOptimizer
 
@@ -295,16 +294,13 @@ class NIGT(MomentumOptimizer):
         for p, _ in stepping:
             p.copy_(self.state[p][WEIGHTS])
         super()._take_step(scaling, loss)
+        assert self._plan is not None
+        stepped = {parameter.tensor: parameter.stepped for parameter in self._plan.parameters}
         for (p, group), x, w in zip(stepping, ahead, before, strict=True):
-            recipe, beta = self._recipe(group), number(group["momentum"])
-            g = signed_gradient(p.grad, False, None if scaling.grad_scale is None else scaling.grad_scale.to(p.device))
-            taken = recipe.takes(largest(g), square_sum(g), self.state[p], (), p.grad.dtype)
-            if scaling.found_inf is not None:
-                taken = taken & (scaling.found_inf.reshape(()).to(p.device) == 0)
-            after = self._iterate(p, p, group)
+            beta, after = number(group["momentum"]), self._iterate(p, p, group)
             further = after + (after - w) * (beta / (1 - beta))
             self.state[p][WEIGHTS].copy_(p)  # as it was where no step was taken
-            p.copy_(torch.where(taken, further.to(p.dtype), x))
+            p.copy_(torch.where(stepped[p], further.to(p.dtype), x))
 
     def _iterate(self, stored: Tensor, p: Tensor, group: Group) -> Tensor:
         """W with the bits that its dtype drops, where they are kept."""

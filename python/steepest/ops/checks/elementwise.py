@@ -38,7 +38,7 @@ ADAMW = Program(momentum_correction=True, power="quarter", second_correction=Tru
 class Case:
     """``count`` items of one shape. types: of gradient, momentum, second moment, input or direction, parameter.
 
-    step: the one that is taken.
+    step: the one that is taken.   nan: in a gradient.   largest: the limit of gradients that are taken, 0: none.
     """
 
     program: Program
@@ -49,7 +49,13 @@ class Case:
     shift: int = 0
     turned: bool = False
     nan: bool = False
+    largest: float = 0.0
     step: int = 3
+
+    @property
+    def refused(self) -> bool:
+        """Whether its step is not taken; of noise some entry is larger than any limit here."""
+        return self.nan or self.largest > 0
 
 
 CASES = (
@@ -68,6 +74,7 @@ CASES = (
     Case(Program(heavy_ball=True, direction="identity", maximize=True), (F, F, F, F, F), (24, 17), turned=True),
     Case(replace(MUADAM, rounding="mantissa"), (B, B, F, B, B), (17, 24), turned=True),
     Case(MUADAM, (F, F, F, H, F), (16, 9), nan=True),
+    Case(ADAMW, (F, F, F, F, F), (16, 8), largest=0.1),
     Case(FIRST, (F, F, F, H, F), (16, 9), step=1),
     Case(replace(MUADAM, frozen_moments=True), (F, F, F, H, F), (16, 9)),
     Case(Program(), (F, F, F, H, F), (8,), count=300),
@@ -84,6 +91,7 @@ IN_TRITON = (
     Case(Program(nesterov=True, rounding="stochastic"), (B, B, F, H, B), (40, 24)),
     Case(ADAMW, (F, F, F, F, F), (CHUNK + 8,)),
     Case(ADAMW, (F, F, F, F, F), (16, 8), nan=True),
+    Case(ADAMW, (F, F, F, F, F), (16, 8), largest=0.1),
     *(case for case in CASES if case.program == FIRST or case.program.frozen_moments),
     Case(ADAMW, (F, F, F, F, F), (8,), count=300),
 )
@@ -104,6 +112,8 @@ def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], compa
     table = Table.empty(skipped, [matrices * size for matrices, size in sizes], sizes)
     place = comparison.place
     table = Table(place(table.rows), place(table.sums), place(table.scratch), skipped)
+    limits = [work.case.largest for _, work in every]
+    table.column("largest_taken").copy_(torch.tensor(limits, dtype=D, device=comparison.device))
     table.column("momentum_max").copy_(torch.cat([work.lines("momentum").abs().amax(-1) for work in works]))
     counts = [work.case.step - 1.0 for _, work in every]
     steps, again = (comparison.place(torch.tensor(counts, dtype=F, device=comparison.device)) for _ in range(2))
@@ -118,7 +128,9 @@ def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], compa
     memory = (table.sums, table.skipped, table.scratch)
     op("grad_stats")(grads, list(steps.unbind()), table.rows, *memory, *numbers, None, None)
     # Once more in two calls.
-    apart = Table(place(torch.zeros_like(table.rows)), table.sums, table.scratch, place(torch.zeros_like(skipped)))
+    unknown = torch.zeros_like(table.rows)
+    unknown[:, -1] = table.column("largest_taken")
+    apart = Table(place(unknown), table.sums, table.scratch, place(torch.zeros_like(skipped)))
     memory = (apart.sums, apart.skipped, apart.scratch)
     op("grad_stats")(grads, list(again.unbind()), apart.rows, *memory, *numbers, None, None, False)
     op("decide_steps")(list(again.unbind()), apart.rows, *memory[:2], *numbers, None)
@@ -139,7 +151,7 @@ def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], compa
         some = ([lists[name][i] for i in late] for name in ("direction", "second", "param", "mantissa", "lengths"))
         op("apply_update")(*some, *tables, *Items(tuple(items[i] for i in late)).numbers)
 
-    taken = torch.cat([steps.new_full((work.case.count,), 0.0 if work.case.nan else 1.0) for work in works])
+    taken = torch.cat([steps.new_full((work.case.count,), 0.0 if work.case.refused else 1.0) for work in works])
     comparison.expect("whether steps are taken", table.column("finite"), taken)
     comparison.expect("step counts", steps, taken + steps.new_tensor(counts))
     comparison.expect("steps not taken", skipped, len(every) - taken.sum())
@@ -150,7 +162,7 @@ def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], compa
     row = 0
     for work in works:
         end = row + work.case.count
-        if work.case.nan:
+        if work.case.refused:
             work.expect_nothing()
         else:
             rows, lines = slice(row, end), slice(first_sums[row], first_sums[end])
