@@ -49,11 +49,6 @@ def largest_entry(x: Tensor) -> Tensor:
     return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
 
 
-def to_order_one(x: Tensor) -> Tensor:
-    """x: (..., m, n) fp32 or fp64, times a power of two that brings its largest entry into [1/2, 1)."""
-    return inverse_power_of_two(largest_entry(x)).times(x)
-
-
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in fp16, or fp64 in fp32, times a power of two that brings its largest entry near fp16's largest.
 

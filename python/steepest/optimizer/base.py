@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops.backend import requested
 from ..ops.multi_tensor import Scaling
-from ..parts import Hyper, Number
-from ..recipe import Recipe, State, adamw
+from ..parts import Number
+from ..recipe import State
 from ..step import Parameter, Plan, StepOptions
 from ..step.checks import check_gradient, check_state, refuse_capture
 from ..step.coupling import Coupling
@@ -26,15 +26,15 @@ from ..step.plan import route
 from ..step.seams import Reduce, Transport
 from ..step.state_storage import stack
 from .checkpoints import Checkpoints
-from .group_options import CHANGING, Group, adam_hyper, changed, finish, frozen, parameter_name
-from .groups import Groups, Params
+from .group_options import Group, parameter_name
+from .groups import Params
 from .reports import Reports
 from .weights import Weights
 
 __all__ = ["MatrixOptimizer"]
 
 
-class MatrixOptimizer(Groups, Reports, Checkpoints):
+class MatrixOptimizer(Reports, Checkpoints):
     """Base of the named optimizers: a subclass gives `recipe(group)` and `hyper(group)` for its matrices.
 
     params: a module or named parameters (routed by `steepest.param_groups`), an iterable of tensors (routed by shape),
@@ -54,16 +54,12 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
         self._adamw_defaults = dict(adamw)
         self._reasons: dict[Tensor, str] = {}
         self._skipped: dict[torch.device, Tensor] = {}
-        self._recipes: dict[int, tuple[Group, Recipe, int]] = {}
+        self._recipes = {}
         self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
         self._check_options(defaults)
         self._check_options(self._adamw_defaults, prefix="adamw_")
         self._check_values(defaults)
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
-
-    def hyper(self, group: Group) -> Hyper:
-        """The numbers of this step for a matrix group, read from the group."""
-        raise NotImplementedError
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -127,27 +123,6 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
         """Makes state and plan for the gradients there are, without a step; the backends it will run on."""
         return self._ready_plan().backends
 
-    def _recipe(self, group: Group) -> Recipe:
-        """The group's recipe, the same object until a value it may depend on changes."""
-        if torch.compiler.is_compiling():
-            return self._new_recipe(group)
-        return self._known_recipe(group)[0]
-
-    def _known_recipe(self, group: Group) -> tuple[Recipe, int]:
-        """A group's recipe, and a number that is another one whenever its values have changed."""
-        values = frozen(group, (key for key in self.defaults if key not in CHANGING))
-        known = self._recipes.get(id(group))
-        if known is None or changed(known[0], values) is not None:
-            version = 1 + max((version for _, _, version in self._recipes.values()), default=0)
-            known = self._recipes[id(group)] = (values, self._new_recipe(group), version)
-        return known[1:]
-
-    def _new_recipe(self, group: Group) -> Recipe:
-        return self.recipe(group) if group["use_muon"] else adamw(group["momentum_dtype"], **finish(group))
-
-    def _hyper(self, group: Group) -> Hyper:
-        return self.hyper(group) if group["use_muon"] else adam_hyper(group)
-
     def _ready_plan(self) -> Plan:
         """The plan of this step; every check is made, before the first write, when there is none for it yet."""
         if not all(group["capturable"] for group in self.param_groups if group["params"]):
@@ -187,22 +162,14 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
         return found
 
     def _new_plan(self) -> Plan:
-        stepping = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        self._init_states(
-            [
-                (p, p.grad.dtype, group)
-                for params, group in zip(stepping, self.param_groups, strict=True)
-                for p in params
-                if p.grad is not None
-            ]
-        )
-        parameters = [
-            self._parameter(number, i, p, self.state[p])
+        stepping = [
+            (number, i, p)
             for number, group in enumerate(self.param_groups)
             for i, p in enumerate(group["params"])
             if p.grad is not None
         ]
-        return self._plan_of(parameters, traced=False)
+        self._init_states([(p, p.grad.dtype, self.param_groups[number]) for number, _, p in stepping])
+        return self._plan_of([self._parameter(number, i, p, self.state[p]) for number, i, p in stepping], traced=False)
 
     def _plan_of(self, parameters: Sequence[Parameter], *, traced: bool) -> Plan:
         for p in parameters:
@@ -220,12 +187,13 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
         """Parameter `index` of group `number` as a step sees it."""
         group = self.param_groups[number]
         options = StepOptions(
-            group["maximize"],
-            group["backend"],
-            group["max_workspace_bytes"],
-            group["use_muon"] and group["fuse_update"],
+            maximize=group["maximize"],
+            backend=group["backend"],
+            max_workspace_bytes=group["max_workspace_bytes"],
+            fuse_update=group["use_muon"] and group["fuse_update"],
         )
-        return Parameter(p, state, self._recipe(group), self._pieces(p, group), number, index, options)
+        recipe, pieces = self._recipe(group), self._pieces(p, group)
+        return Parameter(p, state, recipe, pieces, group=number, index=index, options=options)
 
     def _check_step(self, number: int, group: Group) -> None:
         """Raises for what a step of this group would stumble over: its values may have changed since it was added."""
@@ -248,11 +216,6 @@ class MatrixOptimizer(Groups, Reports, Checkpoints):
         """What a parameter's state holds, and in which shapes."""
         like = torch.empty(p.shape, dtype=p.dtype, device="meta")
         return {key: value.shape for key, value in self._fresh_state(like, p.dtype, group).items()}
-
-    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
-        """State before the first gradient, which has this dtype."""
-        g = torch.empty_like(p, dtype=dtype, requires_grad=False)
-        return self._recipe(group).init(p.detach(), g, self._pieces(p, group))
 
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""

@@ -18,6 +18,7 @@ from ..step.state_storage import stack
 from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
 from .checkpoint_state import check_kept, check_state, restored
 from .group_options import Group, name_the_rule, parameter_name
+from .groups import Groups
 from .option_types import OPTION_TYPES
 
 __all__ = ["Checkpoints"]
@@ -29,11 +30,8 @@ _OF_ADAMW = {"amsgrad": False, "decoupled_weight_decay": True}
 _ELSEWHERE = ("dampening", "alpha", "centered", "rho", "lambd", "momentum_decay", "beta2_decay", "lr_decay", "etas")
 
 
-class Checkpoints(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` whose checkpoints keep dtypes, name their class, and are loaded whole or not at all.
-
-    A subclass says which state belongs to a parameter, checks groups, and completes those that lack values.
-    """
+class Checkpoints(Groups):
+    """Groups with checkpoints, which keep dtypes, name their class, and are loaded whole or not at all."""
 
     #: the state that is being loaded, and what it was matched by
     _loading: tuple[dict[Any, Any], Match] | None = None
@@ -44,36 +42,9 @@ class Checkpoints(torch.optim.Optimizer):
     #: those of them that belong to all parameters and are in the state of the first one
     _shared: tuple[str, ...] = ()
 
-    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> dict[str, Tensor]:
-        """State before the first gradient, which has this dtype."""
-        raise NotImplementedError
-
-    def _recipe(self, group: Group) -> Recipe:
-        """The method of any group."""
-        raise NotImplementedError
-
-    def _options(self, group: Group) -> Group:
-        """Those values of a group that are this optimizer's."""
-        raise NotImplementedError
-
-    def _fill(self, group: Group) -> None:
-        """Completes a group's values."""
-        raise NotImplementedError
-
-    def _check_group(self, group: Group, *, declared: bool, routed: bool) -> None:
-        """Raises for a group that is not one of this optimizer."""
-        raise NotImplementedError
-
     def _forget_plans(self) -> None:
         """Forgets what was made for the state that is about to be replaced."""
         raise NotImplementedError
-
-    def _merged(self, name: str) -> dict[str, Any]:
-        """A class attribute of this name, of this class and its bases: dictionaries as one, tuples as their keys."""
-        found: dict[str, Any] = {}
-        for kind in reversed(type(self).__mro__):
-            found |= dict.fromkeys(value) if isinstance(value := vars(kind).get(name, {}), tuple) else value
-        return found
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,16 @@ from torch.nn.parameter import is_lazy
 from .. import routing
 from ..matrices import Piece, pieces
 from ..ops.backend import requested
-from ..parts import ADJUST_LR
-from ..recipe import Recipe
+from ..parts import ADJUST_LR, Hyper
+from ..recipe import Recipe, State, adamw
 from .group_options import (
+    CHANGING,
     ON_DEVICE,
     Group,
+    adam_hyper,
+    changed,
+    finish,
+    frozen,
     name_the_rule,
     number_on,
     read_switches,
@@ -36,6 +41,8 @@ class Groups(torch.optim.Optimizer):
 
     _adamw_defaults: Group
     _reasons: dict[Tensor, str]
+    #: by the identity of a group: its values, its recipe, and a number that is new whenever these have changed
+    _recipes: dict[int, tuple[Group, Recipe, int]]
     #: options whose type is another one than in every other optimizer; of all classes in the order of resolution
     _own_types: ClassVar[dict[str, OptionType]] = {}
 
@@ -43,9 +50,37 @@ class Groups(torch.optim.Optimizer):
         """The method of a matrix group."""
         raise NotImplementedError
 
-    def _new_recipe(self, group: Group) -> Recipe:
-        """The method of any group."""
+    def hyper(self, group: Group) -> Hyper:
+        """The numbers of this step for a matrix group, read from the group."""
         raise NotImplementedError
+
+    # ---- recipes and numbers of any group ---------------------------------------------------------------------------
+
+    def _recipe(self, group: Group) -> Recipe:
+        """The group's recipe, the same object until a value it may depend on changes."""
+        if torch.compiler.is_compiling():
+            return self._new_recipe(group)
+        return self._known_recipe(group)[0]
+
+    def _known_recipe(self, group: Group) -> tuple[Recipe, int]:
+        """A group's recipe, and a number that is another one whenever its values have changed."""
+        values = frozen(group, (key for key in self.defaults if key not in CHANGING))
+        known = self._recipes.get(id(group))
+        if known is None or changed(known[0], values) is not None:
+            version = 1 + max((version for _, _, version in self._recipes.values()), default=0)
+            known = self._recipes[id(group)] = (values, self._new_recipe(group), version)
+        return known[1:]
+
+    def _new_recipe(self, group: Group) -> Recipe:
+        return self.recipe(group) if group["use_muon"] else adamw(group["momentum_dtype"], **finish(group))
+
+    def _hyper(self, group: Group) -> Hyper:
+        return self.hyper(group) if group["use_muon"] else adam_hyper(group)
+
+    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
+        """State before the first gradient, which has this dtype."""
+        g = torch.empty_like(p, dtype=dtype, requires_grad=False)
+        return self._recipe(group).init(p.detach(), g, self._pieces(p, group))
 
     # ---- what a subclass may check or route otherwise ---------------------------------------------------------------
 
@@ -59,11 +94,16 @@ class Groups(torch.optim.Optimizer):
         requested(group["backend"])
         self.recipe(group)
 
+    def _merged(self, name: str) -> dict[str, Any]:
+        """A class attribute of this name, of this class and its bases: dictionaries as one, tuples as their keys."""
+        found: dict[str, Any] = {}
+        for kind in reversed(type(self).__mro__):
+            found |= dict.fromkeys(value) if isinstance(value := vars(kind).get(name, {}), tuple) else value
+        return found
+
     def _check_options(self, values: Group, prefix: str = "") -> None:
         """`check_options` with the types of this class; prefix: of the names in messages."""
-        classes = reversed(type(self).__mro__)
-        own = {name: kind for cls in classes for name, kind in vars(cls).get("_own_types", {}).items()}
-        check_options(values, own, prefix)
+        check_options(values, self._merged("_own_types"), prefix)
 
     def _options(self, group: Group) -> Group:
         """Those values of a group that are this optimizer's, and none that a user or a scheduler has put there."""

@@ -11,29 +11,20 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from .. import routing
 from ..matrices import Piece
-from ..parts import Hyper, Number, shape_ratio
+from ..parts import Number, shape_ratio
 from ..recipe import Recipe
 from ..step import Plan
 from .group_options import Group
+from .groups import Groups
 
 __all__ = ["Reports"]
 
 
-class Reports(torch.optim.Optimizer):
+class Reports(Groups):
     """The questions a user may ask; a subclass knows recipes, numbers, matrices and backends."""
 
     _plan: Plan | None = None
-    _reasons: dict[Tensor, str]
     _skipped: dict[torch.device, Tensor]
-
-    def _recipe(self, group: Group) -> Recipe:
-        raise NotImplementedError
-
-    def _hyper(self, group: Group) -> Hyper:
-        raise NotImplementedError
-
-    def _pieces(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
-        raise NotImplementedError
 
     def _backend(self, p: Tensor, group: Group) -> str:
         raise NotImplementedError
