@@ -17,9 +17,9 @@ import steepest
 from steepest.optimizer import MatrixOptimizer
 from support.training import (
     COUPLED,
+    EVERY,
     KRONECKER,
     OPTIMIZERS,
-    RELATIVES,
     all_same_bits,
     both_kinds,
     copies,
@@ -29,7 +29,7 @@ from support.training import (
     train,
 )
 
-every_optimizer = pytest.mark.parametrize("cls", (*OPTIMIZERS, *KRONECKER, *RELATIVES))
+every_optimizer = pytest.mark.parametrize("cls", EVERY)
 # dtype of parameters, of gradients
 DTYPES = {
     "fp32": (torch.float32, None),

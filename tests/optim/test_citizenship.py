@@ -16,10 +16,9 @@ from steepest.optimizer import MatrixOptimizer
 from steepest.zoo.vector import VectorOptimizer
 from support.training import (
     COUPLED,
-    KRONECKER,
+    EVERY,
     MATRICES,
     OPTIMIZERS,
-    RELATIVES,
     all_same_bits,
     both_kinds,
     copies,
@@ -33,7 +32,6 @@ from support.training import (
     train,
 )
 
-EVERY = (*OPTIMIZERS, *KRONECKER, *RELATIVES)
 every_optimizer = pytest.mark.parametrize("cls", EVERY)
 every_independent = pytest.mark.parametrize("cls", [cls for cls in EVERY if cls not in COUPLED])
 Maker = type[MatrixOptimizer]

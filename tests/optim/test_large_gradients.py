@@ -9,7 +9,7 @@ import torch
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
-from support.training import KRONECKER, OPTIMIZERS, RELATIVES, both_kinds, copies, give_gradients
+from support.training import EVERY, both_kinds, copies, give_gradients
 
 EXTRAS: dict[str, tuple[type[MatrixOptimizer], dict[str, Any]]] = {
     "SOAP, spectral": (steepest.SOAP, {"norm": "spectral"}),
@@ -25,7 +25,7 @@ EXTRAS: dict[str, tuple[type[MatrixOptimizer], dict[str, Any]]] = {
     "Muon by torch in fp16": (steepest.Muon, {"momentum_dtype": torch.float16, "backend": "torch"}),
     "MuonMax with Momo": (steepest.MuonMax, {"lower_bound": 0.0}),
 }
-CASES = {cls.__name__: (cls, {}) for cls in (*OPTIMIZERS, *KRONECKER, *RELATIVES)} | EXTRAS
+CASES = {cls.__name__: (cls, {}) for cls in EVERY} | EXTRAS
 #: Squares fit fp32 up to 1.8e19, sums of squares and what a metric makes of them earlier; the last is an entry's limit.
 SIZES = (1e9, 1e16, 1e18, 1e19, 1e25, 5e37)
 STEPS, LARGE = 12, 2

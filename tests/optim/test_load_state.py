@@ -15,9 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from support.training import (
-    KRONECKER,
-    OPTIMIZERS,
-    RELATIVES,
+    EVERY,
     both_kinds,
     copies,
     give_gradients,
@@ -30,10 +28,9 @@ from support.training import (
     train,
 )
 
-CLASSES = (*OPTIMIZERS, *KRONECKER, *RELATIVES)
 #: Every class with its defaults, and options that change what is kept.
 CONFIGURATIONS: dict[str, tuple[type[MatrixOptimizer], dict[str, Any]]] = {
-    **{cls.__name__: (cls, {}) for cls in CLASSES},
+    **{cls.__name__: (cls, {}) for cls in EVERY},
     "Muon, mantissa": (steepest.Muon, {"keep_mantissa": True}),
     "Muon, stochastic": (steepest.Muon, {"stochastic_rounding": True}),
     "Muon, capturable": (steepest.Muon, {"capturable": True}),
@@ -357,11 +354,11 @@ def test_without_names_doubt_is_an_error_that_says_how_to_give_them(how: str) ->
 # ---- whose it is ----
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", EVERY)
 def test_a_checkpoint_names_its_class_and_no_other_takes_it(cls: type[MatrixOptimizer]) -> None:
     saved = trained(cls, {}, range(2)).state_dict()
     assert saved["optimizer"] == cls.__name__
-    for other in CLASSES:
+    for other in EVERY:
         if other is not cls:
             optimizer, _ = both_kinds(other)
             with pytest.raises(ValueError, match=f"is of {cls.__name__}, and this is {other.__name__}: load it into"):
@@ -419,7 +416,7 @@ OF_TORCH: dict[str, Callable[[], tuple[torch.optim.Optimizer, list[nn.Parameter]
 
 
 @pytest.mark.parametrize("name", OF_TORCH)
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", EVERY)
 def test_other_optimizers_of_torch_are_refused(cls: type[MatrixOptimizer], name: str) -> None:
     theirs, params = OF_TORCH[name]()
     optimizer = cls(parameters([(6, 4), (4, 5)]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from steepest.recipe import CLOCK
-from support.training import KRONECKER, OPTIMIZERS, RELATIVES, both_kinds, copies, give_gradients, noise
+from support.training import EVERY, both_kinds, copies, give_gradients, noise
 
 STEPS = 3
 
@@ -26,9 +26,7 @@ class MuAdamMomo(steepest.Momo, steepest.MuAdam):
     """One whose layers wait for one another."""
 
 
-CASES: dict[str, tuple[type[MatrixOptimizer], dict[str, Any]]] = {
-    cls.__name__: (cls, {}) for cls in (*OPTIMIZERS, *KRONECKER, *RELATIVES)
-} | {
+CASES: dict[str, tuple[type[MatrixOptimizer], dict[str, Any]]] = {cls.__name__: (cls, {}) for cls in EVERY} | {
     "Muon by svd": (steepest.Muon, {"polar": "svd"}),
     "Muon by torch": (steepest.Muon, {"backend": "torch", "polar": "polar_express"}),
     "SOAP by QR": (steepest.SOAP, {"refresh": "qr", "precondition_frequency": 1}),

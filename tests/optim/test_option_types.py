@@ -15,9 +15,9 @@ from steepest.optimizer.option_types import OPTION_TYPES, check_option
 from steepest.zoo.kronecker import BasesAndExtras
 from steepest.zoo.product import Coupling
 from steepest.zoo.shared import Extras
-from support.training import KRONECKER, OPTIMIZERS, RELATIVES, noise, parameters
+from support.training import EVERY, noise, parameters
 
-CLASSES: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES, steepest.KFAC)
+CLASSES: tuple[type[MatrixOptimizer], ...] = (*EVERY, steepest.KFAC)
 MORE = {"Unpack[Extras]": Extras, "Unpack[BasesAndExtras]": BasesAndExtras, "Unpack[Coupling]": Coupling}
 #: Tried where the argument does not take them.
 WRONG: tuple[Any, ...] = ("1e-4", "0.1", "false", None, 0.9, 2.5, 3, True, [1.5], (), {}, object(), torch.ones(3))

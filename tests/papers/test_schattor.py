@@ -14,27 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from steepest import Schattor
-from support.references import gap, gaussian
+from support.quadratic import STEPS, gradient, run, start
+from support.references import gap
 
-SHAPES = ((6, 4), (3, 5), (4, 4), (7,))
-LR, DECAY, BETA, STEPS = 0.05, 0.1, 0.9, 22
-
-
-def gradient(step: int, i: int, w: Tensor) -> Tensor:
-    """Of a quadratic with noise: the trajectory matters."""
-    return 0.5 * w + gaussian(*w.shape, seed=100 * step + i)
-
-
-def run(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], **of_step: Any) -> list[Tensor]:
-    for step in range(STEPS):
-        for i, p in enumerate(params):
-            p.grad = gradient(step, i, p.detach())
-        optimizer.step(**of_step)
-    return [p.detach() for p in params]
-
-
-def start() -> list[nn.Parameter]:
-    return [nn.Parameter(gaussian(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
+LR, DECAY, BETA = 0.05, 0.1, 0.9
 
 
 def unit(m: Tensor, p: float) -> tuple[Tensor, Tensor]:

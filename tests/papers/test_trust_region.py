@@ -10,41 +10,16 @@ Fromage           W = (W - lr |W| G / |G|) / sqrt(1 + lr^2)           (arXiv:200
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from steepest import NIGT, Fromage, OrthogonalSGDM, TrustRegion
-from support.references import gap, gaussian, polar_by_svd
+from support.references import DIRECTIONS, gap, gaussian, polar_by_svd
 
 LR, WD, BETA = 0.05, 0.3, 0.8
-
-
-def largest(x: Tensor) -> Tensor:
-    one = torch.zeros_like(x).flatten()
-    k = int(x.abs().argmax())
-    one[k] = x.flatten()[k].sign()
-    return one.reshape(x.shape)
-
-
-def leading(x: Tensor) -> Tensor:
-    u, _, vt = torch.linalg.svd(x, full_matrices=False)
-    return u[:, :1] @ vt[:1]
-
-
-#: norm: steepest direction
-DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "spectral": polar_by_svd,
-    "frobenius": lambda x: x / x.norm(),
-    "sign": torch.sgn,
-    "rows": lambda x: x / x.norm(dim=1)[:, None],
-    "columns": lambda x: x / x.norm(dim=0),
-    "nuclear": leading,
-    "one_hot": largest,
-}
 
 
 @pytest.mark.parametrize("norm", DIRECTIONS)

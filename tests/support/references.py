@@ -28,6 +28,30 @@ def polar_by_svd(x: Tensor) -> Tensor:
     return (u * kept.unsqueeze(-2)) @ vt
 
 
+def largest_entry(x: Tensor) -> Tensor:
+    one = torch.zeros_like(x).flatten()
+    k = int(x.abs().argmax())
+    one[k] = x.flatten()[k].sign()
+    return one.reshape(x.shape)
+
+
+def leading_pair(x: Tensor) -> Tensor:
+    u, _, vt = torch.linalg.svd(x, full_matrices=False)
+    return u[:, :1] @ vt[:1]
+
+
+#: norm: steepest direction
+DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "spectral": polar_by_svd,
+    "frobenius": lambda x: x / x.norm(),
+    "sign": torch.sgn,
+    "rows": lambda x: x / x.norm(dim=1)[:, None],
+    "columns": lambda x: x / x.norm(dim=0),
+    "nuclear": leading_pair,
+    "one_hot": largest_entry,
+}
+
+
 def gradients(steps: int, *shape: int, seed: int = 0) -> Iterator[Tensor]:
     """Noise whose rows and columns have scales of their own, so that eigenvalues of its factors are far apart."""
     rows, cols = (torch.logspace(0, -1, n, dtype=torch.float64) for n in shape[-2:])

@@ -41,6 +41,8 @@ RELATIVES: tuple[type[MatrixOptimizer], ...] = (
     steepest.ProductNormDescent,
     steepest.ProdigyMuon,
 )
+#: Every class that takes groups and no module.
+EVERY: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES)
 #: Those whose layers depend on one another.
 COUPLED = (steepest.MuonMax, steepest.ProductNormDescent, steepest.ProdigyMuon)
 MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5))
