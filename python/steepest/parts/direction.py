@@ -39,6 +39,8 @@ class Direction:
     batched = False
     #: whether `move` is there
     moves = False
+    #: whether `sharded_units` is there
+    shards = False
     #: whether `unit` never waits for the device, so that a CUDA graph can hold it
     capturable = True
 
@@ -53,6 +55,17 @@ class Direction:
     def move(self, xs: Sequence[Tensor], slacks: Sequence[Tensor], updates: Sequence[Update]) -> None:
         """W <- beta W + eta unit(x) for every matrix, in place; as `units`, but that no direction is kept."""
         raise NotImplementedError(f"{type(self).__name__} has no way straight into weights")
+
+    def sharded_units(
+        self, xs: Sequence[Tensor], dims: Sequence[int], slacks: Sequence[Tensor], all_reduce: polar.AllReduce
+    ) -> list[Tensor]:
+        """This rank's part of `unit` of matrices of which it has the parts xs, some rows (dim -2) or columns (-1) of each.
+
+        Every rank calls with its parts, which may be empty, in the same order; all_reduce sums a tensor over them, in
+        place. `dual_norm` of the parts is then this rank's addend of the dual norm. Of `Spectral` alone, but for
+        preset="svd" (`shards`): matrices of other norms are made whole first.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no direction of a part of a matrix: make it whole first")
 
     def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
         """<x, d>, which for d = unit(x) is the dual norm of x."""
@@ -165,6 +178,10 @@ class Spectral(Direction):
     def capturable(self) -> bool:  # type: ignore[override]
         return self.preset != "svd" or self.coefficients is not None
 
+    @property
+    def shards(self) -> bool:  # type: ignore[override]
+        return self.preset != "svd" or self.coefficients is not None
+
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return self._polars([x], None if slack is None else [slack])[0]
 
@@ -173,6 +190,20 @@ class Spectral(Direction):
 
     def move(self, xs: Sequence[Tensor], slacks: Sequence[Tensor], updates: Sequence[Update]) -> None:
         self._polars(xs, slacks, updates)
+
+    def sharded_units(
+        self, xs: Sequence[Tensor], dims: Sequence[int], slacks: Sequence[Tensor], all_reduce: polar.AllReduce
+    ) -> list[Tensor]:
+        return polar.sharded_polars(
+            xs,
+            dims,
+            all_reduce,
+            self.preset,
+            coefficients=self.coefficients,
+            steps=self.steps,
+            eps=self.eps,
+            slacks=slacks,
+        )
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
         """The nearest point of the ball, by the singular value decomposition in fp64 whatever the preset."""

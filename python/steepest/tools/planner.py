@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from steepest.linalg.chain import Apply, Chain, Column, Gram, Node, Number, Operand, Product, Sum, chain
+from steepest.linalg.chain import Apply, Chain, Column, Gram, Node, Number, Operand, Product, Sum, chain, product_flop
 from steepest.linalg.chain import multiplication as product_of
 from steepest.linalg.coefficients import Schedule, presets
 from steepest.linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, Choice, choose
@@ -103,7 +103,7 @@ class Multiplication:
 
     @property
     def flop(self) -> int:
-        return self.batch * self.k * (self.m * (self.m + 1) if self.symmetric else 2 * self.m * self.n)
+        return self.batch * product_flop(self.m, self.n, self.k, symmetric=self.symmetric)
 
 
 @dataclass(frozen=True)

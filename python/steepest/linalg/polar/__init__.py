@@ -2,6 +2,7 @@
 
 factors         `polar` and `polars`: matrices in, polar factors out
 choice          form, compute dtype, schedule and restarts for a matrix, chosen in one place
+sharded         `sharded_polars`: parts of matrices in, parts of their polar factors out
 jobs            chunks of a batch, the memory they take, and where their results go
 
 The iteration itself is `steepest.linalg.newton_schulz`, its tables are in `steepest.linalg.coefficients`.
@@ -16,12 +17,14 @@ from .choice import (
     STANDARD_PRESETS,
     Choice,
     choose,
+    choose_sharded,
     compute_dtype,
     cpu_bf16,
     default_restarts,
 )
 from .factors import polar, polars
 from .jobs import CPU_CHUNK, workspace_bytes
+from .sharded import AllReduce, gram_elements, sharded_polars
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -31,12 +34,16 @@ __all__ = [
     "GRAM_SHORT_SIDE",
     "PLAIN",
     "STANDARD_PRESETS",
+    "AllReduce",
     "Choice",
     "choose",
+    "choose_sharded",
     "compute_dtype",
     "cpu_bf16",
     "default_restarts",
+    "gram_elements",
     "polar",
     "polars",
+    "sharded_polars",
     "workspace_bytes",
 ]
