@@ -22,11 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..linalg import polar, schatten
+from ..linalg.chain import product_flop
+from ..linalg.work import Work, svd_flop
 from ..ops.polar_chain import Update
 from .hyper import Number
 
@@ -59,7 +62,7 @@ class Direction:
     def sharded_units(
         self, xs: Sequence[Tensor], dims: Sequence[int], slacks: Sequence[Tensor], all_reduce: polar.AllReduce
     ) -> list[Tensor]:
-        """This rank's part of `unit` of matrices of which it has the parts xs, some rows (dim -2) or columns (-1) of each.
+        """This rank's part of `unit` of matrices of which it has the parts xs: some rows (dim -2) or columns (-1).
 
         Every rank calls with its parts, which may be empty, in the same order; all_reduce sums a tensor over them, in
         place. `dual_norm` of the parts is then this rank's addend of the dual norm. Of `Spectral` alone, but for
@@ -84,6 +87,10 @@ class Direction:
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype in which `unit` works, so that its input can be gathered in it."""
         return dtype
+
+    def work(self, m: int, n: int, dtype: torch.dtype, device: torch.device | str) -> Work:
+        """What `unit` of one m x n matrix of ``dtype`` takes."""
+        return Work(wide=4 * m * n)
 
     def workspace_bytes(self, m: int, n: int, dtype: torch.dtype) -> int:
         """About what `unit` allocates for one matrix of compute dtype."""
@@ -227,6 +234,18 @@ class Spectral(Direction):
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return polar.compute_dtype(self.preset, dtype, device)
 
+    def work(self, m: int, n: int, dtype: torch.dtype, device: torch.device | str) -> Work:
+        if not self.shards:
+            return Work(wide=product_flop(m, n, min(m, n), symmetric=False), solver=svd_flop(m, n))
+        options: dict[str, Any] = {"coefficients": self.coefficients, "steps": self.steps, "x_dtype": dtype}
+        return Work(polar.polar_flop(polar.choose(m, n, self.preset, device=device, **options), m, n))
+
+    def sharded_work(self, m: int, n: int, tall: bool, dtype: torch.dtype, device: torch.device | str) -> Work:
+        """What `sharded_units` takes for a part of m x n, rows of a tall matrix or columns of a wide one."""
+        options: dict[str, Any] = {"coefficients": self.coefficients, "steps": self.steps, "x_dtype": dtype}
+        choice = polar.choose_sharded(n if tall else m, self.preset, device=device, **options)
+        return Work(polar.polar_flop(choice, m, n, tall))
+
     def workspace_bytes(self, m: int, n: int, dtype: torch.dtype) -> int:
         return polar.workspace_bytes(m, n, dtype)
 
@@ -260,6 +279,9 @@ class Schatten(Direction):
 
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return schatten.compute_dtype(self.p, dtype, device, method=self.method)
+
+    def work(self, m: int, n: int, dtype: torch.dtype, device: torch.device | str) -> Work:
+        return schatten.schatten_work(self.p, m, n, dtype, device, method=self.method)
 
     def workspace_bytes(self, m: int, n: int, dtype: torch.dtype) -> int:
         return schatten.workspace_bytes(self.p, m, n, dtype, method=self.method)

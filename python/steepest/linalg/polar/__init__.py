@@ -3,6 +3,7 @@
 factors         `polar` and `polars`: matrices in, polar factors out
 choice          form, compute dtype, schedule and restarts for a matrix, chosen in one place
 sharded         `sharded_polars`: parts of matrices in, parts of their polar factors out
+nodes           what a choice multiplies, and its work
 jobs            chunks of a batch, the memory they take, and where their results go
 
 The iteration itself is `steepest.linalg.newton_schulz`, its tables are in `steepest.linalg.coefficients`.
@@ -24,6 +25,7 @@ from .choice import (
 )
 from .factors import polar, polars
 from .jobs import CPU_CHUNK, workspace_bytes
+from .nodes import nodes_of, polar_flop
 from .sharded import AllReduce, gram_elements, sharded_polars
 
 __all__ = [
@@ -42,7 +44,9 @@ __all__ = [
     "cpu_bf16",
     "default_restarts",
     "gram_elements",
+    "nodes_of",
     "polar",
+    "polar_flop",
     "polars",
     "sharded_polars",
     "workspace_bytes",

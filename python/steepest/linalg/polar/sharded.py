@@ -71,8 +71,8 @@ def sharded_polars(
     The scale does not matter, and a zero matrix gives zero. A matrix with an entry that is not finite on one rank gives
     NaN on all, and leaves the rest of its batch alone. Deterministic, no host synchronisation.
 
-    All matrices are worked on at once, which takes `steepest.linalg.polar.workspace_bytes` (m_i, n) and n^2 numbers for
-    each; cut a long list into several calls.
+    All matrices are worked on at once, which takes three times X_i, six squares of the short side in the compute dtype
+    and two as they travel, for each; cut a long list into several calls.
 
     Raises:
         ValueError: "svd", dims that are not -2 or -1, lists of different lengths, and as `polar`.
