@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from steepest.linalg import polar
 from steepest.ops import backend
+from support.processes import Processes
 
 TESTS = Path(__file__).parent
 #: Files and folders whose tests are `quick`: together some 25 seconds of one core, and something of every part.
@@ -50,6 +53,15 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A STEEPEST_BACKEND of the person who runs the tests changes neither this process nor those that tests start."""
     monkeypatch.setattr(backend, "forced", "auto")
     monkeypatch.delenv("STEEPEST_BACKEND", raising=False)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """For cases on several ranks. One for all tests of a worker, as what it imports takes seconds."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo backend")
+    with closing(Processes()) as started:
+        yield started
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,1 +1,1 @@
-"""Parameters that lie on several ranks: what of a step travels, where matrices are worked on, and what that costs."""
+"""Parameters that are cut over ranks: where their parts lie, who takes their directions, and how they travel."""

@@ -9,6 +9,8 @@ import torch
 from ..linalg.work import Work
 from ..recipe import Recipe
 
+__all__ = ["cost", "matrix_work"]
+
 
 @functools.lru_cache(maxsize=4096)
 def matrix_work(recipe: Recipe, rows: int, cols: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> Work:
@@ -22,6 +24,6 @@ def matrix_work(recipe: Recipe, rows: int, cols: int, dtype: torch.dtype = torch
     return work if recipe.kronecker is None else work + recipe.kronecker.work(rows, cols, device)
 
 
-def matrix_cost(recipe: Recipe, rows: int, cols: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> int:
+def cost(recipe: Recipe, rows: int, cols: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> int:
     """`matrix_work` as one whole number that grows with its time (`Work.cost`), the same on every rank."""
     return matrix_work(recipe, rows, cols, dtype, device).cost

@@ -6,6 +6,8 @@ import heapq
 import math
 from collections.abc import Sequence
 
+__all__ = ["assign", "imbalance", "loads_of"]
+
 
 def assign(costs: Sequence[float], ranks: int) -> list[int]:
     """The rank, 0 .. ranks - 1, of every matrix, by its cost: deterministic, so that ranks agree without a word.
