@@ -13,9 +13,9 @@ polynomials (`polar=`). eps of dion and Moonlight is another one: absolute in th
 second moment in Moonlight's AdamW.
 
 HeavyBall's averages are corrected for their bias as they are kept, and those of matrices lie in the eigenbases: they
-become plain ones, that of the gradient in the weight's variables. Refreshes fall on the same steps where 1 /
-frequency is a binary fraction, else a step before or after at times: HeavyBall adds it up in floating point. It decays
-before an update, not after it (lr weight_decay of an update), takes the larger of sqrt(v) and eps, and iterates a factor with
+become plain ones, that of the gradient in the weight's variables. Refreshes fall on the same steps where 1 / frequency
+is a binary fraction, else a step before or after at times: HeavyBall adds it up in floating point. It decays before an
+update, not after it (lr weight_decay of an update), takes the larger of sqrt(v) and eps, and iterates a factor with
 64 n machine epsilons of its largest eigenvalue added; its clipping is not in the checkpoint.
 
 Emerging-Optimizers' SOAP is refused: checkpoints say neither how its averages are to be corrected nor whether factors
