@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
+from ..matrices import LAYOUT_KEYS
 from .overrides import RESERVED, Overrides
 from .places import Routable, read_places
 from .routes import Route, decide
@@ -24,13 +27,45 @@ def param_groups(
     (one per parameter), the values its parameters share, and the hyperparameters of `matrix` or of `adamw`, such as
     {"lr": 0.02}; a value of an override wins. Where `adamw` has a weight_decay, parameters with fewer than two
     dimensions form a group whose weight_decay is 0.
-    Raises ValueError when no parameter goes to the matrix method, and as `route` does.
+    Raises ValueError when no parameter of a model goes to the matrix method, and as `route` does. Tensors without names
+    may all be vectors.
     """
     places, named = read_places(params)
     routes = decide(places, named, overrides)
-    if not any(r.rule == "matrix" for r in routes):
+    if named and not any(r.rule == "matrix" for r in routes):
         raise ValueError(_no_matrix(routes, sum(map(len, places))))
     shared = {"matrix": _hyperparameters("matrix", matrix), "adamw": _hyperparameters("adamw", adamw)}
+    return _grouped(routes, named, shared)
+
+
+def says_how(group: Mapping[str, Any]) -> bool:
+    """Whether a group says how its parameters are read as matrices, and so that they are."""
+    return any(group.get(key) is not None for key in LAYOUT_KEYS)
+
+
+def split_group(group: Mapping[str, Any], *, adamw: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The groups that one becomes which does not say its rule: first its matrices, then what goes to AdamW.
+
+    group: what frameworks hand over: "params" (a module, tensors or (name, tensor) pairs), perhaps "param_names" (one
+        each), and values. Every part has all of the values, in their order; a parameter that needs no gradient stays.
+    adamw: as in `param_groups`, for values that the group does not have.
+    """
+    params, names = group["params"], group.get("param_names")
+    if isinstance(params, Tensor):
+        params = [params]
+    if names is not None and not isinstance(params, nn.Module):
+        params = list(params)
+        if len(names) != len(params):
+            raise ValueError(f"param_names has {len(names)} names for the {len(params)} parameters of its group")
+        params = list(zip(names, params))
+    places, named = read_places(params)
+    shared = {"matrix": {}, "adamw": {key: value for key, value in (adamw or {}).items() if key not in group}}
+    parts = _grouped(decide(places, named, None, keep_frozen=True), named, shared)
+    return [{**{key: value for key, value in group.items() if key != "param_names"}, **part} for part in parts]
+
+
+def _grouped(routes: Sequence[Route], named: bool, shared: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One group for each rule and set of values, matrices first."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in sorted(routes, key=lambda r: (r.rule == "adamw", _undecayed(r, shared["adamw"]))):
         decay = {"weight_decay": 0.0} if _undecayed(r, shared["adamw"]) else {}
