@@ -77,10 +77,11 @@ class Shards(Groups):
 
     def _assign_owners(self) -> None:
         """Owners for the matrices of all parameters that have none: the holder of one that is not cut, of the others
-        the rank with the least work (`steepest.sharding.owners`).
+        the rank with the least work (`steepest.sharding.owners`), or all ranks (`steepest.sharding.routes`).
         """
         from ..sharding.costs import cost
         from ..sharding.owners import assign
+        from ..sharding.routes import EVERYONE, route
 
         cut: dict[Ranks, list[tuple[Tensor, int, int, float]]] = {}
         fresh: dict[Tensor, list[list[int]]] = {}
@@ -92,12 +93,15 @@ class Shards(Groups):
                     continue
                 fresh[p] = []
                 for number, piece in enumerate(pieces):
+                    if route(recipe, sharding, piece) == "gram":
+                        fresh[p].append([EVERYONE] * piece.batch)
+                        continue
                     holders = sharding.uncut(piece)
                     fresh[p].append([0 if holder is None else holder for holder in holders])
                     for k, holder in enumerate(holders):
                         if holder is None:
                             jobs = cut.setdefault(sharding.ranks, [])
-                            jobs.append((p, number, k, cost(recipe, piece.rows, piece.cols)))
+                            jobs.append((p, number, k, cost(recipe, piece.rows, piece.cols, device=p.device.type)))
                 self._owners[p] = (pieces, ())
         for ranks, jobs in cut.items():
             for (p, number, k, _), owner in zip(jobs, assign([job[3] for job in jobs], ranks.size), strict=True):
