@@ -182,7 +182,7 @@ class Fused:
     def _reduce(self, ranks: Ranks) -> None:
         """Makes what was measured of the shards here that of whole gradients, and the bounds of fp16 inputs."""
         ranks.reduce_stats(self.table.rows[:, : COLUMNS.index("grad_max") + 1])
-        if self._watched:
+        if self._watched and not ranks.replicas:
             largest = self.table.column("momentum_max")
             bounds = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
             of_lines = torch.tensor([item.row for item in self._items for _ in range(item.count)], device=self.device)

@@ -280,7 +280,7 @@ class Momo(MatrixOptimizer):
         state, sharding = self._state_here(p), self._sharding(p)
         inner = dot(local_tensor(p.detach()), state[self._recipe(group).keys[0]])
         if sharding is not None:
-            sharding.ranks.all_reduce(inner)
+            sharding.ranks.sum_parts(inner)
         return {INNER: inner}
 
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
