@@ -30,6 +30,7 @@ from .group_options import Group, parameter_name
 from .groups import Params
 from .reports import Reports
 from .weights import Weights
+from .wrappers import asking_scaler
 
 __all__ = ["MatrixOptimizer"]
 
@@ -42,8 +43,6 @@ class MatrixOptimizer(Reports, Checkpoints):
     defaults: group values of the matrix method.   adamw: group values of AdamW groups (lr, betas, eps, weight_decay).
     """
 
-    #: torch.amp.GradScaler leaves unscaling and skipping to the step, which does both on the device.
-    _step_supports_amp_scaling = True
     _carried: tuple[str, ...] = ("_adamw_defaults", "_reasons", "_skipped")
     _plan_key: list[object] | None = None
 
@@ -61,6 +60,11 @@ class MatrixOptimizer(Reports, Checkpoints):
         if self._has_shards:
             self._check_agreement(self._sharded_rows())
             self.init_state()  # so that every rank has, and names, the same in a checkpoint
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether unscaling and skipping are left to the step, which does both on the device: by a GradScaler."""
+        return asking_scaler() is not None
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
