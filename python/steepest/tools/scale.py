@@ -36,7 +36,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +46,11 @@ from torch import nn
 import steepest
 from steepest.linalg.polar import choose_sharded, gram_elements
 from steepest.linalg.work import Work
+from steepest.optimizer import MatrixOptimizer
 from steepest.parts import Spectral
 from steepest.recipe import ADAMW, CLOCK, Recipe
-from steepest.sharding.costs import matrix_work
 from steepest.sharding.owners import assign, imbalance
+from steepest.step.costs import matrix_work
 
 from .bench import shapes
 
@@ -434,9 +435,10 @@ def run(options: argparse.Namespace) -> int:
 def method_of(name: str) -> Method:
     """The recipe of a class of steepest, with its defaults."""
     cls = getattr(steepest, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+    if not (isinstance(cls, type) and issubclass(cls, MatrixOptimizer)):
         raise ValueError(f"optimizer {name!r} is no class of steepest; say one as it is imported, such as Muon or SOAP")
-    optimizer: Any = cls(nn.Linear(8, 8, bias=False))
+    make: Callable[..., MatrixOptimizer] = cls
+    optimizer = make(nn.Linear(8, 8, bias=False))
     return Method(optimizer.recipe(optimizer.param_groups[0]))
 
 
