@@ -24,6 +24,7 @@ from .group_options import (
     frozen,
     name_the_rule,
     number_on,
+    parameter_name,
     read_switches,
 )
 from .option_types import OptionType, check_options
@@ -173,8 +174,9 @@ class Groups(torch.optim.Optimizer):
                 group.setdefault(key, value)
 
     def _check_group(self, group: Group, *, declared: bool, routed: bool) -> None:
-        for p in group["params"]:
+        for i, p in enumerate(group["params"]):
             self._check_shaped(p)
+            routing.check_not_flattened(p, parameter_name(group, i))
             self._check_tensor(p)
         self._check_devices(group)
         self._check_options(values := self._options(group))

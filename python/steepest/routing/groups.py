@@ -10,6 +10,9 @@ from .overrides import RESERVED, Overrides
 from .places import Routable, read_places
 from .routes import Route, decide
 
+#: The numbers of AdamW beside a matrix method, where nobody says others.
+ADAMW_NUMBERS: Mapping[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+
 
 def param_groups(
     params: Routable,
@@ -17,6 +20,7 @@ def param_groups(
     overrides: Overrides | None = None,
     matrix: Mapping[str, Any] | None = None,
     adamw: Mapping[str, Any] | None = None,
+    names: bool = True,
 ) -> list[dict[str, Any]]:
     """Groups for any optimizer of this package: the matrix groups (`use_muon=True`) first, then those of AdamW.
 
@@ -24,6 +28,11 @@ def param_groups(
     (one per parameter), the values its parameters share, and the hyperparameters of `matrix` or of `adamw`, such as
     {"lr": 0.02}; a value of an override wins. Where `adamw` has a weight_decay, parameters with fewer than two
     dimensions form a group whose weight_decay is 0.
+
+    names=False is for wrappers that take tensors alone, reorder them and fill their own options into every group, such
+    as ZeroRedundancyOptimizer: "params" are tensors, there are no reasons, and the AdamW groups hold all numbers of
+    AdamW, `ADAMW_NUMBERS` where `adamw` says nothing, so that an lr that is filled in reaches the matrices alone.
+
     Raises ValueError when no parameter goes to the matrix method, and as `route` does.
     """
     places, named = read_places(params)
@@ -35,10 +44,12 @@ def param_groups(
     for r in sorted(routes, key=lambda r: (r.rule == "adamw", _undecayed(r, shared["adamw"]))):
         decay = {"weight_decay": 0.0} if _undecayed(r, shared["adamw"]) else {}
         key = (r.rule, *decay, *sorted(r.values.items()))
-        start = {"params": [], "use_muon": r.rule == "matrix", "param_reasons": []}
-        group = groups.setdefault(key, {**start, **shared[r.rule], **decay, **r.values})
-        group["params"].append((r.name, r.param) if named else r.param)
-        group["param_reasons"].append(r.reason)
+        start = {"params": [], "use_muon": r.rule == "matrix", **({"param_reasons": []} if names else {})}
+        filled = ADAMW_NUMBERS if r.rule == "adamw" and not names else {}
+        group = groups.setdefault(key, {**start, **filled, **shared[r.rule], **decay, **r.values})
+        group["params"].append((r.name, r.param) if named and names else r.param)
+        if names:
+            group["param_reasons"].append(r.reason)
     return list(groups.values())
 
 
