@@ -133,7 +133,8 @@ class Recipe:
     def init(self, w: Tensor, g: Tensor | None = None, pieces: Sequence[Piece] | None = None) -> State:
         """State of weight w before its first gradient, whose dtype g has (None: that of w); `step` is 0-d fp32.
 
-        pieces: how w is read as matrices; None: it is (..., m, n), or where it has fewer dimensions one row.
+        pieces: how w is read as matrices; None: it is (..., m, n), or where it has fewer dimensions one row. Of a part
+        of a weight these are the matrices that have state here, and those without any have none.
         """
         g = w if g is None else g
         pieces = (_whole(w),) if pieces is None else pieces
@@ -146,7 +147,9 @@ class Recipe:
         else:
             state[CLOCK] = torch.zeros((), dtype=torch.int64, device="cpu")
             for number, piece in enumerate(pieces):
-                factors = self.kronecker.init(piece.view(g).reshape(piece.shape))
+                if not piece.batch:
+                    continue
+                factors = self.kronecker.init(g.new_empty(()).expand(piece.shape))
                 state |= {name: factors[key] for key, name in self.names(number).items()}
         if self.counts_steps:
             state["step"] = empty_state(StateSpec("step", "scalar", torch.float32), g, pieces)
@@ -220,12 +223,12 @@ class Recipe:
             return g
         return self.momentum.read(state[self.momentum.key], g, hyper.beta1, state.get("step"))
 
-    def direction_input(self, state: State, g: Tensor, hyper: Hyper, w: Tensor | None = None) -> Tensor:
+    def direction_input(self, state: State, m: Tensor, hyper: Hyper, w: Tensor | None = None) -> Tensor:
         """What the direction is asked about: the momentum in the preconditioner's variables.
 
-        w: the weight in g's shape, for a recipe that `reads_weight`.
+        m: what the momentum reads (`momentum_of`).   w: the weight in m's shape, for a recipe that `reads_weight`.
         """
-        return self.precondition.into(state, self.momentum_of(state, g, hyper), hyper, state.get("step"))
+        return self.precondition.into(state, m, hyper, state.get("step"))
 
     def direction_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype in which a direction's input is gathered, of a gradient in `dtype`, fp32 at least."""
@@ -235,14 +238,17 @@ class Recipe:
         """The step in the preconditioner's variables, before the learning rate."""
         return self.direction.unit(x) if self.scale == "lmo" else self.direction.scaled(x)
 
-    def update(self, state: State, d: Tensor, g: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
-        """(the update of g's shape, what the transforms remember); g is (batch, m, n) for a recipe `by_matrix`."""
+    def update(self, state: State, d: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
+        """(the update of m's shape, what the transforms remember).
+
+        m: what the momentum reads (`momentum_of`), (batch, m, n) for a recipe `by_matrix`.
+        """
         u = self.precondition.back(state, d, hyper, state.get("step"))
         if self.kronecker is not None:
-            u = self.kronecker.unblock(u, *g.shape[-2:])
+            u = self.kronecker.unblock(u, *m.shape[-2:])
         fresh: State = {}
         for transform in self.transforms:
-            u, more = transform.apply({**state, **fresh}, u, self.momentum_of(state, g, hyper), hyper)
+            u, more = transform.apply({**state, **fresh}, u, m, hyper)
             fresh |= more
         return u, fresh
 
@@ -309,8 +315,9 @@ def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> t
         if recipe.kronecker is not None:
             fresh |= recipe.kronecker.observe(fresh, g, hyper)
         value = recipe.rounding.value(w, state)
-        x = recipe.direction_input(fresh, g, hyper, value).to(value.dtype)
-        u, remembered = recipe.update(fresh, recipe.descent_direction(x, hyper), g, hyper)
+        m = recipe.momentum_of(fresh, g, hyper)
+        x = recipe.direction_input(fresh, m, hyper, value).to(value.dtype)
+        u, remembered = recipe.update(fresh, recipe.descent_direction(x, hyper), m, hyper)
         moved = recipe.moved(value, u.to(value.dtype), hyper, shape_ratio(recipe.adjust_lr, *w.shape[-2:]))
         stored, remainder = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
         fresh |= remembered | remainder

@@ -388,17 +388,6 @@ def test_groups_may_be_used_for_two_optimizers() -> None:
     assert "Conv1d read as" in second.describe()
 
 
-def test_sharded_parameters_are_refused_before_anything_is_touched() -> None:
-    class Sharded(nn.Parameter):
-        device_mesh = "a mesh"
-
-    p = Sharded(torch.randn(4, 4))
-    with pytest.raises(
-        RuntimeError, match=r"does not take sharded parameters \(DTensor\) yet; .*DistributedDataParallel"
-    ):
-        steepest.MuAdam([p])
-
-
 def test_an_eps_that_is_zero_in_fp32_divides_nothing_by_zero() -> None:
     p = nn.Parameter(torch.randn(8, 8))
     p.grad = torch.randn(8, 8)

@@ -1,4 +1,4 @@
-"""Where a step lets others in: the decision, the direction's way, updates that are remembered, weights that moved."""
+"""Where a step lets others in: updates that are remembered, weights that moved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from steepest.parts import Hyper, UpdateTransform
 from steepest.parts.precondition import State
 from steepest.recipe import Recipe
 from steepest.state_layout import StateSpec
-from steepest.step.parameter import Matrices
 from support.problems import gap, gaussian, polar_by_svd
 from support.training import (
     KRONECKER,
@@ -145,84 +144,7 @@ def test_a_new_method_goes_by_the_fused_ops() -> None:
     assert optimizer.prepare() == steepest.MuAdam(params).prepare()
 
 
-# ---- (b) the way of the direction ----------------------------------------------------------------------------------
-
-
-class Elsewhere:
-    """A second process in this one: inputs go there in another order and as copies, and directions come back."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[int, ...]] = []
-
-    def inputs(self, items: Sequence[Sequence[Matrices]], xs: list[Tensor]) -> list[Tensor]:
-        assert [sum(item.input_shape[0] for item in some) for some in items] == [len(x) for x in xs]
-        self.sent += [tuple(x.shape) for x in xs]
-        away = [x.flip(0).clone() for x in xs]
-        for x in xs:
-            x.zero_()  # only what was sent is of use
-        return away
-
-    def directions(self, items: Sequence[Sequence[Matrices]], ds: list[Tensor]) -> list[Tensor]:
-        return [d.flip(0).clone() for d in ds]
-
-
-@both_backends
-@pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam, steepest.SOAP, ToyNorMuon], ids=lambda c: c.__name__)
-def test_directions_may_be_taken_elsewhere(cls: type[MatrixOptimizer], backend: str) -> None:
-    at_home, wanted = both_kinds(cls, backend=backend)
-    away, params = both_kinds(cls, backend=backend)
-    away._transport = transport = Elsewhere()
-    train(at_home, wanted, range(3))
-    train(away, params, range(3))
-    assert {(2, 8, 5), (1, 8, 5)} & set(transport.sent)
-    for p, q in zip(params, wanted, strict=True):
-        assert gap(p.detach(), q.detach()) < 1e-5
-
-
-# ---- (c) the decision ----------------------------------------------------------------------------------------------
-
-
-@both_backends
-@every_kind
-def test_ranks_agree_on_who_steps(cls: type[MatrixOptimizer], backend: str) -> None:
-    """A gradient that is not finite elsewhere leaves its parameter out here too, before anything is written."""
-    optimizer, params = both_kinds(cls, backend=backend)
-    train(optimizer, params, range(2))
-    before = copies(params), state_copies(optimizer)
-    rows: list[Tensor] = []
-
-    def reduce(measured: Tensor) -> None:
-        assert all_same_bits(params, before[0])
-        rows.append(measured.clone())
-        measured[0, 0] = 0  # the first parameter of this executor, on another rank
-
-    optimizer._reduce = reduce
-    give_gradients(params, 5)
-    optimizer.step()
-    stayed = [torch.equal(p, old) for p, old in zip(params, before[0], strict=True)]
-    assert stayed.count(True) == len(rows)
-    assert sum(int(count) for count in optimizer.skipped_updates().values()) == len(rows)
-    measured = torch.cat(rows)
-    grads = [p.grad for p in params if p.grad is not None]
-    assert (measured[:, 0] == 1).all()
-    wanted = sorted(float(g.double().square().sum()) for g in grads)
-    torch.testing.assert_close(sorted(measured[:, 1].tolist()), wanted, rtol=1e-6, atol=0)
-    assert sorted(measured[:, 2].tolist()) == sorted(float(g.abs().max()) for g in grads)
-
-
-@both_backends
-@every_kind
-def test_a_decision_that_nobody_changes_changes_nothing(cls: type[MatrixOptimizer], backend: str) -> None:
-    plain, wanted = both_kinds(cls, backend=backend)
-    asked, params = both_kinds(cls, backend=backend)
-    asked._reduce = lambda measured: None
-    train(plain, wanted, range(3))
-    train(asked, params, range(3))
-    assert all_same_bits(params, wanted)
-    assert same_states(state_copies(plain), state_copies(asked))
-
-
-# ---- (d) weights that moved ----------------------------------------------------------------------------------------
+# ---- (b) weights that moved ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -18,12 +18,12 @@ from ..ops.backend import requested
 from ..ops.multi_tensor import Scaling
 from ..parts import Number
 from ..recipe import State
+from ..sharding.local import is_sharded, local_tensor
 from ..step import Parameter, Plan, StepOptions
 from ..step.checks import check_gradient, check_state, refuse_capture
 from ..step.coupling import Coupling
 from ..step.modes import in_default_modes
 from ..step.plan import route
-from ..step.seams import Reduce, Transport
 from ..step.state_storage import stack
 from .checkpoints import Checkpoints
 from .group_options import Group, parameter_name
@@ -48,9 +48,6 @@ class MatrixOptimizer(Reports, Checkpoints):
     _step_supports_amp_scaling = True
     _carried: tuple[str, ...] = ("_adamw_defaults", "_reasons", "_skipped")
     _plan_key: list[object] | None = None
-    #: what a distributed step adds; see `steepest.step.seams`
-    _reduce: Reduce | None = None
-    _transport: Transport | None = None
 
     def __init__(self, params: Params, defaults: Group, adamw: Group) -> None:
         self._adamw_defaults = dict(adamw)
@@ -58,12 +55,16 @@ class MatrixOptimizer(Reports, Checkpoints):
         self._skipped: dict[torch.device, Tensor] = {}
         self._recipes = {}
         self._staleness = StaleParameters(type(self).__name__, params)
+        self._begin_shards()
         self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
         check_zero(type(self).__name__)
         self._check_options(defaults)
         self._check_options(self._adamw_defaults, prefix="adamw_")
         self._check_values(defaults)
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
+        if self._is_sharded:
+            self._check_agreement(self._sharded_rows())
+            self.init_state()  # so that every rank has, and names, the same in a checkpoint
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """Moves everything that has a gradient; loss: what a closure returned."""
-        plan = self._ready_plan()
+        plan = self._agreed_plan() if self._is_sharded else self._ready_plan()
         plan.step([self._hyper(group) for group in self.param_groups], scaling, self._layer_coupling(loss))
         self._run_weight_hooks(plan.parameters)
         self._staleness.count(bool(plan.parameters), self.param_groups)
@@ -128,6 +129,22 @@ class MatrixOptimizer(Reports, Checkpoints):
         """Makes state and plan for the gradients there are, without a step; the backends it will run on."""
         return self._ready_plan().backends
 
+    def _agreed_plan(self) -> Plan:
+        """`_ready_plan` of sharded parameters: no rank goes on where one cannot, or is about to do something else.
+
+        On the host in every step; on a device, which would have to be waited for, when the plan is a new one.
+        """
+        refuse_capture("its parameters are sharded, and ranks agree on the host")
+        before = self._plan
+        try:
+            plan = self._ready_plan()
+        except Exception as error:
+            self._check_agreement([], error)
+            raise
+        if plan is not before or all(ranks.device.type == "cpu" for ranks in self._meshes.values()):
+            self._check_agreement(self._sharded_rows())
+        return plan
+
     def _ready_plan(self) -> Plan:
         """The plan of this step; every check is made, before the first write, when there is none for it yet."""
         if not all(group["capturable"] for group in self.param_groups if group["params"]):
@@ -152,7 +169,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     def _key(self) -> list[object]:
         """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds."""
-        found: list[object] = [self._couples(), self._reduce, self._transport]
+        found: list[object] = [self._couples()]
         for group in self.param_groups:
             found.append((id(group), self._known_recipe(group)[1]))
             for p in group["params"]:
@@ -164,7 +181,8 @@ class MatrixOptimizer(Reports, Checkpoints):
                 state = None if own is None else tuple([_place(value) for value in own.values()])
                 # Few layouts of five dimensions and more, and of Triton's tensors, can be walked.
                 strides = None if g.is_contiguous() and p.is_contiguous() else (p.stride(), g.stride())
-                found.append((id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state))
+                shard = local_tensor(p).data_ptr() if is_sharded(p) else None
+                found.append((id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state, shard))
         return found
 
     def _new_plan(self) -> Plan:
@@ -175,7 +193,8 @@ class MatrixOptimizer(Reports, Checkpoints):
             if p.grad is not None
         ]
         self._init_states([(p, p.grad.dtype, self.param_groups[number]) for number, _, p in stepping])
-        return self._plan_of([self._parameter(number, i, p, self.state[p]) for number, i, p in stepping], traced=False)
+        parameters = [self._parameter(number, i, p, self._state_here(p)) for number, i, p in stepping]
+        return self._plan_of(parameters, traced=False)
 
     def _plan_of(self, parameters: Sequence[Parameter], *, traced: bool) -> Plan:
         for p in parameters:
@@ -184,8 +203,6 @@ class MatrixOptimizer(Reports, Checkpoints):
             parameters,
             self._skipped,
             coupled=self._couples(),
-            reduce=self._reduce,
-            transport=self._transport,
             traced=traced,
         )
 
@@ -198,8 +215,18 @@ class MatrixOptimizer(Reports, Checkpoints):
             max_workspace_bytes=group["max_workspace_bytes"],
             fuse_update=group["use_muon"] and group["fuse_update"],
         )
-        recipe, pieces = self._recipe(group), self._pieces(p, group)
-        return Parameter(p, state, recipe, pieces, group=number, index=index, options=options)
+        sharding = self._sharding(p)
+        return Parameter(
+            p,
+            state,
+            self._recipe(group),
+            self._pieces(p, group),
+            group=number,
+            index=index,
+            options=options,
+            sharding=sharding,
+            owners=() if sharding is None else self._owners_of(p, group),
+        )
 
     def _check_step(self, number: int, group: Group) -> None:
         """Raises for what a step of this group would stumble over: its values may have changed since it was added."""
@@ -211,20 +238,19 @@ class MatrixOptimizer(Reports, Checkpoints):
                 continue
             what = f"{parameter_name(group, i)} (group {number}, shape {tuple(p.shape)})"
             check_gradient(name, what, p)
-            self._check_tensor(p)
             self._pieces(p, group)
             if self.state.get(p):
-                check_state(self._recipe(group), what, p, self.state[p], self._state_shapes(p, group))
+                check_state(self._recipe(group), what, p, self._state_here(p), self._shapes_here(p, group))
             if requested(group["backend"]) != "auto":
                 self._backend(p, group)
 
-    def _state_shapes(self, p: Tensor, group: Group) -> dict[str, torch.Size]:
-        """What a parameter's state holds, and in which shapes."""
-        like = torch.empty(p.shape, dtype=p.dtype, device="meta")
-        return {key: value.shape for key, value in self._fresh_state(like, p.dtype, group).items()}
-
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""
+        if self._is_sharded:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be traced by torch.compile with sharded parameters, whose parts travel: "
+                "call its step outside of the compiled function"
+            )
         for number, group in enumerate(self.param_groups):
             if self._recipe(group).kronecker is not None:
                 raise RuntimeError(
@@ -269,7 +295,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     def _init_states(self, params: Iterable[tuple[Tensor, torch.dtype, Group]]) -> None:
         """State for those that have none yet, in stacks; each with the dtype of its gradient and its group."""
-        fresh = [self.state[p] for p, dtype, group in params if self._init_state(p, dtype, group)]
+        fresh = [self._state_here(p) for p, dtype, group in params if self._init_state(p, dtype, group)]
         stack(fresh)
 
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
@@ -277,9 +303,10 @@ class MatrixOptimizer(Reports, Checkpoints):
         state, keys = self.state[p], self._recipe(group).layouts
         if all(key in state for key in keys):
             return False
-        for key, value in self._fresh_state(p, dtype, group).items():
-            state.setdefault(key, value)
-        return True
+        fresh = self._fresh_state(p, dtype, group)  # of a sharded parameter some may be elsewhere
+        added = [key for key in fresh if key not in state]
+        state.update({key: fresh[key] for key in added})
+        return bool(added)
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._skipped:
@@ -289,10 +316,11 @@ class MatrixOptimizer(Reports, Checkpoints):
     def _backend(self, p: Tensor, group: Group) -> str:
         """The backend of everything elementwise in a parameter's step."""
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
-        return route(self._parameter(number, 0, p, self.state.get(p, {})), coupled=self._couples())
+        return route(self._parameter(number, 0, p, self._state_here(p)), coupled=self._couples())
 
     def _forget_plans(self) -> None:
         self._recipes, self._plan = {}, None
+        self._begin_shards()
         # Of a copy: hooks stay with the original, as torch's do.
         self.__dict__.setdefault("_weight_hooks", OrderedDict())
         self.__dict__.setdefault("_staleness", StaleParameters(type(self).__name__))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import CLOCK
+from ..sharding.local import is_sharded, local_tensor
 from ..state_layout import Layout
 from .checkpoint_matching import GIVE_NAMES
 
@@ -89,8 +90,21 @@ def _check_tensor(name: str, value: Any, floating: bool) -> None:
     if not (value.is_floating_point() and value.itemsize > 1 if floating else whole):
         wanted = "floating-point numbers of 16 bits or more" if floating else "whole numbers"
         raise ValueError(f"{name} should be {wanted} but is {value.dtype}")
-    if floating and not bool(torch.isfinite(value).all()):
+    if floating and not all_finite(value):
         raise ValueError(
             f"{name} is not finite: the run that saved it had come apart; load an earlier checkpoint, or leave the "
             "parameter's entry out of checkpoint['state'] for it to begin anew"
         )
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether every entry is finite, on all ranks that have some of them."""
+    finite = torch.isfinite(local_tensor(value)).all()
+    if is_sharded(value):
+        import torch.distributed as dist
+
+        flag = finite.to(torch.int32)
+        for group in value.device_mesh.get_all_groups():  # type: ignore[attr-defined]
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
+        finite = flag
+    return bool(finite)

@@ -18,8 +18,8 @@ from ..step.state_storage import stack
 from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
 from .checkpoint_state import check_kept, check_state, restored
 from .group_options import Group, name_the_rule, parameter_name
-from .groups import Groups
 from .option_types import OPTION_TYPES
+from .shards import Shards
 
 __all__ = ["Checkpoints"]
 
@@ -30,7 +30,7 @@ _OF_ADAMW = {"amsgrad": False, "decoupled_weight_decay": True}
 _ELSEWHERE = ("dampening", "alpha", "centered", "rho", "lambd", "momentum_decay", "beta2_decay", "lr_decay", "etas")
 
 
-class Checkpoints(Groups):
+class Checkpoints(Shards):
     """Groups with checkpoints, which keep dtypes, name their class, and are loaded whole or not at all."""
 
     #: the state that is being loaded, and what it was matched by
@@ -51,10 +51,16 @@ class Checkpoints(Groups):
     def state_dict(self) -> dict[str, Any]:
         """The state as torch gives it, and under "optimizer" the class, by which `load_state_dict` knows its own.
 
-        What is made beside the steps is in it: the present stream waits for it.
+        What is made beside the steps is in it: the present stream waits for it. With sharded parameters all ranks call
+        this together, and every tensor of the state that is not a number is a DTensor.
         """
         streams.join()
-        return {**super().state_dict(), AUTHOR: type(self).__name__}
+        saved = {**super().state_dict(), AUTHOR: type(self).__name__}
+        parameters = [(p, group) for group in self.param_groups for p in group["params"]]
+        for number, (p, group) in enumerate(parameters):
+            if number in saved["state"]:
+                saved["state"][number] = self._saved_state(p, group)
+        return saved
 
     def __getstate__(self) -> dict[str, Any]:
         streams.join()
@@ -112,7 +118,7 @@ class Checkpoints(Groups):
             handle.remove()
             self._loading = None
             self._forget_plans()
-        stack([state for state in self.state.values() if state])
+        stack([self._state_here(p) for p, state in self.state.items() if state])
         return matched
 
     def _read(self, _: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -181,12 +187,13 @@ class Checkpoints(Groups):
         """A parameter's state as it will be, checked; without state of this optimizer it begins anew."""
         if not isinstance(held, Mapping):
             raise TypeError(f"the checkpoint's state of {what} should be a dictionary but is: {held!r}")
+        held = self._whole_state(held, p, group)
         fresh = self._fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
         kept = self._merged("_kept")
         if any(key in held for key in fresh) or (foreign and not all(key in kept for key in held)):
             check_state(held, what, p, fresh, self._recipe(group).rounding.keys, type(self).__name__)
         check_kept(held, what, p, kept)
-        return {key: restored(key, value, p) for key, value in held.items()}
+        return {key: restored(key, value, p) for key, value in self._state_kept_here(held, p, group).items()}
 
     def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any]) -> None:
         """Puts what belongs to all parameters into the state of the one that is the first now."""

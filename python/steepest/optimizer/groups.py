@@ -177,31 +177,27 @@ class Groups(torch.optim.Optimizer):
         for i, p in enumerate(group["params"]):
             self._check_shaped(p)
             routing.check_not_flattened(p, parameter_name(group, i))
-            self._check_tensor(p)
         self._check_devices(group)
         self._check_options(values := self._options(group))
         group.update(values)
         if not group["use_muon"]:
             requested(group["backend"])
             self._new_recipe(group)
-            return
-        self._check_values(group)
-        for p in group["params"]:
-            if not routed:
-                self._check_shape(p, group, declared)
-            self._pieces(p, group)
+        else:
+            self._check_values(group)
+            for p in group["params"]:
+                if not routed:
+                    self._check_shape(p, group, declared)
+                self._pieces(p, group)
+        self._check_shards(group)
 
     @staticmethod
     def _check_shaped(p: Tensor) -> None:
         if is_lazy(p):
             raise ValueError("a parameter has no shape yet (lazy module): run the model once before this")
 
-    def _check_tensor(self, p: Tensor) -> None:
-        if hasattr(p, "device_mesh"):
-            raise RuntimeError(
-                f"{type(self).__name__} does not take sharded parameters (DTensor) yet; found one of shape "
-                f"{tuple(p.shape)}: use DistributedDataParallel, which keeps every matrix whole"
-            )
+    def _check_shards(self, group: Group) -> None:
+        """ValueError for a parameter that lies on several ranks in a way that cannot be stepped."""
 
     def _check_devices(self, group: Group) -> None:
         devices = list(dict.fromkeys(p.device for p in group["params"]))

@@ -28,6 +28,8 @@ class Decay:
 
     #: whether the fused ops have this formula
     fused: ClassVar[bool] = True
+    #: whether a number of the new weight depends on nothing but that number of the old one and of the update
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.cautious and self.after:

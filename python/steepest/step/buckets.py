@@ -23,7 +23,7 @@ from ..ops.program import Program
 from ..parts import Identity
 from .parameter import Matrices, Parameter
 
-__all__ = ["Bucket", "FusedItem", "Round", "items_of", "rounds_of"]
+__all__ = ["Bucket", "FusedItem", "Round", "bucket_key", "in_rounds", "items_of", "rounds_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +132,9 @@ class Bucket:
         self.shape = (sum(self.sizes), *shapes[0][1:])
         self.slack = torch.full(self.shape[:1], float("nan"), dtype=torch.float32, device=self.device)
 
+    #: what `update_moments` stored of a step whose updates are yet to be made
+    _momenta = torch.empty(0)
+
     def empty(self) -> Tensor:
         return torch.empty(self.stored_shape, dtype=self.stored_dtype, device=self.device)
 
@@ -139,6 +142,7 @@ class Bucket:
         """What the direction is asked about, made from what `update_moments` has stored."""
         if not self.by_torch:
             return stored
+        self._momenta = stored
         parts = []
         for item, m in zip(self.items, stored.split(self.counts), strict=True):
             assert item.matrices is not None
@@ -146,26 +150,39 @@ class Bucket:
             parts.append(self.recipe.precondition.into(state, m, taken.hyper, state.get("step")).to(self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def parts(self, t: Tensor) -> Sequence[Tensor]:
+        """Each item's part of what `update_moments` stores."""
+        return t.split(self.counts)
+
     def updates(self, d: Tensor) -> list[Tensor]:
         """The update of every item, in the weight's variables and contiguous, from its directions."""
         parts = list(d.split(self.sizes))
         if not self.by_torch:
             return parts
         updates = []
-        for item, part in zip(self.items, parts, strict=True):
+        momenta, self._momenta = self._momenta, self._momenta[:0]
+        for item, part, m in zip(self.items, parts, momenta.split(self.counts), strict=True):
             assert item.matrices is not None
-            grad = item.matrices.elementwise(item.matrices.grad)
-            u, remembered = self.recipe.update(item.matrices.recipe_state(), part, grad, item.parameter.taken.hyper)
+            u, remembered = self.recipe.update(item.matrices.recipe_state(), part, m, item.parameter.taken.hyper)
             item.matrices.keep(remembered)
             updates.append(u.to(self.stored_dtype).contiguous())
         return updates
 
-    def dual_norms(self, x: Tensor, d: Tensor, table: Table) -> list[Tensor]:
-        """<x, d> of every matrix by items, (matrices,) fp64; d: of length 1, x: as the direction took it."""
+    def matrices(self) -> list[Matrices]:
+        """What its directions are of, in their order."""
+        return [item.matrices for item in self.items if item.matrices is not None]
+
+    def measured(self, x: Tensor, d: Tensor, table: Table) -> tuple[list[Tensor], list[Tensor]]:
+        """<x, d>, (n,) fp64, of the directions of each of `matrices`, and of each item; d: as `Direction.units` gives
+        it, x: as the direction took it.
+        """
+        norms = list(self.dual_norm(x, d, table).split(self.sizes))
+        return norms, norms
+
+    def dual_norm(self, x: Tensor, d: Tensor, table: Table) -> Tensor:
         norm = self.recipe.direction.dual_norm(x, d).flatten().double()
-        if self.dtype is torch.float16:  # an fp16 x was multiplied by a power of two
-            norm = norm / self._numbers(table, "input_scale")
-        return list(norm.split(self.sizes))
+        # An fp16 x was multiplied by a power of two.
+        return norm / self._numbers(table, "input_scale") if self.dtype is torch.float16 else norm
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -205,17 +222,18 @@ class Round:
     coupled: the moments were updated by an earlier call (`observe`), so that this round's reads them only.
     """
 
-    def __init__(self, whole: Sequence[FusedItem], parts: Sequence[Sequence[FusedItem]], coupled: bool) -> None:
+    def __init__(self, whole: Sequence[FusedItem], buckets: Sequence[Bucket], coupled: bool) -> None:
         self.whole = len(whole)
-        self.items = [*whole, *(item for part in parts for item in part)]
-        self.buckets = [Bucket(part) for part in parts]
+        self.buckets = buckets
+        self.items = [*whole, *(item for bucket in buckets for item in bucket.items)]
         self.late = [i for i in range(self.whole, len(self.items)) if not self.items[i].moves_weights]
         programs = [item.program for item in self.items]
         self.observing = Items(tuple(item.item(program) for item, program in zip(self.items, programs, strict=True)))
         reading = [replace(program, frozen_moments=True) if coupled else program for program in programs]
         self.before = Items(tuple(item.item(program) for item, program in zip(self.items, reading, strict=True)))
         self.after = Items(tuple(self.items[i].item(programs[i]) for i in self.late))
-        absent, rest = self.items[0].parameter.tensor.new_empty(0), len(self.items) - self.whole
+        absent = self.items[0].parameter.tensor.new_empty(0) if self.items else torch.empty(0)
+        rest = len(self.items) - self.whole
         self.no_inputs, self.no_params = [absent] * self.whole, [absent] * rest
         self.no_remainders = [absent.to(torch.int16)] * rest
         self.momenta = [item.view(item.parameter.momentum) for item in self.items]
@@ -236,7 +254,7 @@ class Round:
 
     def stored(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Each item's part of what its bucket stores."""
-        return [part for t, bucket in zip(stacks, self.buckets, strict=True) for part in t.split(bucket.counts)]
+        return [part for t, bucket in zip(stacks, self.buckets, strict=True) for part in bucket.parts(t)]
 
 
 def _second(item: FusedItem) -> tuple[str, ...]:
@@ -254,7 +272,9 @@ def items_of(parameters: Sequence[Parameter], programs: Sequence[Program]) -> li
     items: list[FusedItem] = []
     line = 0
     for row, (parameter, program) in enumerate(zip(parameters, programs, strict=True)):
-        for matrices in [None] if program.whole else parameter.matrices():
+        if not parameter.tensor.numel():  # a shard that is empty
+            continue
+        for matrices in [None] if program.whole else parameter.local_matrices():
             items.append(FusedItem(parameter, program, row, line, matrices))
             line += items[-1].count
     return items
@@ -266,16 +286,28 @@ def rounds_of(items: Sequence[FusedItem], max_bytes: int, coupled: bool) -> Iter
     buckets: dict[tuple[object, ...], list[FusedItem]] = {}
     for item in items:
         if item.matrices is not None:
-            p, piece = item.parameter, item.matrices.piece
-            weights = p.tensor.dtype if item.moves_weights else None
-            key = (p.recipe, piece.rows, piece.cols, p.input_dtype, item.moves_weights, weights)
+            weights = item.parameter.tensor.dtype if item.moves_weights else None
+            key = (*bucket_key(item.parameter, item.matrices.piece), item.moves_weights, weights)
             buckets.setdefault(key, []).append(item)
     parts = [part for bucket in buckets.values() for part in chunk_by_bytes(bucket, _bytes_of_call, max_bytes)]
+    sized = [(Bucket(part), sum(item.input_bytes for item in part)) for part in parts]
+    yield from in_rounds(whole, sized, max_bytes, coupled)
+
+
+def bucket_key(p: Parameter, piece: Piece) -> tuple[object, ...]:
+    """What matrices must have in common to share a direction call."""
+    return p.recipe, piece.rows, piece.cols, p.input_dtype
+
+
+def in_rounds(
+    whole: Sequence[FusedItem], sized: Sequence[tuple[Bucket, int]], max_bytes: int, coupled: bool
+) -> Iterator[Round]:
+    """Rounds of buckets, whose inputs and directions take so many bytes each."""
     # Where layers wait, directions that are cheap are made twice and the others kept: a round has one kind.
-    cheap = [part for part in parts if coupled and not part[0].parameter.recipe.direction.batched]
-    for kind in (cheap, [part for part in parts if part not in cheap]):
-        for chosen in chunk_by_bytes(kind, lambda part: sum(item.input_bytes for item in part), max_bytes):
-            yield Round(whole, chosen, coupled)
+    cheap = [each for each in sized if coupled and not each[0].recipe.direction.batched]
+    for kind in (cheap, [each for each in sized if each not in cheap]):
+        for chosen in chunk_by_bytes(kind, lambda each: each[1], max_bytes):
+            yield Round(whole, [bucket for bucket, _ in chosen], coupled)
             whole = []
     if whole:
         yield Round(whole, [], coupled)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import CLOCK, Recipe, State
+from ..sharding.local import is_sharded, local_tensor
 
 __all__ = ["check_gradient", "check_state", "refuse_capture"]
 
@@ -30,6 +31,11 @@ def check_gradient(optimizer: str, what: str, p: Tensor) -> None:
         )
     if g.device != p.device:
         raise RuntimeError(f"{what} is on {p.device} and its gradient on {g.device}: move one to the other")
+    if is_sharded(p) and (not is_sharded(g) or (g.device_mesh, g.placements) != (p.device_mesh, p.placements)):  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"{what} lies on {p.device_mesh} as {p.placements} and its gradient as "  # type: ignore[attr-defined]
+            f"{getattr(g, 'placements', 'a plain tensor')}: redistribute the gradient to the parameter's placements"
+        )
     if g.shape != p.shape:
         raise RuntimeError(f"{what} has a gradient of shape {tuple(g.shape)}: make them equal")
 
@@ -60,7 +66,9 @@ def check_state(recipe: Recipe, what: str, p: Tensor, state: State, shapes: Mapp
             raise RuntimeError(
                 f"{what} is on {p.device} and its state {key!r} on {value.device}: move the state {where}"
             )
-        if key in recipe.rounding.keys and bool(value.numel()) != (p.dtype is torch.bfloat16 and p.numel() > 0):
+        if key in recipe.rounding.keys and bool(value.numel()) != (
+            p.dtype is torch.bfloat16 and local_tensor(p).numel() > 0
+        ):
             del state[key]  # the parameter's dtype has changed: what was kept of the old one says nothing
         elif value.numel() and value.shape != shape:
             raise RuntimeError(

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..parts import Number
+from .parameter import Parameter
 
 if TYPE_CHECKING:
     from .plan import Executor
 
-__all__ = ["Coupling", "Directed"]
+__all__ = ["Coupling", "Directed", "dot", "inner_products"]
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,24 @@ class Coupling(Protocol):
     def moving(self, executor: Executor, batch: Any, directed: Directed) -> None:
         """Hears of the directions, measured, along which a batch is about to move."""
         ...
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b>, 0-d fp64, of products in fp32 or fp64."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return (a.to(wide) * b.to(wide)).sum(dtype=torch.float64)
+
+
+def inner_products(pairs: Sequence[tuple[Parameter, Tensor, Tensor]]) -> list[Tensor]:
+    """<a, b> of every (parameter, a, b), 0-d fp64; a, b: of the parameter's shape, of a sharded one what lies here."""
+    products = [dot(a, b) for _, a, b in pairs]
+    shared: dict[Any, list[int]] = {}
+    for i, (p, _, _) in enumerate(pairs):
+        if p.sharding is not None:
+            shared.setdefault(p.sharding.ranks, []).append(i)
+    for ranks, some in shared.items():
+        sums = torch.stack([products[i] for i in some])
+        ranks.all_reduce(sums)
+        for i, product in zip(some, sums.unbind(), strict=True):
+            products[i] = product
+    return products

@@ -6,6 +6,8 @@ A batch is matrices of one group, shape and dtype, at most max_workspace_bytes a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,15 +15,86 @@ from torch import Tensor
 from ..chunking import chunk_by_bytes
 from ..ops.multi_tensor import Scaling
 from ..parts import Hyper
-from ..recipe import largest, square_sum
+from ..recipe import Recipe, largest, square_sum
 from .coupling import Directed
 from .factors import advance_clocks, update_factors, update_rotated_moments
-from .parameter import Matrices, Parameter, StepValues, signed_gradient, store_if
-from .seams import Reduce
+from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
+from .program import is_elementwise
+
+if TYPE_CHECKING:
+    from ..sharding.ranks import Ranks
+    from .shared_matrices import SharedMatrices
 
 __all__ = ["Eager"]
 
-Batch = list[Matrices]
+
+class Batch:
+    """Matrices whose directions are taken together; `parts` are what their elementwise work is done on."""
+
+    def __init__(self, items: Sequence[Matrices]) -> None:
+        self.recipe: Recipe = items[0].recipe
+        self.matrices = self.parts = items
+        self.hyper = items[0].parameter.taken.hyper
+        self._sizes = [item.input_shape[0] for item in items]
+
+    def inputs(self) -> Tensor:
+        """A lone item is reshaped, several are stacked."""
+        first, dtype = self.parts[0], _work_dtype(self.parts[0])
+        if len(self.parts) == 1:
+            return _input(first).to(dtype).reshape(first.input_shape)
+        x = torch.empty((sum(self._sizes), *first.input_shape[1:]), dtype=dtype, device=first.parameter.tensor.device)
+        for item, part in zip(self.parts, x.split(self._sizes), strict=True):
+            of_item = _input(item)
+            part.view(of_item.shape).copy_(of_item)
+        return x
+
+    def measured(self, x: Tensor, d: Tensor) -> Sequence[Tensor]:
+        """<x, d> of the directions of each of `matrices`."""
+        return self.recipe.direction.dual_norm(x, d).flatten().split(self._sizes)
+
+    def updates(self, d: Tensor) -> list[Tensor]:
+        """The update of every part, in the shape of `Matrices.elementwise`."""
+        updates = []
+        for item, of_item in zip(self.parts, d.split(self._sizes), strict=True):
+            state, g, hyper = item.recipe_state(), item.elementwise(item.grad), self.hyper
+            m = self.recipe.momentum_of(state, g, hyper)
+            u, remembered = self.recipe.update(state, of_item if item.by_matrix else of_item.reshape(g.shape), m, hyper)
+            item.keep(remembered)
+            updates.append(u)
+        return updates
+
+
+class SharedBatch(Batch):
+    """Matrices whose parts here are worked on, and whose directions their owners take."""
+
+    def __init__(self, shared: SharedMatrices) -> None:
+        self.recipe, self.matrices, self.parts = shared.recipe, shared.matrices, shared.parts
+        self.hyper = shared.matrices[0].parameter.taken.hyper
+        self._shared, self._dtype = shared, _work_dtype(shared.matrices[0])
+
+    def inputs(self) -> Tensor:
+        wide = self.matrices[0].parameter.wide_dtype
+        stored = wide if self.recipe.by_matrix else self._dtype
+        here = [(_momentum if self.recipe.by_matrix else _input)(part) for part in self.parts]
+        device = self._shared.device
+        flat = (
+            torch.cat([t.reshape(-1).to(stored) for t in here]) if here else torch.empty(0, dtype=stored, device=device)
+        )
+        return self._shared.inputs(flat, self._dtype)
+
+    def measured(self, x: Tensor, d: Tensor) -> Sequence[Tensor]:
+        return self._shared.of_all(self.recipe.direction.dual_norm(x, d).flatten().double())[0]
+
+    def updates(self, d: Tensor) -> list[Tensor]:
+        wide = self.matrices[0].parameter.wide_dtype
+        updates = self._shared.updates(d, wide if self.recipe.by_matrix else d.dtype)
+        if self.recipe.by_matrix:
+            return updates
+        backed = []
+        for item, u in zip(self.parts, updates, strict=True):
+            m = _momentum(item)
+            backed.append(self.recipe.update(item.recipe_state(), u.reshape(m.shape), m, self.hyper)[0])
+        return backed
 
 
 class Eager:
@@ -29,95 +102,124 @@ class Eager:
 
     backend = "torch"
 
-    def __init__(self, parameters: Sequence[Parameter], skipped: dict[torch.device, Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Parameter], skipped: dict[torch.device, Tensor], *, coupled: bool) -> None:
         self.parameters = parameters
         self._skipped = skipped
-        self._matrices = [item for parameter in parameters for item in parameter.matrices()]
+        self._coupled = coupled
+        #: ranks that share the parameters, all of them or none
+        self._ranks = None if parameters[0].sharding is None else parameters[0].sharding.ranks
+        self._matrices = [item for parameter in parameters for item in parameter.owned_matrices()]
+        self._parts = [item for p in parameters if self._ranks for item in p.local_matrices()]
+        self._known: dict[tuple[tuple[int, int], ...], list[SharedMatrices]] = {}
         self._batches: list[Batch] = []
         self._sums: dict[tuple[int, str], list[Tensor]] = {}
 
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], reduce: Reduce | None) -> None:
+    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
         scales = [scaling[p.tensor.device] for p in self.parameters]
         grads = [
             signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
             for p, scale in zip(self.parameters, scales, strict=True)
         ]
         ours = [(largest(g).double(), square_sum(g)) for g in grads]
-        measured = _reduced(ours, reduce) if reduce is not None and ours else ours
+        measured = ours if self._ranks is None else _reduced(ours, self._ranks)
         self._sums = {}
-        rows = zip(self.parameters, grads, ours, measured, scales, strict=True)
-        for p, g, (_, square_here), (most, square), scale in rows:
+        rows = zip(self.parameters, grads, measured, scales, strict=True)
+        for p, g, (most, square), scale in rows:
             finite = p.takes(most, square)
             if scale.found_inf is not None:
                 finite = finite & (scale.found_inf.reshape(()) == 0)
-            self._skipped[p.tensor.device].add_(finite.logical_not())
             p.step, p.flag = StepValues(g, finite, p.recipe.phase(p.state), hypers[p.group]), finite
-            self._add(p, "grad", torch.where(finite, square_here, 0))
+        if self._ranks is not None:
+            self._agree(self._ranks)
+        for p, (_, square) in zip(self.parameters, ours, strict=True):
+            self._skipped[p.tensor.device].add_(p.taken.finite.logical_not())
+            self._add(p, "grad", torch.where(p.taken.finite, square, 0))
+
+    def _agree(self, ranks: Ranks) -> None:
+        """Takes no step where a rank refuses it."""
+        flags = torch.stack([p.taken.finite for p in self.parameters]).to(torch.float64)
+        ranks.all_reduce(flags, "min")
+        for p, flag in zip(self.parameters, (flags != 0).unbind(), strict=True):
+            p.step, p.flag = replace(p.taken, finite=flag), flag
+
+    def _shared(self, parameters: Sequence[Parameter]) -> list[SharedMatrices]:
+        """The matrices of these parameters as ranks take their directions together."""
+        from .shared_matrices import shared_buckets
+
+        places = tuple((p.group, p.index) for p in parameters)
+        if places not in self._known:
+            parts = [item for item in self._parts if isinstance(item, LocalMatrices) and item.place[:2] in places]
+            owned = [item for item in self._matrices if isinstance(item, OwnedMatrices) and item.place[:2] in places]
+            max_bytes = parameters[0].options.max_workspace_bytes if parameters else 0
+            self._known[places] = list(shared_buckets(parameters, parts, owned, _bucket_key, max_bytes))
+        return self._known[places]
 
     def observe(self) -> None:
+        if self._ranks is not None:
+            for shared in self._shared([p for p in self.parameters if p.recipe.by_matrix]):
+                shared.receive_gradients()
         update_factors([item for item in self._matrices if item.phase.before])
         for p in self.parameters:
             if p.taken.phase.steps:
                 store_if(p.taken.finite, p.state, p.recipe.update_moments(p.state, p.taken.grad, p.taken.hyper))
-        stepping = [item for item in self._matrices if item.phase.steps]
-        update_rotated_moments(stepping)
-        self._batches = self._new_batches(stepping)
+        update_rotated_moments([item for item in self._matrices if item.phase.steps])
+        self._batches = self._new_batches()
 
     def batches(self) -> list[Batch]:
         return self._batches
 
-    def _new_batches(self, stepping: Sequence[Matrices]) -> list[Batch]:
-        buckets: dict[tuple[object, ...], Batch] = {}
-        for number, item in enumerate(stepping):
-            p, alone = item.parameter, -1 if item.recipe.direction.batched else number
-            key = (p.group, item.piece.rows, item.piece.cols, p.tensor.dtype, p.grad_dtype, p.tensor.device, alone)
-            buckets.setdefault(key, []).append(item)
-        return [
-            batch
+    def _new_batches(self) -> list[Batch]:
+        shared: list[Batch] = []
+        matrices = self._matrices
+        if self._ranks is not None:
+            here = {(p.group, p.index) for p in self.parameters if is_elementwise(p.recipe) and not self._coupled}
+            away = [p for p in self.parameters if p.taken.phase.steps and (p.group, p.index) not in here]
+            shared = [SharedBatch(each) for each in self._shared(away)]
+            matrices = [item for item in self._parts if item.place[:2] in here]
+        buckets: dict[tuple[object, ...], list[Matrices]] = {}
+        for number, item in enumerate(matrices):
+            if item.phase.steps:
+                alone = -1 if item.recipe.direction.batched else number
+                buckets.setdefault((*_bucket_key(item), alone), []).append(item)
+        return shared + [
+            Batch(batch)
             for bucket in buckets.values()
             for batch in chunk_by_bytes(bucket, _workspace_bytes, bucket[0].parameter.options.max_workspace_bytes)
         ]
 
     def items(self, batch: Batch) -> list[list[Matrices]]:
-        return [batch]
+        return [list(batch.matrices)]
 
     def inputs(self, batch: Batch) -> list[Tensor]:
-        """A lone item is reshaped, several are stacked."""
-        first, dtype = batch[0], _work_dtype(batch[0])
-        if len(batch) == 1:
-            return [_input(first).to(dtype).reshape(first.input_shape)]
-        sizes = [item.input_shape[0] for item in batch]
-        x = torch.empty((sum(sizes), *first.input_shape[1:]), dtype=dtype, device=first.parameter.tensor.device)
-        for item, part in zip(batch, x.split(sizes), strict=True):
-            of_item = _input(item)
-            part.view(of_item.shape).copy_(of_item)
-        return [x]
+        return [batch.inputs()]
 
     def directions(self, batch: Batch, xs: list[Tensor]) -> list[Tensor]:
-        return [batch[0].recipe.descent_direction(xs[0], batch[0].parameter.taken.hyper)]
+        x = xs[0]
+        return [batch.recipe.descent_direction(x, batch.hyper) if len(x) else x]  # a rank may own nothing
 
     def directed(self, batch: Batch, xs: list[Tensor], ds: list[Tensor], measure: bool) -> Directed:
         """Directions are scaled already where the recipe says so."""
-        lengths = [None] * len(batch)
-        if not measure:
-            return Directed(ds, lengths)
-        inner = batch[0].recipe.direction.dual_norm(xs[0], ds[0]).flatten()
-        return Directed(ds, lengths, inner.split([item.input_shape[0] for item in batch]))
+        lengths = [None] * len(batch.parts)
+        return Directed(ds, lengths, batch.measured(xs[0], ds[0]) if measure else None)
 
     def apply(self, batch: Batch, directed: Directed) -> None:
-        for item, d in zip(batch, directed.ds[0].split([item.input_shape[0] for item in batch]), strict=True):
-            self._apply(item, d)
+        for item, u in zip(batch.parts, batch.updates(directed.ds[0]), strict=True):
+            self._apply(item, u)
 
-    def _apply(self, item: Matrices, d: Tensor) -> None:
-        recipe, p, weight, finite = item.recipe, item.parameter, item.weight, item.finite
-        state, g, hyper = item.recipe_state(), item.elementwise(item.grad), p.taken.hyper
-        u, remembered = recipe.update(state, d if item.by_matrix else d.reshape(g.shape), g, hyper)
+    def _apply(self, item: Matrices, u: Tensor) -> None:
+        recipe, p, weight, finite, hyper = (
+            item.recipe,
+            item.parameter,
+            item.weight,
+            item.finite,
+            item.parameter.taken.hyper,
+        )
         value = recipe.rounding.value(weight, item.state)
         u = torch.where(finite, u.reshape(weight.shape), 0).to(value.dtype)  # 0 NaN is NaN
         moved = recipe.moved(value, u, hyper, item.ratio)
         stored, remainder = recipe.rounding.store(moved, weight.dtype, item.state.get("step"), item.place)
         weight.copy_(torch.where(finite, stored, weight))
-        item.keep({**remainder, **remembered})
+        item.keep(remainder)
         self._add(p, "update", square_sum(u * (hyper.lr * item.ratio * hyper.step_factor)))
 
     def finish(self) -> None:
@@ -139,25 +241,31 @@ class Eager:
         self._sums.setdefault((p.group, name), []).append(square)
 
 
-def _reduced(measured: Sequence[tuple[Tensor, Tensor]], reduce: Reduce) -> list[tuple[Tensor, Tensor]]:
-    """(largest magnitude, sum of squares) of all ranks; infinite where a rank's is not finite.
-
-    `reduce` takes what the fused ops measure of each gradient.
-    """
+def _reduced(measured: Sequence[tuple[Tensor, Tensor]], ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
+    """(largest magnitude, sum of squares) of whole gradients from those of shards; infinite where not finite."""
     rows = torch.stack([torch.stack([most.isfinite().double(), square, most]) for most, square in measured])
-    reduce(rows)
-    finite = rows[:, 0] != 0
+    ranks.reduce_stats(rows)
     return [
-        (torch.where(flag, most, torch.inf), square)
-        for flag, most, square in zip(finite.unbind(), rows[:, 2].unbind(), rows[:, 1].unbind(), strict=True)
+        (torch.where(finite != 0, most, torch.inf), square)
+        for finite, square, most in zip(rows[:, 0].unbind(), rows[:, 1].unbind(), rows[:, 2].unbind(), strict=True)
     ]
+
+
+def _bucket_key(item: Matrices) -> tuple[object, ...]:
+    """What matrices must have in common to share a direction call."""
+    p = item.parameter
+    return p.group, item.piece.rows, item.piece.cols, p.source.dtype, p.grad_dtype, p.source.device
+
+
+def _momentum(item: Matrices) -> Tensor:
+    return item.recipe.momentum_of(item.recipe_state(), item.elementwise(item.grad), item.parameter.taken.hyper)
 
 
 def _input(item: Matrices) -> Tensor:
     """What the direction is asked about, of one item."""
-    recipe, state, g = item.recipe, item.recipe_state(), item.elementwise(item.grad)
+    recipe = item.recipe
     w = item.elementwise(recipe.rounding.value(item.weight, item.state)) if recipe.reads_weight else None
-    return recipe.direction_input(state, g, item.parameter.taken.hyper, w)
+    return recipe.direction_input(item.recipe_state(), _momentum(item), item.parameter.taken.hyper, w)
 
 
 def _work_dtype(item: Matrices) -> torch.dtype:

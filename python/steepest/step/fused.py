@@ -15,8 +15,9 @@ Recipes with Kronecker factors or transforms of the update have torch operations
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,11 +26,14 @@ from ..ops import multi_tensor
 from ..ops.multi_tensor import Groups, Scaling, Table
 from ..ops.program import COLUMNS, Program
 from ..parts import Direction, Hyper
-from .buckets import Bucket, FusedItem, Round, items_of, rounds_of
+from .buckets import Bucket, FusedItem, Round, bucket_key, in_rounds, items_of, rounds_of
 from .coupling import Directed
 from .factors import advance_clocks, update_factors, update_rotated_moments
-from .parameter import Matrices, Parameter, StepValues, signed_gradient, store_if
-from .seams import Reduce
+from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
+
+if TYPE_CHECKING:
+    from ..sharding.ranks import Ranks
+    from .shared_matrices import SharedMatrices
 
 __all__ = ["Fused"]
 
@@ -62,26 +66,64 @@ class Fused:
         for item in self._items:
             lines[item.row] += item.count
         self._first_sums = list(accumulate(lines, initial=0))
-        sizes = [p.tensor.numel() for p in parameters]
+        sizes = [max(p.tensor.numel(), 1) for p in parameters]
         self.table = Table.empty(skipped, sizes, [(item.count, item.size) for item in self._items])
         self._absent = torch.empty(0, device=self.device)
         self._steps = [p.state.get("step", self._absent) for p in parameters]
-        self._rounds = list(rounds_of(self._items, max_workspace_bytes, coupled))
+        #: ranks that share the parameters, all of them or none
+        self._ranks = None if parameters[0].sharding is None else parameters[0].sharding.ranks
+        self._whole = {row for row, program in enumerate(programs) if program.whole}
+        sharing = [p for row, p in enumerate(parameters) if self._ranks and row not in self._whole]
+        self._owned = [item for p in sharing for item in p.owned_matrices() if isinstance(item, OwnedMatrices)]
+        self._rounds = self._new_rounds(set())
         #: those of this step: fewer where a parameter's first gradient only makes its metric
         self._present = self._rounds
         #: parameters with torch operations around the direction, by their rows, and their matrices
         self._by_torch = {row: p for row, p in enumerate(parameters) if p.recipe.by_matrix}
         #: rows of those whose gradients and decisions are looked at outside of the ops
         self._valued = list(range(len(parameters)) if coupled else self._by_torch)
-        self._matrices = [item.matrices for item in self._items if item.by_torch and item.matrices is not None]
+        here = [item.matrices for item in self._items if item.matrices is not None]
+        ours: Sequence[Matrices] = self._owned if self._ranks else here
+        self._matrices = [item for item in ours if item.by_matrix]
         limits = [p.recipe.largest_gradient(p.grad_dtype) for p in parameters]
         self.table.column("largest_taken").copy_(torch.tensor(limits, dtype=torch.float64, device=self.device))
         for p, flag in zip(parameters, self.table.column("finite").unbind(), strict=True):
             p.flag = flag
+        self._learning = list(self._shared(list(self._by_torch.values()))) if self._ranks else []
         self._watched = [p.momentum for p in parameters if p.input_dtype is torch.float16]
         self._versions: list[int] = []
         self._rows = {group: self._span(group) for group in set(self._group_of)}
         self._remember_state()
+
+    def _new_rounds(self, waiting: set[int]) -> list[Round]:
+        """The rounds of all parameters but those in these rows."""
+        items = [item for item in self._items if item.row not in waiting]
+        if self._ranks is None:
+            return list(rounds_of(items, self._max_bytes, self._coupled))
+        return list(self._shared_rounds(items, waiting))
+
+    def _shared_rounds(self, items: Sequence[FusedItem], waiting: set[int]) -> Iterator[Round]:
+        from .shared_bucket import SharedBucket
+
+        rows = {(p.group, p.index): row for row, p in enumerate(self.parameters)}
+        whole = [item for item in items if item.matrices is None]
+        of_part = {item.place: item for item in items}
+        travelling = [p for row, p in enumerate(self.parameters) if row not in waiting | self._whole]
+        sized: list[tuple[Bucket, int]] = []
+        for shared in self._shared(travelling):
+            parts = [of_part[part.place] for part in shared.parts]
+            places = [rows[item.parameter.group, item.parameter.index] for item in shared.matrices]
+            sized.append((SharedBucket(shared, parts, places), shared.input_bytes))
+        yield from in_rounds(whole, sized, self._max_bytes, self._coupled)
+
+    def _shared(self, parameters: Sequence[Parameter]) -> Iterator[SharedMatrices]:
+        """The matrices of these parameters as ranks take their directions together."""
+        from .shared_matrices import shared_buckets
+
+        places = {(p.group, p.index) for p in parameters}
+        parts = [i.matrices for i in self._items if isinstance(i.matrices, LocalMatrices) and i.place[:2] in places]
+        owned = [item for item in self._owned if item.place[:2] in places]
+        return shared_buckets(parameters, parts, owned, lambda i: bucket_key(i.parameter, i.piece), self._max_bytes)
 
     def _span(self, group: int) -> slice:
         """The rows of a group's parameters, which follow one another."""
@@ -112,23 +154,22 @@ class Fused:
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], reduce: Reduce | None) -> None:
+    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
         self.notice_changes()
         phases = {row: self.parameters[row].recipe.phase(self.parameters[row].state) for row in self._valued}
         waiting = {row for row, phase in phases.items() if not phase.steps}
         self._present, steps = self._rounds, self._steps
         if waiting:
-            stepping = [item for item in self._items if item.row not in waiting]
-            self._present = list(rounds_of(stepping, self._max_bytes, self._coupled))
+            self._present = self._new_rounds(waiting)
             steps = [self._absent if row in waiting else step for row, step in enumerate(steps)]
         scaled = scaling[self.device]
         groups = _groups(hypers, self._group_of, self.device)
         arguments = (steps, self.table, self._packed, self._first_sums, groups, scaled)
-        grads = [p.grad for p in self.parameters]
-        at_once = reduce is None and not self._by_torch
+        grads = [p.grad if p.tensor.numel() else p.grad.new_zeros(1) for p in self.parameters]  # of an empty shard
+        at_once = self._ranks is None and not self._by_torch
         multi_tensor.grad_stats(grads, *arguments, decide=at_once, backend=self.backend)
-        if reduce is not None:
-            reduce(self.table.rows[:, : COLUMNS.index("grad_max") + 1])
+        if self._ranks is not None:
+            self._reduce(self._ranks)
         if not at_once:
             self._refuse()
             multi_tensor.decide_steps(*arguments, backend=self.backend)
@@ -138,13 +179,28 @@ class Fused:
             g = signed_gradient(p.grad, p.options.maximize, scaled.grad_scale)
             p.step = StepValues(g, flags[row], phase, hypers[p.group])
 
+    def _reduce(self, ranks: Ranks) -> None:
+        """Makes what was measured of the shards here that of whole gradients, and the bounds of fp16 inputs."""
+        ranks.reduce_stats(self.table.rows[:, : COLUMNS.index("grad_max") + 1])
+        if self._watched:
+            largest = self.table.column("momentum_max")
+            bounds = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
+            of_lines = torch.tensor([item.row for item in self._items for _ in range(item.count)], device=self.device)
+            bounds.scatter_reduce_(0, of_lines.long(), largest, "amax")
+            ranks.all_reduce(bounds, "max")
+            largest.copy_(bounds[of_lines.long()])
+
     def _refuse(self) -> None:
         """Takes no step where what torch operations make of a gradient would not stay finite."""
         finite, most, square = (self.table.column(name) for name in ("finite", "grad_max", "grad_sq"))
         for row, p in self._by_torch.items():
             finite[row].mul_(p.takes(most[row], square[row]))
+        if self._ranks is not None and self._by_torch:
+            self._ranks.all_reduce(finite, "min")
 
     def observe(self) -> None:
+        for shared in self._learning:
+            shared.receive_gradients()
         update_factors([item for item in self._matrices if item.phase.before])
         for p in self._by_torch.values():
             taken = p.taken
@@ -153,6 +209,8 @@ class Fused:
                 store_if(taken.finite, p.state, transform.observe(p.state, taken.grad, hyper))
         update_rotated_moments([item for item in self._matrices if item.phase.steps])
         for round_ in self._present if self._coupled else ():
+            if not round_.items:  # nothing of it lies here
+                continue
             grads, rest = round_.grads(), len(round_.items)
             multi_tensor.update_moments(
                 grads,
@@ -170,21 +228,22 @@ class Fused:
         return self._present
 
     def items(self, batch: Round) -> list[list[Matrices]]:
-        return [[item.matrices for item in bucket.items if item.matrices is not None] for bucket in batch.buckets]
+        return [bucket.matrices() for bucket in batch.buckets]
 
     def inputs(self, batch: Round) -> list[Tensor]:
         stacks, whole = [bucket.empty() for bucket in batch.buckets], batch.whole
-        multi_tensor.update_moments(
-            batch.grads(),
-            batch.momenta,
-            batch.seconds,
-            batch.no_inputs + batch.stored(stacks),
-            batch.weights()[:whole] + batch.no_params,
-            batch.remainders[:whole] + batch.no_remainders if whole and batch.remainders else [],
-            self.table,
-            batch.before,
-            backend=self.backend,
-        )
+        if batch.items:
+            multi_tensor.update_moments(
+                batch.grads(),
+                batch.momenta,
+                batch.seconds,
+                batch.no_inputs + batch.stored(stacks),
+                batch.weights()[:whole] + batch.no_params,
+                batch.remainders[:whole] + batch.no_remainders if whole and batch.remainders else [],
+                self.table,
+                batch.before,
+                backend=self.backend,
+            )
         return [bucket.direction_input(t) for bucket, t in zip(batch.buckets, stacks, strict=True)]
 
     def directions(self, batch: Round, xs: list[Tensor]) -> list[Tensor]:
@@ -195,6 +254,8 @@ class Fused:
         alike: dict[tuple[Direction, bool], list[int]] = {}
         ds = list(xs)
         for i, bucket in enumerate(batch.buckets):
+            if not len(xs[i]):  # of what ranks share this one may own nothing
+                continue
             if bucket.by_torch and bucket.recipe.scale == "dual":
                 ds[i] = bucket.recipe.direction.scaled(xs[i])
             else:
@@ -213,15 +274,17 @@ class Fused:
         inner: list[Tensor] = []
         for bucket, x, d in zip(batch.buckets, xs, ds, strict=True):
             scales = bucket.recipe.scale == "dual" and not bucket.by_torch
-            norms = bucket.dual_norms(x, d, self.table) if measure or scales else []
-            inner += [norm.square() if scales else norm for norm in norms]
-            lengths += norms if scales else [None] * len(bucket.items)
+            of_matrices, of_items = bucket.measured(x, d, self.table) if measure or scales else ([], [])
+            inner += [norm.square() if scales else norm for norm in of_matrices]
+            lengths += of_items if scales else [None] * len(bucket.items)
         return Directed(ds, lengths, inner if measure else None)
 
     def apply(self, batch: Round, directed: Directed) -> None:
+        updates = []
+        for bucket, d in zip(batch.buckets, directed.ds, strict=True):
+            updates += bucket.updates(d)
         if not batch.late:
             return
-        updates = [u for bucket, d in zip(batch.buckets, directed.ds, strict=True) for u in bucket.updates(d)]
         lengths = [_length(item, norm) for item, norm in zip(batch.items[batch.whole :], directed.lengths, strict=True)]
         if all(length is None for length in lengths):
             lengths = []

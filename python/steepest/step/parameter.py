@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +12,22 @@ from ..matrices import Piece
 from ..parts import Hyper, shape_ratio
 from ..parts.precondition import Phase
 from ..recipe import Recipe, State
+from ..sharding.local import local_tensor
 from ..state_layout import piece_view
 
-__all__ = ["Matrices", "Parameter", "StepOptions", "StepValues", "signed_gradient", "store_if"]
+if TYPE_CHECKING:
+    from ..sharding.layout import LocalPart, Sharding
+
+__all__ = [
+    "LocalMatrices",
+    "Matrices",
+    "OwnedMatrices",
+    "Parameter",
+    "StepOptions",
+    "StepValues",
+    "signed_gradient",
+    "store_if",
+]
 
 
 @dataclass(frozen=True)
@@ -43,18 +57,23 @@ class StepValues:
 class Parameter:
     """One parameter of a step: its tensor and state, its recipe, and how it is read as matrices.
 
-    group, index: parameter `index` of group `group` of the optimizer.   state: the optimizer's own dictionary.
+    source: the optimizer's parameter; `tensor` is what of it lies here.   state: the optimizer's own dictionary, of a
+    sharded parameter what of it lies here (`steepest.sharding.local_state`).   pieces: of the whole parameter.
+    group, index: parameter `index` of group `group` of the optimizer.
+    sharding, owners: of a parameter that ranks share, and for every piece the rank that owns each matrix.
     step: what the present step goes by, between its decision and its end.   flag: 0-d, where the executor says by a
     number that is not 0 that the last step was taken.
     """
 
-    tensor: Tensor
+    source: Tensor
     state: State
     recipe: Recipe
     pieces: tuple[Piece, ...]
     group: int = 0
     index: int = 0
     options: StepOptions = StepOptions()
+    sharding: Sharding | None = None
+    owners: tuple[tuple[int, ...], ...] = ()
     step: StepValues | None = field(default=None, repr=False)
     flag: Tensor | None = field(default=None, repr=False)
 
@@ -62,15 +81,20 @@ class Parameter:
         self.momentum_key = self.recipe.keys[0]
 
     @property
+    def tensor(self) -> Tensor:
+        """What of the parameter lies here."""
+        return self.source if self.sharding is None else local_tensor(self.source)
+
+    @property
     def grad(self) -> Tensor:
-        """The gradient as it is stored, of a parameter that has one."""
-        assert self.tensor.grad is not None
-        return self.tensor.grad
+        """The gradient as it is stored, of a parameter that has one; what of it lies here."""
+        assert self.source.grad is not None
+        return self.source.grad if self.sharding is None else local_tensor(self.source.grad)
 
     @property
     def grad_dtype(self) -> torch.dtype:
         """The dtype of the gradient, or where there is none yet of the parameter."""
-        return self.tensor.dtype if self.tensor.grad is None else self.tensor.grad.dtype
+        return self.source.dtype if self.source.grad is None else self.source.grad.dtype
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -80,7 +104,7 @@ class Parameter:
     @property
     def input_dtype(self) -> torch.dtype:
         """The dtype in which the direction works."""
-        return self.recipe.direction_dtype(self.wide_dtype, self.tensor.device)
+        return self.recipe.direction_dtype(self.wide_dtype, self.source.device)
 
     @property
     def taken(self) -> StepValues:
@@ -104,21 +128,48 @@ class Parameter:
         return self.recipe.rounding.value(self.tensor, self.state)
 
     def takes(self, largest: Tensor, square: Tensor) -> Tensor:
-        """0-d bool: whether this gradient leaves a finite state; see `Recipe.takes`."""
-        names = [self.recipe.names(number) for number in range(len(self.pieces))]
+        """0-d bool: whether this gradient leaves a finite state, of factors those that are here; see `Recipe.takes`."""
+        names = [self.recipe.names(number) for number, piece in enumerate(self.pieces_here) if piece.batch]
         return self.recipe.takes(largest, square, self.state, names, self.grad_dtype)
+
+    # ---- its matrices -----------------------------------------------------------------------------------------------
+
+    @property
+    def pieces_here(self) -> tuple[Piece, ...]:
+        """The pieces with those of their matrices only that this rank owns."""
+        if self.sharding is None:
+            return self.pieces
+        place = self.sharding.ranks.place
+        counts = [sum(owner == place for owner in owners) for owners in self.owners]
+        return tuple(replace(piece, batch=count) for piece, count in zip(self.pieces, counts, strict=True))
 
     def matrices(self) -> list[Matrices]:
         """One item a piece; none of a parameter without elements."""
-        numbers = range(len(self.pieces)) if self.tensor.numel() else ()
+        numbers = range(len(self.pieces)) if self.source.numel() else ()
         return [Matrices(self, number) for number in numbers]
+
+    def local_matrices(self) -> list[Matrices]:
+        """The items that elementwise work is done by: one a piece, of a sharded parameter one a run of matrices that
+        one rank owns, as far as they lie here.
+        """
+        if self.sharding is None:
+            return self.matrices()
+        parts = self.sharding.local_parts(self.pieces, self.owners)
+        return [LocalMatrices(self, part, number) for number, part in enumerate(parts)]
+
+    def owned_matrices(self) -> list[Matrices]:
+        """The items whose directions are taken here: one a piece, of those matrices that this rank owns."""
+        if self.sharding is None:
+            return self.matrices()
+        return [OwnedMatrices(self, number) for number, piece in enumerate(self.pieces_here) if piece.batch]
 
 
 class Matrices:
     """The matrices of one piece of a parameter, (batch, rows, cols), and views of what belongs to them.
 
     state: under the recipe's keys; what is elementwise in the piece's natural shape. It is looked up once, as state
-    stays where it is while a plan holds; weight and gradient may be others in every step.
+    stays where it is while a plan holds; weight and gradient may be others in every step. A sharded parameter's are on
+    many ranks, and have no state.
     """
 
     def __init__(self, parameter: Parameter, number: int) -> None:
@@ -129,7 +180,7 @@ class Matrices:
         self.by_matrix = recipe.by_matrix
         names = recipe.names(number)
         self.state: State = {}
-        for key, layout in recipe.layouts.items():
+        for key, layout in recipe.layouts.items() if parameter.sharding is None else ():
             self.state[key] = piece_view(layout, parameter.state[names.get(key, key)], pieces, number)
 
     @property
@@ -181,6 +232,48 @@ class Matrices:
     def keep(self, fresh: State) -> None:
         """Takes these tensors into the state, unless the step is not taken."""
         store_if(self.finite, self.state, fresh)
+
+
+class LocalMatrices(Matrices):
+    """What lies here of a run of matrices of a sharded parameter: weight, gradient and elementwise state.
+
+    run: says which, and who owns them.
+    """
+
+    def __init__(self, parameter: Parameter, run: LocalPart, number: int) -> None:
+        super().__init__(parameter, run.piece)
+        sharding = parameter.sharding
+        assert sharding is not None
+        self.run, self.piece = run, run.part
+        # Random bits follow the place: every rank has its own.
+        first = (1 + sharding.ranks.place) * (1 + sum(piece.batch for piece in parameter.pieces))
+        self.place = (parameter.group, parameter.index, first + number)
+        for key, layout in parameter.recipe.layouts.items():
+            if layout in ("elementwise", "scalar", "host") and key in parameter.state:
+                t = parameter.state[key]
+                self.state[key] = self.piece.view(t) if layout == "elementwise" and t.numel() else t
+
+
+class OwnedMatrices(Matrices):
+    """Those matrices of a piece of a sharded parameter that this rank owns, with the state that only their owner has.
+
+    received: their gradients, (batch, rows, cols), while a step goes by them.
+    """
+
+    def __init__(self, parameter: Parameter, number: int) -> None:
+        super().__init__(parameter, number)
+        recipe, pieces = parameter.recipe, parameter.pieces_here
+        self.piece = pieces[number]
+        self.received: Tensor | None = None
+        names = recipe.names(number)
+        for key, layout in recipe.layouts.items():
+            if layout != "elementwise":
+                self.state[key] = piece_view(layout, parameter.state[names.get(key, key)], pieces, number)
+
+    @property
+    def grad(self) -> Tensor:
+        assert self.received is not None
+        return self.received
 
 
 def store_if(flag: Tensor, state: State, fresh: State) -> None:

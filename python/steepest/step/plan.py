@@ -26,7 +26,6 @@ from .eager import Eager
 from .fused import Fused
 from .parameter import Matrices, Parameter
 from .program import program
-from .seams import Reduce, Transport
 from .warm_up import warm_up
 
 __all__ = ["Executor", "Plan", "reason", "route", "scaling_on"]
@@ -43,7 +42,7 @@ class Executor(Protocol):
     @property
     def parameters(self) -> Sequence[Parameter]: ...
 
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], reduce: Reduce | None) -> None:
+    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
         """Measures the gradients and says which parameters step; counts those that do not. No state is written."""
         ...
 
@@ -89,8 +88,10 @@ class Executor(Protocol):
 class Plan:
     """The step of these parameters. skipped: the int64 counters by device.
 
-    coupled: layers wait for one another.   reduce, transport: see `steepest.step.seams`.   traced: by torch.compile,
-    which fuses torch operations itself.
+    coupled: layers wait for one another.   traced: by torch.compile, which fuses torch operations itself.
+
+    An executor has parameters that one set of ranks shares, or none. Its collectives follow from shapes, placements and
+    recipes alone, so that they are the same on all ranks and in one order.
     """
 
     def __init__(
@@ -99,31 +100,28 @@ class Plan:
         skipped: dict[torch.device, Tensor],
         *,
         coupled: bool = False,
-        reduce: Reduce | None = None,
-        transport: Transport | None = None,
         traced: bool = False,
     ) -> None:
         self.parameters = parameters
         self.recipes: set[Recipe] = {p.recipe for p in parameters}
-        self._devices = list(dict.fromkeys(p.tensor.device for p in parameters))
-        self.reduce, self.transport = reduce, transport
-        by_torch: list[Parameter] = []
-        fused: dict[tuple[torch.device, str, int], list[tuple[Parameter, Program]]] = {}
+        self._devices = list(dict.fromkeys(p.source.device for p in parameters))
+        by_torch: dict[object, list[Parameter]] = {}
+        fused: dict[tuple[torch.device, str, int, object], list[tuple[Parameter, Program]]] = {}
         for p in parameters:
             packed = program(p.recipe, maximize=p.options.maximize, coupled=coupled)
             backend = "torch" if traced else _backend(p, packed)
+            ranks = None if p.sharding is None else p.sharding.ranks
             if backend == "torch" or isinstance(packed, str):
-                by_torch.append(p)
+                by_torch.setdefault(ranks, []).append(p)
             else:
-                key = (p.tensor.device, backend, p.options.max_workspace_bytes)
+                key = (p.source.device, backend, p.options.max_workspace_bytes, ranks)
                 fused.setdefault(key, []).append((p, packed))
         self.executors: list[Executor] = []
-        for (device, backend, max_bytes), some in fused.items():
+        for (device, backend, max_bytes, _), some in fused.items():
             ours, programs = [p for p, _ in some], [packed for _, packed in some]
             options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_bytes, "coupled": coupled}
             self.executors.append(Fused(ours, programs, skipped[device], **options))
-        if by_torch:
-            self.executors.append(Eager(by_torch, skipped))
+        self.executors += [Eager(ours, skipped, coupled=coupled) for ours in by_torch.values()]
         if not traced:
             self._warm_up()
 
@@ -136,7 +134,7 @@ class Plan:
         """One step in place; hypers[i] are the numbers of group i. Gradients are read from the parameters."""
         scalings = {device: scaling_on(scaling, device) for device in self._devices}
         for executor in self.executors:
-            executor.decide(hypers, scalings, self.reduce)
+            executor.decide(hypers, scalings)
         for executor in self.executors:
             executor.observe()
         if coupling is not None:
@@ -151,13 +149,9 @@ class Plan:
             executor.finish()
 
     def directed(self, executor: Executor, batch: Any, *, measure: bool) -> Directed:
-        """The directions of a batch, wherever they are taken; measure: with their inner products."""
+        """The directions of a batch; measure: with their inner products."""
         xs = executor.inputs(batch)
-        if self.transport is None:
-            return executor.directed(batch, xs, executor.directions(batch, xs), measure)
-        items = executor.items(batch)
-        ds = executor.directions(batch, self.transport.inputs(items, xs))
-        return executor.directed(batch, xs, self.transport.directions(items, ds), measure)
+        return executor.directed(batch, xs, executor.directions(batch, xs), measure)
 
     def _share(self, factors: Sequence[Any]) -> None:
         for p in self.parameters:
@@ -167,16 +161,18 @@ class Plan:
         """Has every kernel of the steps checked and compiled, before one of them writes anything."""
         for p in self.parameters:
             if p.recipe.kronecker is not None:
-                prepare(p.recipe.kronecker.families, p.tensor.device)
+                prepare(p.recipe.kronecker.families, p.source.device)
         for executor in self.executors:
             if isinstance(executor, Fused):
                 for bucket in executor.buckets():
+                    if not bucket.shape[0]:  # this rank owns none of its matrices
+                        continue
                     weights = bucket.items[0].parameter.tensor.dtype if bucket.moves_weights else None
                     warm_up(bucket.recipe.direction, bucket.shape[1:], bucket.dtype, bucket.device, weights)
                 continue
-            for item in (item for p in executor.parameters for item in p.matrices()):
+            for item in (item for p in executor.parameters for item in p.owned_matrices()):
                 p = item.parameter
-                warm_up(item.recipe.direction, item.input_shape[1:], p.wide_dtype, p.tensor.device)
+                warm_up(item.recipe.direction, item.input_shape[1:], p.wide_dtype, p.source.device)
 
     def notice_changes(self) -> None:
         """What a step does first, for a graph, which replays only what follows."""
@@ -202,8 +198,8 @@ def reason(p: Parameter, packed: Program | str) -> str | None:
 
 
 def _backend(p: Parameter, packed: Program | str) -> str:
-    device = p.tensor.device
-    if requested(p.options.backend) == "torch" or not p.tensor.numel():
+    device = p.source.device
+    if requested(p.options.backend) == "torch" or not p.source.numel():
         return "torch"
     why = reason(p, packed)
     reasons = {name: of_backend or why for name, of_backend in multi_tensor.reasons(device).items()}
@@ -223,7 +219,7 @@ def scaling_on(scaling: Scaling, device: torch.device) -> Scaling:
 def _tensors(p: Parameter) -> list[Tensor]:
     """What the fused ops read and write elementwise."""
     state = [p.state[key] for key, layout in p.recipe.layouts.items() if layout == "elementwise" and key in p.state]
-    return [p.tensor, *state, *([] if p.tensor.grad is None else [p.grad])]
+    return [p.tensor, *state, *([] if p.source.grad is None else [p.grad])]
 
 
 def _triton_reason(p: Parameter, packed: Program) -> str | None:
@@ -233,7 +229,7 @@ def _triton_reason(p: Parameter, packed: Program) -> str | None:
         return "stochastic rounding goes by an element's place, and a tensor is not contiguous"
     if packed.whole:
         return multi_tensor.triton_takes(tensors, 1)
-    for piece in p.pieces:
+    for piece in (item.piece for item in p.local_matrices()):
         views = [piece.view(t) for t in tensors]
         stack = torch.empty(views[0].shape, device="meta")  # the direction's input is contiguous whatever p is
         if (why := multi_tensor.triton_takes([*views, stack], piece.batch)) is not None:

@@ -9,7 +9,7 @@ from ..parts import Diagonal, Direction, Frobenius, Identity, Sign
 from ..parts.product_norm import Box
 from ..recipe import Recipe
 
-__all__ = ["program"]
+__all__ = ["is_elementwise", "program"]
 
 _POWERS: dict[float, Power] = {0.25: "quarter", 0.5: "half", 1 / 6: "sixth"}
 
@@ -58,9 +58,20 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         return around
     if _is_identity(recipe.direction, recipe.scale):
         return replace(around, direction="identity")
-    return replace(around, direction="sign") if (recipe.direction, recipe.scale) == (Sign(), "lmo") else around
+    return replace(around, direction="sign") if _is_sign(recipe.direction, recipe.scale) else around
+
+
+def is_elementwise(recipe: Recipe) -> bool:
+    """Whether a number of the update depends on nothing but that number of the gradient and of the state."""
+    return not recipe.by_matrix and (
+        _is_identity(recipe.direction, recipe.scale) or _is_sign(recipe.direction, recipe.scale)
+    )
 
 
 def _is_identity(direction: Direction, scale: str) -> bool:
     """Whether the step is the direction's input itself."""
     return (direction, scale) in ((Frobenius(), "dual"), (Box(), "lmo"))
+
+
+def _is_sign(direction: Direction, scale: str) -> bool:
+    return (direction, scale) == (Sign(), "lmo")

@@ -28,6 +28,7 @@ from ..parts import (
 )
 from ..parts.precondition.kronecker import Kronecker
 from ..recipe import Recipe
+from ..sharding.local import local_tensor
 from ..state_layout import Layout
 from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
@@ -468,7 +469,7 @@ class SPlus(KroneckerOptimizer):
         self._start_averages()
         assert self._plan is not None
         for p in self._plan.parameters:
-            rate, state = self.param_groups[p.group]["average_rate"], self.state[p.tensor]
+            rate, state = self.param_groups[p.group]["average_rate"], p.state
             if rate:
                 weight = p.stepped.to(torch.float64) * (1 - rate)
                 state[AVERAGE].lerp_(p.value().to(state[AVERAGE].dtype), weight.to(state[AVERAGE].dtype))
@@ -492,11 +493,12 @@ class SPlus(KroneckerOptimizer):
     @in_default_modes
     def eval(self) -> None:
         """Puts the averages of the iterates in place of the weights, which are kept in the state."""
-        for p, state in self.state.items():
+        for p in self.state:
+            state, here = self._state_here(p), local_tensor(p)
             if AVERAGE in state and WEIGHTS not in state:
                 state[WEIGHTS] = p.clone()
                 average, mass = state[AVERAGE], state[MASS].to(state[AVERAGE].dtype)
-                p.copy_(torch.where(mass > 0, average / mass, p.to(average.dtype)))
+                here.copy_(torch.where(mass > 0, average / mass, here.to(average.dtype)))
 
     @in_default_modes
     def train(self) -> None:

@@ -22,8 +22,9 @@ from ..optimizer.option_types import check_option
 from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
 from ..recipe import Recipe, State
+from ..sharding.local import local_tensor
 from ..state_layout import Layout
-from ..step.coupling import Coupling, Directed
+from ..step.coupling import Coupling, Directed, dot, inner_products
 from ..step.parameter import Matrices, Parameter
 from ..step.plan import Executor, Plan
 
@@ -175,9 +176,9 @@ class Momo(MatrixOptimizer):
         """A view of <M, U> of an item's matrices in the state of its parameter."""
         p = item.parameter
         sizes = [p.recipe.input_shape(piece.shape)[0] for piece in p.pieces]
-        state = self.state[p.tensor]
+        state = p.state
         if create and DESCENT not in state:
-            state[DESCENT] = torch.zeros(sum(sizes), dtype=torch.float64, device=p.tensor.device)
+            state[DESCENT] = torch.zeros(sum(sizes), dtype=torch.float64, device=p.source.device)
         first = sum(sizes[: item.number])
         return state[DESCENT][first : first + sizes[item.number]] if DESCENT in state else None
 
@@ -212,16 +213,19 @@ class Momo(MatrixOptimizer):
     def _linear_part(self, parameters: Sequence[Parameter]) -> Tensor:
         """Sum of <W, M> - (average of <W, G>) over the parameters whose gradients are finite."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
+        pairs = []
         for p in parameters:
-            momentum, hyper, g, finite = _momentum(p), p.taken.hyper, p.taken.grad, p.taken.finite
-            w, step = p.value(), p.state.get("step")
-            average, now = self.state[p.tensor][INNER], dot(w, g)
-            begun = hyper
+            w, g = p.value(), p.taken.grad
+            pairs += [(p, w, g), (p, w, p.recipe.momentum_of(p.state, g, p.taken.hyper))]
+        products = inner_products(pairs)
+        for p, now, of_momentum in zip(parameters, products[::2], products[1::2], strict=True):
+            momentum, hyper, finite, step = _momentum(p), p.taken.hyper, p.taken.finite, p.state.get("step")
+            average, begun = p.state[INNER], hyper
             if momentum.start == "first":
                 assert step is not None
                 begun = hyper.beginning(step - 1)
             torch.where(finite, momentum.observe(average, now, begun.beta1), average, out=average)
-            part = dot(w, p.recipe.momentum_of(p.state, g, hyper)) - momentum.read(average, now, hyper.beta1, step)
+            part = of_momentum - momentum.read(average, now, hyper.beta1, step)
             total = total + torch.where(finite, part, 0)
         return total
 
@@ -264,7 +268,11 @@ class Momo(MatrixOptimizer):
         """What a parameter's state has besides its recipe's, when it begins; its momentum may have begun before."""
         if self.lower_bound is None or INNER in self.state[p]:
             return {}
-        return {INNER: dot(p.detach(), self.state[p][self._recipe(group).keys[0]])}
+        state, sharding = self._state_here(p), self._sharding(p)
+        inner = dot(local_tensor(p.detach()), state[self._recipe(group).keys[0]])
+        if sharding is not None:
+            sharding.ranks.all_reduce(inner)
+        return {INNER: inner}
 
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
         added = super()._init_state(p, dtype, group)
@@ -360,9 +368,3 @@ def _items(executor: Executor, batch: Any) -> list[Matrices]:
 def _momentum(p: Parameter) -> Momentum:
     assert p.recipe.momentum is not None
     return p.recipe.momentum
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b>, 0-d fp64, of products in fp32 or fp64."""
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return (a.to(wide) * b.to(wide)).sum(dtype=torch.float64)

@@ -15,12 +15,13 @@ from ..optimizer.option_types import BELOW_ONE, check_option
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
 from ..recipe import Recipe, State
+from ..sharding.local import is_sharded, local_tensor
 from ..state_layout import Layout
 from ..step.coupling import Coupling as StepCoupling
-from ..step.coupling import Directed
+from ..step.coupling import Directed, inner_products
 from ..step.parameter import Matrices, Parameter
 from ..step.plan import Executor, Plan
-from .momo import Layers, Truncated, dot
+from .momo import Layers, Truncated
 from .product import Coupling, ProductNormOptimizer, own_values
 from .shared import Polar, polar_of
 
@@ -88,34 +89,52 @@ class ProdigyMuon(ProductNormOptimizer):
         return False
 
     def _factors(self, layers: Sequence[Layers]) -> list[Number]:
+        parameters = [p for each in layers for p in each.parameters]
+        gains = inner_products([(p, *self._gain(p)) for p in parameters])
         gain = torch.zeros((), dtype=torch.float64, device=self._device)
-        for p in (p for each in layers for p in each.parameters):
-            w, m = self._iterate(p), p.recipe.momentum_of(p.state, p.taken.grad, p.taken.hyper)
-            start = self.state[p.tensor][START].to(w.dtype)
-            gain = gain + torch.where(p.taken.finite, dot(m, start - w), 0)
+        for p, of_parameter in zip(parameters, gains, strict=True):
+            gain = gain + torch.where(p.taken.finite, of_parameter, 0)
         eta = self._shared_state()[STEP_SIZE]
         eta.copy_(escalated(eta, gain, self.product.dual_norm(*self._dual_norms(layers))))
         return [eta for _ in layers]
+
+    def _gain(self, p: Parameter) -> tuple[Tensor, Tensor]:
+        """(M, W_0 - W)."""
+        w = self._iterate(p)
+        return p.recipe.momentum_of(p.state, p.taken.grad, p.taken.hyper), p.state[START].to(w.dtype) - w
 
     def _fresh_shared_state(self) -> State:
         size = torch.full((), self.initial_step, dtype=torch.float64, device=self._device)
         return {**super()._fresh_shared_state(), STEP_SIZE: size}
 
     def _own_state(self, p: Tensor, group: Group) -> State:
-        held, rounding, own = self.state[p], self._recipe(group).rounding, super()._own_state(p, group)
+        held, rounding, own = self._state_here(p), self._recipe(group).rounding, super()._own_state(p, group)
         if START not in held:
-            own[START] = rounding.value(p.detach(), held).clone()
-        lossy = p.dtype == torch.float16 or (p.dtype == torch.bfloat16 and rounding.mode != "mantissa")
-        if lossy and DROPPED not in held:
+            own[START] = self._like(p, rounding.value(local_tensor(p.detach()), held).clone())
+        if self._is_lossy(p, group) and DROPPED not in held:
             own[DROPPED] = torch.zeros_like(p, dtype=torch.float32)
         return own
+
+    def _is_lossy(self, p: Tensor, group: Group) -> bool:
+        """Whether the weight's dtype drops bits that nobody keeps."""
+        mode = self._recipe(group).rounding.mode
+        return p.dtype == torch.float16 or (p.dtype == torch.bfloat16 and mode != "mantissa")
+
+    def _check_shards(self, group: Group) -> None:
+        super()._check_shards(group)
+        lossy = [p for p in group["params"] if is_sharded(p) and self._is_lossy(p, group)]
+        if lossy:
+            raise ValueError(
+                f"ProdigyMuon keeps what rounding drops of weights in {lossy[0].dtype}, and not of sharded ones: use "
+                "keep_mantissa=True with bfloat16, or weights in float32"
+            )
 
     # ---- weights of 16 bits -----------------------------------------------------------------------------------------
 
     def _iterate(self, p: Parameter) -> Tensor:
         """W, with what rounding has dropped."""
         value = p.value()
-        dropped = self.state[p.tensor].get(DROPPED)
+        dropped = p.state.get(DROPPED)
         return value if dropped is None else value + dropped
 
     def _layer_coupling(self, loss: Number | None) -> StepCoupling | None:
@@ -126,7 +145,7 @@ class ProdigyMuon(ProductNormOptimizer):
         self._led = []
         super()._take_step(scaling, loss)
         for item, value, finite in self._led:
-            dropped, w = item.piece.view(self.state[item.parameter.tensor][DROPPED]), item.weight.float()
+            dropped, w = item.piece.view(item.parameter.state[DROPPED]), item.weight.float()
             info = torch.finfo(item.weight.dtype)
             unit = info.eps * w.abs().clamp(min=info.tiny)
             torch.where(finite, (value - w + dropped).clamp(-unit, unit), dropped, out=dropped)
@@ -143,8 +162,10 @@ class _Escalated(Truncated):
     def moving(self, executor: Executor, batch: Any, directed: Directed) -> None:
         super().moving(executor, batch, directed)
         for items, ds in zip(executor.items(batch), directed.ds, strict=True):
+            if not any(DROPPED in item.parameter.state for item in items):
+                continue
             for item, d in zip(items, ds.split([item.input_shape[0] for item in items]), strict=True):
-                if DROPPED in self._optimizer.state[item.parameter.tensor]:
+                if DROPPED in item.parameter.state:
                     w, hyper = item.weight.float(), item.parameter.taken.hyper
                     value = item.recipe.moved(w, d.reshape(w.shape).float(), hyper, item.ratio)
                     self._led.append((item, value.float(), item.finite))

@@ -35,6 +35,7 @@ from ..parts import (
     shape_ratio,
 )
 from ..recipe import Recipe, State
+from ..sharding.local import local_tensor
 from ..state_layout import Layout, StateSpec
 from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
@@ -64,8 +65,7 @@ class InsideDecayRecipe(Recipe):
 
     reads_weight: ClassVar[bool] = True
 
-    def direction_input(self, state: State, g: Tensor, hyper: Hyper, w: Tensor | None = None) -> Tensor:
-        m = self.momentum_of(state, g, hyper)
+    def direction_input(self, state: State, m: Tensor, hyper: Hyper, w: Tensor | None = None) -> Tensor:
         if w is not None:
             m = m + w.to(m.dtype) * hyper.weight_decay
         return self.precondition.into(state, m, hyper, state.get("step"))
@@ -101,6 +101,7 @@ class RelativeStep(Decay):
     """
 
     fused: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
 
     def apply(self, w: Tensor, u: Tensor, decay: Number, step: Number) -> Tensor:
         weight, update = torch.linalg.vector_norm(w), torch.linalg.vector_norm(u)
@@ -289,22 +290,23 @@ class NIGT(MomentumOptimizer):
             raise RuntimeError("the weights are iterates since eval(); call train() before the next step")
         self._ready_plan()
         stepping = [(p, g) for g in self.param_groups if g["use_muon"] for p in g["params"] if p.grad is not None]
-        ahead = [p.clone() for p, _ in stepping]
-        before = [self._iterate(self.state[p][WEIGHTS], p, group) for p, group in stepping]
+        ahead = [local_tensor(p).clone() for p, _ in stepping]
+        before = [self._iterate(self._state_here(p)[WEIGHTS], p, group) for p, group in stepping]
         for p, _ in stepping:
             p.copy_(self.state[p][WEIGHTS])
         super()._take_step(scaling, loss)
         assert self._plan is not None
-        stepped = {parameter.tensor: parameter.stepped for parameter in self._plan.parameters}
+        stepped = {parameter.source: parameter.stepped for parameter in self._plan.parameters}
         for (p, group), x, w in zip(stepping, ahead, before, strict=True):
-            beta, after = number(group["momentum"]), self._iterate(p, p, group)
+            here = local_tensor(p)
+            beta, after = number(group["momentum"]), self._iterate(here, p, group)
             further = after + (after - w) * (beta / (1 - beta))
             self.state[p][WEIGHTS].copy_(p)  # as it was where no step was taken
-            p.copy_(torch.where(stepped[p], further.to(p.dtype), x))
+            here.copy_(torch.where(stepped[p], further.to(p.dtype), x))
 
     def _iterate(self, stored: Tensor, p: Tensor, group: Group) -> Tensor:
         """W with the bits that its dtype drops, where they are kept."""
-        return self._recipe(group).rounding.value(stored, self.state[p])
+        return self._recipe(group).rounding.value(stored, self._state_here(p))
 
     def _traced_step(self, scaling: Any) -> None:
         raise RuntimeError("NIGT cannot be traced by torch.compile: call its step outside of the compiled function")

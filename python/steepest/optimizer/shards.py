@@ -1,0 +1,251 @@
+"""Parameters that ranks share: where they lie, who owns their matrices, and their state here and in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from ..matrices import Piece
+from ..recipe import Recipe, State
+from ..sharding.local import is_sharded, local_tensor
+from .group_options import Group, parameter_name
+from .groups import Groups
+
+if TYPE_CHECKING:
+    from ..sharding.layout import Sharding
+    from ..sharding.ranks import Ranks
+
+__all__ = ["Shards"]
+
+Owners = tuple[tuple[int, ...], ...]
+
+
+class Shards(Groups):
+    """Groups whose parameters may be DTensors: elementwise state is as they are, other state is at owners."""
+
+    _shardings: dict[Tensor, Sharding]
+    _meshes: dict[object, Ranks]
+    _owners: dict[Tensor, tuple[tuple[Piece, ...], Owners]]
+
+    def _pieces(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
+        if is_sharded(p) and p.ndim and not group["use_muon"]:  # one layer, in whose rows shards can be
+            return (Piece(0, p.shape[0], 1, p.shape[0], p.shape[1:].numel()),)
+        return super()._pieces(p, group)
+
+    # ---- where parameters lie ----------------------------------------------------------------------------------------
+
+    def _begin_shards(self) -> None:
+        for name in ("_shardings", "_meshes", "_owners"):
+            self.__dict__.setdefault(name, {})
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether ranks share a parameter."""
+        return any(is_sharded(p) for group in self.param_groups for p in group["params"])
+
+    def _sharding(self, p: Any) -> Sharding | None:
+        """Where a DTensor lies; None of another tensor."""
+        if not is_sharded(p):
+            return None
+        known = self._shardings.get(p)
+        if known is None or (known.mesh, known.placements) != (p.device_mesh, p.placements):
+            known = self._shardings[p] = self._new_sharding(p)
+        return known
+
+    def _new_sharding(self, p: Any) -> Sharding:
+        from ..sharding.layout import Sharding
+        from ..sharding.ranks import ranks_of_mesh
+        from ..sharding.regions import regions, shard_dims
+
+        mesh, placements, shape = p.device_mesh, tuple(p.placements), tuple(p.shape)
+        dims = shard_dims(placements)
+        if (mesh, dims) not in self._meshes:
+            self._meshes[mesh, dims] = ranks_of_mesh(mesh, dims, p.to_local().device)
+        along = [placements[i] for i in dims]
+        boxes = regions(shape, [mesh.size(i) for i in dims], along)
+        return Sharding(shape, self._meshes[mesh, dims], boxes, mesh, placements)
+
+    def _owners_of(self, p: Tensor, group: Group) -> Owners:
+        """For every piece of a sharded parameter the rank that owns each matrix; the same on all ranks."""
+        if p not in self._owners or self._owners[p][0] != self._pieces(p, group):
+            self._assign_owners()
+        return self._owners[p][1]
+
+    def _assign_owners(self) -> None:
+        """Owners for the matrices of all parameters that have none: the holder of one that is not cut, of the others
+        the rank with the least work (`steepest.sharding.owners`).
+        """
+        from ..sharding.costs import cost
+        from ..sharding.owners import assign
+
+        cut: dict[Ranks, list[tuple[Tensor, int, int, float]]] = {}
+        fresh: dict[Tensor, list[list[int]]] = {}
+        for group in self.param_groups:
+            recipe = self._recipe(group)
+            for p in group["params"]:
+                sharding, pieces = self._sharding(p), self._pieces(p, group)
+                if sharding is None or (p in self._owners and self._owners[p][0] == pieces):
+                    continue
+                fresh[p] = []
+                for number, piece in enumerate(pieces):
+                    holders = sharding.uncut(piece)
+                    fresh[p].append([0 if holder is None else holder for holder in holders])
+                    for k, holder in enumerate(holders):
+                        if holder is None:
+                            jobs = cut.setdefault(sharding.ranks, [])
+                            jobs.append((p, number, k, cost(recipe, piece.rows, piece.cols)))
+                self._owners[p] = (pieces, ())
+        for ranks, jobs in cut.items():
+            for (p, number, k, _), owner in zip(jobs, assign([job[3] for job in jobs], ranks.size), strict=True):
+                fresh[p][number][k] = owner
+        for p, owners in fresh.items():
+            self._owners[p] = (self._owners[p][0], tuple(map(tuple, owners)))
+
+    def _pieces_here(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
+        """The pieces with those of their matrices only that this rank owns."""
+        from ..sharding.layout import owned_pieces
+
+        sharding, pieces = self._sharding(p), self._pieces(p, group)
+        return pieces if sharding is None else owned_pieces(pieces, self._owners_of(p, group), sharding.ranks.place)
+
+    def _check_shards(self, group: Group) -> None:
+        """ValueError for a DTensor whose directions cannot be taken."""
+        for i, p in enumerate(group["params"]):
+            if not is_sharded(p):
+                continue
+            what = f"{parameter_name(group, i)} of shape {tuple(p.shape)} with placements {tuple(p.placements)}"
+            if any(placement.is_partial() for placement in p.placements):
+                raise ValueError(
+                    f"{type(self).__name__} steps parameters, not sums of them: {what} is Partial; call "
+                    "p.redistribute(placements=[Replicate()]) or Shard(0) before"
+                )
+            if not self._recipe(group).decay.elementwise:
+                raise ValueError(
+                    f"{type(self).__name__} measures whole weights and updates and does not take sharded parameters; "
+                    f"found {what}: use DistributedDataParallel, which keeps every parameter whole"
+                )
+            sharding = self._sharding(p)
+            assert sharding is not None
+            try:
+                for piece in self._pieces(p, group):
+                    sharding.rectangles(piece)
+            except ValueError as error:
+                raise ValueError(f"{what}: {error}") from error
+
+    # ---- that ranks do the same --------------------------------------------------------------------------------------
+
+    def _check_agreement(self, what: list[tuple[str, ...]], error: Exception | None = None) -> None:
+        """RuntimeError, on all ranks, where those that share parameters are not about to do the same.
+
+        what: a row for every parameter, beginning with its name.   error: why this rank cannot go on.
+        """
+        said = (what, None if error is None else f"{type(error).__name__}: {error}")
+        for ranks in self._meshes.values():
+            if ranks.size == 1 or ranks.agree(said):
+                continue
+            everyone = ranks.gather_objects(said)
+            for rank, (_, text) in zip(ranks.world, everyone, strict=True):
+                if text is not None:
+                    raise RuntimeError(f"{type(self).__name__}: rank {rank} cannot take this step: {text}") from error
+            first = everyone[0][0]
+            for rank, (rows, _) in zip(ranks.world, everyone, strict=True):
+                different = [(a, b) for a, b in zip_longest(first, rows, fillvalue=("nothing",)) if a != b]
+                if different:
+                    ours, theirs = (" ".join(row) for row in different[0])
+                    raise RuntimeError(
+                        f"{type(self).__name__}: ranks are about to take different steps: rank {ranks.world[0]} has "
+                        f"{ours} and rank {rank} has {theirs}; every rank needs the same parameters, in the same "
+                        "groups and order, and gradients of the same ones"
+                    )
+
+    def _sharded_rows(self) -> list[tuple[str, ...]]:
+        """What must be the same on all ranks, a row for every sharded parameter."""
+        rows: list[tuple[str, ...]] = []
+        for number, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                sharding = self._sharding(p)
+                if sharding is not None:
+                    has = "no gradient" if p.grad is None else f"a gradient in {p.grad.dtype}"
+                    name = f"{parameter_name(group, i)} (group {number})"
+                    rows.append((name, f"of shape {sharding.shape}", f"as {sharding.placements}", f"with {has}"))
+        return rows
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def _state_here(self, p: Tensor) -> State:
+        """A parameter's state as its step sees it: what of it lies here."""
+        sharding = self._sharding(p)
+        if sharding is None:
+            return cast(State, self.state[p])
+        from ..sharding.local_state import LocalState
+
+        return cast(State, LocalState(self.state[p], sharding))
+
+    def _like(self, p: Tensor, here: Tensor) -> Tensor:
+        """What lies here of a tensor of the parameter's shape, as state: of a sharded parameter a DTensor."""
+        sharding = self._sharding(p)
+        if sharding is None:
+            return here
+        from ..sharding.local_state import as_shard
+
+        return as_shard(here, sharding)
+
+    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
+        """State before the first gradient, which has this dtype."""
+        sharding = self._sharding(p)
+        if sharding is None:
+            return super()._fresh_state(p, dtype, group)
+        from ..sharding.local_state import as_shard
+
+        recipe, here = self._recipe(group), local_tensor(p.detach())
+        state = recipe.init(here, torch.empty_like(here, dtype=dtype), self._pieces_here(p, group))
+        elementwise = _elementwise(recipe, p)
+        return {key: as_shard(t, sharding) if key in elementwise else t for key, t in state.items()}
+
+    def _shapes_here(self, p: Tensor, group: Group) -> dict[str, torch.Size]:
+        """The shapes of a parameter's state here."""
+        here = torch.empty(local_tensor(p).shape, dtype=p.dtype, device="meta")
+        state = self._recipe(group).init(here, here, self._pieces_here(p, group))
+        return {key: value.shape for key, value in state.items()}
+
+    # ---- state in checkpoints ----------------------------------------------------------------------------------------
+
+    def _saved_state(self, p: Tensor, group: Group) -> dict[str, Any]:
+        """The state of a parameter as a checkpoint has it. What only owners have becomes a DTensor over all ranks, of
+        the shape it would have in one process.
+        """
+        state, sharding = self.state[p], self._sharding(p)
+        if sharding is None or not state:
+            return state
+        from ..sharding.owned_state import spread
+
+        return spread(state, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
+
+    def _whole_state(self, held: Mapping[str, Any], p: Tensor, group: Group) -> dict[str, Any]:
+        """A checkpoint's state of a parameter: elementwise state cut as the parameter is, everything else whole."""
+        sharding = self._sharding(p)
+        if sharding is None:
+            return {key: value.full_tensor() if is_sharded(value) else value for key, value in held.items()}
+        from ..sharding.owned_state import whole
+
+        return whole(held, sharding, _elementwise(self._recipe(group), p) | set(self._merged("_kept")))
+
+    def _state_kept_here(self, held: Mapping[str, Any], p: Tensor, group: Group) -> dict[str, Any]:
+        """What this rank keeps of state as `_whole_state` has it."""
+        sharding = self._sharding(p)
+        if sharding is None:
+            return dict(held)
+        from ..sharding.owned_state import owned_part
+
+        return owned_part(held, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
+
+
+def _elementwise(recipe: Recipe, p: Tensor) -> set[str]:
+    """The keys of state that has a number for every element of the parameter."""
+    like = torch.empty(p.shape, dtype=p.dtype, device="meta")
+    shapes = {key: t.shape for key, t in recipe.init(like).items()} if p.numel() else {}
+    return {key for key, layout in recipe.layouts.items() if layout == "elementwise" and shapes.get(key) == p.shape}

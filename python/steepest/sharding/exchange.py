@@ -1,0 +1,103 @@
+"""How parts of matrices travel to their owners, and back.
+
+A buffer of parts is one-dimensional. At the sender it has, for every owner in turn, the parts of the matrices that this
+owner takes, in the order of the units and of their matrices; that is the order of `parts`. What comes from a rank lies
+in the same order at the owner. So nothing is padded, nothing is sorted, and the fused ops write into what is sent and
+read from what has come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import Unit
+from .ranks import Ranks
+from .regions import Rectangle
+
+__all__ = ["Exchange"]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive owned matrices [first, stop) of which a rank has the same rectangle."""
+
+    rank: int
+    first: int
+    stop: int
+    rectangle: Rectangle
+
+    def of(self, matrices: Tensor) -> Tensor:
+        r = self.rectangle
+        return matrices[self.first : self.stop, r.top : r.bottom, r.left : r.right]
+
+    @property
+    def numel(self) -> int:
+        return (self.stop - self.first) * self.rectangle.numel
+
+
+class Exchange:
+    """Sends the parts of all matrices of some units, which have one shape, to the owners and back.
+
+    units: the same on all ranks, in one order.   owned: (unit, matrix) of what this rank owns, in that order.
+    """
+
+    def __init__(self, ranks: Ranks, units: Sequence[Unit]) -> None:
+        self.ranks = ranks
+        self.shape = units[0].piece.shape[1:]
+        self.owned = [(i, k) for i, unit in enumerate(units) for k in unit.owned(ranks.place)]
+        #: whether anything leaves a rank: not where every matrix is uncut and its holder's
+        self.travels = any(
+            rect is not None and unit.owners[k] != rank
+            for unit in units
+            for rank, of_rank in enumerate(unit.rectangles)
+            for k, rect in enumerate(of_rank)
+        )
+        #: elements that go to every owner, and that come from every rank
+        self.sends = [
+            sum(
+                rect.numel
+                for unit in units
+                for k, rect in enumerate(unit.rectangles[ranks.place])
+                if rect is not None and unit.owners[k] == owner
+            )
+            for owner in range(ranks.size)
+        ]
+        self._blocks: list[_Block] = []
+        for rank in range(ranks.size):
+            for at, (i, k) in enumerate(self.owned):
+                rect = units[i].rectangles[rank][k]
+                last = self._blocks[-1] if self._blocks else None
+                if rect is None:
+                    continue
+                if last is not None and (last.rank, last.stop, last.rectangle) == (rank, at, rect):
+                    self._blocks[-1] = _Block(rank, last.first, at + 1, rect)
+                else:
+                    self._blocks.append(_Block(rank, at, at + 1, rect))
+        self.receives = [sum(b.numel for b in self._blocks if b.rank == rank) for rank in range(ranks.size)]
+
+    @property
+    def bytes_moved(self) -> tuple[int, int]:
+        """(elements that leave this rank, elements that come to it) on the way there; the way back is the reverse."""
+        here = self.ranks.place
+        return sum(self.sends) - self.sends[here], sum(self.receives) - self.receives[here]
+
+    def to_owners(self, parts: Tensor) -> Tensor:
+        """(owned matrices, rows, cols) of a buffer of parts."""
+        received = self.ranks.all_to_all(parts, self.sends, self.receives) if self.travels else parts
+        matrices = parts.new_empty((len(self.owned), *self.shape))
+        for block, part in zip(self._blocks, received.split([b.numel for b in self._blocks]), strict=True):
+            target = block.of(matrices)
+            target.copy_(part.view(target.shape))
+        return matrices
+
+    def from_owners(self, matrices: Tensor) -> Tensor:
+        """The buffer of parts of (owned matrices, rows, cols)."""
+        if self._blocks:
+            sent = torch.cat([block.of(matrices).reshape(-1) for block in self._blocks])
+        else:
+            sent = matrices.new_empty(0)
+        return self.ranks.all_to_all(sent, self.receives, self.sends) if self.travels else sent

@@ -1,0 +1,151 @@
+"""How the matrices of one parameter lie over ranks, and which rank takes the direction of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from math import prod
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement
+
+from ..matrices import Piece
+from .ranks import Ranks
+from .regions import Rectangle, Region, rectangle
+
+__all__ = ["LocalPart", "Part", "Sharding", "Unit", "owned_pieces"]
+
+
+@dataclass(frozen=True)
+class Part(Piece):
+    """What a shard has of consecutive matrices of one piece, as a piece of the shard itself.
+
+    first, count: the range along the dimensions before `dim`, read as one.
+    """
+
+    first: int = 0
+    count: int = 1
+
+    def view(self, t: Tensor) -> Tensor:
+        t = super().view(t)
+        if not self.dim or (self.first, self.count) == (0, prod(t.shape[: self.dim])):
+            return t
+        return t.flatten(0, self.dim - 1).narrow(0, self.first, self.count)
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """Consecutive matrices of a piece that one rank owns, as far as they lie here; all have the same rectangle."""
+
+    piece: int
+    matrices: range
+    owner: int
+    part: Part
+
+
+@dataclass(frozen=True)
+class Unit:
+    """All matrices of a piece: for every rank what it has of each, and who owns each."""
+
+    piece: Piece
+    owners: tuple[int, ...]
+    rectangles: tuple[tuple[Rectangle | None, ...], ...]
+
+    def owned(self, rank: int) -> list[int]:
+        return [k for k, owner in enumerate(self.owners) if owner == rank]
+
+
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """Where the shards of one parameter lie.
+
+    shape: of the parameter.   ranks: those that have different shards of it.   regions: their shards, by place.
+    mesh, placements: of its DTensor; None of a plain parameter, which all ranks have whole.
+    """
+
+    shape: tuple[int, ...]
+    ranks: Ranks
+    regions: tuple[Region, ...]
+    mesh: DeviceMesh | None = None
+    placements: tuple[Placement, ...] = ()
+
+    @cached_property
+    def region(self) -> Region:
+        """The shard of this rank."""
+        return self.regions[self.ranks.place]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank has all of the parameter."""
+        return self.regions[0].shape == self.shape
+
+    def rectangles(self, piece: Piece) -> tuple[tuple[Rectangle | None, ...], ...]:
+        """What every rank has of every matrix of a piece."""
+        return tuple(
+            tuple(rectangle(region, self.shape, piece, matrix) for matrix in range(piece.batch))
+            for region in self.regions
+        )
+
+    def uncut(self, piece: Piece) -> list[int | None]:
+        """The rank that has all of a matrix, where exactly one has."""
+        found: list[int | None] = []
+        for matrix in zip(*self.rectangles(piece), strict=True):
+            holders = [place for place, part in enumerate(matrix) if part is not None]
+            found.append(holders[0] if len(holders) == 1 else None)
+        return found
+
+    def unit(self, piece: Piece, owners: Sequence[int]) -> Unit:
+        return Unit(piece, tuple(owners), self.rectangles(piece))
+
+    def local_parts(self, pieces: Sequence[Piece], owners: Sequence[Sequence[int]]) -> list[LocalPart]:
+        """What lies here of every piece, in runs of matrices that have one owner and one rectangle."""
+        parts = []
+        for number, piece in enumerate(pieces):
+            heads = piece.length // piece.rows
+            kinds: list[tuple[Rectangle, int, int, int] | None] = []
+            for k in range(piece.batch):
+                rect = rectangle(self.region, self.shape, piece, k)
+                if rect is None:
+                    kinds.append(None)
+                    continue
+                # Heads follow one another in the rows of one matrix of the batch, those that are cut excepted.
+                cut = k if heads > 1 and rect.shape[0] < piece.rows else -1
+                kinds.append((rect, owners[number][k], cut, k // heads if heads > 1 else 0))
+            for kind, some in groupby(range(piece.batch), key=kinds.__getitem__):
+                if kind is not None:
+                    run = list(some)
+                    part = self._part(piece, run, kind[0])
+                    parts.append(LocalPart(number, range(run[0], run[-1] + 1), kind[1], part))
+        return parts
+
+    def _part(self, piece: Piece, run: Sequence[int], rect: Rectangle) -> Part:
+        """A run of matrices as a piece of the shard."""
+        heads, shard = piece.length // piece.rows, self.region.shape
+        if not shard:
+            return Part(0, 1, 1, 1, 1)
+        rows, cols = rect.shape
+        batch, head = divmod(run[0], heads)
+        start = piece.start + head * piece.rows + rect.top - self.region.start[piece.dim]
+        length = rows * len(run) if heads > 1 else rows
+        count = 1 if heads > 1 else len(run)
+        narrow = length < shard[piece.dim] or count < prod(shard[: piece.dim])
+        first = self._local_batch(piece, batch)
+        return Part(start, length, len(run), rows, cols, piece.dim, narrow, first=first, count=count)
+
+    def _local_batch(self, piece: Piece, batch: int) -> int:
+        """The place of a batch index in the shard's dimensions before the piece's."""
+        at, unit = 0, 1
+        for d in range(piece.dim - 1, -1, -1):
+            batch, index = divmod(batch, self.shape[d])
+            at += (index - self.region.start[d]) * unit
+            unit *= self.region.shape[d]
+        return at
+
+
+def owned_pieces(pieces: Sequence[Piece], owners: Sequence[Sequence[int]], place: int) -> tuple[Piece, ...]:
+    """The pieces with those of their matrices only that the rank at this place owns."""
+    counts = [sum(owner == place for owner in of_piece) for of_piece in owners]
+    return tuple(replace(piece, batch=count) for piece, count in zip(pieces, counts, strict=True))

@@ -1,0 +1,17 @@
+"""What of a tensor lies on this rank, without the import of torch.distributed.tensor."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["is_sharded", "local_tensor"]
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether a tensor is a DTensor, on whatever mesh."""
+    return hasattr(t, "device_mesh") and hasattr(t, "to_local")
+
+
+def local_tensor(t: Tensor) -> Tensor:
+    """The shard of a DTensor, all of another tensor."""
+    return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined,no-any-return]

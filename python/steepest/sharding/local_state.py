@@ -1,0 +1,53 @@
+"""The state of a sharded parameter as its step sees it: of every DTensor what lies on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .layout import Sharding
+from .local import local_tensor
+
+__all__ = ["LocalState", "as_shard"]
+
+
+def as_shard(t: Tensor, sharding: Sharding) -> Tensor:
+    """The DTensor of the parameter's shape whose shard on this rank is t; t itself of a plain parameter."""
+    if sharding.mesh is None:
+        return t
+    shape = sharding.shape
+    stride = [1] * len(shape)
+    for d in range(len(shape) - 2, -1, -1):
+        stride[d] = stride[d + 1] * max(shape[d + 1], 1)
+    return DTensor.from_local(
+        t, sharding.mesh, sharding.placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+    )
+
+
+class LocalState(MutableMapping[str, Tensor]):
+    """A view of the optimizer's dictionary for one parameter, to be used as that.
+
+    Reading gives the local part of a DTensor. What is stored under a key that has a DTensor becomes its local part.
+    """
+
+    def __init__(self, state: MutableMapping[str, Tensor], sharding: Sharding) -> None:
+        self._state, self._sharding = state, sharding
+
+    def __getitem__(self, key: str) -> Tensor:
+        return local_tensor(self._state[key])
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        sharded = isinstance(self._state.get(key), DTensor)
+        self._state[key] = as_shard(value, self._sharding) if sharded else value
+
+    def __delitem__(self, key: str) -> None:
+        del self._state[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)

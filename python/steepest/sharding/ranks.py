@@ -1,0 +1,141 @@
+"""The ranks that share parameters, and the collectives among them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Ranks", "ranks_of_mesh"]
+
+T = TypeVar("T")
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+class Ranks:
+    """The ranks of a process group in the order of their places.
+
+    size: how many; place: of this rank among them.   what: names what is waited for, where a collective fails.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, places: Sequence[int], device: torch.device) -> None:
+        """places: for every rank of the group, in the group's order, its place.   device: that its collectives take."""
+        self.group, self.size, self.device = group, len(places), device
+        self._places = tuple(places)
+        self.place = 0 if group is None else places[dist.get_rank(group)]
+        self._order = [places.index(place) for place in range(self.size)]  # the group's rank at a place
+        self.what = ""
+
+    @property
+    def world(self) -> tuple[int, ...]:
+        """The global ranks, by their places."""
+        ranks = [dist.get_rank()] if self.group is None else dist.get_process_group_ranks(self.group)
+        return tuple(ranks[at] for at in self._order)
+
+    def all_reduce(self, t: Tensor, op: Literal["sum", "max", "min"] = "sum") -> None:
+        """Reduces in place."""
+        if self.size == 1:
+            return
+        dense = t.contiguous()
+        self._run(lambda: dist.all_reduce(dense, op=_OPS[op], group=self.group))
+        if dense is not t:
+            t.copy_(dense)
+
+    def reduce_stats(self, rows: Tensor) -> None:
+        """Makes what was measured of shards that of whole gradients.
+
+        rows: (parameters, 3) fp64: finite (0 or 1), sum of squares, largest magnitude.
+        """
+        most = torch.stack([1 - rows[:, 0], rows[:, 2].nan_to_num(nan=torch.inf)])
+        self.all_reduce(most, "max")
+        self.all_reduce(rows[:, 1])
+        rows[:, 0], rows[:, 2] = 1 - most[0], most[1]
+
+    def all_to_all(self, sent: Tensor, sizes: Sequence[int], wanted: Sequence[int]) -> Tensor:
+        """Sends `sizes[q]` elements to place q and gives `wanted[q]` from each, both one after another.
+
+        sent: one-dimensional; it is not copied where the places are the group's order.
+        """
+        received = sent.new_empty(sum(wanted))
+        if self.size == 1:
+            return received.copy_(sent)
+        plain = self._order == list(range(self.size))
+        if not plain:
+            sent = torch.cat([sent.split(list(sizes))[place] for place in self._places])
+        ours, theirs = ([each[place] for place in self._places] for each in (sizes, wanted))
+        # As bytes: not every backend has every dtype.
+        self._run(
+            lambda: dist.all_to_all_single(
+                received.view(torch.uint8),
+                sent.view(torch.uint8),
+                [n * sent.itemsize for n in theirs],
+                [n * sent.itemsize for n in ours],
+                group=self.group,
+            )
+        )
+        return received if plain else torch.cat([received.split(theirs)[at] for at in self._order])
+
+    def agree(self, value: object) -> bool:
+        """Whether all ranks have an equal value, by its text; waits for the device."""
+        digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
+        both = torch.tensor([digest, -digest], device=self.device)
+        self.all_reduce(both, "max")
+        return both[0].item() == -both[1].item()
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The value of every rank, by place."""
+        values: list[Any] = [None] * self.size
+        if self.size == 1:
+            return [value]
+        self._run(lambda: dist.all_gather_object(values, value, group=self.group))
+        return [values[at] for at in self._order]
+
+    def _run(self, collective: Callable[[], object]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a collective of the step failed on rank {dist.get_rank()} among the ranks {self.world}, for "
+                f"{self.what or 'the parameters they share'}: {error}\nA rank that ended, or that took another step "
+                "than the others, leaves them waiting: look for the first error of every rank"
+            ) from error
+
+
+def ranks_of_mesh(mesh: DeviceMesh, dims: tuple[int, ...], device: torch.device) -> Ranks:
+    """The ranks that differ from this one in these dimensions of a mesh, in row-major order of their coordinates.
+
+    device: of what lies on the mesh. Collective where there are several dimensions and no group for them yet.
+    """
+    if not dims:
+        return Ranks(None, (0,), device)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    if len(dims) == 1:
+        group = mesh.get_group(dims[0])
+    elif len(dims) == mesh.ndim:
+        group = _flat(mesh).get_group()
+    else:
+        names = mesh.mesh_dim_names
+        if names is None:
+            raise ValueError(
+                f"parameters are sharded over dimensions {dims} of a mesh of shape {tuple(mesh.mesh.shape)} without "
+                "names: make it with init_device_mesh(..., mesh_dim_names=...)"
+            )
+        group = _flat(mesh[tuple(names[i] for i in dims)]).get_group()
+    world = []
+    for along in product(*(range(mesh.size(i)) for i in dims)):
+        at = list(coordinate)
+        for i, position in zip(dims, along, strict=True):
+            at[i] = position
+        world.append(int(mesh.mesh[tuple(at)]))
+    return Ranks(group, [world.index(rank) for rank in dist.get_process_group_ranks(group)], device)
+
+
+def _flat(mesh: DeviceMesh) -> DeviceMesh:
+    return mesh._flatten()  # type: ignore[no-any-return]

@@ -1,0 +1,111 @@
+"""Where the shards of a tensor lie: the boxes that the ranks of a DTensor's mesh have of it.
+
+A `Shard(d)` over P ranks cuts a length n into pieces of ceil(n / P), the last of which may be shorter or empty, as
+torch.chunk does. Several of one dimension cut one another's pieces: first those of `Shard`, in the order of the mesh,
+then those of `_StridedShard`, which FSDP2 makes of parameters that tensor parallelism has cut before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from torch.distributed.tensor import Placement, Shard
+
+from ..matrices import Piece
+
+__all__ = ["Rectangle", "Region", "rectangle", "regions", "shard_dims"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of a tensor: for every dimension [start, stop)."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Part of a matrix: rows [top, bottom) and columns [left, right)."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+def shard_dims(placements: Sequence[Placement]) -> tuple[int, ...]:
+    """The dimensions of the mesh along which a tensor is cut."""
+    return tuple(i for i, placement in enumerate(placements) if _dim(placement) is not None)
+
+
+def regions(shape: Sequence[int], mesh: Sequence[int], placements: Sequence[Placement]) -> tuple[Region, ...]:
+    """The box of every rank of a mesh of these lengths, in row-major order of the coordinates."""
+    dims = [_dim(placement) for placement in placements]
+    plain = [i for i, placement in enumerate(placements) if dims[i] is not None and type(placement) is Shard]
+    strided = [i for i in range(len(placements)) if dims[i] is not None and i not in plain]
+    boxes = []
+    for coordinate in product(*map(range, mesh)):
+        start, stop = [0] * len(shape), list(shape)
+        for i in (*plain, *strided):
+            d = dims[i]
+            assert d is not None
+            d %= len(shape)
+            size = -(-(stop[d] - start[d]) // mesh[i])
+            first = min(start[d] + coordinate[i] * size, stop[d])
+            start[d], stop[d] = first, min(first + size, stop[d])
+        boxes.append(Region(tuple(start), tuple(stop)))
+    return tuple(boxes)
+
+
+def rectangle(region: Region, shape: Sequence[int], piece: Piece, matrix: int) -> Rectangle | None:
+    """What a region has of one matrix of a piece, in the matrix' rows and columns; None: nothing.
+
+    ValueError where a region cuts a convolution's kernel, so that what it has of a matrix is no rectangle.
+    """
+    if not shape:
+        return Rectangle(0, 1, 0, 1)
+    dim, heads = piece.dim, piece.length // piece.rows
+    batch, head = divmod(matrix, heads)
+    for d in range(dim - 1, -1, -1):
+        batch, at = divmod(batch, shape[d])
+        if not region.start[d] <= at < region.stop[d]:
+            return None
+    first = piece.start + head * piece.rows
+    top = max(region.start[dim], first) - first
+    bottom = min(region.stop[dim], first + piece.rows) - first
+    inner = prod(shape[dim + 2 :])
+    for d in range(dim + 2, len(shape)):
+        if (region.start[d], region.stop[d]) != (0, shape[d]):
+            raise ValueError(
+                f"dimension {d} of shape {tuple(shape)} is sharded, which cuts every row of its matrices into many "
+                f"pieces: shard dimension {dim} or {dim + 1}"
+            )
+    left, right = 0, piece.cols
+    if dim + 1 < len(shape):
+        left, right = region.start[dim + 1] * inner, region.stop[dim + 1] * inner
+    return Rectangle(top, bottom, left, right) if bottom > top and right > left else None
+
+
+def _dim(placement: Placement) -> int | None:
+    """The dimension that a placement cuts: also `_StridedShard`'s, which need not be a `Shard`."""
+    return None if placement.is_replicate() or placement.is_partial() else placement.dim  # type: ignore[attr-defined]

@@ -1,0 +1,220 @@
+"""Matrices whose parts lie on several ranks, between their elementwise halves: at their owners.
+
+    parts of momenta here  >  whole momenta of what this rank owns  >  directions, updates  >  parts of updates here
+
+Both executors do the elementwise work on the parts. A recipe with Kronecker factors or transforms of the update also
+needs whole gradients, and of transforms that keep elementwise state whole tensors of that, which travel likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..chunking import chunk_by_bytes
+from ..recipe import State
+from ..sharding.exchange import Exchange
+from ..sharding.layout import Unit
+from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter
+
+__all__ = ["SharedMatrices", "shared_buckets"]
+
+Place = tuple[int, int, int]
+
+
+class SharedMatrices:
+    """Matrices of one shape and one recipe, of parameters that the same ranks share.
+
+    matrices: one item a piece, the same on all ranks and without state.   parts: what lies here of them, in the order
+    in which it is sent.   owned: those that this rank owns.
+    """
+
+    def __init__(self, matrices: Sequence[Matrices], parts: Sequence[LocalMatrices], owned: Sequence[OwnedMatrices]):
+        first = matrices[0].parameter
+        assert first.sharding is not None
+        self.ranks, self.recipe, self.device = first.sharding.ranks, first.recipe, first.source.device
+        self.matrices, self.parts, self.owned = matrices, parts, owned
+        self.exchange = Exchange(self.ranks, [_unit(item) for item in matrices])
+        self.counts = [item.piece.batch for item in owned]
+        self.sizes = [item.input_shape[0] for item in owned]
+        self._numels = [part.piece.batch * part.piece.rows * part.piece.cols for part in parts]
+        self._momenta = torch.empty(0)
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parts here."""
+        return sum(self._numels)
+
+    @property
+    def input_bytes(self) -> int:
+        """About what a rank's share of the directions' inputs and of the directions takes; the same on all ranks."""
+        return sum(map(_share_bytes, self.matrices))
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of the directions' input here, which may be of no matrix at all."""
+        rows, cols = self.matrices[0].input_shape[1:]
+        return sum(self.sizes), rows, cols
+
+    def split(self, buffer: Tensor) -> list[Tensor]:
+        """Each part of a buffer, (batch, rows, cols)."""
+        pieces = buffer.split(self._numels)
+        return [t.view(part.piece.shape) for t, part in zip(pieces, self.parts, strict=True)]
+
+    # ---- there ------------------------------------------------------------------------------------------------------
+
+    def inputs(self, momenta: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the directions of the owned matrices are asked about, in a dtype; momenta: the buffer of all parts."""
+        whole = self.exchange.to_owners(momenta)
+        if not self.recipe.by_matrix:
+            return whole.to(dtype)
+        self._momenta = whole
+        self._fetch_elementwise()
+        inputs = []
+        for item, m in zip(self.owned, whole.split(self.counts), strict=True):
+            hyper = item.parameter.taken.hyper
+            inputs.append(self.recipe.precondition.into(item.state, m, hyper, item.state.get("step")).to(dtype))
+        return torch.cat(inputs) if inputs else whole.new_empty(self.input_shape, dtype=dtype)
+
+    def receive_gradients(self) -> None:
+        """Has the owners know the whole gradients of this step."""
+        dtype = _widest(item.parameter.taken.grad for item in self.matrices)
+        whole = self.exchange.to_owners(_packed([part.grad for part in self.parts], dtype, self.device))
+        for item, g in zip(self.owned, whole.split(self.counts), strict=True):
+            item.received = g.to(item.parameter.taken.grad.dtype)
+
+    def _fetch_elementwise(self) -> None:
+        for key in self._elementwise_keys():
+            whole = self.exchange.to_owners(self._parts_of(lambda part, key=key: part.state[key]))  # type: ignore[misc]
+            for item, t in zip(self.owned, whole.split(self.counts), strict=True):
+                item.state[key] = t
+
+    def _elementwise_keys(self) -> list[str]:
+        """State of transforms that has the parameter's shape."""
+        specs = [spec for transform in self.recipe.transforms for spec in transform.specs]
+        return [spec.key for spec in specs if spec.layout == "elementwise"]
+
+    def _parts_of(self, read: Callable[[LocalMatrices], Tensor]) -> Tensor:
+        return _packed(
+            [read(part) for part in self.parts], torch.promote_types(_grad_dtype(self), torch.float32), self.device
+        )
+
+    # ---- and back ---------------------------------------------------------------------------------------------------
+
+    def updates(self, d: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """The updates of the parts here, (batch, rows, cols) and contiguous, from the directions of what is owned."""
+        if not self.recipe.by_matrix:
+            return self.split(self.exchange.from_owners(d))
+        updates, remembered = [d.new_empty((0, *self.exchange.shape), dtype=dtype)], []
+        rows = zip(self.owned, d.split(self.sizes), self._momenta.split(self.counts), strict=True)
+        for item, of_item, m in rows:
+            u, fresh = self.recipe.update(item.state, of_item, m, item.parameter.taken.hyper)
+            item.keep({key: t for key, t in fresh.items() if key not in self._elementwise_keys()})
+            updates.append(u.to(dtype))
+            remembered.append(fresh)
+        self._return_elementwise(remembered)
+        self._momenta = torch.empty(0)
+        return self.split(self.exchange.from_owners(torch.cat(updates)))
+
+    def _return_elementwise(self, remembered: Sequence[State]) -> None:
+        for key in self._elementwise_keys():
+            whole = [fresh.get(key, item.state[key]) for item, fresh in zip(self.owned, remembered, strict=True)]
+            dtype = torch.promote_types(_grad_dtype(self), torch.float32)
+            whole = [
+                torch.empty((0, *self.exchange.shape), dtype=dtype, device=self.device),
+                *(t.to(dtype) for t in whole),
+            ]
+            for part, t in zip(self.parts, self.split(self.exchange.from_owners(torch.cat(whole))), strict=True):
+                part.keep({key: t})
+            for item in self.owned:
+                del item.state[key]
+
+    # ---- numbers of matrices ----------------------------------------------------------------------------------------
+
+    def of_all(self, numbers: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(of each of `matrices`, of each of `parts`), from a number for each direction of what is owned, (n,) fp64."""
+        per = [item.input_shape[0] // item.piece.batch for item in self.matrices]
+        sizes = [item.piece.batch * n for item, n in zip(self.matrices, per, strict=True)]
+        firsts = {item.place: sum(sizes[:i]) for i, item in enumerate(self.matrices)}
+        everyone = numbers.new_zeros(sum(sizes))
+        if self.exchange.owned:
+            at = [
+                firsts[self.matrices[i].place] + k * per[i] + b for i, k in self.exchange.owned for b in range(per[i])
+            ]
+            everyone[torch.tensor(at, device=numbers.device)] = numbers
+        self.ranks.all_reduce(everyone)
+        of_parts = []
+        for part in self.parts:
+            i = _place(part)
+            run, n = part.run.matrices, per[0]
+            of_parts.append(everyone[firsts[i] + run.start * n : firsts[i] + run.stop * n])
+        return list(everyone.split(sizes)), of_parts
+
+
+def shared_buckets(
+    parameters: Sequence[Parameter],
+    parts: Sequence[LocalMatrices],
+    owned: Sequence[OwnedMatrices],
+    key: Callable[[Matrices], object],
+    max_bytes: int,
+) -> Iterator[SharedMatrices]:
+    """The matrices of these parameters by shape and recipe, as many together as a rank's share of them has room for.
+
+    The same on all ranks, so that their collectives follow one another in one order.
+    """
+    buckets: dict[object, list[Matrices]] = {}
+    for item in (item for p in parameters for item in p.matrices()):
+        buckets.setdefault(key(item), []).append(item)
+    here: dict[Place, list[LocalMatrices]] = {}
+    for part in parts:
+        here.setdefault(_place(part), []).append(part)
+    mine = {item.place: item for item in owned}
+    for bucket in buckets.values():
+        for some in chunk_by_bytes(bucket, _share_bytes, max_bytes):
+            order = [
+                (part.run.owner, i, part.run.matrices.start, part)
+                for i, item in enumerate(some)
+                for part in here.get(item.place, ())
+            ]
+            ordered = [part for *_, part in sorted(order, key=lambda each: each[:3])]
+            yield SharedMatrices(some, ordered, [mine[item.place] for item in some if item.place in mine])
+
+
+def _place(part: LocalMatrices) -> Place:
+    return part.parameter.group, part.parameter.index, part.run.piece
+
+
+def _unit(item: Matrices) -> Unit:
+    sharding = item.parameter.sharding
+    assert sharding is not None
+    return sharding.unit(item.piece, item.parameter.owners[item.number])
+
+
+def _grad_dtype(shared: SharedMatrices) -> torch.dtype:
+    return _widest(item.parameter.taken.grad for item in shared.matrices)
+
+
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    dtypes = [t.dtype for t in tensors]
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+def _packed(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.empty(0, dtype=dtype, device=device)
+    return torch.cat([t.reshape(-1).to(dtype) for t in tensors])
+
+
+def _share_bytes(item: Matrices) -> int:
+    """A rank's share of the memory of an item's inputs, directions and what they need."""
+    p = item.parameter
+    assert p.sharding is not None
+    batch, rows, cols = item.shape
+    dtype = p.input_dtype
+    whole = batch * (rows * cols * (4 * dtype.itemsize + 8) + p.recipe.direction.workspace_bytes(rows, cols, dtype))
+    return whole // p.sharding.ranks.size
