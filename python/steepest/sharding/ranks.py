@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Any, Literal, TypeVar
 
@@ -116,26 +117,21 @@ def ranks_of_mesh(mesh: DeviceMesh, dims: tuple[int, ...], device: torch.device)
         return Ranks(None, (0,), device)
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    if len(dims) == 1:
-        group = mesh.get_group(dims[0])
-    elif len(dims) == mesh.ndim:
-        group = _flat(mesh).get_group()
-    else:
-        names = mesh.mesh_dim_names
-        if names is None:
-            raise ValueError(
-                f"parameters are sharded over dimensions {dims} of a mesh of shape {tuple(mesh.mesh.shape)} without "
-                "names: make it with init_device_mesh(..., mesh_dim_names=...)"
-            )
-        group = _flat(mesh[tuple(names[i] for i in dims)]).get_group()
     world = []
     for along in product(*(range(mesh.size(i)) for i in dims)):
         at = list(coordinate)
         for i, position in zip(dims, along, strict=True):
             at[i] = position
         world.append(int(mesh.mesh[tuple(at)]))
+    group = mesh.get_group(dims[0]) if len(dims) == 1 else _group_of(tuple(sorted(world)), dist.group.WORLD)
     return Ranks(group, [world.index(rank) for rank in dist.get_process_group_ranks(group)], device)
 
 
-def _flat(mesh: DeviceMesh) -> DeviceMesh:
-    return mesh._flatten()  # type: ignore[no-any-return]
+@lru_cache(maxsize=64)
+def _group_of(ranks: tuple[int, ...], world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of these ranks of the world, made once. (A flattened mesh would have one, but with it torch 2.13 gathers
+    uneven shards of two mesh dimensions in a wrong order.)
+    """
+    if ranks == tuple(range(dist.get_world_size(world))):
+        return world
+    return dist.new_group(list(ranks), use_local_synchronization=True)

@@ -131,7 +131,7 @@ class Eager:
             p.step, p.flag = StepValues(g, finite, p.recipe.phase(p.state), hypers[p.group]), finite
         if self._ranks is not None:
             self._agree(self._ranks)
-        for p, (_, square) in zip(self.parameters, ours, strict=True):
+        for p, (_, square) in zip(self.parameters, measured, strict=True):
             self._skipped[p.tensor.device].add_(p.taken.finite.logical_not())
             self._add(p, "grad", torch.where(p.taken.finite, square, 0))
 

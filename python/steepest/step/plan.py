@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from .fused import Fused
 from .parameter import Matrices, Parameter
 from .program import program
 from .warm_up import warm_up
+
+if TYPE_CHECKING:
+    from ..sharding.ranks import Ranks
 
 __all__ = ["Executor", "Plan", "reason", "route", "scaling_on"]
 
@@ -181,7 +184,12 @@ class Plan:
 
     def metrics(self, groups: int) -> list[dict[str, Tensor]]:
         """What the last step measured of each group, as 0-d fp64 tensors; see `MatrixOptimizer.metrics`."""
-        return [_norms([executor.sums_of(number) for executor in self.executors]) for number in range(groups)]
+        sums = [[executor.sums_of(number) for executor in self.executors] for number in range(groups)]
+        for i, executor in enumerate(self.executors):
+            ranks = executor.parameters[0].sharding.ranks if executor.parameters[0].sharding is not None else None
+            if ranks is not None:
+                _reduce([of_group[i] for of_group in sums], ranks)
+        return [_norms(of_group) for of_group in sums]
 
 
 def route(p: Parameter, *, coupled: bool = False) -> str:
@@ -235,6 +243,18 @@ def _triton_reason(p: Parameter, packed: Program) -> str | None:
         if (why := multi_tensor.triton_takes([*views, stack], piece.batch)) is not None:
             return why
     return None
+
+
+def _reduce(sums: Sequence[dict[str, Tensor]], ranks: Ranks) -> None:
+    """Makes sums over what lies here sums over whole parameters, in place, as those of gradients are already; `slack`
+    stays that of what is owned here.
+    """
+    entries = [(each, name) for each in sums for name in each if name not in ("grad_sq", "slack")]
+    if entries:
+        total = torch.stack([each[name].double() for each, name in entries])
+        ranks.all_reduce(total)
+        for (each, name), t in zip(entries, total.unbind(), strict=True):
+            each[name] = t
 
 
 def _norms(sums: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
