@@ -26,6 +26,7 @@ QUICK = (
     *("optim/test_state_storage.py", "optim/test_table.py", "optim/test_trust_region.py", "optim/test_upstream.py"),
     *("papers/test_scion.py", "papers/test_table_1.py"),
     *("linalg/test_blocks.py", "linalg/test_coefficients.py", "linalg/test_polar_robust.py"),
+    "distributed/test_owners.py",
     *("kernels/test_chain_numbers.py", "kernels/test_eigh.py", "kernels/test_grouped_gemm.py"),
     *("kernels/test_small_polar.py", "kernels/test_symm_gemm.py", "kernels/test_weight_update.py"),
     *("tools/bench/test_harness.py", "tools/test_floors.py", "tools/test_tune.py"),

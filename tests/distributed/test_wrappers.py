@@ -122,7 +122,7 @@ def test_zero_takes_matrices_alone(processes: Processes) -> None:
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("mixed", r"group 0 has a parameter of shape \(8,\): pass steepest.param_groups\(model, names=False"),
+        ("mixed", r"and group 0 has a parameter of shape \(8,\): pass steepest.param_groups\(model, names=False"),
         ("adamw_lr", "fills Muon's options into all groups, adamw_ ones too: pass steepest.param_groups"),
     ],
 )

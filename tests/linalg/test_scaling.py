@@ -151,7 +151,7 @@ def test_a_step_on_what_is_left_of_a_momentum(work: torch.dtype, backend: str, m
     far until it does, and never is there anything that is not finite."""
     for module in (polar_module, polar_module.choice):
         monkeypatch.setattr(module, "compute_dtype", lambda *_: work)
-    monkeypatch.setattr("steepest.linalg.polar.factors._check", lambda *_: None)  # which refuses fp16 on a CPU
+    monkeypatch.setattr("steepest.linalg.polar.factors.check", lambda *_: None)  # which refuses fp16 on a CPU
     weight = torch.nn.Parameter(torch.zeros(16, 24))
     optimizer = Muon([weight], lr=1.0, weight_decay=0.0, backend=backend)
     weight.grad = gaussian(16, 24).float()

@@ -117,12 +117,12 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "group algorithm 'lion' is not known; use 'muon' or 'adamw'",
     ),
     "vector": (
-        lambda: MUADAM([{"params": parameters([(5,)])}]),
+        lambda: MUADAM([{"params": parameters([(5,)]), "use_muon": True}]),
         ValueError,
         r"shape \(5,\) is not a matrix: put it in a group with use_muon=False, or pass the module",
     ),
     "three dimensions": (
-        lambda: MUADAM([{"params": parameters([(2, 3, 4)])}]),
+        lambda: MUADAM([{"params": parameters([(2, 3, 4)]), "use_muon": True}]),
         ValueError,
         r"shape \(2, 3, 4\) is either a batch of matrices or a convolution: say batch_dims=1 or batch_dims=0",
     ),

@@ -1,132 +1,21 @@
-"""What a caller has set in torch does not reach a step: the same bits in every mode, and state in its place."""
+"""What a caller has set in torch does not reach what is done beside a step; that no step sees it: test_faults.py."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from steepest.recipe import CLOCK
-from support.training import EVERY, both_kinds, copies, give_gradients, noise
-
-STEPS = 3
+from support.modes import MODES, setting
+from support.training import both_kinds, copies, give_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection")
-
-
-class MuAdamMomo(steepest.Momo, steepest.MuAdam):
-    """One whose layers wait for one another."""
-
-
-CASES: dict[str, tuple[type[MatrixOptimizer], dict[str, Any]]] = {cls.__name__: (cls, {}) for cls in EVERY} | {
-    "Muon by svd": (steepest.Muon, {"polar": "svd"}),
-    "Muon by torch": (steepest.Muon, {"backend": "torch", "polar": "polar_express"}),
-    "SOAP by QR": (steepest.SOAP, {"refresh": "qr", "precondition_frequency": 1}),
-    "SOAP by rotations": (steepest.SOAP, {"refresh": "jr", "precondition_frequency": 1}),
-    "SOAP, spectral": (steepest.SOAP, {"norm": "spectral"}),
-    "Shampoo by roots": (steepest.Shampoo, {"inverse_root": "newton"}),
-    "SPlus, bf16 factors": (steepest.SPlus, {"factor_dtype": torch.bfloat16}),
-    "TrustRegion, ridge": (steepest.TrustRegion, {"composite": "ridge"}),
-    "MuAdam with Momo": (MuAdamMomo, {"lower_bound": 0.0}),
-    "MuonMax with Momo": (steepest.MuonMax, {"lower_bound": 0.0}),
-    "KFAC": (steepest.KFAC, {}),
-}
-
-
-@contextlib.contextmanager
-def setting(set_to: Callable[[Any], object], value: Any, before: Any) -> Iterator[None]:
-    set_to(value)
-    try:
-        yield
-    finally:
-        set_to(before)
-
-
-def deterministic(on: bool) -> None:
-    torch.use_deterministic_algorithms(on, warn_only=False)
-
-
-MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "autocast bf16": lambda: torch.autocast("cpu", torch.bfloat16),
-    "autocast fp16": lambda: torch.autocast("cpu", torch.float16),
-    "default dtype fp64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
-    "default dtype bf16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
-    "default device": lambda: setting(torch.set_default_device, "meta", None),
-    "device as a context": lambda: torch.device("meta"),
-    "matmul precision high": lambda: setting(torch.set_float32_matmul_precision, "high", "highest"),
-    "matmul precision medium": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
-    "enable_grad": torch.enable_grad,
-    "no_grad": torch.no_grad,
-    "inference mode": torch.inference_mode,
-    "deterministic": lambda: setting(deterministic, True, False),
-    "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
-}
-
-
-@contextlib.contextmanager
-def together(*names: str) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(MODES[name]())
-        yield
-
-
-TOGETHER = (
-    ("autocast bf16", "default dtype fp64", "default device", "matmul precision medium", "deterministic"),
-    ("autocast fp16", "default dtype bf16", "device as a context", "inference mode", "matmul precision high"),
-    ("autocast bf16", "enable_grad", "anomaly detection"),
-)
-
-
-def taken(name: str, mode: Callable[[], AbstractContextManager[Any]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """The weights after every step, and the state after the last; all but the second are taken in the mode."""
-    cls, extra = CASES[name]
-    weights: list[Tensor] = []
-    if cls is steepest.KFAC:
-        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-        params: list[nn.Parameter] = list(model.parameters())
-        for i, p in enumerate(params):
-            p.data.copy_(noise(p.shape, i))
-        optimizer = steepest.KFAC(model, lr=0.01)
-    else:
-        optimizer, params = both_kinds(cls, **extra)
-    for step in range(STEPS):
-        if cls is steepest.KFAC:
-            optimizer.zero_grad()
-            model(noise((8, 5), step)).square().mean().backward()
-        else:
-            give_gradients(params, step)
-        given: dict[str, Any] = {"loss": 1.0} if isinstance(optimizer, steepest.Momo) else {}
-        with mode() if step != 1 else contextlib.nullcontext():
-            optimizer.step(**given)
-        weights += copies(params)
-    return weights, [dict(optimizer.state[p]) for p in params]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_no_mode_reaches_a_step(name: str) -> None:
-    """The first step, which makes the state, and a later one."""
-    weights, states = taken(name, contextlib.nullcontext)
-    modes = [[mode] for mode in MODES] if name in ("Muon", "SOAP", "KFAC") else TOGETHER
-    for mode in modes:
-        those, theirs = taken(name, lambda mode=mode: together(*mode))
-        for wanted, found in zip(weights, those, strict=True):
-            assert torch.equal(wanted, found), mode
-        for wanted_state, found_state in zip(states, theirs, strict=True):
-            assert wanted_state.keys() == found_state.keys()
-            for key, value in wanted_state.items():
-                found = found_state[key]
-                assert (found.dtype, found.device, found.is_inference()) == (value.dtype, value.device, False), mode
-                assert torch.equal(found.nan_to_num(), value.nan_to_num()), (mode, key)
-                assert not found.requires_grad, (mode, key)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -27,7 +27,9 @@ from torch import Tensor
 
 from ..ops import eigh
 from ..ops.products import product
+from .chain import product_flop
 from .scaling import PowerOfTwo, inverse_power_of_two, largest_entry
+from .work import Work, eigh_flop, qr_flop
 
 Method = Literal["auto", "jr", "qr", "eigh"]
 
@@ -61,6 +63,10 @@ SETTLED = 1e-2
 SHIFTED_PASSES, PASSES = 3, 5
 
 
+# Products of n x n matrices that a refresh takes, counted in full; the tests count them again.
+PRODUCTS = {"jr": 14, "qr": 6, "eigh": 6}
+
+
 class Refreshed(NamedTuple):
     """A basis (..., n, n), its values (..., n), the status (...) and the order (..., n) of `eigh_refresh`."""
 
@@ -68,6 +74,13 @@ class Refreshed(NamedTuple):
     values: Tensor
     status: Tensor
     order: Tensor
+
+
+def refresh_work(n: int, method: Method) -> Work:
+    """What `eigh_refresh` of one n x n matrix takes; "auto" as if the first stage were enough."""
+    method = "jr" if method == "auto" else method
+    solver = {"jr": 0, "qr": qr_flop(n), "eigh": eigh_flop(n)}[method]
+    return Work(wide=PRODUCTS[method] * product_flop(n, n, n, symmetric=False), solver=solver)
 
 
 @torch.no_grad()

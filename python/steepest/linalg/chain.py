@@ -100,16 +100,27 @@ class Multiplication:
     k: int
     symmetric: bool
 
+    @property
+    def flop(self) -> int:
+        """Floating-point operations."""
+        return product_flop(self.m, self.n, self.k, symmetric=self.symmetric)
 
-def multiplication(node: Gram | Product | Apply, rows: int, columns: int) -> Multiplication:
-    """What a node multiplies where X is rows x columns.
+
+def product_flop(m: int, n: int, k: int, *, symmetric: bool) -> int:
+    """Floating-point operations of m x k times k x n, 2 for a multiply and add; the lower triangle if symmetric."""
+    return k * (m * (m + 1) if symmetric else 2 * m * n)
+
+
+def multiplication(node: Gram | Product | Apply, rows: int, columns: int, tall: bool | None = None) -> Multiplication:
+    """What a node multiplies where X is rows x columns; tall: whether by X^T X, None: where it has more rows.
 
     csrc/polar/chain.cpp says the same for a launch; `steepest plan` and `steepest tune` ask here.
     """
-    short, tall = min(rows, columns), rows > columns
+    tall = rows > columns if tall is None else tall
+    short, long = (columns, rows) if tall else (rows, columns)
     if isinstance(node, Gram):
         a, b = Operand(node.x, transposed=tall), Operand(node.x, transposed=not tall)
-        return Multiplication(a, b, short, short, max(rows, columns), symmetric=True)
+        return Multiplication(a, b, short, short, long, symmetric=True)
     if isinstance(node, Product):
         return Multiplication(Operand(node.a), Operand(node.b), short, short, short, symmetric=True)
     left, right = (node.x, node.q) if tall else (node.q, node.x)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..ops.products import product
 from .basis import symmetrize
+from .chain import product_flop
 from .coefficients import Table
 from .scaling import inverse_power_of_two, largest_entry
 
@@ -96,6 +97,17 @@ def inverse_root(A: Tensor, p: int, *, ridge_rel: float = 1e-6) -> tuple[Tensor,
     largest = largest[..., 0, 0]
     residual = torch.where(largest.isfinite(), torch.where(largest == 0, 0, residual), torch.inf)
     return torch.where(regular, X, 0), residual
+
+
+def inverse_root_flop(n: int, p: int, *, ridge_rel: float = 1e-6) -> int:
+    """Floating-point operations of `inverse_root` of one n x n fp32 matrix, all in products that count in full."""
+    low, products = ridge_rel / (1 + ridge_rel), 2
+    for done in (1, 2, 4):
+        if done == 1 or done < p:
+            low = low if done == 1 else math.sqrt(low)
+            products += 4 * (len(lifting_steps(math.sqrt(low))) + STEADY_STEPS[torch.float32]) + 3
+    products += {1: 2, 2: 2, 4: 3, 8: 4}[p]  # the square of a root, and the residual
+    return products * product_flop(n, n, n, symmetric=False)
 
 
 @torch.no_grad()

@@ -17,17 +17,18 @@ class Runner:
     """The buffers and numbers of a batch X, (batch, m, n); called with a node, it does what the node says.
 
     "x" is X itself, other buffers are the workspace's: "y" and "w" of X's shape, the rest squares of its short side. A
-    tall X is handled as X^T X and X Q, without a transpose in memory.
+    tall X is handled as X^T X and X Q, without a transpose in memory; tall: None where it has more rows than columns.
     """
 
-    def __init__(self, x: Tensor, workspace: Workspace) -> None:
+    def __init__(self, x: Tensor, workspace: Workspace, tall: bool | None = None) -> None:
         self.x, self.workspace = x, workspace
+        self.tall = x.shape[-2] > x.shape[-1] if tall is None else tall
         self.numbers: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         if name == "x":
             return self.x
-        m = min(self.x.shape[-2:])
+        m = self.x.shape[-1] if self.tall else self.x.shape[-2]
         return self.workspace.get(name, self.x.shape if name in ("y", "w") else (len(self.x), m, m), self.x)
 
     def __call__(self, node: Node) -> Tensor:
@@ -73,7 +74,8 @@ class Runner:
         return gemm(*self._factors(node), c, alpha=alpha, beta=beta, workspace=self.workspace, **options)
 
     def _factors(self, node: Gram | Product | Apply) -> tuple[Tensor, Tensor]:
-        product = multiplication(node, *self.x.shape[-2:])
+        rows, columns = self.x.shape[-2:]
+        product = multiplication(node, rows, columns, self.tall)
         a, b = (self[side.buffer].mT if side.transposed else self[side.buffer] for side in (product.a, product.b))
         return a, b
 

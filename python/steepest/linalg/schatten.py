@@ -32,9 +32,11 @@ from torch import Tensor
 from ..ops.chain_numbers import squared_norm_bound
 from ..ops.symm_gemm import Workspace, linear, times
 from . import polar as _polar
+from .chain import product_flop
 from .polar.jobs import chunk_size
 from .runner import Runner
 from .scaling import inverse_power_of_two, prescaled
+from .work import Work, eigh_flop, square_flop
 
 METHODS = ("auto", "matmul", "eigh")
 #: (a, b, c, d) of every step; d of the first is 0.
@@ -199,6 +201,30 @@ def workspace_bytes(p: float, m: int, n: int, dtype: torch.dtype, *, method: str
     work = dtype if by_products(p, method) else torch.float64
     beside = 0 if p == math.inf else m * n * torch.promote_types(work, torch.float32).itemsize
     return _polar.workspace_bytes(m, n, work) + beside
+
+
+def schatten_work(
+    p: float, m: int, n: int, dtype: torch.dtype, device: torch.device | str, *, method: str = "auto"
+) -> Work:
+    """About what `schatten` takes for one m x n matrix of ``dtype``."""
+    method = _settled(p, method, dtype, device)
+    short, long = min(m, n), max(m, n)
+    gram, square = product_flop(short, short, long, symmetric=True), square_flop(short)
+    apply = product_flop(short, long, short, symmetric=False)
+    if not by_products(p, method):
+        return Work(wide=gram + 2 * apply, solver=eigh_flop(short))
+    if p == math.inf:
+        return Work(_polar.polar_flop(_polar.choose(m, n, device=device, x_dtype=dtype), m, n))
+    if p == 1:
+        return Work(gram + SQUARINGS * square, wide=4 * POLISHINGS * m * n)
+    power = _power(p)
+    if power is not None:
+        squarings = max(0, power.bit_length() - 1 + bin(power).count("1") - 1)
+        return Work(gram + squarings * square + apply if power else 0)
+    steps = len(STEPS[p])
+    if compute_dtype(p, dtype, device, method=method).itemsize > 2 and long >= GRAM_ASPECT * short:
+        return Work(2 * gram + (1 + 6 * steps) * square + apply)
+    return Work(steps * (gram + square + apply) + gram)
 
 
 def _settled(p: float, method: str, dtype: torch.dtype, device: torch.device | str) -> str:

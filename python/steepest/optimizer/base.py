@@ -57,7 +57,7 @@ class MatrixOptimizer(Reports, Checkpoints):
         self._staleness = StaleParameters(type(self).__name__, params)
         self._begin_shards()
         self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
-        check_zero(type(self).__name__)
+        check_zero(type(self).__name__, self._split)
         self._check_options(defaults)
         self._check_options(self._adamw_defaults, prefix="adamw_")
         self._check_values(defaults)

@@ -163,7 +163,7 @@ class Checkpoints(Shards):
         try:
             if foreign:
                 self._check_keys(group)
-            self._check_group(group, declared=True, routed=True)
+            self._check_group(group, routed=True)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the checkpoint's {matched.source(number)}: {error}") from error
         return group

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -111,8 +111,8 @@ class Groups(torch.optim.Optimizer):
         own = {"use_muon", *self.defaults, *(() if group["use_muon"] else self._adamw_defaults)}
         return {key: value for key, value in group.items() if key in own}
 
-    def _check_shape(self, p: Tensor, group: Group, declared: bool) -> None:
-        """ValueError for a parameter that cannot be read as matrices. `declared`: the group said use_muon itself."""
+    def _check_shape(self, p: Tensor, group: Group) -> None:
+        """ValueError for a parameter that cannot be read as matrices."""
         if p.ndim < 2:
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} is not a matrix: put it in a group with use_muon=False, "
@@ -142,41 +142,72 @@ class Groups(torch.optim.Optimizer):
 
     def _route(self, params: Any) -> list[Group]:
         """Routed groups; AdamW does not decay parameters with fewer than two dimensions (gains, biases)."""
+        return routing.param_groups(params, adamw=self._decay_of_others())
+
+    def _split(self, group: Group) -> list[Group]:
+        """The groups of one that does not say its rule, which keep its values; itself if all is of the class's rule."""
+        if routing.says_how(group):
+            return [group]
+        return routing.split_group(group, adamw=self._decay_of_others())
+
+    def _decay_of_others(self) -> Group | None:
         decay = self._adamw_defaults["weight_decay"]
-        return routing.param_groups(params, adamw={"weight_decay": decay} if decay else None)
+        return {"weight_decay": decay} if decay else None
 
     def add_param_group(self, param_group: Group) -> None:
-        """Adds a group; use_muon (or algorithm="muon"/"adamw") says which method takes it, by default the matrix one.
+        """Adds a group; use_muon (or algorithm="muon"/"adamw") says which method takes it.
 
+        A group that does not say it is routed, as `steepest.param_groups` does, by names where it has them and by
+        shapes. It may become two groups and more, matrices first, one after another where the group would be, each with
+        all of its values: learning rate, weight decay and what a framework has put there. A group that says
+        split_sizes, num_heads or batch_dims is of matrices.
         The group is checked whole, and an unsuitable one leaves the optimizer as it was.
         """
         if not isinstance(param_group, dict):
             return super().add_param_group(param_group)
         param_group = dict(param_group)  # the caller may use his own again
-        declared = name_the_rule(param_group)
-        read_switches(param_group)
-        reasons = param_group.pop("param_reasons", None)
-        self._fill(param_group)
-        super().add_param_group(param_group)
+        params = param_group["params"]
+        if isinstance(params, Iterator):
+            params = param_group["params"] = list(params)
+        parts = [param_group] if name_the_rule(param_group) or _none(params) else self._split(param_group)
+        before = len(self.param_groups)
         try:
-            self._check_group(param_group, declared=declared, routed=reasons is not None)
-            self._numbers_on_device(param_group)
+            for part in parts:
+                self._add_group(part)
         except Exception:
-            self.param_groups.pop()
+            del self.param_groups[before:]
             raise
-        if reasons is not None:
-            self._reasons.update(zip(param_group["params"], reasons, strict=True))
         return None
+
+    def _add_group(self, group: Group) -> None:
+        read_switches(group)
+        reasons = group.pop("param_reasons", None)
+        self._fill(group)
+        super().add_param_group(group)
+        self._check_group(group, routed=reasons is not None)
+        self._numbers_on_device(group)
+        if reasons is not None:
+            self._reasons.update(zip(group["params"], reasons, strict=True))
+
+    def group_lrs(self, lr: float) -> list[float]:
+        """A learning rate for every group, in the ratios that they have now: lr is that of the first group of matrices.
+
+        For a scheduler that gives one rate to all, AdamW's groups too: OneCycleLR(optimizer, optimizer.group_lrs(0.1))
+        """
+        rates = [float(group["lr"]) for group in self.param_groups]
+        first = next((i for i, group in enumerate(self.param_groups) if group["use_muon"]), 0)
+        if rates[first] == 0:
+            raise ValueError(f"group {first} has the learning rate 0, to which the others have no ratio")
+        return [lr * rate / rates[first] for rate in rates]
 
     def _fill(self, group: Group) -> None:
         if not group.setdefault("use_muon", True):
             for key, value in self._adamw_defaults.items():
                 group.setdefault(key, value)
 
-    def _check_group(self, group: Group, *, declared: bool, routed: bool) -> None:
+    def _check_group(self, group: Group, *, routed: bool) -> None:
         for i, p in enumerate(group["params"]):
-            self._check_shaped(p)
-            routing.check_not_flattened(p, parameter_name(group, i))
+            self._check_shaped(p, parameter_name(group, i))
         self._check_devices(group)
         self._check_options(values := self._options(group))
         group.update(values)
@@ -187,14 +218,16 @@ class Groups(torch.optim.Optimizer):
             self._check_values(group)
             for p in group["params"]:
                 if not routed:
-                    self._check_shape(p, group, declared)
+                    self._check_shape(p, group)
                 self._pieces(p, group)
         self._check_shards(group)
 
     @staticmethod
-    def _check_shaped(p: Tensor) -> None:
+    def _check_shaped(p: Tensor, what: str) -> None:
+        """ValueError or RuntimeError for a parameter without a shape of its own; what: names it."""
         if is_lazy(p):
             raise ValueError("a parameter has no shape yet (lazy module): run the model once before this")
+        routing.check_not_flattened(p, what)
 
     def _check_shards(self, group: Group) -> None:
         """ValueError for a parameter that lies on several ranks in a way that cannot be stepped."""
@@ -223,3 +256,8 @@ class Groups(torch.optim.Optimizer):
             num_heads=group["num_heads"],
             batch_dims=group["batch_dims"] or 0,
         )
+
+
+def _none(params: Any) -> bool:
+    """Whether there is nothing to route: a group may be empty, and a set is refused by torch."""
+    return isinstance(params, set) or (not isinstance(params, (Tensor, nn.Module)) and not len(params))

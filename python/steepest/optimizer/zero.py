@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
+
+from .group_options import Group
 
 __all__ = ["check_zero"]
 
@@ -14,9 +17,10 @@ _WAY_OUT = (
 )
 
 
-def check_zero(optimizer: str) -> None:
+def check_zero(optimizer: str, split: Callable[[Group], list[Group]]) -> None:
     """ValueError where a ZeroRedundancyOptimizer is making an optimizer of this class from what would train otherwise
-    than in one process: vectors in a group that does not say its rule, or adamw_ options, which its groups override.
+    than in one process: a group, without a rule, that is not all of the class's own (split: the groups it becomes), or
+    adamw_ options, which what it fills into groups overrides.
 
     A rank sees its share alone, and that of another may be fine: the wrapper has all of them, so that all ranks fail
     together. It is looked up on the stack, as it tells the class nothing of itself.
@@ -35,9 +39,11 @@ def check_zero(optimizer: str) -> None:
             f"ZeroRedundancyOptimizer fills {optimizer}'s options into all groups, adamw_ ones too: {_WAY_OUT}"
         )
     for number, group in enumerate(zero.param_groups):
-        vectors = [p for p in group["params"] if p.ndim < 2]
-        if vectors and "use_muon" not in group and "algorithm" not in group:
+        if "use_muon" in group or "algorithm" in group:
+            continue
+        others = [part for part in split(dict(group)) if not part.get("use_muon", True)]
+        if others:
             raise ValueError(
-                f"ZeroRedundancyOptimizer cannot split a group of matrices and vectors between {optimizer} and AdamW; "
-                f"group {number} has a parameter of shape {tuple(vectors[0].shape)}: {_WAY_OUT}"
+                f"ZeroRedundancyOptimizer cannot share a group between {optimizer} and AdamW, and group {number} has a "
+                f"parameter of shape {tuple(others[0]['params'][0].shape)}: {_WAY_OUT}"
             )

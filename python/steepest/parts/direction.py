@@ -22,11 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..linalg import polar, schatten
+from ..linalg.chain import product_flop
+from ..linalg.work import Work, svd_flop
 from ..ops.polar_chain import Update
 from .hyper import Number
 
@@ -39,6 +42,8 @@ class Direction:
     batched = False
     #: whether `move` is there
     moves = False
+    #: whether `sharded_units` is there
+    shards = False
     #: whether `unit` never waits for the device, so that a CUDA graph can hold it
     capturable = True
 
@@ -53,6 +58,17 @@ class Direction:
     def move(self, xs: Sequence[Tensor], slacks: Sequence[Tensor], updates: Sequence[Update]) -> None:
         """W <- beta W + eta unit(x) for every matrix, in place; as `units`, but that no direction is kept."""
         raise NotImplementedError(f"{type(self).__name__} has no way straight into weights")
+
+    def sharded_units(
+        self, xs: Sequence[Tensor], dims: Sequence[int], slacks: Sequence[Tensor], all_reduce: polar.AllReduce
+    ) -> list[Tensor]:
+        """This rank's part of `unit` of matrices of which it has the parts xs: some rows (dim -2) or columns (-1).
+
+        Every rank calls with its parts, which may be empty, in the same order; all_reduce sums a tensor over them, in
+        place. `dual_norm` of the parts is then this rank's addend of the dual norm. Of `Spectral` alone, but for
+        preset="svd" (`shards`): matrices of other norms are made whole first.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no direction of a part of a matrix: make it whole first")
 
     def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
         """<x, d>, which for d = unit(x) is the dual norm of x."""
@@ -71,6 +87,10 @@ class Direction:
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype in which `unit` works, so that its input can be gathered in it."""
         return dtype
+
+    def work(self, m: int, n: int, dtype: torch.dtype, device: torch.device | str) -> Work:
+        """What `unit` of one m x n matrix of ``dtype`` takes."""
+        return Work(wide=4 * m * n)
 
     def workspace_bytes(self, m: int, n: int, dtype: torch.dtype) -> int:
         """About what `unit` allocates for one matrix of compute dtype."""
@@ -165,6 +185,10 @@ class Spectral(Direction):
     def capturable(self) -> bool:  # type: ignore[override]
         return self.preset != "svd" or self.coefficients is not None
 
+    @property
+    def shards(self) -> bool:  # type: ignore[override]
+        return self.preset != "svd" or self.coefficients is not None
+
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return self._polars([x], None if slack is None else [slack])[0]
 
@@ -173,6 +197,20 @@ class Spectral(Direction):
 
     def move(self, xs: Sequence[Tensor], slacks: Sequence[Tensor], updates: Sequence[Update]) -> None:
         self._polars(xs, slacks, updates)
+
+    def sharded_units(
+        self, xs: Sequence[Tensor], dims: Sequence[int], slacks: Sequence[Tensor], all_reduce: polar.AllReduce
+    ) -> list[Tensor]:
+        return polar.sharded_polars(
+            xs,
+            dims,
+            all_reduce,
+            self.preset,
+            coefficients=self.coefficients,
+            steps=self.steps,
+            eps=self.eps,
+            slacks=slacks,
+        )
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
         """The nearest point of the ball, by the singular value decomposition in fp64 whatever the preset."""
@@ -195,6 +233,18 @@ class Spectral(Direction):
 
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return polar.compute_dtype(self.preset, dtype, device)
+
+    def work(self, m: int, n: int, dtype: torch.dtype, device: torch.device | str) -> Work:
+        if not self.shards:
+            return Work(wide=product_flop(m, n, min(m, n), symmetric=False), solver=svd_flop(m, n))
+        options: dict[str, Any] = {"coefficients": self.coefficients, "steps": self.steps, "x_dtype": dtype}
+        return Work(polar.polar_flop(polar.choose(m, n, self.preset, device=device, **options), m, n))
+
+    def sharded_work(self, m: int, n: int, tall: bool, dtype: torch.dtype, device: torch.device | str) -> Work:
+        """What `sharded_units` takes for a part of m x n, rows of a tall matrix or columns of a wide one."""
+        options: dict[str, Any] = {"coefficients": self.coefficients, "steps": self.steps, "x_dtype": dtype}
+        choice = polar.choose_sharded(n if tall else m, self.preset, device=device, **options)
+        return Work(polar.polar_flop(choice, m, n, tall))
 
     def workspace_bytes(self, m: int, n: int, dtype: torch.dtype) -> int:
         return polar.workspace_bytes(m, n, dtype)
@@ -229,6 +279,9 @@ class Schatten(Direction):
 
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return schatten.compute_dtype(self.p, dtype, device, method=self.method)
+
+    def work(self, m: int, n: int, dtype: torch.dtype, device: torch.device | str) -> Work:
+        return schatten.schatten_work(self.p, m, n, dtype, device, method=self.method)
 
     def workspace_bytes(self, m: int, n: int, dtype: torch.dtype) -> int:
         return schatten.workspace_bytes(self.p, m, n, dtype, method=self.method)

@@ -11,7 +11,7 @@ Only shapes and names are read, never values: a model on the meta device is rout
 
 from __future__ import annotations
 
-from .groups import ADAMW_NUMBERS, param_groups
+from .groups import ADAMW_NUMBERS, param_groups, says_how, split_group
 from .overrides import Overrides
 from .places import Routable, check_not_flattened
 from .routes import Route, route, route_by_shape, warn_if_embedding_like
@@ -27,6 +27,8 @@ __all__ = [
     "param_groups",
     "route",
     "route_by_shape",
+    "says_how",
+    "split_group",
     "summary",
     "warn_if_embedding_like",
 ]

@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
+from ..matrices import LAYOUT_KEYS
 from .overrides import RESERVED, Overrides
 from .places import Routable, read_places
 from .routes import Route, decide
@@ -33,24 +36,62 @@ def param_groups(
     as ZeroRedundancyOptimizer: "params" are tensors, there are no reasons, and the AdamW groups hold all numbers of
     AdamW, `ADAMW_NUMBERS` where `adamw` says nothing, so that an lr that is filled in reaches the matrices alone.
 
-    Raises ValueError when no parameter goes to the matrix method, and as `route` does.
+    Raises ValueError when no parameter of a model goes to the matrix method, and as `route` does. Tensors without names
+    may all be vectors.
     """
     places, named = read_places(params)
     routes = decide(places, named, overrides)
-    if not any(r.rule == "matrix" for r in routes):
+    if named and not any(r.rule == "matrix" for r in routes):
         raise ValueError(_no_matrix(routes, sum(map(len, places))))
     shared = {"matrix": _hyperparameters("matrix", matrix), "adamw": _hyperparameters("adamw", adamw)}
+    groups = _grouped(routes, named, shared)
+    return groups if names else list(map(_bare, groups))
+
+
+def says_how(group: Mapping[str, Any]) -> bool:
+    """Whether a group says how its parameters are read as matrices, and so that they are."""
+    return any(group.get(key) is not None for key in LAYOUT_KEYS)
+
+
+def split_group(group: Mapping[str, Any], *, adamw: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The groups that one becomes which does not say its rule: first its matrices, then what goes to AdamW.
+
+    group: what frameworks hand over: "params" (a module, tensors or (name, tensor) pairs), perhaps "param_names" (one
+        each), and values. Every part has all of the values, in their order; a parameter that needs no gradient stays.
+    adamw: as in `param_groups`, for values that the group does not have.
+    """
+    params, names = group["params"], group.get("param_names")
+    if isinstance(params, Tensor):
+        params = [params]
+    if names is not None and not isinstance(params, nn.Module):
+        params = list(params)
+        if len(names) != len(params):
+            raise ValueError(f"param_names has {len(names)} names for the {len(params)} parameters of its group")
+        params = list(zip(names, params))
+    places, named = read_places(params)
+    shared = {"matrix": {}, "adamw": {key: value for key, value in (adamw or {}).items() if key not in group}}
+    parts = _grouped(decide(places, named, None, keep_frozen=True), named, shared)
+    return [{**{key: value for key, value in group.items() if key != "param_names"}, **part} for part in parts]
+
+
+def _grouped(routes: Sequence[Route], named: bool, shared: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One group for each rule and set of values, matrices first."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in sorted(routes, key=lambda r: (r.rule == "adamw", _undecayed(r, shared["adamw"]))):
         decay = {"weight_decay": 0.0} if _undecayed(r, shared["adamw"]) else {}
         key = (r.rule, *decay, *sorted(r.values.items()))
-        start = {"params": [], "use_muon": r.rule == "matrix", **({"param_reasons": []} if names else {})}
-        filled = ADAMW_NUMBERS if r.rule == "adamw" and not names else {}
-        group = groups.setdefault(key, {**start, **filled, **shared[r.rule], **decay, **r.values})
-        group["params"].append((r.name, r.param) if named and names else r.param)
-        if names:
-            group["param_reasons"].append(r.reason)
+        start = {"params": [], "use_muon": r.rule == "matrix", "param_reasons": []}
+        group = groups.setdefault(key, {**start, **shared[r.rule], **decay, **r.values})
+        group["params"].append((r.name, r.param) if named else r.param)
+        group["param_reasons"].append(r.reason)
     return list(groups.values())
+
+
+def _bare(group: dict[str, Any]) -> dict[str, Any]:
+    """A group without names and reasons, with all numbers of AdamW."""
+    tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+    values = {key: value for key, value in group.items() if key != "param_reasons"}
+    return {**({} if group["use_muon"] else ADAMW_NUMBERS), **values, "params": tensors}
 
 
 def _hyperparameters(name: str, values: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -57,15 +57,18 @@ def route_by_shape(params: Iterable[Tensor]) -> list[Route]:
     return decide(places, named, None)
 
 
-def decide(parameters: Sequence[Sequence[Place]], named: bool, overrides: Overrides | None) -> list[Route]:
-    """Routes of the parameters that `read_places` found."""
+def decide(
+    parameters: Sequence[Sequence[Place]], named: bool, overrides: Overrides | None, *, keep_frozen: bool = False
+) -> list[Route]:
+    """Routes of the parameters that `read_places` found. keep_frozen: those with names that need no gradient, too."""
     if overrides and not named:
         raise ValueError("overrides need names: pass the model or model.named_parameters() instead of tensors alone")
     entries = read_overrides(overrides, [place for places in parameters for place in places])
     routes, unchosen = [], []
     for places in parameters:
         override = find(entries, places)
-        if (named and not places[0].param.requires_grad) or (override is not None and override.rule == "exclude"):
+        frozen = named and not keep_frozen and not places[0].param.requires_grad
+        if frozen or (override is not None and override.rule == "exclude"):
             continue
         routes.append(_by_rules(places) if override is None else _by_override(places, override))
         if override is None:

@@ -30,12 +30,16 @@ _EVERYWHERE = ("elementwise", "scalar", "host")
 def spread(
     state: Mapping[str, Any], sharding: Sharding, recipe: Recipe, pieces: Sequence[Piece], owners: Owners
 ) -> dict[str, Any]:
-    """The state with what is at owners as DTensors of the shapes of one process. Collective among the ranks."""
-    saved = dict(state)
+    """The state with what is at owners as DTensors of the shapes of one process, in one order on all ranks, which
+    collectives over a checkpoint follow. Collective among the ranks.
+    """
+    saved: dict[str, Any] = {}
     here = owned_pieces(pieces, owners, sharding.ranks.place)
     for name, full in _of_one_process(sharding, recipe, pieces).items():
         layout, numbers = _tensors_at_owners(recipe, pieces).get(name, (None, []))
         if layout is None:
+            if name in state:
+                saved[name] = state[name]
             continue
         t = torch.zeros(full.shape, dtype=torch.promote_types(full.dtype, torch.float32), device=_device(sharding))
         if t.ndim:
@@ -49,7 +53,7 @@ def spread(
             t = t + state[name] if name in state else t
             sharding.ranks.all_reduce(t, "max")
         saved[name] = _cut(t.to(full.dtype), sharding)
-    return saved
+    return {**saved, **{key: value for key, value in state.items() if key not in saved}}
 
 
 def whole(held: Mapping[str, Any], sharding: Sharding, elementwise: set[str]) -> dict[str, Any]:

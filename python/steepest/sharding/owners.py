@@ -1,19 +1,47 @@
-"""Who works on which matrix."""
+"""Which rank works on which matrix: the longest job first, to the rank with the least to do (Graham 1969)."""
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
-__all__ = ["assign"]
+__all__ = ["assign", "imbalance", "loads_of"]
 
 
 def assign(costs: Sequence[float], ranks: int) -> list[int]:
-    """The rank of every job: the longest first, each to the rank that has least to do; ties go by position."""
-    loads = [(0, rank) for rank in range(ranks)]
-    found = [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda job: (-int(costs[job]), job)):
-        load, rank = heapq.heappop(loads)
-        found[job] = rank
-        heapq.heappush(loads, (load + int(costs[job]), rank))
-    return found
+    """The rank, 0 .. ranks - 1, of every matrix, by its cost: deterministic, so that ranks agree without a word.
+
+    The largest sum of costs on a rank is at most 4/3 - 1 / (3 ranks) times the least possible. Of equal costs the
+    first is placed first, and of ranks with equal sums that with fewer matrices, then the lower one, gets it. Whole
+    numbers are summed and compared exactly; floats in one order, alike wherever sums are those of IEEE 754.
+
+    Raises:
+        ValueError: ranks below 1, a cost that is negative or not finite.
+    """
+    if ranks < 1:
+        raise ValueError(f"matrices are shared out among 1 or more ranks, got {ranks}")
+    for position, cost in enumerate(costs):
+        if not 0 <= cost < math.inf:
+            raise ValueError(f"a cost is finite and not negative, got {cost} at position {position}")
+    owners = [0] * len(costs)
+    loads: list[tuple[float, int, int]] = [(0, 0, rank) for rank in range(ranks)]
+    for position in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, count, rank = loads[0]
+        owners[position] = rank
+        heapq.heapreplace(loads, (load + costs[position], count + 1, rank))
+    return owners
+
+
+def loads_of(costs: Sequence[float], owners: Sequence[int], ranks: int) -> list[float]:
+    """The sum of the costs on every rank."""
+    loads: list[float] = [0] * ranks
+    for cost, owner in zip(costs, owners, strict=True):
+        loads[owner] += cost
+    return loads
+
+
+def imbalance(loads: Sequence[float]) -> float:
+    """The largest load over the mean, 1 where all are alike or nothing is to be done."""
+    total = sum(loads)
+    return max(loads) * len(loads) / total if total else 1.0

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from steepest.linalg.chain import Apply, Chain, Column, Gram, Node, Number, Operand, Product, Sum, chain
+from steepest.linalg.chain import Apply, Chain, Column, Gram, Node, Number, Operand, Product, Sum, chain, product_flop
 from steepest.linalg.chain import multiplication as product_of
 from steepest.linalg.coefficients import Schedule, presets
-from steepest.linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, Choice, choose
+from steepest.linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, Choice, choose, nodes_of
 from steepest.ops import backend
 from steepest.ops.polar_chain import not_taken
 from steepest.ops.small_polar import too_long
@@ -103,7 +103,7 @@ class Multiplication:
 
     @property
     def flop(self) -> int:
-        return self.batch * self.k * (self.m * (self.m + 1) if self.symmetric else 2 * self.m * self.n)
+        return self.batch * product_flop(self.m, self.n, self.k, symmetric=self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def _call(
 ) -> Call:
     form, products = choice.form, chain(choice.schedule, choice.restarts)
     stacks = tuple(stack for stack, _ in some)
-    nodes = _plain_nodes(choice.schedule) if form == "plain" else (Gram("gram", "x"), *products.nodes)
+    nodes = nodes_of(choice)
     launched = no_launches is None and form != "small"
     chunking = _chunking(products, stacks, multiprocessors, l2_bytes) if launched else None
     parts = [stacks] if chunking is None else [_part(stacks, counts) for counts in chunking.chunks]
@@ -341,13 +341,6 @@ def _chunking(products: Chain, stacks: Sequence[Stack], multiprocessors: int, l2
 
 def _part(stacks: Sequence[Stack], counts: Sequence[int]) -> tuple[Stack, ...]:
     return tuple(dataclasses.replace(stack, matrices=n) for stack, n in zip(stacks, counts, strict=True) if n)
-
-
-def _plain_nodes(schedule: Schedule) -> tuple[Node, ...]:
-    nodes: list[Node] = []
-    for (a, b, c), (x, y) in zip(schedule.tables[0], (("x", "y"), ("y", "x")) * schedule.steps):
-        nodes += [Gram("gram", x), Product("z", "gram", "gram", "gram", c, b), Apply(y, "z", x, 1.0, a)]
-    return tuple(nodes)
 
 
 def _stage(

@@ -108,10 +108,17 @@ class KFAC(KroneckerOptimizer):
 
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """RuntimeError for a weight whose layer was not watched, before anything moves."""
-        for group in self.param_groups:
-            for p in group["params"] if group["use_muon"] else ():
-                if p.grad is not None:
-                    self._average(p, group, scaling)
+        matrices = [(p, group) for group in self.param_groups if group["use_muon"] for p in group["params"]]
+        stepping = [(p, group) for p, group in matrices if p.grad is not None]
+        for p, _ in stepping:
+            if p not in self._batches and PASSES not in self.state.get(p, {}):
+                raise RuntimeError(
+                    f"a weight of shape {tuple(p.shape)} has a gradient and no factors: no backward pass went through "
+                    "its layer in training mode since the hooks were set"
+                )
+        self._ready_plan()  # whose checks come before the averages take anything
+        for p, group in stepping:
+            self._average(p, group, scaling)
         self._batches.clear()
         super()._take_step(scaling, loss)
 
@@ -121,11 +128,6 @@ class KFAC(KroneckerOptimizer):
         if batch is not None:
             self._fold(p, group, batch, scaling)
         state = self.state[p]
-        if PASSES not in state:
-            raise RuntimeError(
-                f"a weight of shape {tuple(p.shape)} has a gradient and no factors: no backward pass went through its "
-                "layer in training mode since the hooks were set"
-            )
         for key in FACTORS if self._ranks is not None else ():
             if state[key].numel():
                 dist.all_reduce(state[key], group=self._ranks)
@@ -240,5 +242,5 @@ def _products(layer: nn.Module, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor, i
         images, positions = rows.shape[:2]
         a, d = rows.flatten(0, 1), batch[1].flatten(2).transpose(1, 2).flatten(0, 1)
         return (d.mT @ d) / max(1, positions), a.mT @ a, images
-    a, d = a.reshape(-1, a.shape[-1]), d.reshape(-1, d.shape[-1])
+    a, d = (t[None] if t.ndim < 2 else t.flatten(0, -2) for t in (a, d))
     return d.mT @ d, a.mT @ a, len(a)

@@ -22,7 +22,7 @@ from ..optimizer.option_types import check_option
 from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
 from ..recipe import Recipe, State
-from ..sharding.local import local_tensor
+from ..sharding.local import is_sharded, local_tensor
 from ..state_layout import Layout
 from ..step.coupling import Coupling, Directed, dot, inner_products
 from ..step.parameter import Matrices, Parameter
@@ -104,6 +104,7 @@ class Momo(MatrixOptimizer):
         stale_dual = type(self).stale_dual if stale_dual is None else stale_dual
         self.stale_dual = check_option("stale_dual", stale_dual)
         self.reduce_loss = check_option("reduce_loss", reduce_loss)
+        self._moved: set[Tensor] = set()
         super().__init__(*args, **kwargs)
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -172,15 +173,23 @@ class Momo(MatrixOptimizer):
         t = self._truncation(layers, factors, self._loss_on_device(loss))
         return [factor * t for factor in factors]
 
-    def _descent(self, item: Matrices, *, create: bool = False) -> Tensor | None:
+    def _descent(self, item: Matrices) -> Tensor:
         """A view of <M, U> of an item's matrices in the state of its parameter."""
         p = item.parameter
         sizes = [p.recipe.input_shape(piece.shape)[0] for piece in p.pieces]
-        state = p.state
-        if create and DESCENT not in state:
-            state[DESCENT] = torch.zeros(sum(sizes), dtype=torch.float64, device=p.source.device)
+        if DESCENT not in p.state:
+            p.state[DESCENT] = _unknown(sum(sizes), p.source)
         first = sum(sizes[: item.number])
-        return state[DESCENT][first : first + sizes[item.number]] if DESCENT in state else None
+        return p.state[DESCENT][first : first + sizes[item.number]]
+
+    def _has_moved(self, p: Parameter) -> bool:
+        """Whether <M, U> of a step before is known. Of sharded parameters, whose ranks have it from the beginning on, it
+        is negative until then, which is read from the device until it is not.
+        """
+        if p.source not in self._moved and DESCENT in p.state:
+            if p.sharding is None or not bool((p.state[DESCENT] < 0).any()):
+                self._moved.add(p.source)
+        return p.source in self._moved
 
     # ---- the model of the loss ------------------------------------------------------------------------------------
 
@@ -277,6 +286,10 @@ class Momo(MatrixOptimizer):
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
         added = super()._init_state(p, dtype, group)
         own = self._own_state(p, group)
+        recipe = self._recipe(group)
+        if is_sharded(p) and self._couples() and self._stale(recipe) and DESCENT not in self.state[p]:
+            count = sum(recipe.input_shape(piece.shape)[0] for piece in self._pieces(p, group))
+            own[DESCENT] = _unknown(count, p)
         self.state[p].update(own)
         if p is self._first:
             self._shared_state()
@@ -301,6 +314,10 @@ class Momo(MatrixOptimizer):
                 f"{type(self).__name__} couples steps along a direction of the momentum, and grafts, momentum of "
                 "updates and decay inside the model take other ones"
             )
+
+    def _forget_plans(self) -> None:
+        super()._forget_plans()
+        self._moved = set()
 
     def _traced_step(self, scaling: Scaling) -> None:
         if self._couples():
@@ -336,7 +353,11 @@ class Truncated:
     def _measured(self, executor: Executor, batch: Any) -> list[tuple[Matrices, Tensor]]:
         """Every item of a batch with <M, U> of its matrices: of the step before where that is there and will do."""
         items = _items(executor, batch)
-        stale = [self._optimizer._descent(item) if self._optimizer._stale(item.recipe) else None for item in items]
+        optimizer = self._optimizer
+        stale = [
+            optimizer._descent(item) if optimizer._stale(item.recipe) and optimizer._has_moved(item.parameter) else None
+            for item in items
+        ]
         known = [(item, product) for item, product in zip(items, stale, strict=True) if product is not None]
         if len(known) == len(items):
             return known
@@ -356,9 +377,9 @@ class Truncated:
         assert directed.inner is not None
         for item, product in zip(_items(executor, batch), directed.inner, strict=True):
             if self._optimizer._stale(item.recipe):
-                stored = self._optimizer._descent(item, create=True)
-                assert stored is not None
-                torch.where(item.finite, product.to(stored.dtype), stored, out=stored)
+                stored = self._optimizer._descent(item)
+                before = stored if item.parameter.source in self._optimizer._moved else torch.zeros_like(stored)
+                torch.where(item.finite, product.to(stored.dtype), before, out=stored)
 
 
 def _items(executor: Executor, batch: Any) -> list[Matrices]:
@@ -368,3 +389,7 @@ def _items(executor: Executor, batch: Any) -> list[Matrices]:
 def _momentum(p: Parameter) -> Momentum:
     assert p.recipe.momentum is not None
     return p.recipe.momentum
+
+
+def _unknown(count: int, p: Tensor) -> Tensor:
+    return torch.full((count,), -1.0, dtype=torch.float64, device=p.device)

@@ -94,19 +94,24 @@ class Muon(MatrixOptimizer):
             )
         super()._check_values(group)
 
-    def _check_shape(self, p: torch.Tensor, group: Group, declared: bool) -> None:
-        if not declared and p.ndim != 2:
-            raise ValueError(
-                f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}; "
-                "pass the module itself to have every parameter routed, or a group that says use_muon"
-            )
-        super()._check_shape(p, group, declared)
-
     def _bare_groups(self, params: list[Any]) -> list[Any]:
-        for p in params:
+        """Matrices, as in torch; what is no tensor torch finds itself."""
+        for i, p in enumerate(params):
             if isinstance(p, torch.Tensor):
-                self._check_shaped(p)
-        matrices = [p for p in params if isinstance(p, torch.Tensor) and p.ndim == 2]
-        routes = [routing.Route(f"param_{i}", p, "matrix", "a plain iterable") for i, p in enumerate(matrices)]
-        routing.warn_if_embedding_like(routes, named=False)
+                self._check_shaped(p, f"parameter {i}")
+                if p.ndim != 2:
+                    raise ValueError(
+                        f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}; "
+                        "pass the module itself to have every parameter routed, or a group that says use_muon"
+                    )
         return params
+
+    def _split(self, group: Group) -> list[Group]:
+        """Matrices without names are a group of torch.optim.Muon's."""
+        params = group["params"]
+        is_bare = isinstance(params, list) and "param_names" not in group
+        if not is_bare or not all(isinstance(p, torch.Tensor) and p.ndim == 2 for p in params):
+            return super()._split(group)
+        routes = [routing.Route(f"param_{i}", p, "matrix", "a plain iterable") for i, p in enumerate(params)]
+        routing.warn_if_embedding_like(routes, named=False)
+        return [group]

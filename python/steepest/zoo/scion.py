@@ -132,8 +132,8 @@ class Scion(VectorOptimizer):
             raise ValueError(f"norm {group['norm']!r} is not known; use one of {', '.join(NORMS)}")
         super()._check_values(group)
 
-    def _check_group(self, group: Group, *, declared: bool, routed: bool) -> None:
-        super()._check_group(group, declared=declared, routed=routed)
+    def _check_group(self, group: Group, *, routed: bool) -> None:
+        super()._check_group(group, routed=routed)
         for i, p in enumerate(group["params"] if group["use_muon"] else ()):
             if group["norm"] == "bias" and p.ndim > 1:
                 raise ValueError(

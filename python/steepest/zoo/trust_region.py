@@ -116,6 +116,9 @@ class UpdateMomentum(UpdateTransform):
     dtype: torch.dtype | None = None
     key: str = "momentum_buffer"
 
+    def __post_init__(self) -> None:
+        Momentum("heavy_ball", dtype=self.dtype)  # which takes the same dtypes
+
     @property
     def specs(self) -> tuple[StateSpec, ...]:
         return (StateSpec(self.key, "elementwise", self.dtype, of_gradient=True),)

@@ -47,7 +47,10 @@ class VectorOptimizer(MatrixOptimizer):
         reasons = [f"{type(self).__name__} takes every shape"] * len(chosen)
         return [{"params": given, "use_muon": True, "param_reasons": reasons}]
 
-    def _check_shape(self, p: Tensor, group: Group, declared: bool) -> None:
+    def _split(self, group: Group) -> list[Group]:
+        return [group]
+
+    def _check_shape(self, p: Tensor, group: Group) -> None:
         """Every shape will do."""
 
     def _pieces(self, p: Tensor, group: Group) -> tuple[Piece, ...]:

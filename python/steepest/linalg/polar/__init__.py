@@ -2,6 +2,8 @@
 
 factors         `polar` and `polars`: matrices in, polar factors out
 choice          form, compute dtype, schedule and restarts for a matrix, chosen in one place
+sharded         `sharded_polars`: parts of matrices in, parts of their polar factors out
+nodes           what a choice multiplies, and its work
 jobs            chunks of a batch, the memory they take, and where their results go
 
 The iteration itself is `steepest.linalg.newton_schulz`, its tables are in `steepest.linalg.coefficients`.
@@ -16,12 +18,15 @@ from .choice import (
     STANDARD_PRESETS,
     Choice,
     choose,
+    choose_sharded,
     compute_dtype,
     cpu_bf16,
     default_restarts,
 )
 from .factors import polar, polars
 from .jobs import CPU_CHUNK, workspace_bytes
+from .nodes import nodes_of, polar_flop
+from .sharded import AllReduce, gram_elements, sharded_polars
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -31,12 +36,18 @@ __all__ = [
     "GRAM_SHORT_SIDE",
     "PLAIN",
     "STANDARD_PRESETS",
+    "AllReduce",
     "Choice",
     "choose",
+    "choose_sharded",
     "compute_dtype",
     "cpu_bf16",
     "default_restarts",
+    "gram_elements",
+    "nodes_of",
     "polar",
+    "polar_flop",
     "polars",
+    "sharded_polars",
     "workspace_bytes",
 ]

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from ...ops.tracing import assume_constant_result
-from ..coefficients import Coefficients, Schedule, schedule
+from ..coefficients import Coefficients, Schedule, presets, schedule
 
 FORMS = ("auto", "standard", "gram")
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -79,11 +79,7 @@ def choose(
     work = dtype or compute_dtype(name or PLAIN, x_dtype, device)
     every = tuple(range(1, table.steps))
     if restarts is not None:
-        if any(not 0 < position < table.steps for position in restarts):
-            raise ValueError(
-                f"restarts must lie in 1 .. {table.steps - 1} for {table.steps} steps, got {tuple(restarts)}"
-            )
-        positions = tuple(sorted(restarts))
+        positions = _checked(restarts, table)
         return Choice("standard" if positions == every else "gram", work, table, positions, "caller")
     if form != "auto":
         positions = default_restarts(table, form, rows, columns, work)
@@ -95,6 +91,38 @@ def choose(
     positions = default_restarts(table, form, rows, columns, work)
     rule = _against_gram(table, rows, columns, work) or "gram"
     return Choice("gram" if rule == "gram" else "standard", work, table, positions, rule)
+
+
+def choose_sharded(
+    short: int,
+    preset: str = "auto",
+    *,
+    device: torch.device | str,
+    coefficients: Coefficients | None = None,
+    steps: int | None = None,
+    x_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    restarts: Collection[int] | None = None,
+) -> Choice:
+    """The choice for matrices whose long side lies on several ranks, by their short side: always a Gram form.
+
+    fp64 stays; fp16 on a GPU where the short side is at least 128, which every preset bears in this form; else fp32.
+
+    ValueError for "svd", which has no Gram form, and for steps, coefficients or restarts out of range.
+    """
+    if preset == "svd" and coefficients is None:
+        raise ValueError(
+            "preset 'svd' has no Gram form, so a matrix whose long side is sharded does not take it; choose one of "
+            f"{', '.join(name for name in presets() if name != 'svd')}, or send whole matrices to an owner"
+        )
+    table = schedule(preset, coefficients, steps)
+    wide = torch.promote_types(x_dtype, torch.float32)
+    narrow = torch.device(device).type != "cpu" and short >= GRAM_SHORT_SIDE and wide != torch.float64
+    work = dtype or (torch.float16 if narrow else wide)
+    if restarts is None:
+        positions = default_restarts(table, "gram", short, short, work)
+        return Choice("gram", work, table, positions, "gram")
+    return Choice("gram", work, table, _checked(restarts, table), "caller")
 
 
 def compute_dtype(preset: str, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
@@ -130,6 +158,12 @@ def default_restarts(table: Schedule, form: str, rows: int, columns: int, dtype:
         return table.bf16_restarts or tuple(range(2, table.steps, 2))
     segment = 2 if table.steps == 4 else 3
     return tuple(range(segment, table.steps, segment))
+
+
+def _checked(restarts: Collection[int], table: Schedule) -> tuple[int, ...]:
+    if any(not 0 < position < table.steps for position in restarts):
+        raise ValueError(f"restarts must lie in 1 .. {table.steps - 1} for {table.steps} steps, got {tuple(restarts)}")
+    return tuple(sorted(restarts))
 
 
 def _against_gram(

@@ -122,9 +122,9 @@ def polars(
     returned. Where a chain of products ends in them, the factors are not written anywhere (csrc/symm_gemm/update.cuh).
     """
     for x in xs:
-        _check(x, preset, dtype, form, eps, max_workspace_bytes)
+        check(x, preset, dtype, form, eps, max_workspace_bytes)
     optional: Sequence[Tensor | None] = [None] * len(xs) if slacks is None else slacks
-    buffers = [_slack_buffer(x, slack) for x, slack in zip(xs, optional, strict=True)]
+    buffers = [slack_buffer(x, slack) for x, slack in zip(xs, optional, strict=True)]
     if preset == "svd" and coefficients is None:
         return _svds(xs, buffers, updates, eps, dtype)
     results = [Result(x) for x in xs]
@@ -206,7 +206,7 @@ def _svds(
     return []
 
 
-def _check(
+def check(
     x: Tensor, preset: str, dtype: torch.dtype | None, form: str, eps: float, max_workspace_bytes: int | None
 ) -> None:
     if not x.is_floating_point():
@@ -229,7 +229,7 @@ def _check(
         raise ValueError(f"max_workspace_bytes must be positive or None, got {max_workspace_bytes}")
 
 
-def _slack_buffer(x: Tensor, slack: Tensor | None) -> Tensor:
+def slack_buffer(x: Tensor, slack: Tensor | None) -> Tensor:
     count = math.prod(x.shape[:-2])
     if slack is None:
         return torch.empty(count, dtype=torch.float32, device=x.device)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ...linalg.blocks import block_length, from_blocks, parts, to_blocks
+from ...linalg.work import Work
 from ...ops.products import syrk_ema
 from ..hyper import Hyper, Number, bias_correction
 from ..rounding import Rounding
@@ -198,6 +199,13 @@ class Kronecker:
         rows, cols = block_length(m, self.max_dim), block_length(n, self.max_dim)
         return batch * parts(m, rows) * parts(n, cols), rows, cols
 
+    def factor_lengths(self, rows: int, cols: int) -> tuple[int, int]:
+        """The lengths of the factors of a block, 0 where a side has none."""
+        left, right = rows <= self.max_dim, cols <= self.max_dim
+        if self.side == "smaller" and left and right:
+            left, right = rows <= cols, rows > cols
+        return rows if left else 0, cols if right else 0
+
     def to_blocks(self, x: Tensor) -> Tensor:
         return to_blocks(x, *self.input_shape((len(x), *x.shape[-2:]))[1:])
 
@@ -206,20 +214,37 @@ class Kronecker:
 
     def init(self, g: Tensor) -> State:
         """State before the first gradient; g: (batch, m, n)."""
-        count, *lengths = self.input_shape((len(g), *g.shape[-2:]))
+        count, rows, cols = self.input_shape((len(g), *g.shape[-2:]))
         like = torch.empty(0, dtype=self.dtype or torch.promote_types(g.dtype, torch.float32), device=g.device)
-        present = [n <= self.max_dim for n in lengths]
-        if self.side == "smaller" and all(present):
-            present = [lengths[0] <= lengths[1], lengths[0] > lengths[1]]
         state: State = {}
-        for side, (key, length) in enumerate(zip(FACTORS, lengths, strict=True)):
-            n = length if present[side] else 0
+        for side, (key, n) in enumerate(zip(FACTORS, self.factor_lengths(rows, cols), strict=True)):
             state[key] = like.new_zeros(shape_of(count, n, n))
             state |= self.init_side(side, count, n, like)
         if self.delay:
             state[PENDING] = torch.zeros((), dtype=torch.float32, device=g.device)
         state[LEARNED] = torch.zeros((), dtype=torch.float32, device=g.device)
         return state
+
+    # ---- what it takes ----------------------------------------------------------------------------------------------
+
+    def work(self, m: int, n: int, device: torch.device | str) -> Work:
+        """What a step of one m x n matrix takes beside its direction; a refresh is shared out over `every` steps."""
+        blocks, rows, cols = self.input_shape((1, m, n))
+        left, right = self.factor_lengths(rows, cols)
+        learned = left * (left + 1) * cols + right * (right + 1) * rows
+        refresh = Work()
+        for length in (left, right):
+            refresh += self.refresh_work(length, device)
+        each = Work(wide=self.turns_flop(rows, cols, left, right) + (0 if self.external else learned))
+        return (each + refresh.shared_out(self.every)).times(blocks)
+
+    def turns_flop(self, rows: int, cols: int, left: int, right: int) -> int:
+        """The products of a step with bases or roots; left, right: lengths of the factors, 0 where a side has none."""
+        return 2 * turn_flop(rows, cols, left, right)
+
+    def refresh_work(self, n: int, device: torch.device | str) -> Work:
+        """What the refresh of one factor of length n takes."""
+        raise NotImplementedError
 
     # ---- what is learned --------------------------------------------------------------------------------------------
 
@@ -306,6 +331,11 @@ class Kronecker:
         pending = state[PENDING] != 0
         fresh = {key: torch.where(pending, t, state[key]) for key, t in self.new_metric(state).items()}
         return {**fresh, PENDING: torch.zeros_like(state[PENDING])} if self.delay else fresh
+
+
+def turn_flop(rows: int, cols: int, left: int, right: int) -> int:
+    """A rows x cols matrix into the variables of its factors, or back."""
+    return 2 * rows * cols * (left + right)
 
 
 def refresh_bytes(state: State) -> int:

@@ -31,12 +31,13 @@ import torch
 from torch import Tensor
 
 from ...linalg.roots import ROOTS as POWERS
-from ...linalg.roots import inverse_root
+from ...linalg.roots import inverse_root, inverse_root_flop
+from ...linalg.work import Work, square_flop
 from ...ops.products import product
 from ..hyper import Hyper, Number
 from ..power import power
 from .base import State
-from .kronecker import FACTORS, NEXT, Gathered, Kronecker, Pair, shape_of, wide
+from .kronecker import FACTORS, NEXT, Gathered, Kronecker, Pair, shape_of, turn_flop, wide
 
 ROOTS: Pair = ("left_root", "right_root")
 INVERSES: Pair = ("left_inverse", "right_inverse")  # H^-1 / tr(H^-1 L_k)
@@ -108,6 +109,16 @@ class Roots(Kronecker):
             return root @ x
         whitened = (state[INVERSES[side]] * state[FACTORS[side]]).sum((-2, -1))[:, None, None]
         return root @ x * power(torch.where(whitened > 0, whitened, 1), -self.exponent / 2)
+
+    # ---- what it takes ----------------------------------------------------------------------------------------------
+
+    def turns_flop(self, rows: int, cols: int, left: int, right: int) -> int:
+        return (4 if self.coupling else 2) * turn_flop(rows, cols, left, right)
+
+    def refresh_work(self, n: int, device: torch.device | str) -> Work:
+        power = int(2 / self.exponent)
+        squarings = power.bit_length() - 1 if self.scale == "present" else 0
+        return Work(wide=inverse_root_flop(n, power, ridge_rel=self.ridge) + squarings * square_flop(n))
 
     # ---- what is learned --------------------------------------------------------------------------------------------
 

@@ -23,12 +23,13 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ...linalg.basis import WANTS_EXACT, Method, Refreshed, eigh_refresh
+from ...linalg.basis import WANTS_EXACT, Method, Refreshed, eigh_refresh, refresh_work
+from ...linalg.work import Work
 from ...ops import streams
 from ..hyper import Hyper, Number
 from .base import State
 from .diagonal import Diagonal
-from .kronecker import FACTORS, NEXT, Gathered, Kronecker, Pair, Phase, check_whole, shape_of, wide
+from .kronecker import FACTORS, NEXT, Gathered, Kronecker, Pair, Phase, check_whole, shape_of, turn_flop, wide
 from .none import Identity
 from .sides import LEFT, RIGHT, Sides
 
@@ -147,6 +148,20 @@ class Rotated(Kronecker):
         x = self.to_blocks(x.to(left.dtype))
         x = left.mT @ x if left.numel() else x
         return x @ right if right.numel() else x
+
+    # ---- what it takes ----------------------------------------------------------------------------------------------
+
+    def turns_flop(self, rows: int, cols: int, left: int, right: int) -> int:
+        turn = turn_flop(rows, cols, left, right)
+        flop = 2 * turn + (turn if isinstance(self.inner, Diagonal) else 0)
+        if self.coupling is not None:
+            flop += turn + 2 * rows * cols * left
+        if self.sides is not None and self.sides.values == "present":
+            flop += 2 * (left**3 + right**3)
+        return flop
+
+    def refresh_work(self, n: int, device: torch.device | str) -> Work:
+        return refresh_work(n, _solver(self.method, torch.device(device)))
 
     # ---- what is learned --------------------------------------------------------------------------------------------
 

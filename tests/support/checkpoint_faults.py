@@ -1,0 +1,132 @@
+"""What may be wrong with a checkpoint, and whether a load has changed anything."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steepest.optimizer import MatrixOptimizer
+from support.training import same_bits
+
+Checkpoint = dict[str, Any]
+
+
+def with_group(number: int, **values: Any) -> Callable[[Checkpoint], Any]:
+    return lambda saved: saved["param_groups"][number].update(values)
+
+
+def with_state(change: Callable[[str, Tensor], Any], chosen: Callable[[Tensor], bool]) -> Callable[[Checkpoint], Any]:
+    """Changes the last tensor of the last parameter that will do, so that much is loaded by then."""
+
+    def spoil(saved: Checkpoint) -> None:
+        state, key = [(s, k) for s in saved["state"].values() for k, t in s.items() if t.ndim and chosen(t)][-1]
+        state[key] = change(key, state[key])
+
+    return spoil
+
+
+def without_step(saved: Checkpoint) -> None:
+    """Where a parameter has more than one tensor; an empty state is one that begins."""
+    states = [state for state in saved["state"].values() if len(state) > 1]
+    if states:
+        del states[-1]["step" if "step" in states[-1] else next(iter(states[-1]))]
+    else:
+        saved["state"][0] = None
+
+
+def of_floats(t: Tensor) -> bool:
+    return t.is_floating_point() and t.numel() > 1
+
+
+#: What is done to a good checkpoint of two groups: to the values of a group, to the state, to what holds them.
+VALUES: dict[str, Callable[[Checkpoint], Any]] = {
+    "lr below 0": with_group(0, lr=-1.0),
+    "lr of AdamW below 0": with_group(1, lr=-1.0),
+    "lr a string": with_group(0, lr="1e-4"),
+    "lr None": with_group(1, lr=None),
+    "betas": with_group(1, betas=(2, 5)),
+    "eps of AdamW": with_group(1, eps=-1.0),
+    "weight_decay": with_group(0, weight_decay=-0.1),
+    "backend": with_group(0, backend="abacus"),
+    "maximize": with_group(1, maximize="yes"),
+    "use_muon": with_group(1, use_muon="false"),
+    "adjust_lr_fn": with_group(0, adjust_lr_fn="spectral"),
+    "num_heads": with_group(0, num_heads=5),
+}
+STATE: dict[str, Callable[[Checkpoint], Any]] = {
+    "step or another tensor missing": without_step,
+    "NaN": with_state(lambda key, t: torch.full_like(t, torch.nan), of_floats),
+    "inf": with_state(lambda key, t: torch.full_like(t, torch.inf), of_floats),
+    "integers": with_state(lambda key, t: t.to(torch.int32), of_floats),
+    "8 bits": with_state(lambda key, t: t.to(torch.float8_e5m2), of_floats),
+    "another shape": with_state(lambda key, t: t[..., :1], lambda t: of_floats(t) and t.shape[-1] > 1),
+    "no elements": with_state(lambda key, t: t[:0], of_floats),
+    "a string for a tensor": with_state(lambda key, t: "tensor", of_floats),
+    "None for a tensor": with_state(lambda key, t: None, of_floats),
+    "a number for a tensor": with_state(lambda key, t: 0.5, of_floats),
+    "None for a state": lambda saved: saved["state"].update({0: None}),
+    "a list for a state": lambda saved: saved["state"].update({0: [1, 2]}),
+}
+STRUCTURE: dict[str, Callable[[Checkpoint], Any]] = {
+    "no state": lambda saved: saved.pop("state"),
+    "no groups": lambda saved: saved.pop("param_groups"),
+    "None for groups": lambda saved: saved.update(param_groups=None),
+    "None for all states": lambda saved: saved.update(state=None),
+    "a group less": lambda saved: saved["param_groups"].pop(),
+    "a parameter less": lambda saved: saved["param_groups"][0]["params"].pop(),
+    "no list of parameters": lambda saved: saved["param_groups"][1].pop("params"),
+    "a group that is none": lambda saved: saved["param_groups"].__setitem__(0, None),
+    "groups in another order": lambda saved: saved["param_groups"].reverse(),
+}
+
+
+def everything(optimizer: MatrixOptimizer) -> dict[str, Any]:
+    """All that a load may change, as values that later changes do not reach."""
+    groups = [
+        {key: list(value) if key == "params" else copy.deepcopy(value) for key, value in group.items()}
+        for group in optimizer.param_groups
+    ]
+    state = {p: {key: copy.deepcopy(value) for key, value in held.items()} for p, held in optimizer.state.items()}
+    return {"groups": groups, "state": state, "defaults": dict(optimizer.defaults)}
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Deep equality, bit for bit; parameters are themselves."""
+    if isinstance(a, nn.Parameter):
+        return a is b
+    if isinstance(a, Tensor) and a.is_meta:
+        return isinstance(b, Tensor) and b.is_meta and a.shape == b.shape
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and same_bits(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(alike, a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def refusal(
+    optimizer: MatrixOptimizer, good: Checkpoint, faults: dict[str, Callable[[Checkpoint], Any]]
+) -> tuple[str, str]:
+    """("", the first message) where every fault is refused as the checkpoint's with nothing changed, or (what is not,
+    the message).
+    """
+    before, message = everything(optimizer), ""
+    for name, spoil in faults.items():
+        saved = copy.deepcopy(good)
+        spoil(saved)
+        try:
+            optimizer.load_state_dict(saved)
+            return f"{name} is taken", ""
+        except (TypeError, ValueError) as error:
+            text = f"{type(error).__name__}: {error}"
+            message = message or text
+            if "checkpoint" not in text:
+                return f"{name} does not say that it is the checkpoint's", text
+        if not alike(everything(optimizer), before):
+            return f"{name} is half loaded", text
+    return "", message
