@@ -62,7 +62,7 @@ class MatrixOptimizer(Reports, Checkpoints):
         self._check_options(self._adamw_defaults, prefix="adamw_")
         self._check_values(defaults)
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
-        if self._is_sharded:
+        if self._has_shards:
             self._check_agreement(self._sharded_rows())
             self.init_state()  # so that every rank has, and names, the same in a checkpoint
 
@@ -92,7 +92,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """Moves everything that has a gradient; loss: what a closure returned."""
-        plan = self._agreed_plan() if self._is_sharded else self._ready_plan()
+        plan = self._agreed_plan() if self._has_shards else self._ready_plan()
         plan.step([self._hyper(group) for group in self.param_groups], scaling, self._layer_coupling(loss))
         self._run_weight_hooks(plan.parameters)
         self._staleness.count(bool(plan.parameters), self.param_groups)
@@ -246,7 +246,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""
-        if self._is_sharded:
+        if self._has_shards:
             raise RuntimeError(
                 f"{type(self).__name__} cannot be traced by torch.compile with sharded parameters, whose parts travel: "
                 "call its step outside of the compiled function"

@@ -183,12 +183,12 @@ class Momo(MatrixOptimizer):
         return p.state[DESCENT][first : first + sizes[item.number]]
 
     def _has_moved(self, p: Parameter) -> bool:
-        """Whether <M, U> of a step before is known. Of sharded parameters, whose ranks have it from the beginning on, it
-        is negative until then, which is read from the device until it is not.
+        """Whether <M, U> of a step before is known. Sharded parameters have it from the beginning on, negative until it
+        is known; that is read from the device.
         """
         if p.source not in self._moved and DESCENT in p.state:
-            if p.sharding is None or not bool((p.state[DESCENT] < 0).any()):
-                self._moved.add(p.source)
+            known = p.sharding is None or not bool((p.state[DESCENT] < 0).any())
+            self._moved.update([p.source] if known else [])
         return p.source in self._moved
 
     # ---- the model of the loss ------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class Momo(MatrixOptimizer):
         state, sharding = self._state_here(p), self._sharding(p)
         inner = dot(local_tensor(p.detach()), state[self._recipe(group).keys[0]])
         if sharding is not None:
-            sharding.ranks.all_reduce(inner)
+            sharding.ranks.sum_parts(inner)
         return {INNER: inner}
 
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
