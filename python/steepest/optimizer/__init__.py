@@ -7,6 +7,7 @@ base            recipes, numbers, state and the plan: `MatrixOptimizer`
 stale           parameters that are no longer the model's
 zero            what torch's ZeroRedundancyOptimizer may give
 weights         what a hook after the step is given
+wrappers        what frameworks put around an optimizer
 reports         metrics, describe, skipped updates
 checkpoints     state_dict and load_state_dict; of these
 checkpoint_matching   which parameter of a checkpoint is which
@@ -15,5 +16,6 @@ checkpoint_state      what a parameter's state must be
 
 from .base import MatrixOptimizer
 from .groups import Params
+from .wrappers import unwrap
 
-__all__ = ["MatrixOptimizer", "Params"]
+__all__ = ["MatrixOptimizer", "Params", "unwrap"]

@@ -31,6 +31,7 @@ from .groups import Params
 from .reports import Reports
 from .stale import StaleParameters
 from .weights import Weights
+from .wrappers import asking_scaler
 from .zero import check_zero
 
 __all__ = ["MatrixOptimizer"]
@@ -44,8 +45,6 @@ class MatrixOptimizer(Reports, Checkpoints):
     defaults: group values of the matrix method.   adamw: group values of AdamW groups (lr, betas, eps, weight_decay).
     """
 
-    #: torch.amp.GradScaler leaves unscaling and skipping to the step, which does both on the device.
-    _step_supports_amp_scaling = True
     _carried: tuple[str, ...] = ("_adamw_defaults", "_reasons", "_skipped")
     _plan_key: list[object] | None = None
 
@@ -65,6 +64,11 @@ class MatrixOptimizer(Reports, Checkpoints):
         if self._has_shards:
             self._check_agreement(self._sharded_rows())
             self.init_state()  # so that every rank has, and names, the same in a checkpoint
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether unscaling and skipping are left to the step, which does both on the device: by a GradScaler."""
+        return asking_scaler() is not None
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -334,7 +338,7 @@ class MatrixOptimizer(Reports, Checkpoints):
             direction, why = self._recipe(group).direction, None
             if self._recipe(group).kronecker is not None:
                 why = "the host decides when its bases are refreshed; call its step outside of the graph"
-            if not direction.capturable:
+            if not all(direction.capturable(p.dtype, p.device) for p in group["params"]):
                 why = f"{direction} reads from the device; choose an iterative preset, such as polar='auto'"
             device = group["params"][0].device if group["params"] else None
             others = [key for key in ("momentum", "betas", "eps") if _elsewhere(group.get(key), device)]

@@ -85,11 +85,11 @@ class Shards(Groups):
 
     def _assign_owners(self) -> None:
         """Owners for the matrices of all parameters that have none: the holder of one that is not cut, of the others
-        the rank with the least work (`steepest.sharding.owners`), or all ranks (`steepest.sharding.routes`).
+        the rank with the least work (`steepest.sharding.owners`), or all ranks (`steepest.step.routes`).
         """
-        from ..sharding.costs import cost
         from ..sharding.owners import assign
-        from ..sharding.routes import EVERYONE, route
+        from ..step.costs import cost
+        from ..step.routes import EVERYONE, route
 
         cut: dict[Ranks, list[tuple[Tensor, int, int, float]]] = {}
         fresh: dict[Tensor, list[list[int]]] = {}
@@ -237,7 +237,7 @@ class Shards(Groups):
         state, sharding = self.state[p], self._sharding(p)
         if sharding is None or not state:
             return state
-        from ..sharding.owned_state import spread
+        from .owned_state import spread
 
         return spread(state, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
 
@@ -246,7 +246,7 @@ class Shards(Groups):
         sharding = self._sharding(p)
         if sharding is None:
             return {key: value.full_tensor() if is_sharded(value) else value for key, value in held.items()}
-        from ..sharding.owned_state import whole
+        from .owned_state import whole
 
         return whole(held, sharding, _elementwise(self._recipe(group), p) | set(self._merged("_kept")))
 
@@ -255,7 +255,7 @@ class Shards(Groups):
         sharding = self._sharding(p)
         if sharding is None:
             return dict(held)
-        from ..sharding.owned_state import owned_part
+        from .owned_state import owned_part
 
         return owned_part(held, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
 

@@ -17,8 +17,8 @@ from ..chunking import chunk_by_bytes
 from ..recipe import State
 from ..sharding.exchange import Exchange
 from ..sharding.layout import Unit
-from ..sharding.routes import EVERYONE, gram_dim
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter
+from .routes import EVERYONE, gram_dim
 
 __all__ = ["SharedMatrices", "SplitMatrices", "shared_buckets"]
 
@@ -169,7 +169,7 @@ class SharedMatrices:
 
 
 class SplitMatrices(SharedMatrices):
-    """Matrices whose directions all ranks take together, each its part, by the Gram form (`steepest.sharding.routes`).
+    """Matrices whose directions all ranks take together, each its part, by the Gram form (`steepest.step.routes`).
 
     All have one shape and are cut alike.
     """

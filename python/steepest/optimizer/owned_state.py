@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..matrices import Piece
 from ..recipe import Recipe
+from ..sharding.layout import Sharding, owned_pieces
+from ..sharding.local import is_sharded
+from ..sharding.local_state import as_shard
+from ..sharding.regions import shard_dims
 from ..state_layout import Layout, piece_view
-from .layout import Sharding, owned_pieces
-from .local import is_sharded
-from .local_state import as_shard
-from .regions import shard_dims
 
 __all__ = ["owned_part", "spread", "whole"]
 

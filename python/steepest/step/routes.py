@@ -16,8 +16,8 @@ from typing import Literal
 
 from ..matrices import Piece
 from ..recipe import Recipe
-from .layout import Sharding
-from .regions import shard_dims
+from ..sharding.layout import Sharding
+from ..sharding.regions import shard_dims
 
 __all__ = ["EVERYONE", "gram_dim", "route"]
 
