@@ -183,6 +183,10 @@ def with_empty(cls: Class, options: Options) -> Cell:
 
 
 def with_weights_in(dtype: torch.dtype) -> Callable[[Class, Options], Cell]:
+    """Whether every weight has moved after so many steps: ProdigyMuon's estimate begins at 1e-6 and grows while
+    gradients agree.
+    """
+
     def measure(cls: Class, options: Options) -> Cell:
         run = training(cls, {**options, "lr": 1.0 if cls is steepest.ProdigyMuon else 0.02}, dtype=dtype)
         before = run.weights()
