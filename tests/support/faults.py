@@ -669,7 +669,8 @@ def _legend(section: Section, table: Mapping[str, Sequence[Cell]]) -> list[str]:
     lines = []
     for at, column in enumerate(section.columns):
         said = next((cells[at].message for cells in (table["Muon"], *table.values()) if cells[at].message), "")
-        parts = [column.what, f"`{said}`" if said else ""]
+        quote = "``" if "`" in said else "`"
+        parts = [column.what, f"{quote}{said}{quote}" if said else ""]
         if any(parts):
             lines.append(f"- **{column.name}**: {'; '.join(part for part in parts if part)}")
     return lines
