@@ -57,7 +57,7 @@ class Muon(MatrixOptimizer):
         polar: Polar | None = None,
         **extra: Unpack[Extras],
     ) -> None:
-        own = {
+        options = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -68,7 +68,7 @@ class Muon(MatrixOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "polar": polar,
         }
-        super().__init__(params, *defaults_of("Muon", own, extra))
+        super().__init__(params, *defaults_of("Muon", options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         if group["polar"] is None:

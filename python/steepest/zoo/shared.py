@@ -86,18 +86,18 @@ EXTRAS = Extras(
 )
 
 
-def defaults_of(name: str, own: Group, extra: Extras) -> tuple[Group, Group]:
+def defaults_of(name: str, options: Group, extra: Extras) -> tuple[Group, Group]:
     """(defaults of matrix groups, defaults of AdamW groups) from a class's own arguments and the shared ones."""
-    taken = (*own, *Extras.__annotations__)
+    taken = (*options, *Extras.__annotations__)
     unknown = sorted(set(extra) - set(taken))
     if unknown:
         raise TypeError(f"{name} got an unexpected argument {unknown[0]!r}; it takes {', '.join(taken)}")
     given: Group = dict(extra)
     read_switches(given)
-    values: Group = {**own, **EXTRAS, **given}
+    values: Group = {**options, **EXTRAS, **given}
     adamw = {key.removeprefix("adamw_"): values.pop(key) for key in list(values) if key.startswith("adamw_")}
     if adamw["lr"] is None:
-        adamw["lr"] = own["lr"] if own["adjust_lr_fn"] == "match_rms_adamw" else ADAMW_NUMBERS["lr"]
+        adamw["lr"] = options["lr"] if options["adjust_lr_fn"] == "match_rms_adamw" else ADAMW_NUMBERS["lr"]
     return values, adamw
 
 
