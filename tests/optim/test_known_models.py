@@ -145,6 +145,7 @@ class Around2(nn.Module):
         ("block.shared.weight", (20, 8), "matrix"),
         ("gpt_neox.embed_in.weight", (20, 8), "adamw"),
         ("blocks.0.attn.rel_pos_h", (7, 8), "adamw"),
+        ("absolute_positions.weight", (7, 8), "adamw"),
         ("decomposition", (7, 8), "matrix"),
         ("decomposition.weight", (7, 8), "matrix"),
         ("attn.attention_biases", (4, 49), "adamw"),

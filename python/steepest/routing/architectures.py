@@ -13,8 +13,8 @@ HEADS = (
 )
 #: Heads only where the module stands at the top of the model; inside a block these are common names of hidden layers.
 TOP_LEVEL_HEADS = ("fc", "output", "decoder")
-#: Matched with the end of the module's path: BERT's and ELECTRA's maps to the vocabulary.
-HEAD_PATHS = ("predictions.decoder", "seq_relationship", "generator_lm_head")
+#: Matched with the end of the module's path: BERT's map to the vocabulary, and its next sentence.
+HEAD_PATHS = ("predictions.decoder", "seq_relationship")
 #: Classes of whole networks, and their last layer, which keeps its role inside of another model.
 HEADS_OF_CLASSES = {
     **dict.fromkeys(("ResNet", "GoogLeNet", "Inception3", "ShuffleNetV2", "RegNet", "Xception"), ("fc",)),
@@ -23,21 +23,8 @@ HEADS_OF_CLASSES = {
 #: Matched with the parameter's own name and with the last component of its module's path; patterns that end with a star
 #: not with an nn.Linear, as ELECTRA's embeddings_project. embed_in: NeoX.
 EMBEDDINGS = (
-    *(
-        "wte",
-        "wpe",
-        "*embed",
-        "*embeds",
-        "*embedding",
-        "*embeddings",
-        "*embedding*",
-        "emb",
-        "*_emb",
-        "*_token",
-        "*_tokens",
-        "embed_in",
-    ),
-    "embed_positions",
+    *("wte", "wpe", "*embed", "*embeds", "*embedding", "*embeddings", "*embedding*", "emb", "*_emb", "*_token"),
+    *("*_tokens", "embed_in"),
 )
 #: Embeddings only where the module stands at the top of the model: T5's.
 TOP_LEVEL_EMBEDDINGS = ("shared",)
@@ -74,6 +61,6 @@ FUSED = {
 INTERLEAVED = frozenset({"query_key_value", "linear_qkv"})
 #: Classes whose gate and up alternate row by row.
 ALTERNATING = frozenset({"GptOssExperts"})
-#: How attention modules and their configs call the heads, the heads of keys and values, and the size of a head.
+#: How attention modules and their configs call the numbers of heads, and of those of keys and values.
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
-KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_query_groups")

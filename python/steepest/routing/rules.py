@@ -146,9 +146,7 @@ def _class_matches(place: Place, pattern: re.Pattern[str]) -> bool:
 
 
 def _known_role(place: Place) -> str | None:
-    if place.role is None or (place.role.role == "embedding" and _is_conv(place)):
-        return None
-    return f"{place.role.role}, by {place.role.source}"
+    return None if place.role is None else f"{place.role.role}, by {place.role.source}"
 
 
 def _head_name(place: Place) -> str | None:
@@ -169,6 +167,8 @@ def _embedding_name(place: Place) -> str | None:
     patterns = tuple(p for p in EMBEDDINGS if not isinstance(place.module, nn.Linear) or not p.endswith("*"))
     named = _named("embedding", path[-2:], patterns) or _named("embedding", top, TOP_LEVEL_EMBEDDINGS)
     words = POSITION_WORDS & _words(path[-1])
+    if place.module is None:  # a module known by its name alone; pos is one of a projection, too
+        words |= (POSITION_WORDS - {"pos"}) & _words("_".join(path[-2:-1]))
     return named or (f"embedding, by the word {min(words)!r}" if words else None)
 
 
