@@ -56,6 +56,11 @@ class Piece:
         return self.batch, self.rows, self.cols
 
     @property
+    def batch_dims(self) -> int:
+        """How many dimensions come before those of a matrix."""
+        return self.dim - self.transposed
+
+    @property
     def heads(self) -> int:
         """How many matrices lie one below the other in `length` rows; 1 without elements."""
         return self.length // self.rows if self.rows else 1
