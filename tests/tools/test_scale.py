@@ -175,6 +175,7 @@ def test_a_gram_route_leaves_whole_what_tensor_parallelism_does_not_cut() -> Non
 
 
 def test_no_gram_route() -> None:
+    assert scale.of_route("gram", UNEVEN, scale.method_of("Muon", "svd"), 4) is None
     assert scale.of_route("gram", UNEVEN, METHODS["SOAP"], 4) is None
     assert scale.of_route("gram", UNEVEN, METHODS["Shampoo"], 4) is None
 
@@ -275,6 +276,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--world", "8", "--mesh", "2by4"], "mesh '2by4' is not lengths such as 8x8"),
         (["--world", "8", "--model", "gpt9"], "model 'gpt9' is not known; choose one of tiny"),
         (["--world", "8", "--optimizer", "Sgd"], "optimizer 'Sgd' is no class of steepest; say one as it is imported"),
+        (
+            ["--world", "8", "--optimizer", "SignSGD", "--preset", "auto"],
+            "optimizer 'SignSGD' cannot be made with {'polar'",
+        ),
         (["--world", "8", "--tflops", "0"], "--tflops is a positive number, got 0"),
         (["--world", "8", "--latency", "-1"], "--latency is a positive number, got -1"),
         (["--simulate", "--batch", "0"], "--batch is 1 token or more, got 0"),

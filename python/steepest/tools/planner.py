@@ -13,6 +13,8 @@ The launches are those of `make_plan` in csrc/symm_gemm/plan.cpp, with its model
 not measured: *efficiency* is the work asked for over what the busiest cluster's time would hold.  Matrices whose
 buffers are more than the L2 cache holds may be cut into chunks that take the chain one after another, as `make_chunks`
 in csrc/polar/chunks.cpp models it: *traffic* is what goes between the cache and memory.
+
+With --world or --simulate a step of a whole model on many ranks is planned instead: `steepest.tools.scale`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ The routes by which a matrix' direction may be had, for P ranks of a mesh; c_r: 
              bits brings sum over not owned mn to each; factors are at the owner alone
 
 Stacked experts, (E, m, n), lie in e = gcd(P, E) groups of P / e ranks, whole groups of experts on each, cut by rows
-within it (an expert mesh); with gram and share they are whole, or cut, like others.
+within it (an expert mesh), on the routes owner and gram.
 
 Messages are those of the matrices of one shape in one exchange (rounds of limited memory have more): of owner the ranks
 that are sent to, there and back; of a ring 2 (P - 1) an all_reduce, P - 1 an all_gather. Owners are those of
@@ -36,7 +36,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,6 @@ HEAD = (
     "route   ranks       sent   received  messages         work  balance       state    compute     travel  elementwise"
     "     in all  overlapped"
 )
-ROUTES = ("local", "owner", "gram", "share")
 SIMULATED = ("llama-7b", "llama-70b", "kimi-k2-1t")
 WORLDS = (1, 4, 16, 64, 256, 1024, 4096)
 WIDE = 4  # bytes of fp32
@@ -67,7 +66,9 @@ SIZE = 8  # of the fp64 size of a matrix that a Gram route sums
 @dataclass(frozen=True)
 class Machine:
     """The numbers of a rank: TFLOP/s that 16-bit products reach, GB/s of its network, one way, and of its memory, and
-    the microseconds until a collective begins. By default half of an H200's peak, a 400 Gbit/s adapter, NCCL's."""
+    the microseconds until a collective begins. By default half the peak of an H200, an adapter of 400 Gbit/s, an order
+    of magnitude, and four fifths of an H200's memory.
+    """
 
     tflops: float = 500.0
     bandwidth: float = 50.0
@@ -85,7 +86,7 @@ class Machine:
 
 @dataclass
 class Ranks:
-    """What every rank of the mesh's last dimension does in a step; lists have one number a rank."""
+    """What each of the ranks of a route does in a step; lists have one number a rank."""
 
     route: str
     size: int
@@ -242,7 +243,7 @@ def of_route(route: str, model: shapes.Model, method: Method, size: int) -> Rank
     elif route == "owner":
         _add_owner(ranks, stacks_of(model, size), method)
     elif route == "gram":
-        if method.recipe.by_matrix or not isinstance(method.recipe.direction, Spectral):
+        if method.recipe.by_matrix or not method.recipe.direction.shards:
             return None
         _add_gram(ranks, model, method)
     else:
@@ -443,12 +444,13 @@ def run(options: argparse.Namespace) -> int:
 
 def method_of(name: str, preset: str | None = None) -> Method:
     """The recipe of a class of steepest, with its defaults but for the preset of its polar factors."""
-    cls = getattr(steepest, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+    made: Any = getattr(steepest, name, None)
+    if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
         raise ValueError(f"optimizer {name!r} is no class of steepest; say one as it is imported, such as Muon or SOAP")
+    cls: Callable[..., Any] = made
     options = {} if preset is None else {"polar": preset}
     try:
-        optimizer: Any = cls(nn.Linear(8, 8, bias=False), **options)
+        optimizer = cls(nn.Linear(8, 8, bias=False), **options)
     except TypeError as error:
         raise ValueError(f"optimizer {name!r} cannot be made with {options}: {error}") from None
     return Method(optimizer.recipe(optimizer.param_groups[0]))

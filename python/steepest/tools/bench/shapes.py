@@ -180,7 +180,7 @@ def _spelled_out(part: str, name: str) -> Parameters:
 
 def matrices(model: Model) -> list[Stack]:
     """(count, rows, columns) of the matrices of each kind of parameter for the matrix method."""
-    return [(p.count * math.prod(p.shape[:-2]), *p.shape[-2:]) for p in model if p.kind == "matrix"]
+    return [(p.count * math.prod(p.shape[:-2]), p.shape[-2], p.shape[-1]) for p in model if p.kind == "matrix"]
 
 
 def elements(model: Model, kind: str | None = None) -> int:
