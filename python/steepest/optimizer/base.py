@@ -336,6 +336,8 @@ class MatrixOptimizer(Reports, Checkpoints):
         """
         for number, group in enumerate(self.param_groups):
             direction, why = self._recipe(group).direction, None
+            if self._has_shards:
+                why = "ranks share its parameters and agree on the host; call its step outside of the graph"
             if self._recipe(group).kronecker is not None:
                 why = "the host decides when its bases are refreshed; call its step outside of the graph"
             if not all(direction.capturable(p.dtype, p.device) for p in group["params"]):

@@ -17,6 +17,7 @@ from ..optimizer.group_options import Group, adam_hyper, number
 from ..optimizer.wrappers import asking_scaler
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.kronecker import FACTORS
+from ..sharding.local import is_sharded
 from ..state_layout import Layout
 from ..step.modes import in_default_modes
 from .kronecker import BasesAndExtras, KroneckerOptimizer
@@ -89,6 +90,15 @@ class KFAC(KroneckerOptimizer):
         self._handles = [layer.register_forward_hook(self._watch, with_kwargs=True) for layer in layers]
         if isinstance(model, DistributedDataParallel):
             self._ranks = model.process_group
+
+    def _check_shards(self, group: Group) -> None:
+        """RuntimeError for sharded parameters: a layer's factors are collected where its inputs are, on every rank."""
+        if group["share_work"] or any(is_sharded(p) for p in group["params"]):
+            what = "share_work" if group["share_work"] else "sharded parameters (DTensor)"
+            raise RuntimeError(
+                f"KFAC does not take {what}: its hooks average whole factors on every rank; use "
+                "DistributedDataParallel, which keeps every matrix whole"
+            )
 
     def parts(self, group: Group) -> dict[str, Any]:
         sides = Sides(exponent=1.0, damping="factored")
