@@ -119,7 +119,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     def _run_weight_hooks(self, parameters: Sequence[Parameter]) -> None:
         if self._weight_hooks:
-            weights = Weights({p.tensor: p for p in parameters})
+            weights = Weights({p.source: p for p in parameters})
             for hook in list(self._weight_hooks.values()):
                 hook(weights)
 
@@ -143,10 +143,10 @@ class MatrixOptimizer(Reports, Checkpoints):
         try:
             plan = self._ready_plan()
         except Exception as error:
-            self._check_agreement([], error)
+            self._check_agreement(None, error)
             raise
         if plan is not before or all(ranks.device.type == "cpu" for ranks in self._meshes.values()):
-            self._check_agreement(self._sharded_rows())
+            self._check_agreement(self._gradients_there() if plan is before else self._sharded_rows())
         return plan
 
     def _ready_plan(self) -> Plan:

@@ -26,7 +26,9 @@ class Weights:
         return p in self._parameters
 
     def value(self, p: Tensor) -> Tensor:
-        """The weight in fp32 (fp64 for fp64), with the bits that bf16 drops where keep_mantissa keeps them."""
+        """The weight in fp32 (fp64 for fp64), with the bits that bf16 drops where keep_mantissa keeps them; what lies
+        here of a sharded one.
+        """
         return self._parameters[p].value()
 
     def stepped(self, p: Tensor) -> Tensor:
@@ -35,12 +37,14 @@ class Weights:
 
     @torch.no_grad()
     def store(self, p: Tensor, value: Tensor) -> None:
-        """Makes this the weight, of p's shape, rounded as the step rounds it: the bits that are kept are its bits."""
+        """Makes this the weight, of the shape of `value`, rounded as the step rounds it: the bits that are kept are its
+        bits.
+        """
         parameter = self._parameters[p]
         recipe, state = parameter.recipe, parameter.state
         place = (parameter.group, parameter.index, len(parameter.pieces))  # of none of its pieces
         wide = value.to(torch.promote_types(p.dtype, torch.float32))
         stored, remainder = recipe.rounding.store(wide, p.dtype, state.get("step"), place)
-        p.copy_(stored)
+        parameter.tensor.copy_(stored)
         for key, t in remainder.items():
             state[key].copy_(t)
