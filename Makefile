@@ -1,5 +1,5 @@
-# make demo | test | test-quick | test-slow | test-all | test-kernels | check | check-torch | wheel | bench | gpu | doctor
-# | clean. Each sets up $(VENV) by itself; a second call starts at once.
+# make demo | test | test-quick | test-slow | test-all | test-kernels | test-integrations | check | check-torch | wheel
+# | bench | gpu | doctor | clean. Each sets up $(VENV) by itself; a second call starts at once.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -22,7 +22,7 @@ oldest_triton := build/triton-3.6/.ready
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-quick test-slow test-all test-kernels check check-torch wheel bench gpu doctor clean same-python
+.PHONY: demo test test-quick test-slow test-all test-kernels test-integrations check check-torch wheel bench gpu doctor clean same-python
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -46,6 +46,21 @@ test-quick test test-slow test-all: $(VENV)/.built $(VENV)/.test
 test-kernels: $(VENV)/.built-all $(VENV)/.test $(oldest_triton)
 	@echo "== The tests of compiled kernels: about 10 minutes on two cores"
 	STEEPEST_TEST_KERNELS=1 $(bin)/python -m pytest -n 2 -m kernels $(ARGS)
+
+# With the frameworks themselves, which bring much along: in a virtual environment of their own, beside the build that is
+# there. A test whose package is missing says so.
+integrations := build/integrations
+test-integrations: $(integrations)/.ready
+	@echo "== The tests with other people's packages: 2 minutes on two cores"
+	$(integrations)/bin/python -m pytest -n 2 tests/integrations $(ARGS)
+
+$(integrations)/.ready: $(VENV)/.built pyproject.toml
+	@echo "== Transformers, timm, Lightning and others, into $(integrations): downloads, then two minutes"
+	$(PYTHON) -m venv $(VENV_FLAGS) $(integrations)
+	$(integrations)/bin/python -m pip install --quiet --upgrade pip
+	$(integrations)/bin/python -m pip install --quiet $(if $(TORCH),"$(TORCH)") --group test --group integrations
+	echo "$(abspath python)" > "$$($(integrations)/bin/python -c 'import site; print(site.getsitepackages()[0])')/steepest.pth"
+	touch $@
 
 check: $(VENV)/.torch $(VENV)/.dev
 	$(bin)/ruff check .

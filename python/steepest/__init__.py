@@ -18,10 +18,11 @@ from .diagnostics import watch
 from .graph import graphed
 from .linalg.polar import polar
 from .ops.backend import backends
+from .optimizer import unwrap
 from .routing import param_groups
 from .zoo import *  # noqa: F403
 
-__all__ = ["__version__", "backends", "graphed", "param_groups", "polar", "watch"]
+__all__ = ["__version__", "backends", "graphed", "param_groups", "polar", "unwrap", "watch"]
 __all__ += zoo.__all__
 
 _moved.install()

@@ -16,7 +16,7 @@ from steepest.linalg.work import Work
 from steepest.parts import Diagonal, Frobenius, Hyper, Momentum, Roots, Rotated, Sides, Spectral
 from steepest.parts.precondition.kronecker import Kronecker
 from steepest.recipe import Recipe
-from steepest.sharding.costs import cost, matrix_work
+from steepest.step.costs import cost, matrix_work
 from steepest.tools import planner
 from steepest.tools.bench.counting import flop_of
 

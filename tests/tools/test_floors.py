@@ -27,7 +27,8 @@ TOOLS: dict[str, set[str]] = {
     "convert": set(),
     "doctor": {"facts"},
     "facts": set(),
-    "planner": set(),
+    "planner": {"scale"},
+    "scale": {"bench"},
     "tune": {"bench"},
     "__init__": set(),
 }

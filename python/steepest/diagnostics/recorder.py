@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..matrices import LAYOUT_KEYS, Piece, pieces
-from ..optimizer import MatrixOptimizer
+from ..optimizer import MatrixOptimizer, unwrap
 from .alignment import COMMON, measure
 
 Layers = dict[str, dict[str, Tensor]]
@@ -33,6 +33,7 @@ def record(optimizer: Optimizer, model: nn.Module | None = None, norms: Sequence
     holds after the step. Holds a copy of every weight meanwhile.
     """
     layers: Layers = {}
+    optimizer = unwrap(optimizer)
     before = copies(optimizer)
     yield layers
     layers.update(measured(optimizer, before, names_of(optimizer, model), norms))

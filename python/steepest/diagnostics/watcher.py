@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..optimizer import MatrixOptimizer
+from ..optimizer import MatrixOptimizer, unwrap
 from .alignment import COMMON, NORMS
 from .recorder import copies, measured, names_of
 
@@ -36,12 +36,14 @@ def watch(
         skipped/<device>            likewise
 
     What cannot be said is NaN: a cosine where nothing moved. model names the layers. norms: see `diagnostics.measure`;
-    without "spectral" nothing is decomposed. A watched step holds a copy of the weights; the others cost nothing.
-    `remove()` of what is returned ends it. For a step in a CUDA graph, which runs no hooks, log `metrics()` yourself.
+    without "spectral" nothing is decomposed. A watched step holds a copy of the weights; the others cost nothing. The
+    wrappers that `unwrap` knows are seen through. `remove()` of what is returned ends it. For a step in a CUDA graph,
+    which runs no hooks, log `metrics()` yourself.
     ValueError for every < 1 and for unknown norms.
 
         steepest.watch(optimizer, wandb.log, model=model)
     """
+    optimizer = unwrap(optimizer)
     return Watch(optimizer, log, every, names_of(optimizer, model), norms, first)
 
 

@@ -175,6 +175,11 @@ def by_products(p: float, method: str = "auto") -> bool:
     return method != "eigh" and (p in (1, math.inf) or p in STEPS or _power(p) is not None)
 
 
+def takes_products(p: float, dtype: torch.dtype, device: torch.device | str, *, method: str = "auto") -> bool:
+    """Whether `schatten` takes matrix products alone for a matrix of ``dtype``, and so never waits for the device."""
+    return by_products(p, _settled(p, method, dtype, device))
+
+
 def compute_dtype(p: float, dtype: torch.dtype, device: torch.device | str, *, method: str = "auto") -> torch.dtype:
     """The dtype in which `schatten` works on a matrix of ``dtype``, so that its input can be gathered in it.
 
@@ -182,7 +187,7 @@ def compute_dtype(p: float, dtype: torch.dtype, device: torch.device | str, *, m
     (no products), for p = 1 on a CPU, and for eigenvectors, which are found in fp64.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    if not by_products(p, _settled(p, method, dtype, device)) or p == 2:
+    if not takes_products(p, dtype, device, method=method) or p == 2:
         return wide
     of_polar = _polar.compute_dtype("auto", dtype, device)
     if p in STEPS or p == math.inf:

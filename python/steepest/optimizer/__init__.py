@@ -5,6 +5,7 @@ option_types    what every option must be, in one table
 group_options   what a step reads from the values of a group
 base            recipes, numbers, state and the plan: `MatrixOptimizer`
 weights         what a hook after the step is given
+wrappers        what frameworks put around an optimizer
 reports         metrics, describe, skipped updates
 checkpoints     state_dict and load_state_dict; of these
 checkpoint_matching   which parameter of a checkpoint is which
@@ -13,5 +14,6 @@ checkpoint_state      what a parameter's state must be
 
 from .base import MatrixOptimizer
 from .groups import Params
+from .wrappers import unwrap
 
-__all__ = ["MatrixOptimizer", "Params"]
+__all__ = ["MatrixOptimizer", "Params", "unwrap"]

@@ -30,6 +30,7 @@ from .group_options import Group, parameter_name
 from .groups import Params
 from .reports import Reports
 from .weights import Weights
+from .wrappers import asking_scaler
 
 __all__ = ["MatrixOptimizer"]
 
@@ -42,8 +43,6 @@ class MatrixOptimizer(Reports, Checkpoints):
     defaults: group values of the matrix method.   adamw: group values of AdamW groups (lr, betas, eps, weight_decay).
     """
 
-    #: torch.amp.GradScaler leaves unscaling and skipping to the step, which does both on the device.
-    _step_supports_amp_scaling = True
     _carried: tuple[str, ...] = ("_adamw_defaults", "_reasons", "_skipped")
     _plan_key: list[object] | None = None
 
@@ -58,9 +57,14 @@ class MatrixOptimizer(Reports, Checkpoints):
         self._check_options(self._adamw_defaults, prefix="adamw_")
         self._check_values(defaults)
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
-        if self._is_sharded:
+        if self._has_shards:
             self._check_agreement(self._sharded_rows())
             self.init_state()  # so that every rank has, and names, the same in a checkpoint
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether unscaling and skipping are left to the step, which does both on the device: by a GradScaler."""
+        return asking_scaler() is not None
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -88,7 +92,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """Moves everything that has a gradient; loss: what a closure returned."""
-        plan = self._agreed_plan() if self._is_sharded else self._ready_plan()
+        plan = self._agreed_plan() if self._has_shards else self._ready_plan()
         plan.step([self._hyper(group) for group in self.param_groups], scaling, self._layer_coupling(loss))
         self._run_weight_hooks(plan.parameters)
 
@@ -240,7 +244,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""
-        if self._is_sharded:
+        if self._has_shards:
             raise RuntimeError(
                 f"{type(self).__name__} cannot be traced by torch.compile with sharded parameters, whose parts travel: "
                 "call its step outside of the compiled function"
@@ -328,7 +332,7 @@ class MatrixOptimizer(Reports, Checkpoints):
             direction, why = self._recipe(group).direction, None
             if self._recipe(group).kronecker is not None:
                 why = "the host decides when its bases are refreshed; call its step outside of the graph"
-            if not direction.capturable:
+            if not all(direction.capturable(p.dtype, p.device) for p in group["params"]):
                 why = f"{direction} reads from the device; choose an iterative preset, such as polar='auto'"
             device = group["params"][0].device if group["params"] else None
             others = [key for key in ("momentum", "betas", "eps") if _elsewhere(group.get(key), device)]

@@ -159,7 +159,7 @@ class Checkpoints(Shards):
         """This optimizer's group with the checkpoint's values, checked, and its own names and parameters."""
         present = self.param_groups[number]
         group = {**self._options(present), **values_of(number, saved, matched, self.param_groups)}
-        group |= {key: present[key] for key in ("params", "param_names", "use_muon") if key in present}
+        group |= {key: present[key] for key in ("params", "param_names", "use_muon", "share_work") if key in present}
         try:
             if foreign:
                 self._check_keys(group)

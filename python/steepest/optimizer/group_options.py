@@ -93,7 +93,12 @@ def read_switches(group: Group) -> None:
 
 
 def name_the_rule(group: Group, of: str = "") -> bool:
-    """Turns algorithm="muon"/"adamw" into use_muon; whether the group named its rule at all. of: as `check_option`."""
+    """Turns algorithm="muon"/"adamw" into use_muon; whether the group named its rule at all. of: as `check_option`.
+
+    timm's use_fallback=True says that the group is AdamW's.
+    """
+    if group.get("use_fallback") is True:
+        group.setdefault("use_muon", False)
     if "algorithm" in group:
         algorithm = group.pop("algorithm")
         if algorithm not in ("muon", "adamw"):

@@ -228,6 +228,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "backend": TEXT,
     "max_workspace_bytes": OptionType("a whole number > 0", _is_whole, "positive", lambda value: value > 0),
     "fuse_update": BOOL,
+    "share_work": BOOL,
     "foreach": _or_none(BOOL),
     "fused": _or_none(BOOL),
 }

@@ -16,6 +16,7 @@ from ..recipe import Recipe
 from ..step import Plan
 from .group_options import Group
 from .groups import Groups
+from .wrappers import unwrap
 
 __all__ = ["Reports"]
 
@@ -53,14 +54,15 @@ class Reports(Groups):
         A parameter whose step was not taken counts with its last momentum, update and value and without a gradient. A
         step inside torch.compile leaves no metrics. Empty before the first step.
         """
-        if self._plan is None:
+        optimizer = unwrap(self)  # Fabric's and Lightning's wrappers are of this class, too
+        if optimizer._plan is None:
             return {}
         groups = {
             f"{i}/{name}": t
-            for i, each in enumerate(self._plan.metrics(len(self.param_groups)))
+            for i, each in enumerate(optimizer._plan.metrics(len(optimizer.param_groups)))
             for name, t in each.items()
         }
-        return groups | {f"skipped/{device}": count.clone() for device, count in self._skipped.items()}
+        return groups | {f"skipped/{device}": count.clone() for device, count in optimizer._skipped.items()}
 
     def has_step_hooks(self) -> bool:
         """Whether something is to run around every step: hooks of this optimizer or of all of torch's."""
@@ -69,8 +71,10 @@ class Reports(Groups):
 
     def describe(self) -> str:
         """A table with a row per parameter: name, shape, rule, reason, effective learning rate and backend."""
-        counter = itertools.count()
-        return routing.format_table([row for group in self.param_groups for row in self._rows(group, counter)])
+        counter, optimizer = itertools.count(), unwrap(self)
+        return routing.format_table(
+            [row for group in optimizer.param_groups for row in optimizer._rows(group, counter)]
+        )
 
     def _rows(self, group: Group, counter: Iterator[int]) -> list[tuple[str, ...]]:
         names = group.get("param_names") or [f"param_{next(counter)}" for _ in group["params"]]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..matrices import Piece
 from ..recipe import Recipe, State
 from ..sharding.local import is_sharded, local_tensor
+from ..step.program import is_elementwise
 from .group_options import Group, parameter_name
 from .groups import Groups
 
@@ -30,6 +31,8 @@ class Shards(Groups):
     _shardings: dict[Tensor, Sharding]
     _meshes: dict[object, Ranks]
     _owners: dict[Tensor, tuple[tuple[Piece, ...], Owners]]
+    #: whether ranks share a parameter, or the work on it
+    _has_shards = False
 
     def _pieces(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
         if is_sharded(p) and p.ndim and not group["use_muon"]:  # one layer, in whose rows shards can be
@@ -42,15 +45,10 @@ class Shards(Groups):
         for name in ("_shardings", "_meshes", "_owners"):
             self.__dict__.setdefault(name, {})
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether ranks share a parameter."""
-        return any(is_sharded(p) for group in self.param_groups for p in group["params"])
-
     def _sharding(self, p: Any) -> Sharding | None:
-        """Where a DTensor lies; None of another tensor."""
+        """Where a DTensor lies, and who shares the work on a parameter that all have; None of any other."""
         if not is_sharded(p):
-            return None
+            return self._shardings.get(p)
         known = self._shardings.get(p)
         if known is None or (known.mesh, known.placements) != (p.device_mesh, p.placements):
             known = self._shardings[p] = self._new_sharding(p)
@@ -69,6 +67,16 @@ class Shards(Groups):
         boxes = regions(shape, [mesh.size(i) for i in dims], along)
         return Sharding(shape, self._meshes[mesh, dims], boxes, mesh, placements)
 
+    def _shared_work(self, p: Tensor) -> Sharding:
+        from ..sharding.layout import Sharding
+        from ..sharding.ranks import replicas
+        from ..sharding.regions import Region
+
+        if p.device not in self._meshes:
+            self._meshes[p.device] = replicas(p.device)
+        ranks, shape = self._meshes[p.device], tuple(p.shape)
+        return Sharding(shape, ranks, (Region((0,) * p.ndim, shape),) * ranks.size)
+
     def _owners_of(self, p: Tensor, group: Group) -> Owners:
         """For every piece of a sharded parameter the rank that owns each matrix; the same on all ranks."""
         if p not in self._owners or self._owners[p][0] != self._pieces(p, group):
@@ -77,10 +85,11 @@ class Shards(Groups):
 
     def _assign_owners(self) -> None:
         """Owners for the matrices of all parameters that have none: the holder of one that is not cut, of the others
-        the rank with the least work (`steepest.sharding.owners`).
+        the rank with the least work (`steepest.sharding.owners`), or all ranks (`steepest.step.routes`).
         """
-        from ..sharding.costs import cost
         from ..sharding.owners import assign
+        from ..step.costs import cost
+        from ..step.routes import EVERYONE, route
 
         cut: dict[Ranks, list[tuple[Tensor, int, int, float]]] = {}
         fresh: dict[Tensor, list[list[int]]] = {}
@@ -92,12 +101,15 @@ class Shards(Groups):
                     continue
                 fresh[p] = []
                 for number, piece in enumerate(pieces):
+                    if route(recipe, sharding, piece) == "gram":
+                        fresh[p].append([EVERYONE] * piece.batch)
+                        continue
                     holders = sharding.uncut(piece)
                     fresh[p].append([0 if holder is None else holder for holder in holders])
                     for k, holder in enumerate(holders):
                         if holder is None:
                             jobs = cut.setdefault(sharding.ranks, [])
-                            jobs.append((p, number, k, cost(recipe, piece.rows, piece.cols)))
+                            jobs.append((p, number, k, cost(recipe, piece.rows, piece.cols, device=p.device.type)))
                 self._owners[p] = (pieces, ())
         for ranks, jobs in cut.items():
             for (p, number, k, _), owner in zip(jobs, assign([job[3] for job in jobs], ranks.size), strict=True):
@@ -113,10 +125,14 @@ class Shards(Groups):
         return pieces if sharding is None else owned_pieces(pieces, self._owners_of(p, group), sharding.ranks.place)
 
     def _check_shards(self, group: Group) -> None:
-        """ValueError for a DTensor whose directions cannot be taken."""
+        """Notes who shares parameters. ValueError for a DTensor whose directions cannot be taken."""
         for i, p in enumerate(group["params"]):
             if not is_sharded(p):
+                if group.get("share_work") and group["use_muon"] and not is_elementwise(self._recipe(group)):
+                    self._has_shards = True
+                    self._shardings[p] = self._shared_work(p)
                 continue
+            self._has_shards = True
             what = f"{parameter_name(group, i)} of shape {tuple(p.shape)} with placements {tuple(p.placements)}"
             if any(placement.is_partial() for placement in p.placements):
                 raise ValueError(
@@ -221,7 +237,7 @@ class Shards(Groups):
         state, sharding = self.state[p], self._sharding(p)
         if sharding is None or not state:
             return state
-        from ..sharding.owned_state import spread
+        from .owned_state import spread
 
         return spread(state, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
 
@@ -230,7 +246,7 @@ class Shards(Groups):
         sharding = self._sharding(p)
         if sharding is None:
             return {key: value.full_tensor() if is_sharded(value) else value for key, value in held.items()}
-        from ..sharding.owned_state import whole
+        from .owned_state import whole
 
         return whole(held, sharding, _elementwise(self._recipe(group), p) | set(self._merged("_kept")))
 
@@ -239,7 +255,7 @@ class Shards(Groups):
         sharding = self._sharding(p)
         if sharding is None:
             return dict(held)
-        from ..sharding.owned_state import owned_part
+        from .owned_state import owned_part
 
         return owned_part(held, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
 

@@ -44,8 +44,6 @@ class Direction:
     moves = False
     #: whether `sharded_units` is there
     shards = False
-    #: whether `unit` never waits for the device, so that a CUDA graph can hold it
-    capturable = True
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         """The direction; slack: (batch,) fp32, filled with what `Spectral` knows of its norm bound and else left."""
@@ -83,6 +81,10 @@ class Direction:
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
         """The point of the unit ball nearest to x / radius, a float or 0-d and >= 0. Of most norms not known here."""
         raise NotImplementedError(f"{type(self).__name__} has no closed form for the nearest point of its ball")
+
+    def capturable(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether `unit` of a matrix of this dtype never waits for the device, so that a CUDA graph can hold it."""
+        return True
 
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype in which `unit` works, so that its input can be gathered in it."""
@@ -181,8 +183,7 @@ class Spectral(Direction):
     batched = True
     moves = True
 
-    @property
-    def capturable(self) -> bool:  # type: ignore[override]
+    def capturable(self, dtype: torch.dtype, device: torch.device) -> bool:
         return self.preset != "svd" or self.coefficients is not None
 
     @property
@@ -268,9 +269,8 @@ class Schatten(Direction):
     def __post_init__(self) -> None:
         schatten.check_norm(self.p, self.method)
 
-    @property
-    def capturable(self) -> bool:  # type: ignore[override]
-        return schatten.by_products(self.p, self.method)
+    def capturable(self, dtype: torch.dtype, device: torch.device) -> bool:
+        return schatten.takes_products(self.p, dtype, device, method=self.method)
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return schatten.schatten(

@@ -43,6 +43,7 @@ class Exchange:
     """Sends the parts of all matrices of some units, which have one shape, to the owners and back.
 
     units: the same on all ranks, in one order.   owned: (unit, matrix) of what this rank owns, in that order.
+    Replicas have whole matrices, of which nothing travels to the owners, and everything back to all.
     """
 
     def __init__(self, ranks: Ranks, units: Sequence[Unit]) -> None:
@@ -87,6 +88,8 @@ class Exchange:
 
     def to_owners(self, parts: Tensor) -> Tensor:
         """(owned matrices, rows, cols) of a buffer of parts."""
+        if self.ranks.replicas:
+            return parts.split(self.sends)[self.ranks.place].view(len(self.owned), *self.shape)
         received = self.ranks.all_to_all(parts, self.sends, self.receives) if self.travels else parts
         matrices = parts.new_empty((len(self.owned), *self.shape))
         for block, part in zip(self._blocks, received.split([b.numel for b in self._blocks]), strict=True):

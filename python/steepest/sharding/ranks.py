@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Ranks", "ranks_of_mesh"]
+__all__ = ["Ranks", "ranks_of_mesh", "replicas"]
 
 T = TypeVar("T")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -23,10 +23,14 @@ class Ranks:
     """The ranks of a process group in the order of their places.
 
     size: how many; place: of this rank among them.   what: names what is waited for, where a collective fails.
+    replicas: whether all have all of the parameters, and share nothing but the work.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, places: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, places: Sequence[int], device: torch.device, *, replicas: bool = False
+    ) -> None:
         """places: for every rank of the group, in the group's order, its place.   device: that its collectives take."""
+        self.replicas = replicas
         self.group, self.size, self.device = group, len(places), device
         self._places = tuple(places)
         self.place = 0 if group is None else places[dist.get_rank(group)]
@@ -53,6 +57,8 @@ class Ranks:
 
         rows: (parameters, 3) fp64: finite (0 or 1), sum of squares, largest magnitude.
         """
+        if self.replicas:
+            return
         most = torch.stack([1 - rows[:, 0], rows[:, 2].nan_to_num(nan=torch.inf)])
         self.all_reduce(most, "max")
         self.all_reduce(rows[:, 1])
@@ -82,6 +88,11 @@ class Ranks:
         )
         return received if plain else torch.cat([received.split(theirs)[at] for at in self._order])
 
+    def sum_parts(self, t: Tensor) -> None:
+        """Makes sums over shards sums over whole parameters, in place."""
+        if not self.replicas:
+            self.all_reduce(t)
+
     def agree(self, value: object) -> bool:
         """Whether all ranks have an equal value, by its text; waits for the device."""
         digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
@@ -106,6 +117,16 @@ class Ranks:
                 f"{self.what or 'the parameters they share'}: {error}\nA rank that ended, or that took another step "
                 "than the others, leaves them waiting: look for the first error of every rank"
             ) from error
+
+
+def replicas(device: torch.device) -> Ranks:
+    """All ranks, each of which has all of the parameters. RuntimeError where there are none."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "share_work=True shares work among the ranks of torch.distributed, which is not initialised: call "
+            "torch.distributed.init_process_group first, or leave share_work out"
+        )
+    return Ranks(dist.group.WORLD, range(dist.get_world_size()), device, replicas=True)
 
 
 def ranks_of_mesh(mesh: DeviceMesh, dims: tuple[int, ...], device: torch.device) -> Ranks:

@@ -132,6 +132,8 @@ class Bucket:
         self.shape = (sum(self.sizes), *shapes[0][1:])
         self.slack = torch.full(self.shape[:1], float("nan"), dtype=torch.float32, device=self.device)
 
+    #: the dimension of its matrices that ranks share where all of them take the directions together
+    sharded_dim: int | None = None
     #: what `update_moments` stored of a step whose updates are yet to be made
     _momenta = torch.empty(0)
 

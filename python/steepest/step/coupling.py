@@ -63,7 +63,7 @@ def inner_products(pairs: Sequence[tuple[Parameter, Tensor, Tensor]]) -> list[Te
             shared.setdefault(p.sharding.ranks, []).append(i)
     for ranks, some in shared.items():
         sums = torch.stack([products[i] for i in some])
-        ranks.all_reduce(sums)
+        ranks.sum_parts(sums)
         for i, product in zip(some, sums.unbind(), strict=True):
             products[i] = product
     return products

@@ -48,6 +48,9 @@ class Batch:
             part.view(of_item.shape).copy_(of_item)
         return x
 
+    def directions(self, x: Tensor) -> Tensor:
+        return self.recipe.descent_direction(x, self.hyper)
+
     def measured(self, x: Tensor, d: Tensor) -> Sequence[Tensor]:
         """<x, d> of the directions of each of `matrices`."""
         return self.recipe.direction.dual_norm(x, d).flatten().split(self._sizes)
@@ -81,6 +84,13 @@ class SharedBatch(Batch):
             torch.cat([t.reshape(-1).to(stored) for t in here]) if here else torch.empty(0, dtype=stored, device=device)
         )
         return self._shared.inputs(flat, self._dtype)
+
+    def directions(self, x: Tensor) -> Tensor:
+        dim = self._shared.sharded_dim
+        if dim is not None:
+            slack = torch.empty(len(x), dtype=torch.float32, device=x.device)
+            return self.recipe.direction.sharded_units([x], [dim], [slack], self._shared.ranks.all_reduce)[0]
+        return super().directions(x) if len(x) else x  # a rank may own nothing
 
     def measured(self, x: Tensor, d: Tensor) -> Sequence[Tensor]:
         return self._shared.of_all(self.recipe.direction.dual_norm(x, d).flatten().double())[0]
@@ -194,8 +204,7 @@ class Eager:
         return [batch.inputs()]
 
     def directions(self, batch: Batch, xs: list[Tensor]) -> list[Tensor]:
-        x = xs[0]
-        return [batch.recipe.descent_direction(x, batch.hyper) if len(x) else x]  # a rank may own nothing
+        return [batch.directions(xs[0])]
 
     def directed(self, batch: Batch, xs: list[Tensor], ds: list[Tensor], measure: bool) -> Directed:
         """Directions are scaled already where the recipe says so."""

@@ -182,7 +182,7 @@ class Fused:
     def _reduce(self, ranks: Ranks) -> None:
         """Makes what was measured of the shards here that of whole gradients, and the bounds of fp16 inputs."""
         ranks.reduce_stats(self.table.rows[:, : COLUMNS.index("grad_max") + 1])
-        if self._watched:
+        if self._watched and not ranks.replicas:
             largest = self.table.column("momentum_max")
             bounds = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
             of_lines = torch.tensor([item.row for item in self._items for _ in range(item.count)], device=self.device)
@@ -251,7 +251,7 @@ class Fused:
 
         Buckets that differ only in shape share a call. Those that move their weights do so now.
         """
-        alike: dict[tuple[Direction, bool], list[int]] = {}
+        alike: dict[tuple[Direction, bool, bool], list[int]] = {}
         ds = list(xs)
         for i, bucket in enumerate(batch.buckets):
             if not len(xs[i]):  # of what ranks share this one may own nothing
@@ -259,13 +259,20 @@ class Fused:
             if bucket.by_torch and bucket.recipe.scale == "dual":
                 ds[i] = bucket.recipe.direction.scaled(xs[i])
             else:
-                alike.setdefault((bucket.recipe.direction, bucket.moves_weights), []).append(i)
-        for (direction, moves), some in alike.items():
+                key = (bucket.recipe.direction, bucket.moves_weights, bucket.sharded_dim is not None)
+                alike.setdefault(key, []).append(i)
+        for (direction, moves, together), some in alike.items():
             inputs, slacks = [xs[i] for i in some], [batch.buckets[i].slack_for(xs[i]) for i in some]
             if moves:
                 direction.move(inputs, slacks, [batch.buckets[i].weight_update(self.table) for i in some])
                 continue
-            for i, d in zip(some, direction.units(inputs, slacks), strict=True):
+            if together:
+                assert self._ranks is not None
+                dims = [dim for i in some if (dim := batch.buckets[i].sharded_dim) is not None]
+                units = direction.sharded_units(inputs, dims, slacks, self._ranks.all_reduce)
+            else:
+                units = direction.units(inputs, slacks)
+            for i, d in zip(some, units, strict=True):
                 ds[i] = d
         return ds
 

@@ -252,7 +252,7 @@ def _reduce(sums: Sequence[dict[str, Tensor]], ranks: Ranks) -> None:
     entries = [(each, name) for each in sums for name in each if name not in ("grad_sq", "slack")]
     if entries:
         total = torch.stack([each[name].double() for each, name in entries])
-        ranks.all_reduce(total)
+        ranks.sum_parts(total)
         for (each, name), t in zip(entries, total.unbind(), strict=True):
             each[name] = t
 

@@ -27,6 +27,7 @@ class SharedBucket(Bucket):
         self.shared, self.items = shared, items
         self.recipe, self.device = shared.recipe, shared.device
         self.by_torch, self.moves_weights = p.recipe.by_matrix, False
+        self.sharded_dim = shared.sharded_dim
         self.dtype = p.input_dtype
         self.stored_dtype = p.wide_dtype if self.by_torch else p.input_dtype
         self.sizes, self.shape = shared.sizes, shared.input_shape
@@ -53,11 +54,11 @@ class SharedBucket(Bucket):
 
     @cached_property
     def _rows(self) -> Tensor:
-        owned = zip(self.shared.owned, self.sizes, strict=True)
+        owned = zip(self.shared.worked_on, self.sizes, strict=True)
         rows = [self._row_of[item.place] for item, size in owned for _ in range(size)]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
     def slack_of(self, group: int) -> list[Tensor]:
-        parts = zip(self.shared.owned, self.slack.split(self.sizes), strict=True)
+        parts = zip(self.shared.worked_on, self.slack.split(self.sizes), strict=True)
         some = [slack for item, slack in parts if item.parameter.group == group]
         return [torch.cat(some)] if some else []

@@ -18,8 +18,9 @@ from ..recipe import State
 from ..sharding.exchange import Exchange
 from ..sharding.layout import Unit
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter
+from .routes import EVERYONE, gram_dim
 
-__all__ = ["SharedMatrices", "shared_buckets"]
+__all__ = ["SharedMatrices", "SplitMatrices", "shared_buckets"]
 
 Place = tuple[int, int, int]
 
@@ -41,6 +42,14 @@ class SharedMatrices:
         self.sizes = [item.input_shape[0] for item in owned]
         self._numels = [part.piece.batch * part.piece.rows * part.piece.cols for part in parts]
         self._momenta = torch.empty(0)
+
+    #: the dimension of the matrices that ranks share where all of them take the directions together
+    sharded_dim: int | None = None
+
+    @property
+    def worked_on(self) -> Sequence[Matrices]:
+        """The items whose directions this rank has a hand in."""
+        return self.owned
 
     @property
     def numel(self) -> int:
@@ -153,6 +162,45 @@ class SharedMatrices:
         return list(everyone.split(sizes)), of_parts
 
 
+class SplitMatrices(SharedMatrices):
+    """Matrices whose directions all ranks take together, each its part, by the Gram form (`steepest.step.routes`).
+
+    All have one shape and are cut alike.
+    """
+
+    def __init__(self, matrices: Sequence[Matrices], parts: Sequence[LocalMatrices]) -> None:
+        p, piece = matrices[0].parameter, matrices[0].piece
+        assert p.sharding is not None
+        self.ranks, self.recipe, self.device = p.sharding.ranks, p.recipe, p.source.device
+        self.matrices, self.parts, self.owned = matrices, parts, ()
+        self.sharded_dim = gram_dim(p.recipe, p.sharding, piece)
+        self.sizes = self.counts = [item.piece.batch for item in matrices]
+        self._numels = [part.piece.batch * part.piece.rows * part.piece.cols for part in parts]
+        first = p.sharding.rectangles(piece)[self.ranks.place][0]
+        rows = (0, piece.cols) if self.sharded_dim == -2 else (piece.rows, 0)
+        self._part = rows if first is None else first.shape
+
+    @property
+    def worked_on(self) -> Sequence[Matrices]:
+        return self.matrices
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return sum(self.sizes), *self._part
+
+    def inputs(self, momenta: Tensor, dtype: torch.dtype) -> Tensor:
+        return momenta.view(self.input_shape).to(dtype)
+
+    def updates(self, d: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        return self.split(d.reshape(-1))
+
+    def of_all(self, numbers: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        everyone = numbers.clone()
+        self.ranks.all_reduce(everyone)
+        each = list(everyone.split(self.sizes))
+        return each, each if self.parts else []
+
+
 def shared_buckets(
     parameters: Sequence[Parameter],
     parts: Sequence[LocalMatrices],
@@ -164,14 +212,14 @@ def shared_buckets(
 
     The same on all ranks, so that their collectives follow one another in one order.
     """
-    buckets: dict[object, list[Matrices]] = {}
+    buckets: dict[tuple[object, object], list[Matrices]] = {}
     for item in (item for p in parameters for item in p.matrices()):
-        buckets.setdefault(key(item), []).append(item)
+        buckets.setdefault((key(item), _way(item)), []).append(item)
     here: dict[Place, list[LocalMatrices]] = {}
     for part in parts:
         here.setdefault(_place(part), []).append(part)
     mine = {item.place: item for item in owned}
-    for bucket in buckets.values():
+    for (_, way), bucket in buckets.items():
         for some in chunk_by_bytes(bucket, _share_bytes, max_bytes):
             order = [
                 (part.run.owner, i, part.run.matrices.start, part)
@@ -179,7 +227,17 @@ def shared_buckets(
                 for part in here.get(item.place, ())
             ]
             ordered = [part for *_, part in sorted(order, key=lambda each: each[:3])]
-            yield SharedMatrices(some, ordered, [mine[item.place] for item in some if item.place in mine])
+            if way is not None:
+                yield SplitMatrices(some, ordered)
+            else:
+                yield SharedMatrices(some, ordered, [mine[item.place] for item in some if item.place in mine])
+
+
+def _way(item: Matrices) -> object:
+    """How those are cut whose directions all ranks take together; None of those that have owners."""
+    p = item.parameter
+    assert p.sharding is not None
+    return p.sharding.placements if p.owners[item.number][0] == EVERYONE else None
 
 
 def _place(part: LocalMatrices) -> Place:

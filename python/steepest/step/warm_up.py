@@ -26,7 +26,9 @@ def warm_up(
     fails. weights: the dtype of those that the direction moves itself.
     """
     key = (direction, shape, dtype, device, weights)
-    if device.type != "cuda" or not (direction.batched and direction.capturable and selfcheck.enabled) or key in _warm:
+    if device.type != "cuda" or not (direction.batched and selfcheck.enabled) or key in _warm:
+        return
+    if not direction.capturable(dtype, device):
         return
     x = torch.zeros(1, *shape, dtype=dtype, device=device)
     slack = torch.empty(1, dtype=torch.float32, device=device)

@@ -44,20 +44,47 @@ CLOCK_FLOP = 4096  # of a multiprocessor's tensor cores in a clock, 16-bit opera
 MUON_STEPS = 5
 
 
+#: Of `steepest.tools.scale`, which a plan of one call does not import.
+SCALE_OPTIONS: dict[str, dict[str, Any]] = {
+    "--world": {"type": int, "metavar": "RANKS", "help": "plan a step of --model on so many ranks"},
+    "--mesh": {
+        "metavar": "AxB",
+        "help": "of the ranks; parameters are cut along the last dimension (default: --world)",
+    },
+    "--model": {"default": "llama-7b", "metavar": "NAME", "help": "a model of steepest bench (default: llama-7b)"},
+    "--optimizer": {"default": "Muon", "metavar": "CLASS", "help": "a class of steepest (default: Muon)"},
+    "--tflops": {"type": float, "default": 500.0, "help": "that 16-bit products reach (default: 500)"},
+    "--bandwidth": {"type": float, "default": 50.0, "metavar": "GB/S", "help": "of a rank's network (default: 50)"},
+    "--latency": {"type": float, "default": 20.0, "metavar": "US", "help": "of a collective (default: 20)"},
+    "--memory": {"type": float, "default": 4000.0, "metavar": "GB/S", "help": "of a rank's memory (default: 4000)"},
+    "--simulate": {"action": "store_true", "help": "a table of models on 1 to 4096 ranks"},
+    "--batch": {"type": int, "default": 2**22, "metavar": "TOKENS", "help": "a step of --simulate (default: 4194304)"},
+}
+
+
 def add_options(p: argparse.ArgumentParser) -> None:
     """The options of the command."""
     p.add_argument(
-        "--shape", action="append", required=True, metavar="[COUNTx]ROWSxCOLUMNS", help="a stack; all go in one call"
+        "--shape", action="append", default=[], metavar="[COUNTx]ROWSxCOLUMNS", help="a stack; all go in one call"
     )
     p.add_argument("--preset", default="auto", help="of polar (default: auto)")
     p.add_argument("--dtype", help="compute dtype, float16 or bfloat16 (default: what polar chooses)")
     p.add_argument("--multiprocessors", type=int, default=MULTIPROCESSORS)
     p.add_argument("--l2", type=float, default=L2_MB, metavar="MB", help="size of the L2 cache")
     p.add_argument("--json", action="store_true", help="the same as JSON")
+    scale = p.add_argument_group("a step of a whole model on many ranks, instead of --shape")
+    for flag, keywords in SCALE_OPTIONS.items():
+        scale.add_argument(flag, **keywords)
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan; -> exit status."""
+    if options.world is not None or options.simulate:
+        from . import scale
+
+        return scale.run(options)
+    if not options.shape:
+        raise ValueError("what to plan is missing: --shape for a call of polar, --world for a step of a whole model")
     stacks = [parse(text) for text in options.shape]
     printed = plan(
         stacks, options.preset, dtype=options.dtype, multiprocessors=options.multiprocessors, l2_mb=options.l2

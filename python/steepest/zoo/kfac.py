@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer.group_options import Group, adam_hyper, number
+from ..optimizer.wrappers import asking_scaler
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.kronecker import FACTORS
 from ..state_layout import Layout
@@ -58,6 +59,8 @@ class KFAC(KroneckerOptimizer):
     _carried: tuple[str, ...] = ("_handles", "_batches")
     _kept: ClassVar[dict[str, Layout | None]] = {PASSES: "scalar"}
     _ranks: Any = None
+    #: of this step
+    _scaler: torch.amp.GradScaler | None = None
 
     def __init__(
         self,
@@ -95,6 +98,11 @@ class KFAC(KroneckerOptimizer):
     def hyper(self, group: Group) -> Hyper:
         return adam_hyper({**group, "eps": group["damping"]})
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        self._scaler = asking_scaler()
+        return self._scaler is not None
+
     def remove_hooks(self) -> None:
         """Stops looking at the model."""
         for handle in self._handles:
@@ -120,6 +128,7 @@ class KFAC(KroneckerOptimizer):
         for p, group in stepping:
             self._average(p, group, scaling)
         self._batches.clear()
+        self._scaler = None
         super()._take_step(scaling, loss)
 
     def _average(self, p: Tensor, group: Group, scaling: Scaling) -> None:
@@ -137,11 +146,8 @@ class KFAC(KroneckerOptimizer):
         scale: Number = batch.rows if group["loss_scale"] == "sum" else number(group["loss_scale"])
         if scaling.grad_scale is not None:
             scale = scaling.grad_scale.to(p.device, torch.float64).reshape(()) * scale
-        elif scaling.found_inf is not None and group["loss_scale"] == 1:
-            raise RuntimeError(
-                "KFAC's hooks have seen gradients that GradScaler.unscale_ has divided since: leave unscale_ out, or "
-                "set loss_scale of the groups to scaler.get_scale()"
-            )
+        elif self._scaler is not None and group["loss_scale"] in (1, "sum"):
+            scale = self._scaler.get_scale() * scale  # the hooks saw what unscale_ has divided since
         if PASSES not in self.state[p]:
             self._init_states([(p, p.dtype, group)])
             self.state[p][PASSES] = torch.zeros((), dtype=torch.float64, device=p.device)

@@ -84,7 +84,7 @@ class Momo(MatrixOptimizer):
     Source: arXiv:2510.09827, whose code this follows but for (.)_+, without which a step may ascend.
     """
 
-    _carried: tuple[str, ...] = ("lower_bound", "stale_dual", "reduce_loss")
+    _carried: tuple[str, ...] = ("lower_bound", "stale_dual", "reduce_loss", "_told")
     _kept: ClassVar[dict[str, Layout | None]] = {DESCENT: None, INNER: "scalar", LOSS: None, LOSSES: "scalar"}
     _shared: tuple[str, ...] = (LOSS, LOSSES)
     lower_bound: Number | None = None
@@ -105,6 +105,7 @@ class Momo(MatrixOptimizer):
         self.stale_dual = check_option("stale_dual", stale_dual)
         self.reduce_loss = check_option("reduce_loss", reduce_loss)
         self._moved: set[Tensor] = set()
+        self._told: list[Number] = []
         super().__init__(*args, **kwargs)
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -120,11 +121,14 @@ class Momo(MatrixOptimizer):
         Without a lower bound the loss is not looked at.
         RuntimeError where there is a lower bound and no loss, unless every lr is 0: such a step only makes the state.
         """
+        if closure is None and loss is None and self._told:
+            loss = sum(self._told) / len(self._told)
+        self._told.clear()
         if closure is None and loss is None and self.lower_bound is not None:
             if any(float(group["lr"]) != 0 for group in self.param_groups):
                 raise RuntimeError(
-                    f"{type(self).__name__} has a lower bound and needs the loss: step(loss=loss), step(closure), or "
-                    "lower_bound=None"
+                    f"{type(self).__name__} has a lower bound and needs the loss: step(loss=loss), step(closure), "
+                    "tell_loss(loss) before the step, or lower_bound=None"
                 )
             loss = math.nan
         if isinstance(loss, Tensor) and loss.numel() != 1:
@@ -134,6 +138,10 @@ class Momo(MatrixOptimizer):
             return super().step(closure)
         finally:
             self._loss = None
+
+    def tell_loss(self, loss: Number) -> None:
+        """Has the next step take this loss, where a wrapper's step takes none; of several micro-batches, their mean."""
+        self._told.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
     def _couples(self) -> bool:
         return self.lower_bound is not None
@@ -280,7 +288,7 @@ class Momo(MatrixOptimizer):
         state, sharding = self._state_here(p), self._sharding(p)
         inner = dot(local_tensor(p.detach()), state[self._recipe(group).keys[0]])
         if sharding is not None:
-            sharding.ranks.all_reduce(inner)
+            sharding.ranks.sum_parts(inner)
         return {INNER: inner}
 
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:

@@ -32,6 +32,9 @@ class Extras(TypedDict, total=False):
     fuse_update: directions that nothing else is asked of (step length lr, plain decay, no preconditioner, weights
         rounded to nearest) go from the last product straight into the weights, in the fused step. Not measured yet, so
         off; `metrics` has NaN for the norms of updates and parameters then.
+    share_work: under DistributedDataParallel every rank takes the directions of its share of the matrices, by cost, and
+        sends them to the others; Kronecker factors are at their owners alone, and state_dict() is a collective call.
+        With False every rank does all. Sharded parameters (FSDP2) share the work whatever it is.
     foreach, fused: torch's switches, for calls that were written for torch.optim. None and True change nothing, for a
         step takes all parameters at once anyway; foreach=False is max_workspace_bytes=1, one matrix after another, and
         fused=False backend="torch", unless these are given.
@@ -51,6 +54,7 @@ class Extras(TypedDict, total=False):
     backend: str
     max_workspace_bytes: int
     fuse_update: bool
+    share_work: bool
     foreach: bool | None
     fused: bool | None
     adamw_lr: Number | None
@@ -73,6 +77,7 @@ EXTRAS = Extras(
     backend="auto",
     max_workspace_bytes=1 << 30,
     fuse_update=False,
+    share_work=False,
     adamw_lr=None,
     adamw_betas=(0.9, 0.95),
     adamw_eps=1e-8,

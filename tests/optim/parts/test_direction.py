@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steepest.linalg.schatten import by_products, compute_dtype
+from steepest.linalg.schatten import compute_dtype, takes_products
 from steepest.parts.direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral
 from support.problems import FEW, SVD, gap, gaussian, polar_by_svd
 
@@ -248,10 +248,27 @@ def test_products_are_near_the_exact_direction(
     assert gap(n[..., 0, 0], dual(x)) < short
 
 
+def test_schatten_is_captured_where_its_dtype_is_worked_on_by_products() -> None:
+    """A composition errs by more than 32 bits do, so that p = 4 asks a solver, which waits, wherever 16 will not do."""
+    on_gpu, on_cpu = torch.device("cuda"), torch.device("cpu")
+    for p, by_dtype in {
+        1: (True, True),
+        2: (True, True),
+        4 / 3: (True, True),
+        4: (True, False),
+        5: (False, False),
+    }.items():
+        for dtype, wanted in zip((torch.bfloat16, torch.float64), by_dtype, strict=True):
+            assert Schatten(p).capturable(dtype, on_gpu) is takes_products(p, dtype, on_gpu) is wanted
+            assert (Schatten(p).compute_dtype(dtype, on_gpu) == torch.bfloat16) <= wanted
+    assert Schatten(4).capturable(torch.float32, on_gpu) is True
+    assert not Schatten(4).capturable(torch.float64, on_cpu)
+    assert Schatten(4, "matmul").capturable(torch.float64, on_cpu)
+
+
 def test_the_sizes_of_schatten() -> None:
     cpu, half = torch.device("cpu"), torch.device("cuda")
-    assert [Schatten(p).capturable for p in (1, 4, 5)] == [by_products(p) for p in (1, 4, 5)] == [True, True, False]
-    assert not Schatten(4, "eigh").capturable
+    assert not Schatten(4, "eigh").capturable(torch.bfloat16, half)
     for p in (1, 4, 5):
         for device in (cpu, half):
             assert Schatten(p).compute_dtype(torch.float32, device) == compute_dtype(p, torch.float32, device)

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..matrices import Piece
 from ..recipe import Recipe
+from ..sharding.layout import Sharding, owned_pieces
+from ..sharding.local import is_sharded
+from ..sharding.local_state import as_shard
+from ..sharding.regions import shard_dims
 from ..state_layout import Layout, piece_view
-from .layout import Sharding, owned_pieces
-from .local import is_sharded
-from .local_state import as_shard
-from .regions import shard_dims
 
 __all__ = ["owned_part", "spread", "whole"]
 
@@ -41,7 +41,7 @@ def spread(
             if name in state:
                 saved[name] = state[name]
             continue
-        t = torch.zeros(full.shape, dtype=torch.promote_types(full.dtype, torch.float32), device=_device(sharding))
+        t = torch.zeros(full.shape, dtype=torch.promote_types(full.dtype, torch.float32), device=sharding.ranks.device)
         if t.ndim:
             for number in numbers if t.numel() else ():
                 mine = [k for k, owner in enumerate(owners[number]) if owner == sharding.ranks.place]
@@ -122,12 +122,6 @@ def _of_one_process(sharding: Sharding, recipe: Recipe, pieces: Sequence[Piece])
 
 def _rows(view: Tensor, piece: Piece) -> Tensor:
     return view.view(piece.batch, -1)
-
-
-def _device(sharding: Sharding) -> torch.device:
-    assert sharding.mesh is not None
-    kind = sharding.mesh.device_type
-    return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def _cut(t: Tensor, sharding: Sharding) -> Tensor:

@@ -1,0 +1,57 @@
+"""Optimizers of this package in Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..optimizer import MatrixOptimizer
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+__all__ = ["optimizer_cls_and_kwargs"]
+
+
+def optimizer_cls_and_kwargs(
+    cls: Callable[..., MatrixOptimizer], args: TrainingArguments | None = None, **kwargs: Any
+) -> tuple[Callable[[], OfModel], dict[str, Any]]:
+    """What `transformers.Trainer` takes under this name: it builds the optimizer from the model that is trained.
+
+        Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(steepest.MuAdam, args, lr=2e-3))
+
+    cls: an optimizer of this package, KFAC too.   kwargs: its arguments; lr is that of the matrices.
+    args: whose weight_decay all groups take, but for gains and biases, and whose learning_rate, adam_beta1, adam_beta2
+        and adam_epsilon are AdamW's; kwargs win. None: the class's own.
+    Needs transformers 5, whose Trainer hands the model over; ImportError with an older one.
+    """
+    import transformers.trainer_optimizer as known
+
+    if not hasattr(known, "is_optimizer_factory"):
+        raise ImportError("this transformers cannot hand its model to an optimizer: pip install 'transformers>=5'")
+    return partial(OfModel, cls), {**_of_arguments(args), **kwargs}
+
+
+class OfModel:
+    """What makes an optimizer of a model, which Trainer calls with it."""
+
+    def __init__(self, cls: Callable[..., MatrixOptimizer]) -> None:
+        self.cls = cls
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> MatrixOptimizer:
+        return self.cls(model, **kwargs)
+
+
+def _of_arguments(args: TrainingArguments | None) -> Mapping[str, Any]:
+    if args is None:
+        return {}
+    return {
+        "weight_decay": args.weight_decay,
+        "adamw_weight_decay": args.weight_decay,
+        "adamw_lr": args.learning_rate,
+        "adamw_betas": (args.adam_beta1, args.adam_beta2),
+        "adamw_eps": args.adam_epsilon,
+    }

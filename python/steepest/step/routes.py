@@ -1,0 +1,49 @@
+"""Which way the direction of a sharded matrix is taken, chosen from its placements.
+
+    local    no shard cuts the matrix: the rank that has it takes its direction, and nothing travels
+    gram     tensor parallelism cuts its long side: every rank takes its part, and one Gram matrix of the short side is
+             summed, and one for each restart (`steepest.linalg.polar.sharded`)
+    owner    any other: its parts travel to one rank, in the dtype of the direction, and the direction back
+
+The first and the last give the bits of one process. The Gram form agrees with it to rounding. It is for tensor
+parallelism alone, a mesh dimension that is named "tp" or begins with that, because there matrices are few and every
+rank waits for the next layer; where parameters are sharded by data parallelism there are enough matrices for all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..matrices import Piece
+from ..recipe import Recipe
+from ..sharding.layout import Sharding
+from ..sharding.regions import shard_dims
+
+__all__ = ["EVERYONE", "gram_dim", "route"]
+
+#: the owner of a matrix whose direction all ranks take together
+EVERYONE = -1
+
+Route = Literal["local", "gram", "owner"]
+
+
+def route(recipe: Recipe, sharding: Sharding, piece: Piece) -> Route:
+    """The way of the matrices of a piece; "owner" where only some of them are cut."""
+    if all(holder is not None for holder in sharding.uncut(piece)):
+        return "local"
+    return "owner" if gram_dim(recipe, sharding, piece) is None else "gram"
+
+
+def gram_dim(recipe: Recipe, sharding: Sharding, piece: Piece) -> int | None:
+    """The dimension of its matrices that ranks share, -2 or -1, where the Gram form takes their directions."""
+    dims = () if sharding.mesh is None else shard_dims(sharding.placements)
+    names = () if sharding.mesh is None else sharding.mesh.mesh_dim_names or ()
+    if len(dims) != 1 or not names or not names[dims[0]].startswith("tp"):
+        return None
+    plain = recipe.scale == "lmo" and not recipe.by_matrix and not recipe.reads_weight
+    if not plain or not recipe.direction.shards or piece.length != piece.rows:
+        return None
+    d = sharding.placements[dims[0]].dim % len(sharding.shape)  # type: ignore[attr-defined]
+    if d == piece.dim and not piece.narrow and piece.rows >= piece.cols:
+        return -2
+    return -1 if d == piece.dim + 1 and piece.cols >= piece.rows else None

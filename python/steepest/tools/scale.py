@@ -1,0 +1,535 @@
+"""`steepest plan --world`: what a step of a model sends, computes and keeps on every rank, found without any.
+
+The routes by which a matrix' direction may be had, for P ranks of a mesh; c_r: the elements of a matrix on rank r.
+
+    local    every rank has all matrices (DDP), computes all directions, and sends nothing
+    owner    parameters are cut by Shard(0) along the mesh's last dimension (FSDP2: chunks of ceil(rows / P), the last
+             ones shorter or empty; along the others they are replicated, HSDP). Rank r sends its c_r of each matrix
+             that it does not own and gets as much of the direction; of what it owns it gets mn - c_r, and sends that:
+                 sent = received = (sum over not owned c_r + sum over owned (mn - c_r)) times 2 bytes
+             A matrix that lies on one rank stays there. Recipes with factors or transforms also send whole gradients
+             and what transforms keep, and take fp32 for 16 bits.
+    gram     parameters are cut along the mesh's last dimension by tensor parallelism. Where that is the long side: a
+             ring's all_reduce, 2 (P - 1) / P of 8 bytes and then 1 + restarts times 4 bytes of each `gram_elements`, a
+             matrix; where it is the short side the parts first go to a cut of the long one, and back, as (P - 1) / P of
+             what lies here in 16 bits. What tensor parallelism leaves whole every rank computes
+    share    all matrices on every rank (DDP, share_work=True): each computes its own, and a ring's all_gather of 16
+             bits brings sum over not owned mn to each; factors are at the owner alone
+
+Stacked experts, (E, m, n), lie in e = gcd(P, E) groups of P / e ranks, whole groups of experts on each, cut by rows
+within it (an expert mesh); with gram and share they are whole, or cut, like others.
+
+Messages are those of the matrices of one shape in one exchange (rounds of limited memory have more): of owner the ranks
+that are sent to, there and back; of a ring 2 (P - 1) an all_reduce, P - 1 an all_gather. Owners are those of
+`steepest.sharding`. Not counted: what the step of the model itself sends (gradients, FSDP's weights).
+
+Time, which is a model and not measured: work over --tflops (fp32 products count six times, solvers a hundred times; see
+`steepest.linalg.work`), bytes sent over --bandwidth, --latency for every collective of an exchange and for every of the
+2 log2 P stages of a reduction, elementwise passes over --memory; of the slowest rank each. What travels while others
+compute is "overlapped". A model's own step takes 6 FLOP a parameter that a token meets, and token, over --tflops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import steepest
+from steepest.linalg.polar import choose_sharded, gram_elements
+from steepest.linalg.work import Work
+from steepest.optimizer import MatrixOptimizer
+from steepest.parts import Spectral
+from steepest.recipe import ADAMW, CLOCK, Recipe
+from steepest.sharding.owners import assign, imbalance
+from steepest.step.costs import matrix_work
+
+from .bench import shapes
+
+HEAD = (
+    "route   ranks       sent   received  messages         work  balance       state    compute     travel  elementwise"
+    "     in all  overlapped"
+)
+ROUTES = ("local", "owner", "gram", "share")
+SIMULATED = ("llama-7b", "llama-70b", "kimi-k2-1t")
+WORLDS = (1, 4, 16, 64, 256, 1024, 4096)
+NARROW = 2  # bytes of what travels in 16 bits
+WIDE = 4
+COUNTER = 8
+GRADIENT = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The numbers of a rank: TFLOP/s that 16-bit products reach, GB/s of its network, one way, and of its memory, and
+    the microseconds until a collective begins. By default half of an H200's peak, a 400 Gbit/s adapter, NCCL's."""
+
+    tflops: float = 500.0
+    bandwidth: float = 50.0
+    latency: float = 20.0
+    memory: float = 4000.0
+
+    def __str__(self) -> str:
+        return f"{self.tflops:g} TFLOP/s, {self.bandwidth:g} GB/s, {self.latency:g} us, memory {self.memory:g} GB/s"
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 <= value < math.inf or (name != "latency" and value == 0):
+                raise ValueError(f"--{name} is a positive number, got {value:g}")
+
+
+@dataclass
+class Ranks:
+    """What every rank of the mesh's last dimension does in a step; lists have one number a rank."""
+
+    route: str
+    size: int
+    sent: list[int] = field(default_factory=list)  # bytes
+    received: list[int] = field(default_factory=list)
+    messages: list[int] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    state: list[int] = field(default_factory=list)  # bytes of the optimizer's state
+    passes: list[int] = field(default_factory=list)  # bytes that elementwise work reads and writes
+    stages: int = 0  # collectives of an exchange, or stages of reductions
+
+    def __post_init__(self) -> None:
+        for name in ("sent", "received", "messages", "state", "passes"):
+            setattr(self, name, [0] * self.size)
+        self.work = [Work()] * self.size
+
+    @property
+    def balance(self) -> float:
+        """The largest work over the mean."""
+        return imbalance([work.cost for work in self.work])
+
+    def times(self, machine: Machine) -> dict[str, float]:
+        """Milliseconds: of products, messages, elementwise passes, in all, and in all where messages overlap."""
+        compute = max(work.cost for work in self.work) / machine.tflops / 1e9
+        travel = max(self.sent) / machine.bandwidth / 1e6 + self.stages * machine.latency / 1e3
+        passes = max(self.passes) / machine.memory / 1e6
+        return {
+            "compute_ms": compute,
+            "travel_ms": travel,
+            "elementwise_ms": passes,
+            "total_ms": compute + travel + passes,
+            "overlapped_ms": max(compute, travel) + passes,
+        }
+
+    def summary(self, machine: Machine) -> dict[str, Any]:
+        """Of the rank that has most of each."""
+        return {
+            "route": self.route,
+            "sent_bytes": max(self.sent),
+            "received_bytes": max(self.received),
+            "messages": max(self.messages),
+            "flop": max(work.flop for work in self.work),
+            "balance": self.balance,
+            "state_bytes": max(self.state),
+            **self.times(machine),
+        }
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe, and what of it the model asks for."""
+
+    recipe: Recipe
+
+    @property
+    def bytes_there(self) -> int:
+        """Of an element on its way to the owner."""
+        return WIDE * (1 + self._travels) + GRADIENT.itemsize if self.recipe.by_matrix else NARROW
+
+    @property
+    def bytes_back(self) -> int:
+        return WIDE * (1 + self._travels) if self.recipe.by_matrix else NARROW
+
+    @property
+    def collectives(self) -> int:
+        """Exchanges of one bucket."""
+        return 2 * (1 + self._travels) + self.recipe.by_matrix
+
+    @property
+    def _travels(self) -> int:
+        """State of transforms that has the parameter's shape."""
+        return sum(spec.layout == "elementwise" for transform in self.recipe.transforms for spec in transform.specs)
+
+    def state(self, rows: int, cols: int) -> tuple[int, int]:
+        """(bytes an element, bytes at the owner) of the state of a rows x cols matrix."""
+        return _state(self.recipe, rows, cols)
+
+    def passes(self, rows: int, cols: int) -> int:
+        """Bytes an element that elementwise work moves: gradient, state and fp32 weight, direction and its input."""
+        return GRADIENT.itemsize + 2 * self.state(rows, cols)[0] + 2 * WIDE + 2 * NARROW
+
+
+@functools.lru_cache(maxsize=1024)
+def _state(recipe: Recipe, rows: int, cols: int) -> tuple[int, int]:
+    whole = recipe.init(torch.empty(rows, cols, device="meta"))
+    layouts = {name: layout for name, layout in recipe.layouts.items() if name != CLOCK}
+    sizes = {name: whole[name].numel() * whole[name].itemsize for name in layouts}
+    elementwise = sum(sizes[name] for name, layout in layouts.items() if layout == "elementwise")
+    return elementwise // (rows * cols), sum(sizes.values()) - elementwise
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The matrices of one kind of parameter, and how each lies on the ranks of an exchange.
+
+    Matrix k of a parameter lies on the ranks of one of `groups` groups, chunk by chunk of its rows.
+    """
+
+    parameters: int
+    experts: int
+    rows: int
+    cols: int
+    ranks: int
+
+    @property
+    def groups(self) -> int:
+        return math.gcd(self.ranks, self.experts)
+
+    @property
+    def chunks(self) -> list[int]:
+        """The rows of a matrix on each rank of its group."""
+        return shard_rows(self.rows, self.ranks // self.groups)
+
+    def group(self, k: int) -> int:
+        return k // (self.experts // self.groups)
+
+    def holders(self, group: int) -> list[tuple[int, int]]:
+        """(rank, elements) of each rank that has something of a matrix of the group."""
+        first = group * (self.ranks // self.groups)
+        return [(first + i, rows * self.cols) for i, rows in enumerate(self.chunks) if rows]
+
+    def matrices(self) -> Iterator[int]:
+        """The group of each matrix, parameter by parameter."""
+        return (self.group(k) for _ in range(self.parameters) for k in range(self.experts))
+
+
+def shard_rows(rows: int, ranks: int) -> list[int]:
+    """The rows of every rank under Shard(0): chunks of ceil(rows / ranks), the last ones shorter or empty."""
+    size = -(-rows // ranks)
+    return [max(0, min(size, rows - rank * size)) for rank in range(ranks)]
+
+
+def stacks_of(model: shapes.Model, ranks: int) -> list[Stack]:
+    return [
+        Stack(p.count, math.prod(p.shape[:-2]), p.shape[-2], p.shape[-1], ranks) for p in model if p.kind == "matrix"
+    ]
+
+
+def of_route(route: str, model: shapes.Model, method: Method, size: int) -> Ranks | None:
+    """Every rank's part of a step on this route; None where the recipe has none of it."""
+    ranks = Ranks(route, size)
+    if route == "local":
+        _add_local(ranks, model, method)
+    elif route == "owner":
+        _add_owner(ranks, stacks_of(model, size), method)
+    elif route == "gram":
+        if method.recipe.by_matrix or not isinstance(method.recipe.direction, Spectral):
+            return None
+        _add_gram(ranks, model, method)
+    else:
+        _add_share(ranks, model, method)
+    _add_others(ranks, model, sharded=route in ("owner", "gram"))
+    return ranks
+
+
+def _add_local(ranks: Ranks, model: shapes.Model, method: Method) -> None:
+    for count, rows, cols in shapes.matrices(model):
+        element, owned = method.state(rows, cols)
+        for r in range(ranks.size):
+            ranks.work[r] += matrix_work(method.recipe, rows, cols).times(count)
+            ranks.state[r] += count * (rows * cols * element + owned)
+            ranks.passes[r] += count * rows * cols * method.passes(rows, cols)
+
+
+def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
+    owners = iter(owners_of(stacks, method.recipe, ranks.size))
+    buckets: dict[tuple[int, int], _Bucket] = {}
+    for place, stack in enumerate(stacks):
+        holders = [stack.holders(group) for group in range(stack.groups)]
+        parts = [dict(group) for group in holders]
+        counts, owned, kept = [0] * stack.groups, [0] * ranks.size, [0] * ranks.size
+        bucket = buckets.setdefault((stack.rows, stack.cols), _Bucket(ranks.size))
+        for group in stack.matrices():
+            owner = next(owners)
+            counts[group] += 1
+            owned[owner] += 1
+            kept[owner] += parts[group].get(owner, 0)
+            bucket.add(owner, [rank for rank, _ in holders[group]], (place, group))
+        here = [0] * ranks.size
+        for group, count in enumerate(counts):
+            for r, part in holders[group]:
+                here[r] += count * part
+        work = matrix_work(method.recipe, stack.rows, stack.cols)
+        element, of_owner = method.state(stack.rows, stack.cols)
+        for r in range(ranks.size):
+            away, others = here[r] - kept[r], owned[r] * stack.rows * stack.cols - kept[r]
+            ranks.sent[r] += away * method.bytes_there + others * method.bytes_back
+            ranks.received[r] += others * method.bytes_there + away * method.bytes_back
+            ranks.work[r] += work.times(owned[r])
+            ranks.state[r] += here[r] * element + owned[r] * of_owner
+            ranks.passes[r] += here[r] * method.passes(stack.rows, stack.cols)
+    for bucket in buckets.values():
+        messages = bucket.messages(method.collectives)
+        ranks.messages = [a + b for a, b in zip(ranks.messages, messages, strict=True)]
+        ranks.stages += method.collectives if any(messages) else 0
+
+
+def owners_of(stacks: Sequence[Stack], recipe: Recipe, ranks: int) -> list[int]:
+    """The owner of every matrix, stack by stack: its holder where it has one, else by its cost."""
+    owners: list[int] = []
+    jobs: list[tuple[int, int]] = []
+    for stack in stacks:
+        cost = matrix_work(recipe, stack.rows, stack.cols).cost
+        holders = [stack.holders(group) for group in range(stack.groups)]
+        for group in stack.matrices():
+            if len(holders[group]) > 1:
+                jobs.append((len(owners), cost))
+            owners.append(holders[group][0][0])
+    for (place, _), owner in zip(jobs, assign([cost for _, cost in jobs], ranks), strict=True):
+        owners[place] = owner
+    return owners
+
+
+class _Bucket:
+    """Who sends to whom in the exchange of the matrices of one shape: sets of ranks as bits of whole numbers."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.owners: dict[Any, int] = {}
+        self.holders: dict[Any, int] = {}
+
+    def add(self, owner: int, holders: Sequence[int], group: Any) -> None:
+        if group not in self.holders:
+            self.holders[group] = sum(1 << rank for rank in holders)
+        self.owners[group] = self.owners.get(group, 0) | 1 << owner
+
+    def messages(self, collectives: int) -> list[int]:
+        """Of every rank, the messages it sends."""
+        to, back = [0] * self.size, [0] * self.size
+        for group, owners in self.owners.items():
+            holders = self.holders[group]
+            for r in _ranks_in(holders):
+                to[r] |= owners
+            for r in _ranks_in(owners):
+                back[r] |= holders
+        half = collectives // 2
+        others = [~(1 << r) for r in range(self.size)]
+        return [
+            (collectives - half) * (to[r] & others[r]).bit_count() + half * (back[r] & others[r]).bit_count()
+            for r in range(self.size)
+        ]
+
+
+def _ranks_in(bits: int) -> Iterator[int]:
+    return (rank for rank in range(bits.bit_length()) if bits >> rank & 1)
+
+
+def _add_gram(ranks: Ranks, model: shapes.Model, method: Method) -> None:
+    direction = method.recipe.direction
+    assert isinstance(direction, Spectral)
+    stages: dict[tuple[int, int], int] = {}
+    for p in (p for p in model if p.kind == "matrix"):
+        rows, cols = p.shape[-2:]
+        experts = math.prod(p.shape[:-2])
+        groups = math.gcd(ranks.size, experts)
+        count, each = p.count * experts // groups, ranks.size // groups
+        cut = 0 if experts > 1 else p.cut
+        element, passes = method.state(rows, cols)[0], method.passes(rows, cols)
+        if each == 1 or cut is None:
+            work = matrix_work(method.recipe, rows, cols).times(count)
+            for r in range(ranks.size):
+                ranks.work[r] += work
+                ranks.state[r] += count * rows * cols * element
+                ranks.passes[r] += count * rows * cols * passes
+            continue
+        long, short, tall = max(rows, cols), min(rows, cols), rows >= cols
+        choice = choose_sharded(short, direction.preset, device="cuda", coefficients=direction.coefficients)
+        grams = 1 + len(choice.restarts)
+        reduced = count * (COUNTER + WIDE * gram_elements(short) * grams)
+        length, other = (rows, cols) if cut == 0 else (cols, rows)
+        moves = length < other
+        for r in range(ranks.size):
+            part, of_long = shard_rows(length, each)[r % each], shard_rows(long, each)[r % each]
+            local = (of_long, short) if tall else (short, of_long)
+            ranks.work[r] += direction.sharded_work(*local, tall, GRADIENT, "cuda").times(count)
+            sent = 2 * (each - 1) * reduced // each
+            messages = 2 * (each - 1) * (1 + grams)
+            if moves:  # there and back, so that what is sent is what comes
+                kept = part * of_long
+                sent += NARROW * count * (part * other + of_long * short - 2 * kept)
+                messages += 2 * (each - 1)
+            ranks.sent[r] += sent
+            ranks.received[r] += sent
+            ranks.messages[r] += messages
+            ranks.state[r] += count * part * other * element
+            ranks.passes[r] += count * part * other * passes
+        stages[rows, cols] = 2 * math.ceil(math.log2(each)) * (1 + grams) + 2 * moves
+    ranks.stages += sum(stages.values())
+
+
+def _add_share(ranks: Ranks, model: shapes.Model, method: Method) -> None:
+    matrices = [(rows, cols) for count, rows, cols in shapes.matrices(model) for _ in range(count)]
+    works = {shape: matrix_work(method.recipe, *shape) for shape in set(matrices)}
+    owned = [0] * ranks.size
+    for shape, owner in zip(matrices, assign([works[shape].cost for shape in matrices], ranks.size), strict=True):
+        ranks.work[owner] += works[shape]
+        ranks.state[owner] += method.state(*shape)[1]
+        owned[owner] += math.prod(shape)
+    kept = sum(math.prod(shape) * method.state(*shape)[0] for shape in matrices)
+    passes = sum(math.prod(shape) * method.passes(*shape) for shape in matrices)
+    for r in range(ranks.size):
+        ranks.received[r] += (sum(owned) - owned[r]) * method.bytes_back
+        ranks.sent[r] += (sum(owned) - owned[(r + 1) % ranks.size]) * method.bytes_back  # all but what the next one has
+        ranks.messages[r] += (ranks.size - 1) * len(works)
+        ranks.state[r] += kept
+        ranks.passes[r] += passes
+    ranks.stages += math.ceil(math.log2(ranks.size)) * len(works)
+
+
+def _add_others(ranks: Ranks, model: shapes.Model, *, sharded: bool) -> None:
+    """What goes to AdamW: elementwise, where it lies."""
+    element = sum(1 for layout in ADAMW.layouts.values() if layout == "elementwise") * WIDE
+    passes = GRADIENT.itemsize + 2 * element + 2 * WIDE
+    for p in (p for p in model if p.kind == "other"):
+        rest = p.count * math.prod(p.shape[1:])
+        here = shard_rows(p.shape[0], ranks.size) if sharded else [p.shape[0]] * ranks.size
+        for r, rows in enumerate(here):
+            ranks.state[r] += rows * rest * element
+            ranks.passes[r] += rows * rest * passes
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the plan; -> exit status."""
+    machine = Machine(options.tflops, options.bandwidth, options.latency, options.memory)
+    method = method_of(options.optimizer)
+    if options.simulate:
+        rows = simulate(method, machine, options.batch)
+        print(json.dumps(rows, indent=2) if options.json else describe_simulation(rows))
+        return 0
+    if options.shape:
+        raise ValueError("--shape plans one call of polar, --world a step of a whole model: give one of them")
+    mesh = mesh_of(options.mesh, options.world)
+    routes = plan(options.model, method, mesh, machine)
+    if options.json:
+        print(json.dumps({"model": options.model, "mesh": mesh, "routes": routes}, indent=2))
+    else:
+        print(describe(options.model, options.optimizer, mesh, machine, routes))
+    return 0
+
+
+def method_of(name: str) -> Method:
+    """The recipe of a class of steepest, with its defaults."""
+    cls = getattr(steepest, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, MatrixOptimizer)):
+        raise ValueError(f"optimizer {name!r} is no class of steepest; say one as it is imported, such as Muon or SOAP")
+    make: Callable[..., MatrixOptimizer] = cls
+    optimizer = make(nn.Linear(8, 8, bias=False))
+    return Method(optimizer.recipe(optimizer.param_groups[0]))
+
+
+def mesh_of(text: str | None, world: int) -> list[int]:
+    """The lengths of a mesh such as "8x8"; ValueError where it does not hold the ranks of the world."""
+    try:
+        mesh = [world] if text is None else [int(part) for part in text.split("x")]
+    except ValueError:
+        raise ValueError(f"mesh {text!r} is not lengths such as 8x8") from None
+    if min(mesh) < 1 or math.prod(mesh) != world:
+        raise ValueError(f"a mesh of {'x'.join(map(str, mesh))} does not have the {world} ranks of --world")
+    return mesh
+
+
+def plan(name: str, method: Method, mesh: Sequence[int], machine: Machine) -> list[dict[str, Any]]:
+    """The routes of a model on a mesh; the sizes and times are those of the rank that has most."""
+    if name not in shapes.MODELS:
+        raise ValueError(f"model {name!r} is not known; choose one of {', '.join(shapes.MODELS)}")
+    world, model = math.prod(mesh), shapes.MODELS[name]
+    sizes = {"local": world, "owner": mesh[-1], "gram": mesh[-1], "share": world}
+    found = (of_route(route, model, method, size) for route, size in sizes.items())
+    return [{**ranks.summary(machine), "ranks": ranks.size} for ranks in found if ranks is not None]
+
+
+def describe(name: str, optimizer: str, mesh: Sequence[int], machine: Machine, routes: Sequence[dict[str, Any]]) -> str:
+    """A plan as text for a person."""
+    lines = [
+        f"{name}, {optimizer}, mesh {'x'.join(map(str, mesh))}: of the rank that has most of each, a step",
+        f"modelled, not measured: {machine}",
+        "",
+        HEAD,
+    ]
+    for row in routes:
+        lines.append(
+            f"{row['route']:<7}{row['ranks']:>6}{_bytes(row['sent_bytes']):>11}{_bytes(row['received_bytes']):>11}"
+            f"{row['messages']:>10}{_flop(row['flop']):>13}{row['balance']:>9.2f}{_bytes(row['state_bytes']):>12}"
+            f"{_ms(row['compute_ms']):>11}{_ms(row['travel_ms']):>11}{_ms(row['elementwise_ms']):>13}"
+            f"{_ms(row['total_ms']):>11}{_ms(row['overlapped_ms']):>12}"
+        )
+    if not any(row["route"] == "gram" for row in routes):
+        lines.append("gram is for directions that are polar factors, without factors or transforms of the update")
+    return "\n".join(lines)
+
+
+def simulate(method: Method, machine: Machine, batch: int) -> list[dict[str, Any]]:
+    """The owner route of every simulated model on 1 to 4096 ranks, beside the model's own step of ``batch`` tokens."""
+    if batch < 1:
+        raise ValueError(f"--batch is 1 token or more, got {batch}")
+    rows = []
+    for name in SIMULATED:
+        model = shapes.MODELS[name]
+        met = sum(p.count * math.prod(p.shape) * p.used for p in model)
+        for world in WORLDS:
+            ranks = of_route("owner", model, method, world)
+            assert ranks is not None
+            summary = ranks.summary(machine)
+            step = 6 * met * batch / world / machine.tflops / 1e9
+            parts = {"step_ms": step, "share": summary["total_ms"] / (step + summary["total_ms"])}
+            rows.append({"model": name, "ranks": world, **summary, **parts})
+    return rows
+
+
+def describe_simulation(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of `simulate` in Markdown."""
+    lines = [
+        "| model | ranks | balance | work | sent | messages | state | in all | overlapped | share of a step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = (
+            *(row["model"], row["ranks"], f"{row['balance']:.2f}", _flop(row["flop"]), _bytes(row["sent_bytes"])),
+            *(row["messages"], _bytes(row["state_bytes"]), _ms(row["total_ms"]), _ms(row["overlapped_ms"])),
+            f"{100 * row['share']:.1f}%",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
+
+
+def _bytes(value: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:g} B"
+
+
+def _flop(value: float) -> str:
+    for size, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e6:.3g} MFLOP"
