@@ -28,7 +28,8 @@ from steepest.tools.compare.gpt import GPT, Shape
 from steepest.tools.compare.text import load, windows
 
 SHAPE = Shape(layers=2, width=64, heads=2, context=64)
-OPTIMIZERS = ("Muon", "MuAdam", "SOAP", "KLSOAP", "Adam")
+RATES = {"Muon": 0.02, "MuAdam": 1e-3, "SOAP": 4e-3}  # of the matrices
+ADAMW_RATE = 4e-3
 EVERY = 10  # steps between two lines
 
 
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--steps", type=int, default=40, help="in all, those before the checkpoint included (default: 40)")
     p.add_argument("--batch", type=int, default=24, help="windows a step, of all ranks together (default: 24)")
-    p.add_argument("--optimizer", choices=OPTIMIZERS, default="Muon")
+    p.add_argument("--optimizer", choices=RATES, default="Muon")
     p.add_argument("--text", type=Path, metavar="FILE", help="text to train on (default: Python's standard library)")
     p.add_argument("--checkpoint", type=Path, default=Path("fsdp2-checkpoint"), metavar="FOLDER")
     p.add_argument("--fresh", action="store_true", help="begin anew even where there is a checkpoint")
@@ -67,7 +68,8 @@ def train(options: argparse.Namespace, device: str) -> list[float]:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = getattr(steepest, options.optimizer)(model)  # after fully_shard, which makes other parameters
+    method = getattr(steepest, options.optimizer)
+    optimizer = method(model, lr=RATES[options.optimizer], adamw_lr=ADAMW_RATE)  # after fully_shard: of its parameters
 
     state = {"step": torch.zeros((), dtype=torch.int64)}
     if not options.fresh and (options.checkpoint / ".metadata").exists():
@@ -100,7 +102,8 @@ def model_loss(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
 def save_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
     """On all ranks: each writes what it has."""
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments, **state}, checkpoint_id=folder)
+    content = {"model": weights, "optimizer": moments, **state}
+    dcp.save(content, storage_writer=dcp.FileSystemWriter(folder, overwrite=True))
 
 
 def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
