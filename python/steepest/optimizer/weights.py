@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..sharding.local import is_sharded, local_tensor
 from ..step.parameter import Parameter
 
 __all__ = ["Weights"]
@@ -15,7 +16,8 @@ __all__ = ["Weights"]
 class Weights:
     """The weights of the parameters that have a gradient, after a step; what a weight hook is given.
 
-    All is done on the device by torch operations, so that a CUDA graph and torch.compile can hold it.
+    All is done on the device by torch operations, so that a CUDA graph and torch.compile can hold it. The value of a
+    sharded parameter is a DTensor of its placements, and one is stored.
     """
 
     def __init__(self, parameters: Mapping[Tensor, Parameter]) -> None:
@@ -27,7 +29,13 @@ class Weights:
 
     def value(self, p: Tensor) -> Tensor:
         """The weight in fp32 (fp64 for fp64), with the bits that bf16 drops where keep_mantissa keeps them."""
-        return self._parameters[p].value()
+        parameter = self._parameters[p]
+        value = parameter.value()
+        if parameter.sharding is None:
+            return value
+        from ..sharding.local_state import as_shard
+
+        return as_shard(value, parameter.sharding)
 
     def stepped(self, p: Tensor) -> Tensor:
         """0-d bool, whether the step of this parameter was taken, and not left out for its gradient."""
@@ -39,8 +47,10 @@ class Weights:
         parameter = self._parameters[p]
         recipe, state = parameter.recipe, parameter.state
         place = (parameter.group, parameter.index, len(parameter.pieces))  # of none of its pieces
+        if is_sharded(p):
+            value = local_tensor(value.redistribute(p.device_mesh, p.placements))  # type: ignore[attr-defined,operator]
         wide = value.to(torch.promote_types(p.dtype, torch.float32))
         stored, remainder = recipe.rounding.store(wide, p.dtype, state.get("step"), place)
-        p.copy_(stored)
+        parameter.tensor.copy_(stored)
         for key, t in remainder.items():
             state[key].copy_(t)

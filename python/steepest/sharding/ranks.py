@@ -22,7 +22,7 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 class Ranks:
     """The ranks of a process group in the order of their places.
 
-    size: how many; place: of this rank among them.   what: names what is waited for, where a collective fails.
+    size: how many; place: of this rank among them.   what: the call that waits, where a collective fails.
     replicas: whether all have all of the parameters, and share nothing but the work.
     """
 
@@ -113,9 +113,10 @@ class Ranks:
             collective()
         except RuntimeError as error:
             raise RuntimeError(
-                f"a collective of the step failed on rank {dist.get_rank()} among the ranks {self.world}, for "
-                f"{self.what or 'the parameters they share'}: {error}\nA rank that ended, or that took another step "
-                "than the others, leaves them waiting: look for the first error of every rank"
+                f"{self.what or 'a collective'}: rank {dist.get_rank()} waited for others of the ranks {self.world}, "
+                f"with which it shares parameters, and failed: {error}\nA rank that ended, or that does something else, "
+                "leaves the others waiting: look for the first error of every rank, and have all ranks make the "
+                "optimizer, step, load, and call state_dict() and metrics()"
             ) from error
 
 

@@ -17,6 +17,7 @@ from ..optimizer.group_options import Group, adam_hyper, number
 from ..optimizer.wrappers import asking_scaler
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.kronecker import FACTORS
+from ..sharding.local import is_sharded
 from ..state_layout import Layout
 from ..step.modes import in_default_modes
 from .kronecker import BasesAndExtras, KroneckerOptimizer
@@ -83,6 +84,11 @@ class KFAC(KroneckerOptimizer):
         layers = [layer for layer in model.modules() if _is_taken(layer)]
         if not layers:
             raise ValueError("KFAC found no Linear or Conv2d (groups=1, zero padding) to watch; use torch.optim.AdamW")
+        if any(is_sharded(layer.weight) for layer in layers):
+            raise ValueError(
+                "KFAC does not take sharded parameters: its hooks see the gathered weights of a layer, which are others; "
+                "use DistributedDataParallel"
+            )
         own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "damping": damping, "loss_scale": loss_scale}
         self._batches: dict[Tensor, _Batch] = {}
         super().__init__(list(_groups(model)), own, extra)
