@@ -47,6 +47,11 @@ class Piece:
         """(batch, rows, cols)."""
         return self.batch, self.rows, self.cols
 
+    @property
+    def heads(self) -> int:
+        """How many matrices lie one below the other in `length` rows; 1 without elements."""
+        return self.length // self.rows if self.rows else 1
+
     def view(self, t: Tensor) -> Tensor:
         """The piece of `t` in its natural shape: always a view, whatever the strides of `t`. All of a scalar."""
         return t.narrow(self.dim, self.start, self.length) if t.ndim else t

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import steepest
 from steepest.matrices import LAYOUT_KEYS, pieces
 from steepest.routing import Route, format_table, param_groups, route, route_by_shape, summary
 
@@ -511,3 +512,31 @@ def test_format_table_aligns_and_rounds() -> None:
 def test_format_table_refuses_a_ragged_row() -> None:
     with pytest.raises(ValueError, match="a row has 2 cells for 6 columns"):
         format_table([("a", 1)])
+
+
+def test_groups_without_names_hold_tensors_and_every_number_of_adamw() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6), nn.LayerNorm(6))
+    groups = param_groups(model, names=False, matrix={"lr": 0.02}, adamw={"weight_decay": 0.1})
+    adamw = {"use_muon": False, "lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8}
+    assert [{key: value for key, value in group.items() if key != "params"} for group in groups] == [
+        {"use_muon": True, "lr": 0.02},
+        {**adamw, "weight_decay": 0.1},
+        {**adamw, "weight_decay": 0.0},
+    ]
+    assert [list(map(id, group["params"])) for group in groups] == [
+        [id(model[1].weight)],
+        [id(model[0].weight)],
+        [id(model[1].bias), id(model[2].weight), id(model[2].bias)],
+    ]
+    assert param_groups(model, names=False, adamw={"lr": 0.1, "betas": (0.8, 0.9)})[1]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam])
+def test_groups_without_names_have_the_numbers_of_the_optimizers(cls: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
+    with_names, without = (cls(param_groups(model, names=names)).param_groups for names in (True, False))
+    drop = {"param_names"}
+    for one, other in zip(with_names, without, strict=True):
+        assert {k: v for k, v in one.items() if k not in drop | {"params"}} == {
+            k: v for k, v in other.items() if k != "params"
+        }

@@ -46,7 +46,8 @@ GRACE = 5.0
 #: What ranks use, imported before they are forked.
 _PRELOADED = (
     *("pytest", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"),
-    *("torch.distributed.tensor.parallel", "torch.nn.parallel", "steepest", "support.training"),
+    *("torch.distributed.optim", "torch.distributed.tensor.parallel", "torch.nn.parallel"),
+    *("steepest", "support.training"),
 )
 _TESTS = Path(__file__).parents[1]
 _PR_SET_PDEATHSIG = 1

@@ -4,6 +4,8 @@ groups          who is a matrix, what a group may say
 option_types    what every option must be, in one table
 group_options   what a step reads from the values of a group
 base            recipes, numbers, state and the plan: `MatrixOptimizer`
+stale           parameters that are no longer the model's
+zero            what torch's ZeroRedundancyOptimizer may give
 weights         what a hook after the step is given
 wrappers        what frameworks put around an optimizer
 reports         metrics, describe, skipped updates

@@ -29,8 +29,10 @@ from .checkpoints import Checkpoints
 from .group_options import Group, parameter_name
 from .groups import Params
 from .reports import Reports
+from .stale import StaleParameters
 from .weights import Weights
 from .wrappers import asking_scaler
+from .zero import check_zero
 
 __all__ = ["MatrixOptimizer"]
 
@@ -53,8 +55,10 @@ class MatrixOptimizer(Reports, Checkpoints):
         self._reasons: dict[Tensor, str] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         self._recipes = {}
+        self._staleness = StaleParameters(type(self).__name__, params)
         self._begin_shards()
         self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
+        check_zero(type(self).__name__, self._split)
         self._check_options(defaults)
         self._check_options(self._adamw_defaults, prefix="adamw_")
         self._check_values(defaults)
@@ -115,6 +119,7 @@ class MatrixOptimizer(Reports, Checkpoints):
         plan = self._agreed_plan() if self._has_shards else self._ready_plan()
         plan.step([self._hyper(group) for group in self.param_groups], scaling, self._layer_coupling(loss))
         self._run_weight_hooks(plan.parameters)
+        self._staleness.count(bool(plan.parameters), self.param_groups)
 
     def _couples(self) -> bool:
         """Whether layers wait for one another."""
@@ -178,6 +183,7 @@ class MatrixOptimizer(Reports, Checkpoints):
         if self._plan is None or self._plan_key != key:
             refuse_capture("what it steps has changed since the last step: take one with these gradients first")
             self._plan = None
+            self._staleness.compare(self.param_groups)
             for number, group in enumerate(self.param_groups):
                 self._check_step(number, group)
             self._plan = self._new_plan()
@@ -340,9 +346,9 @@ class MatrixOptimizer(Reports, Checkpoints):
     def _forget_plans(self) -> None:
         self._recipes, self._plan = {}, None
         self._begin_shards()
-        self.__dict__.setdefault(
-            "_weight_hooks", OrderedDict()
-        )  # of a copy: hooks stay with the original, as torch's do
+        # Of a copy: hooks stay with the original, as torch's do.
+        self.__dict__.setdefault("_weight_hooks", OrderedDict())
+        self.__dict__.setdefault("_staleness", StaleParameters(type(self).__name__))
 
     def make_capturable(self) -> None:
         """Sets capturable in every group and puts its numbers on the device, as the argument of that name does.
@@ -351,6 +357,8 @@ class MatrixOptimizer(Reports, Checkpoints):
         """
         for number, group in enumerate(self.param_groups):
             direction, why = self._recipe(group).direction, None
+            if self._has_shards:
+                why = "ranks share its parameters and agree on the host; call its step outside of the graph"
             if self._recipe(group).kronecker is not None:
                 why = "the host decides when its bases are refreshed; call its step outside of the graph"
             if not all(direction.capturable(p.dtype, p.device) for p in group["params"]):

@@ -24,6 +24,7 @@ from .group_options import (
     frozen,
     name_the_rule,
     number_on,
+    parameter_name,
     read_switches,
 )
 from .option_types import OptionType, check_options
@@ -205,8 +206,8 @@ class Groups(torch.optim.Optimizer):
                 group.setdefault(key, value)
 
     def _check_group(self, group: Group, *, routed: bool) -> None:
-        for p in group["params"]:
-            self._check_shaped(p)
+        for i, p in enumerate(group["params"]):
+            self._check_shaped(p, parameter_name(group, i))
         self._check_devices(group)
         self._check_options(values := self._options(group))
         group.update(values)
@@ -222,9 +223,11 @@ class Groups(torch.optim.Optimizer):
         self._check_shards(group)
 
     @staticmethod
-    def _check_shaped(p: Tensor) -> None:
+    def _check_shaped(p: Tensor, what: str) -> None:
+        """ValueError or RuntimeError for a parameter without a shape of its own; what: names it."""
         if is_lazy(p):
             raise ValueError("a parameter has no shape yet (lazy module): run the model once before this")
+        routing.check_not_flattened(p, what)
 
     def _check_shards(self, group: Group) -> None:
         """ValueError for a parameter that lies on several ranks in a way that cannot be stepped."""

@@ -11,16 +11,18 @@ Only shapes and names are read, never values: a model on the meta device is rout
 
 from __future__ import annotations
 
-from .groups import param_groups, says_how, split_group
+from .groups import ADAMW_NUMBERS, param_groups, says_how, split_group
 from .overrides import Overrides
-from .places import Routable
+from .places import Routable, check_not_flattened
 from .routes import Route, route, route_by_shape, warn_if_embedding_like
 from .table import format_table, summary
 
 __all__ = [
+    "ADAMW_NUMBERS",
     "Overrides",
     "Routable",
     "Route",
+    "check_not_flattened",
     "format_table",
     "param_groups",
     "route",

@@ -13,6 +13,9 @@ from .overrides import RESERVED, Overrides
 from .places import Routable, read_places
 from .routes import Route, decide
 
+#: The numbers of AdamW beside a matrix method, where nobody says others.
+ADAMW_NUMBERS: Mapping[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+
 
 def param_groups(
     params: Routable,
@@ -20,6 +23,7 @@ def param_groups(
     overrides: Overrides | None = None,
     matrix: Mapping[str, Any] | None = None,
     adamw: Mapping[str, Any] | None = None,
+    names: bool = True,
 ) -> list[dict[str, Any]]:
     """Groups for any optimizer of this package: the matrix groups (`use_muon=True`) first, then those of AdamW.
 
@@ -27,6 +31,11 @@ def param_groups(
     (one per parameter), the values its parameters share, and the hyperparameters of `matrix` or of `adamw`, such as
     {"lr": 0.02}; a value of an override wins. Where `adamw` has a weight_decay, parameters with fewer than two
     dimensions form a group whose weight_decay is 0.
+
+    names=False is for wrappers that take tensors alone, reorder them and fill their own options into every group, such
+    as ZeroRedundancyOptimizer: "params" are tensors, there are no reasons, and the AdamW groups hold all numbers of
+    AdamW, `ADAMW_NUMBERS` where `adamw` says nothing, so that an lr that is filled in reaches the matrices alone.
+
     Raises ValueError when no parameter of a model goes to the matrix method, and as `route` does. Tensors without names
     may all be vectors.
     """
@@ -35,7 +44,8 @@ def param_groups(
     if named and not any(r.rule == "matrix" for r in routes):
         raise ValueError(_no_matrix(routes, sum(map(len, places))))
     shared = {"matrix": _hyperparameters("matrix", matrix), "adamw": _hyperparameters("adamw", adamw)}
-    return _grouped(routes, named, shared)
+    groups = _grouped(routes, named, shared)
+    return groups if names else list(map(_bare, groups))
 
 
 def says_how(group: Mapping[str, Any]) -> bool:
@@ -75,6 +85,13 @@ def _grouped(routes: Sequence[Route], named: bool, shared: Mapping[str, Mapping[
         group["params"].append((r.name, r.param) if named else r.param)
         group["param_reasons"].append(r.reason)
     return list(groups.values())
+
+
+def _bare(group: dict[str, Any]) -> dict[str, Any]:
+    """A group without names and reasons, with all numbers of AdamW."""
+    tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+    values = {key: value for key, value in group.items() if key != "param_reasons"}
+    return {**({} if group["use_muon"] else ADAMW_NUMBERS), **values, "params": tensors}
 
 
 def _hyperparameters(name: str, values: Mapping[str, Any] | None) -> dict[str, Any]:

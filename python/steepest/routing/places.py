@@ -49,10 +49,22 @@ def read_places(params: Routable) -> tuple[list[list[Place]], bool]:
     for place in places:
         if is_lazy(place.param):
             raise ValueError(f"parameter {place.name!r} has no shape yet (lazy module): run the model once before this")
+        check_not_flattened(place.param, f"parameter {place.name!r}")
     by_param: dict[int, list[Place]] = {}
     for place in places:
         by_param.setdefault(id(place.param), []).append(place)
     return list(by_param.values()), named
+
+
+def check_not_flattened(p: Tensor, what: str) -> None:
+    """RuntimeError for a parameter of FSDP1, flattened whatever use_orig_params says: its shape is gone, or a lie on
+    this rank. what: names the parameter.
+    """
+    if getattr(p, "_fsdp_flattened", False):
+        raise RuntimeError(
+            f"{what} of shape {tuple(p.shape)} is flattened by FullyShardedDataParallel (FSDP1), and its matrices are "
+            "cut anywhere: shard the model with torch.distributed.fsdp.fully_shard, or use DistributedDataParallel"
+        )
 
 
 def _in_module(model: nn.Module) -> list[Place]:

@@ -81,7 +81,7 @@ class Exchange:
         self.receives = [sum(b.numel for b in self._blocks if b.rank == rank) for rank in range(ranks.size)]
 
     @property
-    def bytes_moved(self) -> tuple[int, int]:
+    def elements_moved(self) -> tuple[int, int]:
         """(elements that leave this rank, elements that come to it) on the way there; the way back is the reverse."""
         here = self.ranks.place
         return sum(self.sends) - self.sends[here], sum(self.receives) - self.receives[here]

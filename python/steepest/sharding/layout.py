@@ -104,7 +104,7 @@ class Sharding:
         """What lies here of every piece, in runs of matrices that have one owner and one rectangle."""
         parts = []
         for number, piece in enumerate(pieces):
-            heads = piece.length // piece.rows
+            heads = piece.heads
             kinds: list[tuple[Rectangle, int, int, int] | None] = []
             for k in range(piece.batch):
                 rect = rectangle(self.region, self.shape, piece, k)
@@ -123,7 +123,7 @@ class Sharding:
 
     def _part(self, piece: Piece, run: Sequence[int], rect: Rectangle) -> Part:
         """A run of matrices as a piece of the shard."""
-        heads, shard = piece.length // piece.rows, self.region.shape
+        heads, shard = piece.heads, self.region.shape
         if not shard:
             return Part(0, 1, 1, 1, 1)
         rows, cols = rect.shape

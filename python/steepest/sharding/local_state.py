@@ -23,8 +23,21 @@ def as_shard(t: Tensor, sharding: Sharding) -> Tensor:
     for d in range(len(shape) - 2, -1, -1):
         stride[d] = stride[d + 1] * max(shape[d + 1], 1)
     return DTensor.from_local(
-        t, sharding.mesh, sharding.placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+        _at_the_beginning(t),
+        sharding.mesh,
+        sharding.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=tuple(stride),
     )
+
+
+def _at_the_beginning(t: Tensor) -> Tensor:
+    """The same memory as the beginning of a storage: async_save's staging takes a DTensor's offset for an address."""
+    if not t.storage_offset():
+        return t
+    memory = t.untyped_storage()[t.storage_offset() * t.itemsize :]
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, 0, t.shape, t.stride())
 
 
 class LocalState(MutableMapping[str, Tensor]):

@@ -84,7 +84,7 @@ def rectangle(region: Region, shape: Sequence[int], piece: Piece, matrix: int) -
     """
     if not shape:
         return Rectangle(0, 1, 0, 1)
-    dim, heads = piece.dim, piece.length // piece.rows
+    dim, heads = piece.dim, piece.heads
     batch, head = divmod(matrix, heads)
     for d in range(dim - 1, -1, -1):
         batch, at = divmod(batch, shape[d])

@@ -161,7 +161,8 @@ class Parameter:
         """The items whose directions are taken here: one a piece, of those matrices that this rank owns."""
         if self.sharding is None:
             return self.matrices()
-        return [OwnedMatrices(self, number) for number, piece in enumerate(self.pieces_here) if piece.batch]
+        pieces = self.pieces_here if self.source.numel() else ()
+        return [OwnedMatrices(self, number) for number, piece in enumerate(pieces) if piece.batch]
 
 
 class Matrices:

@@ -81,10 +81,10 @@ class SharedMatrices:
             return whole.to(dtype)
         self._momenta = whole
         self._fetch_elementwise()
+        weights = self._weights() if self.recipe.reads_weight else [None] * len(self.owned)
         inputs = []
-        for item, m in zip(self.owned, whole.split(self.counts), strict=True):
-            hyper = item.parameter.taken.hyper
-            inputs.append(self.recipe.precondition.into(item.state, m, hyper, item.state.get("step")).to(dtype))
+        for item, m, w in zip(self.owned, whole.split(self.counts), weights, strict=True):
+            inputs.append(self.recipe.direction_input(item.state, m, item.parameter.taken.hyper, w).to(dtype))
         return torch.cat(inputs) if inputs else whole.new_empty(self.input_shape, dtype=dtype)
 
     def receive_gradients(self) -> None:
@@ -93,6 +93,12 @@ class SharedMatrices:
         whole = self.exchange.to_owners(_packed([part.grad for part in self.parts], dtype, self.device))
         for item, g in zip(self.owned, whole.split(self.counts), strict=True):
             item.received = g.to(item.parameter.taken.grad.dtype)
+
+    def _weights(self) -> Sequence[Tensor]:
+        """The weights of the owned matrices, in fp32 (fp64 for fp64)."""
+        values = [self.recipe.rounding.value(part.weight, part.state) for part in self.parts]
+        wide = torch.promote_types(self.matrices[0].parameter.source.dtype, torch.float32)
+        return self.exchange.to_owners(_packed(values, wide, self.device)).split(self.counts)
 
     def _fetch_elementwise(self) -> None:
         for key in self._elementwise_keys():

@@ -96,6 +96,15 @@ class KFAC(KroneckerOptimizer):
         if isinstance(model, DistributedDataParallel):
             self._ranks = model.process_group
 
+    def _check_shards(self, group: Group) -> None:
+        """RuntimeError for sharded parameters: a layer's factors are collected where its inputs are, on every rank."""
+        if group["share_work"] or any(is_sharded(p) for p in group["params"]):
+            what = "share_work" if group["share_work"] else "sharded parameters (DTensor)"
+            raise RuntimeError(
+                f"KFAC does not take {what}: its hooks average whole factors on every rank; use "
+                "DistributedDataParallel, which keeps every matrix whole"
+            )
+
     def parts(self, group: Group) -> dict[str, Any]:
         sides = Sides(exponent=1.0, damping="factored")
         precondition = self.rotated(group, sides, external=True, update_first=True)

@@ -96,9 +96,9 @@ class Muon(MatrixOptimizer):
 
     def _bare_groups(self, params: list[Any]) -> list[Any]:
         """Matrices, as in torch; what is no tensor torch finds itself."""
-        for p in params:
+        for i, p in enumerate(params):
             if isinstance(p, torch.Tensor):
-                self._check_shaped(p)
+                self._check_shaped(p, f"parameter {i}")
                 if p.ndim != 2:
                     raise ValueError(
                         f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}; "

@@ -12,6 +12,7 @@ from ..optimizer.group_options import Group, finish, read_switches
 from ..optimizer.option_types import POLAR, check_option
 from ..parts import Number, Spectral
 from ..recipe import Recipe
+from ..routing import ADAMW_NUMBERS
 
 #: A preset of `steepest.polar`, or its `coefficients`: those of an odd polynomial, or a list of such, one a step.
 Polar = str | Sequence[float] | Sequence[Sequence[float]]
@@ -79,9 +80,9 @@ EXTRAS = Extras(
     fuse_update=False,
     share_work=False,
     adamw_lr=None,
-    adamw_betas=(0.9, 0.95),
-    adamw_eps=1e-8,
-    adamw_weight_decay=0.0,
+    adamw_betas=ADAMW_NUMBERS["betas"],
+    adamw_eps=ADAMW_NUMBERS["eps"],
+    adamw_weight_decay=ADAMW_NUMBERS["weight_decay"],
 )
 
 
@@ -96,7 +97,7 @@ def defaults_of(name: str, own: Group, extra: Extras) -> tuple[Group, Group]:
     values: Group = {**own, **EXTRAS, **given}
     adamw = {key.removeprefix("adamw_"): values.pop(key) for key in list(values) if key.startswith("adamw_")}
     if adamw["lr"] is None:
-        adamw["lr"] = own["lr"] if own["adjust_lr_fn"] == "match_rms_adamw" else 3e-4
+        adamw["lr"] = own["lr"] if own["adjust_lr_fn"] == "match_rms_adamw" else ADAMW_NUMBERS["lr"]
     return values, adamw
 
 

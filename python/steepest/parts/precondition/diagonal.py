@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..hyper import Hyper, bias_correction
+from ..power import power
 from .base import State
 
 
@@ -74,7 +75,7 @@ class Diagonal:
 
     def inverse(self, v: Tensor, hyper: Hyper, step: Tensor | None) -> Tensor:
         """1 / D, elementwise, a new tensor in v's dtype; 0 where D = 0."""
-        squared = _power(v, 2 * self.power)
+        squared = power(v, 2 * self.power)
         if self.eps_inside:
             squared.add_(hyper.eps)
         if self.bias_correction:
@@ -85,10 +86,3 @@ class Diagonal:
         if isinstance(hyper.eps, float) and hyper.eps >= torch.finfo(v.dtype).tiny:
             return inverse  # D > 0 everywhere; a smaller eps may be 0 in v's dtype
         return inverse.masked_fill_(torch.isinf(inverse), 0.0)
-
-
-def _power(v: Tensor, exponent: float) -> Tensor:
-    """v^exponent as a new tensor, by the cheapest correctly rounded function there is."""
-    if exponent == 0.5:
-        return v.sqrt()
-    return v.clone() if exponent == 1 else v.pow(exponent)

@@ -35,6 +35,7 @@ from ...linalg.roots import inverse_root, inverse_root_flop
 from ...linalg.work import Work, square_flop
 from ...ops.products import product
 from ..hyper import Hyper, Number
+from ..power import power
 from .base import State
 from .kronecker import FACTORS, NEXT, Gathered, Kronecker, Pair, shape_of, turn_flop, wide
 
@@ -107,7 +108,7 @@ class Roots(Kronecker):
         if self.scale == "refresh":
             return root @ x
         whitened = (state[INVERSES[side]] * state[FACTORS[side]]).sum((-2, -1))[:, None, None]
-        return root @ x * torch.where(whitened > 0, whitened, 1) ** (-self.exponent / 2)
+        return root @ x * power(torch.where(whitened > 0, whitened, 1), -self.exponent / 2)
 
     # ---- what it takes ----------------------------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ class Roots(Kronecker):
         if not self.coupling:
             return fresh
         present = [key for key in FACTORS if state[key].numel()]
-        size = self.to_blocks(wide(g)).square().mean((-2, -1)) ** (1 / max(1, len(present)))
+        size = power(self.to_blocks(wide(g)).square().mean((-2, -1)), 1 / max(1, len(present)))
         for key in present:
             held = state[key]
             first = torch.eye(held.shape[-1], dtype=held.dtype, device=held.device) * size[:, None, None]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..hyper import Hyper
+from ..power import power
 from .base import State
 
 LEFT, RIGHT = "left_values", "right_values"
@@ -94,14 +95,14 @@ class Sides:
     def _power(self, values: Tensor, other: Tensor, hyper: Hyper) -> Tensor:
         """(values + damping)^exponent."""
         if self.limited:
-            return self.whitening(values) ** (-2 * self.exponent)
+            return power(self.whitening(values), -2 * self.exponent)
         values = values.clamp(min=0)
         if self.damping == "added":
             values = values + values.amax(-1, keepdim=True) * self.ridge + hyper.eps
         elif self.damping == "factored":
             pi = (values.mean(-1, keepdim=True) / other.mean(-1, keepdim=True)).sqrt() if other.numel() else 1.0
             values = values + pi * hyper.eps**0.5
-        return values**self.exponent
+        return power(values, self.exponent)
 
 
 def _largest_whitening(values: Tensor) -> float:
