@@ -28,7 +28,7 @@ class Played(Ranks):
         self.sent: list[Tensor] = []
         self.got: Tensor | None = None
 
-    def all_to_all(self, sent: Tensor, sizes: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    def all_to_all(self, sent: Tensor, sizes: Sequence[int], wanted: Sequence[int], what: str) -> Tensor:
         self.sent = list(sent.split(list(sizes)))
         if self.got is None:
             raise WaitingError

@@ -20,7 +20,7 @@ from support.slow import slow
 from support.training import EVERY
 
 #: One of each way in which state may lie: elementwise, factors at owners, by rows; and one that has none.
-SOME: tuple[type[MatrixOptimizer], ...] = (steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.Schattor)
+SOME = (slow(steepest.Muon), steepest.MuAdam, steepest.SOAP, slow(steepest.Schattor))
 OPTIONS: dict[str, dict[str, Any]] = {
     "SOAP": {"precondition_frequency": 2},
     "KLSOAP": {"precondition_frequency": 2},
@@ -167,12 +167,11 @@ def test_a_head_that_is_the_embedding(processes: Processes, cls: type[MatrixOpti
 @pytest.mark.parametrize(
     "values",
     [
-        {"polar": "auto"},
-        {"backend": "torch"},
-        {"cautious_wd": True},
-        {"maximize": True, "weight_decay": 0.0},
-        {"adjust_lr_fn": "match_rms_adamw"},
-        {"foreach": False},
+        {"backend": "torch", "cautious_wd": True},
+        slow({"polar": "auto"}),
+        slow({"maximize": True, "weight_decay": 0.0}),
+        slow({"adjust_lr_fn": "match_rms_adamw"}),
+        slow({"foreach": False}),
     ],
     ids=str,
 )

@@ -160,7 +160,7 @@ class MatrixOptimizer(Reports, Checkpoints):
         """
         refuse_capture("its parameters are sharded, and ranks agree on the host")
         before = self._plan
-        self._name_collectives("step()")
+        self._name_collectives("the step")
         try:
             plan = self._ready_plan()
         except Exception as error:

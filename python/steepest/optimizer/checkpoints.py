@@ -80,6 +80,7 @@ class Checkpoints(Shards):
             self._fill(group)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+            self._check_shards(group)
 
     # ---- loading ----------------------------------------------------------------------------------------------------
 

@@ -155,9 +155,9 @@ class Shards(Groups):
     # ---- that ranks do the same --------------------------------------------------------------------------------------
 
     def _name_collectives(self, call: str) -> None:
-        """Has an error of the collectives that follow say by which call this rank waits for the others."""
+        """Has an error of the collectives that follow say in which call this rank waits for the others."""
         for ranks in self._meshes.values():
-            ranks.what = f"{type(self).__name__}, {call}"
+            ranks.call = call
 
     def _check_agreement(self, what: list[tuple[str, ...]], error: Exception | None = None) -> None:
         """RuntimeError, on all ranks, where those that share parameters are not about to do the same.

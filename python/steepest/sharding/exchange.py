@@ -46,8 +46,9 @@ class Exchange:
     Replicas have whole matrices, of which nothing travels to the owners, and everything back to all.
     """
 
-    def __init__(self, ranks: Ranks, units: Sequence[Unit]) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, units: Sequence[Unit], what: str = "matrices") -> None:
+        """what: names the matrices where a collective fails."""
+        self.ranks, self.what = ranks, what
         self.shape = units[0].piece.shape[1:]
         self.owned = [(i, k) for i, unit in enumerate(units) for k in unit.owned(ranks.place)]
         #: whether anything leaves a rank: not where every matrix is uncut and its holder's
@@ -90,7 +91,9 @@ class Exchange:
         """(owned matrices, rows, cols) of a buffer of parts."""
         if self.ranks.replicas:
             return parts.split(self.sends)[self.ranks.place].view(len(self.owned), *self.shape)
-        received = self.ranks.all_to_all(parts, self.sends, self.receives) if self.travels else parts
+        received = (
+            self.ranks.all_to_all(parts, self.sends, self.receives, f"parts of {self.what}") if self.travels else parts
+        )
         matrices = parts.new_empty((len(self.owned), *self.shape))
         for block, part in zip(self._blocks, received.split([b.numel for b in self._blocks]), strict=True):
             target = block.of(matrices)
@@ -103,4 +106,6 @@ class Exchange:
             sent = torch.cat([block.of(matrices).reshape(-1) for block in self._blocks])
         else:
             sent = matrices.new_empty(0)
-        return self.ranks.all_to_all(sent, self.receives, self.sends) if self.travels else sent
+        return (
+            self.ranks.all_to_all(sent, self.receives, self.sends, f"results for {self.what}") if self.travels else sent
+        )

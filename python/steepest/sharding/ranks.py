@@ -22,7 +22,8 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 class Ranks:
     """The ranks of a process group in the order of their places.
 
-    size: how many; place: of this rank among them.   what: the call that waits, where a collective fails.
+    size: how many; place: of this rank among them.   call: what this rank is doing, and `what` of a collective what it
+    waits for: an error of one that fails says both.
     replicas: whether all have all of the parameters, and share nothing but the work.
     """
 
@@ -35,7 +36,7 @@ class Ranks:
         self._places = tuple(places)
         self.place = 0 if group is None else places[dist.get_rank(group)]
         self._order = [places.index(place) for place in range(self.size)]  # the group's rank at a place
-        self.what = ""
+        self.call = "the step"
 
     @property
     def world(self) -> tuple[int, ...]:
@@ -43,12 +44,14 @@ class Ranks:
         ranks = [dist.get_rank()] if self.group is None else dist.get_process_group_ranks(self.group)
         return tuple(ranks[at] for at in self._order)
 
-    def all_reduce(self, t: Tensor, op: Literal["sum", "max", "min"] = "sum") -> None:
+    def all_reduce(
+        self, t: Tensor, op: Literal["sum", "max", "min"] = "sum", what: str = "numbers of the parameters they share"
+    ) -> None:
         """Reduces in place."""
         if self.size == 1:
             return
         dense = t.contiguous()
-        self._run(lambda: dist.all_reduce(dense, op=_OPS[op], group=self.group))
+        self._run(lambda: dist.all_reduce(dense, op=_OPS[op], group=self.group), what)
         if dense is not t:
             t.copy_(dense)
 
@@ -60,11 +63,12 @@ class Ranks:
         if self.replicas:
             return
         most = torch.stack([1 - rows[:, 0], rows[:, 2].nan_to_num(nan=torch.inf)])
-        self.all_reduce(most, "max")
-        self.all_reduce(rows[:, 1])
+        what = f"what is measured of {len(rows)} gradients"
+        self.all_reduce(most, "max", what)
+        self.all_reduce(rows[:, 1], what=what)
         rows[:, 0], rows[:, 2] = 1 - most[0], most[1]
 
-    def all_to_all(self, sent: Tensor, sizes: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    def all_to_all(self, sent: Tensor, sizes: Sequence[int], wanted: Sequence[int], what: str) -> Tensor:
         """Sends `sizes[q]` elements to place q and gives `wanted[q]` from each, both one after another.
 
         sent: one-dimensional; it is not copied where the places are the group's order.
@@ -84,7 +88,8 @@ class Ranks:
                 [n * sent.itemsize for n in theirs],
                 [n * sent.itemsize for n in ours],
                 group=self.group,
-            )
+            ),
+            what,
         )
         return received if plain else torch.cat([received.split(theirs)[at] for at in self._order])
 
@@ -97,7 +102,7 @@ class Ranks:
         """Whether all ranks have an equal value, by its text; waits for the device."""
         digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
         both = torch.tensor([digest, -digest], device=self.device)
-        self.all_reduce(both, "max")
+        self.all_reduce(both, "max", "a word on whether all are about to take the same step")
         return both[0].item() == -both[1].item()
 
     def gather_objects(self, value: T) -> list[T]:
@@ -105,18 +110,19 @@ class Ranks:
         values: list[Any] = [None] * self.size
         if self.size == 1:
             return [value]
-        self._run(lambda: dist.all_gather_object(values, value, group=self.group))
+        self._run(lambda: dist.all_gather_object(values, value, group=self.group), "the reasons of all")
         return [values[at] for at in self._order]
 
-    def _run(self, collective: Callable[[], object]) -> None:
+    def _run(self, collective: Callable[[], object], what: str) -> None:
         try:
             collective()
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self.what or 'a collective'}: rank {dist.get_rank()} waited for others of the ranks {self.world}, "
-                f"with which it shares parameters, and failed: {error}\nA rank that ended, or that does something else, "
-                "leaves the others waiting: look for the first error of every rank, and have all ranks make the "
-                "optimizer, step, load, and call state_dict() and metrics()"
+                f"a collective of {self.call} failed on rank {dist.get_rank()} among the ranks {self.world}, waiting "
+                f"for {what}: {error}
+A rank that ended, or that took another step than the others, leaves them "
+                "waiting: look for the first error of every rank. All ranks call the constructor, add_param_group, "
+                "step, state_dict, load_state_dict and metrics together"
             ) from error
 
 

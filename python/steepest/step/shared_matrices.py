@@ -37,7 +37,8 @@ class SharedMatrices:
         assert first.sharding is not None
         self.ranks, self.recipe, self.device = first.sharding.ranks, first.recipe, first.source.device
         self.matrices, self.parts, self.owned = matrices, parts, owned
-        self.exchange = Exchange(self.ranks, [_unit(item) for item in matrices])
+        what = f"matrices of {matrices[0].piece.rows} x {matrices[0].piece.cols} of group {first.group}"
+        self.exchange = Exchange(self.ranks, [_unit(item) for item in matrices], what)
         self.counts = [item.piece.batch for item in owned]
         self.sizes = [item.input_shape[0] for item in owned]
         self._numels = [part.piece.batch * part.piece.rows * part.piece.cols for part in parts]

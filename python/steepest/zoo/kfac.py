@@ -84,11 +84,6 @@ class KFAC(KroneckerOptimizer):
         layers = [layer for layer in model.modules() if _is_taken(layer)]
         if not layers:
             raise ValueError("KFAC found no Linear or Conv2d (groups=1, zero padding) to watch; use torch.optim.AdamW")
-        if any(is_sharded(layer.weight) for layer in layers):
-            raise ValueError(
-                "KFAC does not take sharded parameters: its hooks see the gathered weights of a layer, which are others; "
-                "use DistributedDataParallel"
-            )
         own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "damping": damping, "loss_scale": loss_scale}
         self._batches: dict[Tensor, _Batch] = {}
         super().__init__(list(_groups(model)), own, extra)
