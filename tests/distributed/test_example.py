@@ -29,18 +29,14 @@ def losses_of(arguments: list[str]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("method", ["Muon", "SOAP"])
-def test_it_resumes_on_another_number_of_ranks(processes: Processes, tmp_path: Path, method: str) -> None:
-    stopped, whole = (["--checkpoint", str(tmp_path / name), *SETTINGS, method] for name in ("stopped", "whole"))
+def test_it_resumes_on_another_number_of_ranks(processes: Processes, tmp_path: Path) -> None:
+    stopped, whole = (["--checkpoint", str(tmp_path / name), *SETTINGS, "SOAP"] for name in ("stopped", "whole"))
     first, same = processes.run(losses_of, [*stopped, "--steps", "3"], ranks=2)
     assert first == same  # they are of all ranks
     [second] = processes.run(losses_of, [*stopped, "--steps", "5"], ranks=1)
     reference, _ = processes.run(losses_of, [*whole, "--steps", "5"], ranks=2)
     assert first == reference[:3]
     assert second == pytest.approx(reference[3:], rel=1e-3)
-    assert processes.run(losses_of, [*stopped, "--steps", "5"], ranks=1) == [[]]
-    fresh = processes.run(losses_of, [*stopped, "--steps", "1", "--fresh"], ranks=2)
-    assert fresh == [reference[:1]] * 2
 
 
 def test_batches_are_shared_out_evenly(processes: Processes, tmp_path: Path) -> None:

@@ -119,8 +119,7 @@ class Ranks:
         except RuntimeError as error:
             raise RuntimeError(
                 f"a collective of {self.call} failed on rank {dist.get_rank()} among the ranks {self.world}, waiting "
-                f"for {what}: {error}
-A rank that ended, or that took another step than the others, leaves them "
+                f"for {what}: {error}\nA rank that ended, or that took another step than the others, leaves them "
                 "waiting: look for the first error of every rank. All ranks call the constructor, add_param_group, "
                 "step, state_dict, load_state_dict and metrics together"
             ) from error
