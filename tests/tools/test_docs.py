@@ -10,19 +10,30 @@ from typing import Any
 
 import pytest
 
+from support.processes import Processes
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ON_RANKS = ROOT / "docs" / "distributed.md"  # its code is for several processes
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_blocks_run(page: Path) -> None:
+def run_blocks(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     namespace: dict[str, Any] = {"__name__": f"docs.{page.stem}"}
     for block in BLOCK.finditer(text):
         # Blank lines in front keep the page's line numbers in a traceback.
         source = "\n" * (text[: block.start(1)].count("\n")) + block[1]
         exec(compile(source, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != ON_RANKS], ids=lambda page: page.name)
+def test_code_blocks_run(page: Path) -> None:
+    run_blocks(page)
+
+
+def test_code_blocks_run_on_two_ranks(processes: Processes) -> None:
+    processes.run(run_blocks, ON_RANKS, ranks=2)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)

@@ -30,7 +30,8 @@ def record(optimizer: Optimizer, model: nn.Module | None = None, norms: Sequence
     a gradient: the names of `measure`, weight_norm (before the step) and, for what a matrix method of `steepest`
     stepped, polar_slack (the least of its matrices, NaN without a norm bound; see `MatrixOptimizer.metrics`). All are
     0-d fp64 tensors. The update is W before - W after and has weight decay in it; the gradient is what the parameter
-    holds after the step. Holds a copy of every weight meanwhile.
+    holds after the step. Holds a copy of every weight meanwhile. Sharded parameters are gathered, one after another, so
+    that all ranks measure together.
     """
     layers: Layers = {}
     optimizer = unwrap(optimizer)
@@ -65,13 +66,18 @@ def measured(
         for p in group["params"]:
             if p.grad is None or not p.numel():
                 continue
-            old, g = before[p], p.grad.to_dense() if p.grad.is_sparse else p.grad
+            old, g = _whole(before[p]), _whole(p.grad.to_dense() if p.grad.is_sparse else p.grad)
             g = g if scale is None else g / scale
-            u = old.double() - p.detach().double()
+            u = old.double() - _whole(p.detach()).double()
             measures = measure(u, g, norms, _pieces(p, group))
             measures["weight_norm"] = torch.linalg.vector_norm(old.double())
             layers[names[p]] = measures | ({"polar_slack": slack[p]} if p in slack else {})
     return layers
+
+
+def _whole(t: Tensor) -> Tensor:
+    """All of a DTensor; any other tensor itself."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t  # type: ignore[no-any-return]
 
 
 def _pieces(p: Tensor, group: Mapping[str, Any]) -> tuple[Piece, ...] | None:

@@ -47,6 +47,8 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     _carried: tuple[str, ...] = ("_adamw_defaults", "_reasons", "_skipped")
     _plan_key: list[object] | None = None
+    #: whether all groups are there that it was made with
+    _is_made = True
 
     def __init__(self, params: Params, defaults: Group, adamw: Group) -> None:
         self._adamw_defaults = dict(adamw)
@@ -60,10 +62,27 @@ class MatrixOptimizer(Reports, Checkpoints):
         self._check_options(defaults)
         self._check_options(self._adamw_defaults, prefix="adamw_")
         self._check_values(defaults)
+        self._is_made = False
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
+        self._is_made = True
+        self._begin_state("the constructor")
+
+    def add_param_group(self, param_group: Group) -> None:
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        if self._is_made:
+            try:
+                self._begin_state("add_param_group()")
+            except Exception:
+                del self.param_groups[before:]
+                raise
+
+    def _begin_state(self, call: str) -> None:
+        """Makes the state of sharded parameters, so that every rank has, and names, the same in a checkpoint."""
         if self._has_shards:
+            self._name_collectives(call)
             self._check_agreement(self._sharded_rows())
-            self.init_state()  # so that every rank has, and names, the same in a checkpoint
+            self.init_state()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -94,6 +113,7 @@ class MatrixOptimizer(Reports, Checkpoints):
         else:
             self._take_step(scaling, loss)
 
+    @torch._disable_dynamo  # of sharded parameters, which `_traced_step` refuses: their step is not compiled piecemeal
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """Moves everything that has a gradient; loss: what a closure returned."""
         plan = self._agreed_plan() if self._has_shards else self._ready_plan()
@@ -140,6 +160,7 @@ class MatrixOptimizer(Reports, Checkpoints):
         """
         refuse_capture("its parameters are sharded, and ranks agree on the host")
         before = self._plan
+        self._name_collectives("the step")
         try:
             plan = self._ready_plan()
         except Exception as error:
@@ -299,7 +320,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     def _init_states(self, params: Iterable[tuple[Tensor, torch.dtype, Group]]) -> None:
         """State for those that have none yet, in stacks; each with the dtype of its gradient and its group."""
-        fresh = [self._state_here(p) for p, dtype, group in params if self._init_state(p, dtype, group)]
+        fresh = [self.state[p] for p, dtype, group in params if self._init_state(p, dtype, group)]
         stack(fresh)
 
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:

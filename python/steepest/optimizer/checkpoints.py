@@ -57,6 +57,7 @@ class Checkpoints(Shards):
         streams.join()
         saved = {**super().state_dict(), AUTHOR: type(self).__name__}
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
+        self._name_collectives("state_dict()")
         for number, (p, group) in enumerate(parameters):
             if number in saved["state"]:
                 saved["state"][number] = self._saved_state(p, group)
@@ -79,6 +80,7 @@ class Checkpoints(Shards):
             self._fill(group)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+            self._check_shards(group)
 
     # ---- loading ----------------------------------------------------------------------------------------------------
 
@@ -109,6 +111,7 @@ class Checkpoints(Shards):
     def _load(self, state_dict: Mapping[str, Any]) -> Match:
         """Loads, and says what has been matched with what."""
         streams.join()
+        self._name_collectives("load_state_dict()")
         handle = self.register_load_state_dict_pre_hook(self._read)  # after the user's hooks
         try:
             super().load_state_dict(dict(state_dict))
@@ -118,7 +121,7 @@ class Checkpoints(Shards):
             handle.remove()
             self._loading = None
             self._forget_plans()
-        stack([self._state_here(p) for p, state in self.state.items() if state])
+        stack([state for state in self.state.values() if state])
         return matched
 
     def _read(self, _: Any, given: dict[str, Any]) -> dict[str, Any]:

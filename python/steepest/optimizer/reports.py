@@ -15,13 +15,13 @@ from ..parts import Number, shape_ratio
 from ..recipe import Recipe
 from ..step import Plan
 from .group_options import Group
-from .groups import Groups
+from .shards import Shards
 from .wrappers import unwrap
 
 __all__ = ["Reports"]
 
 
-class Reports(Groups):
+class Reports(Shards):
     """The questions a user may ask; a subclass knows recipes, numbers, matrices and backends."""
 
     _plan: Plan | None = None
@@ -57,6 +57,7 @@ class Reports(Groups):
         optimizer = unwrap(self)  # Fabric's and Lightning's wrappers are of this class, too
         if optimizer._plan is None:
             return {}
+        optimizer._name_collectives("metrics()")
         groups = {
             f"{i}/{name}": t
             for i, each in enumerate(optimizer._plan.metrics(len(optimizer.param_groups)))

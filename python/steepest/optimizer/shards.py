@@ -154,6 +154,11 @@ class Shards(Groups):
 
     # ---- that ranks do the same --------------------------------------------------------------------------------------
 
+    def _name_collectives(self, call: str) -> None:
+        """Has an error of the collectives that follow say in which call this rank waits for the others."""
+        for ranks in self._meshes.values():
+            ranks.call = call
+
     def _check_agreement(self, said: object, error: Exception | None = None) -> None:
         """RuntimeError, on all ranks, where those that share parameters are not about to do the same.
 
@@ -176,22 +181,22 @@ class Shards(Groups):
                     raise RuntimeError(
                         f"{type(self).__name__}: ranks are about to take different steps: rank {ranks.world[0]} has "
                         f"{ours} and rank {rank} has {theirs}; every rank needs the same parameters, in the same "
-                        "groups and order and with the same values, and gradients of the same ones"
+                        "groups and order, with the same options, and gradients of the same ones"
                     )
 
     def _sharded_rows(self) -> list[tuple[str, ...]]:
-        """What must be the same on all ranks, a row for every sharded parameter."""
+        """What must be the same on all ranks, a row for every option of a group and every sharded parameter."""
         rows: list[tuple[str, ...]] = []
         for number, group in enumerate(self.param_groups):
-            keys = [key for key in self._options(group) if isinstance(group[key], (bool, int, float, str, tuple))]
-            values = ", ".join(f"{key}={group[key]}" for key in keys)
+            options = [(key, value) for key, value in group.items() if key not in ("params", "param_names")]
+            rows += [(f"group {number}", f"with {key}={value!r}") for key, value in options if _is_on_host(value)]
             for i, p in enumerate(group["params"]):
                 sharding = self._sharding(p)
                 if sharding is not None:
                     has = "no gradient" if p.grad is None else f"a gradient in {p.grad.dtype}"
                     name = f"{parameter_name(group, i)} (group {number})"
                     where = f"of shape {sharding.shape} as {sharding.placements}"
-                    rows.append((name, where, f"with {has}", f"and {values}"))
+                    rows.append((name, where, f"with {has}"))
         return rows
 
     def _gradients_there(self) -> str:
@@ -266,6 +271,11 @@ class Shards(Groups):
         from .owned_state import owned_part
 
         return owned_part(held, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
+
+
+def _is_on_host(value: object) -> bool:
+    values = value if isinstance(value, tuple) else (value,)
+    return not any(isinstance(each, Tensor) for each in values)
 
 
 def _elementwise(recipe: Recipe, p: Tensor) -> set[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..sharding.local import is_sharded, local_tensor
 from ..step.parameter import Parameter
 
 __all__ = ["Weights"]
@@ -15,7 +16,8 @@ __all__ = ["Weights"]
 class Weights:
     """The weights of the parameters that have a gradient, after a step; what a weight hook is given.
 
-    All is done on the device by torch operations, so that a CUDA graph and torch.compile can hold it.
+    All is done on the device by torch operations, so that a CUDA graph and torch.compile can hold it. The value of a
+    sharded parameter is a DTensor of its placements, and one is stored.
     """
 
     def __init__(self, parameters: Mapping[Tensor, Parameter]) -> None:
@@ -26,10 +28,14 @@ class Weights:
         return p in self._parameters
 
     def value(self, p: Tensor) -> Tensor:
-        """The weight in fp32 (fp64 for fp64), with the bits that bf16 drops where keep_mantissa keeps them; what lies
-        here of a sharded one.
-        """
-        return self._parameters[p].value()
+        """The weight in fp32 (fp64 for fp64), with the bits that bf16 drops where keep_mantissa keeps them."""
+        parameter = self._parameters[p]
+        value = parameter.value()
+        if parameter.sharding is None:
+            return value
+        from ..sharding.local_state import as_shard
+
+        return as_shard(value, parameter.sharding)
 
     def stepped(self, p: Tensor) -> Tensor:
         """0-d bool, whether the step of this parameter was taken, and not left out for its gradient."""
@@ -43,6 +49,8 @@ class Weights:
         parameter = self._parameters[p]
         recipe, state = parameter.recipe, parameter.state
         place = (parameter.group, parameter.index, len(parameter.pieces))  # of none of its pieces
+        if is_sharded(p):
+            value = local_tensor(value.redistribute(p.device_mesh, p.placements))  # type: ignore[attr-defined,operator]
         wide = value.to(torch.promote_types(p.dtype, torch.float32))
         stored, remainder = recipe.rounding.store(wide, p.dtype, state.get("step"), place)
         parameter.tensor.copy_(stored)

@@ -22,7 +22,8 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 class Ranks:
     """The ranks of a process group in the order of their places.
 
-    size: how many; place: of this rank among them. `what` of a collective names what was waited for where it fails.
+    size: how many; place: of this rank among them.   call: what this rank is doing, and `what` of a collective what it
+    waits for: an error of one that fails says both.
     replicas: whether all have all of the parameters, and share nothing but the work.
     """
 
@@ -35,6 +36,7 @@ class Ranks:
         self._places = tuple(places)
         self.place = 0 if group is None else places[dist.get_rank(group)]
         self._order = [places.index(place) for place in range(self.size)]  # the group's rank at a place
+        self.call = "the step"
 
     @property
     def world(self) -> tuple[int, ...]:
@@ -116,9 +118,10 @@ class Ranks:
             collective()
         except RuntimeError as error:
             raise RuntimeError(
-                f"a collective of the step failed on rank {dist.get_rank()} among the ranks {self.world}, waiting "
-                f"for {what}: {error}\nA rank that ended, or that took another step "
-                "than the others, leaves them waiting: look for the first error of every rank"
+                f"a collective of {self.call} failed on rank {dist.get_rank()} among the ranks {self.world}, waiting "
+                f"for {what}: {error}\nA rank that ended, or that took another step than the others, leaves them "
+                "waiting: look for the first error of every rank. All ranks call the constructor, add_param_group, "
+                "step, state_dict, load_state_dict and metrics together"
             ) from error
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import State
+from ..sharding.local import is_sharded
 
 ALIGNMENT = 128  # bytes
 
@@ -19,13 +20,13 @@ ALIGNMENT = 128  # bytes
 def stack(states: Sequence[State]) -> None:
     """Moves the tensors of these states into stacks, one for each key, shape, strides, dtype and device.
 
-    The dictionaries take the views; values, strides and dtypes stay. Tensors that are not dense in memory and those
-    that are alone stay where they are.
+    The dictionaries take the views; values, strides and dtypes stay. Tensors that are not dense in memory, those that
+    are alone and DTensors, which torch cannot pickle where they begin within a memory, stay where they are.
     """
     buckets: dict[tuple[str, tuple[object, ...]], list[State]] = {}
     for state in states:
         for key, t in state.items():
-            if isinstance(t, Tensor) and t.numel() and t.layout is torch.strided and _is_dense(t):
+            if isinstance(t, Tensor) and not is_sharded(t) and t.numel() and t.layout is torch.strided and _is_dense(t):
                 buckets.setdefault((key, (t.shape, t.stride(), t.dtype, t.device)), []).append(state)
     for (key, _), owners in buckets.items():
         if len(owners) > 1:
