@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import steepest
+from steepest.optimizer.weights import Weights
 from support.processes import Processes
 
 WAY_OUT = "All ranks call the constructor, add_param_group, step, state_dict, load_state_dict and metrics together"
@@ -86,6 +87,13 @@ def with_other_options() -> str:
     return message(lambda: steepest.Muon(network(sharded=True), momentum=0.9 - 0.1 * dist.get_rank()))
 
 
+def with_other_parameters() -> str:
+    named = dict(network(sharded=True).named_parameters())
+    if dist.get_rank():
+        named.pop("2.weight")
+    return message(lambda: steepest.Muon(list(named.items())))
+
+
 def with_another_rate_later() -> str:
     model = network(sharded=True)
     optimizer = steepest.Muon(model, lr=0.1)
@@ -94,9 +102,12 @@ def with_another_rate_later() -> str:
     return message(optimizer.step)
 
 
-def test_options_that_differ_are_named_on_all_ranks(processes: Processes) -> None:
+def test_what_differs_is_named_on_all_ranks(processes: Processes) -> None:
     for text in processes.run(with_other_options, ranks=2):
         assert "rank 0 has group 0 with momentum=0.9 and rank 1 has group 0 with momentum=0.8" in text
+    for text in processes.run(with_other_parameters, ranks=2):
+        assert "rank 0 has parameter '2.weight' (group 0) of shape (7, 9)" in text
+        assert "rank 1 has parameter '4.weight' (group 0) of shape (5, 7)" in text
     for text in processes.run(with_another_rate_later, ranks=2):
         assert "rank 0 has group 1 with lr=0.0 and rank 1 has group 1 with lr=0.5" in text
 
@@ -157,7 +168,7 @@ def with_a_hook(sharded: bool) -> tuple[list[Tensor], list[bool]]:
     optimizer = steepest.Muon(model)
     kinds = []
 
-    def halve(moved: steepest.Weights) -> None:
+    def halve(moved: Weights) -> None:
         w = model[2].weight
         assert w in moved
         value = moved.value(w)

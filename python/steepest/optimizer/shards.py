@@ -185,19 +185,19 @@ class Shards(Groups):
                     )
 
     def _sharded_rows(self) -> list[tuple[str, ...]]:
-        """What must be the same on all ranks, a row for every option of a group and every sharded parameter."""
+        """What must be the same on all ranks, a row for every sharded parameter and every option of a group."""
         rows: list[tuple[str, ...]] = []
+        options: list[tuple[str, ...]] = []
         for number, group in enumerate(self.param_groups):
-            options = [(key, value) for key, value in group.items() if key not in ("params", "param_names")]
-            rows += [(f"group {number}", f"with {key}={value!r}") for key, value in options if _is_on_host(value)]
+            values = [(key, value) for key, value in group.items() if key not in ("params", "param_names")]
+            options += [(f"group {number}", f"with {key}={value!r}") for key, value in values if _is_on_host(value)]
             for i, p in enumerate(group["params"]):
                 sharding = self._sharding(p)
                 if sharding is not None:
                     has = "no gradient" if p.grad is None else f"a gradient in {p.grad.dtype}"
                     name = f"{parameter_name(group, i)} (group {number})"
-                    where = f"of shape {sharding.shape} as {sharding.placements}"
-                    rows.append((name, where, f"with {has}"))
-        return rows
+                    rows.append((name, f"of shape {sharding.shape}", f"as {sharding.placements}", f"with {has}"))
+        return rows + options
 
     def _gradients_there(self) -> str:
         """Which parameters have a gradient: a digit for each."""
