@@ -109,12 +109,12 @@ def _pieces(
         rows, cols = cols, rows
     dim = batch_dims + transposed
     lengths = _lengths(shape, splits, dim, rows)
-    found, start = [], 0
+    parts, start = [], 0
     for length, h in zip(lengths, _heads(heads, lengths), strict=True):
         another = length < rows or transposed
-        found.append(Piece(start, length, batch * h, length // h, cols, dim, another, transposed))
+        parts.append(Piece(start, length, batch * h, length // h, cols, dim, another, transposed))
         start += length
-    return tuple(found)
+    return tuple(parts)
 
 
 _cached_pieces = lru_cache(maxsize=4096)(_pieces)

@@ -194,21 +194,21 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     def _key(self) -> list[object]:
         """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds."""
-        found: list[object] = [self._couples()]
+        key: list[object] = [self._couples()]
         for group in self.param_groups:
-            found.append((id(group), self._known_recipe(group)[1]))
+            key.append((id(group), self._known_recipe(group)[1]))
             for p in group["params"]:
                 g = p.grad
                 if g is None:
-                    found.append(None)
+                    key.append(None)
                     continue
-                own = self.state.get(p)
-                state = None if own is None else tuple([_place(value) for value in own.values()])
+                kept = self.state.get(p)
+                state = None if kept is None else tuple([_place(value) for value in kept.values()])
                 # Few layouts of five dimensions and more, and of Triton's tensors, can be walked.
                 strides = None if g.is_contiguous() and p.is_contiguous() else (p.stride(), g.stride())
                 shard = local_tensor(p).data_ptr() if is_sharded(p) else None
-                found.append((id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state, shard))
-        return found
+                key.append((id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state, shard))
+        return key
 
     def _new_plan(self) -> Plan:
         stepping = [

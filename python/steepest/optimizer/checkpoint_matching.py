@@ -78,15 +78,15 @@ def read_groups(checkpoint: Mapping[str, Any]) -> tuple[list[Group], Mapping[Has
         raise TypeError(f"the checkpoint's 'state' should be a dictionary but is: {state!r}")
     if not isinstance(groups, list | tuple):
         raise TypeError(f"the checkpoint's 'param_groups' should be a list of dictionaries but is: {groups!r}")
-    found = []
+    copies = []
     for number, group in enumerate(groups):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
             raise TypeError(
                 f"the checkpoint's group {number} should be a dictionary with a list 'params' but is: {group!r}"
             )
-        found.append(dict(group))
-        name_the_rule(found[-1], of=f"the checkpoint's group {number}: ")
-    return found, state
+        copies.append(dict(group))
+        name_the_rule(copies[-1], of=f"the checkpoint's group {number}: ")
+    return copies, state
 
 
 def match(optimizer: str, saved: Sequence[Group], state: Mapping[Hashable, Any], groups: Sequence[Group]) -> Match:
@@ -129,15 +129,15 @@ def values_of(number: int, saved: Sequence[Group], matched: Match, groups: Seque
     it takes those in which the checkpoint's groups agree and the optimizer's too.
     """
     sources = matched.sources[number]
-    siblings = [group for group, own in zip(groups, matched.sources, strict=True) if set(own) & set(sources)]
-    found: Group = {}
+    siblings = [group for group, others in zip(groups, matched.sources, strict=True) if set(others) & set(sources)]
+    loaded: Group = {}
     for key in dict.fromkeys(key for source in sources for key in saved[source] if key not in _OF_PARAMETERS):
         values = [saved[source].get(key) for source in sources]
         if (len(sources) == 1 or _agree(values)) and (len(siblings) == 1 or _agree([g.get(key) for g in siblings])):
-            found[key] = values[0]
+            loaded[key] = values[0]
         elif key in groups[number]:
             matched.kept.append(f"{key} of group {number}")
-    return found
+    return loaded
 
 
 def _agree(values: Sequence[Any]) -> bool:
@@ -182,15 +182,15 @@ def _by_name(
     state: Mapping[Hashable, Any],
     groups: Sequence[Group],
 ) -> Match:
-    found = {
+    by_name = {
         name: Entry(number, key, name)
         for number, (group, names) in enumerate(zip(saved, theirs, strict=True))
         for key, name in zip(group["params"], names, strict=True)
     }
     wanted = set(_flat(ours))
-    matched = Match([], [], [name for name, e in found.items() if name not in wanted and state.get(e.key)])
+    matched = Match([], [], [name for name, e in by_name.items() if name not in wanted and state.get(e.key)])
     for number, (group, names) in enumerate(zip(groups, ours, strict=True)):
-        entries = [found.get(name) for name in names]
+        entries = [by_name.get(name) for name in names]
         sources = [number] if not names and number < len(saved) and not saved[number]["params"] else []
         for i, entry in enumerate(entries):
             if entry is None:

@@ -21,24 +21,24 @@ _COUNTS = ("step", CLOCK)
 
 
 def check_state(
-    held: Mapping[str, Any], what: str, p: Tensor, fresh: Mapping[str, Tensor], may_lack: Collection[str], owner: str
+    tensors: Mapping[str, Any], what: str, p: Tensor, fresh: Mapping[str, Tensor], may_lack: Collection[str], owner: str
 ) -> None:
     """TypeError or ValueError for state that is not of this parameter in this optimizer.
 
     what: names the parameter.   fresh: the state before a first gradient, for shapes and kinds.   may_lack: keys that
     may be missing, or have no elements.   owner: the optimizer's class.
     """
-    lacking = [key for key in fresh if key not in held and key not in may_lack]
+    lacking = [key for key in fresh if key not in tensors and key not in may_lack]
     if lacking:
         raise ValueError(
-            f"the checkpoint's state of {what} has {', '.join(map(str, held))} and lacks {', '.join(lacking)}, which "
-            f"{owner} keeps: it is incomplete or of another optimizer; without an entry for it in checkpoint['state'] "
-            "the parameter begins anew"
+            f"the checkpoint's state of {what} has {', '.join(map(str, tensors))} and lacks {', '.join(lacking)}, "
+            f"which {owner} keeps: it is incomplete or of another optimizer; without an entry for it in "
+            "checkpoint['state'] the parameter begins anew"
         )
     for key, like in fresh.items():
-        if key not in held:
+        if key not in tensors:
             continue
-        value, name = held[key], f"the checkpoint's {key!r} of {what}"
+        value, name = tensors[key], f"the checkpoint's {key!r} of {what}"
         if key in _COUNTS:
             _check_count(name, value)
             continue
@@ -50,12 +50,12 @@ def check_state(
             )
 
 
-def check_kept(held: Mapping[str, Any], what: str, p: Tensor, layouts: Mapping[str, Layout | None]) -> None:
+def check_kept(tensors: Mapping[str, Any], what: str, p: Tensor, layouts: Mapping[str, Layout | None]) -> None:
     """`check_state` of what a class keeps besides its recipe's state, where it is there."""
     for key, layout in layouts.items():
-        if key not in held:
+        if key not in tensors:
             continue
-        value, name = held[key], f"the checkpoint's {key!r} of {what}"
+        value, name = tensors[key], f"the checkpoint's {key!r} of {what}"
         _check_tensor(name, value, floating=True)
         shape = {"elementwise": p.shape, "scalar": torch.Size()}.get(layout or "")
         if shape is not None and value.shape != shape:

@@ -138,8 +138,8 @@ class Checkpoints(Shards):
         for number, group in enumerate(groups):
             for i, p in enumerate(group["params"]):
                 entry = matched.entries[number][i]
-                held = {} if entry is None else state.get(entry.key, {})
-                loaded[p] = self._loaded_state(held, parameter_name(group, i), p, group, author is None)
+                tensors = {} if entry is None else state.get(entry.key, {})
+                loaded[p] = self._loaded_state(tensors, parameter_name(group, i), p, group, author is None)
         self._share(loaded, state)
         listed = {key for group in saved for key in group["params"]}
         loaded |= {key: copy.deepcopy(value) for key, value in state.items() if key not in listed}
@@ -186,31 +186,31 @@ class Checkpoints(Shards):
                 "optimizer; `steepest convert` translates some"
             )
 
-    def _loaded_state(self, held: Any, what: str, p: Tensor, group: Group, foreign: bool) -> dict[str, Any]:
+    def _loaded_state(self, tensors: Any, what: str, p: Tensor, group: Group, foreign: bool) -> dict[str, Any]:
         """A parameter's state as it will be, checked; without state of this optimizer it begins anew."""
-        if not isinstance(held, Mapping):
-            raise TypeError(f"the checkpoint's state of {what} should be a dictionary but is: {held!r}")
-        held = self._whole_state(held, p, group)
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"the checkpoint's state of {what} should be a dictionary but is: {tensors!r}")
+        tensors = self._whole_state(tensors, p, group)
         fresh = self._fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
         kept = self._merged("_kept")
-        if any(key in held for key in fresh) or (foreign and not all(key in kept for key in held)):
-            check_state(held, what, p, fresh, self._recipe(group).rounding.keys, type(self).__name__)
-        check_kept(held, what, p, kept)
-        return {key: restored(key, value, p) for key, value in self._state_kept_here(held, p, group).items()}
+        if any(key in tensors for key in fresh) or (foreign and not all(key in kept for key in tensors)):
+            check_state(tensors, what, p, fresh, self._recipe(group).rounding.keys, type(self).__name__)
+        check_kept(tensors, what, p, kept)
+        return {key: restored(key, value, p) for key, value in self._state_kept_here(tensors, p, group).items()}
 
     def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any]) -> None:
         """Puts what belongs to all parameters into the state of the one that is the first now."""
         shared = self._merged("_shared")
-        states = [held for held in state.values() if isinstance(held, Mapping)]
-        found = {key: held[key] for held in states for key in shared if key in held}
-        if not found:
+        states = [tensors for tensors in state.values() if isinstance(tensors, Mapping)]
+        values = {key: tensors[key] for tensors in states for key in shared if key in tensors}
+        if not values:
             return
-        for own in loaded.values():
-            for key in found:
-                own.pop(key, None)
+        for of_parameter in loaded.values():
+            for key in values:
+                of_parameter.pop(key, None)
         first = next(p for group in self.param_groups for p in group["params"])
-        check_kept(found, "all parameters", first, self._merged("_kept"))
-        loaded[first] |= {key: restored(key, value, first) for key, value in found.items()}
+        check_kept(values, "all parameters", first, self._merged("_kept"))
+        loaded[first] |= {key: restored(key, value, first) for key, value in values.items()}
 
 
 def _is_adam(recipe: Recipe) -> bool:

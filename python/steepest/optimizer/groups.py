@@ -97,10 +97,10 @@ class Groups(torch.optim.Optimizer):
 
     def _merged(self, name: str) -> dict[str, Any]:
         """A class attribute of this name, of this class and its bases: dictionaries as one, tuples as their keys."""
-        found: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for kind in reversed(type(self).__mro__):
-            found |= dict.fromkeys(value) if isinstance(value := vars(kind).get(name, {}), tuple) else value
-        return found
+            merged |= dict.fromkeys(value) if isinstance(value := vars(kind).get(name, {}), tuple) else value
+        return merged
 
     def _check_options(self, values: Group, prefix: str = "") -> None:
         """`check_options` with the types of this class; prefix: of the names in messages."""
@@ -108,8 +108,8 @@ class Groups(torch.optim.Optimizer):
 
     def _options(self, group: Group) -> Group:
         """Those values of a group that are this optimizer's, and none that a user or a scheduler has put there."""
-        own = {"use_muon", *self.defaults, *(() if group["use_muon"] else self._adamw_defaults)}
-        return {key: value for key, value in group.items() if key in own}
+        keys = {"use_muon", *self.defaults, *(() if group["use_muon"] else self._adamw_defaults)}
+        return {key: value for key, value in group.items() if key in keys}
 
     def _check_shape(self, p: Tensor, group: Group) -> None:
         """ValueError for a parameter that cannot be read as matrices."""
@@ -135,10 +135,10 @@ class Groups(torch.optim.Optimizer):
             return self._route(params)
         if isinstance(params, Tensor):
             return params  # torch says what is wrong with it
-        found = list(params)
-        if not found or isinstance(found[0], dict):
-            return found
-        return self._route(found) if isinstance(found[0], tuple) else self._bare_groups(found)
+        listed = list(params)
+        if not listed or isinstance(listed[0], dict):
+            return listed
+        return self._route(listed) if isinstance(listed[0], tuple) else self._bare_groups(listed)
 
     def _route(self, params: Any) -> list[Group]:
         """Routed groups; AdamW does not decay parameters with fewer than two dimensions (gains, biases)."""

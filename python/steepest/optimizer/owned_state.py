@@ -57,39 +57,39 @@ def spread(
     return {**saved, **{key: value for key, value in state.items() if key not in saved}}
 
 
-def whole(held: Mapping[str, Any], sharding: Sharding, elementwise: set[str]) -> dict[str, Any]:
+def whole(tensors: Mapping[str, Any], sharding: Sharding, elementwise: set[str]) -> dict[str, Any]:
     """A checkpoint's state of a parameter: what is elementwise cut as the parameter is, everything else whole.
 
     Collective where it is cut in another way.
     """
-    found: dict[str, Any] = {}
-    for key, value in held.items():
+    gathered: dict[str, Any] = {}
+    for key, value in tensors.items():
         alike = is_sharded(value) and (value.device_mesh, tuple(value.placements)) == (
             sharding.mesh,
             sharding.placements,
         )
         if key in elementwise and alike:
-            found[key] = value
+            gathered[key] = value
             continue
         value = value.full_tensor() if is_sharded(value) else value
         if key in elementwise and isinstance(value, Tensor) and tuple(value.shape) == sharding.shape:
             box = sharding.region
             part = value[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
             value = as_shard(part.contiguous(), sharding)
-        found[key] = value
-    return found
+        gathered[key] = value
+    return gathered
 
 
 def owned_part(
-    held: Mapping[str, Any], sharding: Sharding, recipe: Recipe, pieces: Sequence[Piece], owners: Owners
+    tensors: Mapping[str, Any], sharding: Sharding, recipe: Recipe, pieces: Sequence[Piece], owners: Owners
 ) -> dict[str, Any]:
     """What this rank keeps of state that is whole."""
-    kept = dict(held)
+    kept = dict(tensors)
     place = sharding.ranks.place
     for name, (layout, numbers) in _tensors_at_owners(recipe, pieces).items():
-        if name not in held:
+        if name not in tensors:
             continue
-        t = held[name]
+        t = tensors[name]
         parts = []
         for number in numbers:
             mine = [k for k, owner in enumerate(owners[number]) if owner == place]
@@ -107,13 +107,13 @@ def owned_part(
 
 def _tensors_at_owners(recipe: Recipe, pieces: Sequence[Piece]) -> dict[str, tuple[Layout, list[int]]]:
     """Names of state tensors that owners have, each with its layout and the pieces it is of."""
-    found: dict[str, tuple[Layout, list[int]]] = {}
+    names: dict[str, tuple[Layout, list[int]]] = {}
     for key, layout in recipe.layouts.items():
         if layout in _EVERYWHERE:
             continue
         for number in range(len(pieces)):
-            found.setdefault(recipe.names(number).get(key, key), (layout, []))[1].append(number)
-    return found
+            names.setdefault(recipe.names(number).get(key, key), (layout, []))[1].append(number)
+    return names
 
 
 def _of_one_process(sharding: Sharding, recipe: Recipe, pieces: Sequence[Piece]) -> dict[str, Tensor]:

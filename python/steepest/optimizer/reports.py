@@ -67,8 +67,8 @@ class Reports(Shards):
 
     def has_step_hooks(self) -> bool:
         """Whether something is to run around every step: hooks of this optimizer or of all of torch's."""
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
     def describe(self) -> str:
         """A table with a row per parameter: name, shape, rule, reason, effective learning rate and backend."""

@@ -253,23 +253,23 @@ class Shards(Groups):
 
         return spread(state, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
 
-    def _whole_state(self, held: Mapping[str, Any], p: Tensor, group: Group) -> dict[str, Any]:
+    def _whole_state(self, tensors: Mapping[str, Any], p: Tensor, group: Group) -> dict[str, Any]:
         """A checkpoint's state of a parameter: elementwise state cut as the parameter is, everything else whole."""
         sharding = self._sharding(p)
         if sharding is None:
-            return {key: value.full_tensor() if is_sharded(value) else value for key, value in held.items()}
+            return {key: value.full_tensor() if is_sharded(value) else value for key, value in tensors.items()}
         from .owned_state import whole
 
-        return whole(held, sharding, _elementwise(self._recipe(group), p) | set(self._merged("_kept")))
+        return whole(tensors, sharding, _elementwise(self._recipe(group), p) | set(self._merged("_kept")))
 
-    def _state_kept_here(self, held: Mapping[str, Any], p: Tensor, group: Group) -> dict[str, Any]:
+    def _state_kept_here(self, tensors: Mapping[str, Any], p: Tensor, group: Group) -> dict[str, Any]:
         """What this rank keeps of state as `_whole_state` has it."""
         sharding = self._sharding(p)
         if sharding is None:
-            return dict(held)
+            return dict(tensors)
         from .owned_state import owned_part
 
-        return owned_part(held, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
+        return owned_part(tensors, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
 
 
 def _is_on_host(value: object) -> bool:

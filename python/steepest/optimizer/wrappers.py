@@ -18,7 +18,9 @@ def unwrap(optimizer: Any) -> Any:
 
     steepest.unwrap(accelerator.prepare(optimizer)).describe()
     """
-    inside = next((own for key in _INSIDE if isinstance(own := vars(optimizer).get(key), torch.optim.Optimizer)), None)
+    inside = next(
+        (value for key in _INSIDE if isinstance(value := vars(optimizer).get(key), torch.optim.Optimizer)), None
+    )
     return optimizer if inside is None else unwrap(inside)
 
 

@@ -21,11 +21,11 @@ _PARAMETRIZED = ".parametrizations."
 
 def without_wrappers(parts: list[str]) -> list[str]:
     """Components of a path without those of wrappers and without the names of adapters."""
-    found = []
+    kept = []
     for before, part in zip(["", *parts], parts):
         if part not in WRAPPERS and before not in ADAPTED and not ADAPTED.get(part, False):
-            found.append(part)
-    return found
+            kept.append(part)
+    return kept
 
 
 @dataclass(frozen=True, eq=False)

@@ -173,12 +173,12 @@ def _embedding_name(place: Place) -> str | None:
 
 
 def _table_name(place: Place) -> str | None:
-    own, layer = place.path[-1], place.path[-2:-1]
-    if words := BIAS_WORDS & _words(own):
+    last, layer = place.path[-1], place.path[-2:-1]
+    if words := BIAS_WORDS & _words(last):
         return f"bias, by the word {min(words)!r}"
     if place.module is None and (words := NORM_WORDS & _words("_".join(layer))):
         return f"normalization, by the word {min(words)!r}"
-    return _named("elementwise table", [own], ELEMENTWISE)
+    return _named("elementwise table", [last], ELEMENTWISE)
 
 
 def _words(name: str) -> set[str]:

@@ -91,11 +91,11 @@ class Sharding:
 
     def uncut(self, piece: Piece) -> list[int | None]:
         """The rank that has all of a matrix, where exactly one has."""
-        found: list[int | None] = []
+        alone: list[int | None] = []
         for matrix in zip(*self.rectangles(piece), strict=True):
             holders = [place for place, part in enumerate(matrix) if part is not None]
-            found.append(holders[0] if len(holders) == 1 else None)
-        return found
+            alone.append(holders[0] if len(holders) == 1 else None)
+        return alone
 
     def unit(self, piece: Piece, owners: Sequence[int]) -> Unit:
         return Unit(piece, tuple(owners), self.rectangles(piece))
