@@ -35,9 +35,9 @@ test-quick: takes := half a minute
 test: tests := not slow and not kernels
 test: takes := less than 4 minutes
 test-slow: tests := slow and not kernels
-test-slow: takes := 3 minutes
+test-slow: takes := 4 minutes
 test-all: tests := not kernels
-test-all: takes := 6 minutes
+test-all: takes := 7 minutes
 test-quick test test-slow test-all: $(VENV)/.built $(VENV)/.test
 	@echo "== $@, which needs no nvcc: $(takes) on two cores"
 	$(bin)/python -m pytest -n 2 -m "$(tests)" $(ARGS)

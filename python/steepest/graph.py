@@ -126,30 +126,30 @@ class _Captured:
         self.state = self._state()
 
     def _addresses(self) -> list[int]:
-        found = [p.data_ptr() for p in self.params]
-        return found + [0 if g is None else g.data_ptr() for g in self.grads]
+        params = [p.data_ptr() for p in self.params]
+        return params + [0 if g is None else g.data_ptr() for g in self.grads]
 
     def _state(self) -> list[int]:
-        held = self.optimizer.state
-        return [t.data_ptr() for p in self.params if p in held for t in held[p].values() if isinstance(t, Tensor)]
+        state = self.optimizer.state
+        return [t.data_ptr() for p in self.params if p in state for t in state[p].values() if isinstance(t, Tensor)]
 
     def replay(self, scaling: dict[str, Tensor | None]) -> None:
         self._check(scaling)
         self.plan.notice_changes()
         for numbers in self.groups:
             numbers.renew()
-        for name, held in self.scaling.items():
+        for name, captured in self.scaling.items():
             given = scaling[name]
-            if held is not None and given is not None:
-                held.copy_(given.reshape(held.shape), non_blocking=True)
+            if captured is not None and given is not None:
+                captured.copy_(given.reshape(captured.shape), non_blocking=True)
         self.run()
 
     def _check(self, scaling: dict[str, Tensor | None]) -> None:
         _refuse_hooks(self.optimizer)
-        for name, held in self.scaling.items():
-            if (held is None) != (scaling[name] is None):
+        for name, captured in self.scaling.items():
+            if (captured is None) != (scaling[name] is None):
                 raise RuntimeError(
-                    f"the step was captured {'without' if held is None else 'with'} a GradScaler's {name} and is "
+                    f"the step was captured {'without' if captured is None else 'with'} a GradScaler's {name} and is "
                     "called otherwise: call reset() to capture anew"
                 )
         if self.optimizer._plan is not self.plan:
@@ -185,8 +185,8 @@ class _Captured:
         for number, group in enumerate(self.optimizer.param_groups):
             names = group.get("param_names")
             if i < len(group["params"]):
-                own = repr(names[i]) if names else str(i)
-                return f"parameter {own} of group {number} (shape {tuple(group['params'][i].shape)})"
+                name = repr(names[i]) if names else str(i)
+                return f"parameter {name} of group {number} (shape {tuple(group['params'][i].shape)})"
             i -= len(group["params"])
         raise AssertionError("not a parameter of this optimizer")
 
@@ -215,24 +215,24 @@ class _Numbers:
             )
 
     def renew(self) -> None:
-        for key, held in self.on_device.items():
+        for key, captured in self.on_device.items():
             value = self.group[key]
-            if value is held:
+            if value is captured:
                 continue
             if isinstance(value, Tensor):
-                held.copy_(value.reshape(()), non_blocking=True)
+                captured.copy_(value.reshape(()), non_blocking=True)
             else:
-                held.fill_(value)
-            self.group[key] = held
+                captured.fill_(value)
+            self.group[key] = captured
 
 
 def _check_shared(groups: Sequence[_Numbers]) -> None:
     """Groups that hold one tensor for a number of theirs take one new value together, or none."""
     for key in ON_DEVICE:
         for i, numbers in enumerate(groups):
-            held = numbers.on_device[key]
+            number = numbers.on_device[key]
             for other in groups[:i]:
-                if other.on_device[key] is held and not _equal(other.group[key], numbers.group[key]):
+                if other.on_device[key] is number and not _equal(other.group[key], numbers.group[key]):
                     raise RuntimeError(
                         f"two groups share one tensor as their {key} and were given {other.group[key]!r} and "
                         f"{numbers.group[key]!r}: give each a tensor of its own before the first step"

@@ -16,7 +16,7 @@ from steepest.sharding.ranks import Ranks
 from steepest.sharding.regions import regions
 
 CUTS = [((4,), [Shard(0)]), ((3,), [Shard(1)]), ((2, 2), [Shard(0), Shard(1)]), ((9,), [Shard(0)])]
-SHAPES = [((8, 6), {}), ((5, 8, 6), {"batch_dims": 1}), ((16, 6), {"num_heads": 2})]
+SHAPES = [((8, 6), {}), ((6, 8), {"transposed": True}), ((5, 8, 6), {"batch_dims": 1}), ((16, 6), {"num_heads": 2})]
 
 
 class Played(Ranks):

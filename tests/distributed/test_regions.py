@@ -69,6 +69,8 @@ LAYOUTS = [
     ((3, 8, 6), {"batch_dims": 1, "num_heads": 2}),
     ((2, 3, 4, 5), {"batch_dims": 2}),
     ((10, 3, 3, 3), {}),
+    ((10, 24), {"transposed": True, "split_sizes": (12, 6, 6), "num_heads": (2, 1, 1)}),
+    ((3, 6, 8), {"transposed": True, "batch_dims": 1}),
 ]
 CUTS = [
     ((4,), [Shard(0)]),

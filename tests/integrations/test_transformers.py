@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def test_the_helper_takes_the_arguments(tmp_path: Path) -> None:
     assert optimizer.param_groups[1]["betas"] == (0.9, 0.9)
     assert "model.embed_tokens.weight" in optimizer.param_groups[1]["param_names"]
     assert "layers.0.mlp.up_proj.weight" in optimizer.describe()
+
+
+def test_an_older_trainer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.trainer_optimizer", None)
+    with pytest.raises(ImportError, match="needs a Trainer that hands its model over: pip install 'transformers>=5'"):
+        optimizer_cls_and_kwargs(steepest.MuAdam)
 
 
 @pytest.mark.parametrize("cls", [steepest.MuAdam, steepest.SOAP, steepest.Muon])

@@ -183,6 +183,10 @@ def with_empty(cls: Class, options: Options) -> Cell:
 
 
 def with_weights_in(dtype: torch.dtype) -> Callable[[Class, Options], Cell]:
+    """Whether every weight has moved after so many steps: ProdigyMuon's estimate begins at 1e-6 and grows while
+    gradients agree.
+    """
+
     def measure(cls: Class, options: Options) -> Cell:
         run = training(cls, {**options, "lr": 1.0 if cls is steepest.ProdigyMuon else 0.02}, dtype=dtype)
         before = run.weights()
@@ -665,7 +669,8 @@ def _legend(section: Section, table: Mapping[str, Sequence[Cell]]) -> list[str]:
     lines = []
     for at, column in enumerate(section.columns):
         said = next((cells[at].message for cells in (table["Muon"], *table.values()) if cells[at].message), "")
-        parts = [column.what, f"`{said}`" if said else ""]
+        quote = "``" if "`" in said else "`"
+        parts = [column.what, f"{quote}{said}{quote}" if said else ""]
         if any(parts):
             lines.append(f"- **{column.name}**: {'; '.join(part for part in parts if part)}")
     return lines

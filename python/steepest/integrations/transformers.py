@@ -28,10 +28,11 @@ def optimizer_cls_and_kwargs(
         and adam_epsilon are AdamW's; kwargs win. None: the class's own.
     Needs transformers 5, whose Trainer hands the model over; ImportError with an older one.
     """
-    import transformers.trainer_optimizer as known
-
-    if not hasattr(known, "is_optimizer_factory"):
-        raise ImportError("this transformers cannot hand its model to an optimizer: pip install 'transformers>=5'")
+    try:
+        from transformers.trainer_optimizer import is_optimizer_factory  # noqa: F401
+    except ImportError as error:
+        why = "optimizer_cls_and_kwargs needs a Trainer that hands its model over: pip install 'transformers>=5'"
+        raise ImportError(why) from error
     return partial(OfModel, cls), {**_of_arguments(args), **kwargs}
 
 

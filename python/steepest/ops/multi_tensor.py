@@ -231,8 +231,8 @@ def _op(name: str, backend: str) -> Callable[..., None]:
     if backend == "triton":
         from ..kernels import multi_tensor as kernels
 
-        found: Callable[..., None] = getattr(kernels, name)
-        return found
+        kernel: Callable[..., None] = getattr(kernels, name)
+        return kernel
     op: Callable[..., None] = getattr(torch.ops.steepest, name)
     return op
 

@@ -164,10 +164,10 @@ class MatrixOptimizer(Reports, Checkpoints):
         try:
             plan = self._ready_plan()
         except Exception as error:
-            self._check_agreement([], error)
+            self._check_agreement(None, error)
             raise
         if plan is not before or all(ranks.device.type == "cpu" for ranks in self._meshes.values()):
-            self._check_agreement(self._sharded_rows())
+            self._check_agreement(self._gradients_there() if plan is before else self._sharded_rows())
         return plan
 
     def _ready_plan(self) -> Plan:

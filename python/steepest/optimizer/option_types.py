@@ -219,6 +219,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "num_heads": _or_none(ROWS),
     "split_sizes": _or_none(OptionType("a list of whole numbers, as in (64, 64, 64),", _sequence_of(_is_whole))),
     "batch_dims": _or_none(WHOLE),
+    "transposed": BOOL,
     "cautious_wd": BOOL,
     "maximize": BOOL,
     "momentum_dtype": _or_none(DTYPE),

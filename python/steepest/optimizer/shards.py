@@ -159,16 +159,17 @@ class Shards(Groups):
         for ranks in self._meshes.values():
             ranks.call = call
 
-    def _check_agreement(self, what: list[tuple[str, ...]], error: Exception | None = None) -> None:
+    def _check_agreement(self, said: object, error: Exception | None = None) -> None:
         """RuntimeError, on all ranks, where those that share parameters are not about to do the same.
 
-        what: a row for every parameter, beginning with its name.   error: why this rank cannot go on.
+        said: what is compared first, `_sharded_rows` or something shorter that follows from them.   error: why this
+        rank cannot go on.
         """
-        said = (what, None if error is None else f"{type(error).__name__}: {error}")
+        why = None if error is None else f"{type(error).__name__}: {error}"
         for ranks in self._meshes.values():
-            if ranks.size == 1 or ranks.agree(said):
+            if ranks.size == 1 or ranks.agree((said, why)):
                 continue
-            everyone = ranks.gather_objects(said)
+            everyone = ranks.gather_objects((self._sharded_rows(), why))
             for rank, (_, text) in zip(ranks.world, everyone, strict=True):
                 if text is not None:
                     raise RuntimeError(f"{type(self).__name__}: rank {rank} cannot take this step: {text}") from error
@@ -195,8 +196,13 @@ class Shards(Groups):
                 if sharding is not None:
                     has = "no gradient" if p.grad is None else f"a gradient in {p.grad.dtype}"
                     name = f"{parameter_name(group, i)} (group {number})"
-                    rows.append((name, f"of shape {sharding.shape}", f"as {sharding.placements}", f"with {has}"))
+                    where = f"of shape {sharding.shape} as {sharding.placements}"
+                    rows.append((name, where, f"with {has}"))
         return rows + options
+
+    def _gradients_there(self) -> str:
+        """Which parameters have a gradient: a digit for each."""
+        return "".join("01"[p.grad is not None] for group in self.param_groups for p in group["params"])
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

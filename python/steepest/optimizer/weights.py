@@ -43,7 +43,9 @@ class Weights:
 
     @torch.no_grad()
     def store(self, p: Tensor, value: Tensor) -> None:
-        """Makes this the weight, of p's shape, rounded as the step rounds it: the bits that are kept are its bits."""
+        """Makes this the weight, of the shape of `value`, rounded as the step rounds it: the bits that are kept are its
+        bits.
+        """
         parameter = self._parameters[p]
         recipe, state = parameter.recipe, parameter.state
         place = (parameter.group, parameter.index, len(parameter.pieces))  # of none of its pieces

@@ -92,11 +92,11 @@ class ProductNorm:
         <M, step> = d and psi = 1 ("lmo"), or <M, step> = d^2 and psi = d ("dual").
         """
         shared = self.factors(matrices, others, scale)
-        own = (
+        each = (
             factor * (d if self.follows(matrix) else torch.ones_like(d))
             for factor, d, matrix in zip(shared, (matrices, others), (True, False), strict=True)
         )
-        return next(own), next(own)
+        return next(each), next(each)
 
 
 def truncation(above: Tensor, decrease: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ def escalated(eta: Tensor, gain: Tensor, dual: Tensor) -> Tensor:
     For a convex loss the quotient is at most the distance from W_0 to a minimizer: <G, W - W*> >= 0 gives
     <G, W_0 - W> <= <G, W_0 - W*> <= ||G||* ||W_0 - W*||. Source: arXiv:2409.20325, section on Prodigy.
     """
-    found = gain / dual
-    return torch.where((dual > 0) & (found > eta), found, eta)
+    estimate = gain / dual
+    return torch.where((dual > 0) & (estimate > eta), estimate, eta)
 
 
 @dataclass(frozen=True)

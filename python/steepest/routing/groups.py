@@ -50,7 +50,7 @@ def param_groups(
 
 def says_how(group: Mapping[str, Any]) -> bool:
     """Whether a group says how its parameters are read as matrices, and so that they are."""
-    return any(group.get(key) is not None for key in LAYOUT_KEYS)
+    return any(value is not None and value is not False for value in map(group.get, LAYOUT_KEYS))
 
 
 def split_group(group: Mapping[str, Any], *, adamw: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:

@@ -7,35 +7,53 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .architectures import ADAPTED, WRAPPERS
+from .known import Known, class_name, known_roles, network_prefix
+
 Routable: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
-# Path components which wrappers add and which say nothing of the layer.
-_WRAPPERS = frozenset({"module", "model", "net", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _PARAMETRIZED = ".parametrizations."
+
+
+def without_wrappers(parts: list[str]) -> list[str]:
+    """Components of a path without those of wrappers and without the names of adapters."""
+    found = []
+    for before, part in zip(["", *parts], parts):
+        if part not in WRAPPERS and before not in ADAPTED and not ADAPTED.get(part, False):
+            found.append(part)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One place of a parameter in a model: its full name there and the module that holds it (None: names only)."""
+    """One place of a parameter in a model: its full name there and the module that holds it (None: names only).
+
+    role: what the model itself says it is.   parent: the module that has this one.
+    inside: how the name begins of all that is not in a wrapper around it.
+    """
 
     name: str
     param: Tensor
     module: nn.Module | None = None
+    role: Known | None = None
+    parent: nn.Module | None = None
+    inside: str = ""
 
     @cached_property
     def path(self) -> list[str]:
         """Lower-case components of the name without wrappers; the last is the parameter's own name."""
-        layer, _, parametrized = self.name.lower().partition(_PARAMETRIZED)
-        parts = [part for part in layer.split(".") if part not in _WRAPPERS]
+        layer, _, parametrized = self.name.removeprefix(self.inside).lower().partition(_PARAMETRIZED)
+        parts = without_wrappers(layer.split("."))
         return [*parts, parametrized.split(".")[0]] if parametrized else parts or [layer]
 
     @property
     def kind(self) -> str:
         """The module's class, or the dimensions where only names are known."""
-        return f"{self.param.ndim}-D" if self.module is None else type(self.module).__name__
+        return f"{self.param.ndim}-D" if self.module is None else class_name(self.module)
 
 
 def read_places(params: Routable) -> tuple[list[list[Place]], bool]:
@@ -53,7 +71,22 @@ def read_places(params: Routable) -> tuple[list[list[Place]], bool]:
     by_param: dict[int, list[Place]] = {}
     for place in places:
         by_param.setdefault(id(place.param), []).append(place)
-    return list(by_param.values()), named
+    return _with_shared_storage(list(by_param.values())), named
+
+
+def _with_shared_storage(parameters: list[list[Place]]) -> list[list[Place]]:
+    """The places of each parameter, and behind them those of others that are the same memory."""
+    by_memory: dict[object, list[Place]] = {}
+    for places in parameters:
+        by_memory.setdefault(_memory(places[0].param), []).extend(places)
+    return [[*places, *(o for o in by_memory[_memory(places[0].param)] if o not in places)] for places in parameters]
+
+
+def _memory(t: Tensor) -> object:
+    """What two tensors share if they are one in memory; the tensor's identity where it cannot be told."""
+    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta or not t.numel():
+        return id(t)
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
 
 
 def check_not_flattened(p: Tensor, what: str) -> None:
@@ -69,12 +102,15 @@ def check_not_flattened(p: Tensor, what: str) -> None:
 
 def _in_module(model: nn.Module) -> list[Place]:
     modules = dict(model.named_modules(remove_duplicate=False))
+    roles, inside = known_roles(modules), network_prefix(model)
     places = []
     for prefix, module in modules.items():
         # A parametrized weight belongs to its layer, not to the list of its parametrizations.
         owner = modules[prefix.partition(_PARAMETRIZED)[0]] if _PARAMETRIZED in prefix else module
+        parent = modules[prefix.partition(_PARAMETRIZED)[0].rpartition(".")[0]] if prefix else None
         for leaf, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            places.append(Place(f"{prefix}.{leaf}" if prefix else leaf, param, owner))
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            places.append(Place(name, param, owner, roles.get(owner), parent, inside))
     return places
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from .fused import fused_layout
 from .overrides import Override, Overrides, find, read_overrides
 from .places import Place, Routable, read_places
 from .rules import layout, read_pieces, reading, send_to_adamw
@@ -20,13 +21,18 @@ _VOCABULARY_SIDE, _VOCABULARY_RATIO = 8192, 8
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Where one parameter goes and why. `values`: group values (split_sizes, num_heads, batch_dims, an override's)."""
+    """Where one parameter goes and why.
+
+    values: group values (split_sizes, num_heads, batch_dims, an override's).   fused: those that would take a fused
+    projection apart which is one matrix here; see `fused_layouts`.
+    """
 
     name: str
     param: Tensor
     rule: Literal["matrix", "adamw"]
     reason: str
     values: Mapping[str, Any] = field(default_factory=dict)
+    fused: Mapping[str, Any] = field(default_factory=dict)
 
 
 def route(params: Routable, *, overrides: Overrides | None = None) -> list[Route]:
@@ -55,6 +61,17 @@ def route_by_shape(params: Iterable[Tensor]) -> list[Route]:
     if named:
         raise TypeError("route_by_shape takes tensors alone: pass names or a model to route()")
     return decide(places, named, None)
+
+
+def fused_layouts(params: Routable) -> dict[str, dict[str, Any]]:
+    """{name: group values} of fused projections that are known (`architectures`), as overrides that take them apart:
+
+        param_groups(model, overrides={**fused_layouts(model), "lm_head.*": "adamw"})
+
+    q, k and v one under the other become split_sizes, those of grouped queries too; head by head, num_heads, with which
+    each head's q, k and v is a matrix. Where the model does not say its heads there is no entry.
+    """
+    return {r.name: dict(r.fused) for r in route(params) if r.fused}
 
 
 def decide(
@@ -103,8 +120,10 @@ def _by_rules(places: Sequence[Place]) -> Route:
         if (reason := send_to_adamw(place)) is not None:
             return Route(first.name, first.param, "adamw", _with_ties(reason, place, places))
     values = layout(first)
-    reason = first.kind + reading(first.param, values)
-    return Route(first.name, first.param, "matrix", _with_ties(reason, first, places), values)
+    fused = fused_layout(first, sum(piece.length for piece in read_pieces(first.param, values)))
+    reason = _with_ties(first.kind + reading(first.param, values), first, places)
+    hint = "".join(f"; fused, not split: {key}={value}" for key, value in fused.items())
+    return Route(first.name, first.param, "matrix", reason + hint, values, fused)
 
 
 def _by_override(places: Sequence[Place], override: Override) -> Route:

@@ -6,11 +6,15 @@ first that answers gives the reason. A parameter that none of them claims is rea
     1. fewer than two dimensions                                  biases, gains, scalars
     2. the module is an embedding                                 nn.Embedding, nn.EmbeddingBag, *Embedding
     3. the module is a normalization layer                        nn.LayerNorm, *Norm, *Norm2d
-    4. the name is a head's                                       HEADS, TOP_LEVEL_HEADS
-    5. the name is an embedding's, a position's or a token's      EMBEDDINGS
-    6. the convolution is depthwise                               one small filter per channel, no matrix
-    7. a leading 1 in three dimensions                            a table for all samples: (1, tokens, width)
-    8. a side of 1                                                a vector in disguise: (1, n), (n, 1, 1)
+    4. the name is a head's                                       HEADS, HEAD_PATHS, TOP_LEVEL_HEADS
+    5. the name is an embedding's, a position's or a token's      EMBEDDINGS, POSITION_WORDS, TOP_LEVEL_EMBEDDINGS
+    6. the model says what the module is                          get_output_embeddings, get_classifier; `known`
+    7. the name is that of a bias or of another table             BIAS_WORDS, ELEMENTWISE, NORM_WORDS without a module
+    8. the convolution is depthwise                               one small filter per channel, no matrix
+    9. a leading 1 in three dimensions                            a table for all samples: (1, tokens, width)
+    10. a side of 1                                               a vector in disguise: (1, n), (n, 1, 1)
+
+Names are those of `architectures`.
 """
 
 from __future__ import annotations
@@ -21,24 +25,32 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..matrices import LAYOUT_KEYS, Piece, pieces
+from .architectures import (
+    BIAS_WORDS,
+    ELEMENTWISE,
+    EMBEDDINGS,
+    FLATTENED,
+    HEAD_PATHS,
+    HEADS,
+    NORM_WORDS,
+    POSITION_WORDS,
+    TOP_LEVEL_EMBEDDINGS,
+    TOP_LEVEL_HEADS,
+    TRANSPOSED,
+)
+from .known import class_name
 from .places import Place
-
-# Matched with the last component of the module's path, with the first (head.fc, classifier.6), and with the parameter's
-# own name.
-HEADS = ("lm_head", "head", "*_head", "*_heads", "classifier", "embed_out", "unembed*", "logits", "score")
-# Heads only where the module stands at the top of the model; inside a block these are common names of hidden layers.
-TOP_LEVEL_HEADS = ("fc", "output", "decoder")
-# Matched with the parameter's own name and with the last component of its module's path.
-EMBEDDINGS = ("wte", "wpe", "*embed", "*embeds", "*embedding*", "emb", "*_emb", "*_token", "*_tokens", "*position*")
 
 _EMBEDDING_CLASS = re.compile(r"Embed(ding)?s?(Bag)?$")
 _NORM_CLASS = re.compile(r"Norm(\dd)?$")
 _FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+_CONV_CLASS = re.compile(r"^Conv(Transpose)?[123]d$")
 
 
 def send_to_adamw(place: Place) -> str | None:
@@ -48,6 +60,8 @@ def send_to_adamw(place: Place) -> str | None:
 
 def role(place: Place) -> str:
     """What a parameter is to its layer: "vector", "embedding", "normalization", "head", "table", or else "matrix"."""
+    if place.role is not None and place.param.ndim >= 2:
+        return place.role.role
     return next((name for rule, name in _ROLES.items() if rule(place) is not None), "matrix")
 
 
@@ -55,11 +69,32 @@ def layout(place: Place) -> dict[str, Any]:
     """Group values with which `pieces` reads a parameter of two dimensions or more."""
     if (splits := _fused_rows(place)) is not None:
         return {"split_sizes": splits}
-    conv, shape = place.module if isinstance(place.module, _ConvNd) else None, place.param.shape
-    if conv is not None:
+    shape = place.param.shape
+    if _is_conv(place):
         # The groups of a convolution are rows over inputs of their own: as many matrices, one under the other.
-        return {"num_heads": conv.groups} if conv.groups > 1 and shape[0] % conv.groups == 0 else {}
-    return {"batch_dims": 1} if len(shape) == 3 else {}
+        groups = _number(place, "groups")
+        return {"num_heads": groups} if groups > 1 and shape[0] % groups == 0 else {}
+    is_stack = len(shape) == 3 and (place.module is None or class_name(place.module) not in FLATTENED)
+    values: dict[str, Any] = {"batch_dims": 1} if is_stack else {}
+    return {**values, "transposed": True} if _is_transposed(place) and len(shape) in (2, 3) else values
+
+
+def _is_conv(place: Place) -> bool:
+    """Whether the module is a convolution of torch, or was one before it was scripted."""
+    module = place.module
+    if isinstance(module, torch.jit.ScriptModule):
+        return _CONV_CLASS.search(class_name(module)) is not None
+    return isinstance(module, _ConvNd)
+
+
+def _number(place: Place, name: str) -> int:
+    return int(getattr(place.module, name))
+
+
+def _is_transposed(place: Place) -> bool:
+    """Whether the module stores its matrices in x out."""
+    module = place.module
+    return module is not None and (getattr(module, "is_transposed", False) is True or class_name(module) in TRANSPOSED)
 
 
 def reading(param: Tensor, values: Mapping[str, Any]) -> str:
@@ -68,9 +103,10 @@ def reading(param: Tensor, values: Mapping[str, Any]) -> str:
     read = read_pieces(param, values)
     for piece in read:
         counts[piece.rows, piece.cols] += piece.batch
-    if param.ndim == 2 and read[0].shape == (1, *param.shape):
+    if param.ndim == 2 and not read[0].transposed and read[0].shape == (1, *param.shape):
         return ""
-    return " read as " + " and ".join(f"{n} matrices {shape}" if n > 1 else f"{shape}" for shape, n in counts.items())
+    matrices = " and ".join(f"{n} matrices {shape}" if n > 1 else f"{shape}" for shape, n in counts.items())
+    return f" read as {matrices}" + (", transposed" if read[0].transposed else "")
 
 
 def read_pieces(param: Tensor, values: Mapping[str, Any]) -> tuple[Piece, ...]:
@@ -106,21 +142,48 @@ def _normalization(place: Place) -> str | None:
 
 
 def _class_matches(place: Place, pattern: re.Pattern[str]) -> bool:
-    return place.module is not None and pattern.search(type(place.module).__name__) is not None
+    return place.module is not None and pattern.search(class_name(place.module)) is not None
+
+
+def _known_role(place: Place) -> str | None:
+    return None if place.role is None else f"{place.role.role}, by {place.role.source}"
 
 
 def _head_name(place: Place) -> str | None:
     if isinstance(place.module, _FUSED):
         return None  # a layer called multi_head holds hidden matrices
     path = place.path
+    if (end := next((end for end in HEAD_PATHS if ".".join(path[:-1]).endswith(end)), None)) is not None:
+        return f"head, by the name {end!r}"
     top = path[:1] if len(path) <= 2 else []
     return _named("head", [*path[-2:], path[0]], HEADS) or _named("head", top, TOP_LEVEL_HEADS)
 
 
 def _embedding_name(place: Place) -> str | None:
-    if isinstance(place.module, _ConvNd):
+    if _is_conv(place):
         return None  # a patch embedding is a linear map of pixels
-    return _named("embedding", place.path[-2:], EMBEDDINGS)
+    path = place.path
+    top = path[:1] if len(path) <= 2 and place.module is None else []
+    patterns = tuple(p for p in EMBEDDINGS if not isinstance(place.module, nn.Linear) or not p.endswith("*"))
+    named = _named("embedding", path[-2:], patterns) or _named("embedding", top, TOP_LEVEL_EMBEDDINGS)
+    words = POSITION_WORDS & _words(path[-1])
+    if place.module is None:  # a module known by its name alone; pos is one of a projection, too
+        words |= (POSITION_WORDS - {"pos"}) & _words("_".join(path[-2:-1]))
+    return named or (f"embedding, by the word {min(words)!r}" if words else None)
+
+
+def _table_name(place: Place) -> str | None:
+    own, layer = place.path[-1], place.path[-2:-1]
+    if words := BIAS_WORDS & _words(own):
+        return f"bias, by the word {min(words)!r}"
+    if place.module is None and (words := NORM_WORDS & _words("_".join(layer))):
+        return f"normalization, by the word {min(words)!r}"
+    return _named("elementwise table", [own], ELEMENTWISE)
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name in small letters, between underscores and digits."""
+    return set(re.findall("[a-z]+", name))
 
 
 def _named(what: str, names: list[str], patterns: tuple[str, ...]) -> str | None:
@@ -132,14 +195,14 @@ def _named(what: str, names: list[str], patterns: tuple[str, ...]) -> str | None
 
 def _depthwise(place: Place) -> str | None:
     shape = tuple(place.param.shape)
-    if isinstance(place.module, _ConvNd):
-        return f"depthwise {place.kind}" if 1 < place.module.in_channels == place.module.groups else None
+    if _is_conv(place):
+        return f"depthwise {place.kind}" if 1 < _number(place, "in_channels") == _number(place, "groups") else None
     return f"depthwise by its shape {shape}" if len(shape) > 3 and shape[1] == 1 else None
 
 
 def _leading_one(place: Place) -> str | None:
     shape = tuple(place.param.shape)
-    is_table = len(shape) == 3 and shape[0] == 1 and not isinstance(place.module, _ConvNd)
+    is_table = len(shape) == 3 and shape[0] == 1 and not _is_conv(place)
     return f"a table, by the leading 1 of its shape {shape}" if is_table else None
 
 
@@ -154,6 +217,8 @@ _RULES: tuple[Callable[[Place], str | None], ...] = (
     _normalization,
     _head_name,
     _embedding_name,
+    _known_role,
+    _table_name,
     _depthwise,
     _leading_one,
     _side_of_one,
@@ -165,5 +230,6 @@ _ROLES: dict[Callable[[Place], str | None], str] = {
     _normalization: "normalization",
     _head_name: "head",
     _embedding_name: "embedding",
+    _table_name: "table",
     _leading_one: "table",
 }

@@ -23,7 +23,7 @@ __all__ = ["LocalPart", "Part", "Sharding", "Unit", "owned_pieces"]
 class Part(Piece):
     """What a shard has of consecutive matrices of one piece, as a piece of the shard itself.
 
-    first, count: the range along the dimensions before `dim`, read as one.
+    first, count: the range along the dimensions before those of a matrix, read as one.
     """
 
     first: int = 0
@@ -31,9 +31,9 @@ class Part(Piece):
 
     def view(self, t: Tensor) -> Tensor:
         t = super().view(t)
-        if not self.dim or (self.first, self.count) == (0, prod(t.shape[: self.dim])):
+        if not self.batch_dims or (self.first, self.count) == (0, prod(t.shape[: self.batch_dims])):
             return t
-        return t.flatten(0, self.dim - 1).narrow(0, self.first, self.count)
+        return t.flatten(0, self.batch_dims - 1).narrow(0, self.first, self.count)
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,14 @@ class Sharding:
         start = piece.start + head * piece.rows + rect.top - self.region.start[piece.dim]
         length = rows * len(run) if heads > 1 else rows
         count = 1 if heads > 1 else len(run)
-        narrow = length < shard[piece.dim] or count < prod(shard[: piece.dim])
-        first = self._local_batch(piece, batch)
-        return Part(start, length, len(run), rows, cols, piece.dim, narrow, first=first, count=count)
+        another = piece.transposed or length < shard[piece.dim] or count < prod(shard[: piece.batch_dims])
+        first, dim = self._local_batch(piece, batch), piece.dim
+        return Part(start, length, len(run), rows, cols, dim, another, piece.transposed, first=first, count=count)
 
     def _local_batch(self, piece: Piece, batch: int) -> int:
-        """The place of a batch index in the shard's dimensions before the piece's."""
+        """The place of a batch index in the shard's dimensions before those of a matrix."""
         at, unit = 0, 1
-        for d in range(piece.dim - 1, -1, -1):
+        for d in range(piece.batch_dims - 1, -1, -1):
             batch, index = divmod(batch, self.shape[d])
             at += (index - self.region.start[d]) * unit
             unit *= self.region.shape[d]

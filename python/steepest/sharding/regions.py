@@ -86,7 +86,7 @@ def rectangle(region: Region, shape: Sequence[int], piece: Piece, matrix: int) -
         return Rectangle(0, 1, 0, 1)
     dim, heads = piece.dim, piece.heads
     batch, head = divmod(matrix, heads)
-    for d in range(dim - 1, -1, -1):
+    for d in range(piece.batch_dims - 1, -1, -1):
         batch, at = divmod(batch, shape[d])
         if not region.start[d] <= at < region.stop[d]:
             return None
@@ -101,7 +101,9 @@ def rectangle(region: Region, shape: Sequence[int], piece: Piece, matrix: int) -
                 f"pieces: shard dimension {dim} or {dim + 1}"
             )
     left, right = 0, piece.cols
-    if dim + 1 < len(shape):
+    if piece.transposed:
+        left, right = region.start[dim - 1], region.stop[dim - 1]
+    elif dim + 1 < len(shape):
         left, right = region.start[dim + 1] * inner, region.stop[dim + 1] * inner
     return Rectangle(top, bottom, left, right) if bottom > top and right > left else None
 

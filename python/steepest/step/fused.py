@@ -292,7 +292,10 @@ class Fused:
             updates += bucket.updates(d)
         if not batch.late:
             return
-        lengths = [_length(item, norm) for item, norm in zip(batch.items[batch.whole :], directed.lengths, strict=True)]
+        lengths: list[Tensor | None] = []
+        if self._coupled or any(length is not None for length in directed.lengths):
+            pairs = zip(batch.items[batch.whole :], directed.lengths, strict=True)
+            lengths = [_length(item, norm) for item, norm in pairs]
         if all(length is None for length in lengths):
             lengths = []
         multi_tensor.apply_update(

@@ -44,6 +44,7 @@ def gram_dim(recipe: Recipe, sharding: Sharding, piece: Piece) -> int | None:
     if not plain or not recipe.direction.shards or piece.length != piece.rows:
         return None
     d = sharding.placements[dims[0]].dim % len(sharding.shape)  # type: ignore[attr-defined]
-    if d == piece.dim and not piece.narrow and piece.rows >= piece.cols:
+    columns = piece.dim - 1 if piece.transposed else piece.dim + 1
+    if d == piece.dim and piece.length == sharding.shape[d] and piece.rows >= piece.cols:
         return -2
-    return -1 if d == piece.dim + 1 and piece.cols >= piece.rows else None
+    return -1 if d == columns and piece.cols >= piece.rows else None

@@ -3,6 +3,8 @@ checkpoints of other optimizers, all optimizers side by side, and how fast all o
 
 steepest doctor [--json]                          exit status 1 where kernels fail their self-check
 steepest plan --shape 24x1024x4096 [--shape ...] [--preset auto] [--dtype float16] [--json]
+steepest plan --world 64 [--mesh 8x8] [--model llama-7b] [--optimizer Muon] [--tflops 500] [--bandwidth 50] [--json]
+steepest plan --simulate                          a table of models on 1 to 4096 ranks
 steepest tune [--shape 24x1024x4096 ...] [--model gpt2-124m] [--of polar] [--dtype bfloat16] [--json | --show | --clear]
 steepest convert --source torch muon.pt adamw.pt --out steepest.pt [--key optimizer] [--names names.txt]
 steepest compare [--quick] [--optimizers Muon,MuAdam] [--tasks gpt] [--out FOLDER] [--resume]
@@ -22,7 +24,7 @@ from steepest._version import __version__
 #: The module of each command, which has `add_options` and `run`, and what the command does.
 COMMANDS = {
     "doctor": ("doctor", "what this machine can run, what to do about the rest, and whether it is right"),
-    "plan": ("planner", "forms, products and launches of a polar call on Hopper; needs no GPU"),
+    "plan": ("planner", "products and launches of a polar call on Hopper, or a step on many ranks; needs no GPU"),
     "tune": ("tune", "time Triton's products of some shapes on this GPU and keep the fastest tiles"),
     "convert": ("convert", "checkpoints of other optimizers as those of Muon and SOAP"),
     "compare": ("compare", "all optimizers on a small GPT and a classifier, over learning rates"),

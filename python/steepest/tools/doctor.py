@@ -74,9 +74,9 @@ def describe(outcomes: Sequence[Outcome]) -> list[str]:
     lines = ["checks    (each in a process of its own; the time of the first and of a later one)"]
     said: dict[str, str] = {}  # a reason, and who gave it first
     for each in outcomes:
-        own = f"{each.family}, {each.backend}"
-        first = said.setdefault(each.text, own) if each.state == "not run" else own
-        text = each.text if first == own else f"as {first}"
+        label = f"{each.family}, {each.backend}"
+        first = said.setdefault(each.text, label) if each.state == "not run" else label
+        text = each.text if first == label else f"as {first}"
         times = "" if each.first_ms is None else f"{each.first_ms:8.0f} ms {each.again_ms:6.1f} ms"
         line = f"  {each.family:<14} {each.backend:<7} {each.device:<7} {each.state:<8}{times}  {text}"
         lines.append(line.rstrip())

@@ -13,6 +13,8 @@ The launches are those of `make_plan` in csrc/symm_gemm/plan.cpp, with its model
 not measured: *efficiency* is the work asked for over what the busiest cluster's time would hold.  Matrices whose
 buffers are more than the L2 cache holds may be cut into chunks that take the chain one after another, as `make_chunks`
 in csrc/polar/chunks.cpp models it: *traffic* is what goes between the cache and memory.
+
+With --world or --simulate a step of a whole model on many ranks is planned instead: `steepest.tools.scale`.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--shape", action="append", default=[], metavar="[COUNTx]ROWSxCOLUMNS", help="a stack; all go in one call"
     )
-    p.add_argument("--preset", default="auto", help="of polar (default: auto)")
+    p.add_argument("--preset", help="of polar (default: auto, of --world and --simulate the class's own)")
     p.add_argument("--dtype", help="compute dtype, float16 or bfloat16 (default: what polar chooses)")
     p.add_argument("--multiprocessors", type=int, default=MULTIPROCESSORS)
     p.add_argument("--l2", type=float, default=L2_MB, metavar="MB", help="size of the L2 cache")
@@ -87,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("what to plan is missing: --shape for a call of polar, --world for a step of a whole model")
     stacks = [parse(text) for text in options.shape]
     printed = plan(
-        stacks, options.preset, dtype=options.dtype, multiprocessors=options.multiprocessors, l2_mb=options.l2
+        stacks, options.preset or "auto", dtype=options.dtype, multiprocessors=options.multiprocessors, l2_mb=options.l2
     )
     print(json.dumps(printed.json(), indent=2) if options.json else describe(printed))
     return 0

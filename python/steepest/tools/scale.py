@@ -7,8 +7,8 @@ The routes by which a matrix' direction may be had, for P ranks of a mesh; c_r: 
              ones shorter or empty; along the others they are replicated, HSDP). Rank r sends its c_r of each matrix
              that it does not own and gets as much of the direction; of what it owns it gets mn - c_r, and sends that:
                  sent = received = (sum over not owned c_r + sum over owned (mn - c_r)) times 2 bytes
-             A matrix that lies on one rank stays there. Recipes with factors or transforms also send whole gradients
-             and what transforms keep, and take fp32 for 16 bits.
+             A matrix that lies on one rank stays there. Recipes with factors or transforms also send gradients, and
+             what transforms keep, and take fp32 for 16 bits.
     gram     parameters are cut along the mesh's last dimension by tensor parallelism. Where that is the long side: a
              ring's all_reduce, 2 (P - 1) / P of 8 bytes and then 1 + restarts times 4 bytes of each `gram_elements`, a
              matrix; where it is the short side the parts first go to a cut of the long one, and back, as (P - 1) / P of
@@ -17,7 +17,7 @@ The routes by which a matrix' direction may be had, for P ranks of a mesh; c_r: 
              bits brings sum over not owned mn to each; factors are at the owner alone
 
 Stacked experts, (E, m, n), lie in e = gcd(P, E) groups of P / e ranks, whole groups of experts on each, cut by rows
-within it (an expert mesh); with gram and share they are whole, or cut, like others.
+within it (an expert mesh), on the routes owner and gram.
 
 Messages are those of the matrices of one shape in one exchange (rounds of limited memory have more): of owner the ranks
 that are sent to, there and back; of a ring 2 (P - 1) an all_reduce, P - 1 an all_gather. Owners are those of
@@ -46,7 +46,6 @@ from torch import nn
 import steepest
 from steepest.linalg.polar import choose_sharded, gram_elements
 from steepest.linalg.work import Work
-from steepest.optimizer import MatrixOptimizer
 from steepest.parts import Spectral
 from steepest.recipe import ADAMW, CLOCK, Recipe
 from steepest.sharding.owners import assign, imbalance
@@ -58,19 +57,18 @@ HEAD = (
     "route   ranks       sent   received  messages         work  balance       state    compute     travel  elementwise"
     "     in all  overlapped"
 )
-ROUTES = ("local", "owner", "gram", "share")
 SIMULATED = ("llama-7b", "llama-70b", "kimi-k2-1t")
 WORLDS = (1, 4, 16, 64, 256, 1024, 4096)
-NARROW = 2  # bytes of what travels in 16 bits
-WIDE = 4
-COUNTER = 8
-GRADIENT = torch.bfloat16
+WIDE = 4  # bytes of fp32
+SIZE = 8  # of the fp64 size of a matrix that a Gram route sums
 
 
 @dataclass(frozen=True)
 class Machine:
     """The numbers of a rank: TFLOP/s that 16-bit products reach, GB/s of its network, one way, and of its memory, and
-    the microseconds until a collective begins. By default half of an H200's peak, a 400 Gbit/s adapter, NCCL's."""
+    the microseconds until a collective begins. By default half the peak of an H200, an adapter of 400 Gbit/s, an order
+    of magnitude, and four fifths of an H200's memory.
+    """
 
     tflops: float = 500.0
     bandwidth: float = 50.0
@@ -88,7 +86,7 @@ class Machine:
 
 @dataclass
 class Ranks:
-    """What every rank of the mesh's last dimension does in a step; lists have one number a rank."""
+    """What each of the ranks of a route does in a step; lists have one number a rank."""
 
     route: str
     size: int
@@ -139,18 +137,28 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe, and what of it the model asks for."""
+    """A recipe, where it runs, the dtype of gradients, and what of it the model asks for."""
 
     recipe: Recipe
+    device: str = "cuda"
+    gradient: torch.dtype = torch.bfloat16
+
+    def work(self, rows: int, cols: int) -> Work:
+        return matrix_work(self.recipe, rows, cols, device=self.device)
 
     @property
     def bytes_there(self) -> int:
         """Of an element on its way to the owner."""
-        return WIDE * (1 + self._travels) + GRADIENT.itemsize if self.recipe.by_matrix else NARROW
+        return self.bytes_back + (self.gradient.itemsize if self.recipe.by_matrix else 0)
 
     @property
     def bytes_back(self) -> int:
-        return WIDE * (1 + self._travels) if self.recipe.by_matrix else NARROW
+        return WIDE * (1 + self._travels) if self.recipe.by_matrix else self.input_bytes
+
+    @property
+    def input_bytes(self) -> int:
+        """Of an element of a direction's input: 2 on a GPU."""
+        return self.recipe.direction_dtype(torch.float32, torch.device(self.device)).itemsize
 
     @property
     def collectives(self) -> int:
@@ -168,7 +176,7 @@ class Method:
 
     def passes(self, rows: int, cols: int) -> int:
         """Bytes an element that elementwise work moves: gradient, state and fp32 weight, direction and its input."""
-        return GRADIENT.itemsize + 2 * self.state(rows, cols)[0] + 2 * WIDE + 2 * NARROW
+        return self.gradient.itemsize + 2 * self.state(rows, cols)[0] + 2 * WIDE + 2 * self.input_bytes
 
 
 @functools.lru_cache(maxsize=1024)
@@ -235,12 +243,12 @@ def of_route(route: str, model: shapes.Model, method: Method, size: int) -> Rank
     elif route == "owner":
         _add_owner(ranks, stacks_of(model, size), method)
     elif route == "gram":
-        if method.recipe.by_matrix or not isinstance(method.recipe.direction, Spectral):
+        if method.recipe.by_matrix or not method.recipe.direction.shards:
             return None
         _add_gram(ranks, model, method)
     else:
         _add_share(ranks, model, method)
-    _add_others(ranks, model, sharded=route in ("owner", "gram"))
+    _add_others(ranks, model, method, sharded=route in ("owner", "gram"))
     return ranks
 
 
@@ -248,13 +256,13 @@ def _add_local(ranks: Ranks, model: shapes.Model, method: Method) -> None:
     for count, rows, cols in shapes.matrices(model):
         element, owned = method.state(rows, cols)
         for r in range(ranks.size):
-            ranks.work[r] += matrix_work(method.recipe, rows, cols).times(count)
+            ranks.work[r] += method.work(rows, cols).times(count)
             ranks.state[r] += count * (rows * cols * element + owned)
             ranks.passes[r] += count * rows * cols * method.passes(rows, cols)
 
 
 def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
-    owners = iter(owners_of(stacks, method.recipe, ranks.size))
+    owners = iter(owners_of(stacks, method, ranks.size))
     buckets: dict[tuple[int, int], _Bucket] = {}
     for place, stack in enumerate(stacks):
         holders = [stack.holders(group) for group in range(stack.groups)]
@@ -271,7 +279,7 @@ def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
         for group, count in enumerate(counts):
             for r, part in holders[group]:
                 here[r] += count * part
-        work = matrix_work(method.recipe, stack.rows, stack.cols)
+        work = method.work(stack.rows, stack.cols)
         element, of_owner = method.state(stack.rows, stack.cols)
         for r in range(ranks.size):
             away, others = here[r] - kept[r], owned[r] * stack.rows * stack.cols - kept[r]
@@ -286,12 +294,12 @@ def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
         ranks.stages += method.collectives if any(messages) else 0
 
 
-def owners_of(stacks: Sequence[Stack], recipe: Recipe, ranks: int) -> list[int]:
+def owners_of(stacks: Sequence[Stack], method: Method, ranks: int) -> list[int]:
     """The owner of every matrix, stack by stack: its holder where it has one, else by its cost."""
     owners: list[int] = []
     jobs: list[tuple[int, int]] = []
     for stack in stacks:
-        cost = matrix_work(recipe, stack.rows, stack.cols).cost
+        cost = method.work(stack.rows, stack.cols).cost
         holders = [stack.holders(group) for group in range(stack.groups)]
         for group in stack.matrices():
             if len(holders[group]) > 1:
@@ -348,27 +356,29 @@ def _add_gram(ranks: Ranks, model: shapes.Model, method: Method) -> None:
         cut = 0 if experts > 1 else p.cut
         element, passes = method.state(rows, cols)[0], method.passes(rows, cols)
         if each == 1 or cut is None:
-            work = matrix_work(method.recipe, rows, cols).times(count)
+            work = method.work(rows, cols).times(count)
             for r in range(ranks.size):
                 ranks.work[r] += work
                 ranks.state[r] += count * rows * cols * element
                 ranks.passes[r] += count * rows * cols * passes
             continue
         long, short, tall = max(rows, cols), min(rows, cols), rows >= cols
-        choice = choose_sharded(short, direction.preset, device="cuda", coefficients=direction.coefficients)
+        choice = choose_sharded(
+            short, direction.preset, device=method.device, coefficients=direction.coefficients, steps=direction.steps
+        )
         grams = 1 + len(choice.restarts)
-        reduced = count * (COUNTER + WIDE * gram_elements(short) * grams)
+        reduced = count * (SIZE + WIDE * gram_elements(short) * grams)
         length, other = (rows, cols) if cut == 0 else (cols, rows)
         moves = length < other
         for r in range(ranks.size):
             part, of_long = shard_rows(length, each)[r % each], shard_rows(long, each)[r % each]
             local = (of_long, short) if tall else (short, of_long)
-            ranks.work[r] += direction.sharded_work(*local, tall, GRADIENT, "cuda").times(count)
+            ranks.work[r] += direction.sharded_work(*local, tall, torch.float32, method.device).times(count)
             sent = 2 * (each - 1) * reduced // each
             messages = 2 * (each - 1) * (1 + grams)
             if moves:  # there and back, so that what is sent is what comes
                 kept = part * of_long
-                sent += NARROW * count * (part * other + of_long * short - 2 * kept)
+                sent += method.input_bytes * count * (part * other + of_long * short - 2 * kept)
                 messages += 2 * (each - 1)
             ranks.sent[r] += sent
             ranks.received[r] += sent
@@ -381,7 +391,7 @@ def _add_gram(ranks: Ranks, model: shapes.Model, method: Method) -> None:
 
 def _add_share(ranks: Ranks, model: shapes.Model, method: Method) -> None:
     matrices = [(rows, cols) for count, rows, cols in shapes.matrices(model) for _ in range(count)]
-    works = {shape: matrix_work(method.recipe, *shape) for shape in set(matrices)}
+    works = {shape: method.work(*shape) for shape in set(matrices)}
     owned = [0] * ranks.size
     for shape, owner in zip(matrices, assign([works[shape].cost for shape in matrices], ranks.size), strict=True):
         ranks.work[owner] += works[shape]
@@ -398,10 +408,10 @@ def _add_share(ranks: Ranks, model: shapes.Model, method: Method) -> None:
     ranks.stages += math.ceil(math.log2(ranks.size)) * len(works)
 
 
-def _add_others(ranks: Ranks, model: shapes.Model, *, sharded: bool) -> None:
+def _add_others(ranks: Ranks, model: shapes.Model, method: Method, *, sharded: bool) -> None:
     """What goes to AdamW: elementwise, where it lies."""
     element = sum(1 for layout in ADAMW.layouts.values() if layout == "elementwise") * WIDE
-    passes = GRADIENT.itemsize + 2 * element + 2 * WIDE
+    passes = method.gradient.itemsize + 2 * element + 2 * WIDE
     for p in (p for p in model if p.kind == "other"):
         rest = p.count * math.prod(p.shape[1:])
         here = shard_rows(p.shape[0], ranks.size) if sharded else [p.shape[0]] * ranks.size
@@ -416,7 +426,7 @@ def _add_others(ranks: Ranks, model: shapes.Model, *, sharded: bool) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the plan; -> exit status."""
     machine = Machine(options.tflops, options.bandwidth, options.latency, options.memory)
-    method = method_of(options.optimizer)
+    method = method_of(options.optimizer, options.preset)
     if options.simulate:
         rows = simulate(method, machine, options.batch)
         print(json.dumps(rows, indent=2) if options.json else describe_simulation(rows))
@@ -432,13 +442,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def method_of(name: str) -> Method:
-    """The recipe of a class of steepest, with its defaults."""
-    cls = getattr(steepest, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, MatrixOptimizer)):
+def method_of(name: str, preset: str | None = None) -> Method:
+    """The recipe of a class of steepest, with its defaults but for the preset of its polar factors."""
+    made: Any = getattr(steepest, name, None)
+    if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
         raise ValueError(f"optimizer {name!r} is no class of steepest; say one as it is imported, such as Muon or SOAP")
-    make: Callable[..., MatrixOptimizer] = cls
-    optimizer = make(nn.Linear(8, 8, bias=False))
+    cls: Callable[..., Any] = made
+    options = {} if preset is None else {"polar": preset}
+    try:
+        optimizer = cls(nn.Linear(8, 8, bias=False), **options)
+    except TypeError as error:
+        raise ValueError(f"optimizer {name!r} cannot be made with {options}: {error}") from None
     return Method(optimizer.recipe(optimizer.param_groups[0]))
 
 

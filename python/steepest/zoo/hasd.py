@@ -80,15 +80,15 @@ def hasd(
         low, high, best = 1.0, float(max(values, 1)) ** (1 - 2 / p), None
         rho, halved = min(guess, high), True
         while high > low * (1 + tolerance):
-            found = trial(rho)
+            tried = trial(rho)
             asked += 2
-            if found[3] >= rho:
-                low, best = rho, found
-                if found[3] <= rho * (1 + tolerance):
+            if tried[3] >= rho:
+                low, best = rho, tried
+                if tried[3] <= rho * (1 + tolerance):
                     break
             else:
                 high = rho
-            near = found[3] * (1 - tolerance / 2)  # just below the fixed point, where a trial moves it little
+            near = tried[3] * (1 - tolerance / 2)  # just below the fixed point, where a trial moves it little
             halved = not (halved and low < near < high)
             rho = math.sqrt(low * high) if halved else near
         if best is None:

@@ -84,9 +84,9 @@ class KFAC(KroneckerOptimizer):
         layers = [layer for layer in model.modules() if _is_taken(layer)]
         if not layers:
             raise ValueError("KFAC found no Linear or Conv2d (groups=1, zero padding) to watch; use torch.optim.AdamW")
-        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "damping": damping, "loss_scale": loss_scale}
+        options = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "damping": damping, "loss_scale": loss_scale}
         self._batches: dict[Tensor, _Batch] = {}
-        super().__init__(list(_groups(model)), own, extra)
+        super().__init__(list(_groups(model)), options, extra)
         self._handles = [layer.register_forward_hook(self._watch, with_kwargs=True) for layer in layers]
         if isinstance(model, DistributedDataParallel):
             self._ranks = model.process_group
@@ -221,9 +221,9 @@ def _groups(model: nn.Module) -> Iterator[Group]:
         ({"use_muon": False, "weight_decay": 0.0}, lambda p: p not in taken and p.ndim < 2),
     )
     for values, belongs in kinds:
-        own = [(name, p) for name, p in named if belongs(p)]
-        if own:
-            yield {"params": own, **values}
+        members = [(name, p) for name, p in named if belongs(p)]
+        if members:
+            yield {"params": members, **values}
 
 
 @dataclass

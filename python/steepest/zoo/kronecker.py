@@ -101,10 +101,10 @@ class KroneckerOptimizer(MatrixOptimizer):
     _ratio = "none"
     _parities: tuple[str | None, ...] = (None,)
 
-    def __init__(self, params: Params, own: Group, extra: BasesAndExtras) -> None:
+    def __init__(self, params: Params, options: Group, extra: BasesAndExtras) -> None:
         shared = {key: extra[key] for key in extra if key not in self._bases}  # type: ignore[literal-required]
         bases = {key: extra.get(key, value) for key, value in self._bases.items()}
-        values, adamw = defaults_of(type(self).__name__, {**own, **bases}, shared)  # type: ignore[arg-type]
+        values, adamw = defaults_of(type(self).__name__, {**options, **bases}, shared)  # type: ignore[arg-type]
         super().__init__(params, values, adamw)
 
     def parts(self, group: Group) -> dict[str, Any]:
@@ -129,21 +129,21 @@ class KroneckerOptimizer(MatrixOptimizer):
             return polar_of(group)
         return Frobenius() if norm == "frobenius" else Sign()
 
-    def rotated(self, group: Group, inner: Identity | Diagonal | Sides = Identity(), **own: Any) -> Rotated:
+    def rotated(self, group: Group, inner: Identity | Diagonal | Sides = Identity(), **others: Any) -> Rotated:
         """The preconditioner in eigenbases with the group's values, but for what `own` says."""
         values = {"inner": inner, "method": group["refresh"], "exact": group["exact_refreshes"]}
-        return Rotated(**{**self._of_factors(group), **values, **own})
+        return Rotated(**{**self._of_factors(group), **values, **others})
 
-    def by_roots(self, group: Group, exponent: float, **own: Any) -> Roots:
+    def by_roots(self, group: Group, exponent: float, **others: Any) -> Roots:
         """The preconditioner by inverse roots."""
         scale = "refresh" if group["parity"] else "present"
-        return Roots(**{**self._of_factors(group), "exponent": exponent, "scale": scale, **own})
+        return Roots(**{**self._of_factors(group), "exponent": exponent, "scale": scale, **others})
 
-    def powers(self, group: Group, sides: Sides, **own: Any) -> Kronecker:
+    def powers(self, group: Group, sides: Sides, **others: Any) -> Kronecker:
         """The preconditioner in the form that `inverse_root` names."""
         if group["inverse_root"] == "newton":
-            return self.by_roots(group, sides.exponent, **own)
-        return self.rotated(group, sides, **own)
+            return self.by_roots(group, sides.exponent, **others)
+        return self.rotated(group, sides, **others)
 
     def _of_factors(self, group: Group) -> dict[str, Any]:
         return {
@@ -227,8 +227,8 @@ class Shampoo(KroneckerOptimizer):
         inverse_root: str = "basis",
         **extra: Unpack[BasesAndExtras],
     ) -> None:
-        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "graft": graft}
-        super().__init__(params, {**own, "inverse_root": inverse_root}, extra)
+        options = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "graft": graft}
+        super().__init__(params, {**options, "inverse_root": inverse_root}, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
         _check_choice("graft", group["graft"], ("adam", None))
@@ -265,8 +265,8 @@ class OneSidedShampoo(KroneckerOptimizer):
         inverse_root: str = "basis",
         **extra: Unpack[BasesAndExtras],
     ) -> None:
-        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "inverse_root": inverse_root}
-        super().__init__(params, own, extra)
+        options = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "inverse_root": inverse_root}
+        super().__init__(params, options, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
         sides = Sides(exponent=0.5, values="refresh" if group["parity"] else "present", damping="outside")
@@ -325,8 +325,8 @@ class KLShampoo(KroneckerOptimizer):
         max_update_rms: float | None = None,
         **extra: Unpack[BasesAndExtras],
     ) -> None:
-        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "inverse_root": inverse_root}
-        super().__init__(params, {**own, "first_step": first_step, "max_update_rms": max_update_rms}, extra)
+        options = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "inverse_root": inverse_root}
+        super().__init__(params, {**options, "first_step": first_step, "max_update_rms": max_update_rms}, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
         if group["inverse_root"] == "newton":
@@ -375,8 +375,8 @@ class SOAP(KroneckerOptimizer):
         first_step: str = "skip",
         **extra: Unpack[BasesAndExtras],
     ) -> None:
-        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "first_step": first_step}
-        super().__init__(params, own, extra)
+        options = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "first_step": first_step}
+        super().__init__(params, options, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
         return self._adam_in_bases(group)
@@ -451,8 +451,8 @@ class SPlus(KroneckerOptimizer):
         average_rate: float = 0.999,
         **extra: Unpack[BasesAndExtras],
     ) -> None:
-        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "average_rate": average_rate}
-        super().__init__(params, own, extra)
+        options = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "average_rate": average_rate}
+        super().__init__(params, options, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
         return {

@@ -250,13 +250,13 @@ class Momo(MatrixOptimizer):
         """0-d fp64, the mean over processes."""
         device = self._device
         if not isinstance(loss, Tensor):
-            found = torch.full((), loss, dtype=torch.float64, device=device)
+            mean = torch.full((), loss, dtype=torch.float64, device=device)
         else:
-            found = loss.detach().reshape(()).to(device, torch.float64, non_blocking=device.type == "cuda", copy=True)
+            mean = loss.detach().reshape(()).to(device, torch.float64, non_blocking=device.type == "cuda", copy=True)
         if self.reduce_loss and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(found)
-            found /= dist.get_world_size()
-        return found
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        return mean
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -293,15 +293,14 @@ class Momo(MatrixOptimizer):
 
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
         added = super()._init_state(p, dtype, group)
-        own = self._own_state(p, group)
-        recipe = self._recipe(group)
+        fresh, recipe = self._own_state(p, group), self._recipe(group)
         if is_sharded(p) and self._couples() and self._stale(recipe) and DESCENT not in self.state[p]:
             count = sum(recipe.input_shape(piece.shape)[0] for piece in self._pieces(p, group))
-            own[DESCENT] = _unknown(count, p)
-        self.state[p].update(own)
+            fresh[DESCENT] = _unknown(count, p)
+        self.state[p].update(fresh)
         if p is self._first:
             self._shared_state()
-        return added or bool(own)
+        return added or bool(fresh)
 
     def _check_devices(self, group: Group) -> None:
         super()._check_devices(group)

@@ -49,7 +49,7 @@ class MuAdam(MatrixOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Extras],
     ) -> None:
-        own = {
+        options = {
             "lr": lr,
             "weight_decay": weight_decay,
             "betas": betas,
@@ -57,7 +57,7 @@ class MuAdam(MatrixOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "polar": polar,
         }
-        super().__init__(params, *defaults_of(type(self).__name__, own, extra))
+        super().__init__(params, *defaults_of(type(self).__name__, options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])

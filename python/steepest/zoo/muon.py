@@ -30,7 +30,8 @@ class Muon(MatrixOptimizer):
     that is not finite skips its parameter; state keeps its dtype on loading; fp64 parameters are iterated in fp64.
 
     params: a module or named parameters are routed (`steepest.param_groups`); a plain iterable must hold matrices, as
-        in torch; groups may say use_muon=False for AdamW (the format of KellerJordan's MuonWithAuxAdam).
+        in torch; groups may say use_muon=False for AdamW (the format of KellerJordan's MuonWithAuxAdam), and one that
+        says nothing and has names, or more than matrices, is routed.
     lr, weight_decay, momentum: numbers >= 0; lr may be a 1-element tensor.
     ns_coefficients, ns_steps: the odd polynomial a x + b x^3 + c x^5 and how often, used when polar is None.
     eps: as in `steepest.polar`, relative to the matrix's largest entry; torch's is absolute.
@@ -57,7 +58,7 @@ class Muon(MatrixOptimizer):
         polar: Polar | None = None,
         **extra: Unpack[Extras],
     ) -> None:
-        own = {
+        options = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -68,7 +69,7 @@ class Muon(MatrixOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "polar": polar,
         }
-        super().__init__(params, *defaults_of("Muon", own, extra))
+        super().__init__(params, *defaults_of("Muon", options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         if group["polar"] is None:

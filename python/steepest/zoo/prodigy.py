@@ -76,8 +76,8 @@ class ProdigyMuon(ProductNormOptimizer):
             raise ValueError(f"norm {norm!r} is not known; use 'spectral' or 'sign'")
         self.norm, self.initial_step = norm, check_option("initial_step", initial_step)
         momentum = check_option("momentum", momentum, BELOW_ONE)
-        own = own_values(lr, weight_decay, (momentum, 0.0), 0.0, adjust_lr_fn, polar)
-        super().__init__(params, own, extra, product=ProductNorm("max"), scale="lmo", others="sign")
+        options = own_values(lr, weight_decay, (momentum, 0.0), 0.0, adjust_lr_fn, polar)
+        super().__init__(params, options, extra, product=ProductNorm("max"), scale="lmo", others="sign")
 
     def direction(self, group: Group) -> Direction:
         return polar_of(group) if self.norm == "spectral" else Sign()
@@ -108,12 +108,12 @@ class ProdigyMuon(ProductNormOptimizer):
         return {**super()._fresh_shared_state(), STEP_SIZE: size}
 
     def _own_state(self, p: Tensor, group: Group) -> State:
-        held, rounding, own = self._state_here(p), self._recipe(group).rounding, super()._own_state(p, group)
-        if START not in held:
-            own[START] = self._like(p, rounding.value(local_tensor(p.detach()), held).clone())
-        if self._is_lossy(p, group) and DROPPED not in held:
-            own[DROPPED] = torch.zeros_like(p, dtype=torch.float32)
-        return own
+        state, rounding, fresh = self._state_here(p), self._recipe(group).rounding, super()._own_state(p, group)
+        if START not in state:
+            fresh[START] = self._like(p, rounding.value(local_tensor(p.detach()), state).clone())
+        if self._is_lossy(p, group) and DROPPED not in state:
+            fresh[DROPPED] = torch.zeros_like(p, dtype=torch.float32)
+        return fresh
 
     def _is_lossy(self, p: Tensor, group: Group) -> bool:
         """Whether the weight's dtype drops bits that nobody keeps."""

@@ -68,7 +68,7 @@ class ProductNormOptimizer(Momo):
     def __init__(
         self,
         params: Params,
-        own: Group,
+        options: Group,
         extra: Coupling,
         *,
         product: ProductNorm,
@@ -89,9 +89,9 @@ class ProductNormOptimizer(Momo):
                     "their group a value of its own instead"
                 )
         coupling = {key: extra[key] for key in _COUPLING if key in extra}  # type: ignore[literal-required]
-        values, adamw = defaults_of(name, own, _without(extra, _COUPLING))
-        adamw = {**adamw, **{key: own[key] for key in ("lr", "betas", "eps") if key in own}}
-        adamw["weight_decay"] = extra.get("adamw_weight_decay", own["weight_decay"])
+        values, adamw = defaults_of(name, options, _without(extra, _COUPLING))
+        adamw = {**adamw, **{key: options[key] for key in ("lr", "betas", "eps") if key in options}}
+        adamw["weight_decay"] = extra.get("adamw_weight_decay", options["weight_decay"])
         self.product, self.scale, self.others = product, scale, others
         super().__init__(params, values, adamw, **{"lower_bound": None, **coupling})
 
@@ -139,15 +139,15 @@ class ProductNormOptimizer(Momo):
 
     def _factors(self, layers: Sequence[Layers]) -> list[Number]:
         matrices, others = self._dual_norms(layers)
-        own = self.product.factors(matrices, others, self.scale)
-        return [own[0] if group["use_muon"] else own[1] for group in self.param_groups]
+        factors = self.product.factors(matrices, others, self.scale)
+        return [factors[0] if group["use_muon"] else factors[1] for group in self.param_groups]
 
     def _dual_norms(self, layers: Sequence[Layers]) -> tuple[Tensor, Tensor]:
         """The dual norms of all matrices, and those of all other layers."""
-        found: dict[bool, list[Tensor]] = {True: [layers[0].inner[:0]], False: [layers[0].inner[:0]]}
+        norms: dict[bool, list[Tensor]] = {True: [layers[0].inner[:0]], False: [layers[0].inner[:0]]}
         for group, each in zip(self.param_groups, layers, strict=True):
-            found[group["use_muon"]].append(each.dual_norms)
-        return torch.cat(found[True]), torch.cat(found[False])
+            norms[group["use_muon"]].append(each.dual_norms)
+        return torch.cat(norms[True]), torch.cat(norms[False])
 
 
 class ProductNormDescent(ProductNormOptimizer):
@@ -197,10 +197,10 @@ class ProductNormDescent(ProductNormOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Coupling],
     ) -> None:
-        own = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
+        options = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
         matrix_scale = check_option("matrix_scale", matrix_scale)
         rule = ProductNorm(check_option("product", product), matrix_scale if product == "hybrid" else 1.0)
-        super().__init__(params, own, extra, product=rule, scale=scale, others=others)
+        super().__init__(params, options, extra, product=rule, scale=scale, others=others)
 
 
 class MuonMax(ProductNormOptimizer):
@@ -235,9 +235,9 @@ class MuonMax(ProductNormOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Coupling],
     ) -> None:
-        own = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
+        options = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
         rule = ProductNorm("hybrid", check_option("matrix_scale", matrix_scale))
-        super().__init__(params, own, extra, product=rule, scale="dual", others="adam_2")
+        super().__init__(params, options, extra, product=rule, scale="dual", others="adam_2")
 
 
 class MuonAdam(ProductNormOptimizer):
@@ -266,8 +266,8 @@ class MuonAdam(ProductNormOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Coupling],
     ) -> None:
-        own = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
-        super().__init__(params, own, extra, product=ProductNorm("max"), scale="lmo", others="adam_infty")
+        options = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
+        super().__init__(params, options, extra, product=ProductNorm("max"), scale="lmo", others="adam_infty")
 
 
 def own_values(

@@ -73,7 +73,7 @@ class Schattor(ProductNormOptimizer):
     ) -> None:
         if check_option("block_norm", block_norm) not in ("max", "l2"):
             raise ValueError(f"block_norm {block_norm!r} is not known; use 'max' or 'l2'")
-        own = {
+        options = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -83,7 +83,7 @@ class Schattor(ProductNormOptimizer):
             "method": method,
             "polar": polar,
         }
-        super().__init__(params, own, extra, product=ProductNorm(block_norm), scale=scale, others="euclidean")
+        super().__init__(params, options, extra, product=ProductNorm(block_norm), scale=scale, others="euclidean")
 
     def direction(self, group: Group) -> Direction:
         p = group["p"]

@@ -84,7 +84,7 @@ class Scion(VectorOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Extras],
     ) -> None:
-        own = {
+        options = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -95,7 +95,7 @@ class Scion(VectorOptimizer):
             "adjust_lr_fn": None,
         }
         self._radius = check_option("radius", radius)
-        super().__init__(params, *defaults_of("Scion", own, extra))
+        super().__init__(params, *defaults_of("Scion", options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         ratio, direction = _NORMS[group["norm"]]
@@ -189,8 +189,8 @@ def scion_groups(
         norm = _norm(places)
         values: dict[str, Any] = {} if override is None else dict(override.values)
         if matrix:
-            own = {} if norm == "bias" else layout(place)
-            values = {"norm": norm, "radius": heads if norm == "sign" else radius, **own, **values}
+            reading = {} if norm == "bias" else layout(place)
+            values = {"norm": norm, "radius": heads if norm == "sign" else radius, **reading, **values}
         taps = math.prod(place.param.shape[2:]) if values.get("norm") == "conv" else 1
         key = (matrix, taps, *sorted(values.items()))
         group = groups.setdefault(key, {"params": [], "use_muon": matrix, "param_reasons": [], **values})

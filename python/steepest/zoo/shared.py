@@ -21,7 +21,8 @@ Polar = str | Sequence[float] | Sequence[Sequence[float]]
 class Extras(TypedDict, total=False):
     """Keyword arguments every optimizer here takes; all but adamw_* are group values.
 
-    num_heads, split_sizes, batch_dims: how fused or stacked weights are read as matrices; see `steepest.matrices`.
+    num_heads, split_sizes, batch_dims, transposed: how fused or stacked weights, and those that are stored in x out,
+        are read as matrices; see `steepest.matrices`.
     cautious_wd: decay only where it agrees with the update.      maximize: ascend.
     momentum_dtype: dtype of the momentum (None: the gradient's). stochastic_rounding: of bf16 parameters.
     keep_mantissa: of bf16 parameters, the 16 bits that bf16 drops are kept as state, as if they were fp32.
@@ -46,6 +47,7 @@ class Extras(TypedDict, total=False):
     num_heads: int | Sequence[int] | None
     split_sizes: Sequence[int] | None
     batch_dims: int | None
+    transposed: bool
     cautious_wd: bool
     maximize: bool
     momentum_dtype: torch.dtype | None
@@ -69,6 +71,7 @@ EXTRAS = Extras(
     num_heads=None,
     split_sizes=None,
     batch_dims=None,
+    transposed=False,
     cautious_wd=False,
     maximize=False,
     momentum_dtype=None,
@@ -86,18 +89,18 @@ EXTRAS = Extras(
 )
 
 
-def defaults_of(name: str, own: Group, extra: Extras) -> tuple[Group, Group]:
+def defaults_of(name: str, options: Group, extra: Extras) -> tuple[Group, Group]:
     """(defaults of matrix groups, defaults of AdamW groups) from a class's own arguments and the shared ones."""
-    taken = (*own, *Extras.__annotations__)
+    taken = (*options, *Extras.__annotations__)
     unknown = sorted(set(extra) - set(taken))
     if unknown:
         raise TypeError(f"{name} got an unexpected argument {unknown[0]!r}; it takes {', '.join(taken)}")
     given: Group = dict(extra)
     read_switches(given)
-    values: Group = {**own, **EXTRAS, **given}
+    values: Group = {**options, **EXTRAS, **given}
     adamw = {key.removeprefix("adamw_"): values.pop(key) for key in list(values) if key.startswith("adamw_")}
     if adamw["lr"] is None:
-        adamw["lr"] = own["lr"] if own["adjust_lr_fn"] == "match_rms_adamw" else ADAMW_NUMBERS["lr"]
+        adamw["lr"] = options["lr"] if options["adjust_lr_fn"] == "match_rms_adamw" else ADAMW_NUMBERS["lr"]
     return values, adamw
 
 

@@ -179,7 +179,7 @@ class TrustRegion(VectorOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Extras],
     ) -> None:
-        own = {
+        options = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -188,7 +188,7 @@ class TrustRegion(VectorOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "polar": polar,
         }
-        super().__init__(params, *defaults_of("TrustRegion", own, extra))
+        super().__init__(params, *defaults_of("TrustRegion", options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         parts: dict[str, Any] = {
@@ -240,14 +240,14 @@ class OrthogonalSGDM(MatrixOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Extras],
     ) -> None:
-        own = {
+        options = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
             "adjust_lr_fn": adjust_lr_fn,
             "polar": polar,
         }
-        super().__init__(params, *defaults_of("OrthogonalSGDM", own, extra))
+        super().__init__(params, *defaults_of("OrthogonalSGDM", options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         parts: dict[str, Any] = {
@@ -285,8 +285,8 @@ class NIGT(MomentumOptimizer):
     _direction = Frobenius()
 
     def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
-        own = {WEIGHTS: p.detach().clone()} if group["use_muon"] else {}
-        return {**super()._fresh_state(p, dtype, group), **own}
+        weights = {WEIGHTS: p.detach().clone()} if group["use_muon"] else {}
+        return {**super()._fresh_state(p, dtype, group), **weights}
 
     def _take_step(self, scaling: Any, loss: Number | None) -> None:
         if any(AHEAD in state for state in self.state.values()):
@@ -345,8 +345,8 @@ class Fromage(VectorOptimizer):
     """
 
     def __init__(self, params: Params, lr: Number = 1e-2, **extra: Unpack[Extras]) -> None:
-        own = {"lr": lr, "weight_decay": 0.0, "adjust_lr_fn": None}
-        super().__init__(params, *defaults_of("Fromage", own, extra))
+        options = {"lr": lr, "weight_decay": 0.0, "adjust_lr_fn": None}
+        super().__init__(params, *defaults_of("Fromage", options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         parts: dict[str, Any] = {

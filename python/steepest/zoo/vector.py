@@ -75,14 +75,14 @@ class MomentumOptimizer(VectorOptimizer):
         adjust_lr_fn: str | None = None,
         **extra: Unpack[Extras],
     ) -> None:
-        own = {
+        options = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
             "nesterov": nesterov,
             "adjust_lr_fn": adjust_lr_fn,
         }
-        super().__init__(params, *defaults_of(type(self).__name__, own, extra))
+        super().__init__(params, *defaults_of(type(self).__name__, options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         momentum = Momentum(nesterov=group["nesterov"], dtype=group["momentum_dtype"])
@@ -143,8 +143,9 @@ class AdaGrad(VectorOptimizer):
         adjust_lr_fn: str | None = None,
         **extra: Unpack[Extras],
     ) -> None:
-        own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps, "adjust_lr_fn": adjust_lr_fn}
-        super().__init__(params, *defaults_of("AdaGrad", own, extra))
+        options: Group = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
+        options["adjust_lr_fn"] = adjust_lr_fn
+        super().__init__(params, *defaults_of("AdaGrad", options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         parts: dict[str, Any] = {
@@ -185,8 +186,8 @@ class Adam(VectorOptimizer):
         adjust_lr_fn: str | None = None,
         **extra: Unpack[Extras],
     ) -> None:
-        own = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "adjust_lr_fn": adjust_lr_fn}
-        super().__init__(params, *defaults_of(type(self).__name__, own, extra))
+        options = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "adjust_lr_fn": adjust_lr_fn}
+        super().__init__(params, *defaults_of(type(self).__name__, options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         parts: dict[str, Any] = {

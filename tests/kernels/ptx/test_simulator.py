@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 
 from ptx.simulator_library import COMPILER, LaunchError, Module, library, registered
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which(COMPILER) is None,
-    reason=f"the simulator is for Linux, compiled by {COMPILER}",
-)
+pytestmark = [
+    pytest.mark.slow,  # compiling the simulator takes a minute, and nothing in `make test` is executed by it
+    pytest.mark.skipif(
+        sys.platform != "linux" or shutil.which(COMPILER) is None,
+        reason=f"the simulator is for Linux, compiled by {COMPILER}",
+    ),
+]
 
 Array = NDArray[Any]
 SEEDS = range(8)

@@ -323,7 +323,7 @@ def test_a_peer_is_called_as_its_package_is_made(name: str, role: str, monkeypat
     """Matrix by matrix or at once, which products may round apart: in fp32 by some eps, which "auto" lifts up to 497
     times, and in bf16, where that is larger than the factor, not at all to be compared."""
     monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: False)
-    (found,) = [peer for peer in peers.found(role) if peer.name == name]
+    (found,) = [peer for peer in peers.installed(role) if peer.name == name]
     made = found.make()
     x = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0))
     if (name, role) == ("emerging-optimizers", "gram"):
@@ -357,7 +357,7 @@ def test_every_peer_is_named_whether_it_is_there_or_not(monkeypatch: pytest.Monk
         known = peers.known(role)
         assert known
         assert all(peer.status.startswith("absent: ModuleNotFoundError: ") for peer in known)
-        assert peers.found(role) == []
+        assert peers.installed(role) == []
     other = types.ModuleType("soap")
     other.SOAP = type("SOAP", (), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "soap", other)
@@ -372,7 +372,7 @@ def test_an_import_that_changes_torch_changes_it_for_no_one(monkeypatch: pytest.
 
     peer = replace(peers.PEERS[0], roles={"polar": make})
     monkeypatch.setattr(peers, "PEERS", (peer,))
-    assert [found.make() for found in peers.found("polar")] == ["made"]
+    assert [found.make() for found in peers.installed("polar")] == ["made"]
     assert torch.get_float32_matmul_precision() == "highest"
 
 

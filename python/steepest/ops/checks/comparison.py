@@ -51,11 +51,11 @@ class Comparison:
     def numbers(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
-    def expect(self, what: str, found: Tensor, wanted: Tensor | float, bound: Tensor | float = 0.0) -> None:
+    def expect(self, what: str, result: Tensor, wanted: Tensor | float, bound: Tensor | float = 0.0) -> None:
         """|found - wanted| <= bound for every number; NaN is never right."""
-        exact = torch.float64 in (found.dtype, wanted.dtype if isinstance(wanted, Tensor) else None)
-        wide = torch.float64 if exact or not found.is_floating_point() else torch.float32
-        error = found.to(wide).sub(wanted).abs_()
+        exact = torch.float64 in (result.dtype, wanted.dtype if isinstance(wanted, Tensor) else None)
+        wide = torch.float64 if exact or not result.is_floating_point() else torch.float32
+        error = result.to(wide).sub(wanted).abs_()
         self._expected.append(_Expected(what, error, bound))
 
     def verdict(self) -> str | None:

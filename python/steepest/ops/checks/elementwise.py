@@ -141,12 +141,12 @@ def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], compa
         Item(work.case.program, i, work.case.matrices, first_sums[i], (group, i, 0), RATIO)
         for i, ((_, work), group) in enumerate(zip(every, groups))
     ]
-    moved = {name: [t if own else absent for t, own in zip(lists[name], whole)] for name in ("param", "mantissa")}
+    moved = {name: [t if kept else absent for t, kept in zip(lists[name], whole)] for name in ("param", "mantissa")}
     tables = (table.rows, table.sums, table.scratch)
-    lists["input"] = [absent if own else t for t, own in zip(lists["input"], whole)]
+    lists["input"] = [absent if kept else t for t, kept in zip(lists["input"], whole)]
     all_of_it = (grads, lists["momentum"], lists["second"], lists["input"], moved["param"], moved["mantissa"])
     op("update_moments")(*all_of_it, *tables, *Items(tuple(items)).numbers)
-    late = [i for i, own in enumerate(whole) if not own]
+    late = [i for i, kept in enumerate(whole) if not kept]
     if late:
         some = ([lists[name][i] for i in late] for name in ("direction", "second", "param", "mantissa", "lengths"))
         op("apply_update")(*some, *tables, *Items(tuple(items[i] for i in late)).numbers)
@@ -287,18 +287,18 @@ class _Work:
         wanted = g.square().reshape(self.case.count, -1).sum(-1)
         self._expect("grad_sq", columns["grad_sq"], wanted, wanted * 2.0**-12)
 
-    def _expect(self, name: str, found: Tensor, wanted: Tensor | float, bound: Tensor | float) -> None:
+    def _expect(self, name: str, result: Tensor, wanted: Tensor | float, bound: Tensor | float) -> None:
         types = "-".join(str(dtype).removeprefix("torch.") for dtype in self.case.types)
-        self.comparison.expect(f"{name} of {self.case.shape}, {types}", found, wanted, bound)
+        self.comparison.expect(f"{name} of {self.case.shape}, {types}", result, wanted, bound)
 
     def _expect_rounded(
-        self, name: str, found: Tensor, wanted: Tensor, terms: Tensor, dtype: torch.dtype | None = None
+        self, name: str, result: Tensor, wanted: Tensor, terms: Tensor, dtype: torch.dtype | None = None
     ) -> None:
-        dtype = dtype or found.dtype
+        dtype = dtype or result.dtype
         if "mantissa" in self.tensors and name == "parameter":
             dtype = F
         unit = UNIT[D if D in self.case.types else F]
-        self._expect(name, found, wanted, rounded(wanted, dtype, terms, unit))
+        self._expect(name, result, wanted, rounded(wanted, dtype, terms, unit))
 
 
 def _static(backend: str, device: torch.device) -> str | None:

@@ -81,11 +81,11 @@ def _expect(
                 comparison.expect(f"NaN of {what}", xs[i][1].isnan().all(), 1.0)
             continue
         eta, beta = updates[i].eta[clean, None, None], updates[i].beta[clean, None, None]
-        found = torch.stack([updates[i].weights[j] for j in clean]).float()
+        weights = torch.stack([updates[i].weights[j] for j in clean]).float()
         before = torch.stack([old[i][j] for j in clean]).float()
         eps = torch.finfo(updates[i].weights[0].dtype).eps
         moved = beta * before + eta * wanted
-        comparison.expect(what, found, moved, eta.abs() * bound + eps * moved.abs() + 1e-6)
+        comparison.expect(what, weights, moved, eta.abs() * bound + eps * moved.abs() + 1e-6)
 
 
 def _update(comparison: Comparison, x: Tensor) -> Update:

@@ -76,8 +76,8 @@ def expect(
     scale = _wide(alpha, some)
     exact, terms = scale * exact, abs(scale) * terms
     if c is not None:
-        held, keep = c[some].to(wide), 1 - scale if beta is None else _wide(beta, some)
-        exact, terms = exact + keep * held, terms + abs(keep) * held.abs()
+        before, keep = c[some].to(wide), 1 - scale if beta is None else _wide(beta, some)
+        exact, terms = exact + keep * before, terms + abs(keep) * before.abs()
     exact.diagonal(dim1=1, dim2=2).add_(gamma)
     m, k, n = a.shape[1], a.shape[2], b.shape[2]
     kind = f"{'symmetric ' if symmetric else ''}{m} x {k} x {n}, {str(a.dtype).removeprefix('torch.')}"

@@ -72,14 +72,14 @@ def reference(x: Tensor, tight: bool) -> tuple[Tensor, Tensor]:
     square = torch.where(square == 0, 1.0, square)
     slack = (trace / square).sqrt()
     x = x * square.rsqrt()[:, None, None]
-    found = []
+    iterated = []
     for table in TABLES:
         y = x
         for a, b, c in table:
             gram = y @ y.mT
             y = a * y + (b * gram + c * (gram @ gram)) @ y
-        found.append(y)
-    y = torch.where((slack >= LEAST[0])[:, None, None], found[0], found[1])
+        iterated.append(y)
+    y = torch.where((slack >= LEAST[0])[:, None, None], iterated[0], iterated[1])
     return y.mT if tall else y, slack
 
 

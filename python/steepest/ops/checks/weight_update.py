@@ -40,9 +40,9 @@ def check(update: Callable[..., None], comparison: Comparison, shapes: Sequence[
                 if batch > 1 and i == batch - 1:
                     comparison.expect(f"a weight that stays, {what}", w, before)
                     continue
-                x, y, held = factor[i].float(), b[i].float(), beta[i] * before.float()
-                exact = held + alpha[i] * (x @ y)
-                terms = held.abs() + alpha[i].abs() * (x.abs() @ y.abs())
+                x, y, decayed = factor[i].float(), b[i].float(), beta[i] * before.float()
+                exact = decayed + alpha[i] * (x @ y)
+                terms = decayed.abs() + alpha[i].abs() * (x.abs() @ y.abs())
                 comparison.expect(f"a weight, {what}", w, exact, rounded(exact, stored, terms, 2.0**-17))
 
 

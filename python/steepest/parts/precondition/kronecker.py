@@ -274,10 +274,10 @@ class Kronecker:
         seen, more = self.factor_inputs(state, g, hyper, learned)
         for side, (key, y) in enumerate(seen.items()):
             if state[key].numel():
-                held = wide(state[key])
-                if torch.promote_types(y.dtype, held.dtype) != held.dtype:  # fp64 gradients, factors in 16 bits
-                    y = y.to(held.dtype)
-                fresh[key] = self.stored(syrk_ema(held, y, self.weight(hyper, learned)), learned, side)
+                factor = wide(state[key])
+                if torch.promote_types(y.dtype, factor.dtype) != factor.dtype:  # fp64 gradients, factors in 16 bits
+                    y = y.to(factor.dtype)
+                fresh[key] = self.stored(syrk_ema(factor, y, self.weight(hyper, learned)), learned, side)
         return fresh | more
 
     def rate(self, hyper: Hyper) -> Number:
@@ -309,21 +309,21 @@ class Kronecker:
                 p = state[key]
                 if p.numel():
                     sizes.setdefault((p.shape[-1], p.dtype, p.device), []).append((i, side))
-        found = []
+        gathered = []
         for owners in sizes.values():
             counts = [len(states[i][FACTORS[side]]) for i, side in owners]
             tensors = [wide(torch.cat([states[i][pair[side]] for i, side in owners])) for pair in self.reads]
             flags = self.needs_exact(states, owners) if exact is None else [exact] * sum(counts)
-            found.append(Gathered(owners, counts, tensors, flags))
-        return found
+            gathered.append(Gathered(owners, counts, tensors, flags))
+        return gathered
 
     def refresh(self, gathered: Sequence[Gathered], states: Sequence[State]) -> list[State]:
         """What comes of it for each of the states; `take` makes the metric of it."""
         fresh: list[State] = [{PENDING: torch.ones_like(state[LEARNED])} for state in states]
         for some in gathered:
             for keys, t in self.solve(some).items():
-                for (i, side), own in zip(some.owners, t.split(some.counts), strict=True):
-                    fresh[i][keys[side]] = own
+                for (i, side), part in zip(some.owners, t.split(some.counts), strict=True):
+                    fresh[i][keys[side]] = part
         return fresh
 
     def commit(self, state: State) -> State:

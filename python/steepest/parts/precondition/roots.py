@@ -129,9 +129,9 @@ class Roots(Kronecker):
         present = [key for key in FACTORS if state[key].numel()]
         size = power(self.to_blocks(wide(g)).square().mean((-2, -1)), 1 / max(1, len(present)))
         for key in present:
-            held = state[key]
-            first = torch.eye(held.shape[-1], dtype=held.dtype, device=held.device) * size[:, None, None]
-            begun = held.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+            factor = state[key]
+            first = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device) * size[:, None, None]
+            begun = factor.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
             fresh[key] = torch.where(begun[:, None, None], fresh[key], first)
         return fresh
 
@@ -184,7 +184,10 @@ class Roots(Kronecker):
         for side, factor in enumerate(FACTORS):
             if state[factor].numel():
                 trusted = (state[RESIDUALS[side]] <= TRUSTED)[:, None, None]
-                fresh |= {own[side]: torch.where(trusted, state[new[side]], state[own[side]]) for own, new in pairs}
+                fresh |= {
+                    present[side]: torch.where(trusted, state[new[side]], state[present[side]])
+                    for present, new in pairs
+                }
         return fresh
 
 

@@ -214,13 +214,13 @@ class Rotated(Kronecker):
 
     def _measured(self, state: State, images: State, sides: Sides, started: Tensor) -> State:
         """Y with Y Y^T = G R^-1 G^T / n on the left side, and so on the right; G G^T / n before the start."""
-        found: State = {}
+        inputs: State = {}
         for factor, other in (("left", RIGHT), ("right", LEFT)):
             y, values = images[factor], state[other]
             if values.numel():
                 y = y * torch.where(started, sides.whitening(values).unsqueeze(-2), 1)
-            found[factor] = y / max(1, y.shape[-1]) ** 0.5
-        return found
+            inputs[factor] = y / max(1, y.shape[-1]) ** 0.5
+        return inputs
 
     def _values(self, state: State, images: State, sides: Sides, beta: Number, started: Tensor) -> State:
         """Averages of the squared entries of the rotated gradient, over the other side's metric."""
@@ -245,9 +245,9 @@ class Rotated(Kronecker):
 
     def solve(self, some: Gathered) -> Mapping[Pair, Tensor]:
         factors, bases = some.tensors
-        found = _refreshed(factors, bases, some.exact, _solver(self.method, factors.device))
-        given = {NEXT: found.basis, ORDERS: found.order, STATUS: found.status}
-        return {**given, NEXT_VALUES: self._resolved(found.values)} if self._of_refresh else given
+        refreshed = _refreshed(factors, bases, some.exact, _solver(self.method, factors.device))
+        given = {NEXT: refreshed.basis, ORDERS: refreshed.order, STATUS: refreshed.status}
+        return {**given, NEXT_VALUES: self._resolved(refreshed.values)} if self._of_refresh else given
 
     def new_metric(self, state: State) -> State:
         """The new bases, and the values and second moments that belong to them."""
@@ -295,4 +295,4 @@ def _refreshed(factors: Tensor, bases: Tensor, exact: list[bool], method: Method
         index = torch.tensor([i for i, flag in enumerate(exact) if flag is kind], device=factors.device)
         solved.append((index, eigh_refresh(factors[index], bases[index], method=how)))
     back = torch.cat([index for index, _ in solved]).argsort()
-    return Refreshed(*(torch.cat(parts)[back] for parts in zip(*(found for _, found in solved), strict=True)))
+    return Refreshed(*(torch.cat(parts)[back] for parts in zip(*(refreshed for _, refreshed in solved), strict=True)))

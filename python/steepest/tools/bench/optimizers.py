@@ -101,7 +101,7 @@ def theirs(role: str, metric: str | None, settings: Settings) -> dict[str, Metho
         return {}
     return {
         peer.name: Method(peer.make(), metric, ours=False, version=peer.version, essential=True)
-        for peer in peers.found(role)
+        for peer in peers.installed(role)
     }
 
 

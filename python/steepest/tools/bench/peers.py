@@ -56,7 +56,7 @@ def known(role: str) -> list[Found]:
     return [_look(peer, role) for peer in PEERS if role in peer.roles]
 
 
-def found(role: str) -> list[Found]:
+def installed(role: str) -> list[Found]:
     """Those that can be had."""
     return [peer for peer in known(role) if peer.status == FOUND]
 

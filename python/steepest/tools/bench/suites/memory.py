@@ -65,8 +65,8 @@ def _measure(model: Model, method: Method, device: str) -> Row:
         torch.cuda.synchronize()
     extra = peak_bytes(step, device)
     # State of several parameters may lie in one memory.
-    held = {s._cdata: s.nbytes() for each in optimizers for s in storages(_state(each))}
-    return {"extra_mib": round(extra / 2**20, 3), "state_mib": round(sum(held.values()) / 2**20, 3)}
+    sizes = {s._cdata: s.nbytes() for each in optimizers for s in storages(_state(each))}
+    return {"extra_mib": round(extra / 2**20, 3), "state_mib": round(sum(sizes.values()) / 2**20, 3)}
 
 
 def _state(optimizer: Any) -> list[Any]:

@@ -165,7 +165,7 @@ def theirs(x: Tensor, settings: Settings, errors: Callable[[Any], Errors]) -> di
             bytes=2.0 * x.nbytes,
         )
 
-    return {peer.name: variant(peer.make(), peer.version) for peer in peers.found("polar")}
+    return {peer.name: variant(peer.make(), peer.version) for peer in peers.installed("polar")}
 
 
 def flop(xs: Sequence[Tensor], preset: str) -> float:

@@ -97,7 +97,9 @@ def _case(name: str, dtype: torch.dtype, settings: Settings) -> Case:
                 before=lambda: ys.fill_(math.nan),
             )
     if settings.peers:
-        variants |= {peer.name: half(functools.partial(peer.make(), x), peer.version) for peer in peers.found("gram")}
+        variants |= {
+            peer.name: half(functools.partial(peer.make(), x), peer.version) for peer in peers.installed("gram")
+        }
     return Case("symm_gemm", name, name_of(dtype), variants, BMM)
 
 

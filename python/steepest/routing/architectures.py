@@ -1,0 +1,66 @@
+"""What is known of other people's architectures, as data: names and classes that say what a parameter is.
+
+Names are in small letters, as in `Place.path`, and patterns are fnmatch's.
+"""
+
+from __future__ import annotations
+
+#: Matched with the last component of the module's path, with the first (head.fc, classifier.6), and with the
+#: parameter's own name. qa_outputs: BERT and its kin; head_dist: DeiT and LeViT, distilled.
+HEADS = (
+    *("lm_head", "head", "*_head", "*_heads", "classifier", "embed_out", "unembed*", "logits", "score"),
+    *("qa_outputs", "head_dist"),
+)
+#: Heads only where the module stands at the top of the model; inside a block these are common names of hidden layers.
+TOP_LEVEL_HEADS = ("fc", "output", "decoder")
+#: Matched with the end of the module's path: BERT's map to the vocabulary, and its next sentence.
+HEAD_PATHS = ("predictions.decoder", "seq_relationship")
+#: Classes of whole networks, and their last layer, which keeps its role inside of another model.
+HEADS_OF_CLASSES = {
+    **dict.fromkeys(("ResNet", "GoogLeNet", "Inception3", "ShuffleNetV2", "RegNet", "Xception"), ("fc",)),
+    "DenseNet": ("classifier",),
+}
+#: Matched with the parameter's own name and with the last component of its module's path; patterns that end with a star
+#: not with an nn.Linear, as ELECTRA's embeddings_project. embed_in: NeoX.
+EMBEDDINGS = (
+    *("wte", "wpe", "*embed", "*embeds", "*embedding", "*embeddings", "*embedding*", "emb", "*_emb", "*_token"),
+    *("*_tokens", "embed_in"),
+)
+#: Embeddings only where the module stands at the top of the model: T5's.
+TOP_LEVEL_EMBEDDINGS = ("shared",)
+#: Words of a parameter's own name, between underscores, which say that it is a table of positions: Swin's
+#: relative_position_bias_table, rel_pos_h of SAM and MViTv2, GPT-J's positions.
+POSITION_WORDS = frozenset({"position", "positions", "positional", "pos"})
+#: Words of a parameter's own name which say that it is added, one number an output; of stacked biases too: GPT-OSS's
+#: gate_up_proj_bias, LeViT's attention_biases, those of a stacked ensemble.
+BIAS_WORDS = frozenset({"bias", "biases"})
+#: Own names of tables that multiply element by element: state space models, RWKV.
+ELEMENTWISE = ("a_log", "a_logs", "time_decay*", "time_first", "time_faaaa", "time_mix*", "time_maa*", "layer_scale*")
+#: Words of a module's name which say normalization, where nothing else is known of the module.
+NORM_WORDS = frozenset({"norm", "norms", "ln", "bn", "layernorm", "rmsnorm", "batchnorm", "groupnorm"})
+#: Classes whose matrices are stored in x out. Hugging Face's experts say is_transposed themselves.
+TRANSPOSED = frozenset({"Conv1D", "Llama4TextExperts", "GptOssExperts"})
+#: Classes whose three-dimensional weights are one matrix each, (width, heads x size), and no stack.
+FLATTENED = frozenset({"XLNetRelativeAttention"})
+#: Path components that wrappers add and which say nothing of the layer.
+WRAPPERS = frozenset(
+    {"module", "model", "net", "base_model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+    | {"base_layer", "original_module"}
+)
+#: Components after which the name of a PEFT adapter follows; the first stand for their layer, the others are parts.
+ADAPTED = {"modules_to_save": True, "lora_a": False, "lora_b": False, "lora_embedding_a": False}
+ADAPTED |= {"lora_embedding_b": False, "lora_magnitude_vector": False}
+
+#: Fused projections by the name of their module, or their own: what they hold, one under the other.
+FUSED = {
+    **dict.fromkeys(("qkv", "qkv_proj", "wqkv", "c_attn", "in_proj_qkv"), ("q", "k", "v")),
+    **dict.fromkeys(("gate_up_proj", "gate_up"), ("gate", "up")),
+}
+#: Those that hold q, k and v head by head (NeoX, BLOOM), or key-value group by group (Falcon, Megatron). timm's MaxViT
+#: and CoAtNet say head_first themselves.
+INTERLEAVED = frozenset({"query_key_value", "linear_qkv"})
+#: Classes whose gate and up alternate row by row.
+ALTERNATING = frozenset({"GptOssExperts"})
+#: How attention modules and their configs call the numbers of heads, and of those of keys and values.
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
+KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_query_groups")

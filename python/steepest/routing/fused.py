@@ -1,0 +1,45 @@
+"""Fused projections: q, k and v, or gate and up, in one weight, and the layouts that take them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .architectures import ALTERNATING, FUSED, HEAD_COUNTS, INTERLEAVED, KEY_VALUE_COUNTS
+from .known import class_name
+from .places import Place
+
+__all__ = ["fused_layout"]
+
+
+def fused_layout(place: Place, rows: int) -> dict[str, Any]:
+    """Group values that read a fused weight of so many rows (outputs) as its parts; {} where nothing is known.
+
+    q, k and v one under the other are splits, of grouped queries too. Where they lie head by head no split can tell
+    them apart: num_heads makes a matrix of each head's q, k and v. The heads are the attention module's own words.
+    """
+    name = next((name for name in place.path[-2:] if name in FUSED or name in INTERLEAVED), None)
+    if name is None or place.parent is None or (place.module is not None and class_name(place.module) in ALTERNATING):
+        return {}
+    if FUSED.get(name) == ("gate", "up"):
+        return {"split_sizes": (rows // 2,) * 2} if rows % 2 == 0 else {}
+    heads = _count(place.parent, HEAD_COUNTS)
+    groups = _count(place.parent, KEY_VALUE_COUNTS) or heads
+    if not heads or not groups or rows % (heads + 2 * groups):
+        return {}
+    size = rows // (heads + 2 * groups)
+    if name in INTERLEAVED or getattr(place.parent, "head_first", False) is True:
+        return {"num_heads": rows // size}
+    return {"split_sizes": (heads * size, groups * size, groups * size)}
+
+
+def _count(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first of these that the module or its config has; what a config says comes first where it is there."""
+    for holder in (getattr(module, "config", None), module):
+        for name in names:
+            value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None

@@ -1,0 +1,91 @@
+"""What a model says itself of its modules: Hugging Face's get_output_embeddings, timm's get_classifier, its class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from .architectures import HEADS_OF_CLASSES
+
+__all__ = ["Known", "class_name", "known_roles", "network_prefix"]
+
+
+_LAYER_CLASS = re.compile(r"(Block|Layer|Attention|MLP|Mlp|FeedForward)$")
+
+
+@dataclass(frozen=True)
+class Known:
+    """The role of a module, "head" or "embedding", and who says so."""
+
+    role: str
+    source: str
+
+
+def class_name(module: nn.Module) -> str:
+    """The class of a module; of a scripted one that of the original."""
+    return str(module.original_name) if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
+
+
+def known_roles(modules: Mapping[str, nn.Module]) -> dict[nn.Module, Known]:
+    """The role of every module of which a model says one. The first word counts."""
+    roles: dict[nn.Module, Known] = {}
+    for module in modules.values():
+        for said, role, source in _said(module):
+            for part in said.modules():
+                roles.setdefault(part, Known(role, source))
+    return roles
+
+
+def _said(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    name = class_name(module)
+    for method in ("get_output_embeddings", "get_classifier"):
+        for part in _modules(_asked(module, method)):
+            if part is not module:
+                yield part, "head", f"{method} of {name}"
+    for part in _modules(_asked(module, "get_input_embeddings")):
+        # Of images and sound it is a linear map, which is a matrix like any other.
+        is_table = not isinstance(part, (nn.Linear, _ConvNd)) and not list(part.children())
+        if part is not module and is_table:
+            yield part, "embedding", f"get_input_embeddings of {name}"
+    for child in HEADS_OF_CLASSES.get(name, ()):
+        for part in _modules(getattr(module, child, None)):
+            yield part, "head", f"{child} of {name}"
+
+
+def _asked(module: nn.Module, method: str) -> Any:
+    """What a method without arguments gives; None where it is not there or has no answer."""
+    ask = getattr(type(module), method, None)
+    try:
+        return None if ask is None else ask(module)
+    except (AttributeError, NotImplementedError, TypeError, KeyError):
+        return None
+
+
+def _modules(answer: Any) -> Iterable[nn.Module]:
+    if isinstance(answer, nn.Module):
+        return [answer]
+    answer = answer.values() if isinstance(answer, Mapping) else answer
+    return [each for each in answer if isinstance(each, nn.Module)] if isinstance(answer, Iterable) else []
+
+
+def network_prefix(model: nn.Module) -> str:
+    """How names begin in a model that holds one network and nothing else, as "backbone."; "" where it branches at once.
+
+    A wrapper of any name is seen through by this: what is at the top of the network is at the top. A list, a layer or a
+    block is no network.
+    """
+    prefix = ""
+    while not isinstance(model, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        if any(True for _ in model.parameters(recurse=False)) or _LAYER_CLASS.search(class_name(model)):
+            return ""
+        holding = [(name, child) for name, child in model.named_children() if any(True for _ in child.parameters())]
+        if len(holding) != 1:
+            return prefix
+        prefix, model = f"{prefix}{holding[0][0]}.", holding[0][1]
+    return ""

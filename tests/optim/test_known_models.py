@@ -1,0 +1,260 @@
+"""What routing knows of other people's models: who says what, wrappers, orientation, fused projections."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import steepest
+from steepest.matrices import pieces
+from steepest.routing import fused_layouts, param_groups, route
+
+
+def rules(params: Any) -> dict[str, str]:
+    return {r.name: r.rule for r in route(params)}
+
+
+def reasons(params: Any) -> dict[str, str]:
+    return {r.name: r.reason for r in route(params)}
+
+
+class Conv1D(nn.Module):
+    """As that of transformers: x W."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.body, self.fc = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(self.tok(x)))
+
+
+class Around(nn.Module):
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+# ---- roles ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_s_own_words_for_its_heads_and_embeddings() -> None:
+    class Says(Around):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.last
+
+        def get_classifier(self) -> list[nn.Module]:
+            return [self.other]
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.first
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(9, 4))
+
+    model = Says(first=Table(), hidden=nn.Linear(4, 4), last=nn.Linear(4, 9), other=nn.Sequential(nn.Linear(4, 3)))
+    assert reasons(model) | {"hidden.bias": ""} == {
+        "first.w": "embedding, by get_input_embeddings of Says",
+        "hidden.weight": "Linear",
+        "hidden.bias": "",
+        "last.weight": "head, by get_output_embeddings of Says",
+        "last.bias": "1-D of Linear",
+        "other.0.weight": "head, by get_classifier of Says",
+        "other.0.bias": "1-D of Linear",
+    }
+    model = Says(first=nn.Linear(12, 4), hidden=nn.Linear(4, 4), last=nn.Linear(4, 9), other=nn.ReLU())
+    assert rules(model)["first.weight"] == "matrix"  # of pixels
+
+
+def test_a_method_without_an_answer_says_nothing() -> None:
+    class Silent(Net):
+        def get_output_embeddings(self) -> nn.Module:
+            raise NotImplementedError
+
+        def get_classifier(self, name: str) -> nn.Module:
+            raise AssertionError(name)
+
+    assert rules(Silent()) == rules(Net())
+
+
+def test_a_network_keeps_its_head_in_a_wrapper_of_any_name() -> None:
+    assert rules(Around(backbone=Net()))["backbone.fc.weight"] == "adamw"
+    assert rules(Around(a=Around(b=Net())))["a.b.fc.weight"] == "adamw"
+
+    class ResNet(Net):
+        pass
+
+    model = Around(left=ResNet(), right=Net())
+    assert (rules(model)["left.fc.weight"], rules(model)["right.fc.weight"]) == ("adamw", "matrix")
+
+    class MLPBlock(Around):
+        pass
+
+    assert rules(Around(block=MLPBlock(fc=nn.Linear(4, 4), proj=nn.Linear(4, 4))))["block.fc.weight"] == "matrix"
+
+
+def test_tensors_that_are_one_in_memory_have_one_role() -> None:
+    model = Around(tok=nn.Embedding(20, 8), body=nn.Linear(8, 8), out=nn.Linear(8, 20, bias=False))
+    model.out.weight = nn.Parameter(model.tok.weight.data)
+    assert reasons(model)["out.weight"] == "tied with tok.weight (Embedding)"
+    model.out.weight = nn.Parameter(model.tok.weight.data.clone())
+    assert rules(model)["out.weight"] == "matrix"
+
+
+def test_scripted_modules_are_what_they_were() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(Around2())
+    assert reasons(scripted) == reasons(Around2())
+
+
+class Around2(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.norm, self.body = nn.Embedding(9, 4), nn.LayerNorm((4, 4)), nn.Linear(4, 4)
+        self.grouped, self.depthwise = nn.Conv2d(8, 8, 3, groups=2), nn.Conv1d(8, 8, 3, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "rule"),
+    [
+        ("qa_outputs.weight", (2, 8), "adamw"),
+        ("cls.predictions.decoder.weight", (20, 8), "adamw"),
+        ("encoder.layer.0.output.dense.weight", (8, 16), "matrix"),
+        ("head_dist.weight", (5, 8), "adamw"),
+        ("shared.weight", (20, 8), "adamw"),
+        ("block.shared.weight", (20, 8), "matrix"),
+        ("gpt_neox.embed_in.weight", (20, 8), "adamw"),
+        ("blocks.0.attn.rel_pos_h", (7, 8), "adamw"),
+        ("absolute_positions.weight", (7, 8), "adamw"),
+        ("decomposition", (7, 8), "matrix"),
+        ("decomposition.weight", (7, 8), "matrix"),
+        ("attn.attention_biases", (4, 49), "adamw"),
+        ("attn.pos_key_proj.weight", (8, 8), "matrix"),
+        ("mixer.A_log", (64, 8), "adamw"),
+        ("experts.gate_up_proj_bias", (4, 96), "adamw"),
+        ("0.bias", (4, 32), "adamw"),
+        ("layers.0.norm1.weight", (4, 32), "adamw"),
+        ("layers.0.ln_1.weight", (4, 32), "adamw"),
+        ("lm_head.modules_to_save.default.weight", (20, 8), "adamw"),
+        ("base_model.model.score.modules_to_save.mine.weight", (5, 8), "adamw"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A.default", (2, 20), "adamw"),
+        ("base_model.model.model.layers.0.q_proj.lora_A.default.weight", (2, 8), "matrix"),
+        ("base_model.model.model.layers.0.q_proj.lora_A.default.weight", (1, 8), "adamw"),
+        ("base_model.model.model.layers.0.q_proj.base_layer.weight", (8, 8), "matrix"),
+    ],
+)
+def test_names_alone(name: str, shape: tuple[int, ...], rule: str) -> None:
+    assert rules({name: nn.Parameter(torch.zeros(shape))}) == {name: rule}
+
+
+# ---- orientation ----------------------------------------------------------------------------------------------------
+
+
+def test_matrices_stored_in_x_out_are_found_by_their_module() -> None:
+    class Experts(nn.Module):
+        is_transposed = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.zeros(3, 4, 6))
+
+    found = {r.name: (r.values, r.reason) for r in route(Around(up=Conv1D(4, 8), experts=Experts()))}
+    assert found["up.weight"] == ({"transposed": True}, "Conv1D read as (8, 4), transposed")
+    assert found["experts.up"] == (
+        {"batch_dims": 1, "transposed": True},
+        "Experts read as 3 matrices (6, 4), transposed",
+    )
+
+
+def test_the_ratio_of_the_learning_rate_is_that_of_out_by_in() -> None:
+    model = Around(up=Conv1D(8, 32), down=Conv1D(32, 8), up_linear=nn.Linear(8, 32), down_linear=nn.Linear(32, 8))
+    rows = [line.split() for line in steepest.Muon(model, lr=1.0).describe().splitlines()]
+    rates = {row[0]: row[-2] for row in rows if row[0].endswith("weight")}
+    assert rates["up.weight"] == rates["up_linear.weight"] == "2"
+    assert rates["down.weight"] == rates["down_linear.weight"] == "1"
+
+
+def test_splits_and_heads_of_a_transposed_weight_are_columns() -> None:
+    w = torch.arange(24.0).reshape(4, 6)
+    parts = pieces(w.shape, split_sizes=(4, 2), num_heads=(2, 1), transposed=True)
+    plain = pieces((6, 4), split_sizes=(4, 2), num_heads=(2, 1))
+    for a, b in zip(parts, plain, strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(a.view(w).reshape(a.shape), b.view(w.mT.contiguous()).reshape(b.shape))
+        assert a.view(w).data_ptr() == w[:, a.start :].data_ptr()
+    with pytest.raises(ValueError, match="a convolution cannot be transposed"):
+        pieces((4, 6, 3), transposed=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("layout", [{}, {"split_sizes": (4, 4, 4)}, {"split_sizes": (4, 4, 4), "num_heads": 2}])
+@pytest.mark.parametrize("shape", [(6, 12), (3, 6, 12)])
+@pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.OneSidedShampoo])
+def test_a_transposed_weight_steps_as_its_transpose(
+    cls: Any, shape: tuple[int, ...], layout: dict[str, Any], backend: str
+) -> None:
+    torch.manual_seed(0)
+    a = nn.Parameter(torch.randn(shape))
+    b = nn.Parameter(a.detach().mT.contiguous())
+    layout = {**layout, "use_muon": True, "batch_dims": len(shape) - 2}
+    first = cls([{"params": [a], "transposed": True, **layout}], lr=0.1, backend=backend)
+    second = cls([{"params": [b], **layout}], lr=0.1, backend=backend)
+    for _ in range(3):
+        a.grad = torch.randn(shape)
+        b.grad = a.grad.mT.contiguous()
+        first.step()
+        second.step()
+    torch.testing.assert_close(a.detach().mT, b.detach(), rtol=1e-5, atol=1e-5)
+    first.load_state_dict(first.state_dict())
+
+
+# ---- fused projections ----------------------------------------------------------------------------------------------
+
+
+class Attention(Around):
+    def __init__(self, heads: int, groups: int, **modules: nn.Module) -> None:
+        super().__init__(**modules)
+        self.num_heads, self.num_key_value_heads = heads, groups
+
+
+@pytest.mark.parametrize(
+    ("model", "layouts"),
+    [
+        (Attention(4, 2, qkv_proj=nn.Linear(8, 64)), {"a.qkv_proj.weight": {"split_sizes": (32, 16, 16)}}),
+        (Attention(4, 4, c_attn=Conv1D(8, 24)), {"a.c_attn.weight": {"split_sizes": (8, 8, 8)}}),
+        (Attention(4, 4, query_key_value=nn.Linear(8, 24)), {"a.query_key_value.weight": {"num_heads": 12}}),
+        (Around(gate_up_proj=nn.Linear(8, 24)), {"a.gate_up_proj.weight": {"split_sizes": (12, 12)}}),
+        (Around(qkv=nn.Linear(8, 24)), {}),
+        (Attention(4, 2, qkv=nn.Linear(8, 63)), {}),
+    ],
+)
+def test_fused_projections_are_hinted_at_and_taken_apart(model: nn.Module, layouts: dict[str, Any]) -> None:
+    model = Around(a=model)
+    assert fused_layouts(model) == layouts
+    for name, values in layouts.items():
+        (key, value), *_ = values.items()
+        assert f"; fused, not split: {key}={value}" in reasons(model)[name]
+        assert f"{key}={value}" in steepest.MuAdam(model).describe()
+        group = param_groups(model, overrides=layouts)[0]
+        assert group[key] == value
+        steepest.MuAdam(param_groups(model, overrides=layouts))
