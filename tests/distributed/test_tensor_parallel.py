@@ -1,4 +1,4 @@
-"""Tensor parallel matrices: by a sum of Gram matrices where the long side is cut, by owners where the short one is."""
+"""Tensor parallel matrices: by a sum of Gram matrices where that sends less, else by owners."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.training import noise
 
 #: Newton-Schulz steps until every singular value is 1, so that nothing but rounding is left.
 CONVERGED = [(1.5, -0.5, 0.0)] * 24
-SHAPES = ((33, 12), (12, 33), (9, 9), (64, 16))
+SHAPES = ((33, 12), (12, 33), (9, 9), (600, 6), (6, 600))
 
 
 def steps(cls: type[MatrixOptimizer], name: str, placement: Placement | None, **values: object) -> list[Tensor]:
@@ -37,9 +37,9 @@ def steps(cls: type[MatrixOptimizer], name: str, placement: Placement | None, **
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("dim, by_gram", [(0, (0, 2, 3)), (1, (1, 2))])
+@pytest.mark.parametrize("dim, by_gram", [(0, (3,)), (1, (4,))])
 def test_the_long_side(processes: Processes, dim: int, by_gram: tuple[int, ...], backend: str) -> None:
-    """Gram within its bound of one process, the others to its bits; a mesh of another name has owners only."""
+    """Thin ones by the Gram form within rounding, others to the bits of one process; another mesh has owners only."""
     values = {"polar": CONVERGED, "backend": backend, "lr": 0.1, "weight_decay": 0.0}
     for name in ("tp", "shards"):
         together = processes.run(steps, steepest.Muon, name, Shard(dim), ranks=3, **values)

@@ -63,7 +63,7 @@ def gradients(steps: int, *shape: int, seed: int = 0) -> Iterator[Tensor]:
 def trained(cls: Callable[..., Any], grads: Iterator[Tensor], start: Tensor, **options: Any) -> Tensor:
     """The weight after one step for each gradient."""
     p = torch.nn.Parameter(start.clone())
-    optimizer = cls([{"params": [p]}], **options)
+    optimizer = cls([{"params": [p], "use_muon": True}], **options)
     for g in grads:
         p.grad = g.clone()
         optimizer.step()

@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..matrices import Piece
 from ..recipe import Recipe
-from ..sharding.layout import Sharding, owned_pieces
+from ..sharding.layout import Sharding
 from ..sharding.local import is_sharded
 from ..sharding.local_state import as_shard
+from ..sharding.owners import owned_pieces
 from ..sharding.regions import shard_dims
 from ..state_layout import Layout, piece_view
 

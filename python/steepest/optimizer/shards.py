@@ -12,6 +12,7 @@ from torch import Tensor
 from ..matrices import Piece
 from ..recipe import Recipe, State
 from ..sharding.local import is_sharded, local_tensor
+from ..sharding.owners import owned_pieces
 from ..step.program import is_elementwise
 from .group_options import Group, parameter_name
 from .groups import Groups
@@ -119,8 +120,6 @@ class Shards(Groups):
 
     def _pieces_here(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
         """The pieces with those of their matrices only that this rank owns."""
-        from ..sharding.layout import owned_pieces
-
         sharding, pieces = self._sharding(p), self._pieces(p, group)
         return pieces if sharding is None else owned_pieces(pieces, self._owners_of(p, group), sharding.ranks.place)
 
@@ -196,8 +195,7 @@ class Shards(Groups):
                 if sharding is not None:
                     has = "no gradient" if p.grad is None else f"a gradient in {p.grad.dtype}"
                     name = f"{parameter_name(group, i)} (group {number})"
-                    where = f"of shape {sharding.shape} as {sharding.placements}"
-                    rows.append((name, where, f"with {has}"))
+                    rows.append((name, f"of shape {sharding.shape}", f"as {sharding.placements}", f"with {has}"))
         return rows + options
 
     def _gradients_there(self) -> str:

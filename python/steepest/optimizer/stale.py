@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from ..sharding.local import is_sharded
 from .group_options import Group
 
 __all__ = ["IDLE_STEPS", "StaleParameters"]
@@ -54,7 +55,7 @@ class StaleParameters:
         )
         if len(stale) == sum(len(group["params"]) for group in groups):
             raise RuntimeError(text)
-        if any(hasattr(now[name], "device_mesh") for name in stale):
+        if any(is_sharded(now[name]) for name in stale):
             raise RuntimeError(text)
         self._warn("stale", text)
 

@@ -68,6 +68,10 @@ class Direction:
         """
         raise NotImplementedError(f"{type(self).__name__} has no direction of a part of a matrix: make it whole first")
 
+    def sharded_bytes(self, short: int, device: torch.device) -> int:
+        """Bytes of a matrix with this short side that `sharded_units` has summed over the ranks."""
+        raise NotImplementedError(f"{type(self).__name__} has no direction of a part of a matrix")
+
     def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
         """<x, d>, which for d = unit(x) is the dual norm of x."""
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -212,6 +216,11 @@ class Spectral(Direction):
             eps=self.eps,
             slacks=slacks,
         )
+
+    def sharded_bytes(self, short: int, device: torch.device) -> int:
+        options: Any = {"coefficients": self.coefficients, "steps": self.steps}
+        choice = polar.choose_sharded(short, self.preset, device=device, **options)
+        return 4 * (1 + len(choice.restarts)) * polar.gram_elements(short)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
         """The nearest point of the ball, by the singular value decomposition in fp64 whatever the preset."""

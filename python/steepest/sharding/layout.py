@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from math import prod
@@ -16,7 +16,7 @@ from ..matrices import Piece
 from .ranks import Ranks
 from .regions import Rectangle, Region, rectangle
 
-__all__ = ["LocalPart", "Part", "Sharding", "Unit", "owned_pieces"]
+__all__ = ["LocalPart", "Part", "Sharding", "Unit"]
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,3 @@ class Sharding:
             at += (index - self.region.start[d]) * unit
             unit *= self.region.shape[d]
         return at
-
-
-def owned_pieces(pieces: Sequence[Piece], owners: Sequence[Sequence[int]], place: int) -> tuple[Piece, ...]:
-    """The pieces with those of their matrices only that the rank at this place owns."""
-    counts = [sum(owner == place for owner in of_piece) for of_piece in owners]
-    return tuple(replace(piece, batch=count) for piece, count in zip(pieces, counts, strict=True))

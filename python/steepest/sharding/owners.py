@@ -5,8 +5,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-__all__ = ["assign", "imbalance", "loads_of"]
+from ..matrices import Piece
+
+__all__ = ["assign", "imbalance", "loads_of", "owned_pieces"]
 
 
 def assign(costs: Sequence[float], ranks: int) -> list[int]:
@@ -45,3 +48,9 @@ def imbalance(loads: Sequence[float]) -> float:
     """The largest load over the mean, 1 where all are alike or nothing is to be done."""
     total = sum(loads)
     return max(loads) * len(loads) / total if total else 1.0
+
+
+def owned_pieces(pieces: Sequence[Piece], owners: Sequence[Sequence[int]], place: int) -> tuple[Piece, ...]:
+    """The pieces with those of their matrices only that the rank at this place owns; owners: of each matrix."""
+    counts = [sum(owner == place for owner in of_piece) for of_piece in owners]
+    return tuple(replace(piece, batch=count) for piece, count in zip(pieces, counts, strict=True))

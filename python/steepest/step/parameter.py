@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from ..parts import Hyper, shape_ratio
 from ..parts.precondition import Phase
 from ..recipe import Recipe, State
 from ..sharding.local import local_tensor
+from ..sharding.owners import owned_pieces
 from ..state_layout import piece_view
 
 if TYPE_CHECKING:
@@ -139,9 +140,7 @@ class Parameter:
         """The pieces with those of their matrices only that this rank owns."""
         if self.sharding is None:
             return self.pieces
-        place = self.sharding.ranks.place
-        counts = [sum(owner == place for owner in owners) for owners in self.owners]
-        return tuple(replace(piece, batch=count) for piece, count in zip(self.pieces, counts, strict=True))
+        return owned_pieces(self.pieces, self.owners, self.sharding.ranks.place)
 
     def matrices(self) -> list[Matrices]:
         """One item a piece; none of a parameter without elements."""

@@ -1,13 +1,17 @@
 """Which way the direction of a sharded matrix is taken, chosen from its placements.
 
     local    no shard cuts the matrix: the rank that has it takes its direction, and nothing travels
-    gram     tensor parallelism cuts its long side: every rank takes its part, and one Gram matrix of the short side is
-             summed, and one for each restart (`steepest.linalg.polar.sharded`)
+    gram     tensor parallelism cuts its long side, which is so much longer than the short one that this sends less:
+             every rank takes its part, and one Gram matrix of the short side is summed, and one for each restart
+             (`steepest.linalg.polar.sharded`)
     owner    any other: its parts travel to one rank, in the dtype of the direction, and the direction back
 
-The first and the last give the bits of one process. The Gram form agrees with it to rounding. It is for tensor
-parallelism alone, a mesh dimension that is named "tp" or begins with that, because there matrices are few and every
-rank waits for the next layer; where parameters are sharded by data parallelism there are enough matrices for all ranks.
+The first and the last give the bits of one process. The Gram form agrees with it to rounding, and every rank computes
+its polynomial; so it is for tensor parallelism alone (a mesh dimension whose name begins with "tp"), whose adapters and
+latent projections are that thin. Of P ranks each sends
+
+    gram     2 (P - 1) / P   4 bytes (1 + restarts) `gram_elements`, about n^2 / 2
+    owner    2 (P - 1) / P   2 bytes m n / P, on average
 """
 
 from __future__ import annotations
@@ -44,6 +48,9 @@ def gram_dim(recipe: Recipe, sharding: Sharding, piece: Piece) -> int | None:
     if not plain or not recipe.direction.shards or piece.length != piece.rows:
         return None
     d = sharding.placements[dims[0]].dim % len(sharding.shape)  # type: ignore[attr-defined]
+    summed = recipe.direction.sharded_bytes(min(piece.rows, piece.cols), sharding.ranks.device)
+    if summed * sharding.ranks.size >= 2 * piece.rows * piece.cols:
+        return None
     columns = piece.dim - 1 if piece.transposed else piece.dim + 1
     if d == piece.dim and piece.length == sharding.shape[d] and piece.rows >= piece.cols:
         return -2
