@@ -48,7 +48,7 @@ class Reports(Shards):
             polar_slack     fp32, one number a matrix: how much larger its singular values were to the iteration than
                             after division by ||X||_F, see `steepest.polar`; NaN where the direction has none. Bucket
                             by bucket: matrices of one shape together, in the order of the group. Not of what
-                            backend="torch" steps
+                            backend="torch" steps; of sharded parameters the matrices that this rank works on
             skipped         int64, parameter updates left out because of a gradient that was not finite, so far
 
         A parameter whose step was not taken counts with its last momentum, update and value and without a gradient. A

@@ -202,7 +202,10 @@ class KFAC(KroneckerOptimizer):
         for group in self.param_groups:
             if any(p is weight for p in group["params"]):
                 return weight, group
-        raise RuntimeError(f"the weight of {layer} is not among the optimizer's parameters any more: call remove_hooks")
+        raise RuntimeError(
+            f"the weight of {layer} is not among the optimizer's parameters any more, as after fully_shard, which KFAC "
+            "does not take: call remove_hooks"
+        )
 
 
 def _is_taken(layer: nn.Module) -> bool:
