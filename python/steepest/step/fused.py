@@ -16,6 +16,7 @@ Recipes with Kronecker factors or transforms of the update have torch operations
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -185,10 +186,15 @@ class Fused:
         if self._watched and not ranks.replicas:
             largest = self.table.column("momentum_max")
             bounds = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
-            of_lines = torch.tensor([item.row for item in self._items for _ in range(item.count)], device=self.device)
-            bounds.scatter_reduce_(0, of_lines.long(), largest, "amax")
+            bounds.scatter_reduce_(0, self._row_of_line, largest, "amax")
             ranks.all_reduce(bounds, "max")
-            largest.copy_(bounds[of_lines.long()])
+            largest.copy_(bounds[self._row_of_line])
+
+    @cached_property
+    def _row_of_line(self) -> Tensor:
+        """The parameter's row in the table of each line of sums."""
+        rows = [item.row for item in self._items for _ in range(item.count)]
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
     def _refuse(self) -> None:
         """Takes no step where what torch operations make of a gradient would not stay finite."""

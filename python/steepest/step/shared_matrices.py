@@ -9,6 +9,8 @@ needs whole gradients, and of transforms that keep elementwise state whole tenso
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -151,22 +153,34 @@ class SharedMatrices:
 
     def of_all(self, numbers: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """(of each of `matrices`, of each of `parts`), from a number for each direction of what is owned, (n,) fp64."""
-        per = [item.input_shape[0] // item.piece.batch for item in self.matrices]
-        sizes = [item.piece.batch * n for item, n in zip(self.matrices, per, strict=True)]
-        firsts = {item.place: sum(sizes[:i]) for i, item in enumerate(self.matrices)}
+        sizes = [item.input_shape[0] for item in self.matrices]
         everyone = numbers.new_zeros(sum(sizes))
-        if self.exchange.owned:
-            at = [
-                firsts[self.matrices[i].place] + k * per[i] + b for i, k in self.exchange.owned for b in range(per[i])
-            ]
-            everyone[torch.tensor(at, device=numbers.device)] = numbers
+        everyone[self._numbers_owned] = numbers
         self.ranks.all_reduce(everyone)
         of_parts = []
         for part in self.parts:
-            i = _place(part)
-            run, n = part.run.matrices, per[0]
-            of_parts.append(everyone[firsts[i] + run.start * n : firsts[i] + run.stop * n])
+            first, run = self._first_number[_place(part)], part.run.matrices
+            of_parts.append(everyone[first + run.start * self._blocks : first + run.stop * self._blocks])
         return list(everyone.split(sizes)), of_parts
+
+    @property
+    def _blocks(self) -> int:
+        """Directions that are taken for a matrix."""
+        first = self.matrices[0]
+        return first.input_shape[0] // first.piece.batch
+
+    @cached_property
+    def _first_number(self) -> dict[Place, int]:
+        firsts = accumulate((item.input_shape[0] for item in self.matrices), initial=0)
+        return {item.place: first for item, first in zip(self.matrices, firsts, strict=False)}
+
+    @cached_property
+    def _numbers_owned(self) -> Tensor:
+        """The places of the directions of what is owned among those of all matrices."""
+        firsts = [self._first_number[item.place] for item in self.matrices]
+        blocks = range(self._blocks)
+        places = [firsts[i] + k * self._blocks + block for i, k in self.exchange.owned for block in blocks]
+        return torch.tensor(places, dtype=torch.int64, device=self.device)
 
 
 class SplitMatrices(SharedMatrices):
