@@ -7,14 +7,16 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from steepest.linalg import polar
 from steepest.ops import backend
-from support.processes import Processes
+
+if TYPE_CHECKING:
+    from support.processes import Processes
 
 TESTS = Path(__file__).parent
 #: Files and folders whose tests are `quick`: together some 25 seconds of one core, and something of every part.
@@ -58,6 +60,10 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Processes]:
     """For cases on several ranks. One for all tests of a worker, as what it imports takes seconds."""
+    import torch.distributed as dist
+
+    from support.processes import Processes
+
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo backend")
     with closing(Processes()) as started:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from support.processes import Processes
-from support.training import give_gradients, parameters
+from support.training import give_gradients, noise, parameters
 
 SHAPES = ((8, 5), (5, 8), (6, 6), (8, 5), (12, 7), (7,), (4, 3))
 CLASSES = (steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.Shampoo, steepest.KLShampoo, steepest.MuonMax)
@@ -62,3 +64,31 @@ def without_ranks() -> str:
 
 def test_there_must_be_ranks(processes: Processes) -> None:
     assert processes.run(without_ranks, ranks=1) == ["refused"]
+
+
+def of_copies(cls: type[MatrixOptimizer], share_work: bool | None) -> tuple[list[Tensor], list[int]]:
+    """(whole weights after three steps on a mesh of two copies of two shards, matrices of each that this rank owns)."""
+
+    def made(t: Tensor) -> Tensor:
+        return t if share_work is None else distribute_tensor(t, mesh, [Replicate(), Shard(0)])
+
+    mesh = init_device_mesh("cpu", (2, 2)) if share_work is not None else None  # type: ignore[assignment]
+    params = [nn.Parameter(made(noise(shape, i))) for i, shape in enumerate(SHAPES[:5])]
+    optimizer = cls([{"params": params}], **({} if share_work is None else {"share_work": share_work}))  # type: ignore[arg-type]
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = made(noise(SHAPES[i], 10 * step + i + 7))
+        optimizer.step()
+    owned = [sum(piece.batch for piece in optimizer._pieces_here(p, optimizer.param_groups[0])) for p in params]
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in params], owned
+
+
+@pytest.mark.parametrize("cls", [steepest.MuAdam, steepest.SOAP], ids=lambda cls: cls.__name__)
+def test_copies_of_shards(processes: Processes, cls: type[MatrixOptimizer]) -> None:
+    """HSDP: without share_work each copy has an owner for every matrix, with it there is one for all."""
+    (alone,) = processes.run(of_copies, cls, None, ranks=1)
+    for share_work, owners in ((False, 2), (True, 1)):
+        together = processes.run(of_copies, cls, share_work, ranks=4)
+        for weights, _ in together:
+            assert all(torch.equal(a, b) for a, b in zip(weights, alone[0], strict=True))
+        assert [sum(counts) for counts in zip(*(owned for _, owned in together), strict=True)] == [owners] * 5

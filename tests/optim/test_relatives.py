@@ -70,9 +70,8 @@ def test_an_optimizer_is_its_recipe_for_every_layout(name: str, maximize: bool) 
     if cls in (Scion, TrustRegion, OrthogonalSGDM):
         options = {"polar": "svd", **options}
     params = [nn.Parameter(gaussian(*shape, seed=i + 1)) for i, (shape, _) in enumerate(layouts.values())]
-    optimizer = cls(
-        [{"params": [p], **how} for p, (_, how) in zip(params, layouts.values())], maximize=maximize, **options
-    )
+    matrices = [{"params": [p], "use_muon": True, **how} for p, (_, how) in zip(params, layouts.values())]
+    optimizer = cls(matrices, maximize=maximize, **options)
     groups, read = optimizer.param_groups, [pieces(shape, **how) for shape, how in layouts.values()]
     wanted = copies(params)
     states = [optimizer.recipe(group).init(p.detach()) for group, p in zip(groups, params)]

@@ -57,7 +57,7 @@ def exchanges(model: Model, method: Method, size: int, place: int) -> list[Excha
     stacks = scale.stacks_of(model, size)
     owners = iter(scale.owners_of(stacks, method, size))
     units: dict[tuple[int, int], list[Any]] = {}
-    where: Any = types.SimpleNamespace(size=size, place=place)
+    where: Any = types.SimpleNamespace(size=size, place=place, replica_of=(0,) * size)
     for stack in stacks:
         for _ in range(stack.parameters):
             mesh, placements = [stack.groups, size // stack.groups], [Shard(0), Shard(1)]
@@ -78,7 +78,7 @@ def test_what_owners_are_sent_is_what_the_exchange_sends(method: str, size: int)
     for place in range(size):
         sent = received = messages = 0
         for exchange in exchanges(UNEVEN, asked, size, place):
-            away, come = exchange.bytes_moved
+            away, come = exchange.elements_moved
             sent += away * asked.bytes_there + come * asked.bytes_back
             received += come * asked.bytes_there + away * asked.bytes_back
             to = sum(count > 0 for rank, count in enumerate(exchange.sends) if rank != place)
@@ -118,12 +118,12 @@ def sent_by_gloo(name: str) -> tuple[int, int]:
     sent = messages = 0
     plain = RealRanks.all_to_all
 
-    def counted(self: RealRanks, t: torch.Tensor, sizes: Any, wanted: Any) -> torch.Tensor:
+    def counted(self: RealRanks, t: torch.Tensor, sizes: Any, wanted: Any, what: str) -> torch.Tensor:
         nonlocal sent, messages
         others = [n for rank, n in enumerate(sizes) if rank != self.place]
         sent += sum(others) * t.itemsize
         messages += sum(n > 0 for n in others)
-        return plain(self, t, sizes, wanted)
+        return plain(self, t, sizes, wanted, what)
 
     for p in model.parameters():
         p.grad = torch.ones_like(p)

@@ -341,7 +341,8 @@ class MatrixOptimizer(Reports, Checkpoints):
     def _backend(self, p: Tensor, group: Group) -> str:
         """The backend of everything elementwise in a parameter's step."""
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
-        return route(self._parameter(number, 0, p, self._state_here(p)), coupled=self._couples())
+        state = self._state_here(p) if p in self.state else {}
+        return route(self._parameter(number, 0, p, state), coupled=self._couples())
 
     def _forget_plans(self) -> None:
         self._recipes, self._plan = {}, None

@@ -52,21 +52,26 @@ class Shards(Groups):
             return self._shardings.get(p)
         known = self._shardings.get(p)
         if known is None or (known.mesh, known.placements) != (p.device_mesh, p.placements):
-            known = self._shardings[p] = self._new_sharding(p)
+            known = self._shardings[p] = self._new_sharding(
+                p, known is not None and len(set(known.ranks.replica_of)) > 1
+            )
         return known
 
-    def _new_sharding(self, p: Any) -> Sharding:
+    def _new_sharding(self, p: Any, share_work: bool) -> Sharding:
+        """Where a DTensor lies. share_work: owners are among all ranks of its mesh, those of other copies too."""
         from ..sharding.layout import Sharding
         from ..sharding.ranks import ranks_of_mesh
         from ..sharding.regions import regions, shard_dims
 
         mesh, placements, shape = p.device_mesh, tuple(p.placements), tuple(p.shape)
         dims = shard_dims(placements)
-        if (mesh, dims) not in self._meshes:
-            self._meshes[mesh, dims] = ranks_of_mesh(mesh, dims, p.to_local().device)
-        along = [placements[i] for i in dims]
+        copies = tuple(i for i in range(mesh.ndim) if i not in dims) if share_work else ()
+        key = (mesh, dims, copies)
+        if key not in self._meshes:
+            self._meshes[key] = ranks_of_mesh(mesh, dims, p.to_local().device, copies=copies)
+        ranks, along = self._meshes[key], [placements[i] for i in dims]
         boxes = regions(shape, [mesh.size(i) for i in dims], along)
-        return Sharding(shape, self._meshes[mesh, dims], boxes, mesh, placements)
+        return Sharding(shape, ranks, boxes * (ranks.size // len(boxes)), mesh, placements)
 
     def _shared_work(self, p: Tensor) -> Sharding:
         from ..sharding.layout import Sharding
@@ -127,11 +132,12 @@ class Shards(Groups):
         """Notes who shares parameters. ValueError for a DTensor whose directions cannot be taken."""
         for i, p in enumerate(group["params"]):
             if not is_sharded(p):
-                if group.get("share_work") and group["use_muon"] and not is_elementwise(self._recipe(group)):
+                if _shares(group, self._recipe(group)):
                     self._has_shards = True
                     self._shardings[p] = self._shared_work(p)
                 continue
             self._has_shards = True
+            self._shardings[p] = self._new_sharding(p, _shares(group, self._recipe(group)))
             what = f"{parameter_name(group, i)} of shape {tuple(p.shape)} with placements {tuple(p.placements)}"
             if any(placement.is_partial() for placement in p.placements):
                 raise ValueError(
@@ -270,6 +276,11 @@ class Shards(Groups):
         from .owned_state import owned_part
 
         return owned_part(tensors, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
+
+
+def _shares(group: Group, recipe: Recipe) -> bool:
+    """Whether replicas share the work on a group."""
+    return bool(group.get("share_work")) and group["use_muon"] and not is_elementwise(recipe)
 
 
 def _is_on_host(value: object) -> bool:

@@ -8,7 +8,7 @@ read from what has come back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ class Exchange:
     """Sends the parts of all matrices of some units, which have one shape, to the owners and back.
 
     units: the same on all ranks, in one order.   owned: (unit, matrix) of what this rank owns, in that order.
-    Replicas have whole matrices, of which nothing travels to the owners, and everything back to all.
+    Where several copies of the parameters share the work, an owner gets the parts of its own copy, and all get results.
     """
 
     def __init__(self, ranks: Ranks, units: Sequence[Unit], what: str = "matrices") -> None:
@@ -51,15 +51,8 @@ class Exchange:
         self.ranks, self.what = ranks, what
         self.shape = units[0].piece.shape[1:]
         self.owned = [(i, k) for i, unit in enumerate(units) for k in unit.owned(ranks.place)]
-        #: whether anything leaves a rank: not where every matrix is uncut and its holder's
-        self.travels = any(
-            rect is not None and unit.owners[k] != rank
-            for unit in units
-            for rank, of_rank in enumerate(unit.rectangles)
-            for k, rect in enumerate(of_rank)
-        )
-        #: elements that go to every owner, and that come from every rank
-        self.sends = [
+        #: elements here of what each rank owns
+        self.parts = [
             sum(
                 rect.numel
                 for unit in units
@@ -79,23 +72,32 @@ class Exchange:
                     self._blocks[-1] = _Block(rank, last.first, at + 1, rect)
                 else:
                     self._blocks.append(_Block(rank, at, at + 1, rect))
-        self.receives = [sum(b.numel for b in self._blocks if b.rank == rank) for rank in range(ranks.size)]
+        #: elements of what is owned here that each rank has
+        self.shares = [sum(b.numel for b in self._blocks if b.rank == rank) for rank in range(ranks.size)]
+        copy = ranks.replica_of[ranks.place]
+        alike = [other == copy for other in ranks.replica_of]
+        #: elements that go to each owner, and that come from each rank, on the way there
+        self.sends = [n if here else 0 for n, here in zip(self.parts, alike, strict=True)]
+        self.receives = [n if here else 0 for n, here in zip(self.shares, alike, strict=True)]
+        self._gathered = [block for block in self._blocks if alike[block.rank]]
+        #: whether anything leaves a rank, there and back: not where every matrix is uncut and its holder's
+        self.travels = _travels(units, lambda a, b: ranks.replica_of[a] == ranks.replica_of[b])
+        self.returns = _travels(units, lambda a, b: True)
 
     @property
     def elements_moved(self) -> tuple[int, int]:
-        """(elements that leave this rank, elements that come to it) on the way there; the way back is the reverse."""
+        """(elements that leave this rank, elements that come to it) on the way there."""
         here = self.ranks.place
         return sum(self.sends) - self.sends[here], sum(self.receives) - self.receives[here]
 
     def to_owners(self, parts: Tensor) -> Tensor:
         """(owned matrices, rows, cols) of a buffer of parts."""
-        if self.ranks.replicas:
-            return parts.split(self.sends)[self.ranks.place].view(len(self.owned), *self.shape)
-        received = (
-            self.ranks.all_to_all(parts, self.sends, self.receives, f"parts of {self.what}") if self.travels else parts
-        )
+        if self.sends != self.parts:
+            parts = torch.cat([t for t, n in zip(parts.split(self.parts), self.sends, strict=True) if n] or [parts[:0]])
+        if self.travels:
+            parts = self.ranks.all_to_all(parts, self.sends, self.receives, f"parts of {self.what}")
         matrices = parts.new_empty((len(self.owned), *self.shape))
-        for block, part in zip(self._blocks, received.split([b.numel for b in self._blocks]), strict=True):
+        for block, part in zip(self._gathered, parts.split([b.numel for b in self._gathered]), strict=True):
             target = block.of(matrices)
             target.copy_(part.view(target.shape))
         return matrices
@@ -106,6 +108,16 @@ class Exchange:
             sent = torch.cat([block.of(matrices).reshape(-1) for block in self._blocks])
         else:
             sent = matrices.new_empty(0)
-        return (
-            self.ranks.all_to_all(sent, self.receives, self.sends, f"results for {self.what}") if self.travels else sent
-        )
+        if not self.returns:
+            return sent
+        return self.ranks.all_to_all(sent, self.shares, self.parts, f"results for {self.what}")
+
+
+def _travels(units: Sequence[Unit], meet: Callable[[int, int], bool]) -> bool:
+    """Whether a rank has a part of what another owns, of those that meet."""
+    return any(
+        rect is not None and unit.owners[k] != rank and meet(rank, unit.owners[k])
+        for unit in units
+        for rank, of_rank in enumerate(unit.rectangles)
+        for k, rect in enumerate(of_rank)
+    )

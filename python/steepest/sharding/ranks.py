@@ -24,14 +24,22 @@ class Ranks:
 
     size: how many; place: of this rank among them.   call: what this rank is doing, and `what` of a collective what it
     waits for: an error of one that fails says both.
-    replicas: whether all have all of the parameters, and share nothing but the work.
+    replica_of: by place, which copy of the parameters the shards of a rank are of; more than one where replicas share
+    the work.   shards: the ranks of this copy.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, places: Sequence[int], device: torch.device, *, replicas: bool = False
+        self,
+        group: dist.ProcessGroup | None,
+        places: Sequence[int],
+        device: torch.device,
+        *,
+        replica_of: Sequence[int] | None = None,
+        shards: Ranks | None = None,
     ) -> None:
         """places: for every rank of the group, in the group's order, its place.   device: that its collectives take."""
-        self.replicas = replicas
+        self.replica_of = tuple(replica_of or [0] * len(places))
+        self.shards = self if shards is None else shards
         self.group, self.size, self.device = group, len(places), device
         self._places = tuple(places)
         self.place = 0 if group is None else places[dist.get_rank(group)]
@@ -60,12 +68,10 @@ class Ranks:
 
         rows: (parameters, 3) fp64: finite (0 or 1), sum of squares, largest magnitude.
         """
-        if self.replicas:
-            return
         most = torch.stack([1 - rows[:, 0], rows[:, 2].nan_to_num(nan=torch.inf)])
         what = f"what is measured of {len(rows)} gradients"
-        self.all_reduce(most, "max", what)
-        self.all_reduce(rows[:, 1], what=what)
+        self.shards.all_reduce(most, "max", what)
+        self.shards.all_reduce(rows[:, 1], what=what)
         rows[:, 0], rows[:, 2] = 1 - most[0], most[1]
 
     def all_to_all(self, sent: Tensor, sizes: Sequence[int], wanted: Sequence[int], what: str) -> Tensor:
@@ -95,8 +101,7 @@ class Ranks:
 
     def sum_parts(self, t: Tensor) -> None:
         """Makes sums over shards sums over whole parameters, in place."""
-        if not self.replicas:
-            self.all_reduce(t)
+        self.shards.all_reduce(t)
 
     def agree(self, value: object) -> bool:
         """Whether all ranks have an equal value, by its text; waits for the device."""
@@ -132,14 +137,24 @@ def replicas(device: torch.device) -> Ranks:
             "share_work=True shares work among the ranks of torch.distributed, which is not initialised: call "
             "torch.distributed.init_process_group first, or leave share_work out"
         )
-    return Ranks(dist.group.WORLD, range(dist.get_world_size()), device, replicas=True)
+    places = range(dist.get_world_size())
+    return Ranks(dist.group.WORLD, places, device, replica_of=places, shards=Ranks(None, (0,), device))
 
 
-def ranks_of_mesh(mesh: DeviceMesh, dims: tuple[int, ...], device: torch.device) -> Ranks:
+def ranks_of_mesh(
+    mesh: DeviceMesh, dims: tuple[int, ...], device: torch.device, *, copies: tuple[int, ...] = ()
+) -> Ranks:
     """The ranks that differ from this one in these dimensions of a mesh, in row-major order of their coordinates.
 
+    copies: dimensions whose ranks have the same shards, and share the work on them; they come first in that order.
     device: of what lies on the mesh. Collective where there are several dimensions and no group for them yet.
     """
+    if copies:
+        shards = ranks_of_mesh(mesh, dims, device)
+        ranks = ranks_of_mesh(mesh, (*copies, *dims), device)
+        ranks.replica_of = tuple(place // shards.size for place in range(ranks.size))
+        ranks.shards = shards
+        return ranks
     if not dims:
         return Ranks(None, (0,), device)
     coordinate = mesh.get_coordinate()

@@ -183,11 +183,11 @@ class Fused:
     def _reduce(self, ranks: Ranks) -> None:
         """Makes what was measured of the shards here that of whole gradients, and the bounds of fp16 inputs."""
         ranks.reduce_stats(self.table.rows[:, : COLUMNS.index("grad_max") + 1])
-        if self._watched and not ranks.replicas:
+        if self._watched:
             largest = self.table.column("momentum_max")
             bounds = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
             bounds.scatter_reduce_(0, self._row_of_line, largest, "amax")
-            ranks.all_reduce(bounds, "max")
+            ranks.shards.all_reduce(bounds, "max")
             largest.copy_(bounds[self._row_of_line])
 
     @cached_property

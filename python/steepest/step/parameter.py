@@ -246,8 +246,7 @@ class LocalMatrices(Matrices):
         assert sharding is not None
         self.run, self.piece = run, run.part
         # Random bits follow the place: every shard has its own.
-        shard = 0 if sharding.ranks.replicas else sharding.ranks.place
-        first = (1 + shard) * (1 + sum(piece.batch for piece in parameter.pieces))
+        first = (1 + sharding.ranks.shards.place) * (1 + sum(piece.batch for piece in parameter.pieces))
         self.place = (parameter.group, parameter.index, first + number)
         for key, layout in parameter.recipe.layouts.items():
             if layout in ("elementwise", "scalar", "host") and key in parameter.state:

@@ -42,7 +42,12 @@ def gram_dim(recipe: Recipe, sharding: Sharding, piece: Piece) -> int | None:
     """The dimension of its matrices that ranks share, -2 or -1, where the Gram form takes their directions."""
     dims = () if sharding.mesh is None else shard_dims(sharding.placements)
     names = () if sharding.mesh is None else sharding.mesh.mesh_dim_names or ()
-    if len(dims) != 1 or not names or not names[dims[0]].startswith("tp"):
+    if (
+        len(dims) != 1
+        or sharding.ranks.shards is not sharding.ranks
+        or not names
+        or not names[dims[0]].startswith("tp")
+    ):
         return None
     plain = recipe.scale == "lmo" and not recipe.by_matrix and not recipe.reads_weight
     if not plain or not recipe.direction.shards or piece.length != piece.rows:

@@ -36,7 +36,8 @@ class Extras(TypedDict, total=False):
         off; `metrics` has NaN for the norms of updates and parameters then.
     share_work: under DistributedDataParallel every rank takes the directions of its share of the matrices, by cost, and
         sends them to the others; Kronecker factors are at their owners alone, and state_dict() is a collective call.
-        With False every rank does all. Sharded parameters (FSDP2) share the work whatever it is.
+        With False every rank does all. Sharded parameters share the work among the ranks of their shards whatever it
+        is; with HSDP, True is among those of all copies.
     foreach, fused: torch's switches, for calls that were written for torch.optim. None and True change nothing, for a
         step takes all parameters at once anyway; foreach=False is max_workspace_bytes=1, one matrix after another, and
         fused=False backend="torch", unless these are given.
