@@ -21,6 +21,8 @@ import steepest
 from steepest.optimizer.weights import Weights
 from support.processes import Processes
 
+pytestmark = pytest.mark.slow
+
 WAY_OUT = "All ranks call the constructor, add_param_group, step, state_dict, load_state_dict and metrics together"
 
 

@@ -22,6 +22,8 @@ from support.sharded import whole
 from support.slow import slow
 from support.training import made, noise, same_bits
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 #: name: shape, how it is read as matrices
 SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {

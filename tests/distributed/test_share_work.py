@@ -14,6 +14,8 @@ from steepest.optimizer import MatrixOptimizer
 from support.processes import Processes
 from support.training import give_gradients, noise, parameters
 
+pytestmark = pytest.mark.slow
+
 SHAPES = ((8, 5), (5, 8), (6, 6), (8, 5), (12, 7), (7,), (4, 3))
 CLASSES = (steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.Shampoo, steepest.KLShampoo, steepest.MuonMax)
 

@@ -15,6 +15,8 @@ from support.problems import gap
 from support.processes import Processes
 from support.training import noise
 
+pytestmark = pytest.mark.slow
+
 #: Newton-Schulz steps until every singular value is 1, so that nothing but rounding is left.
 CONVERGED = [(1.5, -0.5, 0.0)] * 24
 SHAPES = ((33, 12), (12, 33), (9, 9), (600, 6), (6, 600))

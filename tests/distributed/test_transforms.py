@@ -13,6 +13,8 @@ from optim.test_seams import ToyNorMuon
 from support.processes import Processes
 from support.training import noise
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {"a": ((18, 5), {}), "qkv": ((24, 5), {"split_sizes": (12, 6, 6), "num_heads": (2, 1, 1)}), "b": ((5, 9), {})}
 
 

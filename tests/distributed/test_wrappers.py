@@ -19,6 +19,8 @@ import steepest
 from support.processes import Processes
 from support.training import noise
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 
 
