@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         train(options, device)
+        dist.barrier()  # nobody leaves while others still talk
     finally:
         dist.destroy_process_group()
     return 0
