@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from ..matrices import LAYOUT_KEYS, Piece, pieces
 from ..optimizer import MatrixOptimizer, unwrap
+from ..sharding.local import whole_tensor
 from .alignment import COMMON, measure
 
 Layers = dict[str, dict[str, Tensor]]
@@ -66,18 +67,13 @@ def measured(
         for p in group["params"]:
             if p.grad is None or not p.numel():
                 continue
-            old, g = _whole(before[p]), _whole(p.grad.to_dense() if p.grad.is_sparse else p.grad)
+            old, g = whole_tensor(before[p]), whole_tensor(p.grad.to_dense() if p.grad.is_sparse else p.grad)
             g = g if scale is None else g / scale
-            u = old.double() - _whole(p.detach()).double()
+            u = old.double() - whole_tensor(p.detach()).double()
             measures = measure(u, g, norms, _pieces(p, group))
             measures["weight_norm"] = torch.linalg.vector_norm(old.double())
             layers[names[p]] = measures | ({"polar_slack": slack[p]} if p in slack else {})
     return layers
-
-
-def _whole(t: Tensor) -> Tensor:
-    """All of a DTensor; any other tensor itself."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t  # type: ignore[no-any-return]
 
 
 def _pieces(p: Tensor, group: Mapping[str, Any]) -> tuple[Piece, ...] | None:

@@ -56,6 +56,8 @@ class Checkpoints(Shards):
         """
         streams.join()
         saved = {**super().state_dict(), AUTHOR: type(self).__name__}
+        if not self._has_shards:
+            return saved
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
         self._name_collectives("state_dict()")
         for number, (p, group) in enumerate(parameters):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from ..matrices import Piece
 from ..recipe import Recipe
 from ..sharding.layout import Sharding
-from ..sharding.local import is_sharded
+from ..sharding.local import is_sharded, whole_tensor
 from ..sharding.local_state import as_shard
 from ..sharding.owners import owned_pieces
 from ..sharding.regions import shard_dims
@@ -71,7 +71,7 @@ def whole(tensors: Mapping[str, Any], sharding: Sharding, elementwise: set[str])
         if key in elementwise and alike:
             gathered[key] = value
             continue
-        value = value.full_tensor() if is_sharded(value) else value
+        value = whole_tensor(value)
         if key in elementwise and isinstance(value, Tensor) and tuple(value.shape) == sharding.shape:
             box = sharding.region
             part = value[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..matrices import Piece
 from ..recipe import Recipe, State
-from ..sharding.local import is_sharded, local_tensor
+from ..sharding.local import is_sharded, local_tensor, whole_tensor
 from ..sharding.owners import owned_pieces
 from ..step.program import is_elementwise
 from .group_options import Group, parameter_name
@@ -263,7 +263,7 @@ class Shards(Groups):
         """A checkpoint's state of a parameter: elementwise state cut as the parameter is, everything else whole."""
         sharding = self._sharding(p)
         if sharding is None:
-            return {key: value.full_tensor() if is_sharded(value) else value for key, value in tensors.items()}
+            return {key: whole_tensor(value) for key, value in tensors.items()}
         from .owned_state import whole
 
         return whole(tensors, sharding, _elementwise(self._recipe(group), p) | set(self._merged("_kept")))

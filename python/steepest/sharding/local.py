@@ -1,10 +1,10 @@
-"""What of a tensor lies on this rank, without the import of torch.distributed.tensor."""
+"""What of a tensor lies on this rank, and all of it, without the import of torch.distributed.tensor."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["is_sharded", "local_tensor"]
+__all__ = ["is_sharded", "local_tensor", "whole_tensor"]
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -15,3 +15,8 @@ def is_sharded(t: Tensor) -> bool:
 def local_tensor(t: Tensor) -> Tensor:
     """The shard of a DTensor, all of another tensor."""
     return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined,no-any-return]
+
+
+def whole_tensor(t: Tensor) -> Tensor:
+    """All of a DTensor, which its ranks gather together; another tensor itself."""
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined,no-any-return]

@@ -289,16 +289,16 @@ def rounds_of(items: Sequence[FusedItem], max_bytes: int, coupled: bool) -> Iter
     for item in items:
         if item.matrices is not None:
             weights = item.parameter.tensor.dtype if item.moves_weights else None
-            key = (*bucket_key(item.parameter, item.matrices.piece), item.moves_weights, weights)
+            key = (*bucket_key(item.matrices), item.moves_weights, weights)
             buckets.setdefault(key, []).append(item)
     parts = [part for bucket in buckets.values() for part in chunk_by_bytes(bucket, _bytes_of_call, max_bytes)]
     sized = [(Bucket(part), sum(item.input_bytes for item in part)) for part in parts]
     yield from in_rounds(whole, sized, max_bytes, coupled)
 
 
-def bucket_key(p: Parameter, piece: Piece) -> tuple[object, ...]:
+def bucket_key(item: Matrices) -> tuple[object, ...]:
     """What matrices must have in common to share a direction call."""
-    return p.recipe, piece.rows, piece.cols, p.input_dtype
+    return item.recipe, item.piece.rows, item.piece.cols, item.parameter.input_dtype
 
 
 def in_rounds(

@@ -79,11 +79,7 @@ class SharedBatch(Batch):
         wide = self.matrices[0].parameter.wide_dtype
         stored = wide if self.recipe.by_matrix else self._dtype
         here = [(_momentum if self.recipe.by_matrix else _input)(part) for part in self.parts]
-        device = self._shared.device
-        flat = (
-            torch.cat([t.reshape(-1).to(stored) for t in here]) if here else torch.empty(0, dtype=stored, device=device)
-        )
-        return self._shared.inputs(flat, self._dtype)
+        return self._shared.inputs(self._shared.packed(here, stored), self._dtype)
 
     def directions(self, x: Tensor) -> Tensor:
         dim = self._shared.sharded_dim
@@ -117,7 +113,7 @@ class Eager:
         self._skipped = skipped
         self._coupled = coupled
         #: ranks that share the parameters, all of them or none
-        self._ranks = None if parameters[0].sharding is None else parameters[0].sharding.ranks
+        self._ranks = parameters[0].ranks
         self._matrices = [item for parameter in parameters for item in parameter.owned_matrices()]
         self._parts = [item for p in parameters if self._ranks for item in p.local_matrices()]
         self._known: dict[tuple[tuple[int, int], ...], list[SharedMatrices]] = {}
@@ -130,11 +126,11 @@ class Eager:
             signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
             for p, scale in zip(self.parameters, scales, strict=True)
         ]
-        ours = [(largest(g).double(), square_sum(g)) for g in grads]
-        measured = ours if self._ranks is None else _reduced(ours, self._ranks)
+        measured = [(largest(g).double(), square_sum(g)) for g in grads]
+        if self._ranks is not None:
+            measured = _reduced(measured, self._ranks)
         self._sums = {}
-        rows = zip(self.parameters, grads, measured, scales, strict=True)
-        for p, g, (most, square), scale in rows:
+        for p, g, (most, square), scale in zip(self.parameters, grads, measured, scales, strict=True):
             finite = p.takes(most, square)
             if scale.found_inf is not None:
                 finite = finite & (scale.found_inf.reshape(()) == 0)
@@ -158,8 +154,8 @@ class Eager:
 
         places = tuple((p.group, p.index) for p in parameters)
         if places not in self._known:
-            parts = [item for item in self._parts if isinstance(item, LocalMatrices) and item.place[:2] in places]
-            owned = [item for item in self._matrices if isinstance(item, OwnedMatrices) and item.place[:2] in places]
+            parts = [item for item in self._parts if isinstance(item, LocalMatrices)]
+            owned = [item for item in self._matrices if isinstance(item, OwnedMatrices)]
             max_bytes = parameters[0].options.max_workspace_bytes if parameters else 0
             self._known[places] = list(shared_buckets(parameters, parts, owned, _bucket_key, max_bytes))
         return self._known[places]

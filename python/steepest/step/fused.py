@@ -72,7 +72,7 @@ class Fused:
         self._absent = torch.empty(0, device=self.device)
         self._steps = [p.state.get("step", self._absent) for p in parameters]
         #: ranks that share the parameters, all of them or none
-        self._ranks = None if parameters[0].sharding is None else parameters[0].sharding.ranks
+        self._ranks = parameters[0].ranks
         self._whole = {row for row, program in enumerate(programs) if program.whole}
         sharing = [p for row, p in enumerate(parameters) if self._ranks and row not in self._whole]
         self._owned = [item for p in sharing for item in p.owned_matrices() if isinstance(item, OwnedMatrices)]
@@ -121,10 +121,8 @@ class Fused:
         """The matrices of these parameters as ranks take their directions together."""
         from .shared_matrices import shared_buckets
 
-        places = {(p.group, p.index) for p in parameters}
-        parts = [i.matrices for i in self._items if isinstance(i.matrices, LocalMatrices) and i.place[:2] in places]
-        owned = [item for item in self._owned if item.place[:2] in places]
-        return shared_buckets(parameters, parts, owned, lambda i: bucket_key(i.parameter, i.piece), self._max_bytes)
+        parts = [item.matrices for item in self._items if isinstance(item.matrices, LocalMatrices)]
+        return shared_buckets(parameters, parts, self._owned, bucket_key, self._max_bytes)
 
     def _span(self, group: int) -> slice:
         """The rows of a group's parameters, which follow one another."""

@@ -18,6 +18,7 @@ from ..state_layout import piece_view
 
 if TYPE_CHECKING:
     from ..sharding.layout import LocalPart, Sharding
+    from ..sharding.ranks import Ranks
 
 __all__ = [
     "LocalMatrices",
@@ -80,6 +81,11 @@ class Parameter:
 
     def __post_init__(self) -> None:
         self.momentum_key = self.recipe.keys[0]
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those that share it, if any do."""
+        return None if self.sharding is None else self.sharding.ranks
 
     @property
     def tensor(self) -> Tensor:

@@ -113,11 +113,10 @@ class Plan:
         for p in parameters:
             packed = program(p.recipe, maximize=p.options.maximize, coupled=coupled)
             backend = "torch" if traced else _backend(p, packed)
-            ranks = None if p.sharding is None else p.sharding.ranks
             if backend == "torch" or isinstance(packed, str):
-                by_torch.setdefault(ranks, []).append(p)
+                by_torch.setdefault(p.ranks, []).append(p)
             else:
-                key = (p.source.device, backend, p.options.max_workspace_bytes, ranks)
+                key = (p.source.device, backend, p.options.max_workspace_bytes, p.ranks)
                 fused.setdefault(key, []).append((p, packed))
         self.executors: list[Executor] = []
         for (device, backend, max_bytes, _), some in fused.items():
@@ -186,7 +185,7 @@ class Plan:
         """What the last step measured of each group, as 0-d fp64 tensors; see `MatrixOptimizer.metrics`."""
         sums = [[executor.sums_of(number) for executor in self.executors] for number in range(groups)]
         for i, executor in enumerate(self.executors):
-            ranks = executor.parameters[0].sharding.ranks if executor.parameters[0].sharding is not None else None
+            ranks = executor.parameters[0].ranks
             if ranks is not None:
                 _reduce([of_group[i] for of_group in sums], ranks)
         return [_norms(of_group) for of_group in sums]

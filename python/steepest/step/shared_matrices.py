@@ -8,8 +8,8 @@ needs whole gradients, and of transforms that keep elementwise state whole tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, reduce
 from itertools import accumulate
 
 import torch
@@ -34,20 +34,25 @@ class SharedMatrices:
     in which it is sent.   owned: those that this rank owns.
     """
 
+    #: the dimension of the matrices that ranks share where all of them take the directions together
+    sharded_dim: int | None = None
+
     def __init__(self, matrices: Sequence[Matrices], parts: Sequence[LocalMatrices], owned: Sequence[OwnedMatrices]):
         first = matrices[0].parameter
         assert first.sharding is not None
         self.ranks, self.recipe, self.device = first.sharding.ranks, first.recipe, first.source.device
         self.matrices, self.parts, self.owned = matrices, parts, owned
-        what = f"matrices of {matrices[0].piece.rows} x {matrices[0].piece.cols} of group {first.group}"
-        self.exchange = Exchange(self.ranks, [_unit(item) for item in matrices], what)
         self.counts = [item.piece.batch for item in owned]
         self.sizes = [item.input_shape[0] for item in owned]
         self._numels = [part.piece.batch * part.piece.rows * part.piece.cols for part in parts]
         self._momenta = torch.empty(0)
 
-    #: the dimension of the matrices that ranks share where all of them take the directions together
-    sharded_dim: int | None = None
+    @cached_property
+    def exchange(self) -> Exchange:
+        """How the parts travel."""
+        first = self.matrices[0]
+        what = f"matrices of {first.piece.rows} x {first.piece.cols} of group {first.parameter.group}"
+        return Exchange(self.ranks, [_unit(item) for item in self.matrices], what)
 
     @property
     def worked_on(self) -> Sequence[Matrices]:
@@ -75,6 +80,11 @@ class SharedMatrices:
         pieces = buffer.split(self._numels)
         return [t.view(part.piece.shape) for t, part in zip(pieces, self.parts, strict=True)]
 
+    def packed(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The buffer of one tensor a part; the inverse of `split`."""
+        none = torch.empty(0, dtype=dtype, device=self.device)
+        return torch.cat([none, *(t.reshape(-1).to(dtype) for t in tensors)])
+
     # ---- there ------------------------------------------------------------------------------------------------------
 
     def inputs(self, momenta: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,8 +102,7 @@ class SharedMatrices:
 
     def receive_gradients(self) -> None:
         """Has the owners know the whole gradients of this step."""
-        dtype = _widest(item.parameter.taken.grad for item in self.matrices)
-        whole = self.exchange.to_owners(_packed([part.grad for part in self.parts], dtype, self.device))
+        whole = self.exchange.to_owners(self.packed([part.grad for part in self.parts], self._grad_dtype))
         for item, g in zip(self.owned, whole.split(self.counts), strict=True):
             item.received = g.to(item.parameter.taken.grad.dtype)
 
@@ -101,11 +110,11 @@ class SharedMatrices:
         """The weights of the owned matrices, in fp32 (fp64 for fp64)."""
         values = [self.recipe.rounding.value(part.weight, part.state) for part in self.parts]
         wide = torch.promote_types(self.matrices[0].parameter.source.dtype, torch.float32)
-        return self.exchange.to_owners(_packed(values, wide, self.device)).split(self.counts)
+        return self.exchange.to_owners(self.packed(values, wide)).split(self.counts)
 
     def _fetch_elementwise(self) -> None:
         for key in self._elementwise_keys():
-            whole = self.exchange.to_owners(self._parts_of(lambda part, key=key: part.state[key]))  # type: ignore[misc]
+            whole = self.exchange.to_owners(self.packed([part.state[key] for part in self.parts], self._wide))
             for item, t in zip(self.owned, whole.split(self.counts), strict=True):
                 item.state[key] = t
 
@@ -114,10 +123,15 @@ class SharedMatrices:
         specs = [spec for transform in self.recipe.transforms for spec in transform.specs]
         return [spec.key for spec in specs if spec.layout == "elementwise"]
 
-    def _parts_of(self, read: Callable[[LocalMatrices], Tensor]) -> Tensor:
-        return _packed(
-            [read(part) for part in self.parts], torch.promote_types(_grad_dtype(self), torch.float32), self.device
-        )
+    @property
+    def _wide(self) -> torch.dtype:
+        """The dtype of what transforms keep: the gradients', but at least fp32."""
+        return torch.promote_types(self._grad_dtype, torch.float32)
+
+    @property
+    def _grad_dtype(self) -> torch.dtype:
+        """One that holds the gradients of all parameters, the same on all ranks."""
+        return reduce(torch.promote_types, (item.parameter.taken.grad.dtype for item in self.matrices))
 
     # ---- and back ---------------------------------------------------------------------------------------------------
 
@@ -139,12 +153,9 @@ class SharedMatrices:
     def _return_elementwise(self, remembered: Sequence[State]) -> None:
         for key in self._elementwise_keys():
             whole = [fresh.get(key, item.state[key]) for item, fresh in zip(self.owned, remembered, strict=True)]
-            dtype = torch.promote_types(_grad_dtype(self), torch.float32)
-            whole = [
-                torch.empty((0, *self.exchange.shape), dtype=dtype, device=self.device),
-                *(t.to(dtype) for t in whole),
-            ]
-            for part, t in zip(self.parts, self.split(self.exchange.from_owners(torch.cat(whole))), strict=True):
+            none = torch.empty((0, *self.exchange.shape), dtype=self._wide, device=self.device)
+            sent = torch.cat([none, *(t.to(self._wide) for t in whole)])
+            for part, t in zip(self.parts, self.split(self.exchange.from_owners(sent)), strict=True):
                 part.keep({key: t})
             for item in self.owned:
                 del item.state[key]
@@ -192,11 +203,9 @@ class SplitMatrices(SharedMatrices):
     def __init__(self, matrices: Sequence[Matrices], parts: Sequence[LocalMatrices]) -> None:
         p, piece = matrices[0].parameter, matrices[0].piece
         assert p.sharding is not None
-        self.ranks, self.recipe, self.device = p.sharding.ranks, p.recipe, p.source.device
-        self.matrices, self.parts, self.owned = matrices, parts, ()
+        super().__init__(matrices, parts, ())
         self.sharded_dim = gram_dim(p.recipe, p.sharding, piece)
         self.sizes = self.counts = [item.piece.batch for item in matrices]
-        self._numels = [part.piece.batch * part.piece.rows * part.piece.cols for part in parts]
         first = p.sharding.rectangles(piece)[self.ranks.place][0]
         rows = (0, piece.cols) if self.sharded_dim == -2 else (piece.rows, 0)
         self._part = rows if first is None else first.shape
@@ -269,24 +278,6 @@ def _unit(item: Matrices) -> Unit:
     sharding = item.parameter.sharding
     assert sharding is not None
     return sharding.unit(item.piece, item.parameter.owners[item.number])
-
-
-def _grad_dtype(shared: SharedMatrices) -> torch.dtype:
-    return _widest(item.parameter.taken.grad for item in shared.matrices)
-
-
-def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
-    dtypes = [t.dtype for t in tensors]
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest
-
-
-def _packed(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if not tensors:
-        return torch.empty(0, dtype=dtype, device=device)
-    return torch.cat([t.reshape(-1).to(dtype) for t in tensors])
 
 
 def _share_bytes(item: Matrices) -> int:
