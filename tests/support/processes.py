@@ -304,6 +304,7 @@ def _called(rank: int, ranks: int, folder: Path) -> tuple[bool, bytes]:
             world_size=ranks,
             timeout=timedelta(seconds=group_timeout),
         )
+        dist.barrier()  # a rank that raises at once would leave while others are still connecting to it
         return True, pickle.dumps(("returned", case(*args, **kwargs), None, ""))
     except BaseException as error:
         text = traceback.format_exc()
