@@ -78,5 +78,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(torch, "autocast", lambda kind, dtype: autocast("cpu", dtype))
     profile = contextlib.nullcontext(types.SimpleNamespace(events=lambda: [kernel]))
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile)
-    with OnCpu():
-        yield busy
+    try:
+        with OnCpu():
+            yield busy
+    finally:
+        torch.get_device_module.cache_clear()  # which remembers what "cuda" was in here

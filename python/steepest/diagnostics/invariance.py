@@ -169,7 +169,8 @@ def _gap(
 def _train(model: nn.Module, optimizer: Optimizer, loss: Loss, batches: Sequence[Any], seed: int) -> list[float]:
     """The losses before each step."""
     losses: list[float] = []
-    with torch.random.fork_rng():
+    gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(gpus, device_type="cuda"):
         torch.manual_seed(seed)
         for batch in batches:
 
