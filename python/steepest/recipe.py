@@ -118,6 +118,11 @@ class Recipe:
         """Whether a step needs to know the matrices of a weight before and after its direction."""
         return self.kronecker is not None or bool(self.transforms)
 
+    @property
+    def measures_gradients(self) -> bool:
+        """Whether a step looks at whole gradients of matrices, besides what is averaged elementwise."""
+        return self.kronecker is not None or any(transform.measures_gradients for transform in self.transforms)
+
     def input_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """The shape of the direction's input for matrices (batch, m, n)."""
         return shape if self.kronecker is None else self.kronecker.input_shape(shape)
@@ -209,12 +214,23 @@ class Recipe:
         if self.momentum is not None:
             m = state[self.momentum.key]
             fresh[self.momentum.key] = self.momentum.observe(m, g, hyper.beta1).to(m.dtype)
-        if self.kronecker is None:
-            fresh |= self.precondition.observe(state, g, hyper)
-        for transform in self.transforms:
-            fresh |= transform.observe(state, g, hyper)
+        fresh |= self.observe(state, g, hyper)
         if self.counts_steps:
             fresh["step"] = state["step"] + 1
+        return fresh
+
+    def observe(self, state: State, g: Tensor, hyper: Hyper) -> State:
+        """What the preconditioner and the transforms keep elementwise, after gradient g."""
+        fresh = {} if self.kronecker is not None else self.precondition.observe(state, g, hyper)
+        for transform in self.transforms:
+            fresh |= transform.observe(state, g, hyper)
+        return fresh
+
+    def observe_matrices(self, state: State, g: Tensor, hyper: Hyper) -> State:
+        """What the metric of now and the transforms measure of a raw gradient (batch, m, n), after `update_moments`."""
+        fresh = {} if self.kronecker is None else self.kronecker.observe(state, g, hyper)
+        for transform in self.transforms:
+            fresh |= transform.observe_matrices(state, g, hyper)
         return fresh
 
     def momentum_of(self, state: State, g: Tensor, hyper: Hyper) -> Tensor:
@@ -312,8 +328,8 @@ def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> t
         fresh = recipe.update_factors(fresh, g, hyper, phase)
     if phase.steps:
         fresh |= recipe.update_moments(fresh, g, hyper)
-        if recipe.kronecker is not None:
-            fresh |= recipe.kronecker.observe(fresh, g, hyper)
+        if recipe.by_matrix:
+            fresh |= recipe.observe_matrices(fresh, g, hyper)
         value = recipe.rounding.value(w, state)
         m = recipe.momentum_of(fresh, g, hyper)
         x = recipe.direction_input(fresh, m, hyper, value).to(value.dtype)

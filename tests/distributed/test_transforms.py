@@ -1,4 +1,4 @@
-"""A transform that remembers rows of updates: its state lies at owners, and in a checkpoint as in one process."""
+"""Transforms that remember rows, entries or matrices: state at owners, and in a checkpoint as in one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from optim.test_seams import ToyNorMuon
+import steepest
 from support.processes import Processes
 from support.training import noise
 
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 SHAPES = {"a": ((18, 5), {}), "qkv": ((24, 5), {"split_sizes": (12, 6, 6), "num_heads": (2, 1, 1)}), "b": ((5, 9), {})}
 
 
-def steps(dim: int | None, backend: str) -> tuple[list[Tensor], list[Tensor]]:
-    """(weights, sizes of rows in the checkpoint) after four steps, the last with what a checkpoint gave back."""
+def steps(name: str, dim: int | None, backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    """(weights, what transforms remember) after four steps, the last with what a checkpoint gave back."""
 
     def made(t: Tensor) -> Tensor:
         return t if dim is None else distribute_tensor(t, mesh, [Shard(dim)])
@@ -30,25 +30,28 @@ def steps(dim: int | None, backend: str) -> tuple[list[Tensor], list[Tensor]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     params = {name: nn.Parameter(made(noise(shape, i))) for i, (name, (shape, _)) in enumerate(SHAPES.items())}
     groups = [{"params": [params[name]], "param_names": [name], **options} for name, (_, options) in SHAPES.items()]
-    optimizer = ToyNorMuon([dict(group) for group in groups], backend=backend)
+    cls = getattr(steepest, name)
+    optimizer = cls([dict(group) for group in groups], backend=backend)
     for step in range(4):
         if step == 3:
             saved = optimizer.state_dict()
-            optimizer = ToyNorMuon([dict(group) for group in groups], backend=backend)
+            optimizer = cls([dict(group) for group in groups], backend=backend)
             optimizer.load_state_dict(saved)
         for i, p in enumerate(params.values()):
             p.grad = made(noise(p.shape, 10 * step + i + 3))
         optimizer.step()
-    rows = [whole(t) for state in optimizer.state_dict()["state"].values() for key, t in state.items() if "row" in key]
-    assert len(rows) == len(SHAPES)
-    return [whole(p) for p in params.values()], rows
+    states = optimizer.state_dict()["state"].values()
+    remembered = [whole(t) for state in states for key, t in state.items() if key.endswith("exp_avg_sq")]
+    assert len(remembered) == len(SHAPES)
+    return [whole(p) for p in params.values()], remembered
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_rows_are_remembered_by_owners(processes: Processes, dim: int, backend: str) -> None:
-    (alone,) = processes.run(steps, None, backend, ranks=1)
-    for together in processes.run(steps, dim, backend, ranks=3):
+@pytest.mark.parametrize("name", ["NorMuon", "AdaMuon", "NAMO"])
+def test_updates_are_remembered_by_owners(processes: Processes, name: str, dim: int, backend: str) -> None:
+    (alone,) = processes.run(steps, name, None, backend, ranks=1)
+    for together in processes.run(steps, name, dim, backend, ranks=3):
         for found, wanted in zip(together, alone, strict=True):
             for t, other in zip(found, wanted, strict=True):
                 torch.testing.assert_close(t, other, rtol=1e-6, atol=1e-7)

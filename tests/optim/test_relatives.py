@@ -14,6 +14,8 @@ from torch import nn
 
 from steepest.matrices import pieces
 from steepest.optimizer import MatrixOptimizer
+from steepest.zoo.adaptive_muon import NAMO, AdaMuon, NorMuon
+from steepest.zoo.muadam import MuAdam
 from steepest.zoo.scion import Scion
 from steepest.zoo.trust_region import NIGT, Fromage, OrthogonalSGDM, TrustRegion
 from steepest.zoo.vector import MADGRAD, AdaGrad, Adam, AdamSANIA, NormalizedSGD, SignSGD
@@ -44,6 +46,10 @@ METHODS: Made = {
     "OrthogonalSGDM": (OrthogonalSGDM, {"weight_decay": 0.1}),
     "NIGT": (NIGT, {"weight_decay": 0.1}),
     "Fromage": (Fromage, {}),
+    "NorMuon": (NorMuon, {"nesterov": True}),
+    "AdaMuon": (AdaMuon, {}),
+    "NAMO": (NAMO, {"adjust_lr_fn": "original"}),
+    "MuAdam, rows": (MuAdam, {"after": "rows"}),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5))
@@ -67,14 +73,14 @@ def test_an_optimizer_is_its_recipe_for_every_layout(name: str, maximize: bool) 
         layouts = {key: (shape, how) for key, (shape, how) in layouts.items() if not how}
     if cls is NIGT:
         pytest.skip("its weights are ahead of the recipe's")
-    if cls in (Scion, TrustRegion, OrthogonalSGDM):
+    if cls in (Scion, TrustRegion, OrthogonalSGDM, NorMuon, AdaMuon, NAMO, MuAdam):
         options = {"polar": "svd", **options}
     params = [nn.Parameter(gaussian(*shape, seed=i + 1)) for i, (shape, _) in enumerate(layouts.values())]
     matrices = [{"params": [p], "use_muon": True, **how} for p, (_, how) in zip(params, layouts.values())]
     optimizer = cls(matrices, maximize=maximize, **options)
     groups, read = optimizer.param_groups, [pieces(shape, **how) for shape, how in layouts.values()]
     wanted = copies(params)
-    states = [optimizer.recipe(group).init(p.detach()) for group, p in zip(groups, params)]
+    states = [optimizer.recipe(g).init(p.detach(), pieces=some) for g, p, some in zip(groups, params, read)]
     for step in range(8):
         for i, (p, group) in enumerate(zip(params, groups)):
             p.grad = None if step < i % 3 or step == 5 + i % 2 else gaussian(*p.shape, seed=100 * step + i + 50)

@@ -16,6 +16,7 @@ from torch import Tensor
 from steepest.matrices import Piece
 from steepest.parts import Diagonal, Hyper, Momentum, Sign, Spectral
 from steepest.recipe import ADAMW, Recipe, State, step_one
+from steepest.state_layout import piece_view
 from support.references import gap as gap
 from support.references import gaussian as gaussian
 from support.references import polar_by_svd as polar_by_svd
@@ -73,11 +74,18 @@ def refer(
     p, fresh = p.clone(), {key: t.clone() for key, t in state.items()}
     if not torch.isfinite(g).all():
         return p, fresh
-    for piece in parts:
-        own = {key: piece.view(t).reshape(piece.shape) if t.shape == p.shape else t for key, t in state.items()}
+    layouts = recipe.layouts
+    for number, piece in enumerate(parts):
+
+        def part(key: str, t: Tensor, number: int = number) -> Tensor:
+            return piece_view(layouts.get(key, "factor"), t, parts, number)
+
+        own = {key: part(key, t) for key, t in state.items()}
+        own |= {key: t.reshape(piece.shape) for key, t in own.items() if layouts.get(key) == "elementwise"}
+        own |= {key: t.flatten() for key, t in own.items() if layouts.get(key) in ("row", "matrix")}
         w, after = step_one(recipe, *(piece.view(t).reshape(piece.shape) for t in (p, g)), own, hyper)
         for key, t in after.items():
-            target = piece.view(fresh[key]) if fresh[key].shape == p.shape else fresh[key]
+            target = part(key, fresh[key])
             target.copy_(t.reshape(target.shape))
         piece.view(p).copy_(w.reshape(piece.view(p).shape))
     return p, fresh

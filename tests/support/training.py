@@ -40,6 +40,9 @@ RELATIVES: tuple[type[MatrixOptimizer], ...] = (
     steepest.MuonAdam,
     steepest.ProductNormDescent,
     steepest.ProdigyMuon,
+    steepest.NorMuon,
+    steepest.AdaMuon,
+    steepest.NAMO,
 )
 #: Every class that takes groups and no module.
 EVERY: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES)

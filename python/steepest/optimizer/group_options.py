@@ -14,7 +14,7 @@ from .option_types import check_option
 Group = dict[str, Any]
 
 # Group values that change from step to step and that no recipe depends on.
-CHANGING = frozenset({"params", "lr", "weight_decay", "momentum", "betas", "initial_lr", "max_lr", "min_lr"})
+CHANGING = frozenset({"params", "lr", "weight_decay", "momentum", "beta2", "betas", "initial_lr", "max_lr", "min_lr"})
 # Those that `capturable` keeps on the device, where a captured step reads them.
 ON_DEVICE = ("lr", "weight_decay")
 

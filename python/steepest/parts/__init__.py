@@ -5,7 +5,9 @@
     direction     the maximiser of <x, d> over the unit ball of a base norm, and the dual norm <x, d>
     step_size     what the learning rate means for a matrix of a given shape
     decay         decoupled weight decay
-    graft, clip   an update as long as another method's, or no larger than a bound: transforms of an update
+    graft, clip, normalize, norm_ratio
+                  an update as long as another method's, no larger than a bound, with rows or entries of one running
+                  size, or as long as the gradients agree: transforms of an update
     rounding      how the new weight is stored
 
 A part is a frozen dataclass: it holds the choices that fix the program (which formula), never the numbers that change
@@ -14,10 +16,12 @@ from step to step (those are a `Hyper`) and never state (that is a dictionary of
 
 from .clip import ClipRMS
 from .decay import Decay
-from .direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral
+from .direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral, SpectralOfSign
 from .graft import Graft
 from .hyper import Hyper, Number
 from .momentum import Momentum
+from .norm_ratio import NormRatio
+from .normalize import Normalize
 from .precondition import Diagonal, Identity, Kronecker, Precondition, Roots, Rotated, Sides
 from .rounding import Rounding
 from .step_size import ADJUST_LR, shape_ratio
@@ -36,6 +40,8 @@ __all__ = [
     "Identity",
     "Kronecker",
     "Momentum",
+    "NormRatio",
+    "Normalize",
     "Nuclear",
     "Number",
     "OneHot",
@@ -48,6 +54,7 @@ __all__ = [
     "Sides",
     "Sign",
     "Spectral",
+    "SpectralOfSign",
     "UpdateTransform",
     "shape_ratio",
 ]

@@ -261,6 +261,24 @@ class Spectral(Direction):
 
 
 @dataclass(frozen=True)
+class SpectralOfSign(Spectral):
+    """The polar factor of sign(x), whose entries are all of one size (AdaMuon, arXiv:2507.11005).
+
+    It is steepest for no norm of x: <x, unit(x)> is above 0 for most x only, and no dual norm.
+    """
+
+    def sharded_units(
+        self, xs: Sequence[Tensor], dims: Sequence[int], slacks: Sequence[Tensor], all_reduce: polar.AllReduce
+    ) -> list[Tensor]:
+        return super().sharded_units([x.sign() for x in xs], dims, slacks, all_reduce)
+
+    def _polars(
+        self, xs: Sequence[Tensor], slacks: Sequence[Tensor] | None, updates: Sequence[Update] | None = None
+    ) -> list[Tensor]:
+        return super()._polars([x.sign() for x in xs], slacks, updates)
+
+
+@dataclass(frozen=True)
 class Schatten(Direction):
     """The p-norm of the singular values, 1 <= p <= inf; arguments as in `steepest.linalg.schatten.schatten`.
 

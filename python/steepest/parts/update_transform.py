@@ -2,12 +2,14 @@
 
     u, state <- apply(state, u, m)        u = P^-1 d, as long as the direction says; m is what the momentum reads
 
-Grafting gives u another length, NorMuon divides its rows by a running size of them, momentum of updates averages them.
+Grafting gives u another length, `Normalize` divides its rows by a running size of them, momentum of updates averages
+them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,6 +28,9 @@ class UpdateTransform:
     `steepest.state_layout`), elementwise state being (batch, rows, columns) too.
     """
 
+    #: whether `observe_matrices` is there; owners of sharded matrices are sent whole gradients for it
+    measures_gradients: ClassVar[bool] = False
+
     @property
     def specs(self) -> tuple[StateSpec, ...]:
         """The state it keeps, which begins at zero."""
@@ -37,7 +42,11 @@ class UpdateTransform:
         return False
 
     def observe(self, state: State, g: Tensor, hyper: Hyper) -> State:
-        """The state that takes the raw gradient, before the direction."""
+        """The elementwise state that takes the raw gradient, before the direction."""
+        return {}
+
+    def observe_matrices(self, state: State, g: Tensor, hyper: Hyper) -> State:
+        """The state of matrices that takes their raw gradients (batch, rows, cols), before the direction."""
         return {}
 
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -161,13 +162,39 @@ class Bucket:
         parts = list(d.split(self.sizes))
         if not self.by_torch:
             return parts
-        updates = []
         momenta, self._momenta = self._momenta, self._momenta[:0]
+        if self._at_once:
+            return self._transformed(d, momenta)
+        updates = []
         for item, part, m in zip(self.items, parts, momenta.split(self.counts), strict=True):
             assert item.matrices is not None
             u, remembered = self.recipe.update(item.matrices.recipe_state(), part, m, item.parameter.taken.hyper)
             item.matrices.keep(remembered)
             updates.append(u.to(self.stored_dtype).contiguous())
+        return updates
+
+    @cached_property
+    def _at_once(self) -> bool:
+        """Whether its transforms remember numbers of rows and matrices alone, so that one call takes all items."""
+        layouts = {spec.layout for transform in self.recipe.transforms for spec in transform.specs}
+        plain = isinstance(self.recipe.precondition, Identity) and not self.recipe.counts_steps
+        return plain and len(self.items) > 1 and layouts <= {"row", "matrix"}
+
+    def _transformed(self, d: Tensor, momenta: Tensor) -> list[Tensor]:
+        """The updates, by one call of the transforms for all items of a group."""
+        updates: list[Tensor] = []
+        keys = [spec.key for transform in self.recipe.transforms for spec in transform.specs]
+        first = 0
+        for _, items in groupby(self.matrices(), key=lambda item: item.parameter.group):
+            some = list(items)
+            counts = [item.piece.batch for item in some]
+            rows = slice(first, first + sum(counts))
+            state = {key: torch.cat([item.state[key] for item in some]) for key in keys}
+            u, fresh = self.recipe.update(state, d[rows], momenta[rows], some[0].parameter.taken.hyper)
+            for item, *parts in zip(some, *(t.split(counts) for t in fresh.values()), strict=True):
+                item.keep(dict(zip(fresh, parts, strict=True)))
+            updates += u.to(self.stored_dtype).contiguous().split(counts)
+            first = rows.stop
         return updates
 
     def matrices(self) -> list[Matrices]:
@@ -260,8 +287,8 @@ class Round:
 
 
 def _second(item: FusedItem) -> tuple[str, ...]:
-    """The key of an elementwise second moment."""
-    return () if item.parameter.recipe.kronecker is not None else item.parameter.recipe.precondition.keys
+    """The key of an elementwise second moment that the fused ops keep."""
+    return () if item.by_torch else item.parameter.recipe.precondition.keys
 
 
 def _present(tensors: list[Tensor]) -> list[Tensor]:

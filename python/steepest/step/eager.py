@@ -17,7 +17,7 @@ from ..ops.multi_tensor import Scaling
 from ..parts import Hyper
 from ..recipe import Recipe, largest, square_sum
 from .coupling import Directed
-from .factors import advance_clocks, update_factors, update_rotated_moments
+from .factors import advance_clocks, observe_matrices, update_factors
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
 from .program import is_elementwise
 
@@ -162,13 +162,13 @@ class Eager:
 
     def observe(self) -> None:
         if self._ranks is not None:
-            for shared in self._shared([p for p in self.parameters if p.recipe.by_matrix]):
+            for shared in self._shared([p for p in self.parameters if p.recipe.measures_gradients]):
                 shared.receive_gradients()
         update_factors([item for item in self._matrices if item.phase.before])
         for p in self.parameters:
             if p.taken.phase.steps:
                 store_if(p.taken.finite, p.state, p.recipe.update_moments(p.state, p.taken.grad, p.taken.hyper))
-        update_rotated_moments([item for item in self._matrices if item.phase.steps])
+        observe_matrices([item for item in self._matrices if item.phase.steps])
         self._batches = self._new_batches()
 
     def batches(self) -> list[Batch]:

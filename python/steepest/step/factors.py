@@ -1,4 +1,4 @@
-"""What Kronecker factors learn from the gradients of a step, and the refresh of those that are due, all together."""
+"""What is learned from the gradients of matrices, and the refresh of Kronecker factors that are due, all together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..parts.precondition import PENDING, Gathered, Kronecker, Phase, refresh_by
 from ..recipe import CLOCK, Recipe
 from .parameter import Matrices, Parameter
 
-__all__ = ["advance_clocks", "update_factors", "update_rotated_moments"]
+__all__ = ["advance_clocks", "observe_matrices", "update_factors"]
 
 
 def update_factors(matrices: Sequence[Matrices]) -> None:
@@ -36,12 +36,12 @@ def update_factors(matrices: Sequence[Matrices]) -> None:
                 _refresh(part, phase, run)
 
 
-def update_rotated_moments(matrices: Sequence[Matrices]) -> None:
-    """Statistics that every gradient adds to in the present metric, such as SOAP's second moment."""
+def observe_matrices(matrices: Sequence[Matrices]) -> None:
+    """Statistics that every gradient adds to, such as SOAP's second moment in the present metric."""
     for each in matrices:
-        part = each.recipe.kronecker
-        if part is not None:
-            each.keep(part.observe(each.state, each.grad.reshape(each.shape), each.parameter.taken.hyper))
+        if each.recipe.measures_gradients:
+            g, hyper = each.grad.reshape(each.shape), each.parameter.taken.hyper
+            each.keep(each.recipe.observe_matrices(each.state, g, hyper))
 
 
 def advance_clocks(parameters: Sequence[Parameter]) -> None:

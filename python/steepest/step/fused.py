@@ -29,7 +29,7 @@ from ..ops.program import COLUMNS, Program
 from ..parts import Direction, Hyper
 from .buckets import Bucket, FusedItem, Round, bucket_key, in_rounds, items_of, rounds_of
 from .coupling import Directed
-from .factors import advance_clocks, update_factors, update_rotated_moments
+from .factors import advance_clocks, observe_matrices, update_factors
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class Fused:
         self.table.column("largest_taken").copy_(torch.tensor(limits, dtype=torch.float64, device=self.device))
         for p, flag in zip(parameters, self.table.column("finite").unbind(), strict=True):
             p.flag = flag
-        self._learning = list(self._shared(list(self._by_torch.values()))) if self._ranks else []
+        measuring = [p for p in self._by_torch.values() if p.recipe.measures_gradients]
+        self._learning = list(self._shared(measuring)) if self._ranks else []
         self._watched = [p.momentum for p in parameters if p.input_dtype is torch.float16]
         self._versions: list[int] = []
         self._rows = {group: self._span(group) for group in set(self._group_of)}
@@ -209,9 +210,9 @@ class Fused:
         for p in self._by_torch.values():
             taken = p.taken
             hyper = taken.hyper.beginning(p.state["step"] - taken.finite) if p.recipe.starts_first else taken.hyper
-            for transform in p.recipe.transforms if taken.phase.steps else ():
-                store_if(taken.finite, p.state, transform.observe(p.state, taken.grad, hyper))
-        update_rotated_moments([item for item in self._matrices if item.phase.steps])
+            if taken.phase.steps:
+                store_if(taken.finite, p.state, p.recipe.observe(p.state, taken.grad, hyper))
+        observe_matrices([item for item in self._matrices if item.phase.steps])
         for round_ in self._present if self._coupled else ():
             if not round_.items:  # nothing of it lies here
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..ops.program import Power, Program
-from ..parts import Diagonal, Direction, Frobenius, Identity, Sign
+from ..parts import Diagonal, Direction, Frobenius, Identity, Kronecker, Sign
 from ..parts.product_norm import Box
 from ..recipe import Recipe
 
@@ -38,7 +38,7 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         decay_after=recipe.decay.after,
         decay_scaled=recipe.decay.scaled,
     )
-    if recipe.kronecker is not None:
+    if recipe.by_matrix and isinstance(precondition, Kronecker | Diagonal | Identity):
         return around
     if isinstance(precondition, Diagonal):
         power = _POWERS.get(precondition.power)
@@ -54,7 +54,7 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
     elif not isinstance(precondition, Identity):
         return f"the preconditioner {type(precondition).__name__} is not elementwise"
     # A ratio of the learning rate belongs to a matrix' shape, which the program of a whole parameter does not know.
-    if coupled or recipe.transforms or recipe.adjust_lr != "none" or recipe.decay.scaled:
+    if coupled or recipe.adjust_lr != "none" or recipe.decay.scaled:
         return around
     if _is_identity(recipe.direction, recipe.scale):
         return replace(around, direction="identity")

@@ -2,8 +2,9 @@
 
     parts of momenta here  >  whole momenta of what this rank owns  >  directions, updates  >  parts of updates here
 
-Both executors do the elementwise work on the parts. A recipe with Kronecker factors or transforms of the update also
-needs whole gradients, and of transforms that keep elementwise state whole tensors of that, which travel likewise.
+Both executors do the elementwise work on the parts. A recipe that measures gradients of matrices, for Kronecker factors
+or a transform of the update, also needs whole gradients, and of transforms that keep elementwise state whole tensors of
+that, which travel likewise.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ The routes by which a matrix' direction may be had, for P ranks of a mesh; c_r: 
              ones shorter or empty; along the others they are replicated, HSDP). Rank r sends its c_r of each matrix
              that it does not own and gets as much of the direction; of what it owns it gets mn - c_r, and sends that:
                  sent = received = (sum over not owned c_r + sum over owned (mn - c_r)) times 2 bytes
-             A matrix that lies on one rank stays there. Recipes with factors or transforms also send gradients, and
-             what transforms keep, and take fp32 for 16 bits.
+             A matrix that lies on one rank stays there. Recipes with factors also send gradients; those with
+             transforms what these keep, and both take fp32 for 16 bits.
     gram     parameters are cut along the mesh's last dimension by tensor parallelism. Where that is the long side: a
              ring's all_reduce, 2 (P - 1) / P of 8 bytes and then 1 + restarts times 4 bytes of each `gram_elements`, a
              matrix; where it is the short side the parts first go to a cut of the long one, and back, as (P - 1) / P of
@@ -149,7 +149,7 @@ class Method:
     @property
     def bytes_there(self) -> int:
         """Of an element on its way to the owner."""
-        return self.bytes_back + (self.gradient.itemsize if self.recipe.by_matrix else 0)
+        return self.bytes_back + (self.gradient.itemsize if self.recipe.measures_gradients else 0)
 
     @property
     def bytes_back(self) -> int:
@@ -163,7 +163,7 @@ class Method:
     @property
     def collectives(self) -> int:
         """Exchanges of one bucket."""
-        return 2 * (1 + self._travels) + self.recipe.by_matrix
+        return 2 * (1 + self._travels) + self.recipe.measures_gradients
 
     @property
     def _travels(self) -> int:

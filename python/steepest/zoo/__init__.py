@@ -1,5 +1,6 @@
 """The named optimizers: a signature, an equation and a recipe each."""
 
+from .adaptive_muon import NAMO, AdaMuon, NorMuon
 from .hasd import hasd
 from .kfac import KFAC
 from .kronecker import KLSOAP, SOAP, KLShampoo, OneSidedShampoo, Shampoo, SPlus
@@ -17,9 +18,11 @@ __all__ = [
     "KFAC",
     "KLSOAP",
     "MADGRAD",
+    "NAMO",
     "NIGT",
     "SOAP",
     "AdaGrad",
+    "AdaMuon",
     "Adam",
     "AdamSANIA",
     "Fromage",
@@ -30,6 +33,7 @@ __all__ = [
     "Muon",
     "MuonAdam",
     "MuonMax",
+    "NorMuon",
     "NormalizedSGD",
     "OneSidedShampoo",
     "OrthogonalSGDM",

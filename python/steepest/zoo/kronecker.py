@@ -31,7 +31,7 @@ from ..recipe import Recipe
 from ..sharding.local import local_tensor
 from ..state_layout import Layout
 from ..step.modes import in_default_modes
-from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
+from .shared import Extras, Polar, defaults_of, normalization, polar_of, recipe_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,6 +58,7 @@ class Bases(TypedDict, total=False):
     norm: the base norm in the bases, "frobenius" (scaled by its dual norm), "spectral" or "sign" (of length 1);
         None is the method's own. With "spectral" every method here becomes one of its own: Muon in its metric.
     polar: of norm="spectral", as in `steepest.MuAdam`.
+    after: "rows" or "elements" of the update are normalized, as in `steepest.MuAdam`.
     adjust_lr_fn: as in `steepest.Muon`; None is "original" with norm="spectral" and the method's own otherwise.
     parity: "authors" does, step for step, what the authors' implementation does, where the class says so.
     """
@@ -72,6 +73,7 @@ class Bases(TypedDict, total=False):
     block_preconditioner: bool
     norm: str | None
     polar: Polar
+    after: str | None
     adjust_lr_fn: str | None
     parity: str | None
 
@@ -94,6 +96,7 @@ class KroneckerOptimizer(MatrixOptimizer):
         block_preconditioner=False,
         norm=None,
         polar="auto",
+        after=None,
         adjust_lr_fn=None,
         parity=None,
     )
@@ -113,6 +116,7 @@ class KroneckerOptimizer(MatrixOptimizer):
 
     def recipe(self, group: Group) -> Recipe:
         norm, parts = group["norm"] or self._norm, self.parts(group)
+        parts["transforms"] = (*parts.get("transforms", ()), *normalization(group))
         ratio = "original" if norm == "spectral" else self._ratio
         scale = "dual" if norm == "frobenius" else "lmo"
         return recipe_of(group, ratio=ratio, direction=self._direction(norm, group), scale=scale, **parts)

@@ -8,7 +8,7 @@ from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, adam_hyper
 from ..parts import Diagonal, Hyper, Momentum, Number
 from ..recipe import Recipe
-from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
+from .shared import Extras, Polar, defaults_of, normalization, polar_of, recipe_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,6 +27,8 @@ class MuAdam(MatrixOptimizer):
         loss multiplied by c wants lr multiplied by sqrt(c).
     betas: decay rates of the two averages.     eps: added to sqrt(v).
     polar: a preset of `steepest.polar` or a coefficient table.
+    after: "rows" or "elements" divides those of the update by a running root mean square of theirs, with decay rate
+        betas[1], and keeps the length of the matrix (see `NorMuon`); None does not.
     adjust_lr_fn: as in `Muon`.                 extra: see `Extras`.
 
     The authors' released code (the class TAIA) sets its step count back at every call, so that t = 1 for ever and D is
@@ -47,6 +49,7 @@ class MuAdam(MatrixOptimizer):
         adjust_lr_fn: str | None = None,
         *,
         polar: Polar = "auto",
+        after: str | None = None,
         **extra: Unpack[Extras],
     ) -> None:
         options = {
@@ -56,13 +59,19 @@ class MuAdam(MatrixOptimizer):
             "eps": eps,
             "adjust_lr_fn": adjust_lr_fn,
             "polar": polar,
+            "after": after,
         }
         super().__init__(params, *defaults_of(type(self).__name__, options, extra))
 
     def recipe(self, group: Group) -> Recipe:
         momentum = Momentum(bias_correction=True, dtype=group["momentum_dtype"])
-        precondition = Diagonal(power=self._power)
-        return recipe_of(group, momentum=momentum, precondition=precondition, direction=polar_of(group))
+        return recipe_of(
+            group,
+            momentum=momentum,
+            precondition=Diagonal(power=self._power),
+            direction=polar_of(group),
+            transforms=normalization(group),
+        )
 
     def hyper(self, group: Group) -> Hyper:
         return adam_hyper(group)
@@ -95,6 +104,7 @@ class MuAdamSANIA(MuAdam):
         adjust_lr_fn: str | None = None,
         *,
         polar: Polar = "auto",
+        after: str | None = None,
         **extra: Unpack[Extras],
     ) -> None:
-        super().__init__(params, lr, weight_decay, betas, eps, adjust_lr_fn, polar=polar, **extra)
+        super().__init__(params, lr, weight_decay, betas, eps, adjust_lr_fn, polar=polar, after=after, **extra)

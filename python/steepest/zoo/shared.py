@@ -10,7 +10,7 @@ import torch
 from ..linalg.coefficients import schedule
 from ..optimizer.group_options import Group, finish, read_switches
 from ..optimizer.option_types import POLAR, check_option
-from ..parts import Number, Spectral
+from ..parts import Normalize, Number, Spectral
 from ..recipe import Recipe
 from ..routing import ADAMW_NUMBERS
 
@@ -108,6 +108,14 @@ def defaults_of(name: str, options: Group, extra: Extras) -> tuple[Group, Group]
 def recipe_of(group: Group, *, kind: type[Recipe] = Recipe, ratio: str = "original", **parts: Any) -> Recipe:
     """A recipe from a method's parts and the group values all methods share; ratio: what adjust_lr_fn=None means."""
     return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **{**finish(group), **parts})
+
+
+def normalization(group: Group) -> tuple[Normalize, ...]:
+    """The transform of the update that the group's `after` names, if it names one."""
+    after = group["after"]
+    if after not in (None, "rows", "elements"):
+        raise ValueError(f"after {after!r} is not known; use 'rows' (as NorMuon), 'elements' (as AdaMuon) or None")
+    return () if after is None else (Normalize(after),)
 
 
 def spectral(
