@@ -237,7 +237,7 @@ class Recipe:
         """What the momentum reads, in the weight's variables."""
         if self.momentum is None:
             return g
-        return self.momentum.read(state[self.momentum.key], g, hyper.beta1, state.get("step"))
+        return self.momentum.read(state[self.momentum.key], g, hyper.beta1, state.get("step"), hyper.beta2)
 
     def direction_input(self, state: State, m: Tensor, hyper: Hyper, w: Tensor | None = None) -> Tensor:
         """What the direction is asked about: the momentum in the preconditioner's variables.

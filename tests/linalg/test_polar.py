@@ -24,6 +24,8 @@ from support.singular_values import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogon
 from support.slow import slow
 
 PRESETS = (*tables.SCHEDULES, "polar_express", "svd")
+#: Those of other packages, by the names they have there.
+OTHERS = ("simple", "quintic", "cans", "deepseekv4", "cubic5")
 POLYNOMIAL = [name for name in PRESETS if name != "svd"]
 
 
@@ -364,3 +366,49 @@ def test_several_stacks_equal_each_alone(preset: str) -> None:
     for x, out, slack, own in zip(xs, together, slacks, alone, strict=True):
         assert torch.equal(out, polar(x, preset, slack=own, max_workspace_bytes=1 << 16))
         assert torch.equal(slack.nan_to_num(-1), own.nan_to_num(-1))
+
+
+# ---- names of other packages ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "preset, gain, smallest, low, high",
+    [
+        ("cans", 1048, 1e-3, 0.884, 1.120),
+        ("deepseekv4", 79262, 1e-3, 0.9999, 1.001),
+        ("cubic5", 119, 7e-3, 0.774, 1.301),
+        ("quintic", 492, 1e-2, 0.977, 1.032),
+        ("simple", 484, 1e-2, 0.681, 1.135),
+    ],
+)
+def test_tables_of_others_land_where_the_docstring_says(
+    preset: str, gain: int, smallest: float, low: float, high: float
+) -> None:
+    """And a diagonal matrix, whose singular values are its entries, is sent there."""
+    values = torch.logspace(math.log10(smallest), 0, 4000, dtype=torch.float64)
+    table = tables.schedule(preset, None, None).tables[0]
+    landed = torch.tensor([tables.evaluate(table, float(v)) for v in values], dtype=torch.float64)
+    assert low <= landed.min()
+    assert landed.max() <= high
+    assert gain == int(tables.gain(table))
+    x = torch.diag(values[::500])
+    norm = float(torch.linalg.vector_norm(x))
+    wanted = torch.tensor([tables.evaluate(table, float(v) / norm) for v in x.diagonal()], dtype=torch.float64)
+    torch.testing.assert_close(polar(x, preset).diagonal(), wanted, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("preset", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tables_of_others_near_the_polynomial(preset: str, dtype: torch.dtype) -> None:
+    x = gaussian(48, 80)
+    y = polar(x.float(), preset, dtype=dtype).double()
+    wanted = expected(x, preset)
+    assert float((y - wanted).norm() / wanted.norm()) < (1e-4 if dtype == torch.float32 else 0.15)
+
+
+def test_a_table_that_turns_matrices_round_is_refused() -> None:
+    with pytest.raises(ValueError, match="'aol' sends singular values above .884"):
+        polar(gaussian(4, 4), "aol")
+    steps = [(4.0098, -7.0585, 2.4635), (3.4585, -5.5479, 2.5959), (2.7573, -3.2939, 1.4254), (2.7215, -3.0494, 1.3169)]
+    x = torch.outer(gaussian(1, 5)[0], gaussian(1, 7)[0])
+    assert float((polar(x, coefficients=steps) * x).sum()) < 0

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from steepest import (
     MADGRAD,
+    SGD,
     AdaGrad,
     Adam,
     AdamSANIA,
+    Lion,
     MuAdam,
     MuAdamSANIA,
     Muon,
@@ -70,6 +72,31 @@ RULES: dict[str, tuple[Any, dict[str, Any], Update]] = {
     "MADGRAD": (MADGRAD, BETAS, adaptive(1 / 3)),
     "AdamSANIA": (AdamSANIA, BETAS, adaptive(1)),
 }
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_torchs(momentum: float, nesterov: bool) -> None:
+    """The row SGD, in torch's convention for momentum."""
+    start, grads = gaussian(7, 4, seed=1), gaussian(20, 7, 4, seed=2)
+    weight = torch.nn.Parameter(start.clone())
+    other = torch.optim.SGD([weight], lr=LR, momentum=momentum, nesterov=nesterov and momentum > 0)
+    for g in grads:
+        weight.grad = g.clone()
+        other.step()
+    now = trained(SGD, iter(grads), start, lr=LR, momentum=momentum, nesterov=nesterov and momentum > 0)
+    assert gap(now, weight.detach()) < 1e-13
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (1, 6)], ids=str)
+def test_lion(shape: tuple[int, int]) -> None:
+    """Algorithm 2 of arXiv:2302.06675."""
+    w = start = gaussian(*shape, seed=1)
+    m, grads = torch.zeros_like(w), list(gaussian(25, *shape, seed=2))
+    for g in grads:
+        w = w - LR * (torch.sign(0.9 * m + (1 - 0.9) * g) + WD * w)
+        m = 0.99 * m + (1 - 0.99) * g
+    assert gap(trained(Lion, iter(grads), start, lr=LR, weight_decay=WD), w) < 1e-13
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (1, 6)], ids=str)

@@ -24,7 +24,9 @@ KRONECKER: tuple[type[MatrixOptimizer], ...] = (
 )
 #: The rest of the zoo, less hasd, Momo (a part of one) and KFAC, which wants a module.
 RELATIVES: tuple[type[MatrixOptimizer], ...] = (
+    steepest.SGD,
     steepest.NormalizedSGD,
+    steepest.Lion,
     steepest.SignSGD,
     steepest.AdaGrad,
     steepest.Adam,

@@ -82,6 +82,32 @@ TURBO_15E3: Table = (
 TURBO_8E3: Table = (*TIGHT_8E3[:2], (3.87512, -7.537368, 6.55156, -2.369701, 0.2991775))
 
 
+# Tables that NVIDIA's Emerging-Optimizers has a name for, under that name, with the Frobenius norm. Those of this file
+# that it has too go by both names.
+OTHERS: dict[str, Table] = {
+    "simple": JORDAN,
+    "quintic": YOU,
+    # CANS, arXiv:2506.10935: Remez steps with an interval that adapts.
+    "cans": (
+        (8.4703, -25.1081, 18.6293),
+        (4.1828, -3.1087, 0.5806),
+        (3.9619, -2.9541, 0.5630),
+        (3.2866, -2.4647, 0.5074),
+        (2.2737, -1.6447, 0.4162),
+    ),
+    # DeepSeek-V4's report: eight steps of Jordan's, two of Newton and Schulz.
+    "deepseekv4": (JORDAN_STEP,) * 8 + ((2.0, -1.5, 0.5),) * 2,
+    # arXiv:2606.00371: cubic steps, a product less each, for a band from 7e-3 on.
+    "cubic5": (
+        (3.3656576, -3.3420992),
+        (2.5744352, -1.4957376),
+        (2.5368962, -1.4312570),
+        (2.4418906, -1.2764040),
+        (2.2230472, -0.9630650),
+    ),
+}
+
+
 def gain(table: Table) -> float:
     """The factor by which the table lifts a vanishing singular value of the normalised matrix."""
     return math.prod(step[0] for step in table)
@@ -156,8 +182,8 @@ def polar_express(steps: int = 5, safety: float = POLAR_EXPRESS_SAFETY) -> Table
 def schedule(preset: str, coefficients: Coefficients | None, steps: int | None) -> Schedule:
     """The schedule for a preset, or for the caller's own coefficients (Frobenius norm), with ``steps`` steps.
 
-    ``steps`` repeats a table of equal steps ("jordan", "exact", one tuple of coefficients) or sets the length of
-    "polar_express".  Elsewhere it must be the table's own length, because a tight table is optimal only as a whole.
+    ``steps`` repeats a table of equal steps ("jordan", "exact", "simple", one tuple of coefficients) or sets the length
+    of "polar_express".  Elsewhere it must be the table's own length, because a tight table is optimal only as a whole.
     """
     if steps is not None and not 0 < steps < 100:
         raise ValueError(f"Number of steps must be less than 100 and at least 1, got {steps}")
@@ -165,12 +191,11 @@ def schedule(preset: str, coefficients: Coefficients | None, steps: int | None) 
         return Schedule((_own_table(coefficients, steps),))
     if preset == "polar_express":
         return Schedule((polar_express(5 if steps is None else steps),))
-    if preset not in SCHEDULES:
-        raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(presets())}")
-    known = SCHEDULES[preset]
+    check_preset(preset)
+    known = SCHEDULES.get(preset) or Schedule((OTHERS[preset],))
     if steps is None or steps == known.steps:
         return known
-    if preset in ("jordan", "exact"):
+    if preset in ("jordan", "exact", "simple"):
         return Schedule(((JORDAN_STEP,) * steps,))
     raise ValueError(
         f"preset {preset!r} has {known.steps} steps, got steps={steps}; leave steps out or pass coefficients"
@@ -179,7 +204,18 @@ def schedule(preset: str, coefficients: Coefficients | None, steps: int | None) 
 
 def presets() -> tuple[str, ...]:
     """Every name that `polar` accepts."""
-    return (*SCHEDULES, "polar_express", "svd")
+    return (*SCHEDULES, "polar_express", *OTHERS, "svd")
+
+
+def check_preset(preset: str) -> None:
+    """ValueError for a name that `polar` does not accept."""
+    if preset == "aol":
+        raise ValueError(
+            "preset 'aol' sends singular values above .884 of the norm to -1, and a matrix of rank 1 to minus its "
+            "polar factor; use another preset, or pass its numbers as coefficients"
+        )
+    if preset not in presets():
+        raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(presets())}")
 
 
 def _own_table(coefficients: Coefficients, steps: int | None) -> Table:

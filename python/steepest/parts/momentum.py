@@ -2,6 +2,7 @@
 
     ema         m <- beta m + (1 - beta) g        heavy_ball   m <- beta m + g
     nesterov    read  (1 - beta) g + beta m  (ema)  or  g + beta m  (heavy_ball)   instead of  m
+    interpolated   read  (1 - c) g + c m,  c = beta2 / beta: with the average as it was, (1 - beta2) g + beta2 m
     bias_correction   read  m / (1 - beta^t)
     start="first"     m is the first gradient before the rule begins, where start="zero" has m = 0
 
@@ -38,6 +39,7 @@ class Momentum:
     key: str = "momentum_buffer"
     dtype: torch.dtype | None = None
     start: Literal["zero", "first"] = "zero"
+    interpolated: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("ema", "heavy_ball"):
@@ -49,6 +51,8 @@ class Momentum:
             raise ValueError("Nesterov momentum with bias correction is not defined here; choose one of the two")
         if self.bias_correction and self.kind != "ema":
             raise ValueError("bias correction belongs to the average ('ema'); a heavy ball has nothing to correct")
+        if self.interpolated and (self.kind != "ema" or self.nesterov or self.bias_correction):
+            raise ValueError("an interpolated reading is of the plain average ('ema'): choose one kind of reading")
         if self.start not in ("zero", "first"):
             raise ValueError(f"momentum start {self.start!r} is not known; use 'zero' or 'first'")
         if self.start == "first" and (self.bias_correction or self.kind != "ema"):
@@ -72,9 +76,11 @@ class Momentum:
             return m * beta + g
         return torch.lerp(m, g, _weight(1 - beta, wide))
 
-    def read(self, m: Tensor, g: Tensor, beta: Number, step: Tensor | None) -> Tensor:
+    def read(self, m: Tensor, g: Tensor, beta: Number, step: Tensor | None, beta2: Number = 0.0) -> Tensor:
         """What goes into the direction, from the updated buffer m, in fp32 or fp64; step is t, counted from 1."""
         wide = _wide(m, g)
+        if self.interpolated:
+            return torch.lerp(g.to(wide), m.to(wide), _weight(beta2 / beta, wide))
         if self.nesterov:
             if self.kind == "heavy_ball":
                 return g.to(wide) + m.to(wide) * beta

@@ -23,6 +23,8 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
     momentum, precondition = recipe.momentum, recipe.precondition
     if momentum is None:
         return "the direction is asked about gradients, and there is no momentum of them"
+    if momentum.interpolated:
+        return "what the momentum reads has a rate of its own"
     if recipe.reads_weight:
         return "the direction depends on the weight itself"
     if not recipe.decay.fused:

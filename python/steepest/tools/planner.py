@@ -31,7 +31,7 @@ import torch
 
 from steepest.linalg.chain import Apply, Chain, Column, Gram, Node, Number, Operand, Product, Sum, chain, product_flop
 from steepest.linalg.chain import multiplication as product_of
-from steepest.linalg.coefficients import Schedule, presets
+from steepest.linalg.coefficients import Schedule, check_preset
 from steepest.linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, Choice, choose, nodes_of
 from steepest.ops import backend
 from steepest.ops.polar_chain import not_taken
@@ -256,8 +256,7 @@ def plan(
     dtype: the compute dtype, "float16" or "bfloat16", as `polar` takes it; by default what `polar` chooses.  ValueError
     for an unknown preset or dtype, "svd" (which has no products), and sizes below 1.
     """
-    if preset not in presets():
-        raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(presets())}")
+    check_preset(preset)
     if preset == "svd":
         raise ValueError("preset 'svd' is a singular value decomposition; there is no list of products to plan")
     if dtype is not None and dtype not in DTYPES:

@@ -12,7 +12,7 @@ from .product import MuonAdam, MuonMax, ProductNormDescent
 from .schattor import Schattor
 from .scion import Scion, scion_groups
 from .trust_region import NIGT, Fromage, OrthogonalSGDM, TrustRegion
-from .vector import MADGRAD, AdaGrad, Adam, AdamSANIA, NormalizedSGD, SignSGD
+from .vector import MADGRAD, SGD, AdaGrad, Adam, AdamSANIA, Lion, NormalizedSGD, SignSGD
 
 __all__ = [
     "KFAC",
@@ -20,6 +20,7 @@ __all__ = [
     "MADGRAD",
     "NAMO",
     "NIGT",
+    "SGD",
     "SOAP",
     "AdaGrad",
     "AdaMuon",
@@ -27,6 +28,7 @@ __all__ = [
     "AdamSANIA",
     "Fromage",
     "KLShampoo",
+    "Lion",
     "Momo",
     "MuAdam",
     "MuAdamSANIA",

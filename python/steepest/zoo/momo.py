@@ -316,7 +316,8 @@ class Momo(MatrixOptimizer):
         if group["maximize"] and self.lower_bound is not None:
             raise ValueError("maximize=True has no lower bound: minimize the negative loss")
         recipe = self.recipe(group)
-        if recipe.transforms or recipe.reads_weight:
+        reads = recipe.momentum is not None and recipe.momentum.interpolated
+        if recipe.transforms or recipe.reads_weight or reads:
             raise ValueError(
                 f"{type(self).__name__} couples steps along a direction of the momentum, and grafts, momentum of "
                 "updates and decay inside the model take other ones"

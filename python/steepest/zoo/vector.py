@@ -1,8 +1,9 @@
 """Methods for a parameter of any shape: the rows of Table 1 of arXiv:2510.10777 without a matrix in them.
 
     base norm N, D of ||X|| = N(D o X)           update
+    SGD             Frobenius, none              m
     NormalizedSGD   Frobenius, none              m / ||m||_F
-    SignSGD         largest entry, none          sign(m)
+    SignSGD, Lion   largest entry, none          sign(m)
     AdaGrad         Frobenius, (sum g^2)^1/4     m / (sqrt(sum g^2) + eps)
     Adam            Frobenius, v^1/4             m / (sqrt(v) + eps)
     MADGRAD         Frobenius, v^1/6             m / (cbrt(v) + eps)
@@ -14,7 +15,7 @@ A model given to one of them goes whole by its rule, biases, gains and embedding
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -63,6 +64,8 @@ class MomentumOptimizer(VectorOptimizer):
     """Base of those with one average, of a base norm's direction."""
 
     _direction: Direction
+    _scale: Literal["lmo", "dual"] = "lmo"
+    _kind: Literal["ema", "heavy_ball"] = "ema"
 
     def __init__(
         self,
@@ -85,12 +88,27 @@ class MomentumOptimizer(VectorOptimizer):
         super().__init__(params, *defaults_of(type(self).__name__, options, extra))
 
     def recipe(self, group: Group) -> Recipe:
-        momentum = Momentum(nesterov=group["nesterov"], dtype=group["momentum_dtype"])
+        momentum = Momentum(self._kind, group["nesterov"], dtype=group["momentum_dtype"])
         parts: dict[str, Any] = {"momentum": momentum, "precondition": Identity(), "direction": self._direction}
-        return recipe_of(group, ratio="none", **parts)
+        return recipe_of(group, ratio="none", scale=self._scale, **parts)
 
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
+
+
+class SGD(MomentumOptimizer):
+    """Gradient descent with momentum: regularized steepest descent in the Euclidean norm.
+
+        m <- momentum m + g;   W <- (1 - lr weight_decay) W - lr m
+
+    Equals `torch.optim.SGD` with weight_decay=0, with and without nesterov, within rounding; weight decay is decoupled
+    here, added to the gradient there. Arguments as in `NormalizedSGD`; momentum=0 is plain gradient descent. Source:
+    arXiv:2510.10777 (row SGD of Table 1, whose m averages gradients: there lr is larger by 1 / (1 - momentum)).
+    """
+
+    _direction = Frobenius()
+    _scale = "dual"
+    _kind = "heavy_ball"
 
 
 class NormalizedSGD(MomentumOptimizer):
@@ -120,6 +138,42 @@ class SignSGD(MomentumOptimizer):
     """
 
     _direction = Sign()
+
+
+class Lion(VectorOptimizer):
+    """The sign of an average that gives the gradient at hand more weight than the one that is kept.
+
+        u = sign(beta1 m + (1 - beta1) g);   m <- beta2 m + (1 - beta2) g;   W <- (1 - lr weight_decay) W - lr u
+
+    betas: of what is stepped by and of what is kept.   Other arguments as in `NormalizedSGD`. With equal betas it is
+    `SignSGD`. Steps go by torch operations. Source: arXiv:2302.06675, Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        *,
+        adjust_lr_fn: str | None = None,
+        **extra: Unpack[Extras],
+    ) -> None:
+        options = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "adjust_lr_fn": adjust_lr_fn}
+        super().__init__(params, *defaults_of("Lion", options, extra))
+
+    def recipe(self, group: Group) -> Recipe:
+        momentum = Momentum(key="exp_avg", dtype=group["momentum_dtype"], interpolated=True)
+        return recipe_of(group, ratio="none", momentum=momentum, precondition=Identity(), direction=Sign())
+
+    def hyper(self, group: Group) -> Hyper:
+        beta1, beta2 = map(number, group["betas"])
+        return Hyper(number(group["lr"]), number(group["weight_decay"]), beta2, beta1)
+
+    def _check_values(self, group: Group) -> None:
+        if float(group["betas"][1]) == 0:
+            raise ValueError("betas[1] should be above 0 but is: 0; with SignSGD(momentum=0) nothing is kept")
+        super()._check_values(group)
 
 
 class AdaGrad(VectorOptimizer):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...ops.polar_chain import Update
 from ...ops.small_polar import small_polar, takes
 from ...ops.symm_gemm import Workspace
-from ..coefficients import Coefficients, Schedule, presets
+from ..coefficients import Coefficients, Schedule, check_preset
 from ..newton_schulz import newton_schulz, newton_schulz_plain
 from ..scaling import prescaled
 from .choice import COMPUTE_DTYPES, FORMS, Choice, choose, compute_dtype
@@ -53,11 +53,15 @@ def polar(
         polar_express  5      966         1e-3    [.840, 1.124]   1.01 Frobenius; any number of steps
         tight_8e-3     4      168 s       8e-3    [.968, 1.032]   bound
         tight_4e-3     4      247 s       4e-3    [.859, 1.141]   bound
+        cans           5      1048        1e-3    [.884, 1.120]   Frobenius
+        deepseekv4     10     79262       1e-3    [.9999, 1.001]  Frobenius
+        cubic5         5      119         7e-3    [.774, 1.301]   Frobenius; degree 3
         svd            -      any         eps     [1, 1]          singular values up to eps are dropped
 
     "auto" lifts vanishing singular values at least as much as "jordan" on every spectrum, at less work, and those near
     1.5e-3 ||X||_F up to 4.5% less where s is just over 2.26 (2.6% just over 1.54); the choice among its tables is made
     per matrix on the device.  "turbo" lifts vanishing ones so from s = 4.25 on (2.5% less near 1.5e-3 from 5.93 on).
+    "simple" and "quintic" are other names of "jordan" and "you".
     "jordan" is, operation for operation, torch.optim.Muon's function (full products); "exact" is the same polynomial
     with symmetric products, whose rounding is up to twice as large.  "svd" is computed in fp64 whatever x is.  In bf16
     rounding comes on top: on matrices of a few large singular values, or of one, "auto" in the Gram form was seen to
@@ -213,8 +217,7 @@ def check(
         raise TypeError(f"polar takes a real floating-point tensor, got {x.dtype}; convert it first")
     if x.ndim < 2:
         raise ValueError(f"polar takes matrices (..., m, n), got shape {tuple(x.shape)}; add a dimension")
-    if preset not in presets():
-        raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(presets())}")
+    check_preset(preset)
     if form not in FORMS:
         raise ValueError(f"form {form!r} is not known; choose one of {', '.join(FORMS)}")
     if dtype is not None and dtype not in COMPUTE_DTYPES:

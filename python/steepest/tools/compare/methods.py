@@ -39,6 +39,8 @@ RATES: Mapping[str, tuple[float, float]] = {
     "KLSOAP": (2e-2, 4e-2),
     "SPlus": (0.8, 0.8),
     "KFAC": (0.1, 0.16),
+    "SGD": (0.25, 0.25),
+    "Lion": (4e-3, 4e-3),
     "NormalizedSGD": (0.25, 0.16),
     "SignSGD": (8e-3, 8e-3),
     "AdaGrad": (6e-2, 0.16),
