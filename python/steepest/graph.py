@@ -124,6 +124,7 @@ class _Captured:
         assert optimizer._plan is not None
         self.plan = optimizer._plan  # its tables, and the state it writes to, live as long as the graph
         self.state = self._state()
+        self.hooks = list(optimizer._weight_hooks)
 
     def _addresses(self) -> list[int]:
         params = [p.data_ptr() for p in self.params]
@@ -154,6 +155,8 @@ class _Captured:
                 )
         if self.optimizer._plan is not self.plan:
             raise RuntimeError("state was loaded or an ordinary step taken since the capture: call reset()")
+        if list(self.optimizer._weight_hooks) != self.hooks:
+            raise RuntimeError("weight hooks were added or removed after the capture: call reset() to capture anew")
         groups = self.optimizer.param_groups
         now = [p for group in groups for p in group["params"]]
         if len(now) != len(self.params) or not all(map(is_, now, self.params)):

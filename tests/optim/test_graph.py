@@ -183,6 +183,10 @@ def late_hook(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
     step.reset = lambda own=step.reset: (handle.remove(), own())  # type: ignore[method-assign]
 
 
+def late_weight_hook(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
+    step.optimizer.register_weight_hook(lambda weights: None)
+
+
 def tensor_in_betas(step: graph.GraphedStep, params: list[nn.Parameter]) -> None:
     step.param_groups[0]["betas"] = (0.9, torch.tensor(0.999))
 
@@ -209,6 +213,7 @@ CHANGES: list[tuple[Any, str]] = [
     (other_group, "the parameter groups are others than at the capture"),
     (between_groups, "the parameter groups are others than at the capture"),
     (late_hook, "a graph runs no step hooks"),
+    (late_weight_hook, "weight hooks were added or removed after the capture: call reset"),
     (tensor_in_betas, r"betas was \(0.9, 0.999\) when the step was captured and is \(0.9, tensor"),
     (no_number, "lr should be one number >= 0 but is: -1.0"),
     (other_state, "the state lies elsewhere than at the capture"),
@@ -380,3 +385,23 @@ def test_capturable_numbers_are_tensors_where_the_parameters_are() -> None:
     optimizer.step()
     assert float(optimizer.param_groups[0]["lr"]) == 0.5
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+
+
+def test_logits_are_clipped_in_a_graph(recorded: list[str]) -> None:
+    """The maxima of every step reach the graph, which was captured with others."""
+    pairs = [both_kinds(steepest.MuAdam) for _ in range(2)]
+    clips = []
+    for optimizer, params in pairs:
+        layer = steepest.attention.AttentionLayer.separate(params[0], params[3], num_heads=4)
+        clips.append(steepest.QKClip(optimizer, {"a": layer}, threshold=1.0))
+    (inner, a), (plain, b) = pairs
+    step = steepest.graphed(inner)
+    for i in range(6):
+        in_place(a, i)
+        give_gradients(b, i)
+        for clip in clips if i != 4 else ():
+            clip.observe("a", torch.tensor([0.5, 2.0, 3.0, 4.0]).roll(i))
+        step.step()
+        plain.step()
+    assert recorded.count("replay") == 4
+    assert all_same_bits(a, b)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..attention import QKClip
 from ..optimizer import MatrixOptimizer
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
-__all__ = ["optimizer_cls_and_kwargs"]
+__all__ = ["optimizer_cls_and_kwargs", "qk_clip"]
 
 
 def optimizer_cls_and_kwargs(
@@ -44,6 +45,30 @@ class OfModel:
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> MatrixOptimizer:
         return self.cls(model, **kwargs)
+
+
+def qk_clip(threshold: float = 100.0, balance: float = 0.5) -> TrainerCallback:
+    """A callback of `transformers.Trainer`: `steepest.QKClip` on the model that is trained, while it is.
+
+        Trainer(model, args, optimizer_cls_and_kwargs=how, callbacks=[qk_clip(threshold=100.0)])
+
+    Its attribute `clip` is the QKClip of the last training. Raises as that does, when training begins.
+    """
+    from transformers import TrainerCallback
+
+    class Clip(TrainerCallback):
+        clip: QKClip | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.clip is not None:
+                self.clip.remove()
+            self.clip = QKClip(kwargs["optimizer"], kwargs["model"], threshold, balance)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert self.clip is not None
+            self.clip.remove()
+
+    return Clip()
 
 
 def _of_arguments(args: TrainingArguments | None) -> Mapping[str, Any]:

@@ -49,6 +49,8 @@ class MatrixOptimizer(Reports, Checkpoints):
     _plan_key: list[object] | None = None
     #: whether all groups are there that it was made with
     _is_made = True
+    #: whether its parameters lie ahead of the weights, by how far these moved, what hooks did included
+    _extrapolates = False
 
     def __init__(self, params: Params, defaults: Group, adamw: Group) -> None:
         self._adamw_defaults = dict(adamw)

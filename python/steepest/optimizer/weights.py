@@ -46,13 +46,31 @@ class Weights:
         """Makes this the weight, of the shape of `value`, rounded as the step rounds it: the bits that are kept are its
         bits.
         """
-        parameter = self._parameters[p]
-        recipe, state = parameter.recipe, parameter.state
-        place = (parameter.group, parameter.index, len(parameter.pieces))  # of none of its pieces
         if is_sharded(p):
             value = local_tensor(value.redistribute(p.device_mesh, p.placements))  # type: ignore[attr-defined,operator]
-        wide = value.to(torch.promote_types(p.dtype, torch.float32))
-        stored, remainder = recipe.rounding.store(wide, p.dtype, state.get("step"), place)
-        parameter.tensor.copy_(stored)
-        for key, t in remainder.items():
-            state[key].copy_(t)
+        _store_here(self._parameters[p], value)
+
+    def multiply(self, p: Tensor, factors: Tensor) -> None:
+        """Makes the weight factors times itself, rounded as `store` does; where a factor is 1 its bits stay.
+
+        factors: as many dimensions as the parameter, each of the whole parameter's length or 1. Every rank takes those
+        of its shard, so that nothing travels.
+        """
+        parameter = self._parameters[p]
+        region = None if parameter.sharding is None else parameter.sharding.region
+        for d in range(p.ndim if region is not None else 0):
+            assert region is not None
+            if factors.shape[d] > 1:
+                factors = factors.narrow(d, region.start[d], region.shape[d])
+        _store_here(parameter, parameter.value() * factors)
+
+
+def _store_here(parameter: Parameter, value: Tensor) -> None:
+    """Stores what lies here of a value."""
+    recipe, state, dtype = parameter.recipe, parameter.state, parameter.source.dtype
+    place = (parameter.group, parameter.index, len(parameter.pieces))  # of none of its pieces
+    wide = value.to(torch.promote_types(dtype, torch.float32))
+    stored, remainder = recipe.rounding.store(wide, dtype, state.get("step"), place)
+    parameter.tensor.copy_(stored)
+    for key, t in remainder.items():
+        state[key].copy_(t)

@@ -64,3 +64,18 @@ ALTERNATING = frozenset({"GptOssExperts"})
 #: How attention modules and their configs call the numbers of heads, and of those of keys and values.
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
 KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_query_groups")
+
+#: How attention modules call the maps to queries and to keys, where each has a weight of its own.
+QUERY_KEY = (("q_proj", "k_proj"), ("query", "key"), ("wq", "wk"), ("to_q", "to_k"), ("q_lin", "k_lin"), ("q", "k"))
+#: The same in latent attention (DeepSeek, Kimi), where the keys' weight holds the values' too; q_proj without a latent.
+LATENT_QUERIES, LATENT_KEYS = ("q_b_proj", "q_proj", "wq_b", "wq"), ("kv_b_proj", "wkv_b")
+#: How they and their configs call the rows of a head, and in latent attention those that are rotated and are not.
+HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+NOPE_SIZES, ROPE_SIZES = ("qk_nope_head_dim",), ("qk_rope_head_dim",)
+#: Norms of queries and keys: what is normalized does not know the size of its weights.
+QUERY_KEY_NORMS = frozenset(
+    {"q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln", "query_norm", "key_norm"}
+    | {"norm_q", "norm_k", "query_layernorm", "key_layernorm", "query_layer_norm", "key_layer_norm"}
+)
+#: Classes whose fused rows have another order than their name says: queries, values, keys in four blocks.
+OTHER_ORDER = frozenset({"CodeGenAttention"})

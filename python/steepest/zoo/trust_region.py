@@ -283,6 +283,7 @@ class NIGT(MomentumOptimizer):
     _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     _kept: ClassVar[dict[str, Layout | None]] = {AHEAD: "elementwise"}
     _direction = Frobenius()
+    _extrapolates = True
 
     def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
         weights = {WEIGHTS: p.detach().clone()} if group["use_muon"] else {}
