@@ -1,5 +1,6 @@
 """A method is a choice of parts; `step_one` is the whole algorithm.
 
+    G <- corrected(G)            weight decay, where it is a part of the gradient
     m  = momentum(G)             what is remembered
     P.observe(G)                 statistics, from the raw gradient; and those of the transforms
     x  = P.into(m)               to the variables in which the norm is the base norm
@@ -7,6 +8,7 @@
     u  = transform(P.back(d))    back to the weight's variables, and through what may remember updates
     W <- decay(W) - lr step_factor ratio(m, n) u        step_factor: 1 but where layers are coupled
     P.update_factors(G)          factors, and now and then what is made of them, where P has any: before or after
+    average(W)                   of the iterates, where one is kept
 
 This is Algorithm 1 of arXiv:2510.10777 with the two step types of its section 2: "lmo" is constrained steepest descent
 (Muon, SignSGD, MuAdam), "dual" the regularized one (SGD, Adam). `step_one` is the reference: plain torch, any dtype,
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from .matrices import Piece
 from .parts import (
+    Average,
     Decay,
     Diagonal,
     Direction,
@@ -50,7 +53,7 @@ class Recipe:
     """The parts of a method. Frozen and hashable: two equal recipes are one program.
 
     momentum: None: the direction is asked about the gradient itself.   scale: "lmo" or "dual".
-    transforms: of the update, one after another.
+    transforms: of the update, one after another.   average: of the iterates; None: none is kept.
     """
 
     momentum: Momentum | None = Momentum()
@@ -61,6 +64,7 @@ class Recipe:
     decay: Decay = Decay()
     rounding: Rounding = Rounding()
     transforms: tuple[UpdateTransform, ...] = ()
+    average: Average | None = None
 
     #: whether the direction's input depends on the weight itself
     reads_weight: ClassVar[bool] = False
@@ -104,9 +108,19 @@ class Recipe:
         items += [(key, of_metric) for key in self.precondition.keys]
         items += [(spec.key, spec.layout) for transform in self.transforms for spec in transform.specs]
         items += [(key, "elementwise") for key in self.rounding.keys]
+        items += [(spec.key, spec.layout) for spec in self._average_specs]
         items += [(CLOCK, "host")] if self.kronecker is not None else []
         items += [("step", "scalar")] if self.counts_steps else []
         return tuple(items)
+
+    @property
+    def _average_specs(self) -> tuple[StateSpec, ...]:
+        return () if self.average is None else self.average.specs
+
+    @property
+    def may_lack(self) -> tuple[str, ...]:
+        """The keys that state of the same method may be without: what is kept of the weights begins at any step."""
+        return (*self.rounding.keys, *(spec.key for spec in self._average_specs))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -141,7 +155,7 @@ class Recipe:
         state = {} if self.momentum is None else {self.momentum.key: self.momentum.init(g)}
         for spec in (spec for transform in self.transforms for spec in transform.specs):
             state[spec.key] = empty_state(spec, g, pieces)
-        state |= self.rounding.init(w)
+        state |= self.rounding.init(w) | {spec.key: empty_state(spec, w, pieces) for spec in self._average_specs}
         if self.kronecker is None:
             state |= self.precondition.init(g)
         else:
@@ -196,6 +210,15 @@ class Recipe:
         return taken
 
     # ---- a step, in its order ---------------------------------------------------------------------------------------
+
+    @property
+    def corrects_gradient(self) -> bool:
+        """Whether a step goes by another gradient than that of the loss."""
+        return self.decay.method == "l2"
+
+    def corrected(self, g: Tensor, value: Tensor, hyper: Hyper) -> Tensor:
+        """The gradient that a step goes by, in fp32 at least; value: the weight, in that dtype."""
+        return g.to(value.dtype) + value * hyper.weight_decay
 
     def phase(self, state: State) -> Phase:
         """What a step from this state does; reads the host only."""
@@ -254,7 +277,7 @@ class Recipe:
 
     def moved(self, w: Tensor, u: Tensor, hyper: Hyper, ratio: float) -> Tensor:
         """The weight after its update and decay; ratio: of the matrix' shape."""
-        decay = hyper.lr * hyper.weight_decay * (ratio if self.decay.scaled else 1.0)
+        decay = self.decay.length(hyper.lr, hyper.weight_decay, ratio)
         return self.decay.apply(w, u, decay, hyper.lr * ratio * hyper.step_factor)
 
     def update_factors(self, state: State, g: Tensor, hyper: Hyper, phase: Phase) -> State:
@@ -306,7 +329,10 @@ def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -
 
 def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     phase = recipe.phase(state)
-    finite = recipe.takes(largest(g), square_sum(g), state, (recipe.names(0),), g.dtype)
+    value, dtype = recipe.rounding.value(w, state), g.dtype
+    if recipe.corrects_gradient:
+        g = recipe.corrected(g, value, hyper)
+    finite = recipe.takes(largest(g), square_sum(g), state, (recipe.names(0),), dtype)
     fresh, stored = dict(state), w
     if phase.before:
         fresh = recipe.update_factors(fresh, g, hyper, phase)
@@ -314,13 +340,17 @@ def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> t
         fresh |= recipe.update_moments(fresh, g, hyper)
         if recipe.kronecker is not None:
             fresh |= recipe.kronecker.observe(fresh, g, hyper)
-        value = recipe.rounding.value(w, state)
         m = recipe.momentum_of(fresh, g, hyper)
         x = recipe.direction_input(fresh, m, hyper, value).to(value.dtype)
         u, remembered = recipe.update(fresh, recipe.descent_direction(x, hyper), m, hyper)
         moved = recipe.moved(value, u.to(value.dtype), hyper, shape_ratio(recipe.adjust_lr, *w.shape[-2:]))
         stored, remainder = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
         fresh |= remembered | remainder
+        if recipe.average is not None:
+            after, averaged = recipe.average.observe(fresh, value, recipe.rounding.value(stored, fresh), hyper)
+            if recipe.average.moves:
+                stored, remainder = recipe.rounding.store(after, w.dtype, fresh.get("step"), (0, 0, 1))
+            fresh |= averaged | remainder
     if phase.after:
         fresh = recipe.update_factors(fresh, g, hyper, phase)
     kept = {key: torch.where(finite, fresh[key].to(t.dtype), t) for key, t in state.items() if key != CLOCK}
@@ -329,7 +359,12 @@ def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> t
     return torch.where(finite, stored, w), kept
 
 
-def adamw(dtype: torch.dtype | None = None, decay: Decay = Decay(), rounding: Rounding = Rounding()) -> Recipe:
+def adamw(
+    dtype: torch.dtype | None = None,
+    decay: Decay = Decay(),
+    rounding: Rounding = Rounding(),
+    average: Average | None = None,
+) -> Recipe:
     """AdamW (arXiv:1711.05101) as a recipe: what every parameter that is not a matrix gets. dtype: of its momentum."""
     return Recipe(
         momentum=Momentum(bias_correction=True, key="exp_avg", dtype=dtype),
@@ -338,6 +373,7 @@ def adamw(dtype: torch.dtype | None = None, decay: Decay = Decay(), rounding: Ro
         scale="dual",
         decay=decay,
         rounding=rounding,
+        average=average,
     )
 
 

@@ -6,6 +6,7 @@ group_options   what a step reads from the values of a group
 base            recipes, numbers, state and the plan: `MatrixOptimizer`
 stale           parameters that are no longer the model's
 zero            what torch's ZeroRedundancyOptimizer may give
+averages        eval and train: averages of the iterates in the place of the weights
 weights         what a hook after the step is given
 wrappers        what frameworks put around an optimizer
 reports         metrics, describe, skipped updates

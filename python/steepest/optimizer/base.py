@@ -25,7 +25,7 @@ from ..step.coupling import Coupling
 from ..step.modes import in_default_modes
 from ..step.plan import route
 from ..step.state_storage import stack
-from .checkpoints import Checkpoints
+from .averages import Averages
 from .group_options import Group, parameter_name
 from .groups import Params
 from .reports import Reports
@@ -37,7 +37,7 @@ from .zero import check_zero
 __all__ = ["MatrixOptimizer"]
 
 
-class MatrixOptimizer(Reports, Checkpoints):
+class MatrixOptimizer(Reports, Averages):
     """Base of the named optimizers: a subclass gives `recipe(group)` and `hyper(group)` for its matrices.
 
     params: a module or named parameters (routed by `steepest.param_groups`), an iterable of tensors (routed by shape),
@@ -107,6 +107,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     @in_default_modes
     def _step(self, loss: Number | None) -> None:
+        self._refuse_averages()
         scaling = Scaling(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
         if torch.compiler.is_compiling():
             self._traced_step(scaling)
@@ -117,8 +118,10 @@ class MatrixOptimizer(Reports, Checkpoints):
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """Moves everything that has a gradient; loss: what a closure returned."""
         plan = self._agreed_plan() if self._has_shards else self._ready_plan()
-        plan.step([self._hyper(group) for group in self.param_groups], scaling, self._layer_coupling(loss))
+        hypers = [self._hyper(group) for group in self.param_groups]
+        plan.step(hypers, scaling, self._layer_coupling(loss))
         self._run_weight_hooks(plan.parameters)
+        plan.take_averages(hypers)
         self._staleness.count(bool(plan.parameters), self.param_groups)
 
     def _couples(self) -> bool:
@@ -284,9 +287,10 @@ class MatrixOptimizer(Reports, Checkpoints):
                 )
             self._check_step(number, group)
         parameters = [p for number in range(len(self.param_groups)) for p in self._traced_parameters(number)]
-        plan = self._plan_of(parameters, traced=True)
-        plan.step([self._hyper(group) for group in self.param_groups], scaling)
+        plan, hypers = self._plan_of(parameters, traced=True), [self._hyper(group) for group in self.param_groups]
+        plan.step(hypers, scaling)
         self._run_weight_hooks(parameters)
+        plan.take_averages(hypers)
 
     def _traced_parameters(self, number: int) -> list[Parameter]:
         group = self.param_groups[number]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..parts import Decay, Hyper, Number, Rounding
+from ..parts import Average, Decay, Ema, Hyper, Number, Rounding, ScheduleFree
 from .option_types import check_option
 
 Group = dict[str, Any]
@@ -33,9 +33,37 @@ def adam_hyper(group: Group) -> Hyper:
 def finish(group: Group) -> dict[str, Any]:
     """The parts of a recipe that end every step, the same for matrices and for AdamW."""
     return {
-        "decay": Decay(cautious=group["cautious_wd"]),
+        "decay": decay_of(group),
         "rounding": Rounding(_rounding(group)),
+        "average": average_of(group),
     }
+
+
+def decay_of(group: Group, **others: bool) -> Decay:
+    """The weight decay that a group says; others: `after` and `scaled`, which are a method's."""
+    return Decay(cautious=group["cautious_wd"], method=group.get("weight_decay_method", "decoupled"), **others)
+
+
+def average_of(group: Group) -> Average | None:
+    """The average of the iterates that a group says, by `average` or SPlus's word for it."""
+    average, rate = group.get("average"), group.get("average_rate")
+    if average == "schedule_free":
+        return ScheduleFree(beta=group["schedule_free_beta"])
+    rate = average or rate
+    return Ema(rate=rate) if rate else None
+
+
+def refuse_schedule_free(group: Group, why: str) -> None:
+    """ValueError where a group says average="schedule_free" and cannot have it."""
+    if group.get("average") == "schedule_free":
+        raise ValueError(f"average='schedule_free' steps from a point between two iterates, and {why}: use a number")
+
+
+def refuse_decay_methods(group: Group, why: str, *methods: str) -> None:
+    """ValueError where a group's weight decay is by one of these methods."""
+    method = group.get("weight_decay_method")
+    if method in methods:
+        raise ValueError(f"weight_decay_method={method!r} is not taken here: {why}; use 'decoupled'")
 
 
 def _rounding(group: Group) -> Literal["nearest", "stochastic", "mantissa"]:

@@ -46,13 +46,6 @@ class Weights:
         """Makes this the weight, of the shape of `value`, rounded as the step rounds it: the bits that are kept are its
         bits.
         """
-        parameter = self._parameters[p]
-        recipe, state = parameter.recipe, parameter.state
-        place = (parameter.group, parameter.index, len(parameter.pieces))  # of none of its pieces
         if is_sharded(p):
             value = local_tensor(value.redistribute(p.device_mesh, p.placements))  # type: ignore[attr-defined,operator]
-        wide = value.to(torch.promote_types(p.dtype, torch.float32))
-        stored, remainder = recipe.rounding.store(wide, p.dtype, state.get("step"), place)
-        parameter.tensor.copy_(stored)
-        for key, t in remainder.items():
-            state[key].copy_(t)
+        self._parameters[p].store(value)

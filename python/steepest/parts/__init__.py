@@ -7,11 +7,13 @@
     decay         decoupled weight decay
     graft, clip   an update as long as another method's, or no larger than a bound: transforms of an update
     rounding      how the new weight is stored
+    average       of the iterates, to be evaluated
 
 A part is a frozen dataclass: it holds the choices that fix the program (which formula), never the numbers that change
 from step to step (those are a `Hyper`) and never state (that is a dictionary of tensors owned by the caller).
 """
 
+from .average import Average, Ema, ScheduleFree
 from .clip import ClipRMS
 from .decay import Decay
 from .direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral
@@ -25,11 +27,13 @@ from .update_transform import UpdateTransform
 
 __all__ = [
     "ADJUST_LR",
+    "Average",
     "ClipRMS",
     "Columns",
     "Decay",
     "Diagonal",
     "Direction",
+    "Ema",
     "Frobenius",
     "Graft",
     "Hyper",
@@ -45,6 +49,7 @@ __all__ = [
     "Rounding",
     "Rows",
     "Schatten",
+    "ScheduleFree",
     "Sides",
     "Sign",
     "Spectral",

@@ -126,6 +126,10 @@ class Eager:
             signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
             for p, scale in zip(self.parameters, scales, strict=True)
         ]
+        grads = [
+            p.recipe.corrected(g, p.value(), hypers[p.group]) if p.recipe.corrects_gradient else g
+            for p, g in zip(self.parameters, grads, strict=True)
+        ]
         measured = [(largest(g).double(), square_sum(g)) for g in grads]
         if self._ranks is not None:
             measured = _reduced(measured, self._ranks)

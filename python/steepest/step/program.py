@@ -25,6 +25,8 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         return "the direction is asked about gradients, and there is no momentum of them"
     if recipe.reads_weight:
         return "the direction depends on the weight itself"
+    if recipe.corrects_gradient:
+        return "the gradient is corrected before anything takes it"
     if not recipe.decay.fused:
         return f"{type(recipe.decay).__name__} is not a formula of the fused ops"
     around = Program(
@@ -36,7 +38,8 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         maximize=maximize,
         start_first=momentum.start == "first",
         decay_after=recipe.decay.after,
-        decay_scaled=recipe.decay.scaled,
+        decay_scaled=recipe.decay.scaled and recipe.decay.method == "decoupled",
+        decay_independent=recipe.decay.method == "independent",
     )
     if recipe.kronecker is not None:
         return around

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import Params
-from ..optimizer.group_options import Group
+from ..optimizer.group_options import Group, refuse_schedule_free
 from ..optimizer.option_types import BELOW_ONE, check_option
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
@@ -119,6 +119,9 @@ class ProdigyMuon(ProductNormOptimizer):
         """Whether the weight's dtype drops bits that nobody keeps."""
         mode = self._recipe(group).rounding.mode
         return p.dtype == torch.float16 or (p.dtype == torch.bfloat16 and mode != "mantissa")
+
+    def _check_weight_options(self, group: Group) -> None:
+        refuse_schedule_free(group, "ProdigyMuon measures how far the weights themselves are from their start")
 
     def _check_shards(self, group: Group) -> None:
         super()._check_shards(group)

@@ -23,9 +23,14 @@ class Extras(TypedDict, total=False):
 
     num_heads, split_sizes, batch_dims, transposed: how fused or stacked weights, and those that are stored in x out,
         are read as matrices; see `steepest.matrices`.
+    weight_decay_method: "decoupled"; "independent", of the learning rate; or "l2", in the gradient; see
+        `steepest.parts.decay`. l2 goes by torch operations.
     cautious_wd: decay only where it agrees with the update.      maximize: ascend.
     momentum_dtype: dtype of the momentum (None: the gradient's). stochastic_rounding: of bf16 parameters.
     keep_mantissa: of bf16 parameters, the 16 bits that bf16 drops are kept as state, as if they were fp32.
+    average: of the iterates, for `eval()`: a number in (0, 1), the decay rate of an exponential moving average, or
+        "schedule_free"; see `steepest.parts.average` and docs/weights.md. None: none is kept.
+    schedule_free_beta: where between the iterate (0) and its average (1) gradients are taken with "schedule_free".
     capturable: lr and weight_decay become tensors on the device, so that a step can be captured in a CUDA graph;
         schedulers fill them in place. `steepest.graphed` captures a whole step.
     backend: "auto", "cuda", "triton", "cpu" or "torch", of everything elementwise.
@@ -49,11 +54,14 @@ class Extras(TypedDict, total=False):
     split_sizes: Sequence[int] | None
     batch_dims: int | None
     transposed: bool
+    weight_decay_method: str
     cautious_wd: bool
     maximize: bool
     momentum_dtype: torch.dtype | None
     stochastic_rounding: bool
     keep_mantissa: bool
+    average: float | str | None
+    schedule_free_beta: float
     capturable: bool
     backend: str
     max_workspace_bytes: int
@@ -73,11 +81,14 @@ EXTRAS = Extras(
     split_sizes=None,
     batch_dims=None,
     transposed=False,
+    weight_decay_method="decoupled",
     cautious_wd=False,
     maximize=False,
     momentum_dtype=None,
     stochastic_rounding=False,
     keep_mantissa=False,
+    average=None,
+    schedule_free_beta=0.9,
     capturable=False,
     backend="auto",
     max_workspace_bytes=1 << 30,
