@@ -261,17 +261,20 @@ class Recipe:
         """The step in the preconditioner's variables, before the learning rate."""
         return self.direction.unit(x) if self.scale == "lmo" else self.direction.scaled(x)
 
-    def update(self, state: State, d: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
+    def update(self, state: State, d: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None = None) -> tuple[Tensor, State]:
         """(the update of m's shape, what the transforms remember).
 
-        m: what the momentum reads (`momentum_of`), (batch, m, n) for a recipe `by_matrix`.
+        m: what the momentum reads (`momentum_of`), (batch, m, n) for a recipe `by_matrix`.   g: the gradient likewise,
+        for transforms, which a recipe that is not `by_matrix` has none of.
         """
         u = self.precondition.back(state, d, hyper, state.get("step"))
         if self.kronecker is not None:
             u = self.kronecker.unblock(u, *m.shape[-2:])
         fresh: State = {}
         for transform in self.transforms:
-            u, more = transform.apply({**state, **fresh}, u, m, hyper)
+            seen = g if transform.reads_gradient else m
+            assert seen is not None
+            u, more = transform.apply({**state, **fresh}, u, seen, hyper)
             fresh |= more
         return u, fresh
 
@@ -342,7 +345,7 @@ def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> t
             fresh |= recipe.kronecker.observe(fresh, g, hyper)
         m = recipe.momentum_of(fresh, g, hyper)
         x = recipe.direction_input(fresh, m, hyper, value).to(value.dtype)
-        u, remembered = recipe.update(fresh, recipe.descent_direction(x, hyper), m, hyper)
+        u, remembered = recipe.update(fresh, recipe.descent_direction(x, hyper), m, hyper, g)
         moved = recipe.moved(value, u.to(value.dtype), hyper, shape_ratio(recipe.adjust_lr, *w.shape[-2:]))
         stored, remainder = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
         fresh |= remembered | remainder
@@ -364,6 +367,7 @@ def adamw(
     decay: Decay = Decay(),
     rounding: Rounding = Rounding(),
     average: Average | None = None,
+    transforms: tuple[UpdateTransform, ...] = (),
 ) -> Recipe:
     """AdamW (arXiv:1711.05101) as a recipe: what every parameter that is not a matrix gets. dtype: of its momentum."""
     return Recipe(
@@ -373,6 +377,7 @@ def adamw(
         scale="dual",
         decay=decay,
         rounding=rounding,
+        transforms=transforms,
         average=average,
     )
 

@@ -61,6 +61,7 @@ class MatrixOptimizer(Reports, Averages):
         check_zero(type(self).__name__, self._split)
         self._check_options(defaults)
         self._check_options(self._adamw_defaults, prefix="adamw_")
+        self._check_weight_options({**defaults, "use_muon": True})
         self._check_values(defaults)
         self._is_made = False
         super().__init__(self._groups(params), {**defaults, "use_muon": True})

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..parts import Average, Decay, Ema, Hyper, Number, Rounding, ScheduleFree
+from ..parts import Average, Cautious, Decay, Ema, Hyper, Number, Rounding, ScheduleFree
 from .option_types import check_option
 
 Group = dict[str, Any]
@@ -36,6 +36,7 @@ def finish(group: Group) -> dict[str, Any]:
         "decay": decay_of(group),
         "rounding": Rounding(_rounding(group)),
         "average": average_of(group),
+        "transforms": (Cautious(),) if group.get("cautious_update") else (),
     }
 
 
@@ -57,6 +58,12 @@ def refuse_schedule_free(group: Group, why: str) -> None:
     """ValueError where a group says average="schedule_free" and cannot have it."""
     if group.get("average") == "schedule_free":
         raise ValueError(f"average='schedule_free' steps from a point between two iterates, and {why}: use a number")
+
+
+def refuse_cautious_update(group: Group, why: str) -> None:
+    """ValueError where a group says cautious_update=True and cannot have it."""
+    if group.get("cautious_update"):
+        raise ValueError(f"cautious_update is not taken here: {why}")
 
 
 def refuse_decay_methods(group: Group, why: str, *methods: str) -> None:

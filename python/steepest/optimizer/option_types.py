@@ -229,6 +229,7 @@ OPTION_TYPES: dict[str, OptionType] = {
         lambda value: value is None or isinstance(value, str) or 0 < value < 1,
     ),
     "schedule_free_beta": replace(BELOW_ONE, takes=_is_real),
+    "cautious_update": BOOL,
     "maximize": BOOL,
     "momentum_dtype": _or_none(DTYPE),
     "stochastic_rounding": BOOL,

@@ -6,6 +6,7 @@
     step_size     what the learning rate means for a matrix of a given shape
     decay         decoupled weight decay
     graft, clip   an update as long as another method's, or no larger than a bound: transforms of an update
+    cautious      an update without the entries that the gradient is against: a transform too
     rounding      how the new weight is stored
     average       of the iterates, to be evaluated
 
@@ -14,6 +15,7 @@ from step to step (those are a `Hyper`) and never state (that is a dictionary of
 """
 
 from .average import Average, Ema, ScheduleFree
+from .cautious import Cautious
 from .clip import ClipRMS
 from .decay import Decay
 from .direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral
@@ -28,6 +30,7 @@ from .update_transform import UpdateTransform
 __all__ = [
     "ADJUST_LR",
     "Average",
+    "Cautious",
     "ClipRMS",
     "Columns",
     "Decay",

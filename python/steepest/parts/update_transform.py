@@ -1,6 +1,7 @@
 """What comes between the direction and the weights, and may remember: a transform of the update.
 
-    u, state <- apply(state, u, m)        u = P^-1 d, as long as the direction says; m is what the momentum reads
+    u, state <- apply(state, u, m)        u = P^-1 d, as long as the direction says; m is what the momentum reads, or
+                                          of a transform that `reads_gradient` the gradient
 
 Grafting gives u another length, NorMuon divides its rows by a running size of them, momentum of updates averages them.
 """
@@ -8,6 +9,7 @@ Grafting gives u another length, NorMuon divides its rows by a running size of t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +27,9 @@ class UpdateTransform:
     Tensors of a gradient, a momentum or an update are (batch, rows, columns); state is as its layout says (see
     `steepest.state_layout`), elementwise state being (batch, rows, columns) too.
     """
+
+    #: whether `apply` is given the gradient in the place of what the momentum reads
+    reads_gradient: ClassVar[bool] = False
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:

@@ -165,7 +165,8 @@ class Bucket:
         momenta, self._momenta = self._momenta, self._momenta[:0]
         for item, part, m in zip(self.items, parts, momenta.split(self.counts), strict=True):
             assert item.matrices is not None
-            u, remembered = self.recipe.update(item.matrices.recipe_state(), part, m, item.parameter.taken.hyper)
+            state, hyper, g = item.matrices.recipe_state(), item.parameter.taken.hyper, item.matrices.grad
+            u, remembered = self.recipe.update(state, part, m, hyper, item.matrices.elementwise(g))
             item.matrices.keep(remembered)
             updates.append(u.to(self.stored_dtype).contiguous())
         return updates
@@ -261,7 +262,7 @@ class Round:
 
 def _second(item: FusedItem) -> tuple[str, ...]:
     """The key of an elementwise second moment."""
-    return () if item.parameter.recipe.kronecker is not None else item.parameter.recipe.precondition.keys
+    return () if item.parameter.recipe.by_matrix else item.parameter.recipe.precondition.keys
 
 
 def _present(tensors: list[Tensor]) -> list[Tensor]:

@@ -61,7 +61,8 @@ class Batch:
         for item, of_item in zip(self.parts, d.split(self._sizes), strict=True):
             state, g, hyper = item.recipe_state(), item.elementwise(item.grad), self.hyper
             m = self.recipe.momentum_of(state, g, hyper)
-            u, remembered = self.recipe.update(state, of_item if item.by_matrix else of_item.reshape(g.shape), m, hyper)
+            d = of_item if item.by_matrix else of_item.reshape(g.shape)
+            u, remembered = self.recipe.update(state, d, m, hyper, g)
             item.keep(remembered)
             updates.append(u)
         return updates

@@ -209,8 +209,9 @@ class Fused:
         for p in self._by_torch.values():
             taken = p.taken
             hyper = taken.hyper.beginning(p.state["step"] - taken.finite) if p.recipe.starts_first else taken.hyper
-            for transform in p.recipe.transforms if taken.phase.steps else ():
-                store_if(taken.finite, p.state, transform.observe(p.state, taken.grad, hyper))
+            second = () if p.recipe.kronecker is not None else (p.recipe.precondition,)
+            for part in (*second, *p.recipe.transforms) if taken.phase.steps else ():
+                store_if(taken.finite, p.state, part.observe(p.state, taken.grad, hyper))
         update_rotated_moments([item for item in self._matrices if item.phase.steps])
         for round_ in self._present if self._coupled else ():
             if not round_.items:  # nothing of it lies here

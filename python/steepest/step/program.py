@@ -18,7 +18,8 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
     """The recipe as the fused ops take it, or the reason why they do not.
 
     coupled: layers wait for one another, so that no op may take the whole step. With Kronecker factors or transforms of
-    the update the program is of what lies around those: momentum before, decay and rounding after.
+    the update the program is of what lies around those: momentum before, decay and rounding after. Transforms come
+    after the division by D, and then it is theirs too, with the second moment.
     """
     momentum, precondition = recipe.momentum, recipe.precondition
     if momentum is None:
@@ -41,7 +42,7 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         decay_scaled=recipe.decay.scaled and recipe.decay.method == "decoupled",
         decay_independent=recipe.decay.method == "independent",
     )
-    if recipe.kronecker is not None:
+    if recipe.by_matrix:
         return around
     if isinstance(precondition, Diagonal):
         power = _POWERS.get(precondition.power)
@@ -57,7 +58,7 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
     elif not isinstance(precondition, Identity):
         return f"the preconditioner {type(precondition).__name__} is not elementwise"
     # A ratio of the learning rate belongs to a matrix' shape, which the program of a whole parameter does not know.
-    if coupled or recipe.transforms or recipe.adjust_lr != "none" or recipe.decay.scaled:
+    if coupled or recipe.adjust_lr != "none" or recipe.decay.scaled:
         return around
     if _is_identity(recipe.direction, recipe.scale):
         return replace(around, direction="identity")

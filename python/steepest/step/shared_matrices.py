@@ -142,7 +142,7 @@ class SharedMatrices:
         updates, remembered = [d.new_empty((0, *self.exchange.shape), dtype=dtype)], []
         rows = zip(self.owned, d.split(self.sizes), self._momenta.split(self.counts), strict=True)
         for item, of_item, m in rows:
-            u, fresh = self.recipe.update(item.state, of_item, m, item.parameter.taken.hyper)
+            u, fresh = self.recipe.update(item.state, of_item, m, item.parameter.taken.hyper, item.grad)
             item.keep({key: t for key, t in fresh.items() if key not in self._elementwise_keys()})
             updates.append(u.to(dtype))
             remembered.append(fresh)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer
-from ..optimizer.group_options import Group, number, refuse_decay_methods, refuse_schedule_free
+from ..optimizer.group_options import Group, number, refuse_cautious_update, refuse_decay_methods, refuse_schedule_free
 from ..optimizer.option_types import check_option
 from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
@@ -323,6 +323,7 @@ class Momo(MatrixOptimizer):
             )
 
     def _check_weight_options(self, group: Group) -> None:
+        refuse_cautious_update(group, "it couples layers by steps along their whole directions")
         if self.lower_bound is not None:
             refuse_schedule_free(group, "Momo's model of the loss is of steps from the weights themselves")
             refuse_decay_methods(group, "Momo's model of the loss knows no penalty", "l2")

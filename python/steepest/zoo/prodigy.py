@@ -121,6 +121,7 @@ class ProdigyMuon(ProductNormOptimizer):
         return p.dtype == torch.float16 or (p.dtype == torch.bfloat16 and mode != "mantissa")
 
     def _check_weight_options(self, group: Group) -> None:
+        super()._check_weight_options(group)
         refuse_schedule_free(group, "ProdigyMuon measures how far the weights themselves are from their start")
 
     def _check_shards(self, group: Group) -> None:

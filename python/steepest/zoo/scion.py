@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from ..optimizer import Params
-from ..optimizer.group_options import Group, number, parameter_name, refuse_decay_methods, refuse_schedule_free
+from ..optimizer.group_options import (
+    Group,
+    number,
+    parameter_name,
+    refuse_cautious_update,
+    refuse_decay_methods,
+    refuse_schedule_free,
+)
 from ..optimizer.option_types import BELOW_ONE, OptionType, check_option
 from ..parts import Columns, Direction, Hyper, Identity, Momentum, Number, Rows, Sign, shape_ratio
 from ..recipe import Recipe
@@ -137,6 +144,7 @@ class Scion(VectorOptimizer):
     def _check_weight_options(self, group: Group) -> None:
         if group["use_muon"] and group["constrained"]:
             refuse_schedule_free(group, "its decay keeps no iterate in Scion's ball: constrained=False")
+            refuse_cautious_update(group, "an update that is made longer leaves Scion's ball: constrained=False")
             refuse_decay_methods(group, "the decay is Scion's constraint", "independent", "l2")
 
     def _check_group(self, group: Group, *, routed: bool) -> None:

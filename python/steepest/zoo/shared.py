@@ -26,6 +26,7 @@ class Extras(TypedDict, total=False):
     weight_decay_method: "decoupled"; "independent", of the learning rate; or "l2", in the gradient; see
         `steepest.parts.decay`. l2 goes by torch operations.
     cautious_wd: decay only where it agrees with the update.      maximize: ascend.
+    cautious_update: step only entries that agree with the gradient; see `steepest.parts.cautious`.
     momentum_dtype: dtype of the momentum (None: the gradient's). stochastic_rounding: of bf16 parameters.
     keep_mantissa: of bf16 parameters, the 16 bits that bf16 drops are kept as state, as if they were fp32.
     average: of the iterates, for `eval()`: a number in (0, 1), the decay rate of an exponential moving average, or
@@ -56,6 +57,7 @@ class Extras(TypedDict, total=False):
     transposed: bool
     weight_decay_method: str
     cautious_wd: bool
+    cautious_update: bool
     maximize: bool
     momentum_dtype: torch.dtype | None
     stochastic_rounding: bool
@@ -83,6 +85,7 @@ EXTRAS = Extras(
     transposed=False,
     weight_decay_method="decoupled",
     cautious_wd=False,
+    cautious_update=False,
     maximize=False,
     momentum_dtype=None,
     stochastic_rounding=False,
@@ -118,7 +121,9 @@ def defaults_of(name: str, options: Group, extra: Extras) -> tuple[Group, Group]
 
 def recipe_of(group: Group, *, kind: type[Recipe] = Recipe, ratio: str = "original", **parts: Any) -> Recipe:
     """A recipe from a method's parts and the group values all methods share; ratio: what adjust_lr_fn=None means."""
-    return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **{**finish(group), **parts})
+    shared = finish(group)
+    transforms = (*parts.pop("transforms", ()), *shared["transforms"])
+    return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **{**shared, **parts, "transforms": transforms})
 
 
 def spectral(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..matrices import LAYOUT_KEYS
 from ..optimizer import MatrixOptimizer, Params
-from ..optimizer.group_options import Group, number, refuse_decay_methods, refuse_schedule_free
+from ..optimizer.group_options import Group, number, refuse_cautious_update, refuse_decay_methods, refuse_schedule_free
 from ..optimizer.option_types import BELOW_ONE, OptionType
 from ..parts import (
     Columns,
@@ -208,6 +208,7 @@ class TrustRegion(VectorOptimizer):
 
     def _check_weight_options(self, group: Group) -> None:
         if group["use_muon"]:
+            refuse_cautious_update(group, "an update that is made longer leaves the trust region")
             refuse_schedule_free(group, "the trust region is around the weights themselves")
 
     def _check_values(self, group: Group) -> None:
