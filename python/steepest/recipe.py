@@ -8,6 +8,7 @@
     u  = transform(P.back(d))    back to the weight's variables, and through what may remember updates
     W <- decay(W) - lr step_factor ratio(m, n) u        step_factor: 1 but where layers are coupled
     P.update_factors(G)          factors, and now and then what is made of them, where P has any: before or after
+    W <- retraction(W)           onto a sphere, where a constraint says so
     average(W)                   of the iterates, where one is kept
 
 This is Algorithm 1 of arXiv:2510.10777 with the two step types of its section 2: "lmo" is constrained steepest descent
@@ -36,6 +37,7 @@ from .parts import (
     Momentum,
     Precondition,
     Rounding,
+    Sphere,
     UpdateTransform,
     shape_ratio,
 )
@@ -54,6 +56,7 @@ class Recipe:
 
     momentum: None: the direction is asked about the gradient itself.   scale: "lmo" or "dual".
     transforms: of the update, one after another.   average: of the iterates; None: none is kept.
+    constraint: a sphere that every matrix stays on, whose radii are state besides that of the recipe; None: none.
     """
 
     momentum: Momentum | None = Momentum()
@@ -65,6 +68,7 @@ class Recipe:
     rounding: Rounding = Rounding()
     transforms: tuple[UpdateTransform, ...] = ()
     average: Average | None = None
+    constraint: Sphere | None = None
 
     #: whether the direction's input depends on the weight itself
     reads_weight: ClassVar[bool] = False

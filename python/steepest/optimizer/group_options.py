@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..parts import Average, Cautious, Decay, Ema, Hyper, Number, Rounding, ScheduleFree
+from ..parts import Average, Cautious, Decay, Ema, Hyper, Number, Rounding, ScheduleFree, Sphere
 from .option_types import check_option
 
 Group = dict[str, Any]
@@ -58,6 +58,26 @@ def refuse_schedule_free(group: Group, why: str) -> None:
     """ValueError where a group says average="schedule_free" and cannot have it."""
     if group.get("average") == "schedule_free":
         raise ValueError(f"average='schedule_free' steps from a point between two iterates, and {why}: use a number")
+
+
+def constraint_of(group: Group) -> Sphere | None:
+    """The sphere that a group's matrices stay on. ValueError where weight decay would pull them away, or an average has
+    the steps begin elsewhere.
+    """
+    norm = group.get("constraint")
+    if norm is None or not group.get("use_muon", True):
+        return None
+    decay = group["weight_decay"]
+    if not isinstance(decay, Tensor) and decay:
+        raise ValueError(f"constraint={norm!r} keeps a norm that weight_decay={decay} would shrink: use weight_decay=0")
+    refuse_schedule_free(group, "such points are not on the sphere of a constraint")
+    return Sphere(norm)
+
+
+def refuse_constraint(group: Group, why: str) -> None:
+    """ValueError where a group says a constraint and cannot have one."""
+    if group.get("constraint") is not None:
+        raise ValueError(f"constraint={group['constraint']!r} is not taken here: {why}")
 
 
 def refuse_cautious_update(group: Group, why: str) -> None:

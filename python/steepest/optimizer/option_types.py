@@ -234,6 +234,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "momentum_dtype": _or_none(DTYPE),
     "stochastic_rounding": BOOL,
     "keep_mantissa": BOOL,
+    "constraint": _or_none(TEXT),
     "capturable": BOOL,
     "backend": TEXT,
     "max_workspace_bytes": OptionType("a whole number > 0", _is_whole, "positive", lambda value: value > 0),

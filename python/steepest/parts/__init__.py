@@ -8,6 +8,7 @@
     graft, clip   an update as long as another method's, or no larger than a bound: transforms of an update
     cautious      an update without the entries that the gradient is against: a transform too
     rounding      how the new weight is stored
+    sphere        a norm that a weight keeps
     average       of the iterates, to be evaluated
 
 A part is a frozen dataclass: it holds the choices that fix the program (which formula), never the numbers that change
@@ -24,6 +25,7 @@ from .hyper import Hyper, Number
 from .momentum import Momentum
 from .precondition import Diagonal, Identity, Kronecker, Precondition, Roots, Rotated, Sides
 from .rounding import Rounding
+from .sphere import Sphere
 from .step_size import ADJUST_LR, shape_ratio
 from .update_transform import UpdateTransform
 
@@ -56,6 +58,7 @@ __all__ = [
     "Sides",
     "Sign",
     "Spectral",
+    "Sphere",
     "UpdateTransform",
     "shape_ratio",
 ]

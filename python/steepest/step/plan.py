@@ -26,6 +26,7 @@ from .eager import Eager
 from .fused import Fused
 from .parameter import Matrices, Parameter, store_if
 from .program import program
+from .retraction import retract
 from .warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Plan:
         #: those whose iterates are averaged
         self.averaged = [p for p in parameters if p.recipe.average is not None]
         self._before: list[Tensor] = []
+        self._constrained = [p for p in parameters if p.recipe.constraint is not None]
         self._devices = list(dict.fromkeys(p.source.device for p in parameters))
         by_torch: dict[object, list[Parameter]] = {}
         fused: dict[tuple[torch.device, str, int, object], list[tuple[Parameter, Program]]] = {}
@@ -153,6 +155,8 @@ class Plan:
                     coupling.moving(executor, batch, directed)
                 executor.apply(batch, directed)
             executor.finish()
+        if self._constrained:
+            retract(self._constrained)
 
     def take_averages(self, hypers: Sequence[Hyper]) -> None:
         """The averages take the weights that have moved since `step` began, of those whose step was taken."""

@@ -3,14 +3,15 @@
     parts of momenta here  >  whole momenta of what this rank owns  >  directions, updates  >  parts of updates here
 
 Both executors do the elementwise work on the parts. A recipe with Kronecker factors or transforms of the update also
-needs whole gradients, and of transforms that keep elementwise state whole tensors of that, which travel likewise.
+needs whole gradients, and of what keeps elementwise state, transforms and the preconditioner before them, whole tensors
+of that, which travel likewise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, reduce
-from itertools import accumulate
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ class SharedMatrices:
         return self.exchange.to_owners(self.packed(values, wide)).split(self.counts)
 
     def _fetch_elementwise(self) -> None:
-        for key in self._elementwise_keys():
+        for key in self._fetched_keys():
             whole = self.exchange.to_owners(self.packed([part.state[key] for part in self.parts], self._wide))
             for item, t in zip(self.owned, whole.split(self.counts), strict=True):
                 item.state[key] = t
@@ -122,6 +123,11 @@ class SharedMatrices:
         """State of transforms that has the parameter's shape."""
         specs = [spec for transform in self.recipe.transforms for spec in transform.specs]
         return [spec.key for spec in specs if spec.layout == "elementwise"]
+
+    def _fetched_keys(self) -> list[str]:
+        """Those, and that of an elementwise preconditioner, which the parts here update."""
+        second = self.recipe.precondition.keys if self.recipe.kronecker is None else ()
+        return [*second, *self._elementwise_keys()]
 
     @property
     def _wide(self) -> torch.dtype:
@@ -147,6 +153,8 @@ class SharedMatrices:
             updates.append(u.to(dtype))
             remembered.append(fresh)
         self._return_elementwise(remembered)
+        for item, key in product(self.owned, self._fetched_keys()):
+            del item.state[key]
         self._momenta = torch.empty(0)
         return self.split(self.exchange.from_owners(torch.cat(updates)))
 
@@ -157,8 +165,6 @@ class SharedMatrices:
             sent = torch.cat([none, *(t.to(self._wide) for t in whole)])
             for part, t in zip(self.parts, self.split(self.exchange.from_owners(sent)), strict=True):
                 part.keep({key: t})
-            for item in self.owned:
-                del item.state[key]
 
     # ---- numbers of matrices ----------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from ..optimizer.group_options import (
     number,
     parameter_name,
     refuse_cautious_update,
+    refuse_constraint,
     refuse_decay_methods,
     refuse_schedule_free,
 )
@@ -144,6 +145,7 @@ class Scion(VectorOptimizer):
     def _check_weight_options(self, group: Group) -> None:
         if group["use_muon"] and group["constrained"]:
             refuse_schedule_free(group, "its decay keeps no iterate in Scion's ball: constrained=False")
+            refuse_constraint(group, "Scion has its ball: constrained=False")
             refuse_cautious_update(group, "an update that is made longer leaves Scion's ball: constrained=False")
             refuse_decay_methods(group, "the decay is Scion's constraint", "independent", "l2")
 

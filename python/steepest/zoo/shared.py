@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 
 from ..linalg.coefficients import schedule
-from ..optimizer.group_options import Group, finish, read_switches
+from ..optimizer.group_options import Group, constraint_of, finish, read_switches
 from ..optimizer.option_types import POLAR, check_option
 from ..parts import Number, Spectral
 from ..recipe import Recipe
@@ -32,6 +32,8 @@ class Extras(TypedDict, total=False):
     average: of the iterates, for `eval()`: a number in (0, 1), the decay rate of an exponential moving average, or
         "schedule_free"; see `steepest.parts.average` and docs/weights.md. None: none is kept.
     schedule_free_beta: where between the iterate (0) and its average (1) gradients are taken with "schedule_free".
+    constraint: of matrices, "frobenius" or "spectral": every one keeps this norm; see `steepest.parts.sphere`. It has
+        no weight decay then. Not of AdamW groups.   None: no constraint.
     capturable: lr and weight_decay become tensors on the device, so that a step can be captured in a CUDA graph;
         schedulers fill them in place. `steepest.graphed` captures a whole step.
     backend: "auto", "cuda", "triton", "cpu" or "torch", of everything elementwise.
@@ -64,6 +66,7 @@ class Extras(TypedDict, total=False):
     keep_mantissa: bool
     average: float | str | None
     schedule_free_beta: float
+    constraint: str | None
     capturable: bool
     backend: str
     max_workspace_bytes: int
@@ -92,6 +95,7 @@ EXTRAS = Extras(
     keep_mantissa=False,
     average=None,
     schedule_free_beta=0.9,
+    constraint=None,
     capturable=False,
     backend="auto",
     max_workspace_bytes=1 << 30,
@@ -123,7 +127,8 @@ def recipe_of(group: Group, *, kind: type[Recipe] = Recipe, ratio: str = "origin
     """A recipe from a method's parts and the group values all methods share; ratio: what adjust_lr_fn=None means."""
     shared = finish(group)
     transforms = (*parts.pop("transforms", ()), *shared["transforms"])
-    return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **{**shared, **parts, "transforms": transforms})
+    shared |= {**parts, "transforms": transforms, "constraint": constraint_of(group)}
+    return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **shared)
 
 
 def spectral(

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from ..matrices import LAYOUT_KEYS
 from ..optimizer import MatrixOptimizer, Params
-from ..optimizer.group_options import Group, number, refuse_cautious_update, refuse_decay_methods, refuse_schedule_free
+from ..optimizer.group_options import (
+    Group,
+    number,
+    refuse_cautious_update,
+    refuse_constraint,
+    refuse_decay_methods,
+    refuse_schedule_free,
+)
 from ..optimizer.option_types import BELOW_ONE, OptionType
 from ..parts import (
     Columns,
@@ -374,6 +381,7 @@ class Fromage(VectorOptimizer):
 
     def _check_weight_options(self, group: Group) -> None:
         if group["use_muon"]:
+            refuse_constraint(group, "Fromage has a rule of its own for norms")
             refuse_schedule_free(group, "a step of Fromage is as long as the weights themselves")
 
     def _check_values(self, group: Group) -> None:
