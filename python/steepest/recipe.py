@@ -1,6 +1,6 @@
 """A method is a choice of parts; `step_one` is the whole algorithm.
 
-    G <- corrected(G)            weight decay, where it is a part of the gradient
+    G <- corrected(G)            by weight decay, where it is a part of the gradient, and by the gradient before
     m  = momentum(G)             what is remembered
     P.observe(G)                 statistics, from the raw gradient; and those of the transforms
     x  = P.into(m)               to the variables in which the norm is the base norm
@@ -39,6 +39,7 @@ from .parts import (
     Rounding,
     Sphere,
     UpdateTransform,
+    VarianceReduction,
     shape_ratio,
 )
 from .parts.precondition import Kronecker, Phase, State
@@ -69,6 +70,7 @@ class Recipe:
     transforms: tuple[UpdateTransform, ...] = ()
     average: Average | None = None
     constraint: Sphere | None = None
+    variance_reduction: VarianceReduction | None = None
 
     #: whether the direction's input depends on the weight itself
     reads_weight: ClassVar[bool] = False
@@ -88,7 +90,7 @@ class Recipe:
     def counts_steps(self) -> bool:
         """Whether the state holds a step count t."""
         parts = (self.momentum, self.precondition, self.rounding, *self.transforms)
-        return any(part.counts_steps for part in parts if part is not None)
+        return self.variance_reduction is not None or any(part.counts_steps for part in parts if part is not None)
 
     @property
     def starts_first(self) -> bool:
@@ -113,6 +115,7 @@ class Recipe:
         items += [(spec.key, spec.layout) for transform in self.transforms for spec in transform.specs]
         items += [(key, "elementwise") for key in self.rounding.keys]
         items += [(spec.key, spec.layout) for spec in self._average_specs]
+        items += [(spec.key, spec.layout) for spec in self._correction_specs]
         items += [(CLOCK, "host")] if self.kronecker is not None else []
         items += [("step", "scalar")] if self.counts_steps else []
         return tuple(items)
@@ -120,6 +123,10 @@ class Recipe:
     @property
     def _average_specs(self) -> tuple[StateSpec, ...]:
         return () if self.average is None else self.average.specs
+
+    @property
+    def _correction_specs(self) -> tuple[StateSpec, ...]:
+        return () if self.variance_reduction is None else self.variance_reduction.specs
 
     @property
     def may_lack(self) -> tuple[str, ...]:
@@ -160,6 +167,7 @@ class Recipe:
         for spec in (spec for transform in self.transforms for spec in transform.specs):
             state[spec.key] = empty_state(spec, g, pieces)
         state |= self.rounding.init(w) | {spec.key: empty_state(spec, w, pieces) for spec in self._average_specs}
+        state |= {spec.key: empty_state(spec, g, pieces) for spec in self._correction_specs}
         if self.kronecker is None:
             state |= self.precondition.init(g)
         else:
@@ -202,6 +210,8 @@ class Recipe:
         entry is not finite.   names: of the keys of factors, for each piece (`Recipe.names`).
         """
         taken = largest <= self.largest_gradient(dtype)
+        if self.variance_reduction is not None:
+            taken = taken & square.isfinite()
         if not self.by_matrix:
             return taken
         wide = torch.promote_types(dtype, torch.float32)
@@ -218,11 +228,23 @@ class Recipe:
     @property
     def corrects_gradient(self) -> bool:
         """Whether a step goes by another gradient than that of the loss."""
-        return self.decay.method == "l2"
+        return self.decay.method == "l2" or self.variance_reduction is not None
 
-    def corrected(self, g: Tensor, value: Tensor, hyper: Hyper) -> Tensor:
-        """The gradient that a step goes by, in fp32 at least; value: the weight, in that dtype."""
-        return g.to(value.dtype) + value * hyper.weight_decay
+    def penalized(self, g: Tensor, value: Tensor, hyper: Hyper) -> Tensor:
+        """The gradient with weight decay, where that is a part of it; value: the weight in fp32 (fp64 for fp64)."""
+        return g.to(value.dtype) + value * hyper.weight_decay if self.decay.method == "l2" else g
+
+    def corrected(self, state: State, g: Tensor, hyper: Hyper) -> Tensor:
+        """A gradient as `penalized` gives it, corrected by the one before, and yet to be clipped."""
+        return g if self.variance_reduction is None else self.variance_reduction.corrected(state, g, hyper)
+
+    def clipped(self, g: Tensor, square: Tensor) -> Tensor:
+        """The gradient that a step goes by, from what `corrected` gives and the sum of squares of all of it."""
+        return g if self.variance_reduction is None else self.variance_reduction.clipped(g, square)
+
+    def remembered_gradient(self, g: Tensor) -> State:
+        """What is kept of a gradient, as `penalized` gives it, for the next one."""
+        return {} if self.variance_reduction is None else {self.variance_reduction.key: g}
 
     def phase(self, state: State) -> Phase:
         """What a step from this state does; reads the host only."""
@@ -337,14 +359,16 @@ def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -
 def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     phase = recipe.phase(state)
     value, dtype = recipe.rounding.value(w, state), g.dtype
-    if recipe.corrects_gradient:
-        g = recipe.corrected(g, value, hyper)
-    finite = recipe.takes(largest(g), square_sum(g), state, (recipe.names(0),), dtype)
+    plain = recipe.penalized(g, value, hyper)
+    g = recipe.corrected(state, plain, hyper)
+    square = square_sum(g)
+    finite = recipe.takes(largest(g), square, state, (recipe.names(0),), dtype)
+    g = recipe.clipped(g, square)
     fresh, stored = dict(state), w
     if phase.before:
         fresh = recipe.update_factors(fresh, g, hyper, phase)
     if phase.steps:
-        fresh |= recipe.update_moments(fresh, g, hyper)
+        fresh |= recipe.update_moments(fresh, g, hyper) | recipe.remembered_gradient(plain)
         if recipe.kronecker is not None:
             fresh |= recipe.kronecker.observe(fresh, g, hyper)
         m = recipe.momentum_of(fresh, g, hyper)
@@ -372,6 +396,7 @@ def adamw(
     rounding: Rounding = Rounding(),
     average: Average | None = None,
     transforms: tuple[UpdateTransform, ...] = (),
+    variance_reduction: VarianceReduction | None = None,
 ) -> Recipe:
     """AdamW (arXiv:1711.05101) as a recipe: what every parameter that is not a matrix gets. dtype: of its momentum."""
     return Recipe(
@@ -383,6 +408,7 @@ def adamw(
         rounding=rounding,
         transforms=transforms,
         average=average,
+        variance_reduction=variance_reduction,
     )
 
 

@@ -36,7 +36,7 @@ class Constraints(Averages):
             return {}
         number = next(i for i, other in enumerate(self.param_groups) if other is group)
         radii = norms_of([self._parameter(number, 0, p, self._state_here(p))])[0]
-        if not bool((radii > 0).all()):
+        if p.numel() and not bool((radii > 0).all()):
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} has a matrix of norm 0, which has no sphere to stay on: put it "
                 "into a group with constraint=None"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..parts import Average, Cautious, Decay, Ema, Hyper, Number, Rounding, ScheduleFree, Sphere
+from ..parts import Average, Cautious, Decay, Ema, Hyper, Number, Rounding, ScheduleFree, Sphere, VarianceReduction
 from .option_types import check_option
 
 Group = dict[str, Any]
@@ -36,6 +36,9 @@ def finish(group: Group) -> dict[str, Any]:
         "decay": decay_of(group),
         "rounding": Rounding(_rounding(group)),
         "average": average_of(group),
+        "variance_reduction": VarianceReduction(group["variance_reduction"])
+        if group.get("variance_reduction")
+        else None,
         "transforms": (Cautious(),) if group.get("cautious_update") else (),
     }
 
@@ -78,6 +81,12 @@ def refuse_constraint(group: Group, why: str) -> None:
     """ValueError where a group says a constraint and cannot have one."""
     if group.get("constraint") is not None:
         raise ValueError(f"constraint={group['constraint']!r} is not taken here: {why}")
+
+
+def refuse_variance_reduction(group: Group, why: str) -> None:
+    """ValueError where a group says variance_reduction and cannot have it."""
+    if group.get("variance_reduction") is not None:
+        raise ValueError(f"variance_reduction={group['variance_reduction']!r} is not taken here: {why}")
 
 
 def refuse_cautious_update(group: Group, why: str) -> None:

@@ -235,6 +235,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "stochastic_rounding": BOOL,
     "keep_mantissa": BOOL,
     "constraint": _or_none(TEXT),
+    "variance_reduction": _or_none(_positive()),
     "capturable": BOOL,
     "backend": TEXT,
     "max_workspace_bytes": OptionType("a whole number > 0", _is_whole, "positive", lambda value: value > 0),

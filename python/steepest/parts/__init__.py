@@ -1,5 +1,6 @@
 """The parts of a step: pure functions of tensors, each the same for one matrix and for a batch of them.
 
+    variance_reduction   a gradient that the one before corrects
     momentum      what is remembered of the gradients
     precondition  the change of variables P:  into(x) = P^-T x,  back(d) = P^-1 d
     direction     the maximiser of <x, d> over the unit ball of a base norm, and the dual norm <x, d>
@@ -28,6 +29,7 @@ from .rounding import Rounding
 from .sphere import Sphere
 from .step_size import ADJUST_LR, shape_ratio
 from .update_transform import UpdateTransform
+from .variance_reduction import VarianceReduction
 
 __all__ = [
     "ADJUST_LR",
@@ -60,5 +62,6 @@ __all__ = [
     "Spectral",
     "Sphere",
     "UpdateTransform",
+    "VarianceReduction",
     "shape_ratio",
 ]

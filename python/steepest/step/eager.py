@@ -119,6 +119,8 @@ class Eager:
         self._parts = [item for p in parameters if self._ranks for item in p.local_matrices()]
         self._known: dict[tuple[tuple[int, int], ...], list[SharedMatrices]] = {}
         self._batches: list[Batch] = []
+        self._corrected: dict[int, Parameter] = {}
+        self._plain: dict[int, Tensor] = {}
         self._sums: dict[tuple[int, str], list[Tensor]] = {}
 
     def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
@@ -127,13 +129,17 @@ class Eager:
             signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
             for p, scale in zip(self.parameters, scales, strict=True)
         ]
-        grads = [
-            p.recipe.corrected(g, p.value(), hypers[p.group]) if p.recipe.corrects_gradient else g
-            for p, g in zip(self.parameters, grads, strict=True)
-        ]
+        self._corrected = {i: p for i, p in enumerate(self.parameters) if p.recipe.corrects_gradient}
+        for i, p in self._corrected.items():
+            grads[i] = p.recipe.penalized(grads[i], p.value(), hypers[p.group])
+        self._plain = {i: grads[i] for i in self._corrected}
+        for i, p in self._corrected.items():
+            grads[i] = p.recipe.corrected(p.state, grads[i], hypers[p.group])
         measured = [(largest(g).double(), square_sum(g)) for g in grads]
         if self._ranks is not None:
             measured = _reduced(measured, self._ranks)
+        for i, p in self._corrected.items():
+            grads[i] = p.recipe.clipped(grads[i], measured[i][1])
         self._sums = {}
         for p, g, (most, square), scale in zip(self.parameters, grads, measured, scales, strict=True):
             finite = p.takes(most, square)
@@ -173,6 +179,10 @@ class Eager:
         for p in self.parameters:
             if p.taken.phase.steps:
                 store_if(p.taken.finite, p.state, p.recipe.update_moments(p.state, p.taken.grad, p.taken.hyper))
+        for i, p in self._corrected.items():
+            if p.taken.phase.steps:
+                store_if(p.taken.finite, p.state, p.recipe.remembered_gradient(self._plain[i]))
+        self._plain = {}
         update_rotated_moments([item for item in self._matrices if item.phase.steps])
         self._batches = self._new_batches()
 

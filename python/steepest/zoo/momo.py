@@ -17,7 +17,14 @@ from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer
-from ..optimizer.group_options import Group, number, refuse_cautious_update, refuse_decay_methods, refuse_schedule_free
+from ..optimizer.group_options import (
+    Group,
+    number,
+    refuse_cautious_update,
+    refuse_decay_methods,
+    refuse_schedule_free,
+    refuse_variance_reduction,
+)
 from ..optimizer.option_types import check_option
 from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
@@ -326,6 +333,7 @@ class Momo(MatrixOptimizer):
         refuse_cautious_update(group, "it couples layers by steps along their whole directions")
         if self.lower_bound is not None:
             refuse_schedule_free(group, "Momo's model of the loss is of steps from the weights themselves")
+            refuse_variance_reduction(group, "Momo's model of the loss is of its gradients")
             refuse_decay_methods(group, "Momo's model of the loss knows no penalty", "l2")
 
     def _forget_plans(self) -> None:

@@ -34,6 +34,7 @@ class Extras(TypedDict, total=False):
     schedule_free_beta: where between the iterate (0) and its average (1) gradients are taken with "schedule_free".
     constraint: of matrices, "frobenius" or "spectral": every one keeps this norm; see `steepest.parts.sphere`. It has
         no weight decay then. Not of AdamW groups.   None: no constraint.
+    variance_reduction: gamma of MARS, .025 in its paper; see `steepest.parts.variance_reduction`. None: none.
     capturable: lr and weight_decay become tensors on the device, so that a step can be captured in a CUDA graph;
         schedulers fill them in place. `steepest.graphed` captures a whole step.
     backend: "auto", "cuda", "triton", "cpu" or "torch", of everything elementwise.
@@ -67,6 +68,7 @@ class Extras(TypedDict, total=False):
     average: float | str | None
     schedule_free_beta: float
     constraint: str | None
+    variance_reduction: float | None
     capturable: bool
     backend: str
     max_workspace_bytes: int
@@ -96,6 +98,7 @@ EXTRAS = Extras(
     average=None,
     schedule_free_beta=0.9,
     constraint=None,
+    variance_reduction=None,
     capturable=False,
     backend="auto",
     max_workspace_bytes=1 << 30,

@@ -23,6 +23,7 @@ from ..optimizer.group_options import (
     refuse_constraint,
     refuse_decay_methods,
     refuse_schedule_free,
+    refuse_variance_reduction,
 )
 from ..optimizer.option_types import BELOW_ONE, OptionType
 from ..parts import (
@@ -324,6 +325,7 @@ class NIGT(MomentumOptimizer):
         if group["average"] is not None:
             raise ValueError(f"NIGT has eval() and train() of its own: leave out average={group['average']!r}")
         if group["use_muon"]:
+            refuse_variance_reduction(group, "NIGT has one of its own")
             refuse_decay_methods(group, "NIGT's gradients are of a point ahead of the weights", "l2")
 
     def _iterate(self, stored: Tensor, p: Tensor, group: Group) -> Tensor:
