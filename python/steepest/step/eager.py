@@ -61,8 +61,8 @@ class Batch:
         for item, of_item in zip(self.parts, d.split(self._sizes), strict=True):
             state, g, hyper = item.recipe_state(), item.elementwise(item.grad), self.hyper
             m = self.recipe.momentum_of(state, g, hyper)
-            d = of_item if item.by_matrix else of_item.reshape(g.shape)
-            u, remembered = self.recipe.update(state, d, m, hyper, g)
+            of_item = of_item if item.by_matrix else of_item.reshape(g.shape)
+            u, remembered = self.recipe.update(state, of_item, m, hyper, g)
             item.keep(remembered)
             updates.append(u)
         return updates
@@ -119,6 +119,7 @@ class Eager:
         self._parts = [item for p in parameters if self._ranks for item in p.local_matrices()]
         self._known: dict[tuple[tuple[int, int], ...], list[SharedMatrices]] = {}
         self._batches: list[Batch] = []
+        #: parameters whose gradients are corrected, by their places, and these gradients before the correction
         self._corrected: dict[int, Parameter] = {}
         self._plain: dict[int, Tensor] = {}
         self._sums: dict[tuple[int, str], list[Tensor]] = {}
@@ -131,10 +132,8 @@ class Eager:
         ]
         self._corrected = {i: p for i, p in enumerate(self.parameters) if p.recipe.corrects_gradient}
         for i, p in self._corrected.items():
-            grads[i] = p.recipe.penalized(grads[i], p.value(), hypers[p.group])
-        self._plain = {i: grads[i] for i in self._corrected}
-        for i, p in self._corrected.items():
-            grads[i] = p.recipe.corrected(p.state, grads[i], hypers[p.group])
+            self._plain[i] = p.recipe.penalized(grads[i], p.value(), hypers[p.group])
+            grads[i] = p.recipe.corrected(p.state, self._plain[i], hypers[p.group])
         measured = [(largest(g).double(), square_sum(g)) for g in grads]
         if self._ranks is not None:
             measured = _reduced(measured, self._ranks)
