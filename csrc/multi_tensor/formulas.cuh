@@ -99,7 +99,7 @@ STEEPEST_HD inline void decide_row(double* row, const Program& program, const do
   row[kInverseCorrection2] = program.second_correction
                                  ? pow(bias_correction(hyper[kHyperBeta2], row[kStep]), -2 * power_of(program.power))
                                  : 1;
-  row[kDecay] = hyper[kHyperLr] * hyper[kHyperWeightDecay];
+  row[kDecay] = (program.decay_independent ? 1.0 : hyper[kHyperLr]) * hyper[kHyperWeightDecay];
   row[kLr] = hyper[kHyperLr];
   row[kInputScale] = row[kFinite] != 0 ? input_scale(input_bound(program, row, momentum_max)) : 1;
 }

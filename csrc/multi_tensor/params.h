@@ -41,12 +41,13 @@ struct Program {
   bool cautious;
   Rounding rounding;
   bool maximize;
-  bool start_first;     // averages begin with the first gradient
-  bool decay_after;     // of what the update leaves
-  bool decay_scaled;    // by the item's ratio
-  bool frozen_moments;  // momentum and second moment are read as they are stored, and not written
+  bool start_first;        // averages begin with the first gradient
+  bool decay_after;        // of what the update leaves
+  bool decay_scaled;       // by the item's ratio
+  bool frozen_moments;     // momentum and second moment are read as they are stored, and not written
+  bool decay_independent;  // of the learning rate
 
-  static constexpr int kBits = 18;
+  static constexpr int kBits = 19;
 
   explicit Program(int64_t bits) {
     const auto take = [&bits](int width) {
@@ -62,6 +63,7 @@ struct Program {
     rounding = static_cast<Rounding>(take(2));
     maximize = take(1);
     start_first = take(1), decay_after = take(1), decay_scaled = take(1), frozen_moments = take(1);
+    decay_independent = take(1);
   }
   Program() : Program(0) {}
 };
@@ -82,7 +84,7 @@ enum Column : int {
   kEps,
   kInverseCorrection1,  // 1 / (1 - beta1^t), or 1
   kInverseCorrection2,  // 1 / (1 - beta2^t)^(2 power), or 1
-  kDecay,               // lr weight_decay, before any ratio
+  kDecay,               // lr weight_decay, before any ratio, or weight_decay
   kLr,
   kInputScale,    // power of two that brings the direction's input into the range of fp16
   kLargestTaken,  // the caller's: a gradient with a larger magnitude is no step; 0: any that is finite is one

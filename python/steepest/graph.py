@@ -147,6 +147,7 @@ class _Captured:
 
     def _check(self, scaling: dict[str, Tensor | None]) -> None:
         _refuse_hooks(self.optimizer)
+        self.optimizer._refuse_averages()
         for name, captured in self.scaling.items():
             if (captured is None) != (scaling[name] is None):
                 raise RuntimeError(

@@ -1,5 +1,6 @@
 """A method is a choice of parts; `step_one` is the whole algorithm.
 
+    G <- corrected(G)            by weight decay, where it is a part of the gradient, and by the gradient before
     m  = momentum(G)             what is remembered
     P.observe(G)                 statistics, from the raw gradient; and those of the transforms
     x  = P.into(m)               to the variables in which the norm is the base norm
@@ -7,6 +8,8 @@
     u  = transform(P.back(d))    back to the weight's variables, and through what may remember updates
     W <- decay(W) - lr step_factor ratio(m, n) u        step_factor: 1 but where layers are coupled
     P.update_factors(G)          factors, and now and then what is made of them, where P has any: before or after
+    W <- retraction(W)           onto a sphere, where a constraint says so
+    average(W)                   of the iterates, where one is kept
 
 This is Algorithm 1 of arXiv:2510.10777 with the two step types of its section 2: "lmo" is constrained steepest descent
 (Muon, SignSGD, MuAdam), "dual" the regularized one (SGD, Adam). `step_one` is the reference: plain torch, any dtype,
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from .matrices import Piece
 from .parts import (
+    Average,
     Decay,
     Diagonal,
     Direction,
@@ -33,7 +37,9 @@ from .parts import (
     Momentum,
     Precondition,
     Rounding,
+    Sphere,
     UpdateTransform,
+    VarianceReduction,
     shape_ratio,
 )
 from .parts.precondition import Kronecker, Phase, State
@@ -50,7 +56,8 @@ class Recipe:
     """The parts of a method. Frozen and hashable: two equal recipes are one program.
 
     momentum: None: the direction is asked about the gradient itself.   scale: "lmo" or "dual".
-    transforms: of the update, one after another.
+    transforms: of the update, one after another.   average: of the iterates; None: none is kept.
+    constraint: a sphere that every matrix stays on, whose radii are state besides that of the recipe; None: none.
     """
 
     momentum: Momentum | None = Momentum()
@@ -61,6 +68,9 @@ class Recipe:
     decay: Decay = Decay()
     rounding: Rounding = Rounding()
     transforms: tuple[UpdateTransform, ...] = ()
+    average: Average | None = None
+    constraint: Sphere | None = None
+    variance_reduction: VarianceReduction | None = None
 
     #: whether the direction's input depends on the weight itself
     reads_weight: ClassVar[bool] = False
@@ -80,7 +90,7 @@ class Recipe:
     def counts_steps(self) -> bool:
         """Whether the state holds a step count t."""
         parts = (self.momentum, self.precondition, self.rounding, *self.transforms)
-        return any(part.counts_steps for part in parts if part is not None)
+        return self.variance_reduction is not None or any(part.counts_steps for part in parts if part is not None)
 
     @property
     def starts_first(self) -> bool:
@@ -104,9 +114,24 @@ class Recipe:
         items += [(key, of_metric) for key in self.precondition.keys]
         items += [(spec.key, spec.layout) for transform in self.transforms for spec in transform.specs]
         items += [(key, "elementwise") for key in self.rounding.keys]
+        items += [(spec.key, spec.layout) for spec in self._average_specs]
+        items += [(spec.key, spec.layout) for spec in self._correction_specs]
         items += [(CLOCK, "host")] if self.kronecker is not None else []
         items += [("step", "scalar")] if self.counts_steps else []
         return tuple(items)
+
+    @property
+    def _average_specs(self) -> tuple[StateSpec, ...]:
+        return () if self.average is None else self.average.specs
+
+    @property
+    def _correction_specs(self) -> tuple[StateSpec, ...]:
+        return () if self.variance_reduction is None else self.variance_reduction.specs
+
+    @property
+    def may_lack(self) -> tuple[str, ...]:
+        """The keys that state of the same method may be without: what is kept of the weights begins at any step."""
+        return (*self.rounding.keys, *(spec.key for spec in self._average_specs))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -121,7 +146,8 @@ class Recipe:
     @property
     def measures_gradients(self) -> bool:
         """Whether a step looks at whole gradients of matrices, besides what is averaged elementwise."""
-        return self.kronecker is not None or any(transform.measures_gradients for transform in self.transforms)
+        read = (transform.measures_gradients or transform.reads_gradient for transform in self.transforms)
+        return self.kronecker is not None or any(read)
 
     def input_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """The shape of the direction's input for matrices (batch, m, n)."""
@@ -146,7 +172,8 @@ class Recipe:
         state = {} if self.momentum is None else {self.momentum.key: self.momentum.init(g)}
         for spec in (spec for transform in self.transforms for spec in transform.specs):
             state[spec.key] = empty_state(spec, g, pieces)
-        state |= self.rounding.init(w)
+        state |= self.rounding.init(w) | {spec.key: empty_state(spec, w, pieces) for spec in self._average_specs}
+        state |= {spec.key: empty_state(spec, g, pieces) for spec in self._correction_specs}
         if self.kronecker is None:
             state |= self.precondition.init(g)
         else:
@@ -189,6 +216,8 @@ class Recipe:
         entry is not finite.   names: of the keys of factors, for each piece (`Recipe.names`).
         """
         taken = largest <= self.largest_gradient(dtype)
+        if self.variance_reduction is not None:
+            taken = taken & square.isfinite()
         if not self.by_matrix:
             return taken
         wide = torch.promote_types(dtype, torch.float32)
@@ -201,6 +230,27 @@ class Recipe:
         return taken
 
     # ---- a step, in its order ---------------------------------------------------------------------------------------
+
+    @property
+    def corrects_gradient(self) -> bool:
+        """Whether a step goes by another gradient than that of the loss."""
+        return self.decay.method == "l2" or self.variance_reduction is not None
+
+    def penalized(self, g: Tensor, value: Tensor, hyper: Hyper) -> Tensor:
+        """The gradient with weight decay, where that is a part of it; value: the weight in fp32 (fp64 for fp64)."""
+        return g.to(value.dtype) + value * hyper.weight_decay if self.decay.method == "l2" else g
+
+    def corrected(self, state: State, g: Tensor, hyper: Hyper) -> Tensor:
+        """A gradient as `penalized` gives it, corrected by the one before, and yet to be clipped."""
+        return g if self.variance_reduction is None else self.variance_reduction.corrected(state, g, hyper)
+
+    def clipped(self, g: Tensor, square: Tensor) -> Tensor:
+        """The gradient that a step goes by, from what `corrected` gives and the sum of squares of all of it."""
+        return g if self.variance_reduction is None else self.variance_reduction.clipped(g, square)
+
+    def remembered_gradient(self, g: Tensor) -> State:
+        """What is kept of a gradient, as `penalized` gives it, for the next one."""
+        return {} if self.variance_reduction is None else {self.variance_reduction.key: g}
 
     def phase(self, state: State) -> Phase:
         """What a step from this state does; reads the host only."""
@@ -254,23 +304,26 @@ class Recipe:
         """The step in the preconditioner's variables, before the learning rate."""
         return self.direction.unit(x) if self.scale == "lmo" else self.direction.scaled(x)
 
-    def update(self, state: State, d: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
+    def update(self, state: State, d: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None = None) -> tuple[Tensor, State]:
         """(the update of m's shape, what the transforms remember).
 
-        m: what the momentum reads (`momentum_of`), (batch, m, n) for a recipe `by_matrix`.
+        m: what the momentum reads (`momentum_of`), (batch, m, n) for a recipe `by_matrix`.   g: the gradient likewise,
+        for transforms, which a recipe that is not `by_matrix` has none of.
         """
         u = self.precondition.back(state, d, hyper, state.get("step"))
         if self.kronecker is not None:
             u = self.kronecker.unblock(u, *m.shape[-2:])
         fresh: State = {}
         for transform in self.transforms:
-            u, more = transform.apply({**state, **fresh}, u, m, hyper)
+            seen = g if transform.reads_gradient else m
+            assert seen is not None
+            u, more = transform.apply({**state, **fresh}, u, seen, hyper)
             fresh |= more
         return u, fresh
 
     def moved(self, w: Tensor, u: Tensor, hyper: Hyper, ratio: float) -> Tensor:
         """The weight after its update and decay; ratio: of the matrix' shape."""
-        decay = hyper.lr * hyper.weight_decay * (ratio if self.decay.scaled else 1.0)
+        decay = self.decay.length(hyper.lr, hyper.weight_decay, ratio)
         return self.decay.apply(w, u, decay, hyper.lr * ratio * hyper.step_factor)
 
     def update_factors(self, state: State, g: Tensor, hyper: Hyper, phase: Phase) -> State:
@@ -322,21 +375,30 @@ def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -
 
 def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     phase = recipe.phase(state)
-    finite = recipe.takes(largest(g), square_sum(g), state, (recipe.names(0),), g.dtype)
+    value, dtype = recipe.rounding.value(w, state), g.dtype
+    plain = recipe.penalized(g, value, hyper)
+    g = recipe.corrected(state, plain, hyper)
+    square = square_sum(g)
+    finite = recipe.takes(largest(g), square, state, (recipe.names(0),), dtype)
+    g = recipe.clipped(g, square)
     fresh, stored = dict(state), w
     if phase.before:
         fresh = recipe.update_factors(fresh, g, hyper, phase)
     if phase.steps:
-        fresh |= recipe.update_moments(fresh, g, hyper)
+        fresh |= recipe.update_moments(fresh, g, hyper) | recipe.remembered_gradient(plain)
         if recipe.by_matrix:
             fresh |= recipe.observe_matrices(fresh, g, hyper)
-        value = recipe.rounding.value(w, state)
         m = recipe.momentum_of(fresh, g, hyper)
         x = recipe.direction_input(fresh, m, hyper, value).to(value.dtype)
-        u, remembered = recipe.update(fresh, recipe.descent_direction(x, hyper), m, hyper)
+        u, remembered = recipe.update(fresh, recipe.descent_direction(x, hyper), m, hyper, g)
         moved = recipe.moved(value, u.to(value.dtype), hyper, shape_ratio(recipe.adjust_lr, *w.shape[-2:]))
         stored, remainder = recipe.rounding.store(moved, w.dtype, fresh.get("step"), (0, 0, 0))
         fresh |= remembered | remainder
+        if recipe.average is not None:
+            after, averaged = recipe.average.observe(fresh, value, recipe.rounding.value(stored, fresh), hyper)
+            if recipe.average.moves:
+                stored, remainder = recipe.rounding.store(after, w.dtype, fresh.get("step"), (0, 0, 1))
+            fresh |= averaged | remainder
     if phase.after:
         fresh = recipe.update_factors(fresh, g, hyper, phase)
     kept = {key: torch.where(finite, fresh[key].to(t.dtype), t) for key, t in state.items() if key != CLOCK}
@@ -345,7 +407,14 @@ def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> t
     return torch.where(finite, stored, w), kept
 
 
-def adamw(dtype: torch.dtype | None = None, decay: Decay = Decay(), rounding: Rounding = Rounding()) -> Recipe:
+def adamw(
+    dtype: torch.dtype | None = None,
+    decay: Decay = Decay(),
+    rounding: Rounding = Rounding(),
+    average: Average | None = None,
+    transforms: tuple[UpdateTransform, ...] = (),
+    variance_reduction: VarianceReduction | None = None,
+) -> Recipe:
     """AdamW (arXiv:1711.05101) as a recipe: what every parameter that is not a matrix gets. dtype: of its momentum."""
     return Recipe(
         momentum=Momentum(bias_correction=True, key="exp_avg", dtype=dtype),
@@ -354,6 +423,9 @@ def adamw(dtype: torch.dtype | None = None, decay: Decay = Decay(), rounding: Ro
         scale="dual",
         decay=decay,
         rounding=rounding,
+        transforms=transforms,
+        average=average,
+        variance_reduction=variance_reduction,
     )
 
 

@@ -22,6 +22,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, t
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "cautious": {"cautious_wd": True},
+    "independent": {"weight_decay_method": "independent"},
     "stochastic": {"stochastic_rounding": True},
     "mantissa": {"keep_mantissa": True},
     "ascent": {"maximize": True},

@@ -72,6 +72,8 @@ PROGRAMS = {
     "decay scaled": Program(nesterov=True, decay_scaled=True),
     "decay scaled, cautious": Program(power="sixth", sum=True, cautious=True, decay_scaled=True),
     "decay scaled, after, sign": Program(direction="sign", decay_after=True, decay_scaled=True),
+    "decay independent": Program(nesterov=True, decay_independent=True),
+    "decay independent, adamw": Program(power="quarter", direction="identity", cautious=True, decay_independent=True),
     "frozen": Program(nesterov=True, power="half", second_correction=True, frozen_moments=True),
     "frozen, adamw": Program(
         momentum_correction=True, power="quarter", second_correction=True, direction="identity", frozen_moments=True
@@ -344,7 +346,8 @@ class Formulas:
 
     def weight(self, u: Exact) -> Exact:
         w, p = self.old.weight().double(), self.old.program
-        decay = self.group[0] * self.group[1] * (self.old.ratio if p.decay_scaled else 1)
+        lr = 1 if p.decay_independent else self.group[0]
+        decay = lr * self.group[1] * (self.old.ratio if p.decay_scaled else 1)
         if p.decay_after:
             return Exact((1 - decay) * (w - u.value), w.abs() + u.terms)
         kept = torch.where(u.value * w >= 0, w, 0) if p.cautious else w
@@ -427,7 +430,7 @@ def assert_row(old: Work, at: Formulas, found: dict[str, float], name: str) -> N
         "eps": eps,
         "inverse_correction1": 1 / (1 - beta1**at.t) if p.momentum_correction else 1,
         "inverse_correction2": (1 - beta2**at.t) ** (-2 * POWERS[p.power]) if p.second_correction else 1,
-        "decay": lr * decay,
+        "decay": decay if p.decay_independent else lr * decay,
         "lr": lr,
     }
     assert wanted.keys() | {"input_scale", "largest_taken"} == found.keys()  # the last is the caller's
@@ -1407,7 +1410,7 @@ ERRORS: dict[str, tuple[str, Change, str]] = {
         "first_sums[1] names lines that the table of sums does",
     ),
     "lines, negative": ("grad_stats", put("first_sums", -1, 0), "first_sums[0] names lines that the table of sums"),
-    "program": ("grad_stats", put("programs", 1 << 18, 1), "programs[1] is 262144, which is no program"),
+    "program": ("grad_stats", put("programs", 1 << 19, 1), "programs[1] is 524288, which is no program"),
     "program, decay": (
         "apply_update",
         put("programs", Program(cautious=True).packed() | Program(decay_after=True).packed(), 0),

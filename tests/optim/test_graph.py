@@ -73,6 +73,38 @@ def test_every_call_is_one_step(cls: type[MatrixOptimizer], recorded: list[str])
     assert all(isinstance(group["lr"], torch.Tensor) for group in inner.param_groups)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"average": 0.9},
+        {"average": "schedule_free"},
+        {"weight_decay_method": "independent"},
+        {"weight_decay_method": "l2"},
+        {"cautious_update": True},
+        {"constraint": "frobenius", "weight_decay": 0.0},
+        {"constraint": "spectral", "weight_decay": 0.0},
+        {"variance_reduction": 0.025},
+    ],
+    ids=str,
+)
+def test_options_of_weights_are_part_of_the_graph(values: dict[str, Any], recorded: list[str]) -> None:
+    (inner, a), (plain, b) = both_kinds(steepest.MuAdam, **values), both_kinds(steepest.MuAdam, **values)
+    step = steepest.graphed(inner)
+    for i in range(5):
+        in_place(a, i)
+        give_gradients(b, i)
+        step.step()
+        plain.step()
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+    if "average" in values:
+        inner.eval()
+        with pytest.raises(RuntimeError, match="call train"):
+            step.step()
+        inner.train()
+        step.step()
+
+
 def test_schedulers_reach_the_graph(recorded: list[str]) -> None:
     (inner, a), (plain, b) = both_kinds(steepest.MuAdam), both_kinds(steepest.MuAdam)
     step = steepest.graphed(inner)

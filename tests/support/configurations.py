@@ -56,6 +56,14 @@ OPTIONS: tuple[tuple[type[MatrixOptimizer], dict[str, Any]], ...] = (
     (steepest.TrustRegion, {"composite": "ridge", "norm": "frobenius"}),
     (steepest.Schattor, {"start": "first"}),
     (steepest.MuonMax, {"lower_bound": 0.0}),
+    (steepest.Muon, {"average": 0.9}),
+    (steepest.MuAdam, {"average": "schedule_free"}),
+    (steepest.Muon, {"weight_decay_method": "independent"}),
+    (steepest.Muon, {"weight_decay_method": "l2"}),
+    (steepest.MuAdam, {"cautious_update": True}),
+    (steepest.Muon, {"constraint": "frobenius", "weight_decay": 0.0}),
+    (steepest.Muon, {"constraint": "spectral", "weight_decay": 0.0}),
+    (steepest.MuAdam, {"variance_reduction": 0.025}),
 )
 
 

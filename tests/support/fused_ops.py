@@ -38,6 +38,7 @@ PROGRAMS = (
     Program(momentum_correction=True, decay_after=True, decay_scaled=True, maximize=True),
     Program(heavy_ball=True, nesterov=True, power="quarter", sum=True, cautious=True, decay_scaled=True),
     Program(nesterov=True, power="sixth", second_correction=True, frozen_moments=True),
+    Program(nesterov=True, cautious=True, decay_independent=True),
     replace(ADAMW, frozen_moments=True, decay_after=True),
 )
 # (matrices, shape): no multiple of 8, of a chunk; several matrices; several chunks a matrix.

@@ -136,6 +136,19 @@ def emerging(params: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
     return [Other([group], keys, heavy=False, ratio=lambda m, n: math.sqrt(m / n))]
 
 
+@pytest.mark.parametrize(
+    ("decoupled", "independent", "method"),
+    [(True, False, "decoupled"), (True, True, "independent"), (False, True, "independent"), (False, False, "l2")],
+)
+def test_the_weight_decay_of_emerging_optimizers(decoupled: bool, independent: bool, method: str) -> None:
+    params = [nn.Parameter(torch.ones(3, 2))]
+    values = {"lr": 0.02, "momentum_beta": 0.9, "use_nesterov": True, "weight_decay": 0.01}
+    group = {"params": params, **values, "use_decoupled_wd": decoupled, "use_independent_wd": independent}
+    saved = torch.optim.SGD(params).state_dict()
+    saved["param_groups"][0] = {**group, "params": [0]}
+    assert convert("emerging-optimizers", saved)["param_groups"][0]["weight_decay_method"] == method
+
+
 def of_torch(params: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
     n = len(SHAPES)
     return [torch.optim.Muon(params[:n], lr=0.02), torch.optim.AdamW(params[n:], lr=0.01, weight_decay=0.1)]

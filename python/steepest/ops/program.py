@@ -30,6 +30,7 @@ FIELDS: dict[str, tuple[bool | str, ...]] = {
     "decay_after": (False, True),
     "decay_scaled": (False, True),
     "frozen_moments": (False, True),
+    "decay_independent": (False, True),
 }
 
 
@@ -82,6 +83,7 @@ class Program:
     taken by the element itself, so that `update_moments` is the whole step.   start_first: averages begin with the
     first gradient, by beta1 = beta2 = 0 for it; Nesterov's momentum reads with beta1 as ever.
     decay_after: W <- (1 - lr wd) (W - step u).   decay_scaled: the decay is lr wd ratio, the ratio the item's.
+    decay_independent: it is wd, and lr plays no part in it.
     frozen_moments: `update_moments` reads momentum and second moment as they are stored and leaves them alone. So an
     earlier call without inputs can have updated them, where all layers are looked at before one moves.
     """
@@ -101,6 +103,7 @@ class Program:
     decay_after: bool = False
     decay_scaled: bool = False
     frozen_moments: bool = False
+    decay_independent: bool = False
 
     def __post_init__(self) -> None:
         if self.cautious and self.decay_after:

@@ -6,6 +6,8 @@ group_options   what a step reads from the values of a group
 base            recipes, numbers, state and the plan: `MatrixOptimizer`
 stale           parameters that are no longer the model's
 zero            what torch's ZeroRedundancyOptimizer may give
+averages        eval and train: averages of the iterates in the place of the weights
+constraints     the radii of spheres that weights stay on
 weights         what a hook after the step is given
 wrappers        what frameworks put around an optimizer
 reports         metrics, describe, skipped updates

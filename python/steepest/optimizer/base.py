@@ -25,7 +25,7 @@ from ..step.coupling import Coupling
 from ..step.modes import in_default_modes
 from ..step.plan import route
 from ..step.state_storage import stack
-from .checkpoints import Checkpoints
+from .constraints import RADIUS, Constraints
 from .group_options import Group, parameter_name
 from .groups import Params
 from .reports import Reports
@@ -37,7 +37,7 @@ from .zero import check_zero
 __all__ = ["MatrixOptimizer"]
 
 
-class MatrixOptimizer(Reports, Checkpoints):
+class MatrixOptimizer(Reports, Constraints):
     """Base of the named optimizers: a subclass gives `recipe(group)` and `hyper(group)` for its matrices.
 
     params: a module or named parameters (routed by `steepest.param_groups`), an iterable of tensors (routed by shape),
@@ -63,6 +63,7 @@ class MatrixOptimizer(Reports, Checkpoints):
         check_zero(type(self).__name__, self._split)
         self._check_options(defaults)
         self._check_options(self._adamw_defaults, prefix="adamw_")
+        self._check_weight_options({**defaults, "use_muon": True})
         self._check_values(defaults)
         self._is_made = False
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
@@ -109,6 +110,7 @@ class MatrixOptimizer(Reports, Checkpoints):
 
     @in_default_modes
     def _step(self, loss: Number | None) -> None:
+        self._refuse_averages()
         scaling = Scaling(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
         if torch.compiler.is_compiling():
             self._traced_step(scaling)
@@ -119,8 +121,10 @@ class MatrixOptimizer(Reports, Checkpoints):
     def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """Moves everything that has a gradient; loss: what a closure returned."""
         plan = self._agreed_plan() if self._has_shards else self._ready_plan()
-        plan.step([self._hyper(group) for group in self.param_groups], scaling, self._layer_coupling(loss))
+        hypers = [self._hyper(group) for group in self.param_groups]
+        plan.step(hypers, scaling, self._layer_coupling(loss))
         self._run_weight_hooks(plan.parameters)
+        plan.take_averages(hypers)
         self._staleness.count(bool(plan.parameters), self.param_groups)
 
     def _couples(self) -> bool:
@@ -286,16 +290,17 @@ class MatrixOptimizer(Reports, Checkpoints):
                 )
             self._check_step(number, group)
         parameters = [p for number in range(len(self.param_groups)) for p in self._traced_parameters(number)]
-        plan = self._plan_of(parameters, traced=True)
-        plan.step([self._hyper(group) for group in self.param_groups], scaling)
+        plan, hypers = self._plan_of(parameters, traced=True), [self._hyper(group) for group in self.param_groups]
+        plan.step(hypers, scaling)
         self._run_weight_hooks(parameters)
+        plan.take_averages(hypers)
 
     def _traced_parameters(self, number: int) -> list[Parameter]:
         group = self.param_groups[number]
         params: list[Tensor] = []
         states: list[Tensor] = []
         self._init_group(group, params, [], states, [])
-        keys = list(self._recipe(group).layouts)
+        keys = self._state_keys(group)
         indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         return [
             self._parameter(number, i, p, dict(zip(keys, states[k * len(keys) : (k + 1) * len(keys)], strict=True)))
@@ -305,20 +310,24 @@ class MatrixOptimizer(Reports, Checkpoints):
     def _init_group(
         self, group: Group, params: list[Tensor], grads: list[Tensor], states: list[Tensor], skipped: list[Tensor]
     ) -> bool:
-        """Appends what a step of this group touches; `states` is flat, len(recipe.layouts) tensors a parameter.
+        """Appends what a step of this group touches; `states` is flat, the tensors of `_state_keys` for each parameter.
 
         Lists of tensors and this name are what lets torch.compile map the optimizer's tensors to its graph.
         """
-        recipe = self._recipe(group)
         for p in group["params"]:
             if p.grad is None:
                 continue
             self._init_state(p, p.grad.dtype, group)
             params.append(p)
             grads.append(p.grad)
-            states.extend(self.state[p][key] for key in recipe.layouts)
+            states.extend(self.state[p][key] for key in self._state_keys(group))
             skipped.append(self._counter(p.device))
         return False
+
+    def _state_keys(self, group: Group) -> list[str]:
+        """The state that a step of this group reads and writes."""
+        recipe = self._recipe(group)
+        return [*recipe.layouts, *([RADIUS] if recipe.constraint is not None else [])]
 
     def _init_states(self, params: Iterable[tuple[Tensor, torch.dtype, Group]]) -> None:
         """State for those that have none yet, in stacks; each with the dtype of its gradient and its group."""
@@ -328,12 +337,19 @@ class MatrixOptimizer(Reports, Checkpoints):
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
         """Completes a parameter's state; whether there was something to add."""
         state, keys = self.state[p], self._recipe(group).layouts
-        if all(key in state for key in keys):
-            return False
-        fresh = self._fresh_state(p, dtype, group)  # of a sharded parameter some may be elsewhere
-        added = [key for key in fresh if key not in state]
-        state.update({key: fresh[key] for key in added})
-        return bool(added)
+        added: State = {}
+        if not all(key in state for key in keys):
+            fresh = self._fresh_state(p, dtype, group)  # of a sharded parameter some may be elsewhere
+            added = {key: fresh[key] for key in fresh if key not in state}
+        state.update(added)
+        try:
+            radii = self._fresh_radii(p, group)
+        except ValueError:
+            for key in added:
+                del state[key]
+            raise
+        state.update(radii)
+        return bool(added or radii)
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._skipped:

@@ -196,7 +196,7 @@ class Checkpoints(Shards):
         fresh = self._fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
         kept = self._merged("_kept")
         if any(key in tensors for key in fresh) or (foreign and not all(key in kept for key in tensors)):
-            check_state(tensors, what, p, fresh, self._recipe(group).rounding.keys, type(self).__name__)
+            check_state(tensors, what, p, fresh, self._recipe(group).may_lack, type(self).__name__)
         check_kept(tensors, what, p, kept)
         return {key: restored(key, value, p) for key, value in self._state_kept_here(tensors, p, group).items()}
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..parts import Decay, Hyper, Number, Rounding
+from ..parts import Average, Cautious, Decay, Ema, Hyper, Number, Rounding, ScheduleFree, Sphere, VarianceReduction
 from .option_types import check_option
 
 Group = dict[str, Any]
@@ -33,9 +33,73 @@ def adam_hyper(group: Group) -> Hyper:
 def finish(group: Group) -> dict[str, Any]:
     """The parts of a recipe that end every step, the same for matrices and for AdamW."""
     return {
-        "decay": Decay(cautious=group["cautious_wd"]),
+        "decay": decay_of(group),
         "rounding": Rounding(_rounding(group)),
+        "average": average_of(group),
+        "variance_reduction": VarianceReduction(group["variance_reduction"])
+        if group.get("variance_reduction")
+        else None,
+        "transforms": (Cautious(),) if group.get("cautious_update") else (),
     }
+
+
+def decay_of(group: Group, **others: bool) -> Decay:
+    """The weight decay that a group says; others: `after` and `scaled`, which are a method's."""
+    return Decay(cautious=group["cautious_wd"], method=group.get("weight_decay_method", "decoupled"), **others)
+
+
+def average_of(group: Group) -> Average | None:
+    """The average of the iterates that a group says, by `average` or SPlus's word for it."""
+    average, rate = group.get("average"), group.get("average_rate")
+    if average == "schedule_free":
+        return ScheduleFree(beta=group["schedule_free_beta"])
+    rate = average or rate
+    return Ema(rate=rate) if rate else None
+
+
+def refuse_schedule_free(group: Group, why: str) -> None:
+    """ValueError where a group says average="schedule_free" and cannot have it."""
+    if group.get("average") == "schedule_free":
+        raise ValueError(f"average='schedule_free' steps from a point between two iterates, and {why}: use a number")
+
+
+def constraint_of(group: Group) -> Sphere | None:
+    """The sphere that a group's matrices stay on. ValueError where weight decay would pull them away, or an average has
+    the steps begin elsewhere.
+    """
+    norm = group.get("constraint")
+    if norm is None or not group.get("use_muon", True):
+        return None
+    decay = group["weight_decay"]
+    if not isinstance(decay, Tensor) and decay:
+        raise ValueError(f"constraint={norm!r} keeps a norm that weight_decay={decay} would shrink: use weight_decay=0")
+    refuse_schedule_free(group, "such points are not on the sphere of a constraint")
+    return Sphere(norm)
+
+
+def refuse_constraint(group: Group, why: str) -> None:
+    """ValueError where a group says a constraint and cannot have one."""
+    if group.get("constraint") is not None:
+        raise ValueError(f"constraint={group['constraint']!r} is not taken here: {why}")
+
+
+def refuse_variance_reduction(group: Group, why: str) -> None:
+    """ValueError where a group says variance_reduction and cannot have it."""
+    if group.get("variance_reduction") is not None:
+        raise ValueError(f"variance_reduction={group['variance_reduction']!r} is not taken here: {why}")
+
+
+def refuse_cautious_update(group: Group, why: str) -> None:
+    """ValueError where a group says cautious_update=True and cannot have it."""
+    if group.get("cautious_update"):
+        raise ValueError(f"cautious_update is not taken here: {why}")
+
+
+def refuse_decay_methods(group: Group, why: str, *methods: str) -> None:
+    """ValueError where a group's weight decay is by one of these methods."""
+    method = group.get("weight_decay_method")
+    if method in methods:
+        raise ValueError(f"weight_decay_method={method!r} is not taken here: {why}; use 'decoupled'")
 
 
 def _rounding(group: Group) -> Literal["nearest", "stochastic", "mantissa"]:

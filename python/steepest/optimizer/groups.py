@@ -95,6 +95,9 @@ class Groups(torch.optim.Optimizer):
         requested(group["backend"])
         self.recipe(group)
 
+    def _check_weight_options(self, group: Group) -> None:
+        """ValueError for an average or a decay that this method cannot have, of a group of any rule."""
+
     def _merged(self, name: str) -> dict[str, Any]:
         """A class attribute of this name, of this class and its bases: dictionaries as one, tuples as their keys."""
         merged: dict[str, Any] = {}
@@ -211,6 +214,7 @@ class Groups(torch.optim.Optimizer):
         self._check_devices(group)
         self._check_options(values := self._options(group))
         group.update(values)
+        self._check_weight_options(group)
         if not group["use_muon"]:
             requested(group["backend"])
             self._new_recipe(group)

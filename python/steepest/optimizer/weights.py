@@ -48,7 +48,7 @@ class Weights:
         """
         if is_sharded(p):
             value = local_tensor(value.redistribute(p.device_mesh, p.placements))  # type: ignore[attr-defined,operator]
-        _store_here(self._parameters[p], value)
+        self._parameters[p].store(value)
 
     def multiply(self, p: Tensor, factors: Tensor) -> None:
         """Makes the weight factors times itself, rounded as `store` does; where a factor is 1 its bits stay.
@@ -62,15 +62,4 @@ class Weights:
             assert region is not None
             if factors.shape[d] > 1:
                 factors = factors.narrow(d, region.start[d], region.shape[d])
-        _store_here(parameter, parameter.value() * factors)
-
-
-def _store_here(parameter: Parameter, value: Tensor) -> None:
-    """Stores what lies here of a value."""
-    recipe, state, dtype = parameter.recipe, parameter.state, parameter.source.dtype
-    place = (parameter.group, parameter.index, len(parameter.pieces))  # of none of its pieces
-    wide = value.to(torch.promote_types(dtype, torch.float32))
-    stored, remainder = recipe.rounding.store(wide, dtype, state.get("step"), place)
-    parameter.tensor.copy_(stored)
-    for key, t in remainder.items():
-        state[key].copy_(t)
+        parameter.store(parameter.value() * factors)

@@ -1,6 +1,7 @@
 """What comes between the direction and the weights, and may remember: a transform of the update.
 
-    u, state <- apply(state, u, m)        u = P^-1 d, as long as the direction says; m is what the momentum reads
+    u, state <- apply(state, u, m)        u = P^-1 d, as long as the direction says; m is what the momentum reads, or
+                                          of a transform that `reads_gradient` the gradient
 
 Grafting gives u another length, `Normalize` divides its rows by a running size of them, momentum of updates averages
 them.
@@ -30,6 +31,8 @@ class UpdateTransform:
 
     #: whether `observe_matrices` is there; owners of sharded matrices are sent whole gradients for it
     measures_gradients: ClassVar[bool] = False
+    #: whether `apply` is given the gradient in the place of what the momentum reads
+    reads_gradient: ClassVar[bool] = False
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:

@@ -168,7 +168,8 @@ class Bucket:
         updates = []
         for item, part, m in zip(self.items, parts, momenta.split(self.counts), strict=True):
             assert item.matrices is not None
-            u, remembered = self.recipe.update(item.matrices.recipe_state(), part, m, item.parameter.taken.hyper)
+            state, hyper, g = item.matrices.recipe_state(), item.parameter.taken.hyper, item.matrices.grad
+            u, remembered = self.recipe.update(state, part, m, hyper, item.matrices.elementwise(g))
             item.matrices.keep(remembered)
             updates.append(u.to(self.stored_dtype).contiguous())
         return updates
@@ -176,9 +177,10 @@ class Bucket:
     @cached_property
     def _at_once(self) -> bool:
         """Whether its transforms remember numbers of rows and matrices alone, so that one call takes all items."""
-        layouts = {spec.layout for transform in self.recipe.transforms for spec in transform.specs}
-        plain = isinstance(self.recipe.precondition, Identity) and not self.recipe.counts_steps
-        return plain and len(self.items) > 1 and layouts <= {"row", "matrix"}
+        recipe, transforms = self.recipe, self.recipe.transforms
+        layouts = {spec.layout for transform in transforms for spec in transform.specs}
+        alone = len(self.items) == 1 or recipe.counts_steps or not isinstance(recipe.precondition, Identity)
+        return not alone and layouts <= {"row", "matrix"} and not any(each.reads_gradient for each in transforms)
 
     def _transformed(self, d: Tensor, momenta: Tensor) -> list[Tensor]:
         """The updates, by one call of the transforms for all items of a group."""

@@ -61,7 +61,8 @@ class Batch:
         for item, of_item in zip(self.parts, d.split(self._sizes), strict=True):
             state, g, hyper = item.recipe_state(), item.elementwise(item.grad), self.hyper
             m = self.recipe.momentum_of(state, g, hyper)
-            u, remembered = self.recipe.update(state, of_item if item.by_matrix else of_item.reshape(g.shape), m, hyper)
+            of_item = of_item if item.by_matrix else of_item.reshape(g.shape)
+            u, remembered = self.recipe.update(state, of_item, m, hyper, g)
             item.keep(remembered)
             updates.append(u)
         return updates
@@ -118,6 +119,9 @@ class Eager:
         self._parts = [item for p in parameters if self._ranks for item in p.local_matrices()]
         self._known: dict[tuple[tuple[int, int], ...], list[SharedMatrices]] = {}
         self._batches: list[Batch] = []
+        #: parameters whose gradients are corrected, by their places, and these gradients before the correction
+        self._corrected: dict[int, Parameter] = {}
+        self._plain: dict[int, Tensor] = {}
         self._sums: dict[tuple[int, str], list[Tensor]] = {}
 
     def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
@@ -126,9 +130,15 @@ class Eager:
             signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
             for p, scale in zip(self.parameters, scales, strict=True)
         ]
+        self._corrected = {i: p for i, p in enumerate(self.parameters) if p.recipe.corrects_gradient}
+        for i, p in self._corrected.items():
+            self._plain[i] = p.recipe.penalized(grads[i], p.value(), hypers[p.group])
+            grads[i] = p.recipe.corrected(p.state, self._plain[i], hypers[p.group])
         measured = [(largest(g).double(), square_sum(g)) for g in grads]
         if self._ranks is not None:
             measured = _reduced(measured, self._ranks)
+        for i, p in self._corrected.items():
+            grads[i] = p.recipe.clipped(grads[i], measured[i][1])
         self._sums = {}
         for p, g, (most, square), scale in zip(self.parameters, grads, measured, scales, strict=True):
             finite = p.takes(most, square)
@@ -168,6 +178,10 @@ class Eager:
         for p in self.parameters:
             if p.taken.phase.steps:
                 store_if(p.taken.finite, p.state, p.recipe.update_moments(p.state, p.taken.grad, p.taken.hyper))
+        for i, p in self._corrected.items():
+            if p.taken.phase.steps:
+                store_if(p.taken.finite, p.state, p.recipe.remembered_gradient(self._plain[i]))
+        self._plain = {}
         observe_matrices([item for item in self._matrices if item.phase.steps])
         self._batches = self._new_batches()
 

@@ -134,6 +134,17 @@ class Parameter:
         """The weight in fp32 (fp64 for fp64), with the bits that its dtype drops where they are kept."""
         return self.recipe.rounding.value(self.tensor, self.state)
 
+    def store(self, value: Tensor) -> None:
+        """Makes this the weight, of which it has what lies here, rounded as the step rounds it: the bits that are kept
+        are its bits.
+        """
+        place = (self.group, self.index, len(self.pieces))  # of none of its pieces
+        wide = value.to(torch.promote_types(self.source.dtype, torch.float32))
+        stored, remainder = self.recipe.rounding.store(wide, self.source.dtype, self.state.get("step"), place)
+        self.tensor.copy_(stored)
+        for key, t in remainder.items():
+            self.state[key].copy_(t)
+
     def takes(self, largest: Tensor, square: Tensor) -> Tensor:
         """0-d bool: whether this gradient leaves a finite state, of factors those that are here; see `Recipe.takes`."""
         names = [self.recipe.names(number) for number, piece in enumerate(self.pieces_here) if piece.batch]

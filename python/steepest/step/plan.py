@@ -24,8 +24,9 @@ from ..recipe import Recipe
 from .coupling import Coupling, Directed
 from .eager import Eager
 from .fused import Fused
-from .parameter import Matrices, Parameter
+from .parameter import Matrices, Parameter, store_if
 from .program import program
+from .retraction import retract
 from .warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -107,6 +108,10 @@ class Plan:
     ) -> None:
         self.parameters = parameters
         self.recipes: set[Recipe] = {p.recipe for p in parameters}
+        #: those whose iterates are averaged
+        self.averaged = [p for p in parameters if p.recipe.average is not None]
+        self._before: list[Tensor] = []
+        self._constrained = [p for p in parameters if p.recipe.constraint is not None]
         self._devices = list(dict.fromkeys(p.source.device for p in parameters))
         by_torch: dict[object, list[Parameter]] = {}
         fused: dict[tuple[torch.device, str, int, object], list[tuple[Parameter, Program]]] = {}
@@ -135,6 +140,7 @@ class Plan:
     def step(self, hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED, coupling: Coupling | None = None) -> None:
         """One step in place; hypers[i] are the numbers of group i. Gradients are read from the parameters."""
         scalings = {device: scaling_on(scaling, device) for device in self._devices}
+        self._before = [_value_before(p) for p in self.averaged]
         for executor in self.executors:
             executor.decide(hypers, scalings)
         for executor in self.executors:
@@ -149,6 +155,19 @@ class Plan:
                     coupling.moving(executor, batch, directed)
                 executor.apply(batch, directed)
             executor.finish()
+        if self._constrained:
+            retract(self._constrained)
+
+    def take_averages(self, hypers: Sequence[Hyper]) -> None:
+        """The averages take the weights that have moved since `step` began, of those whose step was taken."""
+        for p, before in zip(self.averaged, self._before, strict=True):
+            assert p.recipe.average is not None
+            after = p.value()
+            value, fresh = p.recipe.average.observe(p.state, before, after, hypers[p.group])
+            if p.recipe.average.moves:
+                p.store(torch.where(p.stepped, value, after))
+            store_if(p.stepped, p.state, fresh)
+        self._before = []
 
     def directed(self, executor: Executor, batch: Any, *, measure: bool) -> Directed:
         """The directions of a batch; measure: with their inner products."""
@@ -254,6 +273,13 @@ def _reduce(sums: Sequence[dict[str, Tensor]], ranks: Ranks) -> None:
         ranks.sum_parts(total)
         for (each, name), t in zip(entries, total.unbind(), strict=True):
             each[name] = t
+
+
+def _value_before(p: Parameter) -> Tensor:
+    """The weight as it is now, of which an average that moves it asks once it is another one."""
+    assert p.recipe.average is not None
+    value = p.value()
+    return value.clone() if p.recipe.average.moves and value.dtype == p.tensor.dtype else value
 
 
 def _norms(sums: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

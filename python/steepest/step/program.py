@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..ops.program import Power, Program
-from ..parts import Diagonal, Direction, Frobenius, Identity, Kronecker, Sign
+from ..parts import Diagonal, Direction, Frobenius, Identity, Sign
 from ..parts.product_norm import Box
 from ..recipe import Recipe
 
@@ -18,7 +18,8 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
     """The recipe as the fused ops take it, or the reason why they do not.
 
     coupled: layers wait for one another, so that no op may take the whole step. With Kronecker factors or transforms of
-    the update the program is of what lies around those: momentum before, decay and rounding after.
+    the update the program is of what lies around those: momentum before, decay and rounding after. Transforms come
+    after the division by D, and then it is theirs too, with the second moment.
     """
     momentum, precondition = recipe.momentum, recipe.precondition
     if momentum is None:
@@ -27,6 +28,8 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         return "what the momentum reads has a rate of its own"
     if recipe.reads_weight:
         return "the direction depends on the weight itself"
+    if recipe.corrects_gradient:
+        return "the gradient is corrected before anything takes it"
     if not recipe.decay.fused:
         return f"{type(recipe.decay).__name__} is not a formula of the fused ops"
     around = Program(
@@ -38,9 +41,10 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         maximize=maximize,
         start_first=momentum.start == "first",
         decay_after=recipe.decay.after,
-        decay_scaled=recipe.decay.scaled,
+        decay_scaled=recipe.decay.scaled and recipe.decay.method == "decoupled",
+        decay_independent=recipe.decay.method == "independent",
     )
-    if recipe.by_matrix and isinstance(precondition, Kronecker | Diagonal | Identity):
+    if recipe.by_matrix:
         return around
     if isinstance(precondition, Diagonal):
         power = _POWERS.get(precondition.power)

@@ -3,15 +3,15 @@
     parts of momenta here  >  whole momenta of what this rank owns  >  directions, updates  >  parts of updates here
 
 Both executors do the elementwise work on the parts. A recipe that measures gradients of matrices, for Kronecker factors
-or a transform of the update, also needs whole gradients, and of transforms that keep elementwise state whole tensors of
-that, which travel likewise.
+or a transform of the update, also needs whole gradients, and of what keeps elementwise state, transforms and the
+preconditioner before them, whole tensors of that, which travel likewise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, reduce
-from itertools import accumulate
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ class SharedMatrices:
         return self.exchange.to_owners(self.packed(values, wide)).split(self.counts)
 
     def _fetch_elementwise(self) -> None:
-        for key in self._elementwise_keys():
+        for key in self._fetched_keys():
             whole = self.exchange.to_owners(self.packed([part.state[key] for part in self.parts], self._wide))
             for item, t in zip(self.owned, whole.split(self.counts), strict=True):
                 item.state[key] = t
@@ -123,6 +123,11 @@ class SharedMatrices:
         """State of transforms that has the parameter's shape."""
         specs = [spec for transform in self.recipe.transforms for spec in transform.specs]
         return [spec.key for spec in specs if spec.layout == "elementwise"]
+
+    def _fetched_keys(self) -> list[str]:
+        """Those, and that of an elementwise preconditioner, which the parts here update."""
+        second = self.recipe.precondition.keys if self.recipe.kronecker is None else ()
+        return [*second, *self._elementwise_keys()]
 
     @property
     def _wide(self) -> torch.dtype:
@@ -143,11 +148,13 @@ class SharedMatrices:
         updates, remembered = [d.new_empty((0, *self.exchange.shape), dtype=dtype)], []
         rows = zip(self.owned, d.split(self.sizes), self._momenta.split(self.counts), strict=True)
         for item, of_item, m in rows:
-            u, fresh = self.recipe.update(item.state, of_item, m, item.parameter.taken.hyper)
+            u, fresh = self.recipe.update(item.state, of_item, m, item.parameter.taken.hyper, item.received)
             item.keep({key: t for key, t in fresh.items() if key not in self._elementwise_keys()})
             updates.append(u.to(dtype))
             remembered.append(fresh)
         self._return_elementwise(remembered)
+        for item, key in product(self.owned, self._fetched_keys()):
+            del item.state[key]
         self._momenta = torch.empty(0)
         return self.split(self.exchange.from_owners(torch.cat(updates)))
 
@@ -158,8 +165,6 @@ class SharedMatrices:
             sent = torch.cat([none, *(t.to(self._wide) for t in whole)])
             for part, t in zip(self.parts, self.split(self.exchange.from_owners(sent)), strict=True):
                 part.keep({key: t})
-            for item in self.owned:
-                del item.state[key]
 
     # ---- numbers of matrices ----------------------------------------------------------------------------------------
 

@@ -166,10 +166,10 @@ def _emerging(group: Group, states: list[State]) -> Iterator[Part]:
         )
     _want(group, ("lr", "weight_decay", "momentum_beta", "use_nesterov"))
     decoupled = group.get("use_decoupled_wd", group.get("use_decoupled_weight_decay"))
-    if group["weight_decay"] and (not decoupled or group.get("use_independent_wd")):
-        raise ValueError("a group's weight decay is coupled, or without the learning rate: there is no such rule here")
+    method = "independent" if group.get("use_independent_wd") else "decoupled" if decoupled else "l2"
     values = {**group, "momentum": group["momentum_beta"], "nesterov": group["use_nesterov"]}
-    yield _muon(values, states, ("lr", "weight_decay", "momentum", "nesterov"))
+    values["weight_decay_method"] = method if group["weight_decay"] else "decoupled"
+    yield _muon(values, states, ("lr", "weight_decay", "momentum", "nesterov", "weight_decay_method"))
 
 
 # ---- HeavyBall's SOAP ------------------------------------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 import torch
 
 from ..linalg.basis import Method
-from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer, Params
-from ..optimizer.group_options import Group, adam_hyper
+from ..optimizer.group_options import Group, adam_hyper, decay_of
 from ..parts import (
     ClipRMS,
     Decay,
@@ -28,9 +27,6 @@ from ..parts import (
 )
 from ..parts.precondition.kronecker import Kronecker
 from ..recipe import Recipe
-from ..sharding.local import local_tensor
-from ..state_layout import Layout
-from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, normalization, polar_of, recipe_of
 
 if TYPE_CHECKING:
@@ -39,8 +35,6 @@ if TYPE_CHECKING:
 INVERSE_ROOTS = ("basis", "newton")
 FIRST_STEPS = ("skip", "move")
 NORMS = ("frobenius", "spectral", "sign")
-# State of SPlus: the average that began at zero, its total weight, and the weights while the average is in their place.
-AVERAGE, MASS, WEIGHTS = "average", "average_mass", "weights"
 
 
 class Bases(TypedDict, total=False):
@@ -126,7 +120,7 @@ class KroneckerOptimizer(MatrixOptimizer):
 
     def decay(self, group: Group, *, scaled: bool = False) -> Decay:
         """The weight decay, after the update where the authors have it there."""
-        return Decay(cautious=group["cautious_wd"], after=group["parity"] is not None, scaled=scaled)
+        return decay_of(group, after=group["parity"] is not None, scaled=scaled)
 
     def _direction(self, norm: str, group: Group) -> Direction:
         if norm == "spectral":
@@ -427,7 +421,7 @@ class SPlus(KroneckerOptimizer):
     The bases are those of the last refresh, at step 1 the identity; lr' = 2 lr / (m + n). `eval()` puts the average, of
     every parameter, in place of the weights, `train()` the weights back; a step in between is refused.
 
-    lr: .1 is the authors'.   average_rate: of the iterates; 0: no average is kept.   Other arguments as in `SOAP`.
+    lr: .1 is the authors'.   average_rate: what `average` is elsewhere; 0: no average is kept.   Others as in `SOAP`.
     parity="authors": weight decay follows the update (their average takes the weights between the two, ours after both:
     it is smaller by a factor 1 - lr' weight_decay). With identity bases it is signum. Source: arXiv:2506.07254.
     """
@@ -439,7 +433,6 @@ class SPlus(KroneckerOptimizer):
             "refresh": "eigh",
         }
     )
-    _kept: ClassVar[dict[str, Layout | None]] = {AVERAGE: "elementwise", MASS: "scalar", WEIGHTS: "elementwise"}
     _norm = "sign"
     _ratio = "splus"
     _parities = (None, "authors")
@@ -465,51 +458,10 @@ class SPlus(KroneckerOptimizer):
             "decay": self.decay(group, scaled=True),
         }
 
-    def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
-        """The averages take the weights that were stepped."""
-        if self._averaged():
-            raise RuntimeError("the weights are averages since eval(); call train() before the next step")
-        super()._take_step(scaling, loss)
-        self._start_averages()
-        assert self._plan is not None
-        for p in self._plan.parameters:
-            rate, state = self.param_groups[p.group]["average_rate"], p.state
-            if rate:
-                weight = p.stepped.to(torch.float64) * (1 - rate)
-                state[AVERAGE].lerp_(p.value().to(state[AVERAGE].dtype), weight.to(state[AVERAGE].dtype))
-                state[MASS].lerp_(torch.ones_like(weight), weight)
-
-    @in_default_modes
-    def init_state(self) -> None:
-        """Creates the state as `MatrixOptimizer.init_state` does, and the averages."""
-        super().init_state()
-        self._start_averages()
-
-    def _start_averages(self) -> None:
-        """Averages of no iterate yet, for every parameter that has a state and none."""
-        for group in self.param_groups:
-            for p in group["params"] if group["average_rate"] else ():
-                state = self.state.get(p)
-                if state and AVERAGE not in state:
-                    state[AVERAGE] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-                    state[MASS] = torch.zeros((), dtype=torch.float64, device=p.device)
-
-    @in_default_modes
-    def eval(self) -> None:
-        """Puts the averages of the iterates in place of the weights, which are kept in the state."""
-        for p in self.state:
-            state, here = self._state_here(p), local_tensor(p)
-            if AVERAGE in state and WEIGHTS not in state:
-                state[WEIGHTS] = p.clone()
-                average, mass = state[AVERAGE], state[MASS].to(state[AVERAGE].dtype)
-                here.copy_(torch.where(mass > 0, average / mass, here.to(average.dtype)))
-
-    @in_default_modes
-    def train(self) -> None:
-        """Puts the weights back."""
-        for p, state in self.state.items():
-            if WEIGHTS in state:
-                p.copy_(state.pop(WEIGHTS))
-
-    def _averaged(self) -> bool:
-        return any(WEIGHTS in state for state in self.state.values())
+    def _check_values(self, group: Group) -> None:
+        if group["average"] is not None and group["average_rate"]:
+            raise ValueError(
+                f"average={group['average']!r} and average_rate={group['average_rate']} are two answers to one "
+                "question: choose one of them, average_rate=0 or average=None"
+            )
+        super()._check_values(group)

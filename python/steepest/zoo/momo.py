@@ -17,7 +17,14 @@ from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer
-from ..optimizer.group_options import Group, number
+from ..optimizer.group_options import (
+    Group,
+    number,
+    refuse_cautious_update,
+    refuse_decay_methods,
+    refuse_schedule_free,
+    refuse_variance_reduction,
+)
 from ..optimizer.option_types import check_option
 from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
@@ -322,6 +329,13 @@ class Momo(MatrixOptimizer):
                 f"{type(self).__name__} couples steps along a direction of the momentum, and grafts, momentum of "
                 "updates and decay inside the model take other ones"
             )
+
+    def _check_weight_options(self, group: Group) -> None:
+        refuse_cautious_update(group, "it couples layers by steps along their whole directions")
+        if self.lower_bound is not None:
+            refuse_schedule_free(group, "Momo's model of the loss is of steps from the weights themselves")
+            refuse_variance_reduction(group, "Momo's model of the loss is of its gradients")
+            refuse_decay_methods(group, "Momo's model of the loss knows no penalty", "l2")
 
     def _forget_plans(self) -> None:
         super()._forget_plans()

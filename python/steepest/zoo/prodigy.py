@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import Params
-from ..optimizer.group_options import Group
+from ..optimizer.group_options import Group, refuse_constraint, refuse_schedule_free, refuse_variance_reduction
 from ..optimizer.option_types import BELOW_ONE, check_option
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
@@ -119,6 +119,12 @@ class ProdigyMuon(ProductNormOptimizer):
         """Whether the weight's dtype drops bits that nobody keeps."""
         mode = self._recipe(group).rounding.mode
         return p.dtype == torch.float16 or (p.dtype == torch.bfloat16 and mode != "mantissa")
+
+    def _check_weight_options(self, group: Group) -> None:
+        super()._check_weight_options(group)
+        refuse_variance_reduction(group, "ProdigyMuon's step size is of gradients as they are")
+        refuse_constraint(group, "ProdigyMuon measures how far steps lead from the start")
+        refuse_schedule_free(group, "ProdigyMuon measures how far the weights themselves are from their start")
 
     def _check_shards(self, group: Group) -> None:
         super()._check_shards(group)

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from ..optimizer import Params
-from ..optimizer.group_options import Group, number, parameter_name
+from ..optimizer.group_options import (
+    Group,
+    number,
+    parameter_name,
+    refuse_cautious_update,
+    refuse_constraint,
+    refuse_decay_methods,
+    refuse_schedule_free,
+)
 from ..optimizer.option_types import BELOW_ONE, OptionType, check_option
 from ..parts import Columns, Direction, Hyper, Identity, Momentum, Number, Rows, Sign, shape_ratio
 from ..recipe import Recipe
@@ -110,6 +118,8 @@ class Scion(VectorOptimizer):
     def hyper(self, group: Group) -> Hyper:
         lr, decay, beta = map(number, (group["lr"], group["weight_decay"], group["momentum"]))
         reach = group["radius"] / _taps(group) ** 0.5
+        if group["weight_decay_method"] != "decoupled":  # which no learning rate multiplies
+            return Hyper(lr * reach, decay, beta)
         return Hyper(lr * reach, (decay + 1.0 if group["constrained"] else decay) / reach, beta)
 
     @in_default_modes
@@ -131,6 +141,13 @@ class Scion(VectorOptimizer):
         if group["norm"] not in NORMS:
             raise ValueError(f"norm {group['norm']!r} is not known; use one of {', '.join(NORMS)}")
         super()._check_values(group)
+
+    def _check_weight_options(self, group: Group) -> None:
+        if group["use_muon"] and group["constrained"]:
+            refuse_schedule_free(group, "its decay keeps no iterate in Scion's ball: constrained=False")
+            refuse_constraint(group, "Scion has its ball: constrained=False")
+            refuse_cautious_update(group, "an update that is made longer leaves Scion's ball: constrained=False")
+            refuse_decay_methods(group, "the decay is Scion's constraint", "independent", "l2")
 
     def _check_group(self, group: Group, *, routed: bool) -> None:
         super()._check_group(group, routed=routed)

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 
 from ..linalg.coefficients import schedule
-from ..optimizer.group_options import Group, finish, read_switches
+from ..optimizer.group_options import Group, constraint_of, finish, read_switches
 from ..optimizer.option_types import POLAR, check_option
 from ..parts import Normalize, Number, Spectral
 from ..recipe import Recipe
@@ -23,9 +23,18 @@ class Extras(TypedDict, total=False):
 
     num_heads, split_sizes, batch_dims, transposed: how fused or stacked weights, and those that are stored in x out,
         are read as matrices; see `steepest.matrices`.
+    weight_decay_method: "decoupled"; "independent", of the learning rate; or "l2", in the gradient; see
+        `steepest.parts.decay`. l2 goes by torch operations.
     cautious_wd: decay only where it agrees with the update.      maximize: ascend.
+    cautious_update: step only entries that agree with the gradient; see `steepest.parts.cautious`.
     momentum_dtype: dtype of the momentum (None: the gradient's). stochastic_rounding: of bf16 parameters.
     keep_mantissa: of bf16 parameters, the 16 bits that bf16 drops are kept as state, as if they were fp32.
+    average: of the iterates, for `eval()`: a number in (0, 1), the decay rate of an exponential moving average, or
+        "schedule_free"; see `steepest.parts.average` and docs/weights.md. None: none is kept.
+    schedule_free_beta: where between the iterate (0) and its average (1) gradients are taken with "schedule_free".
+    constraint: of matrices, "frobenius" or "spectral": every one keeps this norm; see `steepest.parts.sphere`. It has
+        no weight decay then. Not of AdamW groups.   None: no constraint.
+    variance_reduction: gamma of MARS, .025 in its paper; see `steepest.parts.variance_reduction`. None: none.
     capturable: lr and weight_decay become tensors on the device, so that a step can be captured in a CUDA graph;
         schedulers fill them in place. `steepest.graphed` captures a whole step.
     backend: "auto", "cuda", "triton", "cpu" or "torch", of everything elementwise.
@@ -49,11 +58,17 @@ class Extras(TypedDict, total=False):
     split_sizes: Sequence[int] | None
     batch_dims: int | None
     transposed: bool
+    weight_decay_method: str
     cautious_wd: bool
+    cautious_update: bool
     maximize: bool
     momentum_dtype: torch.dtype | None
     stochastic_rounding: bool
     keep_mantissa: bool
+    average: float | str | None
+    schedule_free_beta: float
+    constraint: str | None
+    variance_reduction: float | None
     capturable: bool
     backend: str
     max_workspace_bytes: int
@@ -73,11 +88,17 @@ EXTRAS = Extras(
     split_sizes=None,
     batch_dims=None,
     transposed=False,
+    weight_decay_method="decoupled",
     cautious_wd=False,
+    cautious_update=False,
     maximize=False,
     momentum_dtype=None,
     stochastic_rounding=False,
     keep_mantissa=False,
+    average=None,
+    schedule_free_beta=0.9,
+    constraint=None,
+    variance_reduction=None,
     capturable=False,
     backend="auto",
     max_workspace_bytes=1 << 30,
@@ -107,7 +128,10 @@ def defaults_of(name: str, options: Group, extra: Extras) -> tuple[Group, Group]
 
 def recipe_of(group: Group, *, kind: type[Recipe] = Recipe, ratio: str = "original", **parts: Any) -> Recipe:
     """A recipe from a method's parts and the group values all methods share; ratio: what adjust_lr_fn=None means."""
-    return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **{**finish(group), **parts})
+    shared = finish(group)
+    transforms = (*parts.pop("transforms", ()), *shared["transforms"])
+    shared |= {**parts, "transforms": transforms, "constraint": constraint_of(group)}
+    return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **shared)
 
 
 def normalization(group: Group) -> tuple[Normalize, ...]:

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from ..matrices import LAYOUT_KEYS
 from ..optimizer import MatrixOptimizer, Params
-from ..optimizer.group_options import Group, number
+from ..optimizer.group_options import (
+    Group,
+    number,
+    refuse_cautious_update,
+    refuse_constraint,
+    refuse_decay_methods,
+    refuse_schedule_free,
+    refuse_variance_reduction,
+)
 from ..optimizer.option_types import BELOW_ONE, OptionType
 from ..parts import (
     Columns,
@@ -135,6 +143,7 @@ def _no_decay(group: Group) -> Decay:
 def _plain(group: Group, decay: Decay) -> Decay:
     if group["cautious_wd"]:
         raise ValueError("decay inside the model and relative steps leave no decay to be cautious, after or scaled")
+    refuse_decay_methods(group, "decay is inside the model, or there is none", "independent", "l2")
     return decay
 
 
@@ -204,6 +213,11 @@ class TrustRegion(VectorOptimizer):
 
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
+
+    def _check_weight_options(self, group: Group) -> None:
+        if group["use_muon"]:
+            refuse_cautious_update(group, "an update that is made longer leaves the trust region")
+            refuse_schedule_free(group, "the trust region is around the weights themselves")
 
     def _check_values(self, group: Group) -> None:
         if group["norm"] not in NORMS:
@@ -308,6 +322,13 @@ class NIGT(MomentumOptimizer):
             self.state[p][WEIGHTS].copy_(p)  # as it was where no step was taken
             here.copy_(torch.where(stepped[p], further.to(p.dtype), x))
 
+    def _check_weight_options(self, group: Group) -> None:
+        if group["average"] is not None:
+            raise ValueError(f"NIGT has eval() and train() of its own: leave out average={group['average']!r}")
+        if group["use_muon"]:
+            refuse_variance_reduction(group, "NIGT has one of its own")
+            refuse_decay_methods(group, "NIGT's gradients are of a point ahead of the weights", "l2")
+
     def _iterate(self, stored: Tensor, p: Tensor, group: Group) -> Tensor:
         """W with the bits that its dtype drops, where they are kept."""
         return self._recipe(group).rounding.value(stored, self._state_here(p))
@@ -360,6 +381,11 @@ class Fromage(VectorOptimizer):
 
     def hyper(self, group: Group) -> Hyper:
         return Hyper(number(group["lr"]), beta1=0.0)
+
+    def _check_weight_options(self, group: Group) -> None:
+        if group["use_muon"]:
+            refuse_constraint(group, "Fromage has a rule of its own for norms")
+            refuse_schedule_free(group, "a step of Fromage is as long as the weights themselves")
 
     def _check_values(self, group: Group) -> None:
         taken = [key for key in LAYOUT_KEYS[1:] if group[key] not in (None, 0, 1)]

@@ -76,7 +76,7 @@ CASES = (
     Case(MUADAM, (F, F, F, H, F), (16, 9), nan=True),
     Case(ADAMW, (F, F, F, F, F), (16, 8), largest=0.1),
     Case(FIRST, (F, F, F, H, F), (16, 9), step=1),
-    Case(replace(MUADAM, frozen_moments=True), (F, F, F, H, F), (16, 9)),
+    Case(replace(MUADAM, frozen_moments=True, decay_independent=True), (F, F, F, H, F), (16, 9)),
     Case(Program(), (F, F, F, H, F), (8,), count=300),
 )
 # One thread's worth of elements: several would wait for one another longer than they work.
@@ -278,7 +278,8 @@ class _Work:
         length = length * (lr * RATIO)
         u = u * length
         kept = torch.where(u * w >= 0, w, 0.0) if p.cautious else w - u if p.decay_after else w
-        moved = w - lr * decay * (RATIO if p.decay_scaled else 1.0) * kept - u
+        decay *= 1.0 if p.decay_independent else lr
+        moved = w - decay * (RATIO if p.decay_scaled else 1.0) * kept - u
         self._expect_rounded("parameter", self.weight(), moved, terms * length + w.abs(), self.case.types[4])
         for column, t in {"momentum_sq": m, "param_sq": moved, "update_sq": u}.items():
             wanted = t.square().reshape(len(columns[column]), -1).sum(-1)

@@ -1,0 +1,52 @@
+"""Averages of the iterates in the place of the weights: `eval` and `train` of an optimizer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..sharding.local import local_tensor
+from ..state_layout import Layout
+from ..step.modes import in_default_modes
+from .checkpoints import Checkpoints
+from .group_options import average_of
+
+__all__ = ["Averages"]
+
+# State of a parameter while its average is in its place: the weight.
+WEIGHTS = "weights"
+
+
+class Averages(Checkpoints):
+    """Groups whose iterates may be averaged, with checkpoints."""
+
+    _kept: ClassVar[dict[str, Layout | None]] = {WEIGHTS: "elementwise"}
+
+    @in_default_modes
+    def eval(self) -> None:
+        """Puts the averages of the iterates in place of the weights, which are kept in the state, where a group says
+        `average`. Nothing else changes, and a second call does nothing.
+        """
+        for group in self.param_groups:
+            average = self._recipe(group).average
+            if average is None:
+                continue
+            for p in group["params"]:
+                if not self.state.get(p) or WEIGHTS in self.state[p]:
+                    continue
+                state, here = self._state_here(p), local_tensor(p)
+                value = self._recipe(group).rounding.value(here, state)
+                self.state[p][WEIGHTS] = p.detach().clone()
+                here.copy_(average.evaluated(state, value))
+
+    @in_default_modes
+    def train(self) -> None:
+        """Puts the weights back where `eval` has taken them away."""
+        for p, state in self.state.items():
+            if WEIGHTS in state:
+                p.copy_(state.pop(WEIGHTS))
+
+    def _refuse_averages(self) -> None:
+        """RuntimeError for a step while averages are in the place of the weights."""
+        averages = any(average_of(group) is not None for group in self.param_groups)
+        if averages and any(WEIGHTS in state for state in self.state.values()):
+            raise RuntimeError("the weights are averages since eval(); call train() before the next step")

@@ -1,0 +1,85 @@
+"""Weights that stay on spheres: what is measured of their matrices, and how they are put back.
+
+Of sharded parameters every rank has the numbers of all matrices. Sums of squares are those of the shards, added up; a
+largest singular value is of whole matrices, for which the parameter is gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..matrices import Piece
+from ..sharding.local import whole_tensor
+from .parameter import LocalMatrices, Matrices, Parameter
+
+__all__ = ["norms_of", "retract"]
+
+
+def retract(parameters: Sequence[Parameter]) -> None:
+    """Puts the matrices of these weights back on their spheres, of those whose step was taken."""
+    for p, norms in zip(parameters, norms_of(parameters), strict=True):
+        sphere = p.recipe.constraint
+        assert sphere is not None
+        value, scales = p.value(), sphere.scales(p.state[sphere.key], norms)
+        scaled = value.clone()
+        for item in p.local_matrices():
+            part = item.piece.view(scaled)
+            of_item = scales[_numbers(item)].to(part.dtype).view(-1, 1, 1)
+            part.copy_((part.reshape(item.piece.shape) * of_item).reshape(part.shape))
+        p.store(torch.where(p.stepped, scaled, value))
+
+
+def norms_of(parameters: Sequence[Parameter]) -> list[Tensor]:
+    """The norms of the matrices of every parameter, (matrices,) fp64, in the norm of its constraint."""
+    measured = [_spectral(p) if _norm(p) == "spectral" else _squares(p) for p in parameters]
+    shared: dict[Any, list[int]] = {}
+    for i, p in enumerate(parameters):
+        if p.ranks is not None and _norm(p) != "spectral":
+            shared.setdefault(p.ranks, []).append(i)
+    for ranks, some in shared.items():
+        sums = torch.cat([measured[i] for i in some])
+        ranks.sum_parts(sums)
+        for i, of_parameter in zip(some, sums.split([len(measured[i]) for i in some]), strict=True):
+            measured[i] = of_parameter
+    return [m if _norm(p) == "spectral" else m.sqrt() for p, m in zip(parameters, measured, strict=True)]
+
+
+def _norm(p: Parameter) -> str:
+    assert p.recipe.constraint is not None
+    return p.recipe.constraint.norm
+
+
+def _squares(p: Parameter) -> Tensor:
+    """Sums of squares of what lies here of every matrix."""
+    sums = torch.zeros(sum(piece.batch for piece in p.pieces), dtype=torch.float64, device=p.tensor.device)
+    value, sphere = p.value(), p.recipe.constraint
+    assert sphere is not None
+    for item in p.local_matrices():
+        sums[_numbers(item)] = sphere.norms(item.piece.view(value).reshape(item.piece.shape)).square()
+    return sums
+
+
+def _spectral(p: Parameter) -> Tensor:
+    value, sphere = p.value(), p.recipe.constraint
+    assert sphere is not None
+    if p.sharding is not None:
+        from ..sharding.local_state import as_shard
+
+        value = whole_tensor(as_shard(value, p.sharding))
+    none = torch.zeros(0, dtype=torch.float64, device=value.device)
+    pieces: Sequence[Piece] = p.pieces if value.numel() else ()
+    return torch.cat([none, *(sphere.norms(piece.view(value).reshape(piece.shape)) for piece in pieces)])
+
+
+def _numbers(item: Matrices) -> slice:
+    """Which of the parameter's matrices these are."""
+    pieces = item.parameter.pieces
+    number = item.run.piece if isinstance(item, LocalMatrices) else item.number
+    first = sum(piece.batch for piece in pieces[:number])
+    if isinstance(item, LocalMatrices):
+        return slice(first + item.run.matrices.start, first + item.run.matrices.stop)
+    return slice(first, first + pieces[number].batch)

@@ -1,0 +1,126 @@
+"""Averages, kinds of decay, cautious updates and constraints of sharded parameters: as in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import steepest
+from distributed.test_fsdp_checkpoints import load_state, state_of
+from steepest.optimizer import MatrixOptimizer
+from support.processes import Processes
+from support.sharded import GPT, different, full, optimizer, shard, train
+from support.slow import slow
+from support.training import noise
+
+Weights = dict[str, Tensor]
+EMA: dict[str, Any] = {"average": 0.8}
+FREE: dict[str, Any] = {"average": "schedule_free"}
+INDEPENDENT: dict[str, Any] = {"weight_decay_method": "independent", "weight_decay": 0.01, "adamw_weight_decay": 0.01}
+L2: dict[str, Any] = {"weight_decay_method": "l2"}
+CAUTIOUS: dict[str, Any] = {"cautious_update": True}
+FROBENIUS: dict[str, Any] = {"constraint": "frobenius", "weight_decay": 0.0}
+REDUCED: dict[str, Any] = {"variance_reduction": 0.05}
+SPECTRAL: dict[str, Any] = {"constraint": "spectral", "weight_decay": 0.0}
+#: Their weights have the bits of one process.
+EXACT = [EMA, FREE, INDEPENDENT, slow(L2), slow({**EMA, "backend": "torch"}), slow({**FREE, "keep_mantissa": True})]
+#: Numbers of matrices are sums over ranks, or masks that a rounding can turn.
+NEAR = [FROBENIUS, SPECTRAL, CAUTIOUS, slow({**FROBENIUS, "backend": "torch"}), slow({**FROBENIUS, **EMA})]
+
+
+def noisy(model: nn.Module, step: int) -> None:
+    """Gradients that depend on no weight: no rounding of one becomes a step of AdamW."""
+    for i, p in enumerate(model.parameters()):
+        g = noise(tuple(p.shape), 1000 * (step + 1) + i)
+        p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+
+
+def trained(cls: type[MatrixOptimizer], sharded: bool, values: dict[str, Any]) -> tuple[Weights, Weights]:
+    """(the weights, what eval() shows)."""
+    model = shard(GPT()) if sharded else GPT()
+    made = optimizer(cls, model, **values)
+    train(model, made, range(4), noisy)
+    weights = full(model)
+    made.eval()
+    shown = full(model)
+    made.train()
+    assert not different(full(model), weights)
+    return weights, shown
+
+
+@pytest.mark.parametrize("values", EXACT, ids=str)
+@pytest.mark.parametrize("cls", [steepest.MuAdam, slow(steepest.SOAP)])
+def test_with_the_bits_of_one_process(processes: Processes, cls: type[MatrixOptimizer], values: dict[str, Any]) -> None:
+    [wanted] = processes.run(trained, cls, False, values, ranks=1)
+    for found in processes.run(trained, cls, True, values, ranks=2):
+        for some, others in zip(found, wanted, strict=True):
+            assert not different(some, others)
+
+
+@pytest.mark.parametrize("values", NEAR, ids=str)
+@pytest.mark.parametrize("cls", [steepest.Muon, slow(steepest.SOAP)])
+def test_within_rounding_of_one_process(
+    processes: Processes, cls: type[MatrixOptimizer], values: dict[str, Any]
+) -> None:
+    [(wanted, _)] = processes.run(trained, cls, False, values, ranks=1)
+    for found, _ in processes.run(trained, cls, True, values, ranks=3):
+        for name, t in found.items():
+            torch.testing.assert_close(t, wanted[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [steepest.Muon, slow(steepest.MuAdam)])
+def test_corrected_gradients_are_cut_by_the_norm_of_all_shards(
+    processes: Processes, cls: type[MatrixOptimizer]
+) -> None:
+    """Of classes without bases, which rounding would choose in null spaces."""
+    [(wanted, _)] = processes.run(trained, cls, False, REDUCED, ranks=1)
+    for found, _ in processes.run(trained, cls, True, REDUCED, ranks=3):
+        for name, t in found.items():
+            torch.testing.assert_close(t, wanted[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [FROBENIUS, slow(SPECTRAL)], ids=str)
+def test_norms_are_those_of_the_start(processes: Processes, values: dict[str, Any]) -> None:
+    start, order = full(GPT()), "fro" if values is FROBENIUS else 2
+    for weights, _ in processes.run(trained, steepest.Muon, True, values, ranks=3):
+        for name in ("blocks.0.up.weight", "blocks.1.proj.weight", "blocks.0.experts"):
+            found, wanted = (torch.linalg.matrix_norm(t[name], order) for t in (weights, start))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+
+
+def resumed(kind: str, number: int, folder: Path, values: dict[str, Any]) -> Weights:
+    """Loads what number - 1 has saved, trains on, saves; the weights at the end."""
+    model = shard(GPT()) if kind == "fsdp" else GPT()
+    made = optimizer(steepest.Muon, model, **values)
+    if number:
+        state = state_of(model, made)
+        dcp.load(state, checkpoint_id=folder / str(number - 1))
+        load_state(model, made, state)
+    train(model, made, range(2 * number, 2 * number + 2), noisy)
+    dcp.save(state_of(model, made), checkpoint_id=folder / str(number))
+    made.eval()
+    return full(model)
+
+
+def alone(values: dict[str, Any]) -> Weights:
+    model = GPT()
+    made = optimizer(steepest.Muon, model, **values)
+    train(model, made, range(4), noisy)
+    made.eval()
+    return full(model)
+
+
+@pytest.mark.parametrize("values", [FREE, {**EMA, **FROBENIUS}, slow(REDUCED), slow(SPECTRAL)], ids=str)
+def test_checkpoints_for_other_ranks(processes: Processes, values: dict[str, Any], tmp_path: Path) -> None:
+    [wanted] = processes.run(alone, values, ranks=1)
+    for number, (kind, ranks) in enumerate((("fsdp", 2), ("fsdp", 1))):
+        results = processes.run(resumed, kind, number, tmp_path, values, ranks=ranks)
+    for found in results:
+        for name, t in found.items():
+            torch.testing.assert_close(t, wanted[name], rtol=1e-3, atol=1e-4)
