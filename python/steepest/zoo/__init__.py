@@ -1,6 +1,8 @@
 """The named optimizers: a signature, an equation and a recipe each."""
 
+from .aion import AION
 from .hasd import hasd
+from .infinite_descent import infinite_descent
 from .kfac import KFAC
 from .kronecker import KLSOAP, SOAP, KLShampoo, OneSidedShampoo, Shampoo, SPlus
 from .momo import Momo
@@ -14,6 +16,7 @@ from .trust_region import NIGT, Fromage, OrthogonalSGDM, TrustRegion
 from .vector import MADGRAD, AdaGrad, Adam, AdamSANIA, NormalizedSGD, SignSGD
 
 __all__ = [
+    "AION",
     "KFAC",
     "KLSOAP",
     "MADGRAD",
@@ -42,5 +45,6 @@ __all__ = [
     "SignSGD",
     "TrustRegion",
     "hasd",
+    "infinite_descent",
     "scion_groups",
 ]
