@@ -143,6 +143,13 @@ def test_a_model_that_is_not_closed_is_refused_with_its_layer(name: str) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def with_nan() -> nn.Module:
+    model = steepest.AION(1)
+    with torch.no_grad():
+        model.omega.fill_(torch.nan)
+    return model
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nan in y": ({"y": torch.where(GRID > 2, torch.nan, WAVE)}, "y should be finite but 13 of its entries are not"),
     "inf in x": ({"x": torch.where(GRID > 2, torch.inf, GRID)}, "x should be finite but 13 of its entries are not"),
@@ -162,6 +169,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "tiny y": ({"y": WAVE * 1e-200}, "the squares of y should fit fp64 but their mean is 0e[+]00: rescale y"),
     "no steps": ({"max_iterations": 0}, "max_iterations should be at least 1 but is: 0"),
     "frozen": ({"model": steepest.AION(1).requires_grad_(False)}, "no parameter that requires a gradient"),
+    "nan in a parameter": ({"model": with_nan()}, "should be real and finite, but 'omega' is not: torch.float32"),
+    "TorchScript": ({"model": torch.jit.script(nn.Linear(4, 1))}, "RecursiveScriptModule at '' is a wrapper: give"),
+    "DataParallel": ({"model": nn.DataParallel(steepest.AION(1))}, "DataParallel at '' is a wrapper: give the module"),
     "inputs": ({"x": X}, r"x should have shape \(\.\.\., 1\) but has: \(40, 4\)"),
 }
 
@@ -186,6 +196,14 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
 def test_counts_of_an_aion_are_positive(counts: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="units, inputs and outputs should be at least 1 but are: "):
         steepest.AION(*counts)
+
+
+def test_gradients_may_be_off_where_it_is_called() -> None:
+    with torch.inference_mode():
+        model = steepest.AION(1)
+        assert steepest.infinite_descent(model, GRID, WAVE).iterations == 1
+    with torch.no_grad():
+        assert steepest.infinite_descent(nn.Linear(4, 1), X, Y).iterations == 1
 
 
 def test_what_was_not_reached_shows() -> None:
@@ -233,8 +251,8 @@ def test_poles_are_the_powers_of_a_recurrence() -> None:
     values = [1.0, 1.0]
     while len(values) < 20:
         values.append(values[-1] + values[-2])
-    found = poles(torch.tensor(values, dtype=torch.float64)[:, None], 2)
+    (found,) = poles(torch.tensor(values, dtype=torch.float64)[:, None], [2])
     assert sorted(found.real.tolist()) == pytest.approx([(1 - 5**0.5) / 2, (1 + 5**0.5) / 2], abs=1e-10)
-    z = exponents(GRID, WAVE[:, None], 4)
-    assert len(z) == 1
-    assert z[0].item() == pytest.approx(-1 + 4j, abs=1e-10)
+    for z in exponents(GRID, WAVE[:, None], [2, 4]):
+        assert len(z) == 1
+        assert z[0].item() == pytest.approx(-1 + 4j, abs=1e-10)

@@ -21,11 +21,12 @@ multiplied out these are the f above with exponents that share parts, which here
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-MOST_WINDOWED = 512  # the longest window, so that the SVD of windows is linear in the number of points
+MOST_WINDOWED = 256  # the longest window, so that the SVD of windows is linear in the number of points
 RANK = 1e-12  # singular values below this part of the largest are rounding
 
 
@@ -83,36 +84,36 @@ class AION(nn.Module):
         return f"units={self.units}, inputs={self.inputs}, outputs={self.outputs}"
 
 
-def poles(values: Tensor, order: int) -> Tensor:
-    """The rho of values[n] = sum_j a_j rho_j^n: at most `order` of them, complex128, with their conjugates.
+def poles(values: Tensor, orders: Sequence[int]) -> list[Tensor]:
+    """The rho of values[n] = sum_j a_j rho_j^n: at most so many of them, complex128, with conjugates, for each order.
 
-    values: (n, outputs), fp64, equidistant, with at least 2 * order numbers. Exact up to rounding where there are so
-    many powers in them, of a least-squares kind otherwise. Fewer than order where the values have a lower rank.
+    values: (n, outputs), fp64, equidistant, of at least twice the least order. Exact up to rounding where there are so
+    many powers in them, of a least-squares kind otherwise. Fewer than the order where the values have a lower rank.
     """
-    length = min(len(values) // 2, max(MOST_WINDOWED, 2 * order))
+    length = min(len(values) // 2, max(MOST_WINDOWED, *orders))
     windows = values.unfold(0, length + 1, 1).flatten(0, 1)
-    _, sizes, basis = torch.linalg.svd(windows, full_matrices=False)
-    order = min(order, length, int((sizes > RANK * sizes[0]).sum()))
-    v = basis[:order].mT
-    return torch.linalg.eigvals(torch.linalg.pinv(v[:-1]) @ v[1:])
+    _, sizes, basis = torch.linalg.svd(torch.linalg.qr(windows, mode="r").R, full_matrices=False)
+    rank = min(length, int((sizes > RANK * sizes[0]).sum()))
+    bases = [basis[: min(order, rank)].mT for order in orders]
+    return [torch.linalg.eigvals(torch.linalg.pinv(v[:-1]) @ v[1:]) for v in bases]
 
 
-def exponents(x: Tensor, values: Tensor, order: int) -> Tensor:
-    """z = alpha + i omega with omega >= 0, one of each conjugate pair, complex128, read off from `order` poles.
+def exponents(x: Tensor, values: Tensor, orders: Sequence[int]) -> list[Tensor]:
+    """z = alpha + i omega with omega >= 0, one of each conjugate pair, complex128, from so many poles for each order.
 
     x: (n,), values: (n, outputs), fp64, in any order. Values at the same x are averaged, and those at an x that is not
-    equidistant are interpolated linearly, which makes the answer a guess. Without omega to tell it from, an exponent is
-    between 0 and pi / h. Empty where there are fewer than two x.
+    equidistant are interpolated linearly, which makes the answer a guess. omega is at most pi / h. Empty where there
+    are fewer than two x, or only zeros.
     """
     x, values = _distinct(x, values)
     if len(x) < 2 or not values.any():
-        return x.new_zeros(0, dtype=torch.complex128)
+        return [x.new_zeros(0, dtype=torch.complex128) for _ in orders]
     spacing = grid_spacing(x)
     if spacing is None:
         spacing = float(x[-1] - x[0]) / (len(x) - 1)
         values = _interpolated(x, values, _grid(x))
-    z = poles(values / values.abs().max(), order).log() / spacing
-    return z[torch.isfinite(z.real) & (z.imag > -1e-9 * math.pi / spacing)]
+    found = [rho.log() / spacing for rho in poles(values / values.abs().max(), orders)]
+    return [z[torch.isfinite(z.real) & (z.imag > -1e-9 * math.pi / spacing)] for z in found]
 
 
 def grid_spacing(x: Tensor) -> float | None:

@@ -66,6 +66,8 @@ class Root(NamedTuple):
                 model.get_parameter(name).add_(step)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def infinite_descent(
     model: nn.Module, x: Tensor | tuple[Tensor, ...], y: Tensor, *, max_iterations: int = MOST_STEPS
 ) -> Root:
@@ -236,6 +238,12 @@ def _closed_problem(model: nn.Module, x: Tensor | tuple[Tensor, ...], y: Tensor)
     free = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not free:
         raise ValueError("the model has no parameter that requires a gradient: there is nothing to solve for")
+    for name, p in free.items():
+        if p.is_complex() or not torch.isfinite(p.detach()).all():
+            raise ValueError(f"free parameters should be real and finite, but {name!r} is not: {p.dtype}")
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)):
+            raise ValueError(f"{type(module).__name__} at {name!r} is a wrapper: give the module that it was made from")
     arguments = _arguments(model, x)
     tensors = {name: _double(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
     closure = Closure([tensors[name] for name in free], {module: name for name, module in model.named_modules()})
@@ -327,8 +335,9 @@ def _starts(problem: Problem) -> Iterator[tuple[Tensor, bool]]:
     if type(head) is AION and head.inputs == 1 and {"alpha", "omega"} & set(problem.keys):
         least = head.units * (1 + ("omega" in problem.keys))
         x, y = problem.arguments[0].reshape(-1), problem.y.reshape(-1, head.outputs)
-        for order in (least, 2 * least, 3 * least, head.units):  # under noise more poles tell the units from it
-            z = _strongest(exponents(x, y, order), x, y, head.units)
+        orders = (least, 2 * least, 3 * least, head.units)  # in noise, more poles tell the units from it
+        for guess in exponents(x, y, orders):
+            z = _strongest(guess, x, y, head.units)
             yield _with_exponents(problem, z), True
             if "omega" in problem.keys and bool((z.imag == 0).any()):  # where nothing depends on omega to first order
                 slow = torch.complex(z.real, torch.where(z.imag == 0, 1 / (x.max() - x.min()), z.imag))
