@@ -214,6 +214,7 @@ def test_what_was_not_reached_shows() -> None:
     torch.manual_seed(0)
     whole = steepest.infinite_descent(steepest.AION(2).double(), GRID, noise)
     assert whole.gradient_norm < 1e-10 < 1e-4 < short.gradient_norm
+    assert (whole.definite, short.definite) == (True, None)
 
 
 @pytest.mark.parametrize("dtype, within", [(torch.float32, 1e-6), (torch.bfloat16, 0.1)])

@@ -22,6 +22,7 @@ from steepest.zoo.infinite_descent import resummed_gradient
 from support.references import gap, gaussian
 
 X = np.linspace(0.0, 6.0, 64)
+NYQUIST = (-1.0) ** np.arange(64)
 Complex = NDArray[np.complex128]
 NAMES = ("alpha", "omega", "cosine", "sine")
 
@@ -216,8 +217,15 @@ def test_a_gap_in_the_grid_takes_a_few_newton_steps() -> None:
 
 @pytest.mark.parametrize(
     "y, k",
-    [(np.full_like(X, 3.0), 1), (np.zeros_like(X), 2), (signal(*units(1, 0)), 3), (np.exp(-X), 1), (X, 1)],
-    ids=["constant", "zero", "one unit of three", "real exponent", "a double root"],
+    [
+        (np.full_like(X, 3.0), 1),
+        (np.zeros_like(X), 2),
+        (signal(*units(1, 0)), 3),
+        (np.exp(-X), 1),
+        (X, 1),
+        (NYQUIST, 1),
+    ],
+    ids=["constant", "zero", "one unit of three", "real exponent", "a double root", "half a turn a sample"],
 )
 def test_what_the_data_do_not_determine_is_no_strict_minimum(y: NDArray[np.float64], k: int) -> None:
     root, model = solved(fresh(k), tensor(X), tensor(y))

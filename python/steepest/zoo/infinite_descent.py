@@ -41,7 +41,8 @@ from .closed import Call, Closure
 TOLERANCE = 1e-12  # of a gradient's entries, each relative to what it is for a residual like y along its derivative
 CONVERGED = 1e-8  # of the same: where rounding ended the steps before TOLERANCE, it is a root all the same
 EXACT = 1e-10  # a residual of this part of y is rounding: no other root is lower
-NEGLIGIBLE = 1e-7  # a parameter moves the output by this part of what its neighbours do: what it does is rounding
+NEGLIGIBLE = 1e-7  # a parameter moves the output by this part of what its like do: what it does is rounding
+LINEAR = -1
 MOST_STEPS = 100
 
 
@@ -49,9 +50,10 @@ class Root(NamedTuple):
     """Where the gradient is 0, as far as it was reached.
 
     delta: what to add to each free parameter, by name, fp64.   gradient_norm: Euclidean, of mean (f - y)^2 at theta +
-    delta over the free parameters, in fp64; large where nothing converged.   definite: True for a strict minimum, where
-    the Hessian's least eigenvalue is positive beyond rounding; False where it is negative beyond rounding, a saddle;
-    None where it is 0 to rounding, and the second derivative does not tell.   iterations: steps tried from all starts.
+    delta over the free parameters, in fp64; large where nothing converged.   iterations: steps tried from all starts.
+    definite: True for a strict minimum, where the Hessian's least eigenvalue is positive beyond rounding; False where
+    it is negative beyond rounding, a saddle; None where it is 0 to rounding, so that it does not tell, and where no
+    root was reached.
     """
 
     delta: dict[str, Tensor]
@@ -106,7 +108,8 @@ def infinite_descent(
         best = _newton(problem, slowest, max_iterations, False)
         steps += best.steps
     delta = problem.by_name(best.theta - problem.start)
-    return Root(delta, float(best.at.gradient.norm()), best.at.definite(problem.unit), steps)
+    definite = best.at.definite(problem.unit) if best.slope <= CONVERGED else None
+    return Root(delta, float(best.at.gradient.norm()), definite, steps)
 
 
 def resummed_gradient(model: nn.Module, x: Tensor | tuple[Tensor, ...], y: Tensor, delta: dict[str, Tensor]) -> Tensor:
@@ -120,7 +123,7 @@ def resummed_gradient(model: nn.Module, x: Tensor | tuple[Tensor, ...], y: Tenso
 class Derivatives:
     """gradient (p,) and hessian (p, p) of the loss; scale (p,), positive: rms of df/dtheta_i over the outputs.
 
-    Where that is next to nothing, NEGLIGIBLE of the largest in the same tensor, or 1.
+    Where that is next to nothing, NEGLIGIBLE of the largest of the same kind, or 1.
     """
 
     gradient: Tensor
@@ -150,8 +153,9 @@ class Derivatives:
 class Problem:
     """The loss of a closed module as a function of one fp64 vector, its free parameters.
 
-    names: those of the free parameters in the user's model; keys: in the module.  linear: (p,), True for what the
-    output is affine in, jointly.  unit: rms of y, of which residuals are a part; 1 if y is 0.
+    names: those of the free parameters in the user's model; keys: in the module.  kinds: (p,), equal for parameters of
+    the same unit, and LINEAR for what the output is affine in, jointly.  unit: rms of y, of which residuals are a part;
+    1 if y is 0.
     """
 
     module: nn.Module
@@ -161,8 +165,12 @@ class Problem:
     arguments: tuple[Tensor, ...]
     y: Tensor
     start: Tensor
-    linear: Tensor
+    kinds: Tensor
     unit: float
+
+    @property
+    def linear(self) -> Tensor:
+        return self.kinds == LINEAR
 
     def parts(self, theta: Tensor) -> list[Tensor]:
         shapes = [self.tensors[key].shape for key in self.keys]
@@ -191,8 +199,10 @@ class Problem:
         if not self.exact(float(r.square().mean())):  # of a residual that is rounding the curvature is, too
             second = hessian(lambda t: self.outputs(t) @ r)(theta)
             curved = curved + (second + second.mT) / 2
-        sizes = jacobian.square().mean(0).sqrt().split([self.tensors[key].numel() for key in self.keys])
-        scale = torch.cat([size.clamp(min=float(size.max()) * NEGLIGIBLE) for size in sizes])
+        scale = jacobian.square().mean(0).sqrt()
+        for kind in self.kinds.unique():
+            alike = self.kinds == kind
+            scale = torch.where(alike, scale.clamp(min=float(scale[alike].max()) * NEGLIGIBLE), scale)
         return Derivatives(2 / len(r) * (jacobian.mT @ r), 2 / len(r) * curved, torch.where(scale > 1e-150, scale, 1))
 
     def eliminated(self, theta: Tensor) -> Tensor:
@@ -256,11 +266,11 @@ def _closed_problem(model: nn.Module, x: Tensor | tuple[Tensor, ...], y: Tensor)
     keys = tuple(key for key, p in module.named_parameters() if p.requires_grad)
     tensors = {key: _double(t) for key, t in [*module.named_parameters(), *module.named_buffers()]}
     names = tuple(named[id(module.get_parameter(key))] for key in keys)
-    linear = torch.cat([_is_linear(module, key, tensors[key]) for key in keys])
     y = _targets(y, output)
-    _check_enough(module, arguments[0], y, len(linear))
+    kinds = torch.cat([torch.full((tensors[key].numel(),), _kind(module, keys, key), device=y.device) for key in keys])
+    _check_enough(module, arguments[0], y, len(kinds))
     start = torch.cat([tensors[key].flatten() for key in keys])
-    return Problem(module, tensors, keys, names, arguments, y, start, linear, float(y.square().mean().sqrt()) or 1.0)
+    return Problem(module, tensors, keys, names, arguments, y, start, kinds, float(y.square().mean().sqrt()) or 1.0)
 
 
 def _arguments(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -310,9 +320,11 @@ def _innermost(calls: list[Call], free: set[int], output: Tensor) -> tuple[nn.Mo
     return None
 
 
-def _is_linear(module: nn.Module, key: str, tensor: Tensor) -> Tensor:
-    linear = type(module) is AION and key in ("cosine", "sine")
-    return torch.full((tensor.numel(),), linear, device=tensor.device)
+def _kind(module: nn.Module, keys: tuple[str, ...], key: str) -> int:
+    """Parameters of one kind have one unit. LINEAR is AION's c: its exponents are the other kind there."""
+    if type(module) is not AION:
+        return keys.index(key)
+    return LINEAR if key in ("cosine", "sine") else 0
 
 
 def _check_enough(module: nn.Module, x: Tensor, y: Tensor, parameters: int) -> None:
