@@ -22,7 +22,7 @@ KRONECKER: tuple[type[MatrixOptimizer], ...] = (
     steepest.KLSOAP,
     steepest.SPlus,
 )
-#: The rest of the zoo, less hasd, Momo (a part of one) and KFAC, which wants a module.
+#: The rest of the zoo, less its functions, Momo (a part of one) and KFAC, which wants a module.
 RELATIVES: tuple[type[MatrixOptimizer], ...] = (
     steepest.SGD,
     steepest.NormalizedSGD,
