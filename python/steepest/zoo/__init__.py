@@ -1,5 +1,6 @@
 """The named optimizers: a signature, an equation and a recipe each."""
 
+from .arguments import list_arguments
 from .hasd import hasd
 from .kfac import KFAC
 from .kronecker import KLSOAP, SOAP, KLShampoo, OneSidedShampoo, Shampoo, SPlus
@@ -44,3 +45,5 @@ __all__ = [
     "hasd",
     "scion_groups",
 ]
+
+list_arguments(globals()[name] for name in __all__)

@@ -27,7 +27,7 @@ class MuAdam(MatrixOptimizer):
         loss multiplied by c wants lr multiplied by sqrt(c).
     betas: decay rates of the two averages.     eps: added to sqrt(v).
     polar: a preset of `steepest.polar` or a coefficient table.
-    adjust_lr_fn: as in `Muon`.                 extra: see `Extras`.
+    adjust_lr_fn: as in `Muon`.
 
     The authors' released code (the class TAIA) sets its step count back at every call, so that t = 1 for ever and D is
     larger by (1 - beta2)^-1/4: its lr is worth (1 - beta2)^(1/4) of ours, .18 for beta2 = .999.
