@@ -150,6 +150,7 @@ def works() -> None:
     assert ROOT not in Path(steepest.__file__).parents, steepest.__file__
     assert importlib.util.find_spec("steepest._C") is None
     assert steepest.backends()["cpu"][0]
+    assert "\n    max_workspace_bytes=" in (steepest.MuAdam.__doc__ or ""), "help lists no arguments"
     weights = [torch.nn.Parameter(torch.ones(8, 16)), torch.nn.Parameter(torch.ones(16))]
     optimizer = steepest.MuAdam([{"params": weights[:1]}, {"params": weights[1:], "use_muon": False}], adamw_lr=0.5)
     for weight in weights:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from support.training import EVERY, parameters
 
 CLASSES: tuple[type[MatrixOptimizer], ...] = (*EVERY, steepest.KFAC)
 KEYWORDS = {"Unpack[Extras]": Extras, "Unpack[BasesAndExtras]": BasesAndExtras, "Unpack[Coupling]": Coupling}
-LINE = re.compile(r"^ {8}(\w+)(?:=(.*?))? {2,}(\S.*)$", re.MULTILINE)
+LINE = re.compile(r"^ {4}(\w+)(?:=(.*?))? {2,}(\S.*)$", re.MULTILINE)
 
 
 def build(cls: type[MatrixOptimizer], **values: Any) -> MatrixOptimizer:
@@ -35,7 +37,7 @@ def refuses(cls: type[MatrixOptimizer], name: str) -> bool:
 
 def shown(cls: type[MatrixOptimizer]) -> dict[str, tuple[str, str]]:
     """(default, what it is) of every argument that the help lists."""
-    _, heading, listing = (cls.__doc__ or "").partition("\n    All arguments:\n")
+    _, heading, listing = (inspect.getdoc(cls) or "").partition("\nAll arguments:\n")
     assert heading, f"{cls.__name__} lists no arguments"
     return {name: (default, text) for name, default, text in LINE.findall(listing)}
 
@@ -74,6 +76,12 @@ def test_a_subclass_with_a_constructor_of_its_own_shows_its_own() -> None:
 
 def test_the_help_of_a_mixin_lists_what_it_adds() -> None:
     assert {"lower_bound", "stale_dual", "reduce_loss"} <= set(shown(steepest.Momo))
+
+
+def test_without_docstrings_there_is_no_help_and_all_else() -> None:
+    told = "from steepest import MuAdam as m; from inspect import signature as s; print(m.__doc__, 'maximize' in str(s(m)))"
+    done = subprocess.run([sys.executable, "-OO", "-c", told], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["None", "True"], done.stderr
 
 
 def test_dir_shows_the_public_names() -> None:

@@ -58,16 +58,20 @@ LINES: dict[str, str] = {
     "stale_dual": "dual norms are those of the step before; None: as the class has it",
     "reduce_loss": "the loss is averaged over all processes",
 }
-_NAMED = re.compile(r"^ {4}(\w+): (.+)$", re.MULTILINE)
+_NAMED = re.compile(r"^(\w+): (.+)$", re.MULTILINE)
 
 
 def list_arguments(exported: Iterable[Any]) -> None:
-    """Gives every optimizer among what is exported its whole signature, and its docstring a line for each argument."""
+    """Gives every optimizer among what is exported its whole signature, and its docstring a line for each argument.
+
+    Where Python has dropped docstrings (-OO) there is none to add to.
+    """
     for kind in exported:
         if isinstance(kind, type) and issubclass(kind, MatrixOptimizer):
             constructor: Any = kind.__init__
             constructor.__signature__ = whole_signature(kind)
-            kind.__doc__ = f"{(kind.__doc__ or '').rstrip()}\n\n    All arguments:\n\n{_listed(kind)}\n    "
+            if kind.__doc__:
+                kind.__doc__ = f"{inspect.cleandoc(kind.__doc__)}\n\nAll arguments:\n\n{_listed(kind)}\n"
 
 
 def whole_signature(kind: type[MatrixOptimizer]) -> inspect.Signature:
@@ -108,11 +112,11 @@ def _listed(kind: type[MatrixOptimizer]) -> str:
     if issubclass(kind, ProductNormOptimizer):
         lines |= _lines(Coupling)
     shown = {str(p.replace(annotation=p.empty)): lines[p.name] for p in _arguments(kind)}
-    return "\n".join(f"        {argument:{WIDTH}}  {line}" for argument, line in shown.items())
+    return "\n".join(f"    {argument:{WIDTH}}  {line}" for argument, line in shown.items())
 
 
 def _lines(keywords: Any) -> dict[str, str]:
-    return dict(_NAMED.findall(keywords.__doc__))
+    return dict(_NAMED.findall(inspect.cleandoc(keywords.__doc__)))  # Python 3.13 stores it without its margin
 
 
 def _arguments(kind: type[MatrixOptimizer]) -> list[inspect.Parameter]:
