@@ -306,6 +306,24 @@ def test_the_version_is_written_in_one_place() -> None:
     assert f"## {steepest.__version__} (" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_an_issue_comes_with_what_doctor_prints() -> None:
+    for name in ("bug", "slow"):
+        _, doctor, rest = (ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text().partition("id: doctor\n")
+        assert doctor
+        assert "`steepest doctor` prints" in rest
+        assert "required: true" in rest
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_what_the_host_reads_is_yaml(path: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    read = yaml.safe_load(path.read_text())
+    assert isinstance(read, dict)
+    for job in read.get("jobs", {}).values():
+        assert job["steps"]
+        assert job["runs-on"]
+
+
 def test_the_conda_recipe_reads_the_version() -> None:
     """The call in its head, as conda build makes it, and the requirements of pyproject.toml."""
     recipe = (ROOT / "conda" / "meta.yaml").read_text()
