@@ -1,5 +1,5 @@
 # make demo | test | test-quick | test-slow | test-all | test-kernels | test-integrations | check | check-torch | wheel
-# | bench | gpu | doctor | clean. Each sets up $(VENV) by itself; a second call starts at once.
+# | sdist | docs | bench | gpu | doctor | clean. Each sets up $(VENV) by itself; a second call starts at once.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -22,7 +22,8 @@ oldest_triton := build/triton-3.6/.ready
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-quick test-slow test-all test-kernels test-integrations check check-torch wheel bench gpu doctor clean same-python
+.PHONY: demo test test-quick test-slow test-all test-kernels test-integrations check check-torch wheel sdist docs bench gpu doctor \
+	clean same-python
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -91,6 +92,29 @@ wheel: $(VENV)/.torch $(VENV)/.cutlass $(VENV)/.release
 	$(bin)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(bin)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
 	$(bin)/python .ci/check_wheel.py dist/*.whl
+
+# The archive of the sources, into dist/, and a wheel out of it, without CUDA and away from this folder, to see that it can.
+sdist: $(VENV)/.torch $(VENV)/.release
+	rm -rf dist/*.tar.gz build/sdist
+	$(bin)/python -m build --sdist --no-isolation --outdir dist .
+	STEEPEST_CUDA=0 $(bin)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/sdist dist/*.tar.gz
+	$(bin)/python .ci/check_wheel.py dist/*.tar.gz build/sdist/*.whl
+	$(bin)/python -m twine check --strict dist/*.tar.gz build/sdist/*.whl
+
+# The site, into build/docs/html, from docs/, the docstrings and the notebooks. A link that leads nowhere is an error.
+site := build/docs
+docs: $(site)/.ready
+	$(site)/bin/python -m sphinx -W --keep-going -q -b html docs $(site)/html
+	@echo "== $(abspath $(site))/html/index.html"
+
+$(site)/.ready: $(VENV)/.torch pyproject.toml
+	@echo "== The site's generator, into $(site): downloads, then some seconds"
+	$(PYTHON) -m venv $(site)
+	$(site)/bin/python -m pip install --quiet --upgrade pip
+	$(site)/bin/python -m pip install --quiet --group docs
+	echo "$$($(bin)/python -c 'import torch; print(torch.__path__[0].rpartition("/")[0])')" > \
+	"$$($(site)/bin/python -c 'import site; print(site.getsitepackages()[0])')/torch.pth"
+	touch $@
 
 bench: $(VENV)/.built
 	$(bin)/python -m steepest bench $(ARGS)

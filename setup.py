@@ -32,6 +32,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
@@ -369,6 +370,37 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class Archive(sdist):
+    """Of the sources that MANIFEST.in names; setuptools would add its notes, and what these say an older one had."""
+
+    def run(self) -> None:
+        for listing in ROOT.glob("python/*.egg-info/SOURCES.txt"):
+            listing.unlink()
+        super().run()
+
+    def make_distribution(self) -> None:
+        self.filelist.files = [name for name in self.filelist.files if ".egg-info" not in name]
+        super().make_distribution()
+
+
+def long_description(text: str, project: str, version: str) -> str:
+    """README.md for a page that has no folder around it.
+
+    Links and pictures lead to the files of this version where `project`, pyproject.toml, says in its urls where the
+    sources are. Otherwise a link is its words, and a picture is left out.
+    """
+    match = re.search(r"""^Source = ['"]([^'"]+?)/?['"]$""", project, re.MULTILINE)
+    home = match and match[1]
+
+    def absolute(link: re.Match[str]) -> str:
+        picture, words, path = link.groups()
+        if home:
+            return f"{picture}[{words}]({home}/{'raw' if picture else 'blob'}/v{version}/{path})"
+        return "" if picture else words
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)]+)\)", absolute, text)
+
+
 def version() -> str:
     """The package's, with a local part (PEP 440) where builds of it differ.
 
@@ -389,10 +421,16 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="(?s).*Editable installation")
     setup(
         version=version(),
+        long_description=long_description(
+            (ROOT / "README.md").read_text(encoding="utf-8"),
+            (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
+            read_version(ROOT / "python" / "steepest" / "_version.py"),
+        ),
+        long_description_content_type="text/markdown",
         packages=[*find_packages("python"), "steepest.kernels"],
         package_dir={"": "python", "steepest.kernels": "kernels"},
         package_data={"steepest": ["py.typed"]},
         ext_modules=[Extension("steepest.libsteepest", sources=[]), Extension(DEVELOPERS_MODULE, sources=[])],
-        cmdclass={"build_ext": CMakeBuild, "build_py": Sources, "bdist_wheel": Wheel},
+        cmdclass={"build_ext": CMakeBuild, "build_py": Sources, "bdist_wheel": Wheel, "sdist": Archive},
         zip_safe=False,
     )

@@ -1,11 +1,12 @@
-"""Whether a wheel is what a release needs: of every Python, with everything in it and nothing else, and working.
+"""Whether wheels and the archive of the sources are what a release needs: all that belongs, nothing else, and working.
 
-check_wheel.py dist/*.whl        # and, where this Python has torch, in a virtual environment of its own
+check_wheel.py dist/*            # a wheel also, where this Python has torch, in a virtual environment of its own
 check_wheel.py --installed       # the steepest that this Python has installed
 """
 
 from __future__ import annotations
 
+import email.message
 import email.parser
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import venv
 import zipfile
@@ -29,9 +31,12 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     for path in map(Path, arguments):
-        check(path)
-        if importlib.util.find_spec("torch") is not None:
-            install(path)
+        if path.name.endswith(".tar.gz"):
+            check_sources(path)
+        else:
+            check(path)
+            if importlib.util.find_spec("torch") is not None:
+                install(path)
         print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MB, as it must be")
     return 0
 
@@ -54,15 +59,41 @@ def check(path: Path) -> None:
     wanted |= {"steepest/py.typed", "steepest/libsteepest.so"}
     package = {name for name in names if not name.startswith(f"{info}/")}
     assert package == wanted, f"too many: {sorted(package - wanted)}, too few: {sorted(wanted - package)}"
-    beside = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
+    beside = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE", "licenses/licenses/CUTLASS.txt"}
     assert {f"{info}/{name}" for name in beside} <= names, names - package
+    check_metadata(metadata, match[1])
+    knows_no_python(library)
 
-    fields = {"Name": "steepest", "Version": match[1], "Requires-Python": ">=3.10", "License-Expression": "Apache-2.0"}
+
+def check_metadata(metadata: email.message.Message, version: str) -> None:
+    """What an index shows and what pip reads; no link in the description leads into a folder that is not there."""
+    fields = {"Name": "steepest", "Version": version, "Requires-Python": ">=3.10", "License-Expression": "Apache-2.0"}
     assert {name: metadata[name] for name in fields} == fields, dict(metadata)
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert str(metadata.get_payload()).startswith("# steepest")
+    description = str(metadata.get_payload())
+    assert description.startswith("# steepest")
+    relative = re.findall(r"\]\((?!https?:|#)[^)]*\)", description)
+    assert not relative, relative
     assert "torch>=2.10" in metadata.get_all("Requires-Dist", [])
-    knows_no_python(library)
+    assert {"LICENSE", "licenses/CUTLASS.txt"} <= set(metadata.get_all("License-File", []))
+    assert "Programming Language :: Python :: 3 :: Only" in metadata.get_all("Classifier", [])
+    assert any("arxiv.org" in url for url in metadata.get_all("Project-URL", []))
+
+
+def check_sources(path: Path) -> None:
+    """The archive has what is under version control, and what setuptools adds: no more, and little less."""
+    match = re.fullmatch(r"steepest-([^-+]+)\.tar\.gz", path.name)
+    assert match, f"{path.name} is not steepest-VERSION.tar.gz with a version that an index takes"
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in (each.name for each in archive if each.isfile())}
+        information = archive.extractfile(f"steepest-{match[1]}/PKG-INFO")
+        assert information is not None
+        check_metadata(email.parser.Parser().parsestr(information.read().decode()), match[1])
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    known = set(listed.split("\0")) - {""}
+    assert names - known == {"PKG-INFO", "setup.cfg"}, f"too many: {sorted(names - known - {'PKG-INFO', 'setup.cfg'})}"
+    few = {name for name in known - names if not name.startswith((".github/", ".gitignore"))}
+    assert not few, f"too few: {sorted(few)}"
 
 
 def knows_no_python(library: bytes) -> None:
@@ -119,6 +150,7 @@ def works() -> None:
     assert ROOT not in Path(steepest.__file__).parents, steepest.__file__
     assert importlib.util.find_spec("steepest._C") is None
     assert steepest.backends()["cpu"][0]
+    assert "\n    max_workspace_bytes=" in (steepest.MuAdam.__doc__ or ""), "help lists no arguments"
     weights = [torch.nn.Parameter(torch.ones(8, 16)), torch.nn.Parameter(torch.ones(16))]
     optimizer = steepest.MuAdam([{"params": weights[:1]}, {"params": weights[1:], "use_muon": False}], adamw_lr=0.5)
     for weight in weights:

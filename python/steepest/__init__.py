@@ -27,4 +27,10 @@ from .zoo import *  # noqa: F403
 __all__ = ["QKClip", "__version__", "backends", "graphed", "param_groups", "polar", "unwrap", "watch"]
 __all__ += zoo.__all__
 
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that importing them has left here."""
+    return sorted(__all__)
+
+
 _moved.install()

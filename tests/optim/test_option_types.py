@@ -24,10 +24,8 @@ WRONG: tuple[Any, ...] = ("1e-4", "0.1", "false", None, 0.9, 2.5, 3, True, [1.5]
 
 
 def arguments(cls: type[MatrixOptimizer]) -> list[str]:
-    found = list(inspect.signature(cls).parameters.values())[1:]
-    extra = next(MORE[p.annotation] for p in found if p.kind is inspect.Parameter.VAR_KEYWORD)
-    names = [p.name for p in found if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    return [*names, *sorted(extra.__optional_keys__)]
+    extra = MORE[cls.__init__.__annotations__["extra"]]
+    return [*list(inspect.signature(cls).parameters)[1:], *sorted(extra.__optional_keys__)]
 
 
 def build(cls: type[MatrixOptimizer], **values: Any) -> MatrixOptimizer:

@@ -100,7 +100,7 @@ def tree(tmp_path: Path) -> Path:
     pytest.importorskip("setuptools", minversion="77", reason="setuptools>=77 is not installed")
     copy = tmp_path / "tree"
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*_cache")
-    for name in ("python", "kernels", "csrc", "docs", "tests"):
+    for name in ("python", "kernels", "csrc", "docs", "licenses", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=unwanted)
     for name in (
         "setup.py",
@@ -242,6 +242,102 @@ def test_an_archive_of_the_sources_holds_what_it_needs(tree: Path) -> None:
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert sources | {"CMakeLists.txt", ".clang-format", "README.md", "docs/routing.md", "tests/conftest.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc")) or "_cache" in name]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout, whose files git knows")
+def test_an_archive_of_the_sources_is_what_git_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder where somebody has worked; what an older build has left is not in it, and a stray file is noticed."""
+    pytest.importorskip("setuptools", minversion="77", reason="setuptools>=77 is not installed")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    copy = tmp_path / "tree"
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    (copy / "python/steepest.egg-info").mkdir()
+    (copy / "python/steepest.egg-info/SOURCES.txt").write_text("setup.py\nold.py\n")
+    for name in ("old.py", "docs/notebooks/copy.ipynb", "build/wheel/a.whl", "python/steepest/libsteepest.so"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).touch()
+    wheels = check_wheel()
+    for stray in (None, "tests/stray.py"):
+        if stray:
+            (copy / stray).touch()
+        shutil.rmtree(copy / "dist", ignore_errors=True)
+        python(copy, "setup.py", "-q", "sdist", "--formats=gztar")
+        (archive,) = (copy / "dist").iterdir()
+        if stray is None:
+            wheels.check_sources(archive)
+    with pytest.raises(AssertionError, match="too many: \\['tests/stray.py'\\]"):
+        wheels.check_sources(archive)
+
+
+def test_the_description_has_no_link_into_a_folder(build: types.ModuleType) -> None:
+    """Links and pictures lead to the sources where pyproject.toml says where these are; else words alone are left."""
+    text = (
+        "![a picture](docs/a.png)\nSee [the\npage](docs/a.md#part), [arXiv](https://arxiv.org/abs/1) and [below](#b)."
+    )
+    plain = "\nSee the\npage, [arXiv](https://arxiv.org/abs/1) and [below](#b)."
+    assert build.long_description(text, '[project.urls]\nPaper = "https://arxiv.org"\n', "1.2.3") == plain
+    there = build.long_description(text, '[project.urls]\nSource = "https://host.example/us/steepest/"\n', "1.2.3")
+    assert there == (
+        "![a picture](https://host.example/us/steepest/raw/v1.2.3/docs/a.png)\n"
+        "See [the\npage](https://host.example/us/steepest/blob/v1.2.3/docs/a.md#part), "
+        "[arXiv](https://arxiv.org/abs/1) and [below](#b)."
+    )
+
+
+def test_the_version_is_written_in_one_place() -> None:
+    """No other file of the package, of packaging or of the site says it."""
+    version = re.escape(steepest.__version__)
+    told = [path for path in (ROOT / "python").rglob("*.py") if re.search(rf"['\"]{version}['\"]", path.read_text())]
+    assert told == [ROOT / "python" / "steepest" / "_version.py"]
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "CMakeLists.txt",
+        "CITATION.cff",
+        "conda/meta.yaml",
+        "docs/conf.py",
+        "Makefile",
+    ):
+        text = (ROOT / name).read_text()
+        assert not re.search(rf"(?<![\d.]){version}(?![\d.])", text), name
+    assert f"## {steepest.__version__} (" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_an_issue_comes_with_what_doctor_prints() -> None:
+    for name in ("bug", "slow"):
+        _, doctor, rest = (ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text().partition("id: doctor\n")
+        assert doctor
+        assert "`steepest doctor` prints" in rest
+        assert "required: true" in rest
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_what_the_host_reads_is_yaml(path: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    read = yaml.safe_load(path.read_text())
+    assert isinstance(read, dict)
+    for job in read.get("jobs", {}).values():
+        assert job["steps"]
+        assert job["runs-on"]
+
+
+def test_the_conda_recipe_reads_the_version() -> None:
+    """The call in its head, as conda build makes it, and the requirements of pyproject.toml."""
+    recipe = (ROOT / "conda" / "meta.yaml").read_text()
+    file, pattern = (re.search(rf"{key}=[\"'](.+)[\"'],", recipe) for key in ("load_file", "regex_pattern"))
+    assert file
+    assert pattern
+    found = re.search(pattern[1], (ROOT / "conda" / file[1]).read_text())
+    assert found
+    assert found[1] == steepest.__version__
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'dependencies = ["torch>=2.10"]' in project
+    assert "- pytorch >=2.10" in recipe
+    assert 'requires-python = ">=3.10"' in project
+    assert "- python >=3.10" in recipe
 
 
 ARCHITECTURES = {

@@ -290,6 +290,24 @@ def test_the_command_writes_records_table_and_pictures(
             assert (out / f"{task}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_axis_of_losses_points_up_whatever_the_runs_did() -> None:
+    """It has what the best runs ended at, and the start; where all ended above it, more than the start."""
+    pytest.importorskip("matplotlib")
+    from steepest.tools.compare.pictures import limits
+
+    for first, last in (
+        ([2.0, 2.1], [0.5, 1.0]),
+        ([2.0], [3.0]),
+        ([2.0, 2.0], [3.0, 9.0]),
+        ([2.0], [2.0]),
+        ([0.0], [0.0]),
+    ):
+        low, high = limits(first, last)
+        assert low < high
+        assert low < min(*first, *last)
+        assert high > (max(first) if min(last) < max(first) else max(last))
+
+
 def test_a_comparison_that_was_stopped_goes_on(
     compare: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,21 +1,34 @@
-"""The code blocks of the README and of docs/ run, page by page, each page from top to bottom in one namespace."""
+"""The code blocks of the README and of docs/ run, page by page, each page from top to bottom in one namespace.
+
+So do the notebooks. Links lead to pages and headings that are there, and the site has every page and every public name.
+"""
 
 from __future__ import annotations
 
 import csv
 import importlib
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import steepest
+from steepest import diagnostics, parts
 from support.processes import Processes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ON_RANKS = ROOT / "docs" / "distributed.md"  # its code is for several processes
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+SITE = sorted(path for path in (ROOT / "docs").rglob("*.md"))
+LINKING = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md")), *SITE]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 
 def run_blocks(page: Path) -> None:
@@ -36,12 +49,79 @@ def test_code_blocks_run_on_two_ranks(processes: Processes) -> None:
     processes.run(run_blocks, ON_RANKS, ranks=2)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """What links to the headings of a page end in."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken(page: Path, text: str) -> list[str]:
+    """The links in the text of a page that lead to no file or no heading."""
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http://", "https://"))]
+    targets = [(link, *link.partition("#")[::2]) for link in links]
+    missing = [link for link, path, _ in targets if not (page.parent / path).exists()]
+    headed = [(link, page.parent / path if path else page, anchor) for link, path, anchor in targets if anchor]
+    return missing + [link for link, path, anchor in headed if path.suffix == ".md" and anchor not in anchors(path)]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
-    links = re.findall(r"\]\(([^)#]+)", text)
-    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    assert not broken(page, text)
     assert "@@" not in text
+
+
+def test_a_link_that_leads_nowhere_is_noticed() -> None:
+    page = ROOT / "docs" / "index.md"
+    text = "[a](nowhere.md) [b](routing.md#of-nothing) [c](routing.md#lora) [d](#start-here) [e](https://x.example/y)"
+    assert broken(page, text) == ["nowhere.md", "routing.md#of-nothing"]
+
+
+def test_the_site_leads_to_every_page() -> None:
+    listed: set[Path] = set()
+    for index in (ROOT / "docs" / "index.md", ROOT / "docs" / "api" / "index.md"):
+        for tree in re.findall(r"^```\{toctree\}\n(.*?)^```$", index.read_text(), re.MULTILINE | re.DOTALL):
+            listed |= {index.parent / f"{line}.md" for line in tree.split() if re.fullmatch(r"[\w/-]+", line)}
+    notebooks = {ROOT / "docs" / "notebooks" / f"{path.stem}.md" for path in NOTEBOOKS}
+    assert {*SITE, *notebooks} - listed == {ROOT / "docs" / "index.md"}
+
+
+def test_the_site_describes_every_public_name() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    described = set(re.findall(r"^\.\. auto\w+:: (\S+)$", text, re.MULTILINE))
+    assert {f"steepest.{name}" for name in steepest.__all__} - described == {"steepest.__version__"}
+    constants = {"Number", "ADJUST_LR", "NORMS"}  # no class and no function
+    for room in (parts, diagnostics):
+        assert {f"{room.__name__}.{name}" for name in {*room.__all__} - constants} - described <= {
+            "steepest.diagnostics.watch"
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
+    """Its cells as one program: what it asserts holds."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    program = tmp_path / f"{path.stem}.py"
+    sources = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    program.write_text("\n\n".join(sources), encoding="utf-8")
+    if "matplotlib" in program.read_text():
+        pytest.importorskip("matplotlib")
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_is_stored_as_it_ran(path: Path) -> None:
+    """With what it printed, without errors, counts and places of the machine it ran on; small."""
+    text = path.read_text(encoding="utf-8")
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert any(cell["outputs"] for cell in cells)
+    assert not [cell for cell in cells if cell["execution_count"] is not None or cell["metadata"]]
+    assert not [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
+    assert not re.search(r"/(home|root|work|tmp)/", text)
+    assert len(text) < 100_000
 
 
 def test_the_tables_are_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:

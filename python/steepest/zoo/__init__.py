@@ -2,6 +2,7 @@
 
 from .adaptive_muon import NAMO, AdaMuon, NorMuon
 from .aion import AION
+from .arguments import list_arguments
 from .hasd import hasd
 from .infinite_descent import infinite_descent
 from .kfac import KFAC
@@ -54,3 +55,5 @@ __all__ = [
     "infinite_descent",
     "scion_groups",
 ]
+
+list_arguments(globals()[name] for name in __all__)

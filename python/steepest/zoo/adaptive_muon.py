@@ -69,7 +69,7 @@ class NorMuon(AdaptiveMuon):
 
     params, lr, weight_decay, momentum, nesterov: as in `Muon`.      beta2: of the rows' second moment, in [0, 1).
     adjust_lr_fn: as in `Muon`; None is "match_rms_adamw", so that entries have root mean square .2 and AdamW's lr fits.
-    polar: a preset of `steepest.polar` or a coefficient table.      extra: see `Extras`.
+    polar: a preset of `steepest.polar` or a coefficient table.
 
     The state is Muon's and a number a row, `update_exp_avg_sq`. The matrix keeps the length of its polar factor, as in
     the authors' code; the paper's .2 sqrt(rows cols) is the same where the factor is exact and of full rank. With rows

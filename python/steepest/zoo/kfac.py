@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 # Of a parameter's state: the terms that its factors are averages of.
 PASSES = "backward_passes"
+# Arguments of the other methods with bases, and why not.
+NOT_TAKEN = {
+    "shampoo_beta": "the decay rate of its factors is betas[1]",
+    "factor_dtype": "its factors are averaged as they are collected, in fp32",
+    "block_preconditioner": "a layer's sides have one factor or none",
+}
 
 
 class KFAC(KroneckerOptimizer):
@@ -50,7 +56,6 @@ class KFAC(KroneckerOptimizer):
     lr, weight_decay: numbers >= 0.   betas: of m, and of A and S.   damping: > 0, in units of the Fisher matrix.
     loss_scale: what that mean is multiplied by, "sum" for the number of rows: a loss with reduction="sum". The factors
         are those of the mean whatever it is, and under a torch.amp.GradScaler; the gradient is not touched.
-    extra: as in `SOAP` but for shampoo_beta, factor_dtype and block_preconditioner, which are not taken.
 
     `remove_hooks()` ends the collecting. A copy of model and optimizer made at once collects for itself. With
     precondition_frequency=1 steps are invariant to invertible linear changes of a layer's inputs and outputs, but for
@@ -59,6 +64,7 @@ class KFAC(KroneckerOptimizer):
 
     _carried: tuple[str, ...] = ("_handles", "_batches")
     _kept: ClassVar[dict[str, Layout | None]] = {PASSES: "scalar"}
+    _not_taken = tuple(NOT_TAKEN)
     _ranks: Any = None
     #: of this step
     _scaler: torch.amp.GradScaler | None = None
@@ -75,12 +81,9 @@ class KFAC(KroneckerOptimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"KFAC takes a module, whose layers it watches, but is given: {type(model).__name__}")
-        if "shampoo_beta" in extra:
-            raise TypeError("KFAC does not take shampoo_beta: the decay rate of its factors is betas[1]")
-        if "factor_dtype" in extra:
-            raise TypeError("KFAC does not take factor_dtype: its factors are averaged as they are collected, in fp32")
-        if "block_preconditioner" in extra:
-            raise TypeError("KFAC does not take block_preconditioner: a layer's sides have one factor or none")
+        for name in self._not_taken:
+            if name in extra:
+                raise TypeError(f"KFAC does not take {name}: {NOT_TAKEN[name]}")
         layers = [layer for layer in model.modules() if _is_taken(layer)]
         if not layers:
             raise ValueError("KFAC found no Linear or Conv2d (groups=1, zero padding) to watch; use torch.optim.AdamW")

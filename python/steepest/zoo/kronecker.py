@@ -40,21 +40,29 @@ NORMS = ("frobenius", "spectral", "sign")
 class Bases(TypedDict, total=False):
     """Keyword arguments of every method with bases; all are group values.
 
-    shampoo_beta: decay rate of the factors; None: betas[1], 1: sums.
-    precondition_frequency: steps between two refreshes of the bases.
-    refresh: how, a method of `steepest.linalg.basis.eigh_refresh`; "auto" is "eigh" on a CPU.
-    exact_refreshes: how many of the first refreshes are exact eigendecompositions.
-    refresh_delay: steps from a refresh, but for the first, until its result is used; at most precondition_frequency. On
-        a GPU it is made beside these steps, on a stream of its own. The same on every device and on every run.
-    factor_dtype: torch.bfloat16 stores factors and bases in 16 bits, computed with in fp32; None: fp32.
-    max_preconditioner_dim: a longer side has no factor, or with block_preconditioner=True is cut into blocks of at most
-        this length with factors of their own.
-    norm: the base norm in the bases, "frobenius" (scaled by its dual norm), "spectral" or "sign" (of length 1);
-        None is the method's own. With "spectral" every method here becomes one of its own: Muon in its metric.
-    polar: of norm="spectral", as in `steepest.MuAdam`.
-    after: "rows" or "elements" of the update are normalized, as in `steepest.MuAdam`.
-    adjust_lr_fn: as in `steepest.Muon`; None is "original" with norm="spectral" and the method's own otherwise.
-    parity: "authors" does, step for step, what the authors' implementation does, where the class says so.
+    The first line of each is its line in the help of every class (`zoo.arguments`).
+
+    shampoo_beta: decay rate of the factors; None: betas[1], 1: sums
+    precondition_frequency: steps between two refreshes of the bases
+    refresh: "auto", "jr", "qr" or "eigh", how the bases are refreshed
+        A method of `steepest.linalg.basis.eigh_refresh`; "auto" is "eigh" on a CPU.
+    exact_refreshes: how many of the first refreshes are exact eigendecompositions
+    refresh_delay: steps until the result of a refresh is used, at most precondition_frequency
+        But for the first. On a GPU it is made beside these steps, on a stream of its own. The same on every device and
+        on every run.
+    factor_dtype: torch.bfloat16 stores factors and bases in 16 bits; None: fp32
+        Computed with in fp32.
+    max_preconditioner_dim: a longer side has no factor, or is cut into blocks
+    block_preconditioner: longer sides are cut into blocks with factors of their own
+    norm: base norm in the bases, "frobenius", "spectral" or "sign"; None: the method's
+        "frobenius" is scaled by its dual norm, the others are of length 1. With "spectral" every method here becomes
+        one of its own: Muon in its metric.
+    polar: of norm="spectral", a preset of `steepest.polar` or a coefficient table
+    after: "rows" or "elements" of the update are normalized, as in `steepest.MuAdam`
+    adjust_lr_fn: how the learning rate depends on a matrix's shape, as in `steepest.Muon`
+        None is "original" with norm="spectral" and the method's own otherwise.
+    parity: "authors": step for step what the authors' implementation does
+        Where the class says so.
     """
 
     shampoo_beta: float | None
@@ -193,8 +201,7 @@ class Shampoo(KroneckerOptimizer):
     inverse_root: "basis", of eigenvalues in eigenbases, or "newton": by a coupled iteration, all products. Then the
         1e-6 are of a bound on the largest eigenvalue, eps is Adam's only, and roots are of the last refresh but for
         their scale; `refresh` and `exact_refreshes` are not used. See `steepest.parts.Roots`.
-    extra: see `Bases`, here with shampoo_beta=1 (sums), max_preconditioner_dim=1024 and block_preconditioner=True, and
-        `steepest.zoo.shared.Extras`.
+    Factors are sums (shampoo_beta=1), and sides longer than 1024 have blocks with factors of their own.
 
     A gradient is in the factors before its own step, and eigenvalues are those of the factors as they are, in the bases
     of the last refresh. parity="authors": the roots are of the last refresh, eigenvalues too. Without accumulation
@@ -346,7 +353,6 @@ class SOAP(KroneckerOptimizer):
 
     params: a module, named parameters, an iterable of tensors (routed by shape) or groups; see `steepest.param_groups`.
     lr, weight_decay: numbers >= 0.   betas: of m, and of v and the factors (see shampoo_beta).   eps: added to sqrt(v).
-    extra: see `Bases` and `steepest.zoo.shared.Extras`.
 
     first_step: "skip", the authors': the first gradient only makes the bases; in them it is diagonal, and Adam would
         divide the rounding errors beside it by themselves. "move": the first step is Adam's, in identity bases.

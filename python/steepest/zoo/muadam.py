@@ -29,7 +29,7 @@ class MuAdam(MatrixOptimizer):
     polar: a preset of `steepest.polar` or a coefficient table.
     after: "rows" or "elements" divides those of the update by a running root mean square of theirs, with decay rate
         betas[1], and keeps the length of the matrix (see `NorMuon`); None does not.
-    adjust_lr_fn: as in `Muon`.                 extra: see `Extras`.
+    adjust_lr_fn: as in `Muon`.
 
     The authors' released code (the class TAIA) sets its step count back at every call, so that t = 1 for ever and D is
     larger by (1 - beta2)^-1/4: its lr is worth (1 - beta2)^(1/4) of ours, .18 for beta2 = .999.

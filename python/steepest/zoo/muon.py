@@ -37,7 +37,6 @@ class Muon(MatrixOptimizer):
     eps: as in `steepest.polar`, relative to the matrix's largest entry; torch's is absolute.
     adjust_lr_fn: "original" (None), "match_rms_adamw", "spectral_unclamped" or "none"; see `steepest.parts.step_size`.
     polar: a preset of `steepest.polar` or a coefficient table; None is torch's polynomial, "auto" the fast default.
-    extra: see `Extras`.
 
     Raises ValueError or TypeError naming the value; the texts of torch's own checks are torch's.
     Source: kellerjordan.github.io/posts/muon. Equals MuAdam with a constant preconditioner.

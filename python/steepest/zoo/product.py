@@ -43,12 +43,14 @@ OTHERS: dict[str, tuple[Precondition, Direction]] = {
 
 
 class Coupling(Extras, total=False):
-    """Keyword arguments of every method here; the first three are the optimizer's, not of a group.
+    """Keyword arguments of every method here; the first three are the optimizer's, not of a group: see `Momo`.
 
-    lower_bound, stale_dual, reduce_loss: see `Momo`; lower_bound=None, the default: no truncation.
-    adamw_weight_decay: of the parameters that are not matrices; by default weight_decay. A module's gains and biases
-        are not decayed.
-    adamw_lr, adamw_betas, adamw_eps are not taken: such parameters belong to the same rule.
+    The first line of each is its line in the help of every class (`zoo.arguments`).
+
+    lower_bound: of the loss, for Momo's truncation; None: none
+    stale_dual: dual norms are those of the step before; None: as the class has it
+    reduce_loss: the loss is averaged over all processes
+    adamw_weight_decay: decay of what is no matrix, by default weight_decay; gains and biases have none
     """
 
     lower_bound: Number | None
@@ -64,6 +66,7 @@ class ProductNormOptimizer(Momo):
     """
 
     _carried: tuple[str, ...] = ("product", "scale", "others")
+    _not_taken = ("adamw_lr", "adamw_betas", "adamw_eps")
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class ProductNormOptimizer(Momo):
         if others not in OTHERS:
             raise ValueError(f"norm {others!r} of the other parameters is not known; use one of {', '.join(OTHERS)}")
         name = type(self).__name__
-        for key in ("adamw_lr", "adamw_betas", "adamw_eps"):
+        for key in self._not_taken:
             if key in extra:
                 raise TypeError(
                     f"{name} does not take {key}: parameters that are not matrices belong to the same rule; give "
@@ -172,7 +175,7 @@ class ProductNormDescent(ProductNormOptimizer):
     lr, weight_decay, betas, eps: of all groups, those of other parameters included, which may have values of their own.
     adjust_lr_fn: as in `steepest.Muon`, None is "none". A ratio makes steps longer: the norm of the matrix is the
         spectral one divided by ratio, or where w_l follows d_l (product="l2") by its root.
-    polar: as in `steepest.MuAdam`.   extra: see `Coupling`; with a lower_bound t is Momo's, else 1.
+    polar: as in `steepest.MuAdam`.   With a lower_bound t is Momo's, else 1.
 
     "max" with "lmo" and "l2" with "dual" do not couple layers without a lower bound. The steps of "l2" with "lmo" have
     length lr because their dual norms are never stale. The others' are those of the step before with stale_dual=True.

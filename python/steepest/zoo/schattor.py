@@ -47,7 +47,7 @@ class Schattor(ProductNormOptimizer):
         held at once, as large as the matrices; True: they are of the step before.
     start: "zero" begins with M = 0, "first" with the first gradient, as `torch.optim.SGD` does.
     polar: of p=inf, as in `steepest.MuAdam`.   adjust_lr_fn: as in `steepest.Muon`, None is "none".
-    extra: see `Coupling`; a lower_bound makes it Momo's.
+    lower_bound: makes it Momo's.
 
     Source: arXiv:2606.15702.
     """

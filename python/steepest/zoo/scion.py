@@ -70,7 +70,7 @@ class Scion(VectorOptimizer):
         are steered by their norm alone (use_muon=False: AdamW).   norm, radius: of groups that do not say their own.
     lr: gamma of the paper, a number >= 0 or a 1-element tensor; below 1 where constrained.
     momentum: in [0, 1), 1 - alpha of the paper.   weight_decay: beyond what the constraint is.
-    polar: as in `steepest.MuAdam`.   extra: see `steepest.zoo.shared.Extras`.
+    polar: as in `steepest.MuAdam`.
 
     A group with norm "conv" has kernels of one number of taps. `init()` puts weights on the sphere of their ball. With
     radius 1, unconstrained and "spectral" everywhere it equals `steepest.Muon` with nesterov=False and

@@ -21,37 +21,51 @@ Polar = str | Sequence[float] | Sequence[Sequence[float]]
 class Extras(TypedDict, total=False):
     """Keyword arguments every optimizer here takes; all but adamw_* are group values.
 
-    num_heads, split_sizes, batch_dims, transposed: how fused or stacked weights, and those that are stored in x out,
-        are read as matrices; see `steepest.matrices`.
-    weight_decay_method: "decoupled"; "independent", of the learning rate; or "l2", in the gradient; see
-        `steepest.parts.decay`. l2 goes by torch operations.
-    cautious_wd: decay only where it agrees with the update.      maximize: ascend.
-    cautious_update: step only entries that agree with the gradient; see `steepest.parts.cautious`.
-    momentum_dtype: dtype of the momentum (None: the gradient's). stochastic_rounding: of bf16 parameters.
-    keep_mantissa: of bf16 parameters, the 16 bits that bf16 drops are kept as state, as if they were fp32.
-    average: of the iterates, for `eval()`: a number in (0, 1), the decay rate of an exponential moving average, or
-        "schedule_free"; see `steepest.parts.average` and docs/weights.md. None: none is kept.
-    schedule_free_beta: where between the iterate (0) and its average (1) gradients are taken with "schedule_free".
-    constraint: of matrices, "frobenius" or "spectral": every one keeps this norm; see `steepest.parts.sphere`. It has
-        no weight decay then. Not of AdamW groups.   None: no constraint.
-    variance_reduction: gamma of MARS, .025 in its paper; see `steepest.parts.variance_reduction`. None: none.
-    capturable: lr and weight_decay become tensors on the device, so that a step can be captured in a CUDA graph;
-        schedulers fill them in place. `steepest.graphed` captures a whole step.
-    backend: "auto", "cuda", "triton", "cpu" or "torch", of everything elementwise.
-    max_workspace_bytes: about what a step may borrow at once, inputs of the direction included; one matrix is always
-        worked on, and a launch covers all matrices that fit.
-    fuse_update: directions that nothing else is asked of (step length lr, plain decay, no preconditioner, weights
-        rounded to nearest) go from the last product straight into the weights, in the fused step. Not measured yet, so
-        off; `metrics` has NaN for the norms of updates and parameters then.
-    share_work: under DistributedDataParallel every rank takes the directions of its share of the matrices, by cost, and
-        sends them to the others; Kronecker factors are at their owners alone, and state_dict() is a collective call.
-        With False every rank does all. Sharded parameters share the work among the ranks of their shards whatever it
-        is; with HSDP, True is among those of all copies.
-    foreach, fused: torch's switches, for calls that were written for torch.optim. None and True change nothing, for a
-        step takes all parameters at once anyway; foreach=False is max_workspace_bytes=1, one matrix after another, and
-        fused=False backend="torch", unless these are given.
-    adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW groups; adamw_lr=None is 3e-4, or lr itself with
-        adjust_lr_fn="match_rms_adamw".
+    The first line of each is its line in the help of every class (`zoo.arguments`).
+
+    num_heads: heads of a fused weight, or of each of its splits; a matrix each
+        How weights are read as matrices: see `steepest.matrices`.
+    split_sizes: rows of the parts of a fused weight, as of q, k and v; a matrix each
+    batch_dims: how many leading dimensions count matrices, as of experts
+    transposed: the weight is stored in x out
+    weight_decay_method: "decoupled"; "independent", of the learning rate; "l2", in the gradient
+        See `steepest.parts.decay`; l2 goes by torch operations.
+    cautious_wd: decay only where it agrees with the update
+    cautious_update: step only entries that agree with the gradient
+        See `steepest.parts.cautious`.
+    maximize: ascend
+    momentum_dtype: dtype of the momentum; None: the gradient's
+    stochastic_rounding: bf16 parameters are rounded up or down at random, right on average
+    keep_mantissa: the 16 bits that bf16 parameters drop are kept as state, as if they were fp32
+    average: of the iterates, for `eval()`: a decay rate, or "schedule_free"; None: none
+        A number in (0, 1) is of an exponential moving average; see `steepest.parts.average` and docs/weights.md.
+    schedule_free_beta: where between iterate (0) and average (1) gradients are taken
+        With average="schedule_free".
+    constraint: "frobenius" or "spectral", the norm that every matrix keeps; None: none
+        See `steepest.parts.sphere`. It has no weight decay then. Not of AdamW groups.
+    variance_reduction: gamma of MARS, .025 in its paper; None: none
+        See `steepest.parts.variance_reduction`.
+    capturable: lr and weight_decay become tensors on the device, for CUDA graphs
+        Schedulers fill them in place. `steepest.graphed` captures a whole step.
+    backend: "auto", "cuda", "triton", "cpu" or "torch", of everything elementwise
+    max_workspace_bytes: about what a step may borrow at once
+        Inputs of the direction included; one matrix is always worked on, and a launch covers all matrices that fit.
+    fuse_update: the last product of a direction moves the weights itself
+        Directions that nothing else is asked of: step length lr, plain decay, no preconditioner, weights rounded to
+        nearest, in the fused step. Not measured yet, so off; `metrics` has NaN for the norms of updates and parameters
+        then.
+    share_work: ranks of DistributedDataParallel, or of HSDP's copies, share directions
+        Every rank takes those of its share of the matrices, by cost, and sends them to the others; Kronecker factors
+        are at their owners alone, and state_dict() is a collective call. With False every rank does all. Sharded
+        parameters share the work among the ranks of their shards whatever it is.
+    foreach: torch's switch; False: one matrix after another
+        Taken, as fused is, for calls that were written for torch.optim. None and True change nothing, for a step takes
+        all parameters at once anyway. False is max_workspace_bytes=1, unless that is given.
+    fused: torch's switch; False: backend="torch", unless that is given
+    adamw_lr: learning rate of AdamW's groups; None: 3e-4, or lr with "match_rms_adamw"
+    adamw_betas: decay rates of AdamW's two averages
+    adamw_eps: added to AdamW's sqrt(v)
+    adamw_weight_decay: decay of AdamW's parameters; a module's gains and biases have none
     """
 
     num_heads: int | Sequence[int] | None

@@ -164,7 +164,7 @@ class TrustRegion(VectorOptimizer):
         which may hold any shape (fewer than two dimensions are one column).
     norm: "spectral", "frobenius", "sign" (largest entry), "rows", "columns", "nuclear" or "one_hot" (sum of entries); a
         group value. composite="ridge" knows the first five, the spectral one by SVD whatever `polar` says.
-    momentum: in [0, 1), 1 - alpha of the paper.   polar, adjust_lr_fn: as in `steepest.MuAdam`.   extra: see `Extras`.
+    momentum: in [0, 1), 1 - alpha of the paper.   polar, adjust_lr_fn: as in `steepest.MuAdam`.
 
     Equals `NormalizedSGD`, `SignSGD` and `steepest.Muon(nesterov=False)` in their norms but for the first average,
     which there begins at zero. With an iterative `polar` the ball is as exact as that is. Steps by torch operations.
@@ -363,7 +363,7 @@ class Fromage(VectorOptimizer):
     authors' code is not here. Steps by torch operations.
 
     params: a module, named parameters or tensors, all by this rule, or groups.   lr: a number >= 0 or a 1-element
-    tensor.   extra: see `Extras`. Source: arXiv:2002.03432, Algorithm 1.
+    tensor. Source: arXiv:2002.03432, Algorithm 1.
     """
 
     def __init__(self, params: Params, lr: Number = 1e-2, **extra: Unpack[Extras]) -> None:

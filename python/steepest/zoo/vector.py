@@ -118,7 +118,7 @@ class NormalizedSGD(MomentumOptimizer):
 
     params: a module, named parameters or tensors, all by this rule, or groups (`VectorOptimizer`).   lr: a number >= 0
     or a 1-element tensor.   momentum: >= 0.   nesterov: as in `steepest.Muon`.   adjust_lr_fn: of the shapes of
-    matrices, a name of `steepest.parts.step_size`; None is "none".   extra: see `steepest.zoo.shared.Extras`.
+    matrices, a name of `steepest.parts.step_size`; None is "none".
 
     The norm is that of a parameter, of each of its matrices where num_heads, split_sizes or batch_dims say so; m = 0 is
     no step. It is `steepest.Muon` with the Schatten 2-norm for the spectral one. Sources: arXiv:2510.10777 (row

@@ -38,10 +38,17 @@ def draw(path: Path, summaries: Sequence[Summary]) -> None:
     seconds.set(xlabel="seconds of training", title="at the best learning rate")
     rates.set(xlabel="learning rate", title="after the last step", xscale="log")
     if first:
-        lowest = min(each.best["loss"] for each in summaries if each.best is not None)
+        last = [each.best["loss"] for each in summaries if each.best is not None]
         for ax in (steps, seconds, rates):
-            ax.set_ylim(lowest - 0.05 * (max(first) - lowest), max(first) + 0.05 * (max(first) - lowest))
+            ax.set_ylim(*limits(first, last))
     handles, labels = steps.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=IN_A_ROW, frameon=False, fontsize="small")
     figure.suptitle(summaries[0].task if summaries else "")
     figure.savefig(path, dpi=110)
+
+
+def limits(first: Sequence[float], last: Sequence[float]) -> tuple[float, float]:
+    """Of the axis of losses: up to the start, or where no best run ends below it, to the highest of these."""
+    low, high = min(*first, *last), max(first) if min(last) < max(first) else max(last)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
+    return low - margin, high + margin
