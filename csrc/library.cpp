@@ -14,6 +14,7 @@
 #include "build_info.h"
 #include "common/device.h"
 #include "common/json.h"
+#include "cpu_polar/kernels.h"
 #include "eigh/cusolver.h"
 #include "eigh/params.h"
 #include "polar/chain.h"
@@ -46,6 +47,9 @@ STABLE_TORCH_LIBRARY(steepest, m) {
       "polar_chain(Tensor(a!)[] xs, Tensor(b!)[] ys, Tensor(c!)[] slacks, Tensor(d!)[] weights, "
       "Tensor[] etas, Tensor[] betas, int[] ints, float[] floats, float[] constants, "
       "int[] powers, float[] least, bool tight, float eps, int chunks=0, bool batch_invariant=False) -> ()");
+  m.def(
+      "cpu_chain(Tensor[] xs, Tensor(a!)[] outs, Tensor(b!)[] slacks, int[] ints, float[] floats, float[] constants, "
+      "int[] powers, float[] least, bool tight, float eps, int result, bool divides, bool bf16, int at_once) -> ()");
   m.def(
       "grouped_gemm(Tensor[] a, Tensor[] b, Tensor[] c, Tensor(a!)[] out, Tensor[] alphas, Tensor[] betas, "
       "float alpha, float beta, bool symmetric, int tile=0, int streams=0) -> ()");
@@ -154,6 +158,10 @@ STEEPEST_EXPORT int32_t steepest_small_polar_blocks(int64_t rows, int32_t capabi
 
 STEEPEST_EXPORT int64_t steepest_eigh_rows(int32_t capability) {
   return steepest::eigh::most_rows(steepest::shared_limit(capability));
+}
+
+STEEPEST_EXPORT int32_t steepest_cpu_products(int32_t bf16) {
+  return steepest::cpu_polar::kernels_for(bf16 != 0 ? steepest::Dtype::bf16 : steepest::Dtype::f32) != nullptr;
 }
 
 // Why none of these libraries, a name on each line, can be loaded; null where one is.

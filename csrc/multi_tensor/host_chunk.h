@@ -16,10 +16,11 @@
 namespace steepest::multi_tensor::STEEPEST_ISA {
 namespace {
 
+constexpr int kRun = 2048;  // elements of a loop that leaves nothing between its passes
 constexpr int kTile = 128;  // elements: measured best of 16 to 1024, fewer pay for switches and more leave the cache
 
-int tile_count(const Span& span, int64_t done) {
-  return static_cast<int>(span.length - done < kTile ? span.length - done : kTile);
+int tile_count(const Span& span, int64_t done, int tile = kTile) {
+  return static_cast<int>(span.length - done < tile ? span.length - done : tile);
 }
 
 // Where element `index` of a tensor lies, in elements.
@@ -137,6 +138,129 @@ struct Part {
   }
 };
 
+// ---- the commonest items, in one loop
+// --------------------------------------------------------------------------------
+//
+// Contiguous fp32 tensors under the programs that most parameters have. The same formulas on the same elements, so
+// the same bits but of sums, without the way through a tile.
+
+bool is_f32(const Item& item, Slot slot) { return item.at[slot] != nullptr && item.dtype[slot] == Dtype::f32; }
+
+template <class T>
+T* part_of(const Item& item, Slot slot, int64_t start) {
+  return static_cast<T*>(item.at[slot]) + start;
+}
+
+// AdamW: u = y / (sqrt(v) / sqrt(1 - beta2^t) + eps).
+bool is_adamw(const Item& item) {
+  const Program& p = item.program;
+  return item.flat && p.direction == Program::kIdentity && p.power == Program::kQuarter && !p.heavy_ball &&
+         !p.nesterov && !p.sum && !p.eps_inside && !p.cautious && !p.decay_after && !p.frozen_moments &&
+         is_f32(item, kGrad) && is_f32(item, kMomentum) && is_f32(item, kSecond) && is_f32(item, kParam) &&
+         item.at[kDirection] == nullptr;
+}
+
+void adamw_part(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums) {
+  const float* __restrict g = part_of<const float>(item, kGrad, start);
+  float* __restrict m = part_of<float>(item, kMomentum, start);
+  float* __restrict v = part_of<float>(item, kSecond, start);
+  float* __restrict p = part_of<float>(item, kParam, start);
+  float grad_dot = 0, momentum_sq = 0, momentum_max = 0, update_sq = 0, param_sq = 0;
+#pragma omp simd reduction(+ : grad_dot, momentum_sq, update_sq, param_sq) reduction(max : momentum_max)
+  for (int j = 0; j < count; ++j) {
+    const float gradient = g[j] * n.grad_scale;
+    const float momentum = lerp(m[j], gradient, n.one_minus_beta1, n.beta1);
+    const float second = v[j] * n.beta2 + gradient * gradient * n.one_minus_beta2;
+    const float squared = square_root(second) * n.inverse_correction2 + n.eps;
+    const float read = momentum * n.inverse_correction1;
+    const float update = squared > 0.0f ? read / squared : 0.0f;
+    const float param = p[j] * n.keep - update * n.step;
+    m[j] = momentum, v[j] = second, p[j] = param;
+    grad_dot += gradient * momentum, momentum_sq += momentum * momentum;
+    momentum_max = larger(magnitude(momentum), momentum_max);
+    update_sq += update * update, param_sq += param * param;
+  }
+  sums.at[kGradDot] = grad_dot, sums.at[kMomentumSq] = momentum_sq, sums.at[kMomentumMax] = momentum_max;
+  sums.at[kUpdateSq] = update_sq * (n.step * n.step), sums.at[kParamSq] = param_sq;
+}
+
+// Muon's momentum, read as Nesterov does or as it is; the input goes on as bf16 or fp32.
+bool is_plain_momentum(const Item& item) {
+  const Program& p = item.program;
+  return item.flat && p.direction == Program::kGiven && p.power == Program::kNone && !p.heavy_ball &&
+         !p.frozen_moments && is_f32(item, kGrad) && is_f32(item, kMomentum) && item.at[kSecond] == nullptr &&
+         item.at[kParam] == nullptr && item.at[kDirection] != nullptr &&
+         (item.dtype[kDirection] == Dtype::f32 || item.dtype[kDirection] == Dtype::bf16);
+}
+
+template <bool kNesterov>
+void plain_momentum(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums,
+                    float* __restrict d) {
+  const float* __restrict g = part_of<const float>(item, kGrad, start);
+  float* __restrict m = part_of<float>(item, kMomentum, start);
+  float grad_dot = 0, momentum_sq = 0, momentum_max = 0, input_sq = 0, input_max = 0;
+#pragma omp simd reduction(+ : grad_dot, momentum_sq, input_sq) reduction(max : momentum_max, input_max)
+  for (int j = 0; j < count; ++j) {
+    const float gradient = g[j] * n.grad_scale;
+    const float momentum = lerp(m[j], gradient, n.one_minus_beta1, n.beta1);
+    const float input =
+        kNesterov ? lerp(gradient, momentum, n.read_beta1, n.one_minus_read_beta1) : momentum * n.inverse_correction1;
+    m[j] = momentum, d[j] = input;
+    grad_dot += gradient * momentum, momentum_sq += momentum * momentum, input_sq += input * input;
+    momentum_max = larger(magnitude(momentum), momentum_max);
+    input_max = larger(magnitude(input), input_max);
+  }
+  sums.at[kGradDot] = grad_dot, sums.at[kMomentumSq] = momentum_sq, sums.at[kMomentumMax] = momentum_max;
+  sums.at[kInputSq] = input_sq, sums.at[kInputMax] = input_max;
+}
+
+void plain_momentum_part(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums) {
+  float wide[kRun];
+  const bool narrows = item.dtype[kDirection] == Dtype::bf16;
+  float* const d = narrows ? wide : part_of<float>(item, kDirection, start);
+  item.program.nesterov ? plain_momentum<true>(item, n, start, count, sums, d)
+                        : plain_momentum<false>(item, n, start, count, sums, d);
+  uint16_t* const to = part_of<uint16_t>(item, kDirection, start);
+  for (int j = 0; narrows && j < count; ++j) to[j] = to_bf16(wide[j]);
+}
+
+// W <- (1 - decay) W - step d.
+bool is_plain_move(const Item& item) {
+  const Program& p = item.program;
+  return item.flat && p.power == Program::kNone && !p.cautious && !p.decay_after && is_f32(item, kParam) &&
+         item.at[kDirection] != nullptr &&
+         (item.dtype[kDirection] == Dtype::f32 || item.dtype[kDirection] == Dtype::bf16);
+}
+
+float get(float x) { return x; }
+float get(uint16_t x) { return from_bf16(x); }
+
+template <class D>
+void plain_move_part(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums) {
+  const D* __restrict d = part_of<const D>(item, kDirection, start);
+  float* __restrict p = part_of<float>(item, kParam, start);
+  float update_sq = 0, param_sq = 0;
+#pragma omp simd reduction(+ : update_sq, param_sq)
+  for (int j = 0; j < count; ++j) {
+    const float update = get(d[j]);
+    const float param = p[j] * n.keep - update * n.step;
+    p[j] = param;
+    update_sq += update * update, param_sq += param * param;
+  }
+  sums.at[kUpdateSq] = update_sq * (n.step * n.step), sums.at[kParamSq] = param_sq;
+}
+
+using PartInOne = void (*)(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums);
+
+// The loop that does all of a stage for an item, nullptr where there is none.
+PartInOne in_one(Stage stage, const Item& item) {
+  const bool bf16 = item.dtype[kDirection] == Dtype::bf16;
+  if (stage == Stage::apply_update)
+    return !is_plain_move(item) ? nullptr : bf16 ? plain_move_part<uint16_t> : plain_move_part<float>;
+  if (is_adamw(item)) return adamw_part;
+  return is_plain_momentum(item) ? plain_momentum_part : nullptr;
+}
+
 template <class R>
 void update_moments_part(const Part<R>& part, const Numbers<R>& n, Sums<R>& sums) {
   const Item& item = part.item;
@@ -167,11 +291,26 @@ void apply_update_part(const Part<R>& part, const Numbers<R>& n, Sums<R>& sums) 
   part.store_param(tile.p);
 }
 
+template <class R>
+void add(const Sums<R>& sums, double* partial) {
+  for (int c = 0; c < kSums; ++c)
+    partial[c] = is_largest(c) ? larger<double>(partial[c], sums.at[c]) : partial[c] + sums.at[c];
+}
+
 // A chunk's sums into `partial`.
 template <class R>
 void run_chunk(Stage stage, const Item& item, const double* row, const Span& span, double* partial) {
   const Numbers<R> n(item.program, row, item.ratio, item.lengths ? item.lengths[span.matrix] : 1.0);
   for (int c = 0; c < kSums; ++c) partial[c] = 0;
+  if constexpr (sizeof(R) == sizeof(float)) {
+    const PartInOne part = in_one(stage, item);
+    for (int64_t done = 0; part != nullptr && done < span.length; done += kRun) {
+      Sums<R> sums{};
+      part(item, n, span.start + done, tile_count(span, done, kRun), sums);
+      add(sums, partial);
+    }
+    if (part != nullptr) return;
+  }
   for (int64_t done = 0; done < span.length; done += kTile) {
     const Part<R> part{item, row, span.start + done, tile_count(span, done)};
     Sums<R> sums{};
@@ -179,8 +318,7 @@ void run_chunk(Stage stage, const Item& item, const double* row, const Span& spa
       update_moments_part(part, n, sums);
     else
       apply_update_part(part, n, sums);
-    for (int c = 0; c < kSums; ++c)
-      partial[c] = is_largest(c) ? larger<double>(partial[c], sums.at[c]) : partial[c] + sums.at[c];
+    add(sums, partial);
   }
 }
 
@@ -222,7 +360,28 @@ void grad_stats_tiles(const Gradient& gradient, const Span& span, double* partia
   partial[0] = most, partial[1] = square;
 }
 
+// Magnitudes are ordered as their bits are, and what is not finite is the largest.
+void grad_stats_flat(const Gradient& gradient, const Span& span, double* partial) {
+  const float* const g = static_cast<const float*>(gradient.at) + span.start;
+  uint32_t most = 0;
+  double square = 0;
+  for (int64_t done = 0; done < span.length; done += kRun) {
+    const int64_t end = done + tile_count(span, done, kRun);
+    float part = 0;
+#pragma omp simd reduction(+ : part) reduction(max : most)
+    for (int64_t j = done; j < end; ++j) {
+      const uint32_t bits = bits_of(g[j]) & 0x7fffffff;
+      most = bits > most ? bits : most;
+      part += g[j] * g[j];
+    }
+    square += part;
+  }
+  const bool finite = most < 0x7f800000;
+  partial[0] = finite ? float_of(most) : INFINITY, partial[1] = finite ? square : INFINITY;
+}
+
 void grad_stats(const Gradient& gradient, const Span& span, double* partial) {
+  if (gradient.flat && gradient.dtype == Dtype::f32) return grad_stats_flat(gradient, span, partial);
   gradient.dtype == Dtype::f64 ? grad_stats_tiles<double>(gradient, span, partial)
                                : grad_stats_tiles<float>(gradient, span, partial);
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/device.h"
+#include "cpu_polar/chain.h"
 #include "ops/op_checks.h"
 #include "polar/chain.h"
 #include "polar/chunks.h"
@@ -254,6 +255,47 @@ void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, c
   for (const std::vector<Stack>& part : parts) run_chain(nodes, part, ways);
 }
 
+Dtype cpu_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
+  const Dtype type = element_type(tensor, place, name, i);
+  STD_TORCH_CHECK(type == Dtype::f32 || type == Dtype::bf16, name, "[", i, "] must be float32 or bfloat16");
+  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.is_contiguous(), name, "[", i,
+                  "] must be a contiguous stack of matrices");
+  return type;
+}
+
+void cpu_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& outs, const std::vector<Tensor>& slacks,
+               const std::vector<int64_t>& ints, const std::vector<double>& floats,
+               const std::vector<double>& constants, const std::vector<int64_t>& powers,
+               const std::vector<double>& least, bool tight, double eps, int64_t result, bool divides, bool bf16,
+               int64_t at_once) {
+  STD_TORCH_CHECK(outs.size() == xs.size() && slacks.size() == xs.size(), "xs, outs and slacks go by one another");
+  STD_TORCH_CHECK(result == kX || result == kY, "result is buffer ", result, "; 0 and 1 have the shape of X");
+  STD_TORCH_CHECK(at_once > 0, "at_once is ", at_once, "; one matrix at least is worked on");
+  if (xs.empty()) return;
+  const Place place(xs[0]);
+  const Dtype dtype = bf16 ? Dtype::bf16 : Dtype::f32;
+  const cpu_polar::Kernels* const kernels = cpu_polar::kernels_for(dtype);
+  STD_TORCH_CHECK(kernels != nullptr, "cpu_chain has no products of this type for this processor");
+  const Numbering numbering = make_numbering(constants, powers, least, tight, eps);
+  const cpu_polar::Chain chain{make_nodes(ints, floats, numbering.columns), static_cast<Buffer>(result), numbering,
+                               divides};
+  STD_TORCH_CHECK(!divides || numbering.columns == 0, "what is divided by its norm takes no numbers from it");
+  std::vector<cpu_polar::Stack> stacks;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const Tensor &x = xs[i], &out = outs[i];
+    cpu_polar::Stack stack{};
+    stack.x_dtype = cpu_type(x, place, "xs", i), stack.out_dtype = cpu_type(out, place, "outs", i);
+    const auto own = x.sizes(), other = out.sizes();
+    STD_TORCH_CHECK(std::equal(own.begin(), own.end(), other.begin()), "outs[", i, "] is not of the shape of xs[", i,
+                    "]");
+    stack.matrices = x.size(0), stack.rows = x.size(1), stack.columns = x.size(2);
+    check_floats(slacks[i], place, stack.matrices, "slacks");
+    stack.x = x.const_data_ptr(), stack.out = out.mutable_data_ptr(), stack.slack = pointer<float>(slacks[i]);
+    stacks.push_back(stack);
+  }
+  cpu_polar::run(chain, stacks, dtype, *kernels, at_once);
+}
+
 #ifdef STEEPEST_HAS_CUDA
 Dtype small_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
   const Dtype type = element_type(tensor, place, name, i);
@@ -341,6 +383,7 @@ void chain_numbers(const Tensor& gram, const Tensor& numbers, const Tensor& slac
 STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
   m.impl("chain_numbers", TORCH_BOX(&chain_numbers));
   m.impl("polar_chain", TORCH_BOX(&polar_chain));
+  m.impl("cpu_chain", TORCH_BOX(&cpu_chain));
 }
 
 #ifdef STEEPEST_HAS_CUDA

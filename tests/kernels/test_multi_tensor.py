@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import steepest
 from steepest.ops import backend, multi_tensor
 from steepest.ops.multi_tensor import CHUNK, COLUMNS, SUMS, Groups, Item, Items, Scaling, Table
 from steepest.ops.program import HYPERS, Power, Program
@@ -1623,3 +1624,30 @@ TAKEN: dict[str, tuple[Tensor, str | None]] = {
 def test_what_the_kernels_take(case: str) -> None:
     tensor, reason = TAKEN[case]
     assert multi_tensor.takes([torch.ones(3), tensor]) == reason
+
+
+@pytest.mark.parametrize("bf16", ["0", "1"])
+@pytest.mark.parametrize("options", [{"use_muon": False}, {"nesterov": True}, {"nesterov": False}], ids=str)
+def test_contiguous_tensors_have_the_bits_of_strided_ones(
+    options: dict[str, Any], bf16: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contiguous fp32 tensors go through loops of their own (csrc/multi_tensor/host_chunk.h)."""
+    monkeypatch.setattr("steepest.linalg.polar.choice.cpu_bf16", bf16)
+
+    def turned(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT
+
+    moved = []
+    for lay_param, lay_grad in ((Tensor.clone, Tensor.clone), (Tensor.clone, turned), (turned, Tensor.clone)):
+        params = [
+            torch.nn.Parameter(lay_param(gaussian(m, n, seed=m).float())) for m, n in ((3, 5), (67, 129), (300, 70))
+        ]
+        optimizer = steepest.Muon([{"params": params, "lr": 0.03, "weight_decay": 0.1, **options}])
+        for step in range(4):
+            for i, p in enumerate(params):
+                p.grad = lay_grad(gaussian(*p.shape, seed=10 * step + i).float() * 1e-3**step)
+            optimizer.step()
+        moved.append([t for p in params for t in (p.detach(), *optimizer.state[p].values())])
+    for other in moved[1:]:
+        for a, b in zip(moved[0], other, strict=True):
+            assert torch.equal(a, b)

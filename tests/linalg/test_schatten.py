@@ -16,6 +16,7 @@ from steepest.linalg import schatten as module
 from steepest.linalg.polar import polar
 from steepest.linalg.scaling import prescaled
 from steepest.linalg.schatten import SAFETY, STEPS, by_products, compute_dtype, schatten
+from steepest.ops import backend
 from steepest.ops.symm_gemm import Number, Workspace
 from support.singular_values import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, with_spectrum
 
@@ -291,6 +292,7 @@ def flops(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "gemm", counting(runner.gemm))
+        patch.setattr(backend, "forced", "torch")  # product by product
         call()
     return counted[0]
 

@@ -143,6 +143,10 @@ class Chain:
     @functools.cached_property
     def packed(self) -> tuple[list[int], list[float]]:
         """The nodes as `steepest.ops.polar_chain` takes them."""
+        return self.pack()
+
+    def pack(self) -> tuple[list[int], list[float]]:
+        """`packed`, made anew: what torch.compile traces has no lock."""
         ints, floats = [], []
         for node in self.nodes:
             numbers: tuple[Number, Number, float] = (1.0, 0.0, 0.0)
@@ -192,6 +196,18 @@ def chain(schedule: Schedule, restarts: tuple[int, ...]) -> Chain:
             build.nodes.append(Apply(other, q, x, factor, 0.0))
             x = other
     return Chain(tuple(build.nodes), tuple(zip(*build.columns.values())), tuple(build.powers), x)
+
+
+@functools.cache
+def plain_chain(table: tuple[tuple[float, ...], ...]) -> Chain:
+    """The standard form of a quintic table as it is printed, for an X that was divided by its norm before.
+
+    Z = b A + c A^2, X <- a X + Z X for A = X X^T: the products and roundings of torch.optim.Muon.
+    """
+    nodes: list[Node] = []
+    for (a, b, c), (x, y) in zip(table, (("x", "y"), ("y", "x")) * len(table)):
+        nodes += [Gram("gram", x), Product("z", "gram", "gram", "gram", c, b), Apply(y, "z", x, 1.0, a)]
+    return Chain(tuple(nodes[1:]), ((),), (), y)
 
 
 @dataclass

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .fakes import register_fake
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TABLES, MOST_NUMBERS = 4, 320  # kMostTables, kMostNumbers in csrc/polar/params.h
@@ -124,6 +125,6 @@ def squared_norm_bound(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 if _backend.extension is not None:
 
-    @torch.library.register_fake("steepest::chain_numbers")
+    @register_fake("chain_numbers")
     def _(*arguments: object) -> None:
         """Mutates numbers, slack and scratch; no metadata changes."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .fakes import register_fake
 
 METHODS = ("jr", "eigh", "auto")  # `Method` in csrc/eigh/params.h
 MOST_ROWS = 128  # kMostRows there
@@ -126,10 +127,10 @@ def _most_rows(capability: tuple[int, int]) -> int:
 
 if _backend.extension is not None:
 
-    @torch.library.register_fake("steepest::eigh_refresh")
+    @register_fake("eigh_refresh")
     def _(*arguments: object) -> None:
         """Mutates basis, values, status and order; no metadata changes."""
 
-    @torch.library.register_fake("steepest::eigh_batched")
+    @register_fake("eigh_batched")
     def _(*arguments: object) -> None:
         """Mutates A, W and info; no metadata changes."""

@@ -23,6 +23,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "small_polar_rows": (c_int64, c_int32),
     "small_polar_blocks": (c_int32, c_int64, c_int32),
     "eigh_rows": (c_int64, c_int32),
+    "cpu_products": (c_int32, c_int32),
     "load_cusolver": (c_char_p, c_char_p),
     "small_polar_refusal": (c_char_p, _FLOATS, _INTS, _INTS, c_int64, _FLOATS, c_int64),
     "chain_product": (c_char_p, c_int32, c_int64, c_int64, c_int64),
@@ -72,6 +73,10 @@ class Extension:
     def eigh_rows(self, capability: int) -> int:
         """The largest matrices that `eigh_refresh` takes."""
         return int(self._library.steepest_eigh_rows(capability))
+
+    def cpu_products(self, bf16: bool) -> bool:
+        """Whether `cpu_chain` multiplies bf16, or fp32, on this processor."""
+        return bool(self._library.steepest_cpu_products(bf16))
 
     def load_cusolver(self, names: Sequence[str]) -> str | None:
         """Why none of these libraries can be loaded; None where one is."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .fakes import register_fake
 from .polar_chain import hopper_reason
 from .symm_gemm import gemm
 from .weight_update import factors_reason, stack_reason
@@ -146,6 +147,6 @@ def _check(
 
 if _backend.extension is not None:
 
-    @torch.library.register_fake("steepest::grouped_gemm")
+    @register_fake("grouped_gemm")
     def _(*arguments: object) -> None:
         """Mutates out; no metadata changes."""

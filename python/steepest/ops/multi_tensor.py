@@ -28,6 +28,7 @@ from torch import Tensor
 from . import backend as _backend
 from . import selfcheck
 from .backend import choose
+from .fakes import register_fake
 from .program import CHUNK, COLUMNS, SUMS, Program
 
 FAMILY = "elementwise"  # of the self-check
@@ -292,18 +293,18 @@ def triton_takes(tensors: Sequence[Tensor], matrices: int) -> str | None:
 
 if _backend.extension is not None:
 
-    @torch.library.register_fake("steepest::grad_stats")
+    @register_fake("grad_stats")
     def _(*arguments: object) -> None:
         """Mutates steps, rows, skipped and scratch; no metadata changes."""
 
-    @torch.library.register_fake("steepest::decide_steps")
+    @register_fake("decide_steps")
     def _(*arguments: object) -> None:
         """Mutates steps, rows and skipped; no metadata changes."""
 
-    @torch.library.register_fake("steepest::update_moments")
+    @register_fake("update_moments")
     def _(*arguments: object) -> None:
         """Mutates momenta, seconds, inputs, params, mantissas, sums and scratch; no metadata changes."""
 
-    @torch.library.register_fake("steepest::apply_update")
+    @register_fake("apply_update")
     def _(*arguments: object) -> None:
         """Mutates params, mantissas, sums and scratch; no metadata changes."""

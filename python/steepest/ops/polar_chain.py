@@ -21,6 +21,7 @@ from torch import Tensor
 from . import backend as _backend
 from .chain_numbers import too_many
 from .environment import switch
+from .fakes import register_fake
 
 DTYPES = (torch.float16, torch.bfloat16)
 MULTIPLE = 8  # rows begin at multiples of 16 bytes
@@ -148,6 +149,6 @@ def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
 
 if _backend.extension is not None:
 
-    @torch.library.register_fake("steepest::polar_chain")
+    @register_fake("polar_chain")
     def _(*arguments: object) -> None:
         """Mutates xs, ys, slacks and weights; no metadata changes."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .fakes import register_fake
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TERMS = 5  # kMostTerms in csrc/small_polar/params.h
@@ -107,6 +108,6 @@ def _refusal(tables: Tables, least: tuple[float, ...]) -> str | None:
 
 if _backend.extension is not None:
 
-    @torch.library.register_fake("steepest::small_polar")
+    @register_fake("small_polar")
     def _(*arguments: object) -> None:
         """Mutates outs and slacks; no metadata changes."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .fakes import register_fake
 from .polar_chain import DTYPES, MULTIPLE, hopper_reason, weights_reason
 from .symm_gemm import Workspace, gemm
 
@@ -133,6 +134,6 @@ def _check(a: Tensor, b: Tensor, weights: Sequence[Tensor], alpha: Tensor, beta:
 
 if _backend.extension is not None:
 
-    @torch.library.register_fake("steepest::weight_update")
+    @register_fake("weight_update")
     def _(*arguments: object) -> None:
         """Mutates weights; no metadata changes."""

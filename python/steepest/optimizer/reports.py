@@ -79,13 +79,14 @@ class Reports(Shards):
 
     def _rows(self, group: Group, counter: Iterator[int]) -> list[tuple[str, ...]]:
         names = group.get("param_names") or [f"param_{next(counter)}" for _ in group["params"]]
+        lr, recipe = self._hyper(group).lr, self._recipe(group)
         return [
             (
                 name,
                 "x".join(map(str, p.shape)) or "scalar",
                 type(self).__name__ if group["use_muon"] else self._others(group),
                 self._reasons.get(p, f"use_muon={group['use_muon']} in its group"),
-                _effective_lr(self._hyper(group).lr, self._recipe(group), self._pieces(p, group)),
+                _effective_lr(lr, recipe, self._pieces(p, group)),
                 self._backend(p, group),
             )
             for name, p in zip(names, group["params"], strict=True)

@@ -130,14 +130,15 @@ class Shards(Groups):
 
     def _check_shards(self, group: Group) -> None:
         """Notes who shares parameters. ValueError for a DTensor whose directions cannot be taken."""
+        shares = bool(group["params"]) and _shares(group, self._recipe(group))
         for i, p in enumerate(group["params"]):
             if not is_sharded(p):
-                if _shares(group, self._recipe(group)):
+                if shares:
                     self._has_shards = True
                     self._shardings[p] = self._shared_work(p)
                 continue
             self._has_shards = True
-            self._shardings[p] = self._new_sharding(p, _shares(group, self._recipe(group)))
+            self._shardings[p] = self._new_sharding(p, shares)
             what = f"{parameter_name(group, i)} of shape {tuple(p.shape)} with placements {tuple(p.placements)}"
             if any(placement.is_partial() for placement in p.placements):
                 raise ValueError(

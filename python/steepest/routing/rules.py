@@ -19,10 +19,11 @@ Names are those of `architectures`.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from typing import Any
 
 import torch
@@ -187,10 +188,17 @@ def _words(name: str) -> set[str]:
 
 
 def _named(what: str, names: list[str], patterns: tuple[str, ...]) -> str | None:
-    for pattern in patterns:
+    matches = _any_of(patterns).match  # most names match none, and are looked at once
+    names = [name for name in names if matches(name)]
+    for pattern in patterns if names else ():
         if any(fnmatchcase(name, pattern) for name in names):
             return f"{what}, by the name pattern {pattern!r}"
     return None
+
+
+@functools.cache
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, patterns)) or r"(?!)")
 
 
 def _depthwise(place: Place) -> str | None:

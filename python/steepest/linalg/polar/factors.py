@@ -12,14 +12,18 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ...ops.polar_chain import Update
+from ...ops import cpu_chain
+from ...ops.polar_chain import BUFFERS, Update
 from ...ops.small_polar import small_polar, takes
 from ...ops.symm_gemm import Workspace
+from ..chain import Chain, chain, plain_chain
 from ..coefficients import Coefficients, Schedule, check_preset
 from ..newton_schulz import newton_schulz, newton_schulz_plain
 from ..scaling import prescaled
 from .choice import COMPUTE_DTYPES, FORMS, Choice, choose, compute_dtype
-from .jobs import Job, Result, add_factors, at_once
+from .jobs import Job, Result, add_factors, at_once, workspace_bytes
+
+UNBOUNDED = 1 << 30  # matrices that may be worked on at once
 
 
 @torch.no_grad()
@@ -155,6 +159,9 @@ def polars(
         if choice.form == "small":
             _by_small_kernel(jobs, choice.schedule, eps)
             continue
+        if all(cpu_chain.takes(job.x, choice.dtype, _products(choice).constants) for job in jobs):
+            _by_cpu_chain(jobs, choice, eps, max_workspace_bytes)
+            continue
         chunks = [chunk for job in jobs for chunk in job.chunks(choice.dtype, max_workspace_bytes)]
         if choice.form == "plain":
             _by_plain_products(chunks, choice, eps)
@@ -174,6 +181,37 @@ def _by_small_kernel(jobs: list[Job], table: Schedule, eps: float) -> None:
     for job, out in zip(jobs, outs, strict=True):
         if job.update is not None:
             add_factors(out, job.update)
+
+
+def _products(choice: Choice) -> Chain:
+    return plain_chain(choice.schedule.tables[0]) if choice.form == "plain" else chain(choice.schedule, choice.restarts)
+
+
+def _by_cpu_chain(jobs: list[Job], choice: Choice, eps: float, max_bytes: int | None) -> None:
+    """All matrices in one call, which converts and scales them itself."""
+    plain, products, table = choice.form == "plain", _products(choice), choice.schedule
+    xs = [job.x if job.x.dtype in cpu_chain.DTYPES else prescaled(job.x, choice.dtype) for job in jobs]
+    straight = [job.update is None and job.result.x.dtype in cpu_chain.DTYPES for job in jobs]
+    outs = [job.result.batch() if s else torch.empty_like(x) for job, x, s in zip(jobs, xs, straight, strict=True)]
+    most = max(workspace_bytes(job.x.shape[1], job.x.shape[2], choice.dtype) for job in jobs)
+    cpu_chain.cpu_chain(
+        [x.contiguous() for x in xs],
+        outs,
+        [job.slack for job in jobs],
+        products.pack() if torch.compiler.is_compiling() else products.packed,
+        products.constants,
+        products.powers,
+        () if plain else table.slacks,
+        tight=table.norm == "tight",
+        eps=eps,
+        result=BUFFERS.index(products.result),
+        divides=plain,
+        dtype=choice.dtype,
+        at_once=UNBOUNDED if max_bytes is None else max(1, max_bytes // most),
+    )
+    for job, out, done in zip(jobs, outs, straight, strict=True):
+        if not done:
+            job.finish(out)
 
 
 def _by_plain_products(jobs: list[Job], choice: Choice, eps: float) -> None:

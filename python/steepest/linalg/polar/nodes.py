@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from ..chain import Apply, Gram, Node, Product, Sum, chain, multiplication, product_flop
-from ..coefficients import Schedule
+from ..chain import Gram, Node, Sum, chain, multiplication, plain_chain, product_flop
 from .choice import Choice
 
 
 def nodes_of(choice: Choice) -> tuple[Node, ...]:
     """The nodes of a choice, the first Gram product among them."""
-    if choice.form == "plain":
-        return _plain_nodes(choice.schedule)
-    return (Gram("gram", "x"), *chain(choice.schedule, choice.restarts).nodes)
+    plain = choice.form == "plain"
+    products = plain_chain(choice.schedule.tables[0]) if plain else chain(choice.schedule, choice.restarts)
+    return (Gram("gram", "x"), *products.nodes)
 
 
 def polar_flop(choice: Choice, rows: int, columns: int, tall: bool | None = None) -> int:
@@ -23,10 +22,3 @@ def polar_flop(choice: Choice, rows: int, columns: int, tall: bool | None = None
     if choice.form == "plain":
         return sum(product_flop(p.m, p.n, p.k, symmetric=False) for p in products)
     return sum(p.flop for p in products)
-
-
-def _plain_nodes(schedule: Schedule) -> tuple[Node, ...]:
-    nodes: list[Node] = []
-    for (a, b, c), (x, y) in zip(schedule.tables[0], (("x", "y"), ("y", "x")) * schedule.steps):
-        nodes += [Gram("gram", x), Product("z", "gram", "gram", "gram", c, b), Apply(y, "z", x, 1.0, a)]
-    return tuple(nodes)

@@ -150,6 +150,37 @@ MODELS: dict[str, Model] = {
     "moe-64": experts(64, 2048, 1408),  # a layer of Moonlight 16B
     "lora-16": lora(32, 4096, 16),  # on Llama 2 7B
     "per-head": per_head(16, 2048, 32, 8, 64),  # of Llama 3.2 1B
+    # What a CPU trains, or tunes: small matrices and many of them.
+    "vit-tiny": (
+        Parameters(12, (576, 192), "matrix", cut=0),
+        Parameters(12, (192, 192), "matrix", cut=1),
+        Parameters(12, (768, 192), "matrix", cut=0),
+        Parameters(12, (192, 768), "matrix", cut=1),
+        Parameters(1, (192, 768), "other"),  # patches
+        Parameters(1, (197, 192), "other"),
+        Parameters(1, (1000, 192), "other"),
+        Parameters(12, (576,), "other"),
+        Parameters(12, (768,), "other"),
+        Parameters(50, (192,), "other"),
+    ),
+    "resnet-18": (  # its convolutions as matrices
+        Parameters(4, (64, 576), "matrix"),
+        Parameters(1, (128, 576), "matrix"),
+        Parameters(3, (128, 1152), "matrix"),
+        Parameters(1, (128, 64), "matrix"),
+        Parameters(1, (256, 1152), "matrix"),
+        Parameters(3, (256, 2304), "matrix"),
+        Parameters(1, (256, 128), "matrix"),
+        Parameters(1, (512, 2304), "matrix"),
+        Parameters(3, (512, 4608), "matrix"),
+        Parameters(1, (512, 256), "matrix"),
+        Parameters(1, (64, 147), "other"),
+        Parameters(1, (1000, 512), "other"),
+        Parameters(40, (256,), "other"),
+    ),
+    "lora-gpt2": lora(12, 768, 16),
+    "heads-gpt2": per_head(12, 768, 12, 12, 64),
+    "experts-small": experts(16, 256, 512),
     "ultralytics-126": (  # small matrices of three shapes, as a detector has them
         Parameters(42, (64, 64), "matrix"),
         Parameters(42, (128, 576), "matrix"),

@@ -19,7 +19,7 @@ from ..shapes import Model, matrices, parse
 from .common import name_of, sizes, timed
 
 SHAPES = ("gpt2-124m", "per-head", "lora-16", "llama-1b", "moe-64", "kimi-k2", "llama-7b-layers")
-CPU = ("tiny", "small")
+CPU = ("tiny", "small", "vit-tiny", "resnet-18", "lora-gpt2", "heads-gpt2", "experts-small")
 #: Of SOAP, whose refreshes take others long; not with --quick on a GPU, nor for models with longer sides.
 SOAP_SHAPES, SOAP_CPU = ("gpt2-124m",), ("tiny",)
 SOAP_SIDE = 4096

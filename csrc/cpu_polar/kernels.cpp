@@ -1,0 +1,40 @@
+#include "cpu_polar/kernels.h"
+
+#include <cstdlib>
+#include <string_view>
+
+namespace steepest::cpu_polar {
+
+#ifdef STEEPEST_HAS_X86_SETS
+namespace {
+
+// ATEN_CPU_CAPABILITY limits the vectors of torch, and these with it.
+const Kernels* find(Dtype dtype) {
+  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view limit = capability == nullptr ? "" : capability;
+  __builtin_cpu_init();
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && limit != "avx2" &&
+                    limit != "default";
+  if (dtype == Dtype::bf16) {
+#ifdef STEEPEST_HAS_AVX512_BF16
+    if (wide && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16::bf16;
+#endif
+    return nullptr;
+  }
+  if (dtype != Dtype::f32 || limit == "default") return nullptr;
+  if (wide) return &avx512::f32;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::f32 : nullptr;
+}
+
+}  // namespace
+
+const Kernels* kernels_for(Dtype dtype) {
+  static const Kernels *const f32 = find(Dtype::f32), *const bf16 = find(Dtype::bf16);
+  return dtype == Dtype::f32 ? f32 : dtype == Dtype::bf16 ? bf16 : nullptr;
+}
+#else
+const Kernels* kernels_for(Dtype) { return nullptr; }
+#endif
+
+}  // namespace steepest::cpu_polar

@@ -1,0 +1,87 @@
+// Matrix products on a CPU, panel by panel, compiled for several instruction sets; no torch in here.
+//
+//   D = alpha A B + beta C      A: (m, k), B: (k, n), C, D: (m, n) of contiguous rows
+//
+// fp32, or bf16 whose products are summed in fp32 and rounded once when D is stored. A factor is packed before it is
+// multiplied: sixteen of A's rows, or of B's columns, are a panel, and a panel is a list of vectors of 16 words, one
+// for each k in fp32 and one for two in bf16. So a factor that stands on both sides is packed once.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace steepest::cpu_polar {
+
+constexpr int kPanel = 16;
+
+inline int64_t panels_of(int64_t size) { return (size + kPanel - 1) / kPanel; }
+inline int64_t steps_of(Dtype dtype, int64_t k) { return dtype == Dtype::bf16 ? (k + 1) / 2 : k; }
+inline int64_t packed_words(Dtype dtype, int64_t size, int64_t k) {
+  return panels_of(size) * kPanel * steps_of(dtype, k);
+}
+
+// A factor with `size` rows of A or columns of B. along_k: a memory row is one of these and runs along k; else memory
+// holds k rows of `size`. Memory rows are contiguous.
+struct Factor {
+  const void* at;
+  int64_t size, k;
+  bool along_k;
+};
+
+struct Product {
+  const uint32_t *a, *b;  // packed
+  int64_t m, n, k;
+  // The caller's word that A B is symmetric: what lies above the diagonal is copied from below. same: A = B^T, whose
+  // product is symmetric to the bit by itself.
+  bool symmetric, same;
+  const void* c;  // nullptr, D itself or another matrix
+  void* d;
+  float alpha, beta;
+};
+
+// A tensor's elements from `first` on; f32 or bf16.
+struct Source {
+  const void* at;
+  Dtype dtype;
+  int64_t first;
+};
+
+struct Kernels {
+  // Panels [begin, end) of a factor to their place in `to`.
+  void (*pack)(const Factor& factor, int64_t begin, int64_t end, uint32_t* to);
+  // D's rows [begin, end), a multiple of kPanel and one or m, in columns of the panels [left, right).
+  void (*multiply)(const Product& product, int64_t begin, int64_t end, int64_t left, int64_t right);
+  // alpha A + beta C + gamma I of squares; c may be nullptr, out may be either.
+  void (*sum)(const void* a, const void* c, void* out, int64_t side, float alpha, float beta, float gamma);
+  // Sums of squares and of the diagonal of a square.
+  void (*spread)(const void* gram, int64_t side, double& square, double& trace, double& diagonal_square);
+  // Of `count` elements from `begin` on: the largest magnitude, NaN or infinite where one is; x first second into a
+  // buffer; a buffer's sum of squares; the buffer over a number; and the buffer into a tensor.
+  double (*largest)(const Source& x, int64_t begin, int64_t count);
+  void (*load)(const Source& x, int64_t begin, int64_t count, float first, float second, void* to);
+  double (*square)(const void* x, int64_t begin, int64_t count);
+  void (*divide)(void* x, int64_t begin, int64_t count, float by);
+  void (*store)(const void* from, int64_t begin, int64_t count, void* to, Dtype dtype);
+  void (*fill)(void* to, Dtype dtype, int64_t count, float value);
+  float (*round)(float x);  // as a buffer holds it
+};
+
+// What is compiled for this processor, nullptr where nothing is: products of the dtype are torch's then.
+const Kernels* kernels_for(Dtype dtype);
+
+#ifdef STEEPEST_HAS_X86_SETS
+namespace avx2 {
+extern const Kernels f32;
+}
+namespace avx512 {
+extern const Kernels f32;
+}
+#ifdef STEEPEST_HAS_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels bf16;
+}
+#endif
+#endif
+
+}  // namespace steepest::cpu_polar

@@ -1,0 +1,82 @@
+"""A whole chain of products on a CPU in one call: from matrices as they are to their polar factors.
+
+The nodes are those of `steepest.ops.polar_chain`, in fp32, or in bf16 summed in fp32; a product is rounded once, with
+alpha, beta and gamma in it. Products of symmetric results take half the work at any size, and matrices of 2^18 elements
+and less go one to a thread, all of the chain in its cache (csrc/cpu_polar). The reference is
+`steepest.linalg.newton_schulz` in torch ops, which runs where this does not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+from .chain_numbers import too_many
+from .fakes import register_fake
+from .tracing import assume_constant_result
+
+DTYPES = (torch.float32, torch.bfloat16)  # of matrices, of products and of results
+
+
+def cpu_chain(
+    xs: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    slacks: Sequence[Tensor],
+    nodes: tuple[list[int], list[float]],
+    constants: Sequence[Sequence[float]],
+    powers: Sequence[int],
+    least: Sequence[float],
+    *,
+    tight: bool,
+    eps: float,
+    result: int,
+    divides: bool,
+    dtype: torch.dtype,
+    at_once: int,
+) -> None:
+    """Fills outs with what buffer ``result`` holds in the end, and slacks.
+
+    xs, outs: (batch, m, n), contiguous, fp32 or bf16, any sides; slacks: (batch,) fp32 for each; xs are not mutated.
+    nodes to eps: as for `polar_chain`. A matrix is brought to a largest entry in [1/2, 1) first, by a power of two;
+    divides: and, in ``dtype``, divided by max(||X||_F, eps), so that no number follows from its norm, and its slack is
+    1. A matrix that is not finite gives NaN. at_once: how many matrices may have buffers at a time.
+
+    A matrix has the same bits in every call, whatever the number of threads.
+    """
+    flat = [value for row in constants for value in row]
+    numbers = (*nodes, flat, powers, least, tight, eps, result, divides, dtype == torch.bfloat16, at_once)
+    torch.ops.steepest.cpu_chain(xs, outs, slacks, *numbers)
+
+
+def takes(x: Tensor, dtype: torch.dtype, constants: Sequence[Sequence[float]]) -> bool:
+    """Whether products in ``dtype`` of x are compiled for this processor and chain; else they are torch's."""
+    wanted = _backend.requested("auto") in ("auto", "cpu")
+    return wanted and x.device.type == "cpu" and not too_many(constants) and compiled(dtype)
+
+
+@assume_constant_result
+def compiled(dtype: torch.dtype) -> bool:
+    """Whether products of a dtype are compiled for this processor. Where it has tiles (AMX), torch's are faster."""
+    return _compiled(dtype)
+
+
+@functools.cache
+def _compiled(dtype: torch.dtype) -> bool:
+    if _backend.extension is None or dtype not in DTYPES or (dtype == torch.bfloat16 and _has_tiles()):
+        return False
+    return _backend.extension.cpu_products(dtype == torch.bfloat16)
+
+
+def _has_tiles() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+if _backend.extension is not None:
+
+    @register_fake("cpu_chain")
+    def _(*arguments: object) -> None:
+        """Mutates outs and slacks; no metadata changes."""
