@@ -184,16 +184,14 @@ void adamw_part(const Item& item, const Numbers<float>& n, int64_t start, int co
   sums.at[kUpdateSq] = update_sq * (n.step * n.step), sums.at[kParamSq] = param_sq;
 }
 
-// Muon's momentum, read as Nesterov does or as it is; the input goes on as bf16 or fp32.
+// Muon's momentum, read as Nesterov does or as it is; with frozen moments it is read alone.
 bool is_plain_momentum(const Item& item) {
   const Program& p = item.program;
   return item.flat && p.direction == Program::kGiven && p.power == Program::kNone && !p.heavy_ball &&
-         !p.frozen_moments && is_f32(item, kGrad) && is_f32(item, kMomentum) && item.at[kSecond] == nullptr &&
-         item.at[kParam] == nullptr && item.at[kDirection] != nullptr &&
-         (item.dtype[kDirection] == Dtype::f32 || item.dtype[kDirection] == Dtype::bf16);
+         is_f32(item, kGrad) && is_f32(item, kMomentum) && item.at[kSecond] == nullptr && item.at[kParam] == nullptr;
 }
 
-template <bool kNesterov>
+template <bool kNesterov, bool kFrozen>
 void plain_momentum(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums,
                     float* __restrict d) {
   const float* __restrict g = part_of<const float>(item, kGrad, start);
@@ -202,10 +200,11 @@ void plain_momentum(const Item& item, const Numbers<float>& n, int64_t start, in
 #pragma omp simd reduction(+ : grad_dot, momentum_sq, input_sq) reduction(max : momentum_max, input_max)
   for (int j = 0; j < count; ++j) {
     const float gradient = g[j] * n.grad_scale;
-    const float momentum = lerp(m[j], gradient, n.one_minus_beta1, n.beta1);
+    const float momentum = kFrozen ? m[j] : lerp(m[j], gradient, n.one_minus_beta1, n.beta1);
     const float input =
         kNesterov ? lerp(gradient, momentum, n.read_beta1, n.one_minus_read_beta1) : momentum * n.inverse_correction1;
-    m[j] = momentum, d[j] = input;
+    if (!kFrozen) m[j] = momentum;
+    d[j] = input;
     grad_dot += gradient * momentum, momentum_sq += momentum * momentum, input_sq += input * input;
     momentum_max = larger(magnitude(momentum), momentum_max);
     input_max = larger(magnitude(input), input_max);
@@ -215,13 +214,16 @@ void plain_momentum(const Item& item, const Numbers<float>& n, int64_t start, in
 }
 
 void plain_momentum_part(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums) {
-  float wide[kRun];
-  const bool narrows = item.dtype[kDirection] == Dtype::bf16;
-  float* const d = narrows ? wide : part_of<float>(item, kDirection, start);
-  item.program.nesterov ? plain_momentum<true>(item, n, start, count, sums, d)
-                        : plain_momentum<false>(item, n, start, count, sums, d);
-  uint16_t* const to = part_of<uint16_t>(item, kDirection, start);
-  for (int j = 0; narrows && j < count; ++j) to[j] = to_bf16(wide[j]);
+  float input[kRun];
+  const Program& p = item.program;
+  const auto run = p.nesterov ? (p.frozen_moments ? plain_momentum<true, true> : plain_momentum<true, false>)
+                              : (p.frozen_moments ? plain_momentum<false, true> : plain_momentum<false, false>);
+  const bool straight = is_f32(item, kDirection);
+  run(item, n, start, count, sums, straight ? part_of<float>(item, kDirection, start) : input);
+  if (straight || item.at[kDirection] == nullptr) return;
+  if (item.dtype[kDirection] == Dtype::f16)
+    for (int j = 0; j < count; ++j) input[j] = clamp_to_f16(input[j] * n.input_scale);
+  store(item.at[kDirection], item.dtype[kDirection], true, item.walk, kDirection, start, count, input);
 }
 
 // W <- (1 - decay) W - step d.

@@ -13,6 +13,7 @@ from steepest.linalg.polar import CPU_CHUNK, choose, choose_sharded, polar, pola
 from steepest.linalg.roots import ROOTS, inverse_root, inverse_root_flop
 from steepest.linalg.schatten import schatten, schatten_work
 from steepest.linalg.work import Work
+from steepest.ops import backend
 from steepest.parts import Diagonal, Frobenius, Hyper, Momentum, Roots, Rotated, Sides, Spectral
 from steepest.parts.precondition.kronecker import Kronecker
 from steepest.recipe import Recipe
@@ -23,6 +24,12 @@ from steepest.tools.bench.counting import flop_of
 HYPER = Hyper(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
 #: torch multiplies symmetric products in full, n^2 of what is n (n + 1) / 2.
 HALF = 0.5
+
+
+@pytest.fixture(autouse=True)
+def products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, so that they can be counted."""
+    monkeypatch.setattr(backend, "forced", "torch")
 
 
 @pytest.mark.parametrize("preset", ["auto", "turbo", "jordan", "you", "polar_express"])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from steepest.linalg import newton_schulz
 from steepest.linalg import polar as linalg
+from steepest.linalg.chain import Sum, multiplication
 from steepest.ops import polar_chain
 
 from ... import planner
@@ -168,10 +169,16 @@ def theirs(x: Tensor, settings: Settings, errors: Callable[[Any], Errors]) -> di
     return {peer.name: variant(peer.make(), peer.version) for peer in peers.installed("polar")}
 
 
+def _chain_flop(x: Tensor, preset: str) -> int:
+    count, m, n = x.shape
+    nodes = linalg.nodes_of(linalg.choose(m, n, preset, device=x.device, x_dtype=x.dtype))
+    return count * sum(multiplication(node, m, n).flop for node in nodes if not isinstance(node, Sum))
+
+
 def flop(xs: Sequence[Tensor], preset: str) -> float:
-    """What the preset executes: on a GPU by its plan, elsewhere what torch's products do."""
+    """What the preset executes: on a GPU by its plan, elsewhere what torch's products do, or the compiled chain's."""
     if not xs[0].is_cuda:
-        return flop_of(lambda: [linalg.polar(x, preset) for x in xs])
+        return flop_of(lambda: [linalg.polar(x, preset) for x in xs]) or float(sum(_chain_flop(x, preset) for x in xs))
     dtype = "bfloat16" if xs[0].dtype == torch.bfloat16 else None
     plans = [planner.Stack(*x.shape) for x in xs]
     count = torch.cuda.get_device_properties(xs[0].device).multi_processor_count
