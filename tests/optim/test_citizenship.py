@@ -323,7 +323,8 @@ def test_odd_parameters_step_like_plain_ones(cls: Maker, use_muon: bool, name: s
         p = nn.Parameter(ODD[name](dtype))
         plain = nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format))
         start = p.detach().clone()
-        optimizers = [made(cls, [{"params": [q], "use_muon": use_muon}], lr=0.5, adamw_lr=0.5) for q in (p, plain)]
+        rates = {"lr": 0.5, "adamw_lr": 0.5, "weight_decay": 0.0}
+        optimizers = [made(cls, [{"params": [q], "use_muon": use_muon}], **rates) for q in (p, plain)]
         for step in range(2):
             give_gradients([p], step)
             plain.grad = p.grad.clone(memory_format=torch.contiguous_format)

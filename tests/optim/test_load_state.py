@@ -194,7 +194,7 @@ def test_a_checkpoint_names_its_class_and_no_other_takes_it(cls: type[MatrixOpti
 
 def test_without_a_class_the_options_and_the_state_tell() -> None:
     for saver, loader, text in (
-        (steepest.MuAdam, steepest.Muon, "it has betas, which Muon does not take"),
+        (steepest.MuAdam, steepest.Muon, "it has betas, after, which Muon does not take"),
         (steepest.Muon, steepest.MuAdam, "it has momentum, nesterov, .*which MuAdam does not take"),
         (steepest.Shampoo, steepest.SOAP, "it has graft, inverse_root, which SOAP does not take"),
         (steepest.SOAP, steepest.KLShampoo, "lacks .*, which KLShampoo keeps"),

@@ -81,7 +81,8 @@ def refer(
             return piece_view(layouts.get(key, "factor"), t, parts, number)
 
         own = {key: part(key, t) for key, t in state.items()}
-        own |= {key: t.reshape(piece.shape) for key, t in own.items() if layouts.get(key) == "elementwise"}
+        whole = {key for key, layout in layouts.items() if layout == "elementwise" and state[key].shape == p.shape}
+        own |= {key: t.reshape(piece.shape) for key, t in own.items() if key in whole}
         own |= {key: t.flatten() for key, t in own.items() if layouts.get(key) in ("row", "matrix")}
         w, after = step_one(recipe, *(piece.view(t).reshape(piece.shape) for t in (p, g)), own, hyper)
         for key, t in after.items():

@@ -365,7 +365,7 @@ def test_without_matplotlib_there_are_no_pictures(
         (["--tasks", "imagenet"], "--tasks: unknown task 'imagenet'; pass some of gpt, mushrooms, mushrooms-scaled"),
         (["--rates", "fast"], "--rates fast: pass positive numbers, as in --rates 1e-3,1e-2"),
         (["--rates", "Muon=-1"], "--rates Muon=-1: pass positive numbers"),
-        (["--rates", "lion=1"], "unknown optimizer 'lion'"),
+        (["--rates", "lamb=1"], "unknown optimizer 'lamb'"),
         (["--steps", "0"], "--steps: '0': pass a whole number of 1 or more"),
         (["--mushrooms", "nowhere.svm"], "--mushrooms nowhere.svm: there is no such file"),
         (["--text", "nowhere.txt"], "--text nowhere.txt: there is no such file"),
