@@ -13,9 +13,11 @@ can run.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import _moved, zoo
 from ._version import __version__
-from .attention import QKClip
 from .diagnostics import watch
 from .graph import graphed
 from .linalg.polar import polar
@@ -24,8 +26,35 @@ from .optimizer import unwrap
 from .routing import param_groups
 from .zoo import *  # noqa: F403
 
-__all__ = ["QKClip", "__version__", "backends", "graphed", "param_groups", "polar", "unwrap", "watch"]
-__all__ += zoo.__all__
+if TYPE_CHECKING:
+    from .attention import QKClip
+    from .zoo.aion import AION
+    from .zoo.infinite_descent import infinite_descent
+
+__all__ = [
+    "AION",
+    "QKClip",
+    "__version__",
+    "backends",
+    "graphed",
+    "infinite_descent",
+    "param_groups",
+    "polar",
+    "unwrap",
+]
+__all__ += ["watch", *zoo.__all__]
+
+#: Names that few trainings use, and where they are: imported when they are asked for.
+_LATER = {"AION": ".zoo.aion", "QKClip": ".attention", "infinite_descent": ".zoo.infinite_descent"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "attention":
+        return import_module(".attention", __name__)
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_LATER[name], __name__), name)
+    return value
 
 
 def __dir__() -> list[str]:

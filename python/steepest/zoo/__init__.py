@@ -1,10 +1,8 @@
 """The named optimizers: a signature, an equation and a recipe each."""
 
 from .adaptive_muon import NAMO, AdaMuon, NorMuon
-from .aion import AION
 from .arguments import list_arguments
 from .hasd import hasd
-from .infinite_descent import infinite_descent
 from .kfac import KFAC
 from .kronecker import KLSOAP, SOAP, KLShampoo, OneSidedShampoo, Shampoo, SPlus
 from .momo import Momo
@@ -18,7 +16,6 @@ from .trust_region import NIGT, Fromage, OrthogonalSGDM, TrustRegion
 from .vector import MADGRAD, SGD, AdaGrad, Adam, AdamSANIA, Lion, NormalizedSGD, SignSGD
 
 __all__ = [
-    "AION",
     "KFAC",
     "KLSOAP",
     "MADGRAD",
@@ -52,7 +49,6 @@ __all__ = [
     "SignSGD",
     "TrustRegion",
     "hasd",
-    "infinite_descent",
     "scion_groups",
 ]
 
