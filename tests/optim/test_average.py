@@ -328,6 +328,7 @@ def test_a_checkpoint_of_splus_from_before_goes_on() -> None:
     assert same_states(state_copies(by_rate), state_copies(optimizer))
 
 
+@pytest.mark.slow
 @either
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam], ids=name_of)
 def test_a_compiled_step_averages(cls: type[MatrixOptimizer], values: dict[str, Any]) -> None:

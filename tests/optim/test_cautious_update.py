@@ -160,6 +160,7 @@ def test_a_group_says_its_own() -> None:
     assert gap(params[0].detach(), params[1].detach()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam], ids=name_of)
 def test_a_compiled_step(cls: type[MatrixOptimizer]) -> None:
     torch._dynamo.reset()

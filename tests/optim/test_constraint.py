@@ -183,6 +183,7 @@ def test_averages_and_hooks_get_constrained_weights() -> None:
     assert gap(norm(optimizer.state[params[0]]["average"], "frobenius"), before / 2) < 1e-12
 
 
+@pytest.mark.slow
 @every_constraint
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam], ids=name_of)
 def test_a_compiled_step(cls: type[MatrixOptimizer], constraint: str) -> None:

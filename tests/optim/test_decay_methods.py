@@ -204,6 +204,7 @@ def test_a_group_says_its_own(values: dict[str, Any]) -> None:
     assert gap(params[0].detach(), params[1].detach()) > 1e-3
 
 
+@pytest.mark.slow
 @either
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam], ids=name_of)
 def test_a_compiled_step(cls: type[MatrixOptimizer], values: dict[str, Any]) -> None:

@@ -96,6 +96,7 @@ def test_a_hook_sees_and_stores_weights_as_they_are(backend: str, options: dict[
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_a_hook_runs_in_a_compiled_step() -> None:
     params = parameters([(8, 5), (7,)])
     optimizer = made(steepest.MuAdam, [{"params": params[:1]}, {"params": params[1:], "use_muon": False}], lr=0.02)

@@ -136,6 +136,7 @@ def test_resume_and_bad_gradients(cls: type[MatrixOptimizer], dtype: torch.dtype
     assert same_states(state_copies(optimizer), state_copies(second))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam], ids=name_of)
 def test_a_compiled_step(cls: type[MatrixOptimizer]) -> None:
     torch._dynamo.reset()
