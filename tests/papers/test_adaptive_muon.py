@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from steepest import NAMO, SOAP, AdaMuon, MuAdam, MuAdamSANIA, Muon, NorMuon, Shampoo
-from steepest.optimizer import MatrixOptimizer
 
 SHAPES = ((7, 5), (5, 7), (6, 6), (1, 4), (4, 1))
 STEPS = 20
@@ -63,7 +63,7 @@ def namo(w: Tensor, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
         yield w
 
 
-RULES: dict[type[MatrixOptimizer], Rule] = {NorMuon: normuon, AdaMuon: adamuon, NAMO: namo}
+RULES: dict[type[Optimizer], Rule] = {NorMuon: normuon, AdaMuon: adamuon, NAMO: namo}
 every_rule = pytest.mark.parametrize("cls", RULES, ids=lambda cls: cls.__name__)
 
 
@@ -75,7 +75,7 @@ def gradients(shape: Sequence[int], seed: int = 0) -> list[Tensor]:
     return [gaussian(shape, 100 * seed + step + 1) * 10.0 ** (step % 3 - 1) for step in range(STEPS)]
 
 
-def trajectory(optimizer: MatrixOptimizer, w: nn.Parameter, of: Sequence[Tensor]) -> list[Tensor]:
+def trajectory(optimizer: Optimizer, w: nn.Parameter, of: Sequence[Tensor]) -> list[Tensor]:
     weights = []
     for g in of:
         w.grad = g.clone()
@@ -84,7 +84,7 @@ def trajectory(optimizer: MatrixOptimizer, w: nn.Parameter, of: Sequence[Tensor]
     return weights
 
 
-def made(cls: type[MatrixOptimizer], shape: Sequence[int], **options: object) -> tuple[MatrixOptimizer, nn.Parameter]:
+def made(cls: type[Optimizer], shape: Sequence[int], **options: object) -> tuple[Optimizer, nn.Parameter]:
     w = nn.Parameter(gaussian(shape, 0))
     group = [{"params": [w], "use_muon": True}]
     return cls(group, **{"lr": LR, "weight_decay": DECAY, "polar": "svd", **options}), w
@@ -93,7 +93,7 @@ def made(cls: type[MatrixOptimizer], shape: Sequence[int], **options: object) ->
 @both_backends
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_rule
-def test_the_papers_algorithm(cls: type[MatrixOptimizer], shape: tuple[int, int], backend: str) -> None:
+def test_the_papers_algorithm(cls: type[Optimizer], shape: tuple[int, int], backend: str) -> None:
     optimizer, w = made(cls, shape, backend=backend)
     start, of = w.detach().clone(), gradients(shape)
     for now, wanted in zip(trajectory(optimizer, w, of), RULES[cls](start, of), strict=True):
@@ -101,7 +101,7 @@ def test_the_papers_algorithm(cls: type[MatrixOptimizer], shape: tuple[int, int]
 
 
 @every_rule
-def test_every_matrix_of_a_weight_has_statistics_of_its_own(cls: type[MatrixOptimizer]) -> None:
+def test_every_matrix_of_a_weight_has_statistics_of_its_own(cls: type[Optimizer]) -> None:
     """Heads, splits and experts step as weights of their own do."""
     layouts: dict[tuple[int, ...], dict[str, object]] = {
         (6, 5): {"num_heads": 2},
@@ -155,7 +155,7 @@ def test_namo_steps_less_in_noise() -> None:
 @both_backends
 @pytest.mark.parametrize("after", ["rows", "elements"])
 @pytest.mark.parametrize("cls", [MuAdam, MuAdamSANIA, SOAP, Shampoo], ids=lambda cls: cls.__name__)
-def test_an_update_is_normalized_after_any_method(cls: type[MatrixOptimizer], after: str, backend: str) -> None:
+def test_an_update_is_normalized_after_any_method(cls: type[Optimizer], after: str, backend: str) -> None:
     """The plain method's update goes through the rule of rows or entries and keeps its length.
 
     Both see the same gradients, so that their metrics are the same; with lr = 1 and no decay a step is the update.
@@ -177,7 +177,7 @@ def test_an_update_is_normalized_after_any_method(cls: type[MatrixOptimizer], af
 
 
 @pytest.mark.parametrize("cls", [MuAdam, SOAP], ids=lambda cls: cls.__name__)
-def test_what_updates_are_normalized_over_is_named(cls: type[MatrixOptimizer]) -> None:
+def test_what_updates_are_normalized_over_is_named(cls: type[Optimizer]) -> None:
     with pytest.raises(ValueError, match="after 'columns' is not known; use 'rows'"):
         made(cls, (4, 3), after="columns")
 
