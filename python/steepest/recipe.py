@@ -48,6 +48,7 @@ from .state_layout import Layout, StateSpec, empty_state, piece_view
 __all__ = ["ADAMW", "CLOCK", "Recipe", "State", "adamw", "largest", "square_sum", "step_one"]
 
 ROOM = 2.0**-24  # what a sum may take at once of the largest number
+ROOM_IN_FP16 = 2.0**-7
 CLOCK = "clock"  # steps that factors have seen: int64 on the host, where it is decided when to refresh
 
 
@@ -193,7 +194,8 @@ class Recipe:
         """The largest magnitude of an entry of a gradient of this dtype, after which everything elementwise is finite.
 
         Half the largest number, so that the difference of a gradient and an average of such has room, or what the
-        momentum's dtype holds; its root where squares are kept. A heavy ball, or a sum of squares, has room for 2^24.
+        momentum's dtype holds; its root where squares are kept. A heavy ball, or a sum of squares, has room for 2^24,
+        one in fp16 for 2^7.
         """
         wide = torch.promote_types(dtype, torch.float32)
         most = torch.finfo(wide).max
@@ -201,7 +203,8 @@ class Recipe:
         if self.momentum is not None:
             of_momentum = torch.finfo(self.momentum.dtype or dtype).max
             ball = self.momentum.kind == "heavy_ball"
-            limit = min(limit, of_momentum) if not ball or of_momentum < 2.0**64 else min(limit, of_momentum * ROOM)
+            room = 1.0 if not ball else ROOM if of_momentum > 2.0**64 else ROOM_IN_FP16
+            limit = min(limit, of_momentum * room)
         if isinstance(self.precondition, Diagonal):
             room = ROOM if self.precondition.average == "sum" else 1.0
             limit = min(limit, (most * room) ** 0.5)

@@ -441,6 +441,27 @@ def test_a_gradient_scaler() -> None:
         assert gap(*(factors[0] for factors in ([optimizer.state[p]["left"]], [plain.state[q]["left"]]))) < 1e-6
 
 
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_loss_scale_of_its_own_beside_a_scaler(unscaled: bool) -> None:
+    """A loss that the user multiplies by 8 and a scaler by 1024 has the factors of the loss itself."""
+    factors = []
+    for loss_scale, scale in ((1.0, None), (8.0, 1024.0)):
+        model = linear_network()
+        optimizer = steepest.KFAC(model, loss_scale=loss_scale)
+        loss = loss_of(model, *data(0, 5)) * loss_scale
+        if scale is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            scaler.scale(loss).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+        factors.append([optimizer.state[p]["left"] for p in model.parameters()])
+    assert all(gap(found, wanted) < 1e-6 for found, wanted in zip(factors[1], factors[0], strict=True))
+
+
 @pytest.mark.parametrize("told", [False, True])
 def test_gradients_that_were_unscaled_before_the_step(told: bool) -> None:
     """What a hook saw is divided by the scale of the scaler that asks, unless the groups have the scale already."""

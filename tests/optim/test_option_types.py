@@ -132,3 +132,27 @@ def test_switches_of_torch(cls: type[MatrixOptimizer]) -> None:
     assert (group["max_workspace_bytes"], group["backend"]) == (99, "cpu")
     group = cls([{"params": parameters([(4, 3)]), "fused": False, "foreach": None}]).param_groups[0]
     assert (group["backend"], "fused" in group) == ("torch", False)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (
+            {"betas": ["9e-1", 0.95]},
+            r"betas should be .* but is: \['9e-1', 0.95\], in which '9e-1' is a string: unquote it",
+        ),
+        ({"momentum_dtype": "bf16"}, "momentum_dtype should be .* but is: 'bf16'; write torch.bfloat16"),
+        ({"momentum_dtype": "torch.bfloat16"}, "momentum_dtype should be .*; write torch.bfloat16"),
+        ({"maximize": "off"}, "maximize should be True or False but is: 'off', a string: unquote it"),
+    ],
+)
+def test_what_a_configuration_file_makes_of_values_has_a_way_out(values: dict[str, Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        build(steepest.MuAdam, **values)
+
+
+def test_what_is_not_used_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="preset 'nonsense' is not known"):
+        build(steepest.Schattor, polar="nonsense")
+    with pytest.raises(ValueError, match="lower_bound should be a number or None but is: nan"):
+        build(steepest.MuonMax, lower_bound=float("nan"))

@@ -182,6 +182,38 @@ def test_what_updates_are_normalized_over_is_named(cls: type[Optimizer]) -> None
         made(cls, (4, 3), after="columns")
 
 
+def test_a_momentum_that_is_corrected_is_below_one() -> None:
+    with pytest.raises(ValueError, match=r"momentum should be in \[0, 1\) but is: 1.0"):
+        made(NAMO, (4, 3), momentum=1.0)
+
+
+def test_adamw_groups_take_the_learning_rate_that_fits_them() -> None:
+    """Updates of NorMuon and AdaMuon have AdamW's size, unless another ratio is asked for; NAMO's have not."""
+    matrix, vector = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [matrix], "use_muon": True}, {"params": [vector], "use_muon": False}]
+    for cls, options, lr in (
+        (NorMuon, {}, 2e-3),
+        (AdaMuon, {}, 2e-3),
+        (NorMuon, {"adjust_lr_fn": "original"}, 3e-4),
+        (NorMuon, {"adamw_lr": 1e-4}, 1e-4),
+        (NAMO, {}, 3e-4),
+    ):
+        assert cls([dict(group) for group in groups], lr=2e-3, **options).param_groups[1]["lr"] == lr
+
+
+def test_an_update_too_large_to_be_squared_leaves_the_state_finite() -> None:
+    """Of MuAdam-SANIA without eps, one over the gradient's size; later steps go on as if it had not been."""
+    w = nn.Parameter(torch.ones(4, 3))
+    optimizer = MuAdamSANIA([w], lr=1e-2, eps=0.0, after="rows")
+    for size in (1e-20, 1.0, 1.0):
+        before = w.detach().clone()
+        w.grad = size * gaussian((4, 3), 1).float()
+        optimizer.step()
+        assert w.isfinite().all()
+        assert optimizer.state[w]["update_exp_avg_sq"].isfinite().all()
+    assert not torch.equal(w.detach(), before)
+
+
 @pytest.mark.parametrize("value", [1.0, -0.1])
 def test_a_decay_rate_is_below_one(value: float) -> None:
     with pytest.raises(ValueError, match=r"beta2 should be in \[0, 1\) but is"):

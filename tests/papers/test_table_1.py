@@ -88,6 +88,18 @@ def test_sgd_is_torchs(momentum: float, nesterov: bool) -> None:
     assert gap(now, weight.detach()) < 1e-13
 
 
+def test_a_heavy_ball_in_fp16_stays_finite() -> None:
+    """A gradient that the sum has no room for is no step."""
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = SGD([weight], lr=1e-6, momentum_dtype=torch.float16)
+    for size in (3e4, 3e4, 100.0, 100.0):
+        weight.grad = torch.full((4, 3), size)
+        optimizer.step()
+    assert optimizer.state[weight]["momentum_buffer"].isfinite().all()
+    assert weight.isfinite().all()
+    assert int(optimizer.skipped_updates()[weight.device]) == 2
+
+
 @pytest.mark.parametrize("shape", [(7, 4), (1, 6)], ids=str)
 def test_lion(shape: tuple[int, int]) -> None:
     """Algorithm 2 of arXiv:2302.06675."""

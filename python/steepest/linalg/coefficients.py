@@ -47,7 +47,7 @@ POLAR_EXPRESS: Table = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-POLAR_EXPRESS_SAFETY = 1.01
+SAFETY = 1.01
 
 # The tables below are `steepest.linalg.remez.tight_table(l, degrees, margin=...)`: each step is the best odd
 # approximation of 1 on the interval which the steps before it leave, starting from [l, 1], with x / 1.02 in place of x
@@ -87,7 +87,7 @@ TURBO_8E3: Table = (*TIGHT_8E3[:2], (3.87512, -7.537368, 6.55156, -2.369701, 0.2
 OTHERS: dict[str, Table] = {
     "simple": JORDAN,
     "quintic": YOU,
-    # CANS, arXiv:2506.10935: Remez steps with an interval that adapts.
+    # CANS, arXiv:2506.10935: Remez steps with an interval that adapts; divided by `SAFETY` below.
     "cans": (
         (8.4703, -25.1081, 18.6293),
         (4.1828, -3.1087, 0.5806),
@@ -163,7 +163,16 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def polar_express(steps: int = 5, safety: float = POLAR_EXPRESS_SAFETY) -> Table:
+def _safe_step(step: Step, divisor: float) -> Step:
+    """The step for x / divisor."""
+    return tuple(v / divisor ** (2 * power + 1) for power, v in enumerate(step))
+
+
+# As published it sends 1 + 1e-3, to which rounding in 16 bits may carry a singular value, to 1e20.
+OTHERS["cans"] = (*(_safe_step(step, SAFETY) for step in OTHERS["cans"][:-1]), OTHERS["cans"][-1])
+
+
+def polar_express(steps: int = 5, safety: float = SAFETY) -> Table:
     """Polar Express for any number of steps: the published ones, then the last repeated.
 
     ``safety`` divides x in all but the published last step, and the norm besides, as the paper does for low precision
@@ -171,11 +180,8 @@ def polar_express(steps: int = 5, safety: float = POLAR_EXPRESS_SAFETY) -> Table
     """
     steady = POLAR_EXPRESS[-1]
 
-    def safe_step(step: tuple[float, ...], divisor: float) -> tuple[float, ...]:
-        return tuple(v / divisor ** (2 * power + 1) for power, v in enumerate(step))
-
     first, *others = POLAR_EXPRESS[:-1]
-    safe = [safe_step(first, safety**2), *(safe_step(step, safety) for step in others)]
+    safe = [_safe_step(first, safety**2), *(_safe_step(step, safety) for step in others)]
     return tuple((safe + [steady] * steps)[:steps])
 
 

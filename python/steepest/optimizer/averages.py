@@ -33,6 +33,8 @@ class Averages(Checkpoints):
             for p in group["params"]:
                 if not self.state.get(p) or WEIGHTS in self.state[p]:
                     continue
+                if any(spec.key not in self.state[p] for spec in average.specs):
+                    continue  # a checkpoint without an average: it begins with the next step
                 state, here = self._state_here(p), local_tensor(p)
                 value = self._recipe(group).rounding.value(here, state)
                 self.state[p][WEIGHTS] = p.detach().clone()

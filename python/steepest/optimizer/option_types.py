@@ -71,14 +71,21 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, Sequence) else value
 
 
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
 def _way_out(value: Any) -> str:
     if value is None:
         return "; leave it out for its default"
+    if isinstance(value, list | tuple):
+        inner = next((each for each in value if isinstance(each, str)), None)
+        return "" if inner is None else f", in which {inner!r} is{_way_out(inner).removeprefix(',')}"
     if not isinstance(value, str):
         return ""
-    if isinstance(getattr(torch, value, None), torch.dtype):
-        return f"; write torch.{value}"
-    if value.strip().lower() in ("true", "false", "none", "null", "yes", "no"):
+    name = _SHORT_DTYPES.get(value, value.removeprefix("torch."))
+    if isinstance(getattr(torch, name, None), torch.dtype):
+        return f"; write torch.{name}"
+    if value.strip().lower() in ("true", "false", "none", "null", "yes", "no", "on", "off"):
         return ", a string: unquote it"
     try:
         float(value)
@@ -185,7 +192,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     # of a whole optimizer
     "matrix_scale": REAL,
     "initial_step": _positive("> 0, far below any good step,"),
-    "lower_bound": _or_none(OptionType("one number", _is_number)),
+    "lower_bound": _or_none(OptionType("one number", _is_number, "a number", lambda value: bool(value == value))),
     "stale_dual": _or_none(BOOL),
     "reduce_loss": BOOL,
     "product": TEXT,

@@ -52,12 +52,14 @@ class Normalize(UpdateTransform):
         v = state[self.key]
         entries = u.shape[-1] if self.over == "rows" else 1
         size = torch.linalg.vector_norm(u, dim=-1, dtype=v.dtype) if self.over == "rows" else u.to(v.dtype).abs()
-        v = hyper.beta2 * v + (1 - hyper.beta2) / entries * size.square()
+        fresh = hyper.beta2 * v + (1 - hyper.beta2) / entries * size.square()
+        v = torch.where(fresh.isfinite(), fresh, v)
         scale = 1 / (v.sqrt() + self.eps)
         # Lengths of matrices from those of their rows or entries: u itself is read twice, and written once.
         before, after = (torch.linalg.vector_norm(t.flatten(1), dim=-1) for t in (size, size * scale))
         if self.rms is not None:
             before = torch.full_like(after, self.rms * (u.shape[-2] * u.shape[-1]) ** 0.5)
-        ratio = torch.where(after > 0, before / after, 0)
+        ratio = before / after
+        ratio = torch.where(ratio.isfinite(), ratio, 0)  # of nothing, and of what is too large to be squared
         scale = scale * ratio.view(-1, *(1,) * (scale.ndim - 1))
         return u * (scale.unsqueeze(-1) if self.over == "rows" else scale), {self.key: v}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, number
+from ..optimizer.option_types import BELOW_ONE, check_option
 from ..parts import Hyper, Identity, Momentum, Normalize, NormRatio, Number, SpectralOfSign, UpdateTransform
 from ..recipe import Recipe
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
@@ -21,6 +22,8 @@ class AdaptiveMuon(MatrixOptimizer):
     _transform: ClassVar[UpdateTransform]
     _ratio = "match_rms_adamw"
     _corrects = False
+    #: whether an update has AdamW's size, so that its lr is one for AdamW's groups
+    _fits_adamw = True
 
     def __init__(
         self,
@@ -44,6 +47,8 @@ class AdaptiveMuon(MatrixOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "polar": polar,
         }
+        if self._fits_adamw and adjust_lr_fn is None and extra.get("adamw_lr") is None:
+            extra["adamw_lr"] = lr
         super().__init__(params, *defaults_of(type(self).__name__, options, extra))
 
     def recipe(self, group: Group) -> Recipe:
@@ -68,7 +73,8 @@ class NorMuon(AdaptiveMuon):
         u = o / (sqrt(v) + 1e-8) row by row;   W <- (1 - lr weight_decay) W - lr ratio(rows, cols) ||o|| / ||u|| u
 
     params, lr, weight_decay, momentum, nesterov: as in `Muon`.      beta2: of the rows' second moment, in [0, 1).
-    adjust_lr_fn: as in `Muon`; None is "match_rms_adamw", so that entries have root mean square .2 and AdamW's lr fits.
+    adjust_lr_fn: as in `Muon`; None is "match_rms_adamw", so that entries have root mean square .2 and AdamW's lr fits:
+        its groups take lr too, unless adamw_lr is given.
     polar: a preset of `steepest.polar` or a coefficient table.
 
     The state is Muon's and a number a row, `update_exp_avg_sq`. The matrix keeps the length of its polar factor, as in
@@ -121,6 +127,7 @@ class NAMO(AdaptiveMuon):
     _transform = NormRatio()
     _ratio = "none"
     _corrects = True
+    _fits_adamw = False
 
     def __init__(
         self,
@@ -134,4 +141,13 @@ class NAMO(AdaptiveMuon):
         polar: Polar = "auto",
         **extra: Unpack[Extras],
     ) -> None:
-        super().__init__(params, lr, weight_decay, momentum, beta2, False, adjust_lr_fn, polar=polar, **extra)
+        values = {"adjust_lr_fn": adjust_lr_fn, "polar": polar, **extra}
+        super().__init__(params, lr, weight_decay, momentum, beta2, **values)  # type: ignore[arg-type]
+
+    def hyper(self, group: Group) -> Hyper:
+        check_option("momentum", group["momentum"], BELOW_ONE)
+        return super().hyper(group)
+
+    def _check_values(self, group: Group) -> None:
+        self.hyper(group)
+        super()._check_values(group)

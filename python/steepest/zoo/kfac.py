@@ -159,7 +159,7 @@ class KFAC(KroneckerOptimizer):
         scale: Number = batch.rows if group["loss_scale"] == "sum" else number(group["loss_scale"])
         if scaling.grad_scale is not None:
             scale = scaling.grad_scale.to(p.device, torch.float64).reshape(()) * scale
-        elif self._scaler is not None and group["loss_scale"] in (1, "sum"):
+        elif self._scaler is not None and group["loss_scale"] != self._scaler.get_scale():
             scale = self._scaler.get_scale() * scale  # the hooks saw what unscale_ has divided since
         if PASSES not in self.state[p]:
             self._init_states([(p, p.dtype, group)])

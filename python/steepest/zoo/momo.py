@@ -326,8 +326,8 @@ class Momo(MatrixOptimizer):
         reads = recipe.momentum is not None and recipe.momentum.interpolated
         if recipe.transforms or recipe.reads_weight or reads:
             raise ValueError(
-                f"{type(self).__name__} couples steps along a direction of the momentum, and grafts, momentum of "
-                "updates and decay inside the model take other ones"
+                f"{type(self).__name__} couples steps along a direction of the momentum, and grafts, normalized "
+                "updates, momentum of updates, Lion's reading of it and decay inside the model take other ones"
             )
 
     def _check_weight_options(self, group: Group) -> None:

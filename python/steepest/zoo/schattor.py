@@ -86,11 +86,11 @@ class Schattor(ProductNormOptimizer):
         super().__init__(params, options, extra, product=ProductNorm(block_norm), scale=scale, others="euclidean")
 
     def direction(self, group: Group) -> Direction:
-        p = group["p"]
+        p, spectral = group["p"], polar_of(group)  # which is looked at whatever p is
         if p == 2:
             return Frobenius()
         if p == math.inf:
-            return polar_of(group)
+            return spectral
         return Schatten(p, group["method"], max_workspace_bytes=group["max_workspace_bytes"])
 
     def momentum(self, group: Group) -> Momentum:

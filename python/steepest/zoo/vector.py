@@ -168,11 +168,12 @@ class Lion(VectorOptimizer):
 
     def hyper(self, group: Group) -> Hyper:
         beta1, beta2 = map(number, group["betas"])
+        if not isinstance(beta2, Tensor) and beta2 == 0:
+            raise ValueError("betas[1] should be above 0 but is: 0; with SignSGD(momentum=0) nothing is kept")
         return Hyper(number(group["lr"]), number(group["weight_decay"]), beta2, beta1)
 
     def _check_values(self, group: Group) -> None:
-        if float(group["betas"][1]) == 0:
-            raise ValueError("betas[1] should be above 0 but is: 0; with SignSGD(momentum=0) nothing is kept")
+        self.hyper(group)
         super()._check_values(group)
 
 

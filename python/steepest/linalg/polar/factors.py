@@ -57,7 +57,7 @@ def polar(
         polar_express  5      966         1e-3    [.840, 1.124]   1.01 Frobenius; any number of steps
         tight_8e-3     4      168 s       8e-3    [.968, 1.032]   bound
         tight_4e-3     4      247 s       4e-3    [.859, 1.141]   bound
-        cans           5      1048        1e-3    [.884, 1.120]   Frobenius
+        cans           5      1008        1e-3    [.862, 1.114]   Frobenius; published x / 1.01 in all but the last step
         deepseekv4     10     79262       1e-3    [.9999, 1.001]  Frobenius
         cubic5         5      119         7e-3    [.774, 1.301]   Frobenius; degree 3
         svd            -      any         eps     [1, 1]          singular values up to eps are dropped
