@@ -1,4 +1,11 @@
-"""NorMuon, AdaMuon and NAMO against the algorithms of their papers, written out in fp64."""
+"""NorMuon (arXiv:2510.05491), AdaMuon (arXiv:2507.11005v3) and NAMO (arXiv:2602.17080), Algorithm 1 of each, in fp64.
+
+M = b1 M + (1 - b1) G  (AdaMuon: M = b M + G);   O = U V^T of M (AdaMuon: of sign M);   and after W -= lr wd W
+
+NorMuon    v_i = b2 v_i + (1 - b2) mean_j O_ij^2;  H_ij = O_ij / (sqrt v_i + eps);  W -= .2 lr sqrt(mn) / |H| H
+AdaMuon    V = b V + (1 - b) O o O;                H = O / (sqrt V + eps);          W -= .2 lr sqrt(mn) / |H| H
+NAMO       v = b2 v + (1 - b2) |G|^2;              a = sqrt(1 - b2^t) / (1 - b1^t) |M| / (sqrt v + eps);  W -= lr a O
+"""
 
 from __future__ import annotations
 
