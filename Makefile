@@ -34,11 +34,11 @@ demo: $(VENV)/.built
 test-quick: tests := quick and not slow and not kernels
 test-quick: takes := half a minute
 test: tests := not slow and not kernels
-test: takes := 5 minutes
+test: takes := 6 minutes
 test-slow: tests := slow and not kernels
-test-slow: takes := 8 minutes
+test-slow: takes := 9 minutes
 test-all: tests := not kernels
-test-all: takes := 13 minutes
+test-all: takes := 15 minutes
 test-quick test test-slow test-all: $(VENV)/.built $(VENV)/.test
 	@echo "== $@, which needs no nvcc: $(takes) on two cores"
 	$(bin)/python -m pytest -n 2 -m "$(tests)" $(ARGS)
