@@ -17,10 +17,14 @@ from support.problems import gap, polar_by_svd
 from support.training import (
     EVERY,
     all_same_bits,
+    both_backends,
     both_kinds,
+    build,
+    check_compiled_step,
     copies,
     give_gradients,
     made,
+    name_of,
     noise,
     parameters,
     same_states,
@@ -40,8 +44,6 @@ FREE = [
 ]
 SOME = [steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.MuonMax]
 either = pytest.mark.parametrize("values", [EMA, SCHEDULE_FREE], ids=["ema", "schedule_free"])
-both_backends = pytest.mark.parametrize("backend", ["auto", "torch"])
-name_of: Callable[[Any], str] = lambda cls: cls.__name__  # noqa: E731
 
 
 def gradient(w: Tensor, step: int) -> Tensor:
@@ -332,22 +334,15 @@ def test_a_checkpoint_of_splus_from_before_goes_on() -> None:
 @either
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam], ids=name_of)
 def test_a_compiled_step_averages(cls: type[MatrixOptimizer], values: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    (optimizer, params), (eager, others) = (both_kinds(cls, **values) for _ in range(2))
-    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
-    for i in range(3):
-        give_gradients(params, i)
-        give_gradients(others, i)
-        step()
-        eager.step()
+    optimizer, eager, step = check_compiled_step(lambda: both_kinds(cls, **values))
+    before = copies(optimizer.state)
     optimizer.eval()
     with pytest.raises(RuntimeError, match="call train"):
         step()
     optimizer.train()
+    assert all_same_bits(optimizer.state, before)
     for found, wanted in zip(state_copies(optimizer), state_copies(eager), strict=True):
         torch.testing.assert_close(found["average"], wanted["average"], rtol=1e-3, atol=1e-4)
-    for p, q in zip(params, others, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
 def test_a_hook_comes_before_the_average() -> None:
@@ -378,10 +373,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "Momo's model",
     ),
 }
-
-
-def build(cls: type[MatrixOptimizer], **values: Any) -> MatrixOptimizer:
-    return made(cls, [{"params": parameters([(4, 3)])}], **values)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,14 +14,17 @@ from support.problems import gap, polar_by_svd
 from support.training import (
     EVERY,
     all_same_bits,
+    both_backends,
     both_kinds,
+    check_compiled_step,
+    check_option_of_one_group,
+    check_resume_and_bad_gradients,
     copies,
     give_gradients,
     made,
+    name_of,
     noise,
     parameters,
-    same_states,
-    state_copies,
     train,
 )
 
@@ -30,8 +32,6 @@ CAUTIOUS: dict[str, Any] = {"cautious_update": True}
 REFUSING = [cls for cls in EVERY if issubclass(cls, steepest.Momo)] + [steepest.TrustRegion, steepest.Scion]
 TAKING = [cls for cls in EVERY if cls not in REFUSING]
 SOME = [steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.Shampoo]
-both_backends = pytest.mark.parametrize("backend", ["auto", "torch"])
-name_of: Callable[[Any], str] = lambda cls: cls.__name__  # noqa: E731
 
 
 def masked(u: Tensor, g: Tensor) -> Tensor:
@@ -121,21 +121,7 @@ def test_tiny_gradients_keep_their_signs(backend: str) -> None:
 @pytest.mark.parametrize("cls", SOME, ids=name_of)
 def test_resume_and_bad_gradients(cls: type[MatrixOptimizer], backend: str, dtype: torch.dtype) -> None:
     values = {"backend": backend, "keep_mantissa": dtype is torch.bfloat16, **CAUTIOUS}
-    (optimizer, params), (second, others) = (both_kinds(cls, dtype, **values) for _ in range(2))
-    train(optimizer, params, range(3))
-    second.load_state_dict(optimizer.state_dict())
-    for p, q in zip(params, others, strict=True):
-        q.data.copy_(p)
-    for each, some in ((optimizer, params), (second, others)):
-        train(each, some, range(3, 5))
-        give_gradients(some, 5)
-        for p in some:
-            p.grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
-        before = copies(some)
-        each.step()
-        assert all_same_bits(some, before)
-    assert all_same_bits(params, others)
-    assert same_states(state_copies(optimizer), state_copies(second))
+    check_resume_and_bad_gradients(lambda: both_kinds(cls, dtype, **values))
 
 
 def test_beside_cautious_decay_and_by_the_fused_ops() -> None:
@@ -151,28 +137,13 @@ def test_beside_cautious_decay_and_by_the_fused_ops() -> None:
 
 
 def test_a_group_says_its_own() -> None:
-    params = parameters([(6, 4), (6, 4)])
-    params[1].data.copy_(params[0])
-    optimizer = steepest.Muon([{"params": params[:1], **CAUTIOUS}, {"params": params[1:]}], lr=0.1)
-    for p in params:
-        p.grad = noise((6, 4), 9)
-    optimizer.step()
-    assert gap(params[0].detach(), params[1].detach()) > 1e-3
+    check_option_of_one_group(CAUTIOUS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam], ids=name_of)
 def test_a_compiled_step(cls: type[MatrixOptimizer]) -> None:
-    torch._dynamo.reset()
-    (optimizer, params), (eager, others) = (both_kinds(cls, backend="torch", **CAUTIOUS) for _ in range(2))
-    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
-    for i in range(3):
-        give_gradients(params, i)
-        give_gradients(others, i)
-        step()
-        eager.step()
-    for p, q in zip(params, others, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    check_compiled_step(lambda: both_kinds(cls, backend="torch", **CAUTIOUS))
 
 
 @pytest.mark.parametrize("cls", REFUSING, ids=name_of)

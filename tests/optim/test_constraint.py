@@ -16,14 +16,16 @@ from support.training import (
     EVERY,
     MATRICES,
     all_same_bits,
+    both_backends,
     both_kinds,
+    build,
+    check_compiled_step,
+    check_resume_and_bad_gradients,
     copies,
     give_gradients,
-    made,
+    name_of,
     noise,
     parameters,
-    same_states,
-    state_copies,
     train,
 )
 
@@ -33,8 +35,6 @@ TAKING = [cls for cls in EVERY if cls not in (*REFUSING, steepest.NIGT)]
 SOME = [steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.MuonMax]
 CONSTRAINTS = ("frobenius", "spectral")
 every_constraint = pytest.mark.parametrize("constraint", CONSTRAINTS)
-both_backends = pytest.mark.parametrize("backend", ["auto", "torch"])
-name_of: Callable[[Any], str] = lambda cls: cls.__name__  # noqa: E731
 
 
 def norm(w: Tensor, constraint: str) -> Tensor:
@@ -135,21 +135,7 @@ def test_bf16_weights_do_not_drift(more: dict[str, Any], constraint: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cls", SOME, ids=name_of)
 def test_resume_and_bad_gradients(cls: type[MatrixOptimizer], dtype: torch.dtype, constraint: str) -> None:
-    (optimizer, params), (second, others) = (both_kinds(cls, dtype, **options(constraint)) for _ in range(2))
-    train(optimizer, params, range(3))
-    second.load_state_dict(optimizer.state_dict())
-    for p, q in zip(params, others, strict=True):
-        q.data.copy_(p)
-    for each, some in ((optimizer, params), (second, others)):
-        train(each, some, range(3, 5))
-        give_gradients(some, 5)
-        for p in some:
-            p.grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
-        before = copies(some)
-        each.step()
-        assert all_same_bits(some, before)
-    assert all_same_bits(params, others)
-    assert same_states(state_copies(optimizer), state_copies(second))
+    check_resume_and_bad_gradients(lambda: both_kinds(cls, dtype, **options(constraint)))
 
 
 def test_a_group_says_its_own() -> None:
@@ -187,23 +173,10 @@ def test_averages_and_hooks_get_constrained_weights() -> None:
 @every_constraint
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam], ids=name_of)
 def test_a_compiled_step(cls: type[MatrixOptimizer], constraint: str) -> None:
-    torch._dynamo.reset()
-    (optimizer, params), (eager, others) = (both_kinds(cls, backend="torch", **options(constraint)) for _ in range(2))
-    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
-    for i in range(3):
-        give_gradients(params, i)
-        give_gradients(others, i)
-        step()
-        eager.step()
-    for p, q in zip(params, others, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    check_compiled_step(lambda: both_kinds(cls, backend="torch", **options(constraint)))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
-
-
-def build(cls: type[MatrixOptimizer], **values: Any) -> MatrixOptimizer:
-    return made(cls, [{"params": parameters([(4, 3)])}], **values)
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {

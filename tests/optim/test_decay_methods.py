@@ -15,15 +15,16 @@ from support.configurations import MuAdamMomo
 from support.problems import gap, polar_by_svd
 from support.training import (
     EVERY,
-    all_same_bits,
+    both_backends,
     both_kinds,
+    build,
+    check_compiled_step,
+    check_option_of_one_group,
+    check_resume_and_bad_gradients,
     copies,
     give_gradients,
-    made,
+    name_of,
     noise,
-    parameters,
-    same_states,
-    state_copies,
     train,
 )
 
@@ -33,9 +34,7 @@ INSIDE = (steepest.OrthogonalSGDM, steepest.Fromage, steepest.Scion)  # have non
 #: The skipped first gradient of SOAP and KL-Shampoo, a metric's refreshes and NIGT's point ahead do not meet decay.
 TAKING = [cls for cls in EVERY if cls not in INSIDE]
 SOME = [steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.MuonMax]
-both_backends = pytest.mark.parametrize("backend", ["auto", "torch"])
 either = pytest.mark.parametrize("values", [INDEPENDENT, L2], ids=["independent", "l2"])
-name_of: Callable[[Any], str] = lambda cls: cls.__name__  # noqa: E731
 
 
 # ---- the equations --------------------------------------------------------------------------------------------------
@@ -177,47 +176,19 @@ def test_l2_of_bf16_weights_is_of_their_true_value(options: dict[str, Any]) -> N
 @either
 @pytest.mark.parametrize("cls", SOME, ids=name_of)
 def test_resume_and_bad_gradients(cls: type[MatrixOptimizer], values: dict[str, Any]) -> None:
-    (optimizer, params), (second, others) = (both_kinds(cls, **values) for _ in range(2))
-    train(optimizer, params, range(3))
-    second.load_state_dict(optimizer.state_dict())
-    for p, q in zip(params, others, strict=True):
-        q.data.copy_(p)
-    for each, some in ((optimizer, params), (second, others)):
-        train(each, some, range(3, 5))
-        give_gradients(some, 5)
-        for p in some:
-            p.grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
-        before = copies(some)
-        each.step()
-        assert all_same_bits(some, before)
-    assert same_states(state_copies(optimizer), state_copies(second))
+    check_resume_and_bad_gradients(lambda: both_kinds(cls, **values))
 
 
 @either
 def test_a_group_says_its_own(values: dict[str, Any]) -> None:
-    params = parameters([(6, 4), (6, 4)])
-    params[1].data.copy_(params[0])
-    optimizer = steepest.Muon([{"params": params[:1], **values}, {"params": params[1:]}], lr=0.1, weight_decay=0.5)
-    for p in params:
-        p.grad = noise((6, 4), 9)
-    optimizer.step()
-    assert gap(params[0].detach(), params[1].detach()) > 1e-3
+    check_option_of_one_group(values, weight_decay=0.5)
 
 
 @pytest.mark.slow
 @either
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam], ids=name_of)
 def test_a_compiled_step(cls: type[MatrixOptimizer], values: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    (optimizer, params), (eager, others) = (both_kinds(cls, **values) for _ in range(2))
-    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
-    for i in range(3):
-        give_gradients(params, i)
-        give_gradients(others, i)
-        step()
-        eager.step()
-    for p, q in zip(params, others, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    check_compiled_step(lambda: both_kinds(cls, **values))
 
 
 def test_under_a_grad_scaler_l2_is_of_the_unscaled_gradient() -> None:
@@ -250,10 +221,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "Fromage": (lambda: build(steepest.Fromage, **INDEPENDENT), "or there is none"),
     "NIGT": (lambda: build(steepest.NIGT, **L2), "NIGT's gradients are of a point ahead"),
 }
-
-
-def build(cls: type[MatrixOptimizer], **values: Any) -> MatrixOptimizer:
-    return made(cls, [{"params": parameters([(4, 3)])}], **values)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -12,47 +12,23 @@ import steepest
 from steepest.optimizer import MatrixOptimizer
 from steepest.optimizer.weights import Weights
 from support.training import (
-    KRONECKER,
     all_same_bits,
+    both_backends,
     both_kinds,
-    copies,
+    check_resume_and_bad_gradients,
     give_gradients,
     made,
+    name_of,
     parameters,
-    same_states,
-    state_copies,
-    train,
 )
-
-both_backends = pytest.mark.parametrize("backend", ["auto", "torch"])
-KINDS: tuple[type[MatrixOptimizer], ...] = (steepest.Muon, steepest.MuAdam, steepest.MuonMax, *KRONECKER)
-every_kind = pytest.mark.parametrize("cls", KINDS, ids=lambda cls: cls.__name__)
-
 
 # ---- (a) an update that is remembered ------------------------------------------------------------------------------
 
 
 @both_backends
-@pytest.mark.parametrize("cls", [steepest.NorMuon, steepest.AdaMuon, steepest.NAMO], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [steepest.NorMuon, steepest.AdaMuon, steepest.NAMO], ids=name_of)
 def test_a_transform_resumes_and_leaves_out_bad_gradients(cls: type[MatrixOptimizer], backend: str) -> None:
-    optimizer, params = both_kinds(cls, backend=backend)
-    train(optimizer, params, range(3))
-    copy, others = both_kinds(cls, backend=backend)
-    copy.load_state_dict(optimizer.state_dict())
-    for p, q in zip(params, others, strict=True):
-        q.data.copy_(p)
-    train(optimizer, params, range(3, 6))
-    train(copy, others, range(3, 6))
-    assert all_same_bits(params, others)
-    assert same_states(state_copies(optimizer), state_copies(copy))
-    before = copies(params), state_copies(optimizer)
-    give_gradients(params, 9)
-    for p in params:
-        assert p.grad is not None
-        p.grad.view(-1)[0] = float("nan")
-    optimizer.step()
-    assert all_same_bits(params, before[0])
-    assert same_states(state_copies(optimizer), before[1])
+    check_resume_and_bad_gradients(lambda: both_kinds(cls, backend=backend))
 
 
 def test_a_transform_goes_by_the_fused_ops() -> None:

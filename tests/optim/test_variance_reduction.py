@@ -16,15 +16,14 @@ from support.problems import gap, polar_by_svd
 from support.training import (
     EVERY,
     KRONECKER,
-    all_same_bits,
     both_kinds,
-    copies,
+    build,
+    check_compiled_step,
+    check_resume_and_bad_gradients,
     give_gradients,
-    made,
+    name_of,
     noise,
     parameters,
-    same_states,
-    state_copies,
     train,
 )
 
@@ -34,7 +33,6 @@ REFUSING = (steepest.NIGT, steepest.ProdigyMuon)
 TAKING = [cls for cls in EVERY if cls not in REFUSING]
 SOME = [steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.MuonMax]
 SCALES = pytest.mark.parametrize("size", [0.01, 1.0], ids=["short", "clipped"])
-name_of: Callable[[Any], str] = lambda cls: cls.__name__  # noqa: E731
 
 
 def corrected(gradients: list[Tensor], beta: float) -> list[Tensor]:
@@ -115,40 +113,16 @@ def test_every_class_steps_by_the_corrected_gradient(cls: type[MatrixOptimizer],
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cls", SOME, ids=name_of)
 def test_resume_and_bad_gradients(cls: type[MatrixOptimizer], dtype: torch.dtype) -> None:
-    (optimizer, params), (second, others) = (both_kinds(cls, dtype, **REDUCED) for _ in range(2))
-    train(optimizer, params, range(3))
+    check_resume_and_bad_gradients(lambda: both_kinds(cls, dtype, **REDUCED))
+    optimizer, params = both_kinds(cls, dtype, **REDUCED)
+    train(optimizer, params, range(1))
     assert {state["previous_gradient"].dtype for state in optimizer.state.values()} == {dtype}
-    second.load_state_dict(optimizer.state_dict())
-    for p, q in zip(params, others, strict=True):
-        q.data.copy_(p)
-    for each, some in ((optimizer, params), (second, others)):
-        train(each, some, range(3, 5))
-        give_gradients(some, 5)
-        for p in some:
-            p.grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
-        before, states = copies(some), state_copies(each)
-        each.step()
-        assert all_same_bits(some, before)
-        for old, new in zip(states, state_copies(each), strict=True):
-            assert all(torch.equal(old[key], new[key]) for key in old if key != "clock")
-        train(each, some, range(6, 7))
-    assert all_same_bits(params, others)
-    assert same_states(state_copies(optimizer), state_copies(second))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam], ids=name_of)
 def test_a_compiled_step(cls: type[MatrixOptimizer]) -> None:
-    torch._dynamo.reset()
-    (optimizer, params), (eager, others) = (both_kinds(cls, **REDUCED) for _ in range(2))
-    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
-    for i in range(3):
-        give_gradients(params, i)
-        give_gradients(others, i)
-        step()
-        eager.step()
-    for p, q in zip(params, others, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    check_compiled_step(lambda: both_kinds(cls, **REDUCED))
 
 
 def test_a_group_says_its_own() -> None:
@@ -164,10 +138,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "ProdigyMuon": (lambda: build(steepest.ProdigyMuon, **REDUCED), "step size is of gradients as they are"),
     "NIGT": (lambda: build(steepest.NIGT, **REDUCED), "NIGT has one of its own"),
 }
-
-
-def build(cls: type[MatrixOptimizer], **values: Any) -> MatrixOptimizer:
-    return made(cls, [{"params": parameters([(4, 3)])}], **values)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,7 @@ RELATIVES: tuple[type[MatrixOptimizer], ...] = (
 EVERY: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES)
 #: Those whose layers depend on one another.
 COUPLED = (steepest.MuonMax, steepest.ProductNormDescent, steepest.ProdigyMuon)
+both_backends = pytest.mark.parametrize("backend", ["auto", "torch"])
 MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5))
 VECTORS = ((7,), (4, 3))
 
@@ -139,3 +141,68 @@ def moved(params: Iterable[Tensor], start: Iterable[Tensor]) -> Tensor:
 def relative(found: Tensor, wanted: Tensor) -> float:
     """Frobenius distance relative to the wanted tensor."""
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def name_of(cls: type) -> str:
+    """For the ids of parametrized tests."""
+    return cls.__name__
+
+
+def build(cls: type[MatrixOptimizer], **values: Any) -> MatrixOptimizer:
+    """An optimizer of one matrix."""
+    return made(cls, [{"params": parameters([(4, 3)])}], **values)
+
+
+# ---- what many options are asked ------------------------------------------------------------------------------------
+
+#: An optimizer and its parameters, new ones in every call.
+Make = Callable[[], tuple[MatrixOptimizer, list[nn.Parameter]]]
+
+
+def check_resume_and_bad_gradients(make: Make) -> None:
+    """A resumed run is the run, to the bit, and a step without a good gradient leaves all but clocks as it was."""
+    (optimizer, params), (second, others) = make(), make()
+    train(optimizer, params, range(3))
+    second.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p)
+    for each, some in ((optimizer, params), (second, others)):
+        train(each, some, range(3, 5))
+        give_gradients(some, 5)
+        for p in some:
+            p.grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
+        before, states = copies(some), state_copies(each)
+        each.step()
+        assert all_same_bits(some, before)
+        for old, new in zip(states, state_copies(each), strict=True):
+            assert old.keys() == new.keys()
+            assert all(same_bits(old[key], new[key]) for key in old if key != "clock")
+        train(each, some, range(6, 7))
+    assert all_same_bits(params, others)
+    assert same_states(state_copies(optimizer), state_copies(second))
+
+
+def check_compiled_step(make: Make) -> tuple[MatrixOptimizer, MatrixOptimizer, Callable[[], object]]:
+    """Three steps in one graph are near the eager ones; (that optimizer, the eager one, the compiled step)."""
+    torch._dynamo.reset()
+    (optimizer, params), (eager, others) = make(), make()
+    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+    for i in range(3):
+        give_gradients(params, i)
+        give_gradients(others, i)
+        step()
+        eager.step()
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    return optimizer, eager, step
+
+
+def check_option_of_one_group(values: dict[str, Any], **options: Any) -> None:
+    """Two equal matrices with equal gradients, of which one group has the values, go apart under Muon."""
+    params = parameters([(6, 4), (6, 4)])
+    params[1].data.copy_(params[0])
+    optimizer = steepest.Muon([{"params": params[:1], **values}, {"params": params[1:]}], lr=0.1, **options)
+    for p in params:
+        p.grad = noise((6, 4), 9)
+    optimizer.step()
+    assert relative(params[0].detach(), params[1].detach()) > 1e-3
