@@ -121,10 +121,10 @@ class Run {
   // finite: the result is NaN then.
   bool load() {
     const Source x{stack_.x, stack_.x_dtype, matrix_ * stack_.size()};
-    std::vector<double> found(parts());
-    in_parts([&](int64_t part, int64_t begin, int64_t count) { found[part] = kernels_.largest(x, begin, count); });
+    std::vector<double> largest(parts());
+    in_parts([&](int64_t part, int64_t begin, int64_t count) { largest[part] = kernels_.largest(x, begin, count); });
     double most = 0;
-    for (double each : found) most = each <= most ? most : each;  // NaN stays
+    for (double each : largest) most = each <= most ? most : each;  // NaN stays
     if (!std::isfinite(most)) {
       kernels_.fill(out_, stack_.out_dtype, stack_.size(), std::numeric_limits<float>::quiet_NaN());
       stack_.slack[matrix_] = chain_.divides ? 1.0f : std::numeric_limits<float>::quiet_NaN();
@@ -135,7 +135,7 @@ class Run {
     // Two factors: from the smallest number to 1 is more than the range of fp32.
     const float first = std::ldexp(1.0f, -exponent / 2), second = std::ldexp(1.0f, -exponent - -exponent / 2);
     in_parts([&](int64_t, int64_t begin, int64_t count) { kernels_.load(x, begin, count, first, second, at_[0]); });
-    if (chain_.divides) divide(found);
+    if (chain_.divides) divide(largest);
     return true;
   }
 

@@ -255,6 +255,13 @@ void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, c
   for (const std::vector<Stack>& part : parts) run_chain(nodes, part, ways);
 }
 
+// Both have three dimensions.
+void check_same_shape(const Tensor& x, const Tensor& out, size_t i) {
+  const auto sizes = x.sizes(), wanted = out.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), wanted.begin()), "outs[", i, "] is not of the shape of xs[", i,
+                  "]");
+}
+
 Dtype cpu_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
   const Dtype type = element_type(tensor, place, name, i);
   STD_TORCH_CHECK(type == Dtype::f32 || type == Dtype::bf16, name, "[", i, "] must be float32 or bfloat16");
@@ -285,9 +292,7 @@ void cpu_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& outs, c
     const Tensor &x = xs[i], &out = outs[i];
     cpu_polar::Stack stack{};
     stack.x_dtype = cpu_type(x, place, "xs", i), stack.out_dtype = cpu_type(out, place, "outs", i);
-    const auto own = x.sizes(), other = out.sizes();
-    STD_TORCH_CHECK(std::equal(own.begin(), own.end(), other.begin()), "outs[", i, "] is not of the shape of xs[", i,
-                    "]");
+    check_same_shape(x, out, i);
     stack.matrices = x.size(0), stack.rows = x.size(1), stack.columns = x.size(2);
     check_floats(slacks[i], place, stack.matrices, "slacks");
     stack.x = x.const_data_ptr(), stack.out = out.mutable_data_ptr(), stack.slack = pointer<float>(slacks[i]);
@@ -332,9 +337,7 @@ void small_polar_op(const std::vector<Tensor>& xs, const std::vector<Tensor>& ou
     place.check(x, "xs", i), place.check(out, "outs", i);
     STD_TORCH_CHECK(x.dim() == 3 && out.dim() == 3 && x.stride(2) == 1 && out.stride(2) == 1, "xs[", i,
                     "] and outs must be stacks of matrices with contiguous rows");
-    const auto own = x.sizes(), other = out.sizes();
-    STD_TORCH_CHECK(std::equal(own.begin(), own.end(), other.begin()), "outs[", i, "] is not of the shape of xs[", i,
-                    "]");
+    check_same_shape(x, out, i);
     STD_TORCH_CHECK(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX, "xs[", i, "] has too long a side");
     check_floats(slacks[i], place, x.size(0), "slacks");
     matrices.push_back({x.const_data_ptr(), out.mutable_data_ptr(), pointer<float>(slacks[i]), x.size(0),

@@ -112,8 +112,8 @@ def exponents(x: Tensor, values: Tensor, orders: Sequence[int]) -> list[Tensor]:
     if spacing is None:
         spacing = float(x[-1] - x[0]) / (len(x) - 1)
         values = _interpolated(x, values, _grid(x))
-    found = [rho.log() / spacing for rho in poles(values / values.abs().max(), orders)]
-    return [z[torch.isfinite(z.real) & (z.imag > -1e-9 * math.pi / spacing)] for z in found]
+    guesses = [rho.log() / spacing for rho in poles(values / values.abs().max(), orders)]
+    return [z[torch.isfinite(z.real) & (z.imag > -1e-9 * math.pi / spacing)] for z in guesses]
 
 
 def grid_spacing(x: Tensor) -> float | None:
@@ -131,9 +131,9 @@ def _grid(x: Tensor) -> Tensor:
 
 def _distinct(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """x in order and each once, with the mean of its values."""
-    found, which, counts = torch.unique(x, return_inverse=True, return_counts=True)
-    sums = values.new_zeros(len(found), values.shape[1]).index_add_(0, which, values)
-    return found, sums / counts[:, None]
+    unique, which, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    sums = values.new_zeros(len(unique), values.shape[1]).index_add_(0, which, values)
+    return unique, sums / counts[:, None]
 
 
 def _interpolated(x: Tensor, values: Tensor, at: Tensor) -> Tensor:
