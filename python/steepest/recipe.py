@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -410,25 +410,17 @@ def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> t
     return torch.where(finite, stored, w), kept
 
 
-def adamw(
-    dtype: torch.dtype | None = None,
-    decay: Decay = Decay(),
-    rounding: Rounding = Rounding(),
-    average: Average | None = None,
-    transforms: tuple[UpdateTransform, ...] = (),
-    variance_reduction: VarianceReduction | None = None,
-) -> Recipe:
-    """AdamW (arXiv:1711.05101) as a recipe: what every parameter that is not a matrix gets. dtype: of its momentum."""
+def adamw(dtype: torch.dtype | None = None, **parts: Any) -> Recipe:
+    """AdamW (arXiv:1711.05101) as a recipe: what every parameter that is not a matrix gets.
+
+    dtype: of its momentum.   parts: those of a `Recipe` that end every step, such as decay and rounding.
+    """
     return Recipe(
         momentum=Momentum(bias_correction=True, key="exp_avg", dtype=dtype),
         precondition=Diagonal(power=0.25, eps_inside=False),
         direction=Frobenius(),
         scale="dual",
-        decay=decay,
-        rounding=rounding,
-        transforms=transforms,
-        average=average,
-        variance_reduction=variance_reduction,
+        **parts,
     )
 
 

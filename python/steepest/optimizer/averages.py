@@ -27,7 +27,8 @@ class Averages(Checkpoints):
         `average`. Nothing else changes, and a second call does nothing.
         """
         for group in self.param_groups:
-            average = self._recipe(group).average
+            recipe = self._recipe(group)
+            average = recipe.average
             if average is None:
                 continue
             for p in group["params"]:
@@ -36,7 +37,7 @@ class Averages(Checkpoints):
                 if any(spec.key not in self.state[p] for spec in average.specs):
                     continue  # a checkpoint without an average: it begins with the next step
                 state, here = self._state_here(p), local_tensor(p)
-                value = self._recipe(group).rounding.value(here, state)
+                value = recipe.rounding.value(here, state)
                 self.state[p][WEIGHTS] = p.detach().clone()
                 here.copy_(average.evaluated(state, value))
 

@@ -358,9 +358,8 @@ class MatrixOptimizer(Reports, Constraints):
 
     def _backend(self, p: Tensor, group: Group) -> str:
         """The backend of everything elementwise in a parameter's step."""
-        number = next(i for i, other in enumerate(self.param_groups) if other is group)
         state = self._state_here(p) if p in self.state else {}
-        return route(self._parameter(number, 0, p, state), coupled=self._couples())
+        return route(self._parameter(self._number(group), 0, p, state), coupled=self._couples())
 
     def _forget_plans(self) -> None:
         self._recipes, self._plan = {}, None

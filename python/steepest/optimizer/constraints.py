@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..parts import Sphere
 from ..recipe import State
 from ..state_layout import Layout
 from ..step import Parameter
@@ -16,7 +17,7 @@ from .group_options import Group
 
 __all__ = ["Constraints"]
 
-RADIUS = "radius"
+RADIUS = Sphere.key
 
 
 class Constraints(Averages):
@@ -34,8 +35,7 @@ class Constraints(Averages):
         """
         if self._recipe(group).constraint is None or RADIUS in self.state[p]:
             return {}
-        number = next(i for i, other in enumerate(self.param_groups) if other is group)
-        radii = norms_of([self._parameter(number, 0, p, self._state_here(p))])[0]
+        radii = norms_of([self._parameter(self._number(group), 0, p, self._state_here(p))])[0]
         if p.numel() and not bool((radii > 0).all()):
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} has a matrix of norm 0, which has no sphere to stay on: put it "

@@ -40,6 +40,7 @@ def finish(group: Group) -> dict[str, Any]:
         if group.get("variance_reduction")
         else None,
         "transforms": (Cautious(),) if group.get("cautious_update") else (),
+        "constraint": constraint_of(group),
     }
 
 
@@ -77,16 +78,10 @@ def constraint_of(group: Group) -> Sphere | None:
     return Sphere(norm)
 
 
-def refuse_constraint(group: Group, why: str) -> None:
-    """ValueError where a group says a constraint and cannot have one."""
-    if group.get("constraint") is not None:
-        raise ValueError(f"constraint={group['constraint']!r} is not taken here: {why}")
-
-
-def refuse_variance_reduction(group: Group, why: str) -> None:
-    """ValueError where a group says variance_reduction and cannot have it."""
-    if group.get("variance_reduction") is not None:
-        raise ValueError(f"variance_reduction={group['variance_reduction']!r} is not taken here: {why}")
+def refuse_option(group: Group, name: str, why: str) -> None:
+    """ValueError where a group says something, not None, for an option that it cannot have."""
+    if group.get(name) is not None:
+        raise ValueError(f"{name}={group[name]!r} is not taken here: {why}")
 
 
 def refuse_cautious_update(group: Group, why: str) -> None:
@@ -97,9 +92,8 @@ def refuse_cautious_update(group: Group, why: str) -> None:
 
 def refuse_decay_methods(group: Group, why: str, *methods: str) -> None:
     """ValueError where a group's weight decay is by one of these methods."""
-    method = group.get("weight_decay_method")
-    if method in methods:
-        raise ValueError(f"weight_decay_method={method!r} is not taken here: {why}; use 'decoupled'")
+    if group.get("weight_decay_method") in methods:
+        refuse_option(group, "weight_decay_method", f"{why}; use 'decoupled'")
 
 
 def _rounding(group: Group) -> Literal["nearest", "stochastic", "mantissa"]:

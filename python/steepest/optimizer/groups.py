@@ -98,6 +98,10 @@ class Groups(torch.optim.Optimizer):
     def _check_weight_options(self, group: Group) -> None:
         """ValueError for an average or a decay that this method cannot have, of a group of any rule."""
 
+    def _number(self, group: Group) -> int:
+        """The place of one of the groups among all."""
+        return next(i for i, other in enumerate(self.param_groups) if other is group)
+
     def _merged(self, name: str) -> dict[str, Any]:
         """A class attribute of this name, of this class and its bases: dictionaries as one, tuples as their keys."""
         merged: dict[str, Any] = {}

@@ -57,9 +57,8 @@ class Weights:
         of its shard, so that nothing travels.
         """
         parameter = self._parameters[p]
-        region = None if parameter.sharding is None else parameter.sharding.region
-        for d in range(p.ndim if region is not None else 0):
-            assert region is not None
-            if factors.shape[d] > 1:
-                factors = factors.narrow(d, region.start[d], region.shape[d])
+        if parameter.sharding is not None:
+            region = parameter.sharding.region
+            for d, length in enumerate(factors.shape):
+                factors = factors.narrow(d, region.start[d], region.shape[d]) if length > 1 else factors
         parameter.store(parameter.value() * factors)

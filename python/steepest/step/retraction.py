@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..matrices import Piece
 from ..sharding.local import whole_tensor
+from ..state_layout import piece_view
 from .parameter import LocalMatrices, Matrices, Parameter
 
 __all__ = ["norms_of", "retract"]
@@ -28,7 +29,7 @@ def retract(parameters: Sequence[Parameter]) -> None:
         scaled = value.clone()
         for item in p.local_matrices():
             part = item.piece.view(scaled)
-            of_item = scales[_numbers(item)].to(part.dtype).view(-1, 1, 1)
+            of_item = _of_item(scales, item).to(part.dtype).view(-1, 1, 1)
             part.copy_((part.reshape(item.piece.shape) * of_item).reshape(part.shape))
         p.store(torch.where(p.stepped, scaled, value))
 
@@ -59,7 +60,7 @@ def _squares(p: Parameter) -> Tensor:
     value, sphere = p.value(), p.recipe.constraint
     assert sphere is not None
     for item in p.local_matrices():
-        sums[_numbers(item)] = sphere.norms(item.piece.view(value).reshape(item.piece.shape)).square()
+        _of_item(sums, item).copy_(sphere.norms(item.piece.view(value).reshape(item.piece.shape)).square())
     return sums
 
 
@@ -75,11 +76,7 @@ def _spectral(p: Parameter) -> Tensor:
     return torch.cat([none, *(sphere.norms(piece.view(value).reshape(piece.shape)) for piece in pieces)])
 
 
-def _numbers(item: Matrices) -> slice:
-    """Which of the parameter's matrices these are."""
-    pieces = item.parameter.pieces
-    number = item.run.piece if isinstance(item, LocalMatrices) else item.number
-    first = sum(piece.batch for piece in pieces[:number])
-    if isinstance(item, LocalMatrices):
-        return slice(first + item.run.matrices.start, first + item.run.matrices.stop)
-    return slice(first, first + pieces[number].batch)
+def _of_item(t: Tensor, item: Matrices) -> Tensor:
+    """A view of those of a number for every matrix of the parameter, (matrices,), that belong to these."""
+    of_piece = piece_view("matrix", t, item.parameter.pieces, item.number)
+    return of_piece[item.run.matrices.start : item.run.matrices.stop] if isinstance(item, LocalMatrices) else of_piece

@@ -22,8 +22,8 @@ from ..optimizer.group_options import (
     number,
     refuse_cautious_update,
     refuse_decay_methods,
+    refuse_option,
     refuse_schedule_free,
-    refuse_variance_reduction,
 )
 from ..optimizer.option_types import check_option
 from ..parts import Momentum, Number
@@ -334,7 +334,7 @@ class Momo(MatrixOptimizer):
         refuse_cautious_update(group, "it couples layers by steps along their whole directions")
         if self.lower_bound is not None:
             refuse_schedule_free(group, "Momo's model of the loss is of steps from the weights themselves")
-            refuse_variance_reduction(group, "Momo's model of the loss is of its gradients")
+            refuse_option(group, "variance_reduction", "Momo's model of the loss is of its gradients")
             refuse_decay_methods(group, "Momo's model of the loss knows no penalty", "l2")
 
     def _forget_plans(self) -> None:

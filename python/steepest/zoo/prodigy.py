@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import Params
-from ..optimizer.group_options import Group, refuse_constraint, refuse_schedule_free, refuse_variance_reduction
+from ..optimizer.group_options import Group, refuse_option, refuse_schedule_free
 from ..optimizer.option_types import BELOW_ONE, check_option
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
@@ -122,8 +122,8 @@ class ProdigyMuon(ProductNormOptimizer):
 
     def _check_weight_options(self, group: Group) -> None:
         super()._check_weight_options(group)
-        refuse_variance_reduction(group, "ProdigyMuon's step size is of gradients as they are")
-        refuse_constraint(group, "ProdigyMuon measures how far steps lead from the start")
+        refuse_option(group, "variance_reduction", "ProdigyMuon's step size is of gradients as they are")
+        refuse_option(group, "constraint", "ProdigyMuon measures how far steps lead from the start")
         refuse_schedule_free(group, "ProdigyMuon measures how far the weights themselves are from their start")
 
     def _check_shards(self, group: Group) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..optimizer import Params
-from ..optimizer.group_options import Group, adam_hyper, constraint_of, finish
+from ..optimizer.group_options import Group, adam_hyper, finish
 from ..optimizer.option_types import check_option
 from ..parts import Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Precondition, Sign
 from ..parts.product_norm import Box, ProductNorm
@@ -116,8 +116,7 @@ class ProductNormOptimizer(Momo):
     ) -> Recipe:
         scale: Scale = "dual" if follows else "lmo"
         momentum = self.momentum(group)
-        shared = {**finish(group), "constraint": constraint_of(group)}
-        return Recipe(momentum, precondition, direction, scale, ratio, **shared)
+        return Recipe(momentum, precondition, direction, scale, ratio, **finish(group))
 
     def hyper(self, group: Group) -> Hyper:
         return adam_hyper(group)

@@ -14,8 +14,8 @@ from ..optimizer.group_options import (
     number,
     parameter_name,
     refuse_cautious_update,
-    refuse_constraint,
     refuse_decay_methods,
+    refuse_option,
     refuse_schedule_free,
 )
 from ..optimizer.option_types import BELOW_ONE, OptionType, check_option
@@ -145,7 +145,7 @@ class Scion(VectorOptimizer):
     def _check_weight_options(self, group: Group) -> None:
         if group["use_muon"] and group["constrained"]:
             refuse_schedule_free(group, "its decay keeps no iterate in Scion's ball: constrained=False")
-            refuse_constraint(group, "Scion has its ball: constrained=False")
+            refuse_option(group, "constraint", "Scion has its ball: constrained=False")
             refuse_cautious_update(group, "an update that is made longer leaves Scion's ball: constrained=False")
             refuse_decay_methods(group, "the decay is Scion's constraint", "independent", "l2")
 

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 
 from ..linalg.coefficients import schedule
-from ..optimizer.group_options import Group, constraint_of, finish, read_switches
+from ..optimizer.group_options import Group, finish, read_switches
 from ..optimizer.option_types import POLAR, check_option
 from ..parts import Normalize, Number, Spectral
 from ..recipe import Recipe
@@ -144,8 +144,7 @@ def recipe_of(group: Group, *, kind: type[Recipe] = Recipe, ratio: str = "origin
     """A recipe from a method's parts and the group values all methods share; ratio: what adjust_lr_fn=None means."""
     shared = finish(group)
     transforms = (*parts.pop("transforms", ()), *shared["transforms"])
-    shared |= {**parts, "transforms": transforms, "constraint": constraint_of(group)}
-    return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **shared)
+    return kind(adjust_lr=group["adjust_lr_fn"] or ratio, **{**shared, **parts, "transforms": transforms})
 
 
 def normalization(group: Group) -> tuple[Normalize, ...]:

@@ -20,10 +20,9 @@ from ..optimizer.group_options import (
     Group,
     number,
     refuse_cautious_update,
-    refuse_constraint,
     refuse_decay_methods,
+    refuse_option,
     refuse_schedule_free,
-    refuse_variance_reduction,
 )
 from ..optimizer.option_types import BELOW_ONE, OptionType
 from ..parts import (
@@ -326,7 +325,7 @@ class NIGT(MomentumOptimizer):
         if group["average"] is not None:
             raise ValueError(f"NIGT has eval() and train() of its own: leave out average={group['average']!r}")
         if group["use_muon"]:
-            refuse_variance_reduction(group, "NIGT has one of its own")
+            refuse_option(group, "variance_reduction", "NIGT has one of its own")
             refuse_decay_methods(group, "NIGT's gradients are of a point ahead of the weights", "l2")
 
     def _iterate(self, stored: Tensor, p: Tensor, group: Group) -> Tensor:
@@ -384,7 +383,7 @@ class Fromage(VectorOptimizer):
 
     def _check_weight_options(self, group: Group) -> None:
         if group["use_muon"]:
-            refuse_constraint(group, "Fromage has a rule of its own for norms")
+            refuse_option(group, "constraint", "Fromage has a rule of its own for norms")
             refuse_schedule_free(group, "a step of Fromage is as long as the weights themselves")
 
     def _check_values(self, group: Group) -> None:

@@ -16,12 +16,13 @@ from ...ops import cpu_chain
 from ...ops.polar_chain import BUFFERS, Update
 from ...ops.small_polar import small_polar, takes
 from ...ops.symm_gemm import Workspace
-from ..chain import Chain, chain, plain_chain
+from ..chain import Chain
 from ..coefficients import Coefficients, Schedule, check_preset
 from ..newton_schulz import newton_schulz, newton_schulz_plain
 from ..scaling import prescaled
 from .choice import COMPUTE_DTYPES, FORMS, Choice, choose, compute_dtype
 from .jobs import Job, Result, add_factors, at_once, workspace_bytes
+from .nodes import chain_of
 
 UNBOUNDED = 1 << 30  # matrices that may be worked on at once
 
@@ -159,8 +160,9 @@ def polars(
         if choice.form == "small":
             _by_small_kernel(jobs, choice.schedule, eps)
             continue
-        if all(cpu_chain.takes(job.x, choice.dtype, _products(choice).constants) for job in jobs):
-            _by_cpu_chain(jobs, choice, eps, max_workspace_bytes)
+        products = chain_of(choice)
+        if all(cpu_chain.takes(job.x, choice.dtype, products.constants) for job in jobs):
+            _by_cpu_chain(jobs, choice, products, eps, max_workspace_bytes)
             continue
         chunks = [chunk for job in jobs for chunk in job.chunks(choice.dtype, max_workspace_bytes)]
         if choice.form == "plain":
@@ -183,13 +185,9 @@ def _by_small_kernel(jobs: list[Job], table: Schedule, eps: float) -> None:
             add_factors(out, job.update)
 
 
-def _products(choice: Choice) -> Chain:
-    return plain_chain(choice.schedule.tables[0]) if choice.form == "plain" else chain(choice.schedule, choice.restarts)
-
-
-def _by_cpu_chain(jobs: list[Job], choice: Choice, eps: float, max_bytes: int | None) -> None:
+def _by_cpu_chain(jobs: list[Job], choice: Choice, products: Chain, eps: float, max_bytes: int | None) -> None:
     """All matrices in one call, which converts and scales them itself."""
-    plain, products, table = choice.form == "plain", _products(choice), choice.schedule
+    plain, table = choice.form == "plain", choice.schedule
     xs = [job.x if job.x.dtype in cpu_chain.DTYPES else prescaled(job.x, choice.dtype) for job in jobs]
     straight = [job.update is None and job.result.x.dtype in cpu_chain.DTYPES for job in jobs]
     outs = [job.result.batch() if s else torch.empty_like(x) for job, x, s in zip(jobs, xs, straight, strict=True)]

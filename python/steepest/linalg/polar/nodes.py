@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from ..chain import Gram, Node, Sum, chain, multiplication, plain_chain, product_flop
+from ..chain import Chain, Gram, Node, Sum, chain, multiplication, plain_chain, product_flop
 from .choice import Choice
 
 
 def nodes_of(choice: Choice) -> tuple[Node, ...]:
     """The nodes of a choice, the first Gram product among them."""
-    plain = choice.form == "plain"
-    products = plain_chain(choice.schedule.tables[0]) if plain else chain(choice.schedule, choice.restarts)
-    return (Gram("gram", "x"), *products.nodes)
+    return (Gram("gram", "x"), *chain_of(choice).nodes)
+
+
+def chain_of(choice: Choice) -> Chain:
+    """The products of a choice after the first Gram product."""
+    return plain_chain(choice.schedule.tables[0]) if choice.form == "plain" else chain(choice.schedule, choice.restarts)
 
 
 def polar_flop(choice: Choice, rows: int, columns: int, tall: bool | None = None) -> int:
