@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -28,12 +28,16 @@ class Played(Ranks):
         self.sent: list[Tensor] = []
         self.got: Tensor | None = None
 
-    def all_to_all(self, sent: Tensor, sizes: Sequence[int], wanted: Sequence[int], what: str) -> Tensor:
+    def all_to_all(self, sent: Tensor, sizes: Sequence[int], wanted: Sequence[int], what: str) -> Callable[[], Tensor]:
         self.sent = list(sent.split(list(sizes)))
-        if self.got is None:
-            raise WaitingError
-        assert self.got.numel() == sum(wanted)
-        return self.got
+
+        def wait() -> Tensor:
+            if self.got is None:
+                raise WaitingError
+            assert self.got.numel() == sum(wanted)
+            return self.got
+
+        return wait
 
 
 class WaitingError(Exception):
@@ -46,11 +50,11 @@ def everyone(exchanges: Sequence[Exchange], ways: Sequence[str], tensors: Sequen
     for exchange, t in zip(exchanges, tensors, strict=True):
         exchange.ranks.got = None  # type: ignore[attr-defined]
         with pytest.raises(WaitingError):
-            getattr(exchange, way)(t)
+            getattr(exchange, way)(t)()
     found = []
     for place, (exchange, t) in enumerate(zip(exchanges, tensors, strict=True)):
         exchange.ranks.got = torch.cat([other.ranks.sent[place] for other in exchanges])  # type: ignore[attr-defined]
-        found.append(getattr(exchange, way)(t))
+        found.append(getattr(exchange, way)(t)())
     return found
 
 
@@ -97,5 +101,5 @@ def test_matrices_that_no_shard_cuts_do_not_travel() -> None:
     exchange = Exchange(Played(0, 2), [Sharding((4, 8, 6), Played(0, 2), boxes).unit(piece, [0, 0, 1, 1])])
     parts = torch.randn(2 * 8 * 6)
     assert not exchange.travels
-    assert torch.equal(exchange.to_owners(parts), parts.view(2, 8, 6))  # nobody is waited for
-    assert torch.equal(exchange.from_owners(parts.view(2, 8, 6)), parts)
+    assert torch.equal(exchange.to_owners(parts)(), parts.view(2, 8, 6))  # nobody is waited for
+    assert torch.equal(exchange.from_owners(parts.view(2, 8, 6))(), parts)

@@ -90,26 +90,31 @@ class Exchange:
         here = self.ranks.place
         return sum(self.sends) - self.sends[here], sum(self.receives) - self.receives[here]
 
-    def to_owners(self, parts: Tensor) -> Tensor:
-        """(owned matrices, rows, cols) of a buffer of parts."""
+    def to_owners(self, parts: Tensor) -> Callable[[], Tensor]:
+        """Begins to send a buffer of parts; gives what waits for (owned matrices, rows, cols)."""
         if self.sends != self.parts:
             parts = torch.cat([t for t, n in zip(parts.split(self.parts), self.sends, strict=True) if n] or [parts[:0]])
-        if self.travels:
-            parts = self.ranks.all_to_all(parts, self.sends, self.receives, f"parts of {self.what}")
+        if not self.travels:
+            return lambda: self._assembled(parts)
+        wait = self.ranks.all_to_all(parts, self.sends, self.receives, f"parts of {self.what}")
+        return lambda: self._assembled(wait())
+
+    def _assembled(self, parts: Tensor) -> Tensor:
+        """The owned matrices, from the parts that all ranks have of them."""
         matrices = parts.new_empty((len(self.owned), *self.shape))
         for block, part in zip(self._gathered, parts.split([b.numel for b in self._gathered]), strict=True):
             target = block.of(matrices)
             target.copy_(part.view(target.shape))
         return matrices
 
-    def from_owners(self, matrices: Tensor) -> Tensor:
-        """The buffer of parts of (owned matrices, rows, cols)."""
+    def from_owners(self, matrices: Tensor) -> Callable[[], Tensor]:
+        """Begins to send (owned matrices, rows, cols) back; gives what waits for the buffer of parts."""
         if self._blocks:
             sent = torch.cat([block.of(matrices).reshape(-1) for block in self._blocks])
         else:
             sent = matrices.new_empty(0)
         if not self.returns:
-            return sent
+            return lambda: sent
         return self.ranks.all_to_all(sent, self.shares, self.parts, f"results for {self.what}")
 
 

@@ -74,30 +74,38 @@ class Ranks:
         self.shards.all_reduce(rows[:, 1], what=what)
         rows[:, 0], rows[:, 2] = 1 - most[0], most[1]
 
-    def all_to_all(self, sent: Tensor, sizes: Sequence[int], wanted: Sequence[int], what: str) -> Tensor:
-        """Sends `sizes[q]` elements to place q and gives `wanted[q]` from each, both one after another.
+    def all_to_all(self, sent: Tensor, sizes: Sequence[int], wanted: Sequence[int], what: str) -> Callable[[], Tensor]:
+        """Begins to send `sizes[q]` elements to place q, one after another; gives what waits for `wanted[q]` from each.
 
-        sent: one-dimensional; it is not copied where the places are the group's order.
+        sent: one-dimensional; it is not copied where the places are the group's order, and not to be written to before
+        the wait.
         """
         received = sent.new_empty(sum(wanted))
         if self.size == 1:
-            return received.copy_(sent)
+            received.copy_(sent)
+            return lambda: received
         plain = self._order == list(range(self.size))
         if not plain:
             sent = torch.cat([sent.split(list(sizes))[place] for place in self._places])
         ours, theirs = ([each[place] for place in self._places] for each in (sizes, wanted))
         # As bytes: not every backend has every dtype.
-        self._run(
+        work = self._run(
             lambda: dist.all_to_all_single(
                 received.view(torch.uint8),
                 sent.view(torch.uint8),
                 [n * sent.itemsize for n in theirs],
                 [n * sent.itemsize for n in ours],
                 group=self.group,
+                async_op=True,
             ),
             what,
         )
-        return received if plain else torch.cat([received.split(theirs)[at] for at in self._order])
+
+        def wait() -> Tensor:
+            self._run(work.wait, what)
+            return received if plain else torch.cat([received.split(theirs)[at] for at in self._order])
+
+        return wait
 
     def sum_parts(self, t: Tensor) -> None:
         """Makes sums over shards sums over whole parameters, in place."""
@@ -118,9 +126,9 @@ class Ranks:
         self._run(lambda: dist.all_gather_object(values, value, group=self.group), "the reasons of all")
         return [values[at] for at in self._order]
 
-    def _run(self, collective: Callable[[], object], what: str) -> None:
+    def _run(self, collective: Callable[[], Any], what: str) -> Any:
         try:
-            collective()
+            return collective()
         except RuntimeError as error:
             raise RuntimeError(
                 f"a collective of {self.call} failed on rank {dist.get_rank()} among the ranks {self.world}, waiting "

@@ -8,7 +8,7 @@ of one, as the workspace has room for. Items that take their whole step in `upda
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -141,6 +141,14 @@ class Bucket:
     def empty(self) -> Tensor:
         return torch.empty(self.stored_shape, dtype=self.stored_dtype, device=self.device)
 
+    def send(self, stored: Tensor) -> Callable[[], Tensor]:
+        """Gives what waits for the direction's input; stored: what `update_moments` has stored."""
+        return lambda: self.direction_input(stored)
+
+    def send_back(self, d: Tensor) -> Callable[[], Sequence[Tensor]]:
+        """Gives what waits for the updates, in the weight's variables and contiguous; d: the directions."""
+        return lambda: self.updates(d)
+
     def direction_input(self, stored: Tensor) -> Tensor:
         """What the direction is asked about, made from what `update_moments` has stored."""
         if not self.by_torch:
@@ -158,7 +166,7 @@ class Bucket:
         return t.split(self.counts)
 
     def updates(self, d: Tensor) -> list[Tensor]:
-        """The update of every item, in the weight's variables and contiguous, from its directions."""
+        """The update of every item."""
         parts = list(d.split(self.sizes))
         if not self.by_torch:
             return parts

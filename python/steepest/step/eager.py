@@ -5,7 +5,7 @@ A batch is matrices of one group, shape and dtype, at most max_workspace_bytes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,14 @@ class Batch:
         self.hyper = items[0].parameter.taken.hyper
         self._sizes = [item.input_shape[0] for item in items]
 
+    def send(self) -> Callable[[], Tensor]:
+        """Gives what waits for the directions' input."""
+        return self.inputs
+
+    def send_back(self, d: Tensor) -> Callable[[], list[Tensor]]:
+        """Gives what waits for the update of every part, in the shape of `Matrices.elementwise`; d: the directions."""
+        return lambda: self.updates(d)
+
     def inputs(self) -> Tensor:
         """A lone item is reshaped, several are stacked."""
         first, dtype = self.parts[0], _work_dtype(self.parts[0])
@@ -56,7 +64,7 @@ class Batch:
         return self.recipe.direction.dual_norm(x, d).flatten().split(self._sizes)
 
     def updates(self, d: Tensor) -> list[Tensor]:
-        """The update of every part, in the shape of `Matrices.elementwise`."""
+        """The update of every part."""
         updates = []
         for item, of_item in zip(self.parts, d.split(self._sizes), strict=True):
             state, g, hyper = item.recipe_state(), item.elementwise(item.grad), self.hyper
@@ -76,11 +84,11 @@ class SharedBatch(Batch):
         self.hyper = shared.matrices[0].parameter.taken.hyper
         self._shared, self._dtype = shared, _work_dtype(shared.matrices[0])
 
-    def inputs(self) -> Tensor:
+    def send(self) -> Callable[[], Tensor]:
         wide = self.matrices[0].parameter.wide_dtype
         stored = wide if self.recipe.by_matrix else self._dtype
         here = [(_momentum if self.recipe.by_matrix else _input)(part) for part in self.parts]
-        return self._shared.inputs(self._shared.packed(here, stored), self._dtype)
+        return self._shared.send(self._shared.packed(here, stored), self._dtype)
 
     def directions(self, x: Tensor) -> Tensor:
         dim = self._shared.sharded_dim
@@ -92,16 +100,18 @@ class SharedBatch(Batch):
     def measured(self, x: Tensor, d: Tensor) -> Sequence[Tensor]:
         return self._shared.of_all(self.recipe.direction.dual_norm(x, d).flatten().double())[0]
 
-    def updates(self, d: Tensor) -> list[Tensor]:
+    def send_back(self, d: Tensor) -> Callable[[], list[Tensor]]:
         wide = self.matrices[0].parameter.wide_dtype
-        updates = self._shared.updates(d, wide if self.recipe.by_matrix else d.dtype)
-        if self.recipe.by_matrix:
-            return updates
-        backed = []
-        for item, u in zip(self.parts, updates, strict=True):
+        wait = self._shared.send_back(d, wide if self.recipe.by_matrix else d.dtype)
+        return wait if self.recipe.by_matrix else lambda: self._elementwise(wait())
+
+    def _elementwise(self, ds: Sequence[Tensor]) -> list[Tensor]:
+        """The updates of the parts, from their directions."""
+        updates = []
+        for item, d in zip(self.parts, ds, strict=True):
             m = _momentum(item)
-            backed.append(self.recipe.update(item.recipe_state(), u.reshape(m.shape), m, self.hyper)[0])
-        return backed
+            updates.append(self.recipe.update(item.recipe_state(), d.reshape(m.shape), m, self.hyper)[0])
+        return updates
 
 
 class Eager:
@@ -115,6 +125,7 @@ class Eager:
         self._coupled = coupled
         #: ranks that share the parameters, all of them or none
         self._ranks = parameters[0].ranks
+        self.prefetch = 0 if self._ranks is None else 1
         self._matrices = [item for parameter in parameters for item in parameter.owned_matrices()]
         self._parts = [item for p in parameters if self._ranks for item in p.local_matrices()]
         self._known: dict[tuple[tuple[int, int], ...], list[SharedMatrices]] = {}
@@ -160,13 +171,13 @@ class Eager:
 
     def _shared(self, parameters: Sequence[Parameter]) -> list[SharedMatrices]:
         """The matrices of these parameters as ranks take their directions together."""
-        from .shared_matrices import shared_buckets
+        from .shared_matrices import bytes_at_once, shared_buckets
 
         places = tuple((p.group, p.index) for p in parameters)
         if places not in self._known:
             parts = [item for item in self._parts if isinstance(item, LocalMatrices)]
             owned = [item for item in self._matrices if isinstance(item, OwnedMatrices)]
-            max_bytes = parameters[0].options.max_workspace_bytes if parameters else 0
+            max_bytes = bytes_at_once(parameters, parameters[0].options.max_workspace_bytes) if parameters else 0
             self._known[places] = list(shared_buckets(parameters, parts, owned, _bucket_key, max_bytes))
         return self._known[places]
 
@@ -210,8 +221,8 @@ class Eager:
     def items(self, batch: Batch) -> list[list[Matrices]]:
         return [list(batch.matrices)]
 
-    def inputs(self, batch: Batch) -> list[Tensor]:
-        return [batch.inputs()]
+    def send(self, batch: Batch) -> list[Callable[[], Tensor]]:
+        return [batch.send()]
 
     def directions(self, batch: Batch, xs: list[Tensor]) -> list[Tensor]:
         return [batch.directions(xs[0])]
@@ -221,8 +232,14 @@ class Eager:
         lengths = [None] * len(batch.parts)
         return Directed(ds, lengths, batch.measured(xs[0], ds[0]) if measure else None)
 
-    def apply(self, batch: Batch, directed: Directed) -> None:
-        for item, u in zip(batch.parts, batch.updates(directed.ds[0]), strict=True):
+    def send_back(self, batch: Batch, ds: Sequence[Tensor]) -> list[Callable[[], Sequence[Tensor]]]:
+        return [batch.send_back(ds[0])]
+
+    def apply(
+        self, batch: Batch, sent: Sequence[Callable[[], Sequence[Tensor]]], norms: Sequence[Tensor | None]
+    ) -> None:
+        """No norms: directions are scaled already where the recipe says so."""
+        for item, u in zip(batch.parts, (u for wait in sent for u in wait()), strict=True):
             self._apply(item, u)
 
     def _apply(self, item: Matrices, u: Tensor) -> None:

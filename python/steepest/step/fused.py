@@ -15,7 +15,7 @@ Recipes with Kronecker factors or transforms of the update have torch operations
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -73,6 +73,7 @@ class Fused:
         self._steps = [p.state.get("step", self._absent) for p in parameters]
         #: ranks that share the parameters, all of them or none
         self._ranks = parameters[0].ranks
+        self.prefetch = 0 if self._ranks is None else 1
         self._whole = {row for row, program in enumerate(programs) if program.whole}
         sharing = [p for row, p in enumerate(parameters) if self._ranks and row not in self._whole]
         self._owned = [item for p in sharing for item in p.owned_matrices() if isinstance(item, OwnedMatrices)]
@@ -102,9 +103,9 @@ class Fused:
         items = [item for item in self._items if item.row not in waiting]
         if self._ranks is None:
             return list(rounds_of(items, self._max_bytes, self._coupled))
-        return list(self._shared_rounds(items, waiting))
+        return self._shared_rounds(items, waiting)
 
-    def _shared_rounds(self, items: Sequence[FusedItem], waiting: set[int]) -> Iterator[Round]:
+    def _shared_rounds(self, items: Sequence[FusedItem], waiting: set[int]) -> list[Round]:
         from .shared_bucket import SharedBucket
 
         rows = {(p.group, p.index): row for row, p in enumerate(self.parameters)}
@@ -112,18 +113,27 @@ class Fused:
         of_part = {item.place: item for item in items}
         travelling = [p for row, p in enumerate(self.parameters) if row not in waiting | self._whole]
         sized: list[tuple[Bucket, int]] = []
+        max_bytes = self._bytes_at_once(travelling)
         for shared in self._shared(travelling):
             parts = [of_part[part.place] for part in shared.parts]
             places = [rows[item.parameter.group, item.parameter.index] for item in shared.matrices]
             sized.append((SharedBucket(shared, parts, places), shared.input_bytes))
-        yield from in_rounds(whole, sized, self._max_bytes, self._coupled)
+        rounds = list(in_rounds([], sized, max_bytes, self._coupled))
+        if whole:
+            rounds.insert(1, Round(whole, [], self._coupled))  # while the first travels
+        return rounds
 
     def _shared(self, parameters: Sequence[Parameter]) -> Iterator[SharedMatrices]:
         """The matrices of these parameters as ranks take their directions together."""
         from .shared_matrices import shared_buckets
 
         parts = [item.matrices for item in self._items if isinstance(item.matrices, LocalMatrices)]
-        return shared_buckets(parameters, parts, self._owned, bucket_key, self._max_bytes)
+        return shared_buckets(parameters, parts, self._owned, bucket_key, self._bytes_at_once(parameters))
+
+    def _bytes_at_once(self, parameters: Sequence[Parameter]) -> int:
+        from .shared_matrices import bytes_at_once
+
+        return bytes_at_once(parameters, self._max_bytes)
 
     def _span(self, group: int) -> slice:
         """The rows of a group's parameters, which follow one another."""
@@ -235,7 +245,7 @@ class Fused:
     def items(self, batch: Round) -> list[list[Matrices]]:
         return [bucket.matrices() for bucket in batch.buckets]
 
-    def inputs(self, batch: Round) -> list[Tensor]:
+    def send(self, batch: Round) -> list[Callable[[], Tensor]]:
         stacks, whole = [bucket.empty() for bucket in batch.buckets], batch.whole
         if batch.items:
             multi_tensor.update_moments(
@@ -249,7 +259,7 @@ class Fused:
                 batch.before,
                 backend=self.backend,
             )
-        return [bucket.direction_input(t) for bucket, t in zip(batch.buckets, stacks, strict=True)]
+        return [bucket.send(t) for bucket, t in zip(batch.buckets, stacks, strict=True)]
 
     def directions(self, batch: Round, xs: list[Tensor]) -> list[Tensor]:
         """The directions, of length 1 but where torch operations go on with them.
@@ -291,16 +301,18 @@ class Fused:
             lengths += of_items if scales else [None] * len(bucket.items)
         return Directed(ds, lengths, inner if measure else None)
 
-    def apply(self, batch: Round, directed: Directed) -> None:
-        updates = []
-        for bucket, d in zip(batch.buckets, directed.ds, strict=True):
-            updates += bucket.updates(d)
+    def send_back(self, batch: Round, ds: Sequence[Tensor]) -> list[Callable[[], Sequence[Tensor]]]:
+        return [bucket.send_back(d) for bucket, d in zip(batch.buckets, ds, strict=True)]
+
+    def apply(
+        self, batch: Round, sent: Sequence[Callable[[], Sequence[Tensor]]], norms: Sequence[Tensor | None]
+    ) -> None:
+        updates = [u for wait in sent for u in wait()]
         if not batch.late:
             return
         lengths: list[Tensor | None] = []
-        if self._coupled or any(length is not None for length in directed.lengths):
-            pairs = zip(batch.items[batch.whole :], directed.lengths, strict=True)
-            lengths = [_length(item, norm) for item, norm in pairs]
+        if self._coupled or any(norm is not None for norm in norms):
+            lengths = [_length(item, norm) for item, norm in zip(batch.items[batch.whole :], norms, strict=True)]
         if all(length is None for length in lengths):
             lengths = []
         multi_tensor.apply_update(

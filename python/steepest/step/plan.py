@@ -8,7 +8,8 @@ eigenbases, which reads the status of the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,6 +43,8 @@ class Executor(Protocol):
     """
 
     backend: str
+    #: batches that travel, there and back, while another's directions are taken
+    prefetch: int
 
     @property
     def parameters(self) -> Sequence[Parameter]: ...
@@ -51,7 +54,7 @@ class Executor(Protocol):
         ...
 
     def observe(self) -> None:
-        """State takes the gradients, as far as `inputs` does not do it on the way."""
+        """State takes the gradients, as far as `send` does not do it on the way."""
         ...
 
     def batches(self) -> Sequence[Any]: ...
@@ -60,8 +63,11 @@ class Executor(Protocol):
         """The matrices of each of a batch's inputs, in their order."""
         ...
 
-    def inputs(self, batch: Any) -> list[Tensor]:
-        """What the direction is asked about, one tensor (matrices, rows, cols) for all that shares its call."""
+    def send(self, batch: Any) -> list[Callable[[], Tensor]]:
+        """Gives what waits for the direction's inputs, one tensor (matrices, rows, cols) for all that shares its call.
+
+        Of matrices that ranks share the parts are on their way to the owners until then.
+        """
         ...
 
     def directions(self, batch: Any, xs: list[Tensor]) -> list[Tensor]:
@@ -72,8 +78,12 @@ class Executor(Protocol):
         """The directions of these inputs with what is to be known of them."""
         ...
 
-    def apply(self, batch: Any, directed: Directed) -> None:
-        """Moves the weights along the directions."""
+    def send_back(self, batch: Any, ds: Sequence[Tensor]) -> list[Callable[[], Sequence[Tensor]]]:
+        """Gives what waits for the updates that these directions make; `send` the other way round."""
+        ...
+
+    def apply(self, batch: Any, sent: Sequence[Callable[[], Sequence[Tensor]]], norms: Sequence[Tensor | None]) -> None:
+        """Moves the weights by what `send_back` has sent, times the norms where there are any."""
         ...
 
     def finish(self) -> None:
@@ -148,12 +158,7 @@ class Plan:
         if coupling is not None:
             self._share(coupling.factors(self.executors))
         for executor in self.executors:
-            for batch in executor.batches():
-                directed = None if coupling is None else coupling.directed(executor, batch)
-                directed = directed or self.directed(executor, batch, measure=coupling is not None)
-                if coupling is not None:
-                    coupling.moving(executor, batch, directed)
-                executor.apply(batch, directed)
+            self._move(executor, coupling)
             executor.finish()
         if self._constrained:
             retract(self._constrained)
@@ -169,10 +174,48 @@ class Plan:
             store_if(p.stepped, p.state, fresh)
         self._before = []
 
-    def directed(self, executor: Executor, batch: Any, *, measure: bool) -> Directed:
-        """The directions of a batch; measure: with their inner products."""
-        xs = executor.inputs(batch)
-        return executor.directed(batch, xs, executor.directions(batch, xs), measure)
+    def _move(self, executor: Executor, coupling: Coupling | None) -> None:
+        """Moves the weights batch by batch; while the directions of one are taken, the next and the last travel.
+
+        The order is that of the batches alone, the same on all ranks.
+        """
+        there: deque[tuple[Any, Callable[[], Directed]]] = deque()
+        back: deque[tuple[Any, list[Callable[[], Sequence[Tensor]]], Sequence[Tensor | None]]] = deque()
+
+        def turn() -> None:
+            batch, directions = there.popleft()
+            directed = directions()
+            if coupling is not None:
+                coupling.moving(executor, batch, directed)
+            back.append((batch, executor.send_back(batch, directed.ds), directed.lengths))
+            if len(back) > executor.prefetch:
+                executor.apply(*back.popleft())
+
+        for batch in executor.batches():
+            directions = self._start(executor, batch, coupling)
+            if directions is None:
+                continue
+            there.append((batch, directions))
+            if len(there) > executor.prefetch:
+                turn()
+        while there:
+            turn()
+        while back:
+            executor.apply(*back.popleft())
+
+    def _start(self, executor: Executor, batch: Any, coupling: Coupling | None) -> Callable[[], Directed] | None:
+        """Sends a batch, unless a coupling has its directions; gives what waits for them, or None where the batch is
+        without directions and has taken its step.
+        """
+        known = None if coupling is None else coupling.directed(executor, batch)
+        if known is not None:
+            return lambda: known
+        sent = executor.send(batch)
+        return None if not sent else lambda: _directed(executor, batch, sent, coupling is not None)
+
+    def directed(self, executor: Executor, batch: Any) -> Directed:
+        """The directions of a batch, with their inner products."""
+        return _directed(executor, batch, executor.send(batch), measure=True)
 
     def _share(self, factors: Sequence[Any]) -> None:
         for p in self.parameters:
@@ -208,6 +251,11 @@ class Plan:
             if ranks is not None:
                 _reduce([of_group[i] for of_group in sums], ranks)
         return [_norms(of_group) for of_group in sums]
+
+
+def _directed(executor: Executor, batch: Any, sent: Sequence[Callable[[], Tensor]], measure: bool) -> Directed:
+    xs = [wait() for wait in sent]
+    return executor.directed(batch, xs, executor.directions(batch, xs), measure)
 
 
 def route(p: Parameter, *, coupled: bool = False) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -40,11 +40,11 @@ class SharedBucket(Bucket):
     def parts(self, t: Tensor) -> list[Tensor]:
         return self.shared.split(t)
 
-    def direction_input(self, stored: Tensor) -> Tensor:
-        return self.shared.inputs(stored, self.dtype)
+    def send(self, stored: Tensor) -> Callable[[], Tensor]:
+        return self.shared.send(stored, self.dtype)
 
-    def updates(self, d: Tensor) -> list[Tensor]:
-        return self.shared.updates(d, self.stored_dtype)
+    def send_back(self, d: Tensor) -> Callable[[], Sequence[Tensor]]:
+        return self.shared.send_back(d, self.stored_dtype)
 
     def matrices(self) -> list[Matrices]:
         return list(self.shared.matrices)

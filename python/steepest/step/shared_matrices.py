@@ -23,9 +23,11 @@ from ..sharding.layout import Unit
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter
 from .routes import EVERYONE, gram_dim
 
-__all__ = ["SharedMatrices", "SplitMatrices", "shared_buckets"]
+__all__ = ["SharedMatrices", "SplitMatrices", "bytes_at_once", "shared_buckets"]
 
 Place = tuple[int, int, int]
+#: less is not worth launches and messages of its own
+_LEAST_BYTES = 32 << 20
 
 
 class SharedMatrices:
@@ -88,36 +90,48 @@ class SharedMatrices:
 
     # ---- there ------------------------------------------------------------------------------------------------------
 
-    def inputs(self, momenta: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the directions of the owned matrices are asked about, in a dtype; momenta: the buffer of all parts."""
-        whole = self.exchange.to_owners(momenta)
+    def send(self, momenta: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Sends what the directions depend on to the owners; gives what waits for their inputs, in a dtype.
+
+        momenta: the buffer of all parts.
+        """
+        moved = self.exchange.to_owners(momenta)
         if not self.recipe.by_matrix:
-            return whole.to(dtype)
-        self._momenta = whole
-        self._fetch_elementwise()
-        weights = self._weights() if self.recipe.reads_weight else [None] * len(self.owned)
-        inputs = []
-        for item, m, w in zip(self.owned, whole.split(self.counts), weights, strict=True):
+            return lambda: moved().to(dtype)
+        elementwise = {key: self._send([part.state[key] for part in self.parts]) for key in self._fetched_keys()}
+        weights = self._send_weights() if self.recipe.reads_weight else None
+
+        def inputs() -> Tensor:
+            self._momenta = moved()
+            for key, wait in elementwise.items():
+                for item, t in zip(self.owned, wait().split(self.counts), strict=True):
+                    item.state[key] = t
+            return self._inputs(dtype, None if weights is None else weights())
+
+        return inputs
+
+    def _inputs(self, dtype: torch.dtype, weights: Tensor | None) -> Tensor:
+        """The directions' inputs, from the momenta, state and weights that have come."""
+        inputs = [self._momenta.new_empty((0, *self.input_shape[1:]), dtype=dtype)]
+        ws = [None] * len(self.owned) if weights is None else weights.split(self.counts)
+        for item, m, w in zip(self.owned, self._momenta.split(self.counts), ws, strict=True):
             inputs.append(self.recipe.direction_input(item.state, m, item.parameter.taken.hyper, w).to(dtype))
-        return torch.cat(inputs) if inputs else whole.new_empty(self.input_shape, dtype=dtype)
+        return torch.cat(inputs)
 
     def receive_gradients(self) -> None:
         """Has the owners know the whole gradients of this step."""
-        whole = self.exchange.to_owners(self.packed([part.grad for part in self.parts], self._grad_dtype))
+        whole = self._send([part.grad for part in self.parts], self._grad_dtype)()
         for item, g in zip(self.owned, whole.split(self.counts), strict=True):
             item.received = g.to(item.parameter.taken.grad.dtype)
 
-    def _weights(self) -> Sequence[Tensor]:
-        """The weights of the owned matrices, in fp32 (fp64 for fp64)."""
-        values = [self.recipe.rounding.value(part.weight, part.state) for part in self.parts]
-        wide = torch.promote_types(self.matrices[0].parameter.source.dtype, torch.float32)
-        return self.exchange.to_owners(self.packed(values, wide)).split(self.counts)
+    def _send(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
+        """Sends one tensor a part to the owners, in fp32 or wider where no dtype is given."""
+        return self.exchange.to_owners(self.packed(tensors, dtype or self._wide))
 
-    def _fetch_elementwise(self) -> None:
-        for key in self._fetched_keys():
-            whole = self.exchange.to_owners(self.packed([part.state[key] for part in self.parts], self._wide))
-            for item, t in zip(self.owned, whole.split(self.counts), strict=True):
-                item.state[key] = t
+    def _send_weights(self) -> Callable[[], Tensor]:
+        """Those of the owned matrices, in fp32 (fp64 for fp64)."""
+        values = [self.recipe.rounding.value(part.weight, part.state) for part in self.parts]
+        return self._send(values, torch.promote_types(self.matrices[0].parameter.source.dtype, torch.float32))
 
     def _elementwise_keys(self) -> list[str]:
         """State of transforms that has the parameter's shape."""
@@ -141,10 +155,13 @@ class SharedMatrices:
 
     # ---- and back ---------------------------------------------------------------------------------------------------
 
-    def updates(self, d: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """The updates of the parts here, (batch, rows, cols) and contiguous, from the directions of what is owned."""
+    def send_back(self, d: Tensor, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+        """Sends the updates back that the directions of what is owned make; gives what waits for those of the parts
+        here, (batch, rows, cols) and contiguous.
+        """
         if not self.recipe.by_matrix:
-            return self.split(self.exchange.from_owners(d))
+            moved = self.exchange.from_owners(d)
+            return lambda: self.split(moved())
         updates, remembered = [d.new_empty((0, *self.exchange.shape), dtype=dtype)], []
         rows = zip(self.owned, d.split(self.sizes), self._momenta.split(self.counts), strict=True)
         for item, of_item, m in rows:
@@ -152,19 +169,25 @@ class SharedMatrices:
             item.keep({key: t for key, t in fresh.items() if key not in self._elementwise_keys()})
             updates.append(u.to(dtype))
             remembered.append(fresh)
-        self._return_elementwise(remembered)
+        elementwise = {key: self._send_state_back(key, remembered) for key in self._elementwise_keys()}
         for item, key in product(self.owned, self._fetched_keys()):
             del item.state[key]
         self._momenta = torch.empty(0)
-        return self.split(self.exchange.from_owners(torch.cat(updates)))
+        moved = self.exchange.from_owners(torch.cat(updates))
 
-    def _return_elementwise(self, remembered: Sequence[State]) -> None:
-        for key in self._elementwise_keys():
-            whole = [fresh.get(key, item.state[key]) for item, fresh in zip(self.owned, remembered, strict=True)]
-            none = torch.empty((0, *self.exchange.shape), dtype=self._wide, device=self.device)
-            sent = torch.cat([none, *(t.to(self._wide) for t in whole)])
-            for part, t in zip(self.parts, self.split(self.exchange.from_owners(sent)), strict=True):
-                part.keep({key: t})
+        def received() -> list[Tensor]:
+            for key, wait in elementwise.items():
+                for part, t in zip(self.parts, self.split(wait()), strict=True):
+                    part.keep({key: t})
+            return self.split(moved())
+
+        return received
+
+    def _send_state_back(self, key: str, remembered: Sequence[State]) -> Callable[[], Tensor]:
+        """Sends elementwise state to the parts: what the update remembered of it, or as it was."""
+        whole = [fresh.get(key, item.state[key]) for item, fresh in zip(self.owned, remembered, strict=True)]
+        none = torch.empty((0, *self.exchange.shape), dtype=self._wide, device=self.device)
+        return self.exchange.from_owners(torch.cat([none, *(t.to(self._wide) for t in whole)]))
 
     # ---- numbers of matrices ----------------------------------------------------------------------------------------
 
@@ -224,17 +247,25 @@ class SplitMatrices(SharedMatrices):
     def input_shape(self) -> tuple[int, int, int]:
         return sum(self.sizes), *self._part
 
-    def inputs(self, momenta: Tensor, dtype: torch.dtype) -> Tensor:
-        return momenta.view(self.input_shape).to(dtype)
+    def send(self, momenta: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        return lambda: momenta.view(self.input_shape).to(dtype)
 
-    def updates(self, d: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        return self.split(d.reshape(-1))
+    def send_back(self, d: Tensor, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+        return lambda: self.split(d.reshape(-1))
 
     def of_all(self, numbers: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         everyone = numbers.clone()
         self.ranks.all_reduce(everyone)
         each = list(everyone.split(self.sizes))
         return each, each if self.parts else []
+
+
+def bytes_at_once(parameters: Sequence[Parameter], max_bytes: int) -> int:
+    """A rank's share of the matrices that travel together: of four such shares one is worked on while others travel,
+    and what is there of two at a time has room.
+    """
+    share = sum(_share_bytes(item) for p in parameters for item in p.matrices())
+    return min(max_bytes // 2, max(share // 4, _LEAST_BYTES))
 
 
 def shared_buckets(
@@ -244,7 +275,7 @@ def shared_buckets(
     key: Callable[[Matrices], object],
     max_bytes: int,
 ) -> Iterator[SharedMatrices]:
-    """The matrices of these parameters by shape and recipe, as many together as a rank's share of them has room for.
+    """The matrices of these parameters by shape and recipe, a rank's share of them at most max_bytes at a time.
 
     The same on all ranks, so that their collectives follow one another in one order.
     """

@@ -383,7 +383,7 @@ class Truncated:
         known = [(item, product) for item, product in zip(items, stale, strict=True) if product is not None]
         if len(known) == len(items):
             return known
-        directed = self._plan.directed(executor, batch, measure=True)
+        directed = self._plan.directed(executor, batch)
         assert directed.inner is not None
         # Directions that are not batched are cheaper made twice than kept.
         if any(item.recipe.direction.batched for item in items):
