@@ -25,6 +25,7 @@ from steepest.sharding.exchange import Exchange
 from steepest.sharding.layout import Sharding
 from steepest.sharding.ranks import Ranks as RealRanks
 from steepest.sharding.regions import regions
+from steepest.step import shared_matrices
 from steepest.tools import cli, scale
 from steepest.tools.bench.shapes import MODELS, Model, Parameters, elements
 from steepest.tools.scale import Machine, Method, Ranks, Stack
@@ -110,15 +111,16 @@ class Network(nn.Module):
 NETWORK: Model = tuple(Parameters(1, tuple(layer.weight.shape), "matrix") for layer in Network().layers)
 
 
-def sent_by_gloo(name: str) -> tuple[int, int]:
+def sent_by_gloo(name: str, room: int) -> tuple[int, int]:
     """(bytes that this rank sends to others in a step, messages), as gloo is asked for them."""
+    shared_matrices._LEAST_BYTES = min(room, shared_matrices._LEAST_BYTES)
     model = Network()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = getattr(steepest, name)(list(model.named_parameters()))
+    optimizer = getattr(steepest, name)(list(model.named_parameters()), max_workspace_bytes=room)
     sent = messages = 0
     plain = RealRanks.all_to_all
 
-    def counted(self: RealRanks, t: torch.Tensor, sizes: Any, wanted: Any, what: str) -> torch.Tensor:
+    def counted(self: RealRanks, t: torch.Tensor, sizes: Any, wanted: Any, what: str) -> Any:
         nonlocal sent, messages
         others = [n for rank, n in enumerate(sizes) if rank != self.place]
         sent += sum(others) * t.itemsize
@@ -134,13 +136,17 @@ def sent_by_gloo(name: str) -> tuple[int, int]:
     return sent, messages
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks, room", [(2, 1 << 30), (3, 1 << 30), (3, 1 << 12)])
 @pytest.mark.parametrize("name", METHODS)
-def test_what_gloo_is_asked_to_send(processes: Processes, name: str, ranks: int) -> None:
+def test_what_gloo_is_asked_to_send(
+    processes: Processes, name: str, ranks: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale, "WORKSPACE", room)
+    monkeypatch.setattr(shared_matrices, "_LEAST_BYTES", min(room, shared_matrices._LEAST_BYTES))
     method = dataclasses.replace(METHODS[name], device="cpu", gradient=torch.float32)
     found = scale.of_route("owner", NETWORK, method, ranks)
     assert found is not None
-    assert processes.run(sent_by_gloo, name, ranks=ranks) == list(zip(found.sent, found.messages))
+    assert processes.run(sent_by_gloo, name, room, ranks=ranks) == list(zip(found.sent, found.messages))
 
 
 @pytest.mark.parametrize("size", [2, 4])

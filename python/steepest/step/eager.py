@@ -171,13 +171,13 @@ class Eager:
 
     def _shared(self, parameters: Sequence[Parameter]) -> list[SharedMatrices]:
         """The matrices of these parameters as ranks take their directions together."""
-        from .shared_matrices import bytes_at_once, shared_buckets
+        from .shared_matrices import shared_buckets
 
         places = tuple((p.group, p.index) for p in parameters)
         if places not in self._known:
             parts = [item for item in self._parts if isinstance(item, LocalMatrices)]
             owned = [item for item in self._matrices if isinstance(item, OwnedMatrices)]
-            max_bytes = bytes_at_once(parameters, parameters[0].options.max_workspace_bytes) if parameters else 0
+            max_bytes = parameters[0].options.max_workspace_bytes if parameters else 0
             self._known[places] = list(shared_buckets(parameters, parts, owned, _bucket_key, max_bytes))
         return self._known[places]
 

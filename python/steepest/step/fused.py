@@ -107,18 +107,18 @@ class Fused:
 
     def _shared_rounds(self, items: Sequence[FusedItem], waiting: set[int]) -> list[Round]:
         from .shared_bucket import SharedBucket
+        from .shared_matrices import bytes_at_once
 
         rows = {(p.group, p.index): row for row, p in enumerate(self.parameters)}
         whole = [item for item in items if item.matrices is None]
         of_part = {item.place: item for item in items}
         travelling = [p for row, p in enumerate(self.parameters) if row not in waiting | self._whole]
         sized: list[tuple[Bucket, int]] = []
-        max_bytes = self._bytes_at_once(travelling)
         for shared in self._shared(travelling):
             parts = [of_part[part.place] for part in shared.parts]
             places = [rows[item.parameter.group, item.parameter.index] for item in shared.matrices]
             sized.append((SharedBucket(shared, parts, places), shared.input_bytes))
-        rounds = list(in_rounds([], sized, max_bytes, self._coupled))
+        rounds = list(in_rounds([], sized, bytes_at_once(travelling, self._max_bytes), self._coupled))
         if whole:
             rounds.insert(1, Round(whole, [], self._coupled))  # while the first travels
         return rounds
@@ -128,12 +128,7 @@ class Fused:
         from .shared_matrices import shared_buckets
 
         parts = [item.matrices for item in self._items if isinstance(item.matrices, LocalMatrices)]
-        return shared_buckets(parameters, parts, self._owned, bucket_key, self._bytes_at_once(parameters))
-
-    def _bytes_at_once(self, parameters: Sequence[Parameter]) -> int:
-        from .shared_matrices import bytes_at_once
-
-        return bytes_at_once(parameters, self._max_bytes)
+        return shared_buckets(parameters, parts, self._owned, bucket_key, self._max_bytes)
 
     def _span(self, group: int) -> slice:
         """The rows of a group's parameters, which follow one another."""

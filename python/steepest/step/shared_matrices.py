@@ -9,7 +9,7 @@ preconditioner before them, whole tensors of that, which travel likewise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate, product
 
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ..chunking import chunk_by_bytes
-from ..recipe import State
+from ..recipe import Recipe, State
 from ..sharding.exchange import Exchange
 from ..sharding.layout import Unit
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter
 from .routes import EVERYONE, gram_dim
 
-__all__ = ["SharedMatrices", "SplitMatrices", "bytes_at_once", "shared_buckets"]
+__all__ = ["SharedMatrices", "SplitMatrices", "bytes_at_once", "round_bytes", "share_bytes", "shared_buckets"]
 
 Place = tuple[int, int, int]
 #: less is not worth launches and messages of its own
@@ -261,11 +261,21 @@ class SplitMatrices(SharedMatrices):
 
 
 def bytes_at_once(parameters: Sequence[Parameter], max_bytes: int) -> int:
-    """A rank's share of the matrices that travel together: of four such shares one is worked on while others travel,
-    and what is there of two at a time has room.
-    """
-    share = sum(_share_bytes(item) for p in parameters for item in p.matrices())
-    return min(max_bytes // 2, max(share // 4, _LEAST_BYTES))
+    """How much of a rank's share of these parameters' matrices travels together."""
+    return round_bytes((_share_bytes(item) for p in parameters for item in p.matrices()), max_bytes)
+
+
+def round_bytes(shares: Iterable[int], max_bytes: int) -> int:
+    """How much of these bytes, a rank's share of each item, makes a round: two have room, and some four follow."""
+    return min(max_bytes // 2, max(sum(shares) // 4, _LEAST_BYTES))
+
+
+def share_bytes(recipe: Recipe, shape: tuple[int, int, int], dtype: torch.dtype, ranks: int) -> int:
+    """A rank's share of the memory of matrices' inputs, directions and what they need."""
+    batch, rows, cols = shape
+    return (
+        batch * (rows * cols * (4 * dtype.itemsize + 8) + recipe.direction.workspace_bytes(rows, cols, dtype)) // ranks
+    )
 
 
 def shared_buckets(
@@ -275,7 +285,7 @@ def shared_buckets(
     key: Callable[[Matrices], object],
     max_bytes: int,
 ) -> Iterator[SharedMatrices]:
-    """The matrices of these parameters by shape and recipe, a rank's share of them at most max_bytes at a time.
+    """The matrices of these parameters by shape and recipe, as many together as `bytes_at_once` says.
 
     The same on all ranks, so that their collectives follow one another in one order.
     """
@@ -286,8 +296,9 @@ def shared_buckets(
     for part in parts:
         here.setdefault(_place(part), []).append(part)
     mine = {item.place: item for item in owned}
+    most = bytes_at_once(parameters, max_bytes)
     for (_, way), bucket in buckets.items():
-        for some in chunk_by_bytes(bucket, _share_bytes, max_bytes):
+        for some in chunk_by_bytes(bucket, _share_bytes, most):
             order = [
                 (part.run.owner, i, part.run.matrices.start, part)
                 for i, item in enumerate(some)
@@ -318,10 +329,6 @@ def _unit(item: Matrices) -> Unit:
 
 
 def _share_bytes(item: Matrices) -> int:
-    """A rank's share of the memory of an item's inputs, directions and what they need."""
     p = item.parameter
     assert p.sharding is not None
-    batch, rows, cols = item.shape
-    dtype = p.input_dtype
-    whole = batch * (rows * cols * (4 * dtype.itemsize + 8) + p.recipe.direction.workspace_bytes(rows, cols, dtype))
-    return whole // p.sharding.ranks.size
+    return share_bytes(p.recipe, item.shape, p.input_dtype, p.sharding.ranks.size)

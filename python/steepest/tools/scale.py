@@ -44,12 +44,14 @@ import torch
 from torch import nn
 
 import steepest
+from steepest.chunking import chunk_by_bytes
 from steepest.linalg.polar import choose_sharded, gram_elements
 from steepest.linalg.work import Work
 from steepest.parts import Spectral
 from steepest.recipe import ADAMW, CLOCK, Recipe
 from steepest.sharding.owners import assign, imbalance
 from steepest.step.costs import matrix_work
+from steepest.step.shared_matrices import round_bytes, share_bytes
 
 from .bench import shapes
 
@@ -60,6 +62,7 @@ HEAD = (
 SIMULATED = ("llama-7b", "llama-70b", "kimi-k2-1t")
 WORLDS = (1, 4, 16, 64, 256, 1024, 4096)
 WIDE = 4  # bytes of fp32
+WORKSPACE = 1 << 30  # the default of max_workspace_bytes
 SIZE = 8  # of the fp64 size of a matrix that a Gram route sums
 
 
@@ -156,9 +159,13 @@ class Method:
         return WIDE * (1 + self._travels) if self.recipe.by_matrix else self.input_bytes
 
     @property
+    def input_dtype(self) -> torch.dtype:
+        return self.recipe.direction_dtype(torch.float32, torch.device(self.device))
+
+    @property
     def input_bytes(self) -> int:
         """Of an element of a direction's input: 2 on a GPU."""
-        return self.recipe.direction_dtype(torch.float32, torch.device(self.device)).itemsize
+        return self.input_dtype.itemsize
 
     @property
     def collectives(self) -> int:
@@ -263,13 +270,15 @@ def _add_local(ranks: Ranks, model: shapes.Model, method: Method) -> None:
 
 def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
     owners = iter(owners_of(stacks, method, ranks.size))
-    buckets: dict[tuple[int, int], _Bucket] = {}
+    rounds = iter(_rounds(stacks, method, ranks.size))
+    buckets: dict[tuple[int, int, int], _Bucket] = {}
     for place, stack in enumerate(stacks):
         holders = [stack.holders(group) for group in range(stack.groups)]
         parts = [dict(group) for group in holders]
         counts, owned, kept = [0] * stack.groups, [0] * ranks.size, [0] * ranks.size
-        bucket = buckets.setdefault((stack.rows, stack.cols), _Bucket(ranks.size))
-        for group in stack.matrices():
+        for k, group in enumerate(stack.matrices()):
+            if k % stack.experts == 0:
+                bucket = buckets.setdefault((stack.rows, stack.cols, next(rounds)), _Bucket(ranks.size))
             owner = next(owners)
             counts[group] += 1
             owned[owner] += 1
@@ -310,6 +319,30 @@ def owners_of(stacks: Sequence[Stack], method: Method, ranks: int) -> list[int]:
     return owners
 
 
+def _rounds(stacks: Sequence[Stack], method: Method, ranks: int) -> list[int]:
+    """For every parameter the number of the exchange of its shape that it is in."""
+    shapes = [(stack.experts, stack.rows, stack.cols) for stack in stacks for _ in range(stack.parameters)]
+    shares = [share_bytes(method.recipe, shape, method.input_dtype, ranks) for shape in shapes]
+    most = round_bytes(shares, WORKSPACE)
+    numbers = [0] * len(shapes)
+    for alike in {shape[1:] for shape in shapes}:
+        some = [i for i, shape in enumerate(shapes) if shape[1:] == alike]
+        for number, chunk in enumerate(chunk_by_bytes(some, shares.__getitem__, most)):
+            for i in chunk:
+                numbers[i] = number
+    return numbers
+
+
+def _rounds_of_shape(stacks: Sequence[Stack], method: Method, ranks: int) -> dict[tuple[int, int], int]:
+    """The exchanges of each shape."""
+    shapes = [(stack.rows, stack.cols) for stack in stacks for _ in range(stack.parameters)]
+    numbers = zip(shapes, _rounds(stacks, method, ranks), strict=True)
+    most: dict[tuple[int, int], int] = {}
+    for shape, number in numbers:
+        most[shape] = max(most.get(shape, 0), number + 1)
+    return most
+
+
 class _Bucket:
     """Who sends to whom in the exchange of the matrices of one shape: sets of ranks as bits of whole numbers."""
 
@@ -348,6 +381,7 @@ def _add_gram(ranks: Ranks, model: shapes.Model, method: Method) -> None:
     direction = method.recipe.direction
     assert isinstance(direction, Spectral)
     stages: dict[tuple[int, int], int] = {}
+    rounds = _rounds_of_shape(stacks_of(model, ranks.size), method, ranks.size)
     for p in (p for p in model if p.kind == "matrix"):
         rows, cols = p.shape[-2:]
         experts = math.prod(p.shape[:-2])
@@ -375,23 +409,24 @@ def _add_gram(ranks: Ranks, model: shapes.Model, method: Method) -> None:
             local = (of_long, short) if tall else (short, of_long)
             ranks.work[r] += direction.sharded_work(*local, tall, torch.float32, method.device).times(count)
             sent = 2 * (each - 1) * reduced // each
-            messages = 2 * (each - 1) * (1 + grams)
+            messages = 2 * (each - 1) * (1 + grams) * rounds[rows, cols]
             if moves:  # there and back, so that what is sent is what comes
                 kept = part * of_long
                 sent += method.input_bytes * count * (part * other + of_long * short - 2 * kept)
-                messages += 2 * (each - 1)
+                messages += 2 * (each - 1) * rounds[rows, cols]
             ranks.sent[r] += sent
             ranks.received[r] += sent
             ranks.messages[r] += messages
             ranks.state[r] += count * part * other * element
             ranks.passes[r] += count * part * other * passes
-        stages[rows, cols] = 2 * math.ceil(math.log2(each)) * (1 + grams) + 2 * moves
+        stages[rows, cols] = (2 * math.ceil(math.log2(each)) * (1 + grams) + 2 * moves) * rounds[rows, cols]
     ranks.stages += sum(stages.values())
 
 
 def _add_share(ranks: Ranks, model: shapes.Model, method: Method) -> None:
     matrices = [(rows, cols) for count, rows, cols in shapes.matrices(model) for _ in range(count)]
     works = {shape: method.work(*shape) for shape in set(matrices)}
+    exchanges = sum(_rounds_of_shape(stacks_of(model, ranks.size), method, ranks.size).values())
     owned = [0] * ranks.size
     for shape, owner in zip(matrices, assign([works[shape].cost for shape in matrices], ranks.size), strict=True):
         ranks.work[owner] += works[shape]
@@ -402,10 +437,10 @@ def _add_share(ranks: Ranks, model: shapes.Model, method: Method) -> None:
     for r in range(ranks.size):
         ranks.received[r] += (sum(owned) - owned[r]) * method.bytes_back
         ranks.sent[r] += (sum(owned) - owned[(r + 1) % ranks.size]) * method.bytes_back  # all but what the next one has
-        ranks.messages[r] += (ranks.size - 1) * len(works)
+        ranks.messages[r] += (ranks.size - 1) * exchanges
         ranks.state[r] += kept
         ranks.passes[r] += passes
-    ranks.stages += math.ceil(math.log2(ranks.size)) * len(works)
+    ranks.stages += math.ceil(math.log2(ranks.size)) * exchanges
 
 
 def _add_others(ranks: Ranks, model: shapes.Model, method: Method, *, sharded: bool) -> None:
