@@ -60,6 +60,7 @@ $(integrations)/.ready: $(VENV)/.built pyproject.toml
 	$(PYTHON) -m venv $(VENV_FLAGS) $(integrations)
 	$(integrations)/bin/python -m pip install --quiet --upgrade pip
 	$(integrations)/bin/python -m pip install --quiet $(if $(TORCH),"$(TORCH)") --group test --group integrations
+	$(integrations)/bin/python -m pip install --quiet --no-deps --group torchtitan || echo "torchtitan needs Python 3.11"
 	echo "$(abspath python)" > "$$($(integrations)/bin/python -c 'import site; print(site.getsitepackages()[0])')/steepest.pth"
 	touch $@
 

@@ -62,6 +62,13 @@ def test_the_helper_takes_the_arguments(tmp_path: Path) -> None:
     assert "layers.0.mlp.up_proj.weight" in optimizer.describe()
 
 
+def test_a_trainer_may_hand_over_its_arguments_too(tmp_path: Path) -> None:
+    """As axolotl's do, which call the factory by themselves."""
+    args = arguments(tmp_path, weight_decay=0.1)
+    factory, kwargs = optimizer_cls_and_kwargs(steepest.MuAdam, args, lr=1e-2)
+    assert factory()(llama(), args, **kwargs).param_groups[0]["weight_decay"] == 0.1
+
+
 def test_an_older_trainer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.trainer_optimizer", None)
     with pytest.raises(ImportError, match="needs a Trainer that hands its model over: pip install 'transformers>=5'"):

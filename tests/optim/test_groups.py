@@ -158,6 +158,18 @@ def test_switches_of_a_framework_are_taken(switches: dict[str, Any]) -> None:
     assert not any(key in group for group in optimizer.param_groups for key in switches)
 
 
+def test_a_routed_group_may_have_the_numbers_of_adamw() -> None:
+    group = {"params": network(), "lr": 0.02, "adamw_lr": 1e-3, "adamw_betas": (0.8, 0.9), "adamw_weight_decay": 0.1}
+    optimizer = steepest.MuAdam([group])
+    assert values(optimizer, "lr")[0] == 0.02
+    of_adamw = [group for group in optimizer.param_groups if not group["use_muon"]]
+    assert {group["lr"] for group in of_adamw} == {1e-3}
+    assert {group["betas"] for group in of_adamw} == {(0.8, 0.9)}
+    decays = [(group["weight_decay"], {p.ndim < 2 for p in group["params"]}) for group in of_adamw]
+    assert set(map(str, decays)) <= {"(0.1, {False})", "(0.0, {True})"}  # gains and biases are not decayed
+    assert not [key for group in optimizer.param_groups for key in group if key.startswith("adamw_")]
+
+
 def test_one_cycle_keeps_the_ratios_of_the_groups() -> None:
     optimizer = steepest.MuAdam(network(), lr=0.02, adamw_lr=0.001)
     OneCycleLR(optimizer, optimizer.group_lrs(0.2), total_steps=10)

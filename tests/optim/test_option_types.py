@@ -130,6 +130,8 @@ def test_switches_of_torch(cls: type[MatrixOptimizer]) -> None:
     assert "foreach" not in group
     group = build(cls, foreach=False, fused=False, max_workspace_bytes=99, backend="cpu").param_groups[0]
     assert (group["max_workspace_bytes"], group["backend"]) == (99, "cpu")
+    group = build(cls, foreach=False, fused=True).param_groups[0]  # of which torch takes fused
+    assert (group["max_workspace_bytes"], group["backend"]) == (plain["max_workspace_bytes"], plain["backend"])
     group = cls([{"params": parameters([(4, 3)]), "fused": False, "foreach": None}]).param_groups[0]
     assert (group["backend"], "fused" in group) == ("torch", False)
 

@@ -2,7 +2,7 @@
 
 transformers   what `Trainer(optimizer_cls_and_kwargs=...)` takes
 timm           names for `create_optimizer_v2`
+torchtitan     an `OptimizersContainer` that knows the names; it is imported with torchtitan
 
-Each imports its framework when it is called. Lightning, Fabric and Accelerate need none: docs/integrations has a page
-for each.
+The first two import their framework when they are called. Others need none: docs/integrations has a page for each.
 """

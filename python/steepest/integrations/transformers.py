@@ -43,7 +43,8 @@ class OfModel:
     def __init__(self, cls: Callable[..., MatrixOptimizer]) -> None:
         self.cls = cls
 
-    def __call__(self, model: nn.Module, **kwargs: Any) -> MatrixOptimizer:
+    def __call__(self, model: nn.Module, _args: Any = None, **kwargs: Any) -> MatrixOptimizer:
+        """_args: axolotl's trainers hand over their arguments too, which `optimizer_cls_and_kwargs` has read."""
         return self.cls(model, **kwargs)
 
 

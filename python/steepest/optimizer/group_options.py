@@ -142,12 +142,14 @@ def parameter_name(group: Group, i: int) -> str:
 def read_switches(group: Group) -> None:
     """Turns torch's foreach and fused into the values that say the same here, unless the group has these too.
 
-    foreach=False: one matrix after another, as max_workspace_bytes=1.   fused=False: torch operations, as
-    backend="torch".   None and True of either: as it is without.
+    foreach=False: one matrix after another, as max_workspace_bytes=1, unless fused=True, which torch takes for it.
+    fused=False: torch operations, as backend="torch".   None and True of either: as it is without.
     """
-    for key, value in (("foreach", ("max_workspace_bytes", 1)), ("fused", ("backend", "torch"))):
-        if key in group and check_option(key, group.pop(key)) is False:
-            group.setdefault(*value)
+    said = {key: check_option(key, group.pop(key)) for key in ("foreach", "fused") if key in group}
+    if said.get("foreach") is False and said.get("fused") is not True:
+        group.setdefault("max_workspace_bytes", 1)
+    if said.get("fused") is False:
+        group.setdefault("backend", "torch")
 
 
 def name_the_rule(group: Group, of: str = "") -> bool:

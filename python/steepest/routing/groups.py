@@ -58,6 +58,7 @@ def split_group(group: Mapping[str, Any], *, adamw: Mapping[str, Any] | None = N
 
     group: what frameworks hand over: "params" (a module, tensors or (name, tensor) pairs), perhaps "param_names" (one
         each), and values. Every part has all of the values, in their order; a parameter that needs no gradient stays.
+        "adamw_lr", "adamw_betas", "adamw_eps" and "adamw_weight_decay" are the numbers of what goes to AdamW.
     adamw: as in `param_groups`, for values that the group does not have.
     """
     params, names = group["params"], group.get("param_names")
@@ -69,9 +70,11 @@ def split_group(group: Mapping[str, Any], *, adamw: Mapping[str, Any] | None = N
             raise ValueError(f"param_names has {len(names)} names for the {len(params)} parameters of its group")
         params = list(zip(names, params))
     places, named = read_places(params)
-    shared = {"matrix": {}, "adamw": {key: value for key, value in (adamw or {}).items() if key not in group}}
-    parts = _grouped(decide(places, named, None, keep_frozen=True), named, shared)
-    return [{**{key: value for key, value in group.items() if key != "param_names"}, **part} for part in parts]
+    of_adamw = {key: value for key, value in (adamw or {}).items() if key not in group}
+    of_adamw |= {key: group[f"adamw_{key}"] for key in ADAMW_NUMBERS if f"adamw_{key}" in group}
+    parts = _grouped(decide(places, named, None, keep_frozen=True), named, {"matrix": {}, "adamw": of_adamw})
+    elsewhere = {"param_names", *(f"adamw_{key}" for key in ADAMW_NUMBERS)}
+    return [{**{key: value for key, value in group.items() if key not in elsewhere}, **part} for part in parts]
 
 
 def _grouped(routes: Sequence[Route], named: bool, shared: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
