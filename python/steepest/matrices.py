@@ -14,6 +14,10 @@ counts rows: splits, heads, and the shape's ratio of the learning rate.
 
     (64, 3 * 64), split_sizes=(64, 64, 64), transposed   three pieces, each 1 matrix   64 x 64
 
+Heads of a projection back from attention lie side by side: `split_columns` counts splits and heads along the columns.
+
+    (64, 96), num_heads=4, split_columns                 one piece of 4 matrices       64 x 24
+
 A shape-dependent learning rate is computed from (rows, cols) of a piece: the matrix that is really orthogonalized.
 """
 
@@ -28,14 +32,15 @@ import torch
 from torch import Tensor
 
 # The group values that `pieces` takes: what an optimizer passes on from a parameter group.
-LAYOUT_KEYS = ("split_sizes", "num_heads", "batch_dims", "transposed")
+LAYOUT_KEYS = ("split_sizes", "num_heads", "batch_dims", "transposed", "split_columns")
 
 
 @dataclass(frozen=True)
 class Piece:
     """Rows [start, start + length) of dimension `dim`, read as `batch` matrices of `rows` x `cols`.
 
-    transposed: `dim` is the last one, and rows are what the tensor has as columns.
+    transposed: rows are what the tensor has as columns, so that `dim` is the last one.   by_columns: [start, start +
+    length) are columns, and `dim` is theirs.
 
     `piece.view(t).reshape(piece.shape)` are the matrices; `d.reshape(piece.view(t).shape)` goes back.
     The pieces of one parameter are disjoint and cover it.
@@ -49,6 +54,7 @@ class Piece:
     dim: int = 0
     narrow: bool = False  # whether its view is another one than its parameter
     transposed: bool = False
+    by_columns: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -58,17 +64,28 @@ class Piece:
     @property
     def batch_dims(self) -> int:
         """How many dimensions come before those of a matrix."""
-        return self.dim - self.transposed
+        return self.dim - (self.transposed != self.by_columns)
+
+    @property
+    def row_dim(self) -> int:
+        """The dimension along which rows follow one another, the first of a matrix; columns follow along `col_dim`."""
+        return self.batch_dims + self.transposed
+
+    @property
+    def col_dim(self) -> int:
+        return self.batch_dims + 1 - self.transposed
 
     @property
     def heads(self) -> int:
-        """How many matrices lie one below the other in `length` rows; 1 without elements."""
-        return self.length // self.rows if self.rows else 1
+        """How many matrices lie one after another in `length`; 1 without elements."""
+        size = self.cols if self.by_columns else self.rows
+        return self.length // size if size else 1
 
     def view(self, t: Tensor) -> Tensor:
         """The piece of `t` in its natural shape: always a view, whatever the strides of `t`. All of a scalar."""
         part = t.narrow(self.dim, self.start, self.length) if t.ndim else t
-        return part.mT if self.transposed else part
+        part = part.mT if self.transposed else part
+        return part.unflatten(-1, (self.heads, self.cols)).movedim(-2, -3) if self.by_columns else part
 
 
 def pieces(
@@ -78,14 +95,16 @@ def pieces(
     num_heads: int | Sequence[int] | None = None,
     batch_dims: int = 0,
     transposed: bool = False,
+    split_columns: bool = False,
 ) -> tuple[Piece, ...]:
-    """The matrices in a parameter of this shape, as one `Piece` per row split, from the first row to the last.
+    """The matrices in a parameter of this shape, as one `Piece` per split, from the first row to the last.
 
     shape: at least `batch_dims + 2` dimensions.
     split_sizes: rows of each piece along dimension `batch_dims`; they sum to `shape[batch_dims]`. None: one piece.
     transposed: the matrices lie as cols x rows, so that splits and heads are along the last dimension, which is
         `batch_dims + 1`.
     num_heads: heads in each piece, one number for all or one per split (grouped-query attention: (32, 8, 8)).
+    split_columns: splits and heads are along the columns, of a parameter that is no convolution.
     Raises TypeError or ValueError that names the values. Cached: cheap enough to call in every step.
     """
     splits = None if split_sizes is None else _integers("split_sizes", split_sizes)
@@ -93,7 +112,7 @@ def pieces(
     heads = num_heads if isinstance(num_heads, int) else _integers("num_heads", num_heads)
     # Dynamo traces through a cache and warns about it; the function itself folds to constants.
     read = _pieces if torch.compiler.is_compiling() else _cached_pieces
-    return read(tuple(shape), splits, heads, batch_dims, transposed)
+    return read(tuple(shape), splits, heads, batch_dims, transposed, split_columns)
 
 
 def _pieces(
@@ -102,17 +121,19 @@ def _pieces(
     heads: int | tuple[int, ...],
     batch_dims: int,
     transposed: bool,
+    split_columns: bool,
 ) -> tuple[Piece, ...]:
-    _check_dimensions(shape, batch_dims, transposed)
+    _check_dimensions(shape, batch_dims, "transposed" if transposed else "split_columns" if split_columns else None)
     batch, rows, cols = math.prod(shape[:batch_dims]), shape[batch_dims], math.prod(shape[batch_dims + 1 :])
     if transposed:
         rows, cols = cols, rows
-    dim = batch_dims + transposed
-    lengths = _lengths(shape, splits, dim, rows)
+    dim, along = batch_dims + (transposed != split_columns), cols if split_columns else rows
+    lengths = _lengths(shape, splits, dim, along)
     parts, start = [], 0
-    for length, h in zip(lengths, _heads(heads, lengths), strict=True):
-        another = length < rows or transposed
-        parts.append(Piece(start, length, batch * h, length // h, cols, dim, another, transposed))
+    for length, h in zip(lengths, _heads(heads, lengths, "columns" if split_columns else "rows"), strict=True):
+        size = (rows, length // h) if split_columns else (length // h, cols)
+        another = length < along or transposed or split_columns
+        parts.append(Piece(start, length, batch * h, *size, dim, another, transposed, split_columns))
         start += length
     return tuple(parts)
 
@@ -126,7 +147,8 @@ def _integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _check_dimensions(shape: tuple[int, ...], batch_dims: int, transposed: bool) -> None:
+def _check_dimensions(shape: tuple[int, ...], batch_dims: int, option: str | None) -> None:
+    """option: one that a convolution cannot have."""
     if not isinstance(batch_dims, int) or batch_dims < 0:
         raise ValueError(f"batch_dims must be an integer >= 0 but is: {batch_dims!r}")
     if len(shape) < batch_dims + 2:
@@ -134,27 +156,27 @@ def _check_dimensions(shape: tuple[int, ...], batch_dims: int, transposed: bool)
             f"shape {shape} has {len(shape)} dimensions, but a matrix needs {batch_dims + 2} "
             f"with batch_dims={batch_dims}: send the parameter to AdamW, or lower batch_dims"
         )
-    if transposed and len(shape) > batch_dims + 2:
+    if option is not None and len(shape) > batch_dims + 2:
         raise ValueError(
-            f"shape {shape} has {len(shape)} dimensions, of which transposed=True takes {batch_dims + 2} with "
-            f"batch_dims={batch_dims}: a convolution cannot be transposed"
+            f"shape {shape} has {len(shape)} dimensions, of which {option}=True takes {batch_dims + 2} with "
+            f"batch_dims={batch_dims}: it is not for a convolution"
         )
 
 
-def _lengths(shape: tuple[int, ...], splits: tuple[int, ...] | None, dim: int, rows: int) -> tuple[int, ...]:
+def _lengths(shape: tuple[int, ...], splits: tuple[int, ...] | None, dim: int, size: int) -> tuple[int, ...]:
     if splits is None:
-        return (rows,)
+        return (size,)
     if not splits or min(splits) < 1:
         raise ValueError(f"split_sizes must be one or more positive integers but is: {splits}")
-    if sum(splits) != rows:
+    if sum(splits) != size:
         raise ValueError(
-            f"split_sizes {splits} sum to {sum(splits)}, but dimension {dim} of shape {shape} is {rows}: "
-            f"give the rows of each fused matrix so that they sum to {rows}"
+            f"split_sizes {splits} sum to {sum(splits)}, but dimension {dim} of shape {shape} is {size}: "
+            f"give the size of each fused matrix along it so that they sum to {size}"
         )
     return splits
 
 
-def _heads(heads: int | tuple[int, ...], lengths: tuple[int, ...]) -> tuple[int, ...]:
+def _heads(heads: int | tuple[int, ...], lengths: tuple[int, ...], what: str) -> tuple[int, ...]:
     counts = (heads,) * len(lengths) if isinstance(heads, int) else heads
     if len(counts) != len(lengths):
         raise ValueError(
@@ -163,7 +185,7 @@ def _heads(heads: int | tuple[int, ...], lengths: tuple[int, ...]) -> tuple[int,
     for count, length in zip(counts, lengths, strict=True):
         if count < 1 or length % count:
             raise ValueError(
-                f"num_heads={count} does not divide the {length} rows of a piece (splits {lengths}): "
+                f"num_heads={count} does not divide the {length} {what} of a piece (splits {lengths}): "
                 "give the heads of each split, as in num_heads=(32, 8, 8) for grouped-query attention"
             )
     return counts

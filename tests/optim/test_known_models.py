@@ -202,7 +202,7 @@ def test_splits_and_heads_of_a_transposed_weight_are_columns() -> None:
         assert a.shape == b.shape
         assert torch.equal(a.view(w).reshape(a.shape), b.view(w.mT.contiguous()).reshape(b.shape))
         assert a.view(w).data_ptr() == w[:, a.start :].data_ptr()
-    with pytest.raises(ValueError, match="a convolution cannot be transposed"):
+    with pytest.raises(ValueError, match="transposed=True takes 2 with batch_dims=0: it is not for a convolution"):
         pieces((4, 6, 3), transposed=True)
 
 

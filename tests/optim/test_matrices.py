@@ -24,6 +24,10 @@ SHAPES = [
     ((16, 4), {"split_sizes": (8, 4, 4), "num_heads": (4, 2, 2)}, [(4, 2, 4), (2, 2, 4), (2, 2, 4)]),
     ((3, 10, 4), {"batch_dims": 1, "split_sizes": (4, 6), "num_heads": 2}, [(6, 2, 4), (6, 3, 4)]),
     ((0, 4), {}, [(1, 0, 4)]),
+    ((4, 12), {"num_heads": 3, "split_columns": True}, [(3, 4, 4)]),
+    ((4, 12), {"split_sizes": (8, 4), "num_heads": (4, 1), "split_columns": True}, [(4, 4, 2), (1, 4, 4)]),
+    ((3, 4, 10), {"batch_dims": 1, "num_heads": 2, "split_columns": True}, [(6, 4, 5)]),
+    ((12, 4), {"num_heads": 3, "split_columns": True, "transposed": True}, [(3, 4, 4)]),
 ]
 
 
@@ -40,6 +44,15 @@ def test_the_matrices_are_the_rows_of_each_head() -> None:
     assert torch.equal(heads, torch.stack([t[0, 2:4], t[0, 4:6], t[1, 2:4], t[1, 4:6]]))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_heads_of_columns_lie_side_by_side(transposed: bool) -> None:
+    t = torch.arange(2 * 3 * 6.0).reshape(2, 3, 6)
+    stored = t.mT.contiguous() if transposed else t
+    (piece,) = pieces(stored.shape, num_heads=3, batch_dims=1, split_columns=True, transposed=transposed)
+    heads = piece.view(stored).reshape(piece.shape)
+    assert torch.equal(heads, torch.stack([t[b, :, first : first + 2] for b in range(2) for first in (0, 2, 4)]))
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_pieces_cover_the_tensor_once_and_go_back(data: st.DataObject) -> None:
@@ -48,10 +61,14 @@ def test_pieces_cover_the_tensor_once_and_go_back(data: st.DataObject) -> None:
     rest = tuple(data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)))
     splits, heads = tuple(h * r for h, r in parts), tuple(h for h, _ in parts)
     t = torch.randn(*batch, sum(splits), *rest)
+    split_columns = len(rest) == 1 and data.draw(st.booleans())
+    if split_columns:
+        t = t.mT.contiguous()
     if data.draw(st.booleans()):
         t = t.transpose(0, -1).contiguous().transpose(0, -1)
     back, seen = torch.full_like(t, float("nan")), torch.zeros_like(t)
-    for piece in pieces(t.shape, split_sizes=splits, num_heads=heads, batch_dims=len(batch)):
+    layout: dict[str, Any] = {"batch_dims": len(batch), "split_columns": split_columns}
+    for piece in pieces(t.shape, split_sizes=splits, num_heads=heads, **layout):
         piece.view(back).copy_(piece.view(t).reshape(piece.shape).reshape(piece.view(t).shape))
         piece.view(seen).add_(1)
     assert torch.equal(back, t)
@@ -99,6 +116,9 @@ def test_traced_without_a_graph_break_or_a_warning() -> None:
         ((12, 4), {"num_heads": 5}, ValueError, "num_heads=5 does not divide the 12 rows"),
         ((12, 4), {"num_heads": 0}, ValueError, "num_heads=0 does not divide the 12 rows"),
         ((12, 4), {"split_sizes": (4, 8), "num_heads": (1, 2, 2)}, ValueError, "has 3 entries for 2 splits (4, 8)"),
+        ((4, 12), {"num_heads": 5, "split_columns": True}, ValueError, "num_heads=5 does not divide the 12 columns"),
+        ((4, 3, 2, 2), {"split_columns": True}, ValueError, "split_columns=True takes 2 with batch_dims=0: it is not"),
+        ((4, 12), {"split_sizes": (4,), "split_columns": True}, ValueError, "dimension 1 of shape (4, 12) is 12"),
         ((12,), {}, ValueError, "shape (12,) has 1 dimensions, but a matrix needs 2 with batch_dims=0"),
         ((2, 12), {"batch_dims": 1}, ValueError, "a matrix needs 3 with batch_dims=1"),
         ((2, 12), {"batch_dims": -1}, ValueError, "batch_dims must be an integer >= 0 but is: -1"),

@@ -21,9 +21,10 @@ from support.training import made
 __all__ = ["GPT", "backward", "different", "digest", "full", "optimizer", "shard", "train", "whole"]
 
 WIDTH, HEADS, VOCABULARY, TOKENS, BATCH = 12, 3, 37, 9, 4
-#: The fused projection is nine matrices, the gate is one of a single row.
+#: The fused projection is nine matrices, the one back three, side by side; the gate is one of a single row.
 OVERRIDES: dict[Any, Any] = {
     "*.qkv.weight": {"split_sizes": (WIDTH,) * 3, "num_heads": HEADS},
+    "*.proj.weight": {"num_heads": HEADS, "split_columns": True},
     "*.gate": "matrix",
 }
 VALUES = {"lr": 0.02, "weight_decay": 0.1, "adamw_weight_decay": 0.1, "adamw_lr": 0.01}

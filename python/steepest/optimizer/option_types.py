@@ -229,6 +229,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "split_sizes": _or_none(OptionType("a list of whole numbers, as in (64, 64, 64),", _sequence_of(_is_whole))),
     "batch_dims": _or_none(WHOLE),
     "transposed": BOOL,
+    "split_columns": BOOL,
     "weight_decay_method": TEXT,
     "cautious_wd": BOOL,
     "average": OptionType(

@@ -111,8 +111,9 @@ class Sharding:
                 if rect is None:
                     kinds.append(None)
                     continue
-                # Heads follow one another in the rows of one matrix of the batch, those that are cut excepted.
-                cut = k if heads > 1 and rect.shape[0] < piece.rows else -1
+                # Heads follow one another in one matrix of the batch, those that are cut excepted.
+                size, of_head = (rect.shape[1], piece.cols) if piece.by_columns else (rect.shape[0], piece.rows)
+                cut = k if heads > 1 and size < of_head else -1
                 kinds.append((rect, owners[number][k], cut, k // heads if heads > 1 else 0))
             for kind, some in groupby(range(piece.batch), key=kinds.__getitem__):
                 if kind is not None:
@@ -128,12 +129,15 @@ class Sharding:
             return Part(0, 1, 1, 1, 1)
         rows, cols = rect.shape
         batch, head = divmod(run[0], heads)
-        start = piece.start + head * piece.rows + rect.top - self.region.start[piece.dim]
-        length = rows * len(run) if heads > 1 else rows
+        of_head, size, offset = (piece.cols, cols, rect.left) if piece.by_columns else (piece.rows, rows, rect.top)
+        start = piece.start + head * of_head + offset - self.region.start[piece.dim]
+        length = size * len(run) if heads > 1 else size
         count = 1 if heads > 1 else len(run)
-        another = piece.transposed or length < shard[piece.dim] or count < prod(shard[: piece.batch_dims])
+        turned = piece.transposed or piece.by_columns
+        another = turned or length < shard[piece.dim] or count < prod(shard[: piece.batch_dims])
         first, dim = self._local_batch(piece, batch), piece.dim
-        return Part(start, length, len(run), rows, cols, dim, another, piece.transposed, first=first, count=count)
+        ways = (piece.transposed, piece.by_columns)
+        return Part(start, length, len(run), rows, cols, dim, another, *ways, first=first, count=count)
 
     def _local_batch(self, piece: Piece, batch: int) -> int:
         """The place of a batch index in the shard's dimensions before those of a matrix."""

@@ -84,28 +84,32 @@ def rectangle(region: Region, shape: Sequence[int], piece: Piece, matrix: int) -
     """
     if not shape:
         return Rectangle(0, 1, 0, 1)
-    dim, heads = piece.dim, piece.heads
+    heads, row_dim, col_dim = piece.heads, piece.row_dim, piece.col_dim
     batch, head = divmod(matrix, heads)
     for d in range(piece.batch_dims - 1, -1, -1):
         batch, at = divmod(batch, shape[d])
         if not region.start[d] <= at < region.stop[d]:
             return None
-    first = piece.start + head * piece.rows
-    top = max(region.start[dim], first) - first
-    bottom = min(region.stop[dim], first + piece.rows) - first
-    inner = prod(shape[dim + 2 :])
-    for d in range(dim + 2, len(shape)):
+    inner, kernel = prod(shape[piece.batch_dims + 2 :]), range(piece.batch_dims + 2, len(shape))
+    for d in kernel:
         if (region.start[d], region.stop[d]) != (0, shape[d]):
             raise ValueError(
                 f"dimension {d} of shape {tuple(shape)} is sharded, which cuts every row of its matrices into many "
-                f"pieces: shard dimension {dim} or {dim + 1}"
+                f"pieces: shard dimension {row_dim} or {col_dim}"
             )
-    left, right = 0, piece.cols
-    if piece.transposed:
-        left, right = region.start[dim - 1], region.stop[dim - 1]
-    elif dim + 1 < len(shape):
-        left, right = region.start[dim + 1] * inner, region.stop[dim + 1] * inner
+    top, bottom = region.start[row_dim], region.stop[row_dim]
+    left, right = (0, piece.cols) if col_dim >= len(shape) else (region.start[col_dim], region.stop[col_dim])
+    if piece.by_columns:
+        left, right = _within(left, right, piece.start + head * piece.cols, piece.cols)
+    else:
+        top, bottom = _within(top, bottom, piece.start + head * piece.rows, piece.rows)
+        left, right = left * inner, right * inner
     return Rectangle(top, bottom, left, right) if bottom > top and right > left else None
+
+
+def _within(start: int, stop: int, first: int, length: int) -> tuple[int, int]:
+    """[start, stop) cut to [first, first + length), counted from first."""
+    return max(start, first) - first, min(stop, first + length) - first
 
 
 def _dim(placement: Placement) -> int | None:

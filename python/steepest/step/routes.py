@@ -50,13 +50,12 @@ def gram_dim(recipe: Recipe, sharding: Sharding, piece: Piece) -> int | None:
     ):
         return None
     plain = recipe.scale == "lmo" and not recipe.by_matrix and not recipe.reads_weight
-    if not plain or not recipe.direction.shards or piece.length != piece.rows:
+    if not plain or not recipe.direction.shards or piece.length != piece.rows or piece.by_columns:
         return None
     d = sharding.placements[dims[0]].dim % len(sharding.shape)  # type: ignore[attr-defined]
     summed = recipe.direction.sharded_bytes(min(piece.rows, piece.cols), sharding.ranks.device)
     if summed * sharding.ranks.size >= 2 * piece.rows * piece.cols:
         return None
-    columns = piece.dim - 1 if piece.transposed else piece.dim + 1
     if d == piece.dim and piece.length == sharding.shape[d] and piece.rows >= piece.cols:
         return -2
-    return -1 if d == columns and piece.cols >= piece.rows else None
+    return -1 if d == piece.col_dim and piece.cols >= piece.rows else None

@@ -28,6 +28,7 @@ class Extras(TypedDict, total=False):
     split_sizes: rows of the parts of a fused weight, as of q, k and v; a matrix each
     batch_dims: how many leading dimensions count matrices, as of experts
     transposed: the weight is stored in x out
+    split_columns: split_sizes and num_heads count columns, as of a projection back from heads
     weight_decay_method: "decoupled"; "independent", of the learning rate; "l2", in the gradient
         See `steepest.parts.decay`; l2 goes by torch operations.
     cautious_wd: decay only where it agrees with the update
@@ -72,6 +73,7 @@ class Extras(TypedDict, total=False):
     split_sizes: Sequence[int] | None
     batch_dims: int | None
     transposed: bool
+    split_columns: bool
     weight_decay_method: str
     cautious_wd: bool
     cautious_update: bool
@@ -102,6 +104,7 @@ EXTRAS = Extras(
     split_sizes=None,
     batch_dims=None,
     transposed=False,
+    split_columns=False,
     weight_decay_method="decoupled",
     cautious_wd=False,
     cautious_update=False,
