@@ -205,7 +205,9 @@ class Eager:
         if self._ranks is not None:
             here = {(p.group, p.index) for p in self.parameters if is_elementwise(p.recipe) and not self._coupled}
             away = [p for p in self.parameters if p.taken.phase.steps and (p.group, p.index) not in here]
-            shared = [SharedBatch(each) for each in self._shared(away)]
+            travelling = self._shared(away)
+            self._choose(travelling)
+            shared = [SharedBatch(each) for each in travelling]
             matrices = [item for item in self._parts if item.place[:2] in here]
         buckets: dict[tuple[object, ...], list[Matrices]] = {}
         for number, item in enumerate(matrices):
@@ -217,6 +219,13 @@ class Eager:
             for bucket in buckets.values()
             for batch in chunk_by_bytes(bucket, _workspace_bytes, bucket[0].parameter.options.max_workspace_bytes)
         ]
+
+    def _choose(self, travelling: Sequence[SharedMatrices]) -> None:
+        """Says which rows of these matrices travel, of those whose steps take some of them."""
+        if any(each.recipe.submatrix is not None for each in travelling):
+            from .shared_submatrix import SharedSubmatrices, choose
+
+            choose([each for each in travelling if isinstance(each, SharedSubmatrices)])
 
     def items(self, batch: Batch) -> list[list[Matrices]]:
         return [list(batch.matrices)]
