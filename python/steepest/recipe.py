@@ -335,25 +335,28 @@ class Recipe:
         """The step in the preconditioner's variables, before the learning rate."""
         return self.direction.unit(x) if self.scale == "lmo" else self.direction.scaled(x)
 
-    def update(self, state: State, d: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None = None) -> tuple[Tensor, State]:
-        """(the update of m's shape, what the transforms remember).
+    def update(
+        self, state: State, d: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None = None, chosen: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """(the update of m's shape, what the transforms remember, and what the momentum is where a submatrix steps).
 
         m: what the momentum reads (`momentum_of`), (batch, m, n) for a recipe `by_matrix`.   g: the gradient likewise,
-        for transforms, which a recipe that is not `by_matrix` has none of.
+        for transforms, which a recipe that is not `by_matrix` has none of.   chosen: of a submatrix, where it is known.
         """
         if self.submatrix is not None:
-            return self._update_submatrix(self.submatrix, state, d, m, hyper, g)
+            chosen = self.submatrix.chosen(m) if chosen is None else chosen
+            return self._update_submatrix(self.submatrix, state, d, m, hyper, g, chosen)
         u = self.precondition.back(state, d, hyper, state.get("step"))
         if self.kronecker is not None:
             u = self.kronecker.unblock(u, *m.shape[-2:])
         return self._transformed(state, u, m, hyper, g)
 
     def _update_submatrix(
-        self, part: Submatrix, state: State, d: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None
+        self, part: Submatrix, state: State, d: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None, chosen: Tensor
     ) -> tuple[Tensor, State]:
         """`update` with zeros beside the submatrix, and the momentum damped in it."""
         assert self.momentum is not None
-        chosen, dim = part.chosen(m), part.dim(*m.shape[-2:])
+        dim = part.dim(*m.shape[-2:])
         g = None if g is None else part.take(g, chosen, dim)
         u, fresh = self.update_chosen(state, d, part.take(m, chosen, dim), hyper, chosen, g)
         fresh[self.momentum.key] = part.damped(m, chosen, hyper.beta1, dim)

@@ -70,8 +70,9 @@ class Batch:
             state, g, hyper = item.recipe_state(), item.elementwise(item.grad), self.hyper
             m = self.recipe.momentum_of(state, g, hyper)
             of_item = of_item if item.by_matrix else of_item.reshape(g.shape)
-            u, remembered = self.recipe.update(state, of_item, m, hyper, g)
+            u, remembered = self.recipe.update(state, of_item, m, hyper, g, item.chosen)
             item.keep(remembered)
+            item.chosen = None
             updates.append(u)
         return updates
 
@@ -309,6 +310,11 @@ def _momentum(item: Matrices) -> Tensor:
 def _input(item: Matrices) -> Tensor:
     """What the direction is asked about, of one item."""
     recipe = item.recipe
+    part = recipe.submatrix
+    if part is not None:
+        m = _momentum(item)
+        item.chosen = part.chosen(m)
+        return part.take(m, item.chosen, part.dim(*m.shape[-2:]))
     w = item.elementwise(recipe.rounding.value(item.weight, item.state)) if recipe.reads_weight else None
     return recipe.direction_input(item.recipe_state(), _momentum(item), item.parameter.taken.hyper, w)
 

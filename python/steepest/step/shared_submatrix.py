@@ -75,9 +75,11 @@ class SharedSubmatrices(SharedMatrices):
         units, first = [], 0
         for unit in self._units:
             of_unit = places[first : first + unit.piece.batch]
-            units.append(_chosen(unit, of_unit))
+            units.append(_chosen(unit, of_unit, self.ranks.place))
             first += unit.piece.batch
         self._rows_travel = Exchange(self.ranks, units, self.exchange.what)
+        # Whether there are messages at all is what all ranks must agree on, whatever is chosen.
+        self._rows_travel.travels, self._rows_travel.returns = self.exchange.travels, self.exchange.returns
         rows: list[int] = []
         self._rows_here: list[int] = []
         for _, numbers, r in self._of_parts:
@@ -187,11 +189,17 @@ def _transposed(unit: Unit) -> Unit:
     return Unit(piece, unit.owners, turned)
 
 
-def _chosen(unit: Unit, places: Sequence[Sequence[int]]) -> Unit:
-    """The unit of the chosen rows; those of a rank follow one another, as places ascend."""
+def _chosen(unit: Unit, places: Sequence[Sequence[int]], here: int) -> Unit:
+    """The unit of the chosen rows; those of a rank follow one another, as places ascend.
+
+    here: the rank that is asked what it sends and gets: of what goes from others to others nothing is said.
+    """
     rectangles = tuple(
-        tuple(None if r is None else _rows_of(r, some) for r, some in zip(of_rank, places, strict=True))
-        for of_rank in unit.rectangles
+        tuple(
+            _rows_of(r, some) if r is not None and here in (rank, owner) else None
+            for r, some, owner in zip(of_rank, places, unit.owners, strict=True)
+        )
+        for rank, of_rank in enumerate(unit.rectangles)
     )
     return Unit(replace(unit.piece, rows=len(places[0])), unit.owners, rectangles)
 
