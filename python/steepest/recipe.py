@@ -356,9 +356,11 @@ class Recipe:
     ) -> tuple[Tensor, State]:
         """`update` with zeros beside the submatrix, and the momentum damped in it."""
         assert self.momentum is not None
-        dim = part.dim(*m.shape[-2:])
-        g = None if g is None else part.take(g, chosen, dim)
-        u, fresh = self.update_chosen(state, d, part.take(m, chosen, dim), hyper, chosen, g)
+        dim, u = part.dim(*m.shape[-2:]), d
+        fresh: State = {}
+        if self.transforms:
+            g = None if g is None else part.take(g, chosen, dim)
+            u, fresh = self.update_chosen(state, d, part.take(m, chosen, dim), hyper, chosen, g)
         fresh[self.momentum.key] = part.damped(m, chosen, hyper.beta1, dim)
         return part.put(u, chosen, m, dim), fresh
 

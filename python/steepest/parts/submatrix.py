@@ -27,8 +27,8 @@ class Submatrix:
 
     along: "shorter": rows of a matrix with no more rows than columns, else columns; "rows": rows of any.
 
-    `put(take(m, K, dim), K, dim, n)` is m with zeros beside K, and with fraction=1 m itself. Of equal norms the first
-    count. Chosen are the same whatever ranks have of a matrix: norms are summed in fp64.
+    `put(take(m, K, dim), K, m, dim)` is m with zeros beside K, and with fraction=1 m itself. Of equal norms the first
+    counts. Norms are sums in fp64, so that those of parts of a matrix add up to the same choice.
     """
 
     fraction: float = 0.25

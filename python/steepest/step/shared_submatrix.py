@@ -2,8 +2,9 @@
 
     1-norms of what lies here  >  summed  >  places of the largest, on all ranks  >  those rows to the owner, and back
 
-Ranks choose alike, for sums in fp64 differ by less than norms do. How many rows of a matrix lie on a rank is known once
-they are chosen: sizes of messages are read on the host, once in a step for all matrices.
+Ranks choose alike, and as one process does but for norms that agree to 1e-15, where a sum over parts of a row may round
+otherwise. How many rows of a matrix lie on a rank is known once they are chosen: sizes of messages are read on the
+host, once in a step for all matrices.
 """
 
 from __future__ import annotations
@@ -27,11 +28,7 @@ __all__ = ["SharedSubmatrices", "choose"]
 
 
 class SharedSubmatrices(SharedMatrices):
-    """Matrices of one shape, of which steps take rows, or columns, which then are rows of transposed matrices here.
-
-    chosen: (matrices, k), ascending, and `places` the same on the host: of all matrices, from `choose` to the end of a
-    step.
-    """
+    """Matrices of one shape, of which steps take rows, or columns, which then are rows of transposed matrices here."""
 
     def __init__(self, matrices: Sequence[Matrices], parts: Sequence[LocalMatrices], owned: Sequence[OwnedMatrices]):
         super().__init__(matrices, parts, owned)
@@ -70,8 +67,11 @@ class SharedSubmatrices(SharedMatrices):
         return norms
 
     def choose(self, chosen: Tensor, places: Sequence[Sequence[int]]) -> None:
-        """Takes the choice of this step, and says how its rows travel. chosen: (matrices, k).   places: as a list."""
-        self.chosen, self._places = chosen, places
+        """Takes the choice of this step, and says how its rows travel.
+
+        chosen: (matrices, k), ascending, of all matrices.   places: the same on the host.
+        """
+        self._chosen = chosen
         units, first = [], 0
         for unit in self._units:
             of_unit = places[first : first + unit.piece.batch]
@@ -134,7 +134,7 @@ class SharedSubmatrices(SharedMatrices):
         """(item, directions, momenta, places of its rows) of what is owned."""
         firsts = [self._first_number[item.place] for item in self.matrices]
         numbers = torch.tensor([firsts[i] + k for i, k in self._rows_travel.owned], dtype=torch.int64)
-        chosen = self.chosen.index_select(0, numbers.to(self.device))
+        chosen = self._chosen.index_select(0, numbers.to(self.device))
         parts = (t.split(self.counts) for t in (d, self._momenta, chosen))
         return zip(self.owned, *parts, strict=True)  # type: ignore[arg-type]
 
