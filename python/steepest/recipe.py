@@ -3,6 +3,7 @@
     G <- corrected(G)            by weight decay, where it is a part of the gradient, and by the gradient before
     m  = momentum(G)             what is remembered
     P.observe(G)                 statistics, from the raw gradient; and those of the transforms
+    m  = m_K                     of a recipe with a submatrix, its largest rows or columns; u is 0 beside them
     x  = P.into(m)               to the variables in which the norm is the base norm
     d  = direction(x)            steepest there, of length 1 ("lmo") or of length dual_norm(x) ("dual")
     u  = transform(P.back(d))    back to the weight's variables, and through what may remember updates
@@ -38,6 +39,7 @@ from .parts import (
     Precondition,
     Rounding,
     Sphere,
+    Submatrix,
     UpdateTransform,
     VarianceReduction,
     shape_ratio,
@@ -59,6 +61,7 @@ class Recipe:
     momentum: None: the direction is asked about the gradient itself.   scale: "lmo" or "dual".
     transforms: of the update, one after another.   average: of the iterates; None: none is kept.
     constraint: a sphere that every matrix stays on, whose radii are state besides that of the recipe; None: none.
+    submatrix: the part of the momentum that is stepped by, and damped then: of kind "error_feedback"; None: all of it.
     """
 
     momentum: Momentum | None = Momentum()
@@ -72,6 +75,7 @@ class Recipe:
     average: Average | None = None
     constraint: Sphere | None = None
     variance_reduction: VarianceReduction | None = None
+    submatrix: Submatrix | None = None
 
     #: whether the direction's input depends on the weight itself
     reads_weight: ClassVar[bool] = False
@@ -80,10 +84,30 @@ class Recipe:
         if self.scale not in ("lmo", "dual"):
             raise ValueError(f"scale {self.scale!r} is not known; use 'lmo' (length lr in the norm) or 'dual'")
         shape_ratio(self.adjust_lr, 1, 1)
+        self._check_submatrix()
         keys = self.keys
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise ValueError(f"two parts of the recipe keep state under {twice!r}: give one of them another key")
+
+    def _check_submatrix(self) -> None:
+        kind = None if self.momentum is None else self.momentum.kind
+        if (self.submatrix is not None) != (kind == "error_feedback"):
+            raise ValueError(
+                f"a submatrix and momentum of kind 'error_feedback' go together, but here is {self.submatrix} with "
+                f"momentum of kind {kind!r}: give both or none"
+            )
+        if self.submatrix is None:
+            return
+        if not isinstance(self.precondition, Identity):
+            name = type(self.precondition).__name__
+            raise ValueError(f"a submatrix is of the momentum, not of the variables of {name}: use Identity()")
+        layouts = {spec.layout for transform in self.transforms for spec in transform.specs}
+        if "elementwise" in layouts or ("row" in layouts and self.submatrix.along != "rows"):
+            raise ValueError(
+                f"a submatrix along {self.submatrix.along!r} does not go with transforms that remember "
+                f"{sorted(layouts)}: it takes state of matrices, and along 'rows' of rows"
+            )
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -142,7 +166,7 @@ class Recipe:
     @property
     def by_matrix(self) -> bool:
         """Whether a step needs to know the matrices of a weight before and after its direction."""
-        return self.kronecker is not None or bool(self.transforms)
+        return self.kronecker is not None or self.submatrix is not None or bool(self.transforms)
 
     @property
     def measures_gradients(self) -> bool:
@@ -152,6 +176,8 @@ class Recipe:
 
     def input_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """The shape of the direction's input for matrices (batch, m, n)."""
+        if self.submatrix is not None:
+            return self.submatrix.shape(shape)
         return shape if self.kronecker is None else self.kronecker.input_shape(shape)
 
     def names(self, piece: int) -> dict[str, str]:
@@ -202,7 +228,7 @@ class Recipe:
         limit = most / 2
         if self.momentum is not None:
             of_momentum = torch.finfo(self.momentum.dtype or dtype).max
-            ball = self.momentum.kind == "heavy_ball"
+            ball = self.momentum.kind != "ema"
             room = 1.0 if not ball else ROOM if of_momentum > 2.0**64 else ROOM_IN_FP16
             limit = min(limit, of_momentum * room)
         if isinstance(self.precondition, Diagonal):
@@ -297,6 +323,8 @@ class Recipe:
 
         m: what the momentum reads (`momentum_of`).   w: the weight in m's shape, for a recipe that `reads_weight`.
         """
+        if self.submatrix is not None:
+            return self.submatrix.take(m, self.submatrix.chosen(m), self.submatrix.dim(*m.shape[-2:]))
         return self.precondition.into(state, m, hyper, state.get("step"))
 
     def direction_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -307,15 +335,48 @@ class Recipe:
         """The step in the preconditioner's variables, before the learning rate."""
         return self.direction.unit(x) if self.scale == "lmo" else self.direction.scaled(x)
 
-    def update(self, state: State, d: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None = None) -> tuple[Tensor, State]:
-        """(the update of m's shape, what the transforms remember).
+    def update(
+        self, state: State, d: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None = None, chosen: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """(the update of m's shape, what the transforms remember, and what the momentum is where a submatrix steps).
 
         m: what the momentum reads (`momentum_of`), (batch, m, n) for a recipe `by_matrix`.   g: the gradient likewise,
-        for transforms, which a recipe that is not `by_matrix` has none of.
+        for transforms, which a recipe that is not `by_matrix` has none of.   chosen: of a submatrix, where it is known.
         """
+        if self.submatrix is not None:
+            chosen = self.submatrix.chosen(m) if chosen is None else chosen
+            return self._update_submatrix(self.submatrix, state, d, m, hyper, g, chosen)
         u = self.precondition.back(state, d, hyper, state.get("step"))
         if self.kronecker is not None:
             u = self.kronecker.unblock(u, *m.shape[-2:])
+        return self._transformed(state, u, m, hyper, g)
+
+    def _update_submatrix(
+        self, part: Submatrix, state: State, d: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None, chosen: Tensor
+    ) -> tuple[Tensor, State]:
+        """`update` with zeros beside the submatrix, and the momentum damped in it."""
+        assert self.momentum is not None
+        dim, u = part.dim(*m.shape[-2:]), d
+        fresh: State = {}
+        if self.transforms:
+            g = None if g is None else part.take(g, chosen, dim)
+            u, fresh = self.update_chosen(state, d, part.take(m, chosen, dim), hyper, chosen, g)
+        fresh[self.momentum.key] = part.damped(m, chosen, hyper.beta1, dim)
+        return part.put(u, chosen, m, dim), fresh
+
+    def update_chosen(
+        self, state: State, d: Tensor, m: Tensor, hyper: Hyper, chosen: Tensor, g: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """(the update of a submatrix, what the transforms remember of all rows); all tensors but the state are of it.
+
+        chosen: as `Submatrix.chosen` gives it; a row that is not among them is remembered as it was.
+        """
+        rows = [key for key, layout in self.layouts.items() if layout == "row"]
+        u, fresh = self._transformed({**state, **{key: state[key].gather(-1, chosen) for key in rows}}, d, m, hyper, g)
+        return u, {key: state[key].scatter(-1, chosen, t) if key in rows else t for key, t in fresh.items()}
+
+    def _transformed(self, state: State, u: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None) -> tuple[Tensor, State]:
+        """The update after all transforms, and what they remember."""
         fresh: State = {}
         for transform in self.transforms:
             seen = g if transform.reads_gradient else m

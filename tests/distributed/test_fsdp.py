@@ -20,7 +20,7 @@ from support.slow import slow
 from support.training import EVERY
 
 #: One of each way in which state may lie: elementwise, factors at owners, by rows; and one that has none.
-SOME = (slow(steepest.Muon), steepest.MuAdam, steepest.SOAP, slow(steepest.Schattor))
+SOME = (slow(steepest.Muon), steepest.MuAdam, steepest.SOAP, slow(steepest.Schattor), slow(steepest.Dion2))
 OPTIONS: dict[str, dict[str, Any]] = {
     "SOAP": {"precondition_frequency": 2},
     "KLSOAP": {"precondition_frequency": 2},

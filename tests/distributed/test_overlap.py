@@ -24,6 +24,8 @@ CASES = {
     "Muon": (steepest.Muon, {}),
     "MuAdam by torch operations": (steepest.MuAdam, {"backend": "torch"}),
     "NorMuon": (steepest.NorMuon, {}),
+    "Dion2": (steepest.Dion2, {}),
+    "Dion3": (steepest.Dion2, {"after": "rows"}),
     "SOAP": (steepest.SOAP, {"precondition_frequency": 2}),
     "KLShampoo by torch operations": (steepest.KLShampoo, {"backend": "torch"}),
     "MuonMax": (steepest.MuonMax, {}),
@@ -86,7 +88,7 @@ def calls_of_a_step(name: str) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("name", ["Muon", slow("MuAdam by torch operations"), slow("NorMuon")])
+@pytest.mark.parametrize("name", ["Muon", slow("MuAdam by torch operations"), slow("NorMuon"), slow("Dion2")])
 def test_the_next_and_the_last_travel_while_one_is_worked_on(processes: Processes, name: str) -> None:
     """Directions are taken between the beginning and the end of every exchange but the first there and the last back,
     and never more than one round each way is on its way: memory has room for that.

@@ -57,7 +57,13 @@ PLACEMENTS: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
     "rows twice": ((2, 2), (S0, S0)),
     "rows of replicas": ((2, 2), (S0, R)),
 }
-CLASSES: tuple[type[MatrixOptimizer], ...] = (steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.KLShampoo)
+CLASSES: tuple[type[MatrixOptimizer], ...] = (
+    steepest.Muon,
+    steepest.MuAdam,
+    steepest.SOAP,
+    steepest.KLShampoo,
+    steepest.Dion2,
+)
 
 
 def options_of(cls: type[MatrixOptimizer]) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from support.training import give_gradients, noise, parameters
 pytestmark = pytest.mark.slow
 
 SHAPES = ((8, 5), (5, 8), (6, 6), (8, 5), (12, 7), (7,), (4, 3))
-CLASSES = (steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.Shampoo, steepest.KLShampoo, steepest.MuonMax)
+CLASSES = (
+    steepest.Muon,
+    steepest.MuAdam,
+    steepest.SOAP,
+    steepest.Shampoo,
+    steepest.KLShampoo,
+    steepest.MuonMax,
+    steepest.Dion2,
+)
 
 
 def trained(cls: type[MatrixOptimizer], **values: object) -> tuple[list[Tensor], dict[str, Tensor], int]:

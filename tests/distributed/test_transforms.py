@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 SHAPES = {"a": ((18, 5), {}), "qkv": ((24, 5), {"split_sizes": (12, 6, 6), "num_heads": (2, 1, 1)}), "b": ((5, 9), {})}
 
 
-def steps(name: str, dim: int | None, backend: str) -> tuple[list[Tensor], list[Tensor]]:
+def steps(name: str, dim: int | None, backend: str, **values: object) -> tuple[list[Tensor], list[Tensor]]:
     """(weights, what transforms remember) after four steps, the last with what a checkpoint gave back."""
 
     def made(t: Tensor) -> Tensor:
@@ -31,11 +31,11 @@ def steps(name: str, dim: int | None, backend: str) -> tuple[list[Tensor], list[
     params = {name: nn.Parameter(made(noise(shape, i))) for i, (name, (shape, _)) in enumerate(SHAPES.items())}
     groups = [{"params": [params[name]], "param_names": [name], **options} for name, (_, options) in SHAPES.items()]
     cls = getattr(steepest, name)
-    optimizer = cls([dict(group) for group in groups], backend=backend)
+    optimizer = cls([dict(group) for group in groups], backend=backend, **values)
     for step in range(4):
         if step == 3:
             saved = optimizer.state_dict()
-            optimizer = cls([dict(group) for group in groups], backend=backend)
+            optimizer = cls([dict(group) for group in groups], backend=backend, **values)
             optimizer.load_state_dict(saved)
         for i, p in enumerate(params.values()):
             p.grad = made(noise(p.shape, 10 * step + i + 3))
@@ -48,10 +48,11 @@ def steps(name: str, dim: int | None, backend: str) -> tuple[list[Tensor], list[
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("name", ["NorMuon", "AdaMuon", "NAMO"])
+@pytest.mark.parametrize("name", ["NorMuon", "AdaMuon", "NAMO", "Dion2"])
 def test_updates_are_remembered_by_owners(processes: Processes, name: str, dim: int, backend: str) -> None:
-    (alone,) = processes.run(steps, name, None, backend, ranks=1)
-    for together in processes.run(steps, name, dim, backend, ranks=3):
+    values = {"after": "rows", "cautious_update": backend == "torch"} if name == "Dion2" else {}
+    (alone,) = processes.run(steps, name, None, backend, **values, ranks=1)
+    for together in processes.run(steps, name, dim, backend, **values, ranks=3):
         for found, wanted in zip(together, alone, strict=True):
             for t, other in zip(found, wanted, strict=True):
                 torch.testing.assert_close(t, other, rtol=1e-6, atol=1e-7)

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
         (steepest.MuAdam, False),
         slow(steepest.Muon, False),
         slow(steepest.MuAdam, True),
+        slow(steepest.Dion2, False),
     ],
 )
 def test_compiled_once_and_equal_to_eager(cls: type[MatrixOptimizer], tensor: bool, device: str) -> None:

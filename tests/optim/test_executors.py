@@ -18,7 +18,7 @@ from support.training import EVERY, both_kinds, give_gradients
 pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 
 #: Those that the fused ops leave to torch operations: their direction or their step depends on the weight itself.
-BY_TORCH = (steepest.OrthogonalSGDM, steepest.Fromage, steepest.Lion)
+BY_TORCH = (steepest.OrthogonalSGDM, steepest.Fromage, steepest.Lion, steepest.Dion2)
 
 
 def run(cls: type[MatrixOptimizer], steps: int = 8, **options: Any) -> tuple[list[nn.Parameter], list[int]]:

@@ -241,8 +241,13 @@ def test_updates_that_do_not_follow_the_momentum_are_refused() -> None:
     class ShampooMomo(Momo, steepest.Shampoo):
         pass
 
-    with pytest.raises(ValueError, match="ShampooMomo couples steps along a direction of the momentum, and grafts"):
-        ShampooMomo([nn.Parameter(torch.zeros(3, 2))])
+    class Dion2Momo(Momo, steepest.Dion2):
+        pass
+
+    for cls in (ShampooMomo, Dion2Momo):
+        message = f"{cls.__name__} couples steps along a direction of the momentum, and grafts"
+        with pytest.raises(ValueError, match=message):
+            cls([{"params": [nn.Parameter(torch.zeros(3, 2))], "use_muon": True}])
 
 
 @pytest.mark.parametrize("stale", [True, False])

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from steepest.parts import Decay, Diagonal, Hyper, Momentum, Rounding, Sign
+from steepest.parts import Decay, Diagonal, Hyper, Momentum, Normalize, Rounding, Sign, Submatrix
 from steepest.recipe import ADAMW, Recipe, step_one
 from support.problems import ADAM_AVERAGE, RECIPES, gap, gaussian, polar_by_svd
 
 LR, WD, B1, B2, EPS = 0.02, 0.1, 0.9, 0.95, 1e-6
 HYPER = Hyper(LR, WD, B1, B2, EPS)
+FEEDBACK = Momentum("error_feedback")
 Reference = Callable[[Tensor, list[Tensor]], Tensor]
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -197,8 +199,23 @@ def test_equal_recipes_are_one_program() -> None:
     [
         ({"scale": "unit"}, "scale 'unit' is not known; use 'lmo' (length lr in the norm) or 'dual'"),
         ({"adjust_lr": "rms"}, "Adjust learning rate function rms is not supported; use one of original"),
+        ({"submatrix": Submatrix()}, "a submatrix and momentum of kind 'error_feedback' go together, but here is Sub"),
+        ({"submatrix": Submatrix(), "momentum": None}, "momentum of kind None: give both or none"),
+        ({"momentum": FEEDBACK}, "here is None with momentum of kind 'error_feedback': give both or none"),
+        (
+            {"submatrix": Submatrix(), "momentum": FEEDBACK, "precondition": Diagonal()},
+            "a submatrix is of the momentum, not of the variables of Diagonal: use Identity()",
+        ),
+        (
+            {"submatrix": Submatrix(), "momentum": FEEDBACK, "transforms": (Normalize("rows"),)},
+            "a submatrix along 'shorter' does not go with transforms that remember ['row']",
+        ),
+        (
+            {"submatrix": Submatrix(0.5, "rows"), "momentum": FEEDBACK, "transforms": (Normalize("elements"),)},
+            "a submatrix along 'rows' does not go with transforms that remember ['elementwise']",
+        ),
     ],
 )
-def test_what_is_refused(arguments: dict[str, str], message: str) -> None:
+def test_what_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Recipe(**arguments)  # type: ignore[arg-type]
+        Recipe(**arguments)

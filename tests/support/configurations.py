@@ -64,6 +64,7 @@ OPTIONS: tuple[tuple[type[MatrixOptimizer], dict[str, Any]], ...] = (
     (steepest.Muon, {"constraint": "frobenius", "weight_decay": 0.0}),
     (steepest.Muon, {"constraint": "spectral", "weight_decay": 0.0}),
     (steepest.MuAdam, {"variance_reduction": 0.025}),
+    (steepest.Dion2, {"after": "rows"}),
 )
 
 

@@ -46,6 +46,7 @@ RELATIVES: tuple[type[MatrixOptimizer], ...] = (
     steepest.NorMuon,
     steepest.AdaMuon,
     steepest.NAMO,
+    steepest.Dion2,
 )
 #: Every class that takes groups and no module.
 EVERY: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ UNEVEN: Model = (
     Parameters(1, (11, 4), "other"),
     Parameters(3, (5,), "other"),
 )
-METHODS = {name: scale.method_of(name) for name in ("Muon", "MuAdam", "SOAP", "Shampoo")}
+METHODS = {name: scale.method_of(name) for name in ("Muon", "MuAdam", "SOAP", "Shampoo", "Dion2")}
+#: Those of which whole matrices travel.
+WHOLE = [name for name in METHODS if name != "Dion2"]
 
 
 def of(route: str, model: Model, method: str, size: int) -> Ranks:
@@ -73,7 +76,7 @@ def exchanges(model: Model, method: Method, size: int, place: int) -> list[Excha
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WHOLE)
 def test_what_owners_are_sent_is_what_the_exchange_sends(method: str, size: int) -> None:
     asked, found = METHODS[method], of("owner", UNEVEN, method, size)
     for place in range(size):
@@ -100,25 +103,26 @@ def test_the_formula() -> None:
     assert found.balance == 1.0
 
 
+SHAPES = ((12, 8), (12, 8), (10, 12), (7, 10), (3, 7), (16, 3))
+#: Of these columns are chosen, so that every rank has something of each.
+TALL = ((12, 8), (12, 8), (10, 7), (16, 3))
+
+
 class Network(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        shapes = ((12, 8), (12, 8), (10, 12), (7, 10), (3, 7), (16, 3))
         self.layers = nn.ModuleList([nn.Linear(cols, rows, bias=False) for rows, cols in shapes])
 
 
-NETWORK: Model = tuple(Parameters(1, tuple(layer.weight.shape), "matrix") for layer in Network().layers)
-
-
-def sent_by_gloo(name: str, room: int) -> tuple[int, int]:
-    """(bytes that this rank sends to others in a step, messages), as gloo is asked for them."""
+def sent_by_gloo(name: str, room: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(bytes that this rank sends to others in a step, messages), as gloo is asked for them; a sum goes as a ring."""
     shared_matrices._LEAST_BYTES = min(room, shared_matrices._LEAST_BYTES)
-    model = Network()
+    model = Network(shapes)
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = getattr(steepest, name)(list(model.named_parameters()), max_workspace_bytes=room)
     sent = messages = 0
-    plain = RealRanks.all_to_all
+    plain, plain_sum = RealRanks.all_to_all, RealRanks.sum_parts
 
     def counted(self: RealRanks, t: torch.Tensor, sizes: Any, wanted: Any, what: str) -> Any:
         nonlocal sent, messages
@@ -127,11 +131,18 @@ def sent_by_gloo(name: str, room: int) -> tuple[int, int]:
         messages += sum(n > 0 for n in others)
         return plain(self, t, sizes, wanted, what)
 
+    def counted_sum(self: RealRanks, t: torch.Tensor) -> None:
+        nonlocal sent, messages
+        sent += 2 * (self.size - 1) * t.numel() * t.itemsize // self.size
+        messages += 2 * (self.size - 1)
+        plain_sum(self, t)
+
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()  # which makes state and plans
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RealRanks, "all_to_all", counted)
+        patch.setattr(RealRanks, "sum_parts", counted_sum)
         optimizer.step()
     return sent, messages
 
@@ -144,9 +155,51 @@ def test_what_gloo_is_asked_to_send(
     monkeypatch.setattr(scale, "WORKSPACE", room)
     monkeypatch.setattr(shared_matrices, "_LEAST_BYTES", min(room, shared_matrices._LEAST_BYTES))
     method = dataclasses.replace(METHODS[name], device="cpu", gradient=torch.float32)
-    found = scale.of_route("owner", NETWORK, method, ranks)
+    shapes = SHAPES if name in WHOLE else TALL
+    model: Model = tuple(Parameters(1, shape, "matrix") for shape in shapes)
+    found = scale.of_route("owner", model, method, ranks)
     assert found is not None
-    assert processes.run(sent_by_gloo, name, room, ranks=ranks) == list(zip(found.sent, found.messages))
+    assert processes.run(sent_by_gloo, name, room, shapes, ranks=ranks) == list(zip(found.sent, found.messages))
+
+
+def test_of_a_submatrix_its_share_travels() -> None:
+    """Of 8 of 32 columns a quarter, and 32 norms; of shared work the quarter alone."""
+    model = (Parameters(8, (64, 32), "matrix"),)
+    whole, part = of("owner", model, "Muon", 8), of("owner", model, "Dion2", 8)
+    assert [4 * (sent - 2 * 7 * 8 * 8 * 32 // 8) for sent in part.sent] == whole.sent
+    assert part.stages == whole.stages + 2 * 3
+    assert part.work == [scale.method_of("Muon", "auto").work(64, 8)] * 8
+    assert [4 * sent for sent in of("share", model, "Dion2", 8).sent] == of("share", model, "Muon", 8).sent
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_blocks_are_matrices_of_their_own(size: int) -> None:
+    """Of 12, 10, 1 and 3 rows each rank has a chunk; of stacks experts, or rows of them."""
+    found = of("blocks", UNEVEN, "Muon", size)
+    work = METHODS["Muon"].work
+    for r, found_work in enumerate(found.work):
+        flop = 0
+        for stack in scale.stacks_of(UNEVEN, size):
+            for k in range(stack.experts):
+                rows = dict(stack.holders(stack.group(k))).get(r, 0) // stack.cols
+                flop += stack.parameters * work(rows, stack.cols).flop if rows else 0
+        assert found_work.flop == flop
+    assert not any(found.sent)
+    assert found.state == of("owner", UNEVEN, "Muon", size).state
+    assert found.passes == of("owner", UNEVEN, "Muon", size).passes
+
+
+def test_a_period_has_one_whole_step() -> None:
+    def blocks(period: int) -> dict[str, Any]:
+        rows = scale.plan("tiny", METHODS["Muon"], [4], Machine(), period)
+        owner, of_blocks = (next(row for row in rows if row["route"] == route) for route in ("owner", "blocks"))
+        assert of_blocks["sent_bytes"] == pytest.approx(owner["sent_bytes"] / period, abs=1)
+        return {key: value - owner[key] for key, value in of_blocks.items() if key.endswith("_ms")}
+
+    assert not any(blocks(1).values())
+    four, two = blocks(4), blocks(2)
+    for key, gap in four.items():
+        assert gap == pytest.approx(1.5 * two[key], abs=1e-9)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -288,6 +341,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["--world", "8", "--tflops", "0"], "--tflops is a positive number, got 0"),
         (["--world", "8", "--latency", "-1"], "--latency is a positive number, got -1"),
+        (["--world", "8", "--block-period", "0"], "--block-period is 1 step or more, got 0"),
         (["--simulate", "--batch", "0"], "--batch is 1 token or more, got 0"),
         (["--world", "8", "--shape", "64x64"], "--shape plans one call of polar, --world a step"),
         ([], "what to plan is missing: --shape for a call of polar, --world for a step of a whole model"),
@@ -302,10 +356,25 @@ def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[st
 def test_the_page_shows_what_the_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
     page = (DOCS / "scale.md").read_text(encoding="utf-8")
     commands = re.findall(r"^steepest (plan .*)$", page, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 8
     for command in commands:
         assert cli.main(command.split()) == 0
         assert capsys.readouterr().out in page, command
+
+
+def test_the_page_compares_what_the_commands_print() -> None:
+    page = (DOCS / "scale.md").read_text(encoding="utf-8")
+    for name, route, method in (
+        ("Muon", "owner", scale.method_of("Muon", "auto")),
+        ("MuonBP, period 5", "blocks", scale.method_of("Muon", "auto")),
+        ("Dion2, fraction 1/4", "owner", METHODS["Dion2"]),
+    ):
+        cells = [name]
+        for world in (8, 64):
+            rows = {row["route"]: row for row in scale.plan("llama-7b", method, [world], Machine(), 5)}
+            cells.append(f"{rows[route]['total_ms']:.3g}, {rows[route]['overlapped_ms']:.3g} ms")
+        cells.append(f"{rows['local']['total_ms']:.3g} ms")
+        assert f"| {' | '.join(cells)} |" in page
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

@@ -186,6 +186,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "eps": AT_LEAST_ZERO,
     "damping": OptionType("a number > 0 or a tensor of one element", _is_number, "> 0", lambda value: value > 0),
     "radius": _positive("positive"),
+    "fraction": OptionType("a number in (0, 1]", _is_real, "in (0, 1]", lambda value: 0 < value <= 1),
     "average_rate": replace(BELOW_ONE, takes=_is_real),
     "shampoo_beta": _or_none(OptionType("a number in [0, 1]", _is_real, "in [0, 1]", lambda value: 0 <= value <= 1)),
     "p": REAL,

@@ -2,6 +2,7 @@
 
     variance_reduction   a gradient that the one before corrects
     momentum      what is remembered of the gradients
+    submatrix     the rows or columns of it that a step is taken in
     precondition  the change of variables P:  into(x) = P^-T x,  back(d) = P^-1 d
     direction     the maximiser of <x, d> over the unit ball of a base norm, and the dual norm <x, d>
     step_size     what the learning rate means for a matrix of a given shape
@@ -32,6 +33,7 @@ from .precondition import Diagonal, Identity, Kronecker, Precondition, Roots, Ro
 from .rounding import Rounding
 from .sphere import Sphere
 from .step_size import ADJUST_LR, shape_ratio
+from .submatrix import Submatrix
 from .update_transform import UpdateTransform
 from .variance_reduction import VarianceReduction
 
@@ -68,6 +70,7 @@ __all__ = [
     "Spectral",
     "SpectralOfSign",
     "Sphere",
+    "Submatrix",
     "UpdateTransform",
     "VarianceReduction",
     "shape_ratio",

@@ -1,6 +1,7 @@
 """What is remembered of the gradients.
 
     ema         m <- beta m + (1 - beta) g        heavy_ball   m <- beta m + g
+    error_feedback   m <- m + g, and what a step has been taken by is damped after it (`steepest.parts.Submatrix`)
     nesterov    read  (1 - beta) g + beta m  (ema)  or  g + beta m  (heavy_ball)   instead of  m
     interpolated   read  (1 - c) g + c m,  c = beta2 / beta: with the average as it was, (1 - beta2) g + beta2 m
     bias_correction   read  m / (1 - beta^t)
@@ -33,7 +34,7 @@ class Momentum:
     It goes for the second moments of the recipe's preconditioner too, so that no average needs a correction.
     """
 
-    kind: Literal["ema", "heavy_ball"] = "ema"
+    kind: Literal["ema", "heavy_ball", "error_feedback"] = "ema"
     nesterov: bool = False
     bias_correction: bool = False
     key: str = "momentum_buffer"
@@ -42,11 +43,13 @@ class Momentum:
     interpolated: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("ema", "heavy_ball"):
-            raise ValueError(f"momentum kind {self.kind!r} is not known; use 'ema' or 'heavy_ball'")
+        if self.kind not in ("ema", "heavy_ball", "error_feedback"):
+            raise ValueError(f"momentum kind {self.kind!r} is not known; use 'ema', 'heavy_ball' or 'error_feedback'")
         if self.dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             wide = "" if getattr(self.dtype, "itemsize", 2) > 1 else " of 16 bits or more"
             raise ValueError(f"momentum dtype should be a floating torch.dtype{wide} or None but is: {self.dtype!r}")
+        if self.nesterov and self.kind == "error_feedback":
+            raise ValueError("Nesterov momentum with error feedback is not defined here; choose one of the two")
         if self.nesterov and self.bias_correction:
             raise ValueError("Nesterov momentum with bias correction is not defined here; choose one of the two")
         if self.bias_correction and self.kind != "ema":
@@ -74,6 +77,8 @@ class Momentum:
         m, g = m.to(wide), g.to(wide)
         if self.kind == "heavy_ball":
             return m * beta + g
+        if self.kind == "error_feedback":
+            return m + g
         return torch.lerp(m, g, _weight(1 - beta, wide))
 
     def read(self, m: Tensor, g: Tensor, beta: Number, step: Tensor | None, beta2: Number = 0.0) -> Tensor:

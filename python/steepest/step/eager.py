@@ -70,8 +70,9 @@ class Batch:
             state, g, hyper = item.recipe_state(), item.elementwise(item.grad), self.hyper
             m = self.recipe.momentum_of(state, g, hyper)
             of_item = of_item if item.by_matrix else of_item.reshape(g.shape)
-            u, remembered = self.recipe.update(state, of_item, m, hyper, g)
+            u, remembered = self.recipe.update(state, of_item, m, hyper, g, item.chosen)
             item.keep(remembered)
+            item.chosen = None
             updates.append(u)
         return updates
 
@@ -205,7 +206,9 @@ class Eager:
         if self._ranks is not None:
             here = {(p.group, p.index) for p in self.parameters if is_elementwise(p.recipe) and not self._coupled}
             away = [p for p in self.parameters if p.taken.phase.steps and (p.group, p.index) not in here]
-            shared = [SharedBatch(each) for each in self._shared(away)]
+            travelling = self._shared(away)
+            self._choose(travelling)
+            shared = [SharedBatch(each) for each in travelling]
             matrices = [item for item in self._parts if item.place[:2] in here]
         buckets: dict[tuple[object, ...], list[Matrices]] = {}
         for number, item in enumerate(matrices):
@@ -217,6 +220,13 @@ class Eager:
             for bucket in buckets.values()
             for batch in chunk_by_bytes(bucket, _workspace_bytes, bucket[0].parameter.options.max_workspace_bytes)
         ]
+
+    def _choose(self, travelling: Sequence[SharedMatrices]) -> None:
+        """Says which rows of these matrices travel, of those whose steps take some of them."""
+        if any(each.recipe.submatrix is not None for each in travelling):
+            from .shared_submatrix import SharedSubmatrices, choose
+
+            choose([each for each in travelling if isinstance(each, SharedSubmatrices)])
 
     def items(self, batch: Batch) -> list[list[Matrices]]:
         return [list(batch.matrices)]
@@ -300,6 +310,11 @@ def _momentum(item: Matrices) -> Tensor:
 def _input(item: Matrices) -> Tensor:
     """What the direction is asked about, of one item."""
     recipe = item.recipe
+    part = recipe.submatrix
+    if part is not None:
+        m = _momentum(item)
+        item.chosen = part.chosen(m)
+        return part.take(m, item.chosen, part.dim(*m.shape[-2:]))
     w = item.elementwise(recipe.rounding.value(item.weight, item.state)) if recipe.reads_weight else None
     return recipe.direction_input(item.recipe_state(), _momentum(item), item.parameter.taken.hyper, w)
 

@@ -186,7 +186,7 @@ class Matrices:
 
     state: under the recipe's keys; what is elementwise in the piece's natural shape. It is looked up once, as state
     stays where it is while a plan holds; weight and gradient may be others in every step. A sharded parameter's are on
-    many ranks, and have no state.
+    many ranks, and have no state.   chosen: the rows or columns of this step, of a recipe with a submatrix.
     """
 
     def __init__(self, parameter: Parameter, number: int) -> None:
@@ -195,6 +195,7 @@ class Matrices:
         self.place = (parameter.group, parameter.index, number)
         self.ratio = shape_ratio(recipe.adjust_lr, self.piece.rows, self.piece.cols)
         self.by_matrix = recipe.by_matrix
+        self.chosen: Tensor | None = None
         names = recipe.names(number)
         self.state: State = {}
         for key, layout in recipe.layouts.items() if parameter.sharding is None else ():

@@ -26,6 +26,8 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         return "the direction is asked about gradients, and there is no momentum of them"
     if momentum.interpolated:
         return "what the momentum reads has a rate of its own"
+    if recipe.submatrix is not None:
+        return "the momentum is damped where a step is taken by it, and only there"
     if recipe.reads_weight:
         return "the direction depends on the weight itself"
     if recipe.corrects_gradient:

@@ -23,7 +23,16 @@ from ..sharding.layout import Unit
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter
 from .routes import EVERYONE, gram_dim
 
-__all__ = ["SharedMatrices", "SplitMatrices", "bytes_at_once", "round_bytes", "share_bytes", "shared_buckets"]
+__all__ = [
+    "SharedMatrices",
+    "SplitMatrices",
+    "bytes_at_once",
+    "place_of",
+    "round_bytes",
+    "share_bytes",
+    "shared_buckets",
+    "unit_of",
+]
 
 Place = tuple[int, int, int]
 #: less is not worth launches and messages of its own
@@ -55,7 +64,7 @@ class SharedMatrices:
         """How the parts travel."""
         first = self.matrices[0]
         what = f"matrices of {first.piece.rows} x {first.piece.cols} of group {first.parameter.group}"
-        return Exchange(self.ranks, [_unit(item) for item in self.matrices], what)
+        return Exchange(self.ranks, [unit_of(item) for item in self.matrices], what)
 
     @property
     def worked_on(self) -> Sequence[Matrices]:
@@ -199,7 +208,7 @@ class SharedMatrices:
         self.ranks.all_reduce(everyone)
         of_parts = []
         for part in self.parts:
-            first, run = self._first_number[_place(part)], part.run.matrices
+            first, run = self._first_number[place_of(part)], part.run.matrices
             of_parts.append(everyone[first + run.start * self._blocks : first + run.stop * self._blocks])
         return list(everyone.split(sizes)), of_parts
 
@@ -294,7 +303,7 @@ def shared_buckets(
         buckets.setdefault((key(item), _way(item)), []).append(item)
     here: dict[Place, list[LocalMatrices]] = {}
     for part in parts:
-        here.setdefault(_place(part), []).append(part)
+        here.setdefault(place_of(part), []).append(part)
     mine = {item.place: item for item in owned}
     most = bytes_at_once(parameters, max_bytes)
     for (_, way), bucket in buckets.items():
@@ -307,8 +316,17 @@ def shared_buckets(
             ordered = [part for *_, part in sorted(order, key=lambda each: each[:3])]
             if way is not None:
                 yield SplitMatrices(some, ordered)
-            else:
-                yield SharedMatrices(some, ordered, [mine[item.place] for item in some if item.place in mine])
+                continue
+            kind = _kind(some[0].recipe)
+            yield kind(some, ordered, [mine[item.place] for item in some if item.place in mine])
+
+
+def _kind(recipe: Recipe) -> type[SharedMatrices]:
+    if recipe.submatrix is None:
+        return SharedMatrices
+    from .shared_submatrix import SharedSubmatrices
+
+    return SharedSubmatrices
 
 
 def _way(item: Matrices) -> object:
@@ -318,11 +336,11 @@ def _way(item: Matrices) -> object:
     return p.sharding.placements if p.owners[item.number][0] == EVERYONE else None
 
 
-def _place(part: LocalMatrices) -> Place:
+def place_of(part: LocalMatrices) -> Place:
     return part.parameter.group, part.parameter.index, part.run.piece
 
 
-def _unit(item: Matrices) -> Unit:
+def unit_of(item: Matrices) -> Unit:
     sharding = item.parameter.sharding
     assert sharding is not None
     return sharding.unit(item.piece, item.parameter.owners[item.number])

@@ -55,6 +55,11 @@ SCALE_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--model": {"default": "llama-7b", "metavar": "NAME", "help": "a model of steepest bench (default: llama-7b)"},
     "--optimizer": {"default": "Muon", "metavar": "CLASS", "help": "a class of steepest (default: Muon)"},
+    "--block-period": {
+        "type": int,
+        "metavar": "STEPS",
+        "help": "also plan MuonBP: parts by themselves but for every STEPS-th step",
+    },
     "--tflops": {"type": float, "default": 500.0, "help": "that 16-bit products reach (default: 500)"},
     "--bandwidth": {"type": float, "default": 50.0, "metavar": "GB/S", "help": "of a rank's network (default: 50)"},
     "--latency": {"type": float, "default": 20.0, "metavar": "US", "help": "of a collective (default: 20)"},

@@ -16,6 +16,13 @@ The routes by which a matrix' direction may be had, for P ranks of a mesh; c_r: 
     share    all matrices on every rank (DDP, share_work=True): each computes its own, and a ring's all_gather of 16
              bits brings sum over not owned mn to each; factors are at the owner alone
 
+    blocks   as owner in one step of --block-period, and in the others each rank takes the directions of its parts by
+             themselves, and sends nothing: MuonBP (arXiv:2510.16981), which is planned here and no more. Numbers are
+             the mean of a period
+
+Of a recipe that steps by a submatrix (Dion2) as much less of a matrix goes there and back as it is smaller, of each
+rank that share of what lies there, after a ring's all_reduce of an fp64 norm for each row (or column) of all matrices.
+
 Stacked experts, (E, m, n), lie in e = gcd(P, E) groups of P / e ranks, whole groups of experts on each, cut by rows
 within it (an expert mesh), on the routes owner and gram.
 
@@ -38,6 +45,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -152,11 +160,23 @@ class Method:
     @property
     def bytes_there(self) -> int:
         """Of an element on its way to the owner."""
-        return self.bytes_back + (self.gradient.itemsize if self.recipe.measures_gradients else 0)
+        back = self.input_bytes if self.recipe.submatrix is not None else self.bytes_back
+        return back + (self.gradient.itemsize if self.recipe.measures_gradients else 0)
 
     @property
     def bytes_back(self) -> int:
-        return WIDE * (1 + self._travels) if self.recipe.by_matrix else self.input_bytes
+        narrow = not self.recipe.transforms if self.recipe.submatrix is not None else not self.recipe.by_matrix
+        return self.input_bytes if narrow else WIDE * (1 + self._travels)
+
+    def travelling(self, rows: int, cols: int) -> Fraction:
+        """Of a rows x cols matrix, the part that goes to its owner."""
+        _, m, n = self.recipe.input_shape((1, rows, cols))
+        return Fraction(1) if self.recipe.submatrix is None else Fraction(m * n, rows * cols)
+
+    def norms(self, rows: int, cols: int) -> int:
+        """Numbers of a matrix that ranks sum before they choose what travels."""
+        part = self.recipe.submatrix
+        return 0 if part is None else rows if part.dim(rows, cols) == -2 else cols
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -182,8 +202,11 @@ class Method:
         return _state(self.recipe, rows, cols)
 
     def passes(self, rows: int, cols: int) -> int:
-        """Bytes an element that elementwise work moves: gradient, state and fp32 weight, direction and its input."""
-        return self.gradient.itemsize + 2 * self.state(rows, cols)[0] + 2 * WIDE + 2 * self.input_bytes
+        """Bytes an element that elementwise work moves: gradient, state and fp32 weight, direction and its input; the
+        momentum once more where its rows are measured.
+        """
+        measured = 0 if self.recipe.submatrix is None else self.state(rows, cols)[0]
+        return self.gradient.itemsize + 2 * self.state(rows, cols)[0] + 2 * WIDE + 2 * self.input_bytes + measured
 
 
 @functools.lru_cache(maxsize=1024)
@@ -222,8 +245,12 @@ class Stack:
 
     def holders(self, group: int) -> list[tuple[int, int]]:
         """(rank, elements) of each rank that has something of a matrix of the group."""
+        return [(rank, rows * self.cols) for rank, rows in self.rows_here(group)]
+
+    def rows_here(self, group: int) -> list[tuple[int, int]]:
+        """(rank, rows) of each rank that has something of a matrix of the group."""
         first = group * (self.ranks // self.groups)
-        return [(first + i, rows * self.cols) for i, rows in enumerate(self.chunks) if rows]
+        return [(first + i, rows) for i, rows in enumerate(self.chunks) if rows]
 
     def matrices(self) -> Iterator[int]:
         """The group of each matrix, parameter by parameter."""
@@ -249,13 +276,15 @@ def of_route(route: str, model: shapes.Model, method: Method, size: int) -> Rank
         _add_local(ranks, model, method)
     elif route == "owner":
         _add_owner(ranks, stacks_of(model, size), method)
+    elif route == "blocks":
+        _add_blocks(ranks, stacks_of(model, size), method)
     elif route == "gram":
         if method.recipe.by_matrix or not method.recipe.direction.shards:
             return None
         _add_gram(ranks, model, method)
     else:
         _add_share(ranks, model, method)
-    _add_others(ranks, model, method, sharded=route in ("owner", "gram"))
+    _add_others(ranks, model, method, sharded=route in ("owner", "gram", "blocks"))
     return ranks
 
 
@@ -290,10 +319,11 @@ def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
                 here[r] += count * part
         work = method.work(stack.rows, stack.cols)
         element, of_owner = method.state(stack.rows, stack.cols)
+        share = method.travelling(stack.rows, stack.cols)
         for r in range(ranks.size):
             away, others = here[r] - kept[r], owned[r] * stack.rows * stack.cols - kept[r]
-            ranks.sent[r] += away * method.bytes_there + others * method.bytes_back
-            ranks.received[r] += others * method.bytes_there + away * method.bytes_back
+            ranks.sent[r] += int(share * (away * method.bytes_there + others * method.bytes_back))
+            ranks.received[r] += int(share * (others * method.bytes_there + away * method.bytes_back))
             ranks.work[r] += work.times(owned[r])
             ranks.state[r] += here[r] * element + owned[r] * of_owner
             ranks.passes[r] += here[r] * method.passes(stack.rows, stack.cols)
@@ -301,6 +331,23 @@ def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
         messages = bucket.messages(method.collectives)
         ranks.messages = [a + b for a, b in zip(ranks.messages, messages, strict=True)]
         ranks.stages += method.collectives if any(messages) else 0
+    norms = sum(s.parameters * s.experts * method.norms(s.rows, s.cols) for s in stacks)
+    if norms and ranks.size > 1:
+        ranks.sent = [sent + 2 * (ranks.size - 1) * SIZE * norms // ranks.size for sent in ranks.sent]
+        ranks.received = [got + 2 * (ranks.size - 1) * SIZE * norms // ranks.size for got in ranks.received]
+        ranks.messages = [number + 2 * (ranks.size - 1) for number in ranks.messages]
+        ranks.stages += 2 * math.ceil(math.log2(ranks.size))
+
+
+def _add_blocks(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
+    """A step in which every part is a matrix of its own."""
+    for stack in stacks:
+        element, of_owner = method.state(stack.rows, stack.cols)
+        each = stack.parameters * stack.experts // stack.groups
+        for r, rows in ((r, rows) for g in range(stack.groups) for r, rows in stack.rows_here(g)):
+            ranks.work[r] += method.work(rows, stack.cols).times(each)
+            ranks.state[r] += each * (rows * stack.cols * element + of_owner)
+            ranks.passes[r] += each * rows * stack.cols * method.passes(stack.rows, stack.cols)
 
 
 def owners_of(stacks: Sequence[Stack], method: Method, ranks: int) -> list[int]:
@@ -427,16 +474,17 @@ def _add_share(ranks: Ranks, model: shapes.Model, method: Method) -> None:
     matrices = [(rows, cols) for count, rows, cols in shapes.matrices(model) for _ in range(count)]
     works = {shape: method.work(*shape) for shape in set(matrices)}
     exchanges = sum(_rounds_of_shape(stacks_of(model, ranks.size), method, ranks.size).values())
-    owned = [0] * ranks.size
+    owned = [Fraction()] * ranks.size
     for shape, owner in zip(matrices, assign([works[shape].cost for shape in matrices], ranks.size), strict=True):
         ranks.work[owner] += works[shape]
         ranks.state[owner] += method.state(*shape)[1]
-        owned[owner] += math.prod(shape)
+        owned[owner] += math.prod(shape) * method.travelling(*shape)
     kept = sum(math.prod(shape) * method.state(*shape)[0] for shape in matrices)
     passes = sum(math.prod(shape) * method.passes(*shape) for shape in matrices)
     for r in range(ranks.size):
-        ranks.received[r] += (sum(owned) - owned[r]) * method.bytes_back
-        ranks.sent[r] += (sum(owned) - owned[(r + 1) % ranks.size]) * method.bytes_back  # all but what the next one has
+        ranks.received[r] += int(sum(owned) - owned[r]) * method.bytes_back
+        others = sum(owned) - owned[(r + 1) % ranks.size]  # all but what the next one has
+        ranks.sent[r] += int(others) * method.bytes_back
         ranks.messages[r] += (ranks.size - 1) * exchanges
         ranks.state[r] += kept
         ranks.passes[r] += passes
@@ -469,7 +517,7 @@ def run(options: argparse.Namespace) -> int:
     if options.shape:
         raise ValueError("--shape plans one call of polar, --world a step of a whole model: give one of them")
     mesh = mesh_of(options.mesh, options.world)
-    routes = plan(options.model, method, mesh, machine)
+    routes = plan(options.model, method, mesh, machine, options.block_period)
     if options.json:
         print(json.dumps({"model": options.model, "mesh": mesh, "routes": routes}, indent=2))
     else:
@@ -502,14 +550,34 @@ def mesh_of(text: str | None, world: int) -> list[int]:
     return mesh
 
 
-def plan(name: str, method: Method, mesh: Sequence[int], machine: Machine) -> list[dict[str, Any]]:
-    """The routes of a model on a mesh; the sizes and times are those of the rank that has most."""
+def plan(
+    name: str, method: Method, mesh: Sequence[int], machine: Machine, block_period: int | None = None
+) -> list[dict[str, Any]]:
+    """The routes of a model on a mesh; the sizes and times are those of the rank that has most.
+
+    block_period: the steps between two whole ones of "blocks"; None: without that route.
+    """
     if name not in shapes.MODELS:
         raise ValueError(f"model {name!r} is not known; choose one of {', '.join(shapes.MODELS)}")
     world, model = math.prod(mesh), shapes.MODELS[name]
     sizes = {"local": world, "owner": mesh[-1], "gram": mesh[-1], "share": world}
     found = (of_route(route, model, method, size) for route, size in sizes.items())
-    return [{**ranks.summary(machine), "ranks": ranks.size} for ranks in found if ranks is not None]
+    routes = [{**ranks.summary(machine), "ranks": ranks.size} for ranks in found if ranks is not None]
+    if block_period is not None:
+        blocks = of_route("blocks", model, method, mesh[-1])
+        assert blocks is not None
+        others = {**blocks.summary(machine), "ranks": blocks.size}
+        routes.insert(2, _mean_step(others, next(row for row in routes if row["route"] == "owner"), block_period))
+    return routes
+
+
+def _mean_step(blocks: dict[str, Any], owner: dict[str, Any], period: int) -> dict[str, Any]:
+    """Of one whole step and period - 1 of blocks."""
+    if period < 1:
+        raise ValueError(f"--block-period is 1 step or more, got {period}")
+    mean = {key: ((period - 1) * value + owner[key]) / period for key, value in blocks.items() if key != "route"}
+    counts = {key: round(value) for key, value in mean.items() if isinstance(blocks[key], int)}
+    return {"route": "blocks", **mean, **counts}
 
 
 def describe(name: str, optimizer: str, mesh: Sequence[int], machine: Machine, routes: Sequence[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from .adaptive_muon import NAMO, AdaMuon, NorMuon
 from .arguments import list_arguments
+from .dion2 import Dion2
 from .hasd import hasd
 from .kfac import KFAC
 from .kronecker import KLSOAP, SOAP, KLShampoo, OneSidedShampoo, Shampoo, SPlus
@@ -27,6 +28,7 @@ __all__ = [
     "AdaMuon",
     "Adam",
     "AdamSANIA",
+    "Dion2",
     "Fromage",
     "KLShampoo",
     "Lion",

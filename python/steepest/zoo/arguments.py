@@ -25,6 +25,7 @@ LINES: dict[str, str] = {
     "lr": "learning rate, a number >= 0 or a tensor of one element",
     "weight_decay": "how much of lr times the weight a step takes away",
     "momentum": "decay rate of the average of gradients",
+    "fraction": "of the rows or columns that a step takes, in (0, 1]",
     "beta2": "decay rate of the second moment",
     "after": '"rows" or "elements" of the update are normalized; None: they are not',
     "nesterov": "the gradient is weighted once more, as in Nesterov's method",

@@ -324,10 +324,11 @@ class Momo(MatrixOptimizer):
             raise ValueError("maximize=True has no lower bound: minimize the negative loss")
         recipe = self.recipe(group)
         reads = recipe.momentum is not None and recipe.momentum.interpolated
-        if recipe.transforms or recipe.reads_weight or reads:
+        if recipe.transforms or recipe.submatrix is not None or recipe.reads_weight or reads:
             raise ValueError(
                 f"{type(self).__name__} couples steps along a direction of the momentum, and grafts, normalized "
-                "updates, momentum of updates, Lion's reading of it and decay inside the model take other ones"
+                "updates, steps of a submatrix, momentum of updates, Lion's reading of it and decay inside the model "
+                "take other ones"
             )
 
     def _check_weight_options(self, group: Group) -> None:

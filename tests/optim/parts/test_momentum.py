@@ -127,7 +127,11 @@ def test_inputs_are_untouched(momentum: Momentum) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"kind": "polyak"}, "momentum kind 'polyak' is not known; use 'ema' or 'heavy_ball'"),
+        ({"kind": "polyak"}, "momentum kind 'polyak' is not known; use 'ema', 'heavy_ball' or 'error_feedback'"),
+        ({"kind": "error_feedback", "nesterov": True}, "Nesterov momentum with error feedback is not defined"),
+        ({"kind": "error_feedback", "bias_correction": True}, "bias correction belongs to the average ('ema')"),
+        ({"kind": "error_feedback", "start": "first"}, "start='first' is for the average ('ema')"),
+        ({"kind": "error_feedback", "interpolated": True}, "an interpolated reading is of the plain average ('ema')"),
         ({"nesterov": True, "bias_correction": True}, "Nesterov momentum with bias correction is not defined"),
         ({"kind": "heavy_ball", "bias_correction": True}, "bias correction belongs to the average ('ema')"),
     ],

@@ -30,6 +30,7 @@ RATES: Mapping[str, tuple[float, float]] = {
     "NorMuon": (1.6e-2, 0.1),
     "AdaMuon": (1.6e-2, 0.1),
     "NAMO": (0.25, 0.25),
+    "Dion2": (8e-2, 0.1),
     "MuAdam": (4e-3, 2e-2),
     "MuAdamSANIA": (1.6e-4, 1e-4),
     "Shampoo": (4e-2, 4e-2),
