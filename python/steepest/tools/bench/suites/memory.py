@@ -13,12 +13,12 @@ from ..case import OK, Job, Row, Settings, failure
 from ..ceilings import Ceilings
 from ..counting import peak_bytes, storages
 from ..optimizers import BASE, Method, Problem, muons, soaps
-from ..shapes import Model, elements, matrices, parse
+from ..shapes import elements, matrices, parse
 from .common import sizes
 
 SHAPES = ("gpt2-124m", "llama-1b", "moe-64")
 CPU = ("tiny", "small")
-SOAP_SIDE = {True: 4096, False: 256}  # of a model whose bases are refreshed in every step, on a GPU and on a CPU
+SOAP_SIDE = {True: 4096, False: 1024}  # of a model whose bases are refreshed in every step, on a GPU and on a CPU
 WARM_UP = 4  # steps: a graph is captured at the third
 
 
@@ -37,7 +37,9 @@ def _rows(name: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
         row: Row = {"suite": "memory", "case": f"{name} whole", "dtype": "float32", "variant": variant}
         row |= {"ours": method.ours, "version": method.version}
         try:
-            rows.append(row | {"status": OK} | _measure(model, method, settings.device))
+            rows.append(
+                row | {"status": OK} | memory_of(Problem(model, settings.device, whole=True), method, settings.device)
+            )
         except Exception as error:
             rows.append(row | {"status": failure(error)})
     base = next((row for row in rows if row["variant"] == BASE and row["status"] == OK), None)
@@ -49,8 +51,8 @@ def _rows(name: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
     return rows
 
 
-def _measure(model: Model, method: Method, device: str) -> Row:
-    problem = Problem(model, device, whole=True)
+def memory_of(problem: Problem, method: Method, device: str) -> Row:
+    """State of a method's optimizers, and the peak of a step beyond parameters, gradients and state, in MiB."""
     optimizers = problem.build(method)
 
     def step() -> None:
