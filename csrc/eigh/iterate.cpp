@@ -31,7 +31,6 @@ constexpr float kOrthonormal = 5e-6f, kOrthonormalOnEntry = 1e-2f;
 constexpr int kPasses = 3;
 constexpr int64_t kRowsAtOnce = 32;  // of a half that is not cut again
 constexpr int64_t kAlone = 512;      // a side up to which a thread takes a matrix by itself
-static_assert(kProbes == kPanel);
 
 // kProbes rows of 1 and -1, by a hash of the column (splitmix64).
 void fill_signs(float* to, int64_t n) {

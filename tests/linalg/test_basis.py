@@ -420,7 +420,7 @@ compiled = pytest.mark.skipif(not eigh.iterates(torch.eye(2)), reason="no produc
 @pytest.mark.parametrize("spectrum", EIGENVALUES)
 @pytest.mark.parametrize("n", [1, 2, 17, 128, 300])
 def test_an_iteration_is_qr_of_the_image_with_its_errors(n: int, spectrum: str) -> None:
-    """Against Householder's reflections in fp64; errors are from 16 vectors of signs."""
+    """Against Householder's reflections in fp64; errors are from 8 vectors of signs."""
     matrices = list(drifting(n, spectrum, 3)) if n > 2 else [symmetric(torch.linspace(1, 2, n).double()).float()] * 3
     Q = exact_basis(matrices[0])[:, torch.arange(n).flip(0)].contiguous()
     for P in matrices[1:]:
