@@ -310,8 +310,9 @@ void cpu_syrk(const Tensor& x, const Tensor& c, const Tensor& out, const Tensor&
   STD_TORCH_CHECK(x.dim() == 3 && x.scalar_type() == ScalarType::Float, "x must be a float32 stack of matrices");
   const int64_t matrices = x.size(0), m = x.size(1), k = x.size(2);
   const bool rows = x.is_contiguous();
-  STD_TORCH_CHECK(rows || (x.stride(1) == 1 && x.stride(2) == m && x.stride(0) == m * k),
-                  "x must be a contiguous stack, or one of transposes");
+  STD_TORCH_CHECK(
+      rows || ((m == 1 || x.stride(1) == 1) && (k == 1 || x.stride(2) == m) && (matrices == 1 || x.stride(0) == m * k)),
+      "x must be a contiguous stack, or one of transposes");
   for (const auto& [tensor, name] : {std::pair{&c, "c"}, {&out, "out"}}) {
     check_floats(*tensor, place, matrices * m * m, name);
     STD_TORCH_CHECK(tensor->is_contiguous(), name, " must be contiguous");

@@ -404,7 +404,7 @@ def test_nothing_is_read(way: str, in_torch_ops: None) -> None:
 
 
 @pytest.mark.parametrize("way", [slow("jr"), "qr", slow("auto without reading")])
-def test_compiles_in_one_graph(way: str) -> None:
+def test_compiles_in_one_graph(way: str, in_torch_ops: None) -> None:
     matrices, Q = HARD["condition 1e8, warm"]
     compiled = torch.compile(lambda P, Q: eigh_refresh(P, Q, **WAYS[way]), fullgraph=True, backend="eager")
     for seen, expected in zip(compiled(matrices[0], Q), eigh_refresh(matrices[0], Q, **WAYS[way])):
@@ -418,7 +418,7 @@ compiled = pytest.mark.skipif(not eigh.iterates(torch.eye(2)), reason="no produc
 
 @compiled
 @pytest.mark.parametrize("spectrum", EIGENVALUES)
-@pytest.mark.parametrize("n", [1, 2, 17, 128, 300])
+@pytest.mark.parametrize("n", [1, 2, 18, 128, 300])
 def test_an_iteration_is_qr_of_the_image_with_its_errors(n: int, spectrum: str) -> None:
     """Against Householder's reflections in fp64; errors are from 8 vectors of signs."""
     matrices = list(drifting(n, spectrum, 3)) if n > 2 else [symmetric(torch.linspace(1, 2, n).double()).float()] * 3
@@ -426,12 +426,15 @@ def test_an_iteration_is_qr_of_the_image_with_its_errors(n: int, spectrum: str) 
     for P in matrices[1:]:
         P = basis.symmetrize(P)
         made = eigh.iterate(P[None], Q[None])
-        wanted, order = reference_qr(P.double(), Q.double())
         assert made.done.all()
-        assert torch.equal(made.order[0], order)
+        order, image = made.order[0], P.double() @ Q.double()
+        values = (Q * image).sum(0)
+        assert values[order].diff().amax() <= 1e-6 * values.amax() if n > 1 else order.tolist() == [0]
+        wanted, R = torch.linalg.qr(image[:, order])
+        wanted = wanted * R.diagonal().sign()
         torch.testing.assert_close(made.basis[0].double(), wanted, atol=2e-4, rtol=0)
         assert orthonormality(made.basis[0].double()) < 5e-6
-        if n > 17:
+        if n > 18:
             for found, exact in (
                 (made.before, whitening(P, Q, FLOOR)),
                 (made.after, whitening(P, made.basis[0], FLOOR)),
