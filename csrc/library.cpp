@@ -50,6 +50,7 @@ STABLE_TORCH_LIBRARY(steepest, m) {
   m.def(
       "cpu_chain(Tensor[] xs, Tensor(a!)[] outs, Tensor(b!)[] slacks, int[] ints, float[] floats, float[] constants, "
       "int[] powers, float[] least, bool tight, float eps, int result, bool divides, bool bf16, int at_once) -> ()");
+  m.def("cpu_syrk(Tensor x, Tensor c, Tensor(a!) out, Tensor alpha, Tensor beta) -> ()");
   m.def(
       "grouped_gemm(Tensor[] a, Tensor[] b, Tensor[] c, Tensor(a!)[] out, Tensor[] alphas, Tensor[] betas, "
       "float alpha, float beta, bool symmetric, int tile=0, int streams=0) -> ()");
@@ -61,6 +62,7 @@ STABLE_TORCH_LIBRARY(steepest, m) {
   m.def(
       "eigh_refresh(Tensor P, Tensor Q, Tensor(a!) basis, Tensor(b!) values, Tensor(c!) status, Tensor(d!) order, "
       "int method, int sweeps) -> ()");
+  m.def("eigh_iterate(Tensor P, Tensor Q, Tensor(a!) basis, Tensor(b!) order, Tensor(c!) measured) -> ()");
   m.def("eigh_batched(Tensor(a!) A, Tensor(b!) W, Tensor(c!) info) -> ()");
 }
 

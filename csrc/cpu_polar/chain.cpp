@@ -3,20 +3,13 @@
 #include "cpu_polar/chain.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <numeric>
-#include <stdexcept>
 
+#include "cpu_polar/team.h"
 #include "polar/formulas.cuh"
-
-// torch's own thread pool; in libtorch_cpu since 2.10.
-extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
-                                      void (*body)(int64_t begin, int64_t end, void* context), void* context);
-
-extern "C" int32_t torch_get_num_threads(uint32_t* threads);
 
 namespace steepest::cpu_polar {
 namespace {
@@ -28,28 +21,7 @@ using polar::Node;
 // no more than these bytes.
 constexpr int64_t kAlone = int64_t{1} << 18, kAloneOfMany = int64_t{1} << 28;
 constexpr int64_t kAllThreads = int64_t{1} << 30;
-constexpr int64_t kRowsOfTask = 128, kPanelsOfTask = 3, kPanelsOfPack = 8;
 constexpr int64_t kPart = int64_t{1} << 16;  // elements that are loaded or stored at once
-
-// body(i) for i < count, on `most` threads. Whichever is free takes the next, so that costs may differ.
-template <class Body>
-void for_each(int64_t count, int64_t most, const Body& body) {
-  if (most < 2 || count < 2) {
-    for (int64_t i = 0; i < count; ++i) body(i);
-    return;
-  }
-  struct Shared {
-    const Body& body;
-    int64_t count;
-    std::atomic<int64_t> next{0};
-  } shared{body, count};
-  const auto call = [](int64_t, int64_t, void* context) {
-    Shared& all = *static_cast<Shared*>(context);
-    for (int64_t i; (i = all.next.fetch_add(1, std::memory_order_relaxed)) < all.count;) all.body(i);
-  };
-  if (torch_parallel_for(0, std::min(count, most), 1, call, &shared) != 0)
-    throw std::runtime_error("torch's thread pool refused the work");
-}
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
 
@@ -197,27 +169,13 @@ class Run {
     const int place = applies && !tall_ ? 1 : 0;  // the factor that may be larger than a square has the first
     product.a = pack({left, product.m, length, gram ? !tall_ : applies && tall_}, place);
     product.b = product.same ? product.a : pack({right, product.n, length, false}, 1 - place);
-    run_tasks(product);
+    Team{kernels_, threads_}.multiply(product);
   }
 
   uint32_t* pack(const Factor& factor, int place) const {
     uint32_t* const to = room_.packed(place);
-    const int64_t panels = panels_of(factor.size), part = threads_ > 1 ? kPanelsOfPack : panels;
-    for_each((panels + part - 1) / part, threads_,
-             [&](int64_t i) { kernels_.pack(factor, i * part, std::min(panels, (i + 1) * part), to); });
+    Team{kernels_, threads_}.pack(factor, to);
     return to;
-  }
-
-  void run_tasks(const Product& product) const {
-    const int64_t panels = panels_of(product.n);
-    if (threads_ < 2) return kernels_.multiply(product, 0, product.m, 0, panels);
-    const int64_t rows = (product.m + kRowsOfTask - 1) / kRowsOfTask;
-    const int64_t columns = (panels + kPanelsOfTask - 1) / kPanelsOfTask;
-    for_each(rows * columns, threads_, [&](int64_t i) {
-      const int64_t row = i % rows * kRowsOfTask, panel = i / rows * kPanelsOfTask;
-      kernels_.multiply(product, row, std::min(product.m, row + kRowsOfTask), panel,
-                        std::min(panels, panel + kPanelsOfTask));
-    });
   }
 
   const Chain& chain_;
@@ -237,11 +195,10 @@ class Run {
 }  // namespace
 
 void run(const Chain& chain, const std::vector<Stack>& stacks, Dtype dtype, const Kernels& kernels, int64_t at_once) {
-  uint32_t threads = 1;
-  if (torch_get_num_threads(&threads) != 0) throw std::runtime_error("torch does not say how many threads it has");
+  const int64_t threads = threads_of_torch();
   int64_t large = 0;
   for (const Stack& stack : stacks) large += stack.size() > kAlone ? stack.matrices : 0;
-  const bool many = large >= 2 * static_cast<int64_t>(threads) && at_once >= threads;
+  const bool many = large >= 2 * threads && at_once >= threads;
   std::vector<std::pair<const Stack*, int64_t>> alone;
   for (const Stack& stack : stacks) {
     if (stack.matrices == 0 || stack.size() == 0) continue;

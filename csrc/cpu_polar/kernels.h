@@ -65,6 +65,12 @@ struct Kernels {
   void (*store)(const void* from, int64_t begin, int64_t count, void* to, Dtype dtype);
   void (*fill)(void* to, Dtype dtype, int64_t count, float value);
   float (*round)(float x);  // as a buffer holds it
+  // Of fp32 squares: whether one is symmetric to the bit, and its transpose.
+  bool (*symmetric)(const float* x, int64_t side);
+  void (*transpose)(const float* from, int64_t side, float* to);
+  // fp32 rows made orthonormal one after the other (modified Gram-Schmidt), and their lengths when it was their turn; a
+  // row of length 0 stays.
+  void (*orthonormalize)(float* rows, int64_t count, int64_t length, float* lengths);
 };
 
 // What is compiled for this processor, nullptr where nothing is: products of the dtype are torch's then.

@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "common/floats.h"
@@ -428,9 +429,72 @@ inline void fill(void* to, Dtype dtype, int64_t count, float value) {
   dtype == Dtype::bf16 ? put_all(static_cast<uint16_t*>(to)) : put_all(static_cast<float*>(to));
 }
 
+// body(row, column, rows, columns) of tiles of 16, of those with column <= row where `half`.
+template <class Body>
+void in_tiles(int64_t side, bool half, const Body& body) {
+  for (int64_t i = 0; i < side; i += kPanel)
+    for (int64_t j = 0; j < (half ? i + 1 : side); j += kPanel)
+      body(i, j, static_cast<int>(side - i < kPanel ? side - i : kPanel),
+           static_cast<int>(side - j < kPanel ? side - j : kPanel));
+}
+
+// A tile turned, rows of kPanel numbers; what lies outside the square is left alone.
+inline void turn_tile(const float* from, int64_t side, int rows, int columns, float* to, int64_t to_row) {
+  if (rows == kPanel && columns == kPanel) {
+    for (int r = 0; r < kPanel; r += 4)
+      for (int c = 0; c < kPanel; c += 4) turn_into(from + r * side + c, side, to + c * to_row + r, to_row);
+    return;
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < columns; ++c) to[c * to_row + r] = from[r * side + c];
+}
+
+inline bool symmetric(const float* x, int64_t side) {
+  bool same = true;
+  in_tiles(side, true, [&](int64_t i, int64_t j, int rows, int columns) {
+    float turned[kPanel * kPanel];
+    turn_tile(x + i * side + j, side, rows, columns, turned, kPanel);
+    for (int c = 0; c < columns; ++c) {
+      const float* const row = x + (j + c) * side + i;
+      for (int r = 0; r < rows; ++r) same &= row[r] == turned[c * kPanel + r];
+    }
+  });
+  return same;
+}
+
+inline void transpose(const float* from, int64_t side, float* to) {
+  in_tiles(side, false, [&](int64_t i, int64_t j, int rows, int columns) {
+    turn_tile(from + i * side + j, side, rows, columns, to + j * side + i, side);
+  });
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------------
+
+inline float dot(const float* x, const float* y, int64_t length) {
+  float total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < length; ++i) total += x[i] * y[i];
+  return total;
+}
+
+inline void orthonormalize(float* rows, int64_t count, int64_t length, float* lengths) {
+  for (int64_t i = 0; i < count; ++i) {
+    float* const row = rows + i * length;
+    lengths[i] = std::sqrt(dot(row, row, length));
+    if (!(lengths[i] > 0)) continue;
+    const float by = 1 / lengths[i];
+    for (int64_t j = 0; j < length; ++j) row[j] *= by;
+    for (int64_t k = i + 1; k < count; ++k) {
+      float* const other = rows + k * length;
+      const float along = dot(row, other, length);
+      for (int64_t j = 0; j < length; ++j) other[j] -= along * row[j];
+    }
+  }
+}
+
 template <class E>
-constexpr Kernels kernels{pack<E>,   multiply<E>, sum<E>,       spread<E>, largest, load<E>,
-                          square<E>, divide<E>,   store_all<E>, fill,      round<E>};
+constexpr Kernels kernels{pack<E>,   multiply<E>,  sum<E>, spread<E>, largest,   load<E>,   square<E>,
+                          divide<E>, store_all<E>, fill,   round<E>,  symmetric, transpose, orthonormalize};
 
 }  // namespace
 }  // namespace steepest::cpu_polar::STEEPEST_ISA

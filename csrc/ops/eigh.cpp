@@ -1,5 +1,5 @@
-// The ops of the refresh of small eigenbases and of the batched eigensolver: check -> params -> device guard, stream
-// -> launch.
+// The ops of the refresh of small eigenbases, of the batched eigensolver and of orthogonal iteration on a CPU: check ->
+// params -> device guard, stream -> launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,13 +8,14 @@
 #include <utility>
 
 #include "common/device.h"
+#include "cpu_polar/kernels.h"
 #include "eigh/cusolver.h"
+#include "eigh/iterate.h"
 #include "eigh/params.h"
 #include "ops/op_checks.h"
 
 namespace steepest {
 
-#ifdef STEEPEST_HAS_CUDA
 namespace {
 
 using namespace eigh;
@@ -26,6 +27,23 @@ void check_stack(const Tensor& tensor, const Place& place, ScalarType type, int6
                   " elements");
 }
 
+void eigh_iterate(const Tensor& p, const Tensor& q, const Tensor& basis, const Tensor& order, const Tensor& measured) {
+  const Place place(p);
+  const cpu_polar::Kernels* const kernels = cpu_polar::kernels_for(Dtype::f32);
+  STD_TORCH_CHECK(kernels != nullptr, "eigh_iterate has no products for this processor");
+  STD_TORCH_CHECK(p.dim() == 3 && p.size(1) == p.size(2), "P must be a stack of square matrices");
+  const int64_t count = p.size(0), n = p.size(1);
+  for (const auto& [tensor, name] : {std::pair{&p, "P"}, {&q, "Q"}, {&basis, "basis"}})
+    check_stack(*tensor, place, ScalarType::Float, count * n * n, name);
+  check_stack(order, place, ScalarType::Long, count * n, "order");
+  check_stack(measured, place, ScalarType::Float, count * kMeasured, "measured");
+  if (count * n == 0) return;
+  iterate({count, n, static_cast<const float*>(p.const_data_ptr()), static_cast<const float*>(q.const_data_ptr()),
+           pointer<float>(basis), pointer<int64_t>(order), pointer<float>(measured)},
+          *kernels);
+}
+
+#ifdef STEEPEST_HAS_CUDA
 void eigh_refresh(const Tensor& p, const Tensor& q, const Tensor& basis, const Tensor& values, const Tensor& status,
                   const Tensor& order, int64_t method, int64_t sweeps) {
   const Place place(p);
@@ -79,8 +97,12 @@ void eigh_batched(const Tensor& a, const Tensor& w, const Tensor& info) {
   }
 }
 
+#endif
+
 }  // namespace
 
+STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) { m.impl("eigh_iterate", TORCH_BOX(&eigh_iterate)); }
+#ifdef STEEPEST_HAS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(steepest, CUDA, m) {
   m.impl("eigh_refresh", TORCH_BOX(&eigh_refresh));
   m.impl("eigh_batched", TORCH_BOX(&eigh_batched));

@@ -12,6 +12,7 @@
 
 #include "common/device.h"
 #include "cpu_polar/chain.h"
+#include "cpu_polar/syrk.h"
 #include "ops/op_checks.h"
 #include "polar/chain.h"
 #include "polar/chunks.h"
@@ -301,6 +302,29 @@ void cpu_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& outs, c
   cpu_polar::run(chain, stacks, dtype, *kernels, at_once);
 }
 
+// c may be out; the rows of x or else its columns are contiguous.
+void cpu_syrk(const Tensor& x, const Tensor& c, const Tensor& out, const Tensor& alpha, const Tensor& beta) {
+  const Place place(x);
+  const cpu_polar::Kernels* const kernels = cpu_polar::kernels_for(Dtype::f32);
+  STD_TORCH_CHECK(kernels != nullptr, "cpu_syrk has no products for this processor");
+  STD_TORCH_CHECK(x.dim() == 3 && x.scalar_type() == ScalarType::Float, "x must be a float32 stack of matrices");
+  const int64_t matrices = x.size(0), m = x.size(1), k = x.size(2);
+  const bool rows = x.is_contiguous();
+  STD_TORCH_CHECK(
+      rows || ((m == 1 || x.stride(1) == 1) && (k == 1 || x.stride(2) == m) && (matrices == 1 || x.stride(0) == m * k)),
+      "x must be a contiguous stack, or one of transposes");
+  for (const auto& [tensor, name] : {std::pair{&c, "c"}, {&out, "out"}}) {
+    check_floats(*tensor, place, matrices * m * m, name);
+    STD_TORCH_CHECK(tensor->is_contiguous(), name, " must be contiguous");
+  }
+  check_floats(alpha, place, matrices, "alpha"), check_floats(beta, place, matrices, "beta");
+  cpu_polar::average(
+      {matrices, m, k, static_cast<const float*>(x.const_data_ptr()), rows,
+       static_cast<const float*>(c.const_data_ptr()), pointer<float>(out),
+       static_cast<const float*>(alpha.const_data_ptr()), static_cast<const float*>(beta.const_data_ptr())},
+      *kernels);
+}
+
 #ifdef STEEPEST_HAS_CUDA
 Dtype small_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
   const Dtype type = element_type(tensor, place, name, i);
@@ -387,6 +411,7 @@ STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
   m.impl("chain_numbers", TORCH_BOX(&chain_numbers));
   m.impl("polar_chain", TORCH_BOX(&polar_chain));
   m.impl("cpu_chain", TORCH_BOX(&cpu_chain));
+  m.impl("cpu_syrk", TORCH_BOX(&cpu_syrk));
 }
 
 #ifdef STEEPEST_HAS_CUDA

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steepest.linalg import basis
-from steepest.linalg.basis import eigh_refresh, orthonormality, shifted_cholesky_qr
+from steepest.linalg.basis import eigh_refresh, orthonormality, shifted_cholesky_qr, tracked
+from steepest.ops import eigh
 from support.eigenvalues import (
     EIGENVALUES,
     FLOOR,
@@ -22,6 +23,7 @@ from support.eigenvalues import (
     on_tensor_cores,
     symmetric,
     tf32_product,
+    toeplitz,
     whitening,
 )
 from support.singular_values import gaussian, orthogonal
@@ -35,6 +37,12 @@ WAYS: dict[str, dict] = {
     "auto": {},
     "auto without reading": {"exact": False},
 }
+
+
+@pytest.fixture
+def in_torch_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orthogonal iteration as without compiled products."""
+    monkeypatch.setattr(eigh, "iterates", lambda P: False)
 
 
 def reference_qr(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,8 +184,10 @@ def test_the_last_stage_keeps_the_rank_of_every_slot_and_signs() -> None:
     assert again.values.diff().max() <= 0
 
 
-@pytest.mark.parametrize("factor", ["reflections", "Cholesky"])
+@pytest.mark.parametrize("factor", ["compiled", "reflections", "Cholesky"])
 def test_qr_is_the_reference(factor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if factor != "compiled":
+        monkeypatch.setattr(eigh, "iterates", lambda P: False)
     if factor == "Cholesky":
         monkeypatch.setattr(basis, "_orthonormal_factor", shifted_cholesky_qr)
     for spectrum in EIGENVALUES:
@@ -194,8 +204,10 @@ def test_qr_is_the_reference(factor: str, monkeypatch: pytest.MonkeyPatch) -> No
             ours = theirs = refreshed.basis
 
 
-@pytest.mark.parametrize("factor", ["reflections", "Cholesky"])
+@pytest.mark.parametrize("factor", ["compiled", "reflections", "Cholesky"])
 def test_qr_of_what_has_zero_columns_is_a_basis(factor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if factor != "compiled":
+        monkeypatch.setattr(eigh, "iterates", lambda P: False)
     if factor == "Cholesky":
         monkeypatch.setattr(basis, "_orthonormal_factor", shifted_cholesky_qr)
     P, Q = HARD["zero block"][0][0], HARD["zero block"][1]
@@ -206,7 +218,7 @@ def test_qr_of_what_has_zero_columns_is_a_basis(factor: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("factor", [lambda Y: 1.001 * torch.linalg.qr(Y).Q, lambda Y: Y * math.nan])
 def test_a_factor_that_fails_leaves_the_basis(
-    factor: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+    factor: Callable[[Tensor], Tensor], in_torch_ops: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(basis, "_orthonormal_factor", factor)
     P, Q = HARD["toeplitz"][0][0], HARD["toeplitz"][1]
@@ -341,7 +353,7 @@ def test_fp64(way: str) -> None:
 
 
 @pytest.mark.parametrize("Q", [torch.zeros(8, 8), torch.full((8, 8), math.nan), torch.ones(8, 8)])
-def test_what_is_no_basis_counts_as_the_identity(Q: Tensor) -> None:
+def test_what_is_no_basis_counts_as_the_identity(Q: Tensor, in_torch_ops: None) -> None:
     P = symmetric(torch.logspace(0, -3, 8).double()).float()
     for way in WAYS.values():
         ours, identity = eigh_refresh(P, Q, **way), eigh_refresh(P, torch.eye(8), **way)
@@ -383,7 +395,7 @@ def test_inputs_are_not_written_and_the_same_input_gives_the_same_bits() -> None
 
 
 @pytest.mark.parametrize("way", ["jr", "jr, two sweeps", "qr", "auto without reading"])
-def test_nothing_is_read(way: str) -> None:
+def test_nothing_is_read(way: str, in_torch_ops: None) -> None:
     """On tensors without data, to read one raises."""
     with FakeTensorMode():
         P, Q = torch.empty(3, 20, 20), torch.empty(3, 20, 20)
@@ -392,11 +404,96 @@ def test_nothing_is_read(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", [slow("jr"), "qr", slow("auto without reading")])
-def test_compiles_in_one_graph(way: str) -> None:
+def test_compiles_in_one_graph(way: str, in_torch_ops: None) -> None:
     matrices, Q = HARD["condition 1e8, warm"]
     compiled = torch.compile(lambda P, Q: eigh_refresh(P, Q, **WAYS[way]), fullgraph=True, backend="eager")
     for seen, expected in zip(compiled(matrices[0], Q), eigh_refresh(matrices[0], Q, **WAYS[way])):
         assert torch.equal(seen, expected)
+
+
+# ---- orthogonal iteration on a CPU ----------------------------------------------------------------------------------
+
+compiled = pytest.mark.skipif(not eigh.iterates(torch.eye(2)), reason="no products are compiled for this processor")
+
+
+@compiled
+@pytest.mark.parametrize("spectrum", EIGENVALUES)
+@pytest.mark.parametrize("n", [1, 2, 18, 128, 300])
+def test_an_iteration_is_qr_of_the_image_with_its_errors(n: int, spectrum: str) -> None:
+    """Against Householder's reflections in fp64; errors are from 8 vectors of signs."""
+    matrices = list(drifting(n, spectrum, 3)) if n > 2 else [symmetric(torch.linspace(1, 2, n).double()).float()] * 3
+    Q = exact_basis(matrices[0])[:, torch.arange(n).flip(0)].contiguous()
+    for P in matrices[1:]:
+        P = basis.symmetrize(P)
+        made = eigh.iterate(P[None], Q[None])
+        assert made.done.all()
+        order, image = made.order[0], P.double() @ Q.double()
+        values = (Q * image).sum(0)
+        assert values[order].diff().amax() <= 1e-6 * values.amax() if n > 1 else order.tolist() == [0]
+        wanted, R = torch.linalg.qr(image[:, order])
+        wanted = wanted * R.diagonal().sign()
+        torch.testing.assert_close(made.basis[0].double(), wanted, atol=2e-4, rtol=0)
+        assert orthonormality(made.basis[0].double()) < 5e-6
+        if n > 18:
+            for found, exact in (
+                (made.before, whitening(P, Q, FLOOR)),
+                (made.after, whitening(P, made.basis[0], FLOOR)),
+            ):
+                assert found.item() == pytest.approx(exact, rel=0.15)
+        Q = made.basis[0]
+
+
+@compiled
+@pytest.mark.parametrize("count, n", [(3, 60), (2, 530)])
+def test_an_iteration_has_the_same_bits_alone_and_on_any_number_of_threads(count: int, n: int) -> None:
+    P = torch.stack([basis.symmetrize(symmetric(EIGENVALUES["power"](n), seed).float()) for seed in range(count)])
+    Q = torch.stack([orthogonal(n, seed).float() for seed in range(count)])
+    together, threads = eigh.iterate(P, Q), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        for i in range(count):
+            alone = eigh.iterate(P[i : i + 1], Q[i : i + 1])
+            assert all(torch.equal(all_[i : i + 1], one) for all_, one in zip(together, alone, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@compiled
+def test_an_iteration_leaves_what_it_is_not_for() -> None:
+    P, Q = basis.symmetrize(symmetric(torch.logspace(0, -3, 20).double()).float()), torch.eye(20)
+    wrong = [P.clone() for _ in range(4)]
+    wrong[1][3, 3], wrong[2][4, 5], wrong[3][:] = math.nan, wrong[2][4, 5] + 1, 0
+    done = eigh.iterate(torch.stack([*wrong, P]), torch.stack([Q] * 4 + [2 * Q])).done
+    assert done.tolist() == [True, False, False, False, False]
+
+
+@compiled
+@pytest.mark.parametrize("spectrum", EIGENVALUES)
+def test_what_drifts_is_tracked_by_iteration_and_what_jumps_is_solved(spectrum: str) -> None:
+    matrices = [basis.symmetrize(P) for P in drifting(128, spectrum, 6)]
+    ours = theirs = exact_basis(matrices[0])
+    for P in matrices[1:]:
+        new = tracked(P, ours)
+        theirs = reference_qr(P, theirs)[0]
+        assert new.status == basis.ACCEPTED
+        assert whitening(P, new.basis) < 1.02 * whitening(P, theirs) + 1e-4
+        torch.testing.assert_close(new.values, (new.basis * (P @ new.basis)).sum(0))
+        assert tracked(P, ours, values=False).values.isnan().all()
+        ours = new.basis
+    settled = exact_basis(toeplitz(64).float())
+    jump = tracked(toeplitz(64).float(), torch.eye(64))
+    assert jump.status & basis.FELL_BACK or whitening(toeplitz(64), jump.basis) < whitening(toeplitz(64), torch.eye(64))
+    assert tracked(toeplitz(64).float(), settled).status & basis.ACCEPTED
+
+
+@compiled
+@pytest.mark.parametrize("case", HARD)
+def test_tracked_promises_what_a_refresh_does(case: str) -> None:
+    matrices, Q = HARD[case]
+    for P in matrices:
+        refreshed = tracked(P, Q)
+        assert_refreshed(P, Q, refreshed._replace(status=refreshed.status & ~basis.FELL_BACK))
+        Q = refreshed.basis
 
 
 def test_measures() -> None:

@@ -5,6 +5,7 @@ fp64 and the exact polar factor throughout, but for what is about rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -288,14 +289,15 @@ def test_without_bases_there_is_no_orthogonal_equivariance(cls: Maker) -> None:
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of which eigh_refresh is asked from now on."""
-    asked, refresh = [], rotated.eigh_refresh
+    """The shapes of which a refresh is asked from now on."""
+    asked: list[tuple[int, ...]] = []
 
-    def counting(p: Tensor, q: Tensor, **how: Any) -> Any:
+    def counting(refresh: Callable[..., Any], p: Tensor, q: Tensor, **how: Any) -> Any:
         asked.append(tuple(p.shape))
         return refresh(p, q, **how)
 
-    monkeypatch.setattr(rotated, "eigh_refresh", counting)
+    for name in ("eigh_refresh", "tracked"):
+        monkeypatch.setattr(rotated, name, functools.partial(counting, getattr(rotated, name)))
     return asked
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .fakes import register_fake
 from .symm_gemm import Number, linear
 
 Precision = Literal["tf32x3", "tf32", "ieee"]
@@ -95,6 +96,9 @@ def syrk_ema(factor: Tensor, x: Tensor, weight: Number | None, *, out: Tensor | 
         launch(rows, rows.mT, average, alpha, beta, 0.0, into, symmetric=True, precision="tf32x3")
         return result
     rows = rows.to(factor.dtype)
+    if _on_host(factor):
+        _by_host(rows, average.contiguous(), into, weight)
+        return result
     gram = _by_torch(rows, rows.mT, symmetric=True)
     if weight is None:
         torch.add(average, gram, out=into)
@@ -103,6 +107,22 @@ def syrk_ema(factor: Tensor, x: Tensor, weight: Number | None, *, out: Tensor | 
     else:
         torch.lerp(average, gram, weight, out=into)
     return result
+
+
+def _on_host(factor: Tensor) -> bool:
+    """Whether an average is taken by products of our own (csrc/cpu_polar/syrk.cpp), half of them and in one pass."""
+    if factor.device.type != "cpu" or factor.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    wanted = _backend.requested("auto") in ("auto", "cpu")
+    return wanted and _backend.extension is not None and _backend.extension.cpu_products(False)
+
+
+def _by_host(rows: Tensor, average: Tensor, out: Tensor, weight: Number | None) -> None:
+    ones = average.new_ones(len(average))
+    alpha = ones if weight is None else ones * weight
+    beta = ones if weight is None else 1 - alpha
+    rows = rows if rows.is_contiguous() or rows.mT.is_contiguous() else rows.contiguous()
+    torch.ops.steepest.cpu_syrk(rows, average, out, alpha, beta)
 
 
 def _by_torch(a: Tensor, b: Tensor, symmetric: bool) -> Tensor:
@@ -169,3 +189,10 @@ def _check_average(factor: Tensor, x: Tensor, weight: Number | None, out: Tensor
     batch = math.prod(factor.shape[:-2])
     if isinstance(weight, Tensor) and weight.numel() not in (1, batch):
         raise ValueError(f"weight must hold 1 number or {batch}, one for each matrix, got shape {tuple(weight.shape)}")
+
+
+if _backend.extension is not None:
+
+    @register_fake("cpu_syrk")
+    def _(*arguments: object) -> None:
+        """Mutates out; no metadata changes."""

@@ -45,7 +45,7 @@ class Bases(TypedDict, total=False):
     shampoo_beta: decay rate of the factors; None: betas[1], 1: sums
     precondition_frequency: steps between two refreshes of the bases
     refresh: "auto", "jr", "qr" or "eigh", how the bases are refreshed
-        A method of `steepest.linalg.basis.eigh_refresh`; "auto" is "eigh" on a CPU.
+        A method of `steepest.linalg.basis.eigh_refresh`; "auto" is `steepest.linalg.basis.tracked` on a CPU.
     exact_refreshes: how many of the first refreshes are exact eigendecompositions
     refresh_delay: steps until the result of a refresh is used, at most precondition_frequency
         But for the first. On a GPU it is made beside these steps, on a stream of its own. The same on every device and

@@ -21,6 +21,7 @@ from steepest.tools.bench.case import Job
 from steepest.tools.bench.ceilings import Ceilings
 from steepest.tools.bench.records import Record, read
 from steepest.tools.bench.regression import compare
+from steepest.tools.bench.suites import SUITES
 from support.pretended_gpu import pretended
 
 
@@ -235,23 +236,57 @@ def test_the_gate_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
         record(row(ms=ms))[0].write(tmp_path / f"{name}.json")
     old, new = str(tmp_path / "old.json"), str(tmp_path / "new.json")
     assert bench("--compare", old, new) == 1
-    assert "worse: polar 2x2 float16 ours: ms 1 -> 2 (2.00 x)" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split() == ["worse", "what", "before", "now", "times"]
+    assert said[2].split() == ["polar", "2x2", "float16", "ours", "ms", "1", "2", "2.00"]
     assert bench("--compare", old, old) == 0
     with pytest.raises(SystemExit):
         bench("symm_gemm", *SHORT, "--compare", old)
     said = capsys.readouterr()
     assert "runs on different machines are not compared" in said.err
     assert "[1/1]" not in said.out
-    shapes = ("symm_gemm", *SHORT, "--shapes", "2x16x16", "--no-peers", "--out", str(tmp_path / "run"))
-    assert bench(*shapes) == 0
-    path = tmp_path / "run" / "symm_gemm.json"
-    written = json.loads(path.read_text())
-    for each in written["rows"]:
-        each["ms"] = each["spread_ms"] = 1e-6
-    path.write_text(json.dumps(written))
+
+
+def test_a_planted_slowdown_fails_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against a folder of baselines, of which the one of this class of CPU is taken, whatever the CPU's name."""
+    run = ("symm_gemm", "--device", "cpu", "--shapes", "2x96x96", "--no-peers", "--rounds", "9")
+    folder = tmp_path / "baselines"
+    assert bench(*run, "--out", str(folder), "--name", "this") == 0
+    this = json.loads((folder / "this.json").read_text())
+    other = {**this, "machine": {**this["machine"], "machine": "Another with tiles, 99 threads"}}
+    this["machine"]["machine"] = "Renamed " + this["machine"]["machine"]
+    for row_ in this["rows"]:
+        row_["spread_ms"] = 0.0
+    (folder / "this.json").write_text(json.dumps(this))
+    (folder / "other.json").write_text(json.dumps({**other, "rows": []}))
+    gemm = SUITES["symm_gemm"].__globals__["gemm"]
+    monkeypatch.setitem(SUITES["symm_gemm"].__globals__, "gemm", lambda *a, **k: [gemm(*a, **k) for _ in range(20)][-1])
     capsys.readouterr()
-    assert bench(*shapes, "--compare", str(path)) == 1
-    assert "worse: symm_gemm 2x16x16 float32 symm_gemm: ms 1e-06 -> " in capsys.readouterr().out
+    assert bench(*run, "--out", str(tmp_path / "run"), "--compare", str(folder)) == 1
+    worse = [line for line in capsys.readouterr().out.splitlines() if "time over torch.bmm" in line]
+    assert len(worse) == 1
+    assert float(worse[0].split()[-1]) > 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "worse"),
+    [
+        (row(ratio=2.0, base="torch"), row(ratio=2.0, base="torch", ms=9.0), []),  # a slow minute of everybody's
+        (row(ratio=2.0, base="torch"), row(ratio=1.8, base="torch"), []),  # within the margin
+        (row(ratio=2.0, base="torch"), row(ratio=1.0, base="torch"), ["time over torch 0.5 -> 1 (2.00 x)"]),
+        (row(ratio=2.0, base="torch", spread_ms=0.9), row(ratio=1.0, base="torch", spread_ms=0.9), []),
+        (row(ratio=2.0, base="ours"), row(ratio=1.0, base="ours"), []),
+        (row(state_mib=1.0), row(state_mib=1.1), ["state_mib 1 -> 1.1 (1.10 x)"]),
+    ],
+)
+def test_cpus_are_compared_by_ratios(before: dict[str, Any], after: dict[str, Any], worse: list[str]) -> None:
+    old, new = (record(each, machine=f"{name}, 2 threads") for each, name in ((before, "One"), (after, "Two")))
+    found = compare(old, new)
+    assert [str(change).partition(": ")[2] for change in found.worse] == worse
+    with pytest.raises(ValueError, match="CPU with no bf16, 1 thread, CPU with no bf16, 2 threads"):
+        compare(record(before, machine="One, 1 thread, CPU time"), new)
 
 
 def test_what_is_judged_has_its_spread() -> None:

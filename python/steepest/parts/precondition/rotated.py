@@ -16,14 +16,15 @@ Shampoo arXiv:1802.09568, SPlus arXiv:2506.07254.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ...linalg.basis import WANTS_EXACT, Method, Refreshed, eigh_refresh, refresh_work
+from ...linalg.basis import FELL_BACK, WANTS_EXACT, Method, Refreshed, eigh_refresh, refresh_work, tracked
 from ...linalg.work import Work
 from ...ops import streams
 from ..hyper import Hyper, Number
@@ -50,7 +51,9 @@ class Rotated(Kronecker):
         where they went; "hadamard" mixes them by the squares of the rotation, as if rotated entries were independent.
 
     With method="auto" a matrix that a refresh got no hold of is solved exactly in the next one. The host then reads the
-    status of the last one, always at the same step, and does not wait for what has begun since.
+    status of the last one, always at the same step, and does not wait for what has begun since. On a CPU, where nothing
+    waits, it is solved at once (`steepest.linalg.basis.tracked`), and columns that orthogonal iteration has turned a
+    little keep their averages of squares.
     """
 
     inner: Identity | Diagonal | Sides = _IDENTITY
@@ -161,7 +164,8 @@ class Rotated(Kronecker):
         return flop
 
     def refresh_work(self, n: int, device: torch.device | str) -> Work:
-        return refresh_work(n, _solver(self.method, torch.device(device)))
+        tracks = self.method == "auto" and torch.device(device).type == "cpu"
+        return refresh_work(n, "qr" if tracks else self.method)
 
     # ---- what is learned --------------------------------------------------------------------------------------------
 
@@ -238,16 +242,24 @@ class Rotated(Kronecker):
 
     def needs_exact(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
         first, side = owners[0]
-        if _solver(self.method, states[first][FACTORS[side]].device) != "auto":
+        if self.method != "auto" or _tracks(states[first][FACTORS[side]].device):
             return super().needs_exact(states, owners)
         statuses = streams.read([states[i][STATUS[side]] for i, side in owners])
         return [bool(status & WANTS_EXACT) for status in statuses]
 
     def solve(self, some: Gathered) -> Mapping[Pair, Tensor]:
         factors, bases = some.tensors
-        refreshed = _refreshed(factors, bases, some.exact, _solver(self.method, factors.device))
+        refreshed = self._refreshed(factors, bases, some.exact)
         given = {NEXT: refreshed.basis, ORDERS: refreshed.order, STATUS: refreshed.status}
         return {**given, NEXT_VALUES: self._resolved(refreshed.values)} if self._of_refresh else given
+
+    def _refreshed(self, factors: Tensor, bases: Tensor, exact: list[bool]) -> Refreshed:
+        """Bases made by the exact solver where that is wanted, which reads the device, and by the method elsewhere."""
+        if self.method == "auto" and _tracks(factors.device):
+            refresh = functools.partial(tracked, values=self._of_refresh)
+        else:
+            refresh = functools.partial(eigh_refresh, method=self.method)
+        return _by_turns(factors, bases, exact, refresh)
 
     def new_metric(self, state: State) -> State:
         """The new bases, and the values and second moments that belong to them."""
@@ -257,15 +269,27 @@ class Rotated(Kronecker):
                 self._turn(state, fresh, side)
         return fresh
 
+    def _turned(self, state: State, side: int) -> Tensor:
+        """The matrices whose averages are mixed by the rotation; others stay with their columns."""
+        every = torch.arange(len(state[BASES[side]]), device=state[BASES[side]].device)
+        if self.transport != "hadamard":
+            return every[:0]
+        if self.method != "auto" or not _tracks(every.device):
+            return every
+        return every[(state[STATUS[side]] & FELL_BACK) != 0]
+
     def _turn(self, state: State, fresh: State, side: int) -> None:
         old, order = state[BASES[side]], state[ORDERS[side]]
         basis = fresh[BASES[side]] = state[NEXT[side]].to(old.dtype)
+        turned = self._turned(state, side)
 
         def moved(v: Tensor) -> Tensor:
             """Averages of squares, whose last dimension is this side's."""
-            if self.transport == "hadamard":
-                return v @ (wide(old).mT @ wide(basis)).square().to(v.dtype)
-            return v.gather(-1, order.unsqueeze(-2).expand_as(v))
+            kept = v.gather(-1, order.unsqueeze(-2).expand_as(v))
+            if len(turned) == 0:
+                return kept
+            mixed = v[turned] @ (wide(old[turned]).mT @ wide(basis[turned])).square().to(v.dtype)
+            return mixed if len(turned) == len(v) else kept.index_copy(0, turned, mixed)
 
         if self.sides is not None:
             average, now = state[VALUES[side]], state[FACTORS[side]]
@@ -278,21 +302,27 @@ class Rotated(Kronecker):
             fresh[self.inner.key] = moved(v) if side else moved(v.mT).mT
 
 
-def _solver(method: Method, device: torch.device) -> Method:
-    """The method on this device: an exact solver on a CPU, where it takes no longer than a rotation."""
-    return "eigh" if method == "auto" and device.type == "cpu" else method
+def _tracks(device: torch.device) -> bool:
+    """Whether "auto" is orthogonal iteration and, where that gets no hold, the exact solver at once."""
+    return device.type == "cpu"
 
 
-def _refreshed(factors: Tensor, bases: Tensor, exact: list[bool], method: Method) -> Refreshed:
-    """Bases made by the exact solver where that is wanted, which reads the device, and by this method elsewhere."""
+def _by_turns(
+    factors: Tensor, bases: Tensor, exact: list[bool], refresh: Callable[[Tensor, Tensor], Refreshed]
+) -> Refreshed:
+    """The refresh, and the exact solver of those that are to be solved exactly."""
     if not any(exact):
-        return eigh_refresh(factors, bases, method=method)
+        return refresh(factors, bases)
     if all(exact):
-        return eigh_refresh(factors, bases, method="eigh")
-    kinds: tuple[tuple[bool, Method], ...] = ((True, "eigh"), (False, method))
-    solved = []
-    for kind, how in kinds:
+        return _solved(factors, bases)
+    parts = []
+    for kind, how in ((True, _solved), (False, refresh)):
         index = torch.tensor([i for i, flag in enumerate(exact) if flag is kind], device=factors.device)
-        solved.append((index, eigh_refresh(factors[index], bases[index], method=how)))
-    back = torch.cat([index for index, _ in solved]).argsort()
-    return Refreshed(*(torch.cat(parts)[back] for parts in zip(*(refreshed for _, refreshed in solved), strict=True)))
+        parts.append((index, how(factors[index], bases[index])))
+    back = torch.cat([index for index, _ in parts]).argsort()
+    return Refreshed(*(torch.cat(each)[back] for each in zip(*(refreshed for _, refreshed in parts), strict=True)))
+
+
+def _solved(factors: Tensor, bases: Tensor) -> Refreshed:
+    solved = eigh_refresh(factors, bases, method="eigh")
+    return solved._replace(status=solved.status | FELL_BACK) if _tracks(factors.device) else solved

@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
     jobs = _in_turn([list(SUITES[name](settings)) for name in names], options.budget is not None)
     facts = machine(settings.device)
     if old:
+        old[0] = list(regression.of_class(old[0], facts))
         regression.check_machine([*(each.machine for each in old[0]), facts])
     record = _begin(facts, names, settings, options)
     path = options.out / f"{options.name or (names[0] if len(names) == 1 else 'bench')}.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
     """Facts by name, in the order of the columns. The commit is STEEPEST_COMMIT where it is set, else what git says of
     the checkout around the package, else that of the build."""
     cuda = device.startswith("cuda")
-    name = torch.cuda.get_device_name() if cuda else f"{cpu()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if cuda else f"{cpu()}, {threads()}"
     driver = {"driver": _driver(), "cuda": str(torch.version.cuda), "triton": _triton()} if cuda else {}
     versions = {"torch": torch.__version__, "python": platform.python_version(), "steepest": __version__}
     return {"machine": name, **driver, **versions, "commit": os.environ.get("STEEPEST_COMMIT") or commit()}
@@ -51,6 +52,22 @@ def cpu() -> str:
     bf16 = [f" with {each}" for each in ("avx512_bf16", "bf16") if each in features]
     switch = [f", STEEPEST_CPU_BF16={polar.cpu_bf16}"] if polar.cpu_bf16 else []
     return "".join((name, *bf16, *switch))
+
+
+def threads() -> str:
+    """torch's threads, and the clock that goes with one (`timing`)."""
+    number = torch.get_num_threads()
+    return "1 thread, CPU time" if number == 1 else f"{number} threads"
+
+
+def machine_class(name: str) -> str | None:
+    """What makes ratios comparable between CPUs, of a machine's name: bf16 products and threads. None: of no CPU."""
+    used = re.search(r"\d+ threads?\b", name)
+    if used is None:
+        return None
+    bf16 = re.search(r" with (\w+)", name)
+    without = bf16 is None or "STEEPEST_CPU_BF16=0" in name
+    return f"CPU with {'no bf16' if without or bf16 is None else bf16[1]}, {used[0]}"
 
 
 def _fields(text: str) -> dict[str, str]:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ..case import OK, Job, Row, Settings, failure
 from ..ceilings import Ceilings
 from ..counting import peak_bytes, storages
 from ..optimizers import BASE, Method, Problem, muons, soaps
-from ..shapes import Model, elements, matrices, parse
+from ..peers import LR
+from ..shapes import elements, matrices, parse
 from .common import sizes
 
 SHAPES = ("gpt2-124m", "llama-1b", "moe-64")
 CPU = ("tiny", "small")
-SOAP_SIDE = {True: 4096, False: 256}  # of a model whose bases are refreshed in every step, on a GPU and on a CPU
+SOAP_SIDE = {True: 4096, False: 1024}  # of a model whose bases are refreshed in every step, on a GPU and on a CPU
 WARM_UP = 4  # steps: a graph is captured at the third
+
+
+ADAMW = "torch.optim.AdamW"
+
+
+def _adamw(matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> list[Optimizer]:
+    return [torch.optim.AdamW([*matrices, *others], lr=LR, fused=True)]
 
 
 def memory(settings: Settings) -> Iterator[Job]:
@@ -31,13 +41,15 @@ def _rows(name: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
     """Rows of one optimizer after the other, so that each has the memory to itself."""
     model = parse(name)
     longest = max(max(m, n) for _, m, n in matrices(model))
-    methods = muons(settings, model) | (soaps(settings) if longest <= SOAP_SIDE[settings.cuda] else {})
+    methods = {ADAMW: Method(_adamw, None, ours=False, version=torch.__version__)} | muons(settings, model)
+    methods |= soaps(settings) if longest <= SOAP_SIDE[settings.cuda] else {}
     rows: list[Row] = []
     for variant, method in methods.items():
         row: Row = {"suite": "memory", "case": f"{name} whole", "dtype": "float32", "variant": variant}
         row |= {"ours": method.ours, "version": method.version}
         try:
-            rows.append(row | {"status": OK} | _measure(model, method, settings.device))
+            problem = Problem(model, settings.device, whole=True)
+            rows.append(row | {"status": OK} | memory_of(problem, method, settings.device))
         except Exception as error:
             rows.append(row | {"status": failure(error)})
     base = next((row for row in rows if row["variant"] == BASE and row["status"] == OK), None)
@@ -49,8 +61,8 @@ def _rows(name: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
     return rows
 
 
-def _measure(model: Model, method: Method, device: str) -> Row:
-    problem = Problem(model, device, whole=True)
+def memory_of(problem: Problem, method: Method, device: str) -> Row:
+    """State of a method's optimizers, and the peak of a step beyond parameters, gradients and state, in MiB."""
     optimizers = problem.build(method)
 
     def step() -> None:

@@ -1,6 +1,7 @@
 """Refreshed eigenbases, inverse roots and the products they are made of, beside torch's decompositions.
 
-    refresh        `eigh_refresh` by every method, beside SOAP's refresh by torch.linalg.qr and beside torch.linalg.eigh
+    refresh        `eigh_refresh` by every method, on a CPU also `tracked`, beside SOAP's refresh by torch.linalg.qr and
+                   beside torch.linalg.eigh
     roots p=2, 4   `inverse_root`, beside a coupled Newton iteration in torch and the root by its eigh
     products       `product` in every precision beside torch.bmm
     averages       `syrk_ema` of bf16 beside torch.lerp
@@ -19,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from steepest.linalg.basis import eigh_refresh
+from steepest.linalg.basis import eigh_refresh, tracked
 from steepest.linalg.roots import inverse_root, spectral_bound
 from steepest.ops.products import PRECISIONS, product, syrk_ema
 
@@ -155,6 +156,7 @@ def bases(P: Tensor, Q: Tensor) -> Variants:
         "qr": replace(ours("qr"), bounds=ORTHONORMAL),
         "auto": ours("auto", exact=False),
         "auto, exact": ours("auto", exact=True),
+        **({} if P.is_cuda else {"tracked": replace(ours("qr"), run=lambda: tracked(P, Q, values=False).basis)}),
         "eigh": replace(ours("eigh"), one=lambda: eigh_refresh(P[:1], Q[:1], method="eigh").basis, parts=len(P)),
     }
 

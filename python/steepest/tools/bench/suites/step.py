@@ -1,22 +1,26 @@
 """A whole optimizer step on a named model: ours, torch's and the peers', and SOAP with a refresh at every step.
 
 Timed as it is called, launch gaps and all. With --whole, embeddings, norms and biases are there too: by AdamW inside
-ours, by torch.optim.AdamW(fused=True) beside torch.optim.Muon. See `optimizers` for what is shared and how errors are
-taken.
+ours, by torch.optim.AdamW(fused=True) beside torch.optim.Muon. On a CPU a row has state and peak memory as well. See
+`optimizers` for what is shared and how errors are taken.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
 from steepest import zoo
 
-from ..case import Case, Errors, Job, Settings
+from ..case import Case, Errors, Job, Row, Settings
+from ..ceilings import Ceilings
 from ..optimizers import BASE, SOAP, Method, Problem, direction_errors, fitting, muons, parts_error, soaps
 from ..shapes import Model, matrices, parse
 from .common import name_of, sizes, timed
+from .memory import memory_of
 
 SHAPES = ("gpt2-124m", "per-head", "lora-16", "llama-1b", "moe-64", "kimi-k2", "llama-7b-layers")
 CPU = ("tiny", "small", "vit-tiny", "resnet-18", "lora-gpt2", "heads-gpt2", "experts-small")
@@ -40,14 +44,22 @@ def _job(name: str, base: str, of: Callable[[Model, Settings], Methods], setting
     whole = bool(settings.options.get("whole"))
     title = name + (" whole" if whole else "") + (" SOAP" if base == SOAP else "")
 
+    model, methods = parse(name), dict[str, Method]()
+
     def build() -> Case:
-        model = parse(name)
-        methods, errors = of(model, settings)
+        made, errors = of(model, settings)
+        methods.update(made)
         problem = Problem(model, settings.device, dtype, whole)
         variants = {each: problem.variant(method, errors.get(each, {})) for each, method in methods.items()}
         return Case("step", title, name_of(dtype), variants, base, hide=False)
 
-    return timed("step", title, dtype, settings, build)
+    def with_memory(measured: Callable[[Ceilings], list[Row]], ceilings: Ceilings) -> list[Row]:
+        rows, fresh = measured(ceilings), Problem(model, settings.device, dtype, whole)
+        memory = [memory_of(fresh, methods[row["variant"]], settings.device) if "ms" in row else {} for row in rows]
+        return [row | more for row, more in zip(rows, memory, strict=True)]
+
+    for job in timed("step", title, dtype, settings, build):
+        yield job if settings.cuda else replace(job, run=functools.partial(with_memory, job.run))
 
 
 def _muons(model: Model, settings: Settings) -> Methods:

@@ -1,0 +1,34 @@
+#include "cpu_polar/syrk.h"
+
+#include <memory>
+
+#include "cpu_polar/team.h"
+
+namespace steepest::cpu_polar {
+namespace {
+
+constexpr int64_t kAlone = int64_t{1} << 18;  // elements of X and of the average up to which a thread takes a matrix
+
+void average_one(const Averages& averages, int64_t i, const Team& team) {
+  const int64_t m = averages.m, k = averages.k;
+  const std::unique_ptr<uint32_t[]> packed(new uint32_t[packed_words(Dtype::f32, m, k)]);
+  team.pack({averages.x + i * m * k, m, k, averages.by_rows}, packed.get());
+  Product product{};
+  product.a = product.b = packed.get(), product.m = product.n = m, product.k = k;
+  product.symmetric = product.same = true;
+  product.alpha = averages.alpha[i], product.beta = averages.beta[i];
+  product.c = product.beta == 0 ? nullptr : averages.c + i * m * m;
+  product.d = averages.out + i * m * m;
+  team.multiply(product);
+}
+
+}  // namespace
+
+void average(const Averages& averages, const Kernels& kernels) {
+  const int64_t threads = threads_of_torch(), size = averages.m * std::max(averages.m, averages.k);
+  if (size <= kAlone || averages.matrices >= 2 * threads)
+    return for_each(averages.matrices, threads, [&](int64_t i) { average_one(averages, i, {kernels, 1}); });
+  for (int64_t i = 0; i < averages.matrices; ++i) average_one(averages, i, {kernels, threads});
+}
+
+}  // namespace steepest::cpu_polar

@@ -1,0 +1,25 @@
+// Averages of Gram matrices on a CPU; no torch in here.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu_polar/kernels.h"
+
+namespace steepest::cpu_polar {
+
+// out = alpha X X^T + beta C of so many matrices, fp32: X (m, k), C and out (m, m), contiguous, C where it is out or
+// apart from it; by_rows: rows of X are contiguous, else its columns are. Half of a product is computed, and the result
+// is symmetric to the bit if C is.
+struct Averages {
+  int64_t matrices, m, k;
+  const float* x;
+  bool by_rows;
+  const float* c;
+  float* out;
+  const float *alpha, *beta;  // one for each matrix; C is not read where beta is 0
+};
+
+// A matrix has the same bits whatever else is in the call and however many threads there are.
+void average(const Averages& averages, const Kernels& kernels);
+
+}  // namespace steepest::cpu_polar
