@@ -15,6 +15,8 @@ Group = dict[str, Any]
 
 # Group values that change from step to step and that no recipe depends on.
 CHANGING = frozenset({"params", "lr", "weight_decay", "momentum", "beta2", "betas", "initial_lr", "max_lr", "min_lr"})
+# Numbers that a step reads anew.
+NUMBERS = ("lr", "weight_decay", "momentum", "beta2", "betas", "eps")
 # Those that `capturable` keeps on the device, where a captured step reads them.
 ON_DEVICE = ("lr", "weight_decay")
 
@@ -87,7 +89,7 @@ def refuse_option(group: Group, name: str, why: str) -> None:
 def refuse_cautious_update(group: Group, why: str) -> None:
     """ValueError where a group says cautious_update=True and cannot have it."""
     if group.get("cautious_update"):
-        raise ValueError(f"cautious_update is not taken here: {why}")
+        raise ValueError(f"cautious_update=True is not taken here: {why}; leave it out")
 
 
 def refuse_decay_methods(group: Group, why: str, *methods: str) -> None:

@@ -16,6 +16,7 @@ from ..parts import ADJUST_LR, Hyper
 from ..recipe import Recipe, State, adamw
 from .group_options import (
     CHANGING,
+    NUMBERS,
     ON_DEVICE,
     Group,
     adam_hyper,
@@ -44,6 +45,8 @@ class Groups(torch.optim.Optimizer):
     _reasons: dict[Tensor, str]
     #: by the identity of a group: its values, its recipe, and a number that is new whenever these have changed
     _recipes: dict[int, tuple[Group, Recipe, int]]
+    #: by the identity of a group: the numbers of its steps, as they were when they were last checked
+    _numbers: dict[int, Group]
     #: options whose type is another one than in every other optimizer; of all classes in the order of resolution
     _own_types: ClassVar[dict[str, OptionType]] = {}
 
@@ -68,9 +71,41 @@ class Groups(torch.optim.Optimizer):
         values = frozen(group, (key for key in self.defaults if key not in CHANGING))
         known = self._recipes.get(id(group))
         if known is None or changed(known[0], values) is not None:
+            values, recipe = self._check_recipe(group, values)
             version = 1 + max((version for _, _, version in self._recipes.values()), default=0)
-            known = self._recipes[id(group)] = (values, self._new_recipe(group), version)
+            known = self._recipes[id(group)] = (values, recipe, version)
         return known[1:]
+
+    def _check_changed(self, group: Group, keys: Iterable[str]) -> None:
+        """TypeError or ValueError, which names the group, for a value that the constructor refuses. Tensors on a device
+        are not read.
+        """
+        values = {key: group[key] for key in keys}
+        check_options(values, self._merged("_own_types"), of=self._called(group), on_host=True)
+        group.update(values)
+
+    def _check_recipe(self, group: Group, keys: Iterable[str]) -> tuple[Group, Recipe]:
+        """The values of these keys, checked as `_check_changed` does, and the group's recipe anew."""
+        self._check_changed(group, keys)
+        try:
+            return frozen(group, keys), self._new_recipe(group)
+        except ValueError as error:
+            raise ValueError(f"{self._called(group)}{error}") from error
+
+    def _called(self, group: Group) -> str:
+        """A group's name, in front of a message; of one that is not among the optimizer's there is none."""
+        number = next((i for i, other in enumerate(self.param_groups) if other is group), None)
+        return "" if number is None else f"group {number}: "
+
+    def _check_numbers(self) -> None:
+        """`_check_changed` of the numbers of every group that are others than at the last call; a tensor is another one
+        by its identity, and may be filled with what the user likes.
+        """
+        for group in self.param_groups:
+            now = frozen(group, NUMBERS)
+            if changed(self._numbers.get(id(group), {}), now) is not None:
+                self._check_changed(group, now.keys() & self._options(group).keys())
+                self._numbers[id(group)] = frozen(group, NUMBERS)
 
     def _new_recipe(self, group: Group) -> Recipe:
         return self.recipe(group) if group["use_muon"] else adamw(group["momentum_dtype"], **finish(group))
@@ -90,7 +125,7 @@ class Groups(torch.optim.Optimizer):
         if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUST_LR:
             raise ValueError(
                 f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; use one of "
-                f"{', '.join(ADJUST_LR)} or None (original)"
+                f"{', '.join(ADJUST_LR)} or None (original) as adjust_lr_fn"
             )
         requested(group["backend"])
         self.recipe(group)

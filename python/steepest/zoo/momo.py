@@ -25,7 +25,7 @@ from ..optimizer.group_options import (
     refuse_option,
     refuse_schedule_free,
 )
-from ..optimizer.option_types import check_option
+from ..optimizer.option_types import check_option, check_options
 from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
 from ..recipe import Recipe, State
@@ -98,6 +98,8 @@ class Momo(MatrixOptimizer):
     #: what stale_dual=None means for a class
     stale_dual: bool = True
     _loss: Number | None = None
+    #: the bound that was last checked
+    _checked: Number | None = None
 
     def __init__(
         self,
@@ -132,6 +134,7 @@ class Momo(MatrixOptimizer):
             loss = sum(self._told) / len(self._told)
         self._told.clear()
         if closure is None and loss is None and self.lower_bound is not None:
+            self._check_numbers()
             if any(float(group["lr"]) != 0 for group in self.param_groups):
                 raise RuntimeError(
                     f"{type(self).__name__} has a lower bound and needs the loss: step(loss=loss), step(closure), "
@@ -152,6 +155,13 @@ class Momo(MatrixOptimizer):
 
     def _couples(self) -> bool:
         return self.lower_bound is not None
+
+    def _check_numbers(self) -> None:
+        super()._check_numbers()
+        if self.lower_bound is not self._checked:
+            values = {"lower_bound": self.lower_bound}
+            check_options(values, on_host=True)
+            self.lower_bound = self._checked = values["lower_bound"]
 
     def _factors(self, layers: Sequence[Layers]) -> list[Number]:
         """What each group's step is multiplied by, but for the truncation."""

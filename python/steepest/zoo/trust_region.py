@@ -141,7 +141,10 @@ def _no_decay(group: Group) -> Decay:
 
 def _plain(group: Group, decay: Decay) -> Decay:
     if group["cautious_wd"]:
-        raise ValueError("decay inside the model and relative steps leave no decay to be cautious, after or scaled")
+        raise ValueError(
+            "cautious_wd=True is not taken here: decay is inside the model, or there is none, which leaves no decay to "
+            "be cautious; leave it out"
+        )
     refuse_decay_methods(group, "decay is inside the model, or there is none", "independent", "l2")
     return decay
 
