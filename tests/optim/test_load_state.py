@@ -120,7 +120,10 @@ def test_one_group_of_adam_goes_into_routed_groups_of_its_rule() -> None:
     assert torch.equal(second.state[model["a"]]["exp_avg_sq"], optimizer.state[old["a"]]["exp_avg_sq"])
 
 
-@pytest.mark.parametrize("front", ["module.", "_orig_mod.", "module._orig_mod."])
+FRONTS = ("module.", "_orig_mod.", "module._orig_mod.", "_forward_module.", "module.module.", "model.", "base.model.")
+
+
+@pytest.mark.parametrize("front", FRONTS)
 def test_what_wrappers_put_in_front_of_a_name_does_not_count(front: str) -> None:
     old, model = named("ab"), named("ba")
     optimizer = steepest.Muon([(front + k, p) for k, p in old.items()])
@@ -131,14 +134,39 @@ def test_what_wrappers_put_in_front_of_a_name_does_not_count(front: str) -> None
     assert second.param_groups[0]["param_names"] == ["b", "a"]
 
 
-def test_names_of_another_model_leave_it_to_the_order_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("front", FRONTS)
+def test_what_the_loader_is_wrapped_in_does_not_count_either(front: str) -> None:
+    old, model = named("abc"), named("ba")
+    optimizer, second = steepest.Muon(old), steepest.Muon([(front + k, p) for k, p in model.items()])
+    run(optimizer, old, range(2))
+    with pytest.warns(UserWarning, match="not here any more: c$"):
+        second.load_state_dict(optimizer.state_dict())
+    assert torch.equal(second.state[model["a"]]["momentum_buffer"], optimizer.state[old["a"]]["momentum_buffer"])
+
+
+def test_a_part_of_the_names_is_no_wrapper() -> None:
+    """Two layers of one model stand behind the names of another's."""
+    old, model = named("ab"), named("ab")
+    optimizer = steepest.Muon([("layers.0." + k, p) for k, p in old.items()])
+    second = steepest.Muon([("layers.1." + k, p) for k, p in model.items()])
+    run(optimizer, old, range(1))
+    with pytest.raises(ValueError, match=r"none of the checkpoint's names \(layers.0.a, layers.0.b\)"):
+        second.load_state_dict(optimizer.state_dict())
+
+
+def test_names_of_another_model_are_refused_and_without_names_the_order_decides() -> None:
     old, model = named("abcd"), named("wxyz")
     optimizer, second = steepest.Muon(old), steepest.Muon(model)
     run(optimizer, old, range(1))
-    second.load_state_dict(optimizer.state_dict())
+    saved, before = optimizer.state_dict(), everything(second)
+    text = r"names \(a, b, c, ...\) is one of this Muon's \(w, x, y, ...\): give the parameters .* without them the order"
+    with pytest.raises(ValueError, match=text):
+        second.load_state_dict(saved)
+    assert alike(everything(second), before)
+    del saved["param_groups"][0]["param_names"]
+    second.load_state_dict(saved)
     assert torch.equal(second.state[model["w"]]["momentum_buffer"], optimizer.state[old["a"]]["momentum_buffer"])
     assert second.param_groups[0]["param_names"] == list("wxyz")
-    assert "none of the checkpoint's names (a, b, c, ...) is one of this optimizer's (w, x, y, ...)" in caplog.text
 
 
 def test_distributed_checkpoint_dictionaries_go_by_name_too() -> None:

@@ -26,7 +26,7 @@ from ..step.modes import in_default_modes
 from ..step.plan import route
 from ..step.state_storage import stack
 from .constraints import RADIUS, Constraints
-from .group_options import Group, parameter_name
+from .group_options import Group, numbers_of, parameter_name
 from .groups import Params
 from .reports import Reports
 from .stale import StaleParameters
@@ -188,6 +188,7 @@ class MatrixOptimizer(Reports, Constraints):
             )
         for group in self.param_groups:
             self._numbers_on_device(group)
+            self._numbers[id(group)] = numbers_of(group)
         key = self._key()
         if self._plan is None or self._plan_key != key:
             refuse_capture("what it steps has changed since the last step: take one with these gradients first")

@@ -122,6 +122,11 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
+def numbers_of(group: Group) -> tuple[Any, ...]:
+    """The values of `NUMBERS`, frozen; None where there is none."""
+    return tuple(map(_frozen, map(group.get, NUMBERS)))
+
+
 def changed(before: Group, now: Group) -> str | None:
     """The first key whose value is another one, or None; tensors count by identity."""
     return next((key for key in {**before, **now} if not same(before.get(key), now.get(key))), None)

@@ -71,12 +71,12 @@ def check_options(
     prefix: of the names in messages; of: as in `check_option`.   on_host: tensors on a device are not
     read, which would wait for it.
     """
-    kinds = {**OPTION_TYPES, **(special or {})}
     for key in values:
-        if key in kinds:
+        kind = (special or {}).get(key, OPTION_TYPES.get(key))
+        if kind is not None:
             elsewhere = on_host and not all(map(_is_on_host, _tensors(values[key])))
             check = check_type if elsewhere else check_option
-            values[key] = check(prefix + key, values[key], kinds[key], of)
+            values[key] = check(prefix + key, values[key], kind, of)
 
 
 def _plain(value: Any) -> Any:

@@ -7,9 +7,9 @@ see `steepest.step.coupling`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer
+from ..optimizer.checkpoint_matching import Match
+from ..optimizer.checkpoint_state import Kept, Missing, refuse_incomplete
 from ..optimizer.group_options import (
     Group,
     number,
@@ -30,7 +32,6 @@ from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
 from ..recipe import Recipe, State
 from ..sharding.local import is_sharded, local_tensor
-from ..state_layout import Layout
 from ..step.coupling import Coupling, Directed, dot, inner_products
 from ..step.parameter import Matrices, Parameter
 from ..step.plan import Executor, Plan
@@ -92,7 +93,6 @@ class Momo(MatrixOptimizer):
     """
 
     _carried: tuple[str, ...] = ("lower_bound", "stale_dual", "reduce_loss", "_told")
-    _kept: ClassVar[dict[str, Layout | None]] = {DESCENT: None, INNER: "scalar", LOSS: None, LOSSES: "scalar"}
     _shared: tuple[str, ...] = (LOSS, LOSSES)
     lower_bound: Number | None = None
     #: what stale_dual=None means for a class
@@ -285,6 +285,27 @@ class Momo(MatrixOptimizer):
     def _first(self) -> Tensor:
         return next(p for group in self.param_groups for p in group["params"])
 
+    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+        """What the model of the loss and the coupling keep; both may have been turned on since the checkpoint."""
+        recipe = self._recipe(group)
+        count = sum(recipe.input_shape(piece.shape)[0] for piece in self._pieces(p, group))
+        bounded: Missing = "leave" if self.lower_bound is None else "begin"
+        stale: Missing = "begin" if self._couples() and self._stale(recipe) else "leave"
+        return {
+            **super()._kept(p, group),
+            DESCENT: Kept((count,), missing=stale, later=True),
+            INNER: Kept((), missing=bounded),
+            LOSS: Kept((2,), missing=bounded),
+            LOSSES: Kept((), ">= 0", whole=True, missing=bounded),
+        }
+
+    def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any], matched: Match, groups: list[Group]) -> None:
+        """ValueError for a part of the model of the loss too."""
+        there = {key for tensors in state.values() for key in (LOSS, LOSSES, INNER) if key in tensors}
+        lacking = [key for key in (LOSS, LOSSES) if there and key not in there]
+        refuse_incomplete(dict.fromkeys(sorted(there)), "all parameters", lacking, type(self).__name__)
+        super()._share(loaded, state, matched, groups)
+
     def _shared_state(self) -> State:
         """What belongs to all parameters, in the state of the first one."""
         state: State = self.state[self._first]
@@ -315,7 +336,7 @@ class Momo(MatrixOptimizer):
             count = sum(recipe.input_shape(piece.shape)[0] for piece in self._pieces(p, group))
             fresh[DESCENT] = _unknown(count, p)
         self.state[p].update(fresh)
-        if p is self._first:
+        if fresh or p is self._first:
             self._shared_state()
         return added or bool(fresh)
 

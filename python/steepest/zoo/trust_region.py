@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..matrices import LAYOUT_KEYS
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.checkpoint_state import Kept
 from ..optimizer.group_options import (
     Group,
     number,
@@ -297,9 +298,12 @@ class NIGT(MomentumOptimizer):
     """
 
     _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
-    _kept: ClassVar[dict[str, Layout | None]] = {AHEAD: "elementwise"}
     _direction = Frobenius()
     _extrapolates = True
+
+    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+        """During eval() the points ahead too."""
+        return {**super()._kept(p, group), AHEAD: Kept(p.shape, missing="together" if group["use_muon"] else "leave")}
 
     def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
         weights = {WEIGHTS: p.detach().clone()} if group["use_muon"] else {}
