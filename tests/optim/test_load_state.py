@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from support.training import (
     EVERY,
     both_kinds,
     copies,
+    give_gradients,
     noise,
     parameters,
     same_states,
@@ -159,7 +161,9 @@ def test_names_of_another_model_are_refused_and_without_names_the_order_decides(
     optimizer, second = steepest.Muon(old), steepest.Muon(model)
     run(optimizer, old, range(1))
     saved, before = optimizer.state_dict(), everything(second)
-    text = r"names \(a, b, c, ...\) is one of this Muon's \(w, x, y, ...\): give the parameters .* without them the order"
+    text = (
+        r"names \(a, b, c, ...\) is one of this Muon's \(w, x, y, ...\): give the parameters .* without them the order"
+    )
     with pytest.raises(ValueError, match=text):
         second.load_state_dict(saved)
     assert alike(everything(second), before)
@@ -200,6 +204,92 @@ def test_without_names_doubt_is_an_error_that_says_how_to_give_them(how: str) ->
     if how in ("groups", "sizes"):
         assert "2 groups of 2 and 1 parameters in the checkpoint" in str(caught.value)
     assert alike(everything(optimizer), before)
+
+
+# ---- what is missing ----
+
+
+def momo(lower_bound: float | None = 0.0) -> tuple[MatrixOptimizer, list[nn.Parameter]]:
+    return both_kinds(steepest.MuonMax, lower_bound=lower_bound)
+
+
+def steps(optimizer: Any, params: list[nn.Parameter], numbers: range) -> None:
+    for number in numbers:
+        give_gradients(params, number)
+        optimizer.step(loss=1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        (
+            "loss_average",
+            "state of all parameters has inner_average, losses and lacks loss_average, which MuonMax keeps",
+        ),
+        ("losses", "state of all parameters has inner_average, loss_average and lacks losses"),
+    ],
+)
+def test_part_of_a_model_of_the_loss_is_refused(key: str, text: str) -> None:
+    optimizer, params = momo()
+    steps(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    del saved["state"][0][key]
+    with pytest.raises(ValueError, match=text):
+        momo()[0].load_state_dict(saved)
+
+
+def test_a_lower_bound_that_is_new_begins_and_says_so() -> None:
+    optimizer, params = momo(None)
+    steps(optimizer, params, range(2))
+    second, others = momo()
+    with pytest.warns(
+        UserWarning, match="begins anew: inner_average of parameter 0, .*, loss_average of all parameters"
+    ):
+        second.load_state_dict(optimizer.state_dict())
+    steps(second, others, range(2, 4))
+    assert float(second.state[others[0]]["losses"]) == 2
+
+
+def test_a_first_parameter_without_a_gradient_leaves_what_is_shared_whole() -> None:
+    optimizer, params = momo()
+    give_gradients(params, 0)
+    params[0].grad = None
+    optimizer.prepare()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        momo()[0].load_state_dict(optimizer.state_dict())
+
+
+def test_weights_that_were_averaged_are_there_together() -> None:
+    optimizer, params = both_kinds(steepest.Muon, average=0.9)
+    train(optimizer, params, range(2))
+    optimizer.eval()
+    saved = optimizer.state_dict()
+    second, _ = both_kinds(steepest.Muon, average=0.9)
+    second.load_state_dict(saved)
+    del saved["state"][1]["weights"]
+    with pytest.raises(ValueError, match="state of parameter 1 has .* and lacks weights, which Muon keeps"):
+        second.load_state_dict(saved)
+
+
+def test_state_that_has_nothing_of_this_class_is_named() -> None:
+    optimizer, params = both_kinds(steepest.Muon)
+    train(optimizer, params, range(1))
+    saved = optimizer.state_dict()
+    saved["state"][2] = {"momentum": saved["state"][2]["momentum_buffer"]}
+    second, _ = both_kinds(steepest.Muon)
+    with pytest.warns(UserWarning, match="does not have begins anew: everything of parameter 2$"):
+        second.load_state_dict(saved)
+
+
+def test_a_root_that_was_not_taken_is_loaded() -> None:
+    optimizer, params = both_kinds(steepest.Shampoo, inverse_root="newton")
+    train(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    saved["state"][0]["left_residual"].fill_(torch.inf)
+    second, _ = both_kinds(steepest.Shampoo, inverse_root="newton")
+    second.load_state_dict(saved)
+    assert torch.isinf(second.state[second.param_groups[0]["params"][0]]["left_residual"]).all()
 
 
 # ---- whose it is ----

@@ -27,10 +27,46 @@ WRONG: tuple[Any, ...] = ("1e-4", "0.1", "false", None, 0.9, 2.5, 3, True, [1.5]
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 #: Tried of every argument: whatever it makes of them.
 ODD: tuple[Any, ...] = (
-    *("", "abc", b"abc", True, False, NAN, INF, -INF, -1, -0.5, 0, 3, 10**30, HUGE, 1j, set(), range(3), lambda: 1, int),
-    *([0.9], (0.9, 0.9, 0.9), (NAN, 0.9), (True, False), [None, None], ("a", "b"), [HUGE, 1, 1], [[0.9]], [[1, 2, 3], [4]]),
+    *(
+        "",
+        "abc",
+        b"abc",
+        True,
+        False,
+        NAN,
+        INF,
+        -INF,
+        -1,
+        -0.5,
+        0,
+        3,
+        10**30,
+        HUGE,
+        1j,
+        set(),
+        range(3),
+        lambda: 1,
+        int,
+    ),
+    *(
+        [0.9],
+        (0.9, 0.9, 0.9),
+        (NAN, 0.9),
+        (True, False),
+        [None, None],
+        ("a", "b"),
+        [HUGE, 1, 1],
+        [[0.9]],
+        [[1, 2, 3], [4]],
+    ),
     *(torch.int8, torch.complex64, torch.float8_e4m3fn, torch.ones(2, 2), torch.tensor(NAN), torch.tensor(INF)),
-    *(torch.tensor(-1.0), torch.tensor(2), torch.tensor(True), torch.tensor([0.5]), torch.tensor(0.5).to(torch.float8_e5m2)),
+    *(
+        torch.tensor(-1.0),
+        torch.tensor(2),
+        torch.tensor(True),
+        torch.tensor([0.5]),
+        torch.tensor(0.5).to(torch.float8_e5m2),
+    ),
     *(torch.tensor(1j), torch.ones((), device="meta"), (torch.tensor(0.9), torch.tensor(NAN)), (torch.ones(2), 0.9)),
 )
 
@@ -98,7 +134,8 @@ def test_every_argument_makes_steps_of_an_odd_value_or_names_it(cls: type[Matrix
                 if not says(error, name, value):
                     bare.append(f"{name}={value!r}: {error}")
             except RuntimeError as error:
-                assert "torch.distributed, which is not initialised" in str(error), (name, value)
+                if "torch.distributed, which is not initialised" not in str(error):
+                    bare.append(f"{name}={value!r}: {error}")
     assert not bare
 
 

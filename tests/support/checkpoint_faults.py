@@ -119,9 +119,9 @@ def each_odd(good: Checkpoint) -> dict[str, Callable[[Checkpoint], Any]]:
         if "residual" in key or key.endswith("_next"):
             del odd["NaN"]  # which it may be: it is looked at before it is taken
         for name, change in odd.items():
-            faults[f"{key} {name}"] = lambda saved, key=key, number=number, change=change: saved["state"][number].update(
-                {key: change(saved["state"][number][key])}
-            )
+            faults[f"{key} {name}"] = lambda saved, key=key, number=number, change=change: saved["state"][
+                number
+            ].update({key: change(saved["state"][number][key])})
     return faults
 
 

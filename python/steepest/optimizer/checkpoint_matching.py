@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -186,7 +185,8 @@ def _bare(names: list[list[str]]) -> list[list[str]]:
 def _without_prefix(names: list[list[str]], others: list[list[str]]) -> list[list[str]]:
     """Names without the parts in front that all have, where it makes all of one side names of the other's."""
     flat, wanted = _flat(names), set(_flat(others))
-    common = os.path.commonprefix(flat)
+    first, last = min(flat, default=""), max(flat, default="")  # which differ where any two do
+    common = next((first[:i] for i, (a, b) in enumerate(zip(first, last)) if a != b), first)
     for prefix in (common[: dot.end()] for dot in re.finditer(r"\.", common)):
         shorter = {name.removeprefix(prefix) for name in flat}
         if shorter <= wanted or wanted <= shorter:

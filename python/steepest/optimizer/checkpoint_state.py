@@ -16,12 +16,19 @@ from ..recipe import CLOCK, Recipe
 from ..sharding.local import is_sharded, local_tensor
 from .checkpoint_matching import GIVE_NAMES
 
-__all__ = ["Kept", "Missing", "check_kept", "check_no_meta", "check_state", "refuse_incomplete", "restored", "without_kept"]
+__all__ = [
+    "Kept",
+    "Missing",
+    "check_kept",
+    "check_no_meta",
+    "check_state",
+    "refuse_incomplete",
+    "restored",
+    "without_kept",
+]
 
 _COUNTS = ("step", CLOCK)
-_BEGIN = (
-    "load an earlier checkpoint, or leave the parameter's entry out of checkpoint['state'] for it to begin anew"
-)
+_BEGIN = "load an earlier checkpoint, or leave the parameter's entry out of checkpoint['state'] for it to begin anew"
 
 
 Missing = Literal["refuse", "begin", "together", "leave"]

@@ -16,7 +16,6 @@ from ..step.modes import in_default_modes
 from ..step.state_storage import stack
 from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
 from .checkpoint_state import (
-    Kept,
     check_kept,
     check_no_meta,
     check_state,

@@ -138,7 +138,9 @@ def same(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+    if isinstance(a, bool | Tensor) or isinstance(b, bool | Tensor):
+        return False  # of the singletons True and False too, which are equal to 1 and 0
+    return bool(a == b)
 
 
 def parameter_name(group: Group, i: int) -> str:

@@ -148,7 +148,7 @@ class Groups(torch.optim.Optimizer):
 
     def _merged(self, name: str) -> dict[str, Any]:
         """A class attribute of this name, of this class and its bases: dictionaries as one, tuples as their keys."""
-        return _merged(type(self), name)
+        return _merged(type(self), name)  # type: ignore[arg-type]  # mypy looks at the instances' __hash__
 
     def _check_options(self, values: Group, prefix: str = "") -> None:
         """`check_options` with the types of this class; prefix: of the names in messages."""

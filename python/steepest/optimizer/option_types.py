@@ -42,7 +42,9 @@ def check_option(name: str, value: Any, kind: OptionType | None = None, of: str 
     kind = kind or OPTION_TYPES[name.removeprefix("adamw_")]
     value = check_type(name, value, kind, of)
     if any(each.is_meta for each in _tensors(value)):
-        raise ValueError(f"{of}{name} should be {kind.wanted} but is on the meta device, where it has no value: use cpu")
+        raise ValueError(
+            f"{of}{name} should be {kind.wanted} but is on the meta device, where it has no value: use cpu"
+        )
     if not kind.fits(value) or (kind.finite and not _is_finite(value)):
         more = f"; {name} takes finite numbers {kind.limits}" if kind.finite else ""
         raise ValueError(f"{of}{kind.called or name} should be {kind.limits} but is: {_shown(value, str)}{more}")

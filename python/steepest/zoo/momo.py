@@ -109,7 +109,7 @@ class Momo(MatrixOptimizer):
         reduce_loss: bool = True,
         **kwargs: Any,
     ) -> None:
-        self.lower_bound = check_option("lower_bound", lower_bound)
+        self.lower_bound = self._checked = check_option("lower_bound", lower_bound)
         stale_dual = type(self).stale_dual if stale_dual is None else stale_dual
         self.stale_dual = check_option("stale_dual", stale_dual)
         self.reduce_loss = check_option("reduce_loss", reduce_loss)

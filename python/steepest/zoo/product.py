@@ -82,7 +82,9 @@ class ProductNormOptimizer(Momo):
             raise ValueError(f"scale {scale!r} is not known; use 'lmo' (length lr in the norm) or 'dual'")
         others = check_option("others", others)
         if others not in OTHERS:
-            raise ValueError(f"others={others!r} is not known, a norm of what is no matrix; use one of {', '.join(OTHERS)}")
+            raise ValueError(
+                f"others={others!r} is not known, a norm of what is no matrix; use one of {', '.join(OTHERS)}"
+            )
         name = type(self).__name__
         for key in self._not_taken:
             if key in extra:

@@ -44,7 +44,7 @@ from ..parts import (
 )
 from ..recipe import Recipe, State
 from ..sharding.local import local_tensor
-from ..state_layout import Layout, StateSpec
+from ..state_layout import StateSpec
 from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
 from .vector import MomentumOptimizer, VectorOptimizer
