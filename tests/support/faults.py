@@ -678,7 +678,7 @@ SECTIONS = (
                 "missing",
                 "each tensor of the state in turn is missing; what may be turned on at any time begins anew, and a "
                 "warning names it",
-                (*REFUSES, "begins anew, warns", "refuses or begins anew, warns"),
+                (*REFUSES, "begins anew, warns", "refuses or begins anew, warns", NOT_THERE),
                 without_state,
             ),
             Column("half written", ", ".join(STRUCTURE), REFUSES, refused_checkpoint(STRUCTURE)),
