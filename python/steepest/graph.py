@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .optimizer import MatrixOptimizer
 from .optimizer.group_options import ON_DEVICE, Group, changed, frozen
+from .optimizer.option_types import check_options
 
 WARM_UP = 2  # eager steps before the capture: they create state, kernels, tables and workspaces
 
@@ -181,8 +182,8 @@ class _Captured:
             raise RuntimeError(f"{what} has moved in memory since the capture: call reset() to capture anew")
         if self._state() != self.state:
             raise RuntimeError("the state lies elsewhere than at the capture: call reset() to capture anew")
-        for numbers in self.groups:
-            numbers.check()
+        for number, numbers in enumerate(self.groups):
+            numbers.check(f"group {number}: ")
         _check_shared(self.groups)
 
     def _name(self, i: int) -> str:
@@ -205,12 +206,9 @@ class _Numbers:
         self.keys = keys.difference(ON_DEVICE)  # what a scheduler or a user adds is not the step's
         self.fixed = frozen(group, self.keys)
 
-    def check(self) -> None:
-        for key in ON_DEVICE:
-            value = self.group[key]
-            one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float)) and value >= 0
-            if not one:
-                raise ValueError(f"{key} should be one number >= 0 but is: {value!r}")
+    def check(self, of: str) -> None:
+        """of: whose numbers they are, in messages."""
+        check_options({key: self.group[key] for key in ON_DEVICE}, of=of, on_host=True)
         other = changed(self.fixed, frozen(self.group, self.keys))
         if other is not None:
             raise RuntimeError(

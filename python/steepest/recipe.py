@@ -156,7 +156,20 @@ class Recipe:
     @property
     def may_lack(self) -> tuple[str, ...]:
         """The keys that state of the same method may be without: what is kept of the weights begins at any step."""
-        return (*self.rounding.keys, *(spec.key for spec in self._average_specs))
+        return (*self.rounding.keys, *self.average_keys)
+
+    @property
+    def average_keys(self) -> tuple[str, ...]:
+        """The keys of the average, which are there together or not at all."""
+        return tuple(spec.key for spec in self._average_specs)
+
+    @property
+    def nonnegative(self) -> tuple[str, ...]:
+        """The keys of the state whose entries are >= 0: second moments, and what counts."""
+        specs = [spec for transform in self.transforms for spec in transform.specs]
+        keys = [spec.key for spec in (*specs, *self._average_specs) if spec.nonnegative]
+        of_metric = self.precondition.keys if isinstance(self.precondition, Diagonal) else ()
+        return (*keys, *of_metric, *(() if self.kronecker is None else self.kronecker.nonnegative))
 
     @property
     def keys(self) -> tuple[str, ...]:

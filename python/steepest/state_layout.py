@@ -31,13 +31,14 @@ Layout = Literal["elementwise", "row", "column", "matrix", "factor", "scalar", "
 class StateSpec:
     """One state tensor of a part: its key, its layout, and its dtype.
 
-    dtype: None is the gradient's, but at least fp32 unless of_gradient.
+    dtype: None is the gradient's, but at least fp32 unless of_gradient.   nonnegative: whether its entries are >= 0.
     """
 
     key: str
     layout: Layout
     dtype: torch.dtype | None = None
     of_gradient: bool = False
+    nonnegative: bool = False
 
 
 def empty_state(spec: StateSpec, g: Tensor, pieces: Sequence[Piece]) -> Tensor:

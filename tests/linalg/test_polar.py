@@ -165,6 +165,23 @@ def test_svd_is_the_truth_whatever_the_dtype(dtype: torch.dtype) -> None:
     assert (found.double() - wanted).abs().max() <= torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.parametrize("rows, cols", [(16, 16), (64, 64), (200, 120)])
+def test_svd_of_fp32_is_orthogonal_at_condition_1e6(rows: int, cols: int) -> None:
+    u, v = (torch.linalg.qr(gaussian(n, cols)).Q for n in (rows, cols))
+    x = (u * torch.logspace(0, -5.9, cols, dtype=torch.float64)) @ v.mT
+    q = polar(x.float(), "svd").double()
+    assert float((q.mT @ q - torch.eye(cols)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [1, 4, 30])
+def test_svd_of_fp32_keeps_no_rounding_of_a_low_rank(rank: int) -> None:
+    """Of a product in fp32, whose singular values beyond the rank are rounding."""
+    x = gaussian(64, rank).float() @ gaussian(rank, 48).float()
+    q = polar(x, "svd").double()
+    assert float(torch.linalg.svdvals(q)[rank:].abs().max()) < 1e-5
+    assert int((torch.linalg.svdvals(q) > 0.99).sum()) == rank
+
+
 def test_svd_drops_what_is_below_eps() -> None:
     x = torch.diag(torch.tensor([1.0, 1e-3, 1e-6], dtype=torch.float64))
     assert polar(x, "svd").diagonal().tolist() == pytest.approx([1, 1, 1])

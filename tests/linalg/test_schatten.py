@@ -413,8 +413,9 @@ def test_which_p_have_products_and_in_which_dtype(monkeypatch: pytest.MonkeyPatc
                 schatten(x, p, dtype=torch.float32), schatten(x, p, method="matmul", dtype=torch.float32)
             )
             monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: True)
-            of_16_bits = schatten(x, p, method="matmul" if x.dtype == torch.float32 else wide)
-            assert torch.equal(schatten(x, p, method=method), of_16_bits)
+            assert torch.equal(schatten(x, p, method=method), schatten(x, p, method=wide))
+            narrow = x.bfloat16()
+            assert torch.equal(schatten(narrow, p, method=method), schatten(narrow, p, method="matmul"))
     assert compute_dtype(4, torch.float32, "cuda") == compute_dtype(INF, torch.float32, "cuda") == torch.float16
     assert compute_dtype(4 / 3, torch.float32, "cuda") == compute_dtype(1, torch.float32, "cuda") == torch.bfloat16
     assert compute_dtype(5.5, torch.bfloat16, "cuda") == torch.float32
@@ -422,7 +423,21 @@ def test_which_p_have_products_and_in_which_dtype(monkeypatch: pytest.MonkeyPatc
     assert compute_dtype(4, torch.float64, "cuda") == torch.float64
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda native=native: native)
-        assert compute_dtype(4, torch.float32, "cpu") == dtype
+        assert compute_dtype(4, torch.float32, "cpu") == compute_dtype(4, torch.float32, "cpu", method="matmul")
+        assert compute_dtype(4, torch.float32, "cpu") == torch.float32
+        assert compute_dtype(4, torch.bfloat16, "cpu") == dtype
+
+
+@pytest.mark.parametrize("p", sorted(STEPS))
+@pytest.mark.parametrize("native", [False, True])
+def test_fp32_on_a_cpu_errs_by_fp32(p: float, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """U S^(q-1) V^T / ||S||_q^(q-1), of fp64 singular vectors; bf16 products would be off by .005 to .04."""
+    monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: native)
+    x = gaussian(24, 16).float()
+    u, s, vt = torch.linalg.svd(x.double(), full_matrices=False)
+    q = p / (p - 1)
+    wanted = u @ torch.diag(s ** (q - 1)) @ vt / (s**q).sum() ** ((q - 1) / q)
+    assert float((schatten(x, p).double() - wanted).norm() / wanted.norm()) < 1e-6
 
 
 @pytest.mark.parametrize(

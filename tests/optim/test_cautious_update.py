@@ -148,5 +148,5 @@ def test_a_compiled_step(cls: type[MatrixOptimizer]) -> None:
 
 @pytest.mark.parametrize("cls", REFUSING, ids=name_of)
 def test_what_cannot_be_cautious_says_why(cls: type[MatrixOptimizer]) -> None:
-    with pytest.raises(ValueError, match="cautious_update is not taken here: .*"):
+    with pytest.raises(ValueError, match="cautious_update=True is not taken here: .*"):
         made(cls, [{"params": parameters([(4, 3)])}], **CAUTIOUS)

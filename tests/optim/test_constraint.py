@@ -223,7 +223,7 @@ def test_radii_of_another_model_are_refused() -> None:
     saved = optimizer.state_dict()
     saved["state"][0]["radius"] = torch.ones(3, dtype=torch.float64)
     second, _ = both_kinds(steepest.Muon, **options("frobenius"))
-    with pytest.raises(ValueError, match=r"'radius' of parameter 0 has shape \(3,\) and the parameter 1 matrix"):
+    with pytest.raises(ValueError, match=r"'radius' of parameter 0 has shape \(3,\), not \(1,\): it is of another"):
         second.load_state_dict(saved)
 
 

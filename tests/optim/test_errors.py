@@ -14,7 +14,17 @@ from torch import nn
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from steepest.step.checks import overlaps
-from support.training import both_kinds, give_gradients, parameters, train
+from support.training import (
+    EVERY,
+    all_same_bits,
+    both_kinds,
+    copies,
+    give_gradients,
+    parameters,
+    same_states,
+    state_copies,
+    train,
+)
 
 MUON, MUADAM, SANIA = steepest.Muon, steepest.MuAdam, steepest.MuAdamSANIA
 SOAP, SHAMPOO, SPLUS = steepest.SOAP, steepest.Shampoo, steepest.SPlus
@@ -62,7 +72,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "Number of steps must be less than 100 for computational efficiency but is: 100",
     ),
-    "no ns_steps": (lambda: MUON(matrix(), ns_steps=0), ValueError, "must be less than 100 and at least 1, got 0"),
+    "no ns_steps": (lambda: MUON(matrix(), ns_steps=0), ValueError, "but is: 0; ns_steps is at least 1"),
     "ns_coefficients": (
         lambda: MUON(matrix(), ns_coefficients=(1.0, 2.0)),  # type: ignore[arg-type]
         ValueError,
@@ -104,7 +114,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "momentum_dtype of integers": (
         lambda: MUON(matrix(), momentum_dtype=torch.int32),
         ValueError,
-        "momentum dtype should be a floating torch.dtype or None but is: torch.int32",
+        "momentum_dtype should be a floating torch.dtype of 16 bits or more or None but is: torch.int32",
     ),
     "argument": (
         lambda: MUADAM(matrix(), warmup=3),  # type: ignore[call-arg]
@@ -407,6 +417,68 @@ def test_values_that_go_bad(
     optimizer.param_groups[0][key] = value
     with pytest.raises(error, match=text):
         optimizer.step()
+
+
+#: What a user or a scheduler may put into a group.
+BAD_NUMBERS: dict[str, tuple[Any, ...]] = {
+    "lr": ("1e-3", None, -1.0, float("nan"), float("inf"), [0.1], torch.tensor(float("nan")), torch.ones(2)),
+    "weight_decay": ("0.1", -0.5, float("nan")),
+    "momentum": (None, -0.1, float("inf")),
+    "beta2": ("0.9", 1.0, float("nan")),
+    "betas": (0.9, (0.9,), (0.9, 1.0), ("0.9", 0.9), (float("nan"), 0.9)),
+    "eps": (-1e-8, "1e-8"),
+    "maximize": ("false", 1),
+    "cautious_wd": ("yes",),
+    "momentum_dtype": ("bfloat16", torch.int8),
+    "max_workspace_bytes": (0, 2.5),
+}
+
+
+@pytest.mark.parametrize("cls", EVERY)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_value_put_into_a_group_is_refused_before_a_step_writes(cls: type[MatrixOptimizer], number: int) -> None:
+    optimizer, params = both_kinds(cls)
+    train(optimizer, params, range(1))
+    give_gradients(params, 1)
+    group, before = optimizer.param_groups[number], (copies(params), state_copies(optimizer))
+    for key, values in BAD_NUMBERS.items():
+        for value in values if key in optimizer._options(group) else ():
+            good = group[key]
+            group[key] = value
+            with pytest.raises((TypeError, ValueError), match=f"group {number}: .*{key}") as caught:
+                optimizer.step()
+            shown = "nan" if isinstance(value, torch.Tensor) and value.numel() == 1 else str(value)
+            assert shown in str(caught.value) or isinstance(value, torch.Tensor)
+            group[key] = good
+    assert all_same_bits(params, before[0])
+    assert same_states(state_copies(optimizer), before[1])
+    optimizer.step()
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_what_a_scheduler_puts_into_a_group_is_taken(cls: type[MatrixOptimizer]) -> None:
+    np = pytest.importorskip("numpy")
+    (optimizer, params), (other, others) = both_kinds(cls), both_kinds(cls)
+    for step, value in enumerate([np.float32(0.5), torch.tensor(0.25), 1, np.float64(0.125), torch.tensor([0.5])]):
+        for each in optimizer.param_groups:
+            each["lr"] = value
+        for each in other.param_groups:
+            each["lr"] = float(value)
+        for one, some in ((optimizer, params), (other, others)):
+            train(one, some, range(step, step + 1))
+    assert all(torch.allclose(p, q, rtol=1e-4, atol=1e-5) for p, q in zip(params, others, strict=True))
+
+
+def test_a_lower_bound_that_goes_bad() -> None:
+    optimizer, params = both_kinds(steepest.MuonMax, lower_bound=0.0)
+    give_gradients(params, 0)
+    optimizer.step(loss=1.0)  # type: ignore[call-arg]
+    for value in ("0", float("nan"), [0.0], float("inf")):
+        optimizer.lower_bound = value  # type: ignore[attr-defined]
+        with pytest.raises((TypeError, ValueError), match="lower_bound should be .* but is: .*(0|nan|inf)"):
+            optimizer.step(loss=1.0)  # type: ignore[call-arg]
+    optimizer.lower_bound = torch.tensor(0.5)  # type: ignore[attr-defined]
+    optimizer.step(loss=1.0)  # type: ignore[call-arg]
 
 
 def test_a_tensor_that_looks_like_an_embedding_warns_once() -> None:

@@ -247,7 +247,7 @@ CHANGES: list[tuple[Any, str]] = [
     (late_hook, "a graph runs no step hooks"),
     (late_weight_hook, "weight hooks were added or removed after the capture: call reset"),
     (tensor_in_betas, r"betas was \(0.9, 0.999\) when the step was captured and is \(0.9, tensor"),
-    (no_number, "lr should be one number >= 0 but is: -1.0"),
+    (no_number, "group 1: Learning rate should be >= 0 but is: -1.0"),
     (other_state, "the state lies elsewhere than at the capture"),
 ]
 

@@ -441,6 +441,36 @@ def test_a_gradient_scaler() -> None:
         assert gap(*(factors[0] for factors in ([optimizer.state[p]["left"]], [plain.state[q]["left"]]))) < 1e-6
 
 
+NO_SCALES: tuple[Any, ...] = (
+    *(0, 0.0, -1.0, float("nan"), float("inf"), "mean", None, True, [1.0], 10**400),
+    *(
+        torch.tensor(0.0),
+        torch.tensor(-1.0),
+        torch.tensor(float("nan")),
+        torch.tensor(float("inf")),
+        torch.tensor(True),
+    ),
+)
+
+
+@pytest.mark.parametrize("value", NO_SCALES, ids=str)
+def test_what_is_no_loss_scale_is_refused_by_name(value: Any) -> None:
+    """In the constructor, and in a group before a step writes anything."""
+    model = nn.Linear(3, 2)
+    with pytest.raises((TypeError, ValueError), match=r"^loss_scale should be .* but is: "):
+        steepest.KFAC(model, loss_scale=value)
+    optimizer = steepest.KFAC(model)
+    for _ in range(2):
+        model(torch.ones(4, 3)).square().mean().backward()
+        optimizer.step()
+    weights, state = copies(model.parameters()), state_copies(optimizer)
+    optimizer.param_groups[0]["loss_scale"] = value
+    with pytest.raises((TypeError, ValueError), match=r"^group 0: loss_scale should be .* but is: "):
+        optimizer.step()
+    assert all_same_bits(weights, model.parameters())
+    assert same_states(state, state_copies(optimizer))
+
+
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_a_loss_scale_of_its_own_beside_a_scaler(unscaled: bool) -> None:
     """A loss that the user multiplies by 8 and a scaler by 1024 has the factors of the loss itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from support.training import (
     EVERY,
     both_kinds,
     copies,
+    give_gradients,
     noise,
     parameters,
     same_states,
@@ -120,7 +122,10 @@ def test_one_group_of_adam_goes_into_routed_groups_of_its_rule() -> None:
     assert torch.equal(second.state[model["a"]]["exp_avg_sq"], optimizer.state[old["a"]]["exp_avg_sq"])
 
 
-@pytest.mark.parametrize("front", ["module.", "_orig_mod.", "module._orig_mod."])
+FRONTS = ("module.", "_orig_mod.", "module._orig_mod.", "_forward_module.", "module.module.", "model.", "base.model.")
+
+
+@pytest.mark.parametrize("front", FRONTS)
 def test_what_wrappers_put_in_front_of_a_name_does_not_count(front: str) -> None:
     old, model = named("ab"), named("ba")
     optimizer = steepest.Muon([(front + k, p) for k, p in old.items()])
@@ -131,14 +136,41 @@ def test_what_wrappers_put_in_front_of_a_name_does_not_count(front: str) -> None
     assert second.param_groups[0]["param_names"] == ["b", "a"]
 
 
-def test_names_of_another_model_leave_it_to_the_order_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("front", FRONTS)
+def test_what_the_loader_is_wrapped_in_does_not_count_either(front: str) -> None:
+    old, model = named("abc"), named("ba")
+    optimizer, second = steepest.Muon(old), steepest.Muon([(front + k, p) for k, p in model.items()])
+    run(optimizer, old, range(2))
+    with pytest.warns(UserWarning, match="not here any more: c$"):
+        second.load_state_dict(optimizer.state_dict())
+    assert torch.equal(second.state[model["a"]]["momentum_buffer"], optimizer.state[old["a"]]["momentum_buffer"])
+
+
+def test_a_part_of_the_names_is_no_wrapper() -> None:
+    """Two layers of one model stand behind the names of another's."""
+    old, model = named("ab"), named("ab")
+    optimizer = steepest.Muon([("layers.0." + k, p) for k, p in old.items()])
+    second = steepest.Muon([("layers.1." + k, p) for k, p in model.items()])
+    run(optimizer, old, range(1))
+    with pytest.raises(ValueError, match=r"none of the checkpoint's names \(layers.0.a, layers.0.b\)"):
+        second.load_state_dict(optimizer.state_dict())
+
+
+def test_names_of_another_model_are_refused_and_without_names_the_order_decides() -> None:
     old, model = named("abcd"), named("wxyz")
     optimizer, second = steepest.Muon(old), steepest.Muon(model)
     run(optimizer, old, range(1))
-    second.load_state_dict(optimizer.state_dict())
+    saved, before = optimizer.state_dict(), everything(second)
+    text = (
+        r"names \(a, b, c, ...\) is one of this Muon's \(w, x, y, ...\): give the parameters .* without them the order"
+    )
+    with pytest.raises(ValueError, match=text):
+        second.load_state_dict(saved)
+    assert alike(everything(second), before)
+    del saved["param_groups"][0]["param_names"]
+    second.load_state_dict(saved)
     assert torch.equal(second.state[model["w"]]["momentum_buffer"], optimizer.state[old["a"]]["momentum_buffer"])
     assert second.param_groups[0]["param_names"] == list("wxyz")
-    assert "none of the checkpoint's names (a, b, c, ...) is one of this optimizer's (w, x, y, ...)" in caplog.text
 
 
 def test_distributed_checkpoint_dictionaries_go_by_name_too() -> None:
@@ -172,6 +204,92 @@ def test_without_names_doubt_is_an_error_that_says_how_to_give_them(how: str) ->
     if how in ("groups", "sizes"):
         assert "2 groups of 2 and 1 parameters in the checkpoint" in str(caught.value)
     assert alike(everything(optimizer), before)
+
+
+# ---- what is missing ----
+
+
+def momo(lower_bound: float | None = 0.0) -> tuple[MatrixOptimizer, list[nn.Parameter]]:
+    return both_kinds(steepest.MuonMax, lower_bound=lower_bound)
+
+
+def steps(optimizer: Any, params: list[nn.Parameter], numbers: range) -> None:
+    for number in numbers:
+        give_gradients(params, number)
+        optimizer.step(loss=1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        (
+            "loss_average",
+            "state of all parameters has inner_average, losses and lacks loss_average, which MuonMax keeps",
+        ),
+        ("losses", "state of all parameters has inner_average, loss_average and lacks losses"),
+    ],
+)
+def test_part_of_a_model_of_the_loss_is_refused(key: str, text: str) -> None:
+    optimizer, params = momo()
+    steps(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    del saved["state"][0][key]
+    with pytest.raises(ValueError, match=text):
+        momo()[0].load_state_dict(saved)
+
+
+def test_a_lower_bound_that_is_new_begins_and_says_so() -> None:
+    optimizer, params = momo(None)
+    steps(optimizer, params, range(2))
+    second, others = momo()
+    with pytest.warns(
+        UserWarning, match="begins anew: inner_average of parameter 0, .*, loss_average of all parameters"
+    ):
+        second.load_state_dict(optimizer.state_dict())
+    steps(second, others, range(2, 4))
+    assert float(second.state[others[0]]["losses"]) == 2
+
+
+def test_a_first_parameter_without_a_gradient_leaves_what_is_shared_whole() -> None:
+    optimizer, params = momo()
+    give_gradients(params, 0)
+    params[0].grad = None
+    optimizer.prepare()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        momo()[0].load_state_dict(optimizer.state_dict())
+
+
+def test_weights_that_were_averaged_are_there_together() -> None:
+    optimizer, params = both_kinds(steepest.Muon, average=0.9)
+    train(optimizer, params, range(2))
+    optimizer.eval()
+    saved = optimizer.state_dict()
+    second, _ = both_kinds(steepest.Muon, average=0.9)
+    second.load_state_dict(saved)
+    del saved["state"][1]["weights"]
+    with pytest.raises(ValueError, match="state of parameter 1 has .* and lacks weights, which Muon keeps"):
+        second.load_state_dict(saved)
+
+
+def test_state_that_has_nothing_of_this_class_is_named() -> None:
+    optimizer, params = both_kinds(steepest.Muon)
+    train(optimizer, params, range(1))
+    saved = optimizer.state_dict()
+    saved["state"][2] = {"momentum": saved["state"][2]["momentum_buffer"]}
+    second, _ = both_kinds(steepest.Muon)
+    with pytest.warns(UserWarning, match="does not have begins anew: everything of parameter 2$"):
+        second.load_state_dict(saved)
+
+
+def test_a_root_that_was_not_taken_is_loaded() -> None:
+    optimizer, params = both_kinds(steepest.Shampoo, inverse_root="newton")
+    train(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    saved["state"][0]["left_residual"].fill_(torch.inf)
+    second, _ = both_kinds(steepest.Shampoo, inverse_root="newton")
+    second.load_state_dict(saved)
+    assert torch.isinf(second.state[second.param_groups[0]["params"][0]]["left_residual"]).all()
 
 
 # ---- whose it is ----

@@ -15,12 +15,60 @@ from steepest.optimizer.option_types import OPTION_TYPES, check_option
 from steepest.zoo.kronecker import BasesAndExtras
 from steepest.zoo.product import Coupling
 from steepest.zoo.shared import Extras
-from support.training import EVERY, noise, parameters
+from support.training import EVERY, give_gradients, noise, parameters
 
 CLASSES: tuple[type[MatrixOptimizer], ...] = (*EVERY, steepest.KFAC)
 MORE = {"Unpack[Extras]": Extras, "Unpack[BasesAndExtras]": BasesAndExtras, "Unpack[Coupling]": Coupling}
+OF_ALL = Extras.__optional_keys__
 #: Tried where the argument does not take them.
 WRONG: tuple[Any, ...] = ("1e-4", "0.1", "false", None, 0.9, 2.5, 3, True, [1.5], (), {}, object(), torch.ones(3))
+
+
+NAN, INF, HUGE = float("nan"), float("inf"), 10**400
+#: Tried of every argument: whatever it makes of them.
+ODD: tuple[Any, ...] = (
+    *(
+        "",
+        "abc",
+        b"abc",
+        True,
+        False,
+        NAN,
+        INF,
+        -INF,
+        -1,
+        -0.5,
+        0,
+        3,
+        10**30,
+        HUGE,
+        1j,
+        set(),
+        range(3),
+        lambda: 1,
+        int,
+    ),
+    *(
+        [0.9],
+        (0.9, 0.9, 0.9),
+        (NAN, 0.9),
+        (True, False),
+        [None, None],
+        ("a", "b"),
+        [HUGE, 1, 1],
+        [[0.9]],
+        [[1, 2, 3], [4]],
+    ),
+    *(torch.int8, torch.complex64, torch.float8_e4m3fn, torch.ones(2, 2), torch.tensor(NAN), torch.tensor(INF)),
+    *(
+        torch.tensor(-1.0),
+        torch.tensor(2),
+        torch.tensor(True),
+        torch.tensor([0.5]),
+        torch.tensor(0.5).to(torch.float8_e5m2),
+    ),
+    *(torch.tensor(1j), torch.ones((), device="meta"), (torch.tensor(0.9), torch.tensor(NAN)), (torch.ones(2), 0.9)),
+)
 
 
 def arguments(cls: type[MatrixOptimizer]) -> list[str]:
@@ -54,6 +102,46 @@ def test_every_argument_refuses_what_is_no_value_of_it(cls: type[MatrixOptimizer
                 if value in ("1e-4", "0.1", "false") and "unquote it" not in text and not kind.takes("name"):
                     bare.append(f"{name}={value!r} does not say to unquote it: {text}")
     assert not bare
+
+
+def takes_steps(optimizer: MatrixOptimizer) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for number in range(0 if isinstance(optimizer, steepest.KFAC) else 2):
+        give_gradients(params, number)
+        optimizer.step(**({"loss": 1.0} if getattr(optimizer, "lower_bound", None) is not None else {}))
+
+
+def says(error: Exception, name: str, value: Any) -> bool:
+    """Whether the text has the argument and its value, as it is or as it was read, or says what that is."""
+    text = str(error)
+    read = value if not isinstance(value, list | range) else tuple(value)
+    shown = {repr(value), str(value), repr(read), type(value).__name__}
+    if (isinstance(value, int) and value >= 10**30) or (isinstance(value, list) and HUGE in value):
+        shown |= {"1e+30", "inf"}
+    return name in text and (isinstance(value, torch.Tensor) or any(each in text for each in shown))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_argument_makes_steps_of_an_odd_value_or_names_it(cls: type[MatrixOptimizer]) -> None:
+    bare = []
+    for name in arguments(cls) if cls is steepest.Muon else sorted({*arguments(cls)} - OF_ALL):
+        for value in (*ODD, *of_numpy()):
+            try:
+                takes_steps(build(cls, **{name: value}))
+            except (TypeError, ValueError) as error:
+                if "does not take" in str(error):  # this class has no such argument
+                    break
+                if not says(error, name, value):
+                    bare.append(f"{name}={value!r}: {error}")
+            except RuntimeError as error:
+                if "torch.distributed, which is not initialised" not in str(error):
+                    bare.append(f"{name}={value!r}: {error}")
+    assert not bare
+
+
+def of_numpy() -> list[Any]:
+    np = pytest.importorskip("numpy")
+    return [np.array([0.5, 0.5]), np.array([[1.0, 2.0]]), np.array("x"), np.array(True), np.float32(NAN), np.int64(3)]
 
 
 @pytest.mark.parametrize("name", OPTION_TYPES)
@@ -156,5 +244,5 @@ def test_what_a_configuration_file_makes_of_values_has_a_way_out(values: dict[st
 def test_what_is_not_used_is_checked_too() -> None:
     with pytest.raises(ValueError, match="preset 'nonsense' is not known"):
         build(steepest.Schattor, polar="nonsense")
-    with pytest.raises(ValueError, match="lower_bound should be a number or None but is: nan"):
+    with pytest.raises(ValueError, match="lower_bound should be a number below infinity or None but is: nan"):
         build(steepest.MuonMax, lower_bound=float("nan"))

@@ -485,7 +485,7 @@ def test_training_in_bf16_goes_down() -> None:
             "lower_bound should be one number or None but is: 'low'",
         ),
         (lambda p: MuonMax(p, lower_bound=0.0, maximize=True), ValueError, "minimize the negative loss"),
-        (lambda p: ProductNormDescent(p, others="l1"), ValueError, "norm 'l1' of the other parameters is not known"),
+        (lambda p: ProductNormDescent(p, others="l1"), ValueError, "others='l1' is not known"),
         (lambda p: ProductNormDescent(p, scale="x"), ValueError, "scale 'x' is not known"),
         (lambda p: ProdigyMuon(p, norm="x"), ValueError, "norm 'x' is not known"),
         (lambda p: ProdigyMuon(p, initial_step=0), ValueError, "initial_step should be > 0"),

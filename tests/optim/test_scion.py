@@ -189,7 +189,7 @@ def test_bare_tensors_have_the_norms_of_their_shapes() -> None:
     "group, text",
     [
         ({"norm": "round"}, "norm 'round' is not known; use one of spectral, first"),
-        ({"radius": 0.0}, "radius should be positive but is: 0.0"),
+        ({"radius": 0.0}, "radius should be > 0 but is: 0.0"),
         ({"momentum": 1.0}, r"momentum should be in \[0, 1\) but is: 1.0"),
         ({"norm": "bias"}, "norm 'bias', which is for vectors"),
     ],

@@ -71,6 +71,60 @@ STATE: dict[str, Callable[[Checkpoint], Any]] = {
     "None for a state": lambda saved: saved["state"].update({0: None}),
     "a list for a state": lambda saved: saved["state"].update({0: [1, 2]}),
 }
+
+
+def each_missing(good: Checkpoint) -> dict[str, Callable[[Checkpoint], Any]]:
+    """Every tensor of the state of the last parameter that has it, missing, by its key; an empty state is one that
+    begins.
+    """
+    at = {key: number for number, state in good["state"].items() if len(state) > 1 for key in state}
+    return {key: lambda saved, key=key, number=number: saved["state"][number].pop(key) for key, number in at.items()}
+
+
+#: What no tensor of a state is; `step` and the clock are numbers of steps.
+NO_TENSORS: dict[str, Callable[[Tensor], Any]] = {
+    "NaN": lambda t: torch.full_like(t, torch.nan, dtype=torch.float32),
+    "meta": lambda t: t.to("meta"),
+    "8 bits": lambda t: t.to(torch.float8_e5m2),
+    "bool": lambda t: t.bool(),
+    "complex": lambda t: t.to(torch.complex64),
+    "another shape": lambda t: t.new_ones((*t.shape, 3)),
+    "None": lambda t: None,
+}
+NO_COUNTS: dict[str, Callable[[Tensor], Any]] = {
+    "a fraction": lambda t: 2.5,
+    "half": lambda t: torch.tensor(0.5),
+    "-1": lambda t: -1,
+    "inf": lambda t: torch.tensor(torch.inf),
+    "True": lambda t: True,
+    "a string": lambda t: "3",
+}
+#: Keys of what is >= 0 everywhere.
+NOT_NEGATIVE = ("exp_avg_sq", "sq", "values", "learned", "pending", "mass", "radius", "step_size", "losses", "passes")
+
+
+def each_odd(good: Checkpoint) -> dict[str, Callable[[Checkpoint], Any]]:
+    """Every tensor of the state of the last parameter that has it, as what it cannot be."""
+    at = {key: number for number, state in good["state"].items() for key in state}
+    faults = {}
+    for key, number in at.items():
+        t = good["state"][number][key]
+        if not t.numel():
+            continue
+        odd = dict(NO_TENSORS)
+        if key in ("step", "clock"):
+            odd |= NO_COUNTS
+        elif t.is_floating_point() and key.endswith(NOT_NEGATIVE):
+            odd["below 0"] = lambda t: -t.abs() - 1
+        if "residual" in key or key.endswith("_next"):
+            del odd["NaN"]  # which it may be: it is looked at before it is taken
+        for name, change in odd.items():
+            faults[f"{key} {name}"] = lambda saved, key=key, number=number, change=change: saved["state"][
+                number
+            ].update({key: change(saved["state"][number][key])})
+    return faults
+
+
 STRUCTURE: dict[str, Callable[[Checkpoint], Any]] = {
     "no state": lambda saved: saved.pop("state"),
     "no groups": lambda saved: saved.pop("param_groups"),

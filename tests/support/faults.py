@@ -21,7 +21,16 @@ from torch import Tensor
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from steepest.zoo.shared import Extras
-from support.checkpoint_faults import STATE, STRUCTURE, VALUES, alike, everything, refusal
+from support.checkpoint_faults import (
+    STATE,
+    STRUCTURE,
+    VALUES,
+    alike,
+    each_missing,
+    each_odd,
+    everything,
+    refusal,
+)
 from support.configurations import CLASSES, CONFIGURATIONS, Shapes, Training, label, training
 from support.modes import MODES, together
 from support.training import same_bits
@@ -378,6 +387,43 @@ def refused_checkpoint(faults: dict[str, Callable[[dict[str, Any]], Any]]) -> Ca
     return measure
 
 
+def with_odd_state(cls: Class, options: Options) -> Cell:
+    """Each tensor of the state in turn."""
+    run = training(cls, options)
+    run.step(0)
+    good = run.optimizer.state_dict()
+    for group in good["param_groups"]:
+        group.pop("param_names", None)
+    fault, message = refusal(run.optimizer, good, each_odd(good))
+    return Cell(fault or "refuses", message)
+
+
+def without_state(cls: Class, options: Options) -> Cell:
+    """Without each tensor of the state in turn."""
+    run = training(cls, options)
+    run.step(0)
+    good = run.optimizer.state_dict()
+    words, message = set(), ""
+    for key, drop in each_missing(good).items():
+        other, saved = training(cls, options), copy.deepcopy(good)
+        drop(saved)
+        before = everything(other.optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                other.optimizer.load_state_dict(saved)
+                text, word = " ".join(str(each.message) for each in caught), "begins anew, warns"
+            except ValueError as error:
+                text, word = f"ValueError: {error}", "refuses"
+                if not alike(everything(other.optimizer), before):
+                    return Cell(f"half loads without {key}", text)
+        if key not in text or "parameter" not in text:
+            return Cell(f"takes it without {key}", text)
+        words.add(word)
+        message = message or text
+    return Cell(" or ".join(sorted(words, reverse=True)) or NOT_THERE, message)
+
+
 def of_another_class(cls: Class, options: Options) -> Cell:
     """Of two other classes of the package, which say their names."""
     run = training(cls, options)
@@ -621,6 +667,20 @@ SECTIONS = (
         (
             Column("values", ", ".join(VALUES), REFUSES, refused_checkpoint(VALUES)),
             Column("state", ", ".join(STATE), REFUSES, refused_checkpoint(STATE)),
+            Column(
+                "any tensor",
+                "each tensor of the state in turn is NaN, on meta, of another dtype or shape, or below 0 where it "
+                "cannot be; a number of steps is no whole number",
+                REFUSES,
+                with_odd_state,
+            ),
+            Column(
+                "missing",
+                "each tensor of the state in turn is missing; what may be turned on at any time begins anew, and a "
+                "warning names it",
+                (*REFUSES, "begins anew, warns", "refuses or begins anew, warns", NOT_THERE),
+                without_state,
+            ),
             Column("half written", ", ".join(STRUCTURE), REFUSES, refused_checkpoint(STRUCTURE)),
             Column("another class", "of other classes here", REFUSES, of_another_class),
             Column("torch's", ", ".join(f"torch.optim.{other.__name__}" for other, _ in TORCHS), REFUSES, of_torch),

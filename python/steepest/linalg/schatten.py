@@ -132,7 +132,8 @@ def schatten(
         p: at least 1; inf is the polar factor.
         method: "matmul" for products alone, which never wait for the device; "eigh" for the eigenvectors of the short
             side's Gram matrix in fp64, exact, a solver that waits for a GPU; "auto" for products where p is one of
-            theirs and what they lose is of the size of their rounding: where they are exact, or in 16 bits.
+            theirs and what they lose is of the size of their rounding: where they are exact, or in 16 bits. A matrix
+            in fp32 on a CPU is not taken to 16 bits for that.
         eps: "eigh" drops singular values below max(eps, rounding) times the largest; p = inf as in `polar`.
         dtype: compute dtype of products, which are then taken; `compute_dtype` chooses by default.
         max_workspace_bytes: bound on what one chunk of the batch allocates; at least one matrix is worked on.
@@ -184,13 +185,16 @@ def compute_dtype(p: float, dtype: torch.dtype, device: torch.device | str, *, m
     """The dtype in which `schatten` works on a matrix of ``dtype``, so that its input can be gathered in it.
 
     That of `polar` ("auto"), but for p = 1 and powers of R bf16 instead of fp16, for its range; fp32 at least for p = 2
-    (no products), for p = 1 on a CPU, and for eigenvectors, which are found in fp64.
+    (no products), for p = 1 on a CPU, and for eigenvectors, which are found in fp64. Compositions (p = 3/2, 3, 4, 6, 8)
+    take a matrix of fp32 on a CPU in fp32.
     """
     wide = torch.promote_types(dtype, torch.float32)
     if not takes_products(p, dtype, device, method=method) or p == 2:
         return wide
     of_polar = _polar.compute_dtype("auto", dtype, device)
-    if p in STEPS or p == math.inf:
+    if p in STEPS:
+        return _of_compositions(dtype, device)
+    if p == math.inf:
         return of_polar
     if p == 1 and torch.device(device).type == "cpu":
         return wide
@@ -233,9 +237,17 @@ def schatten_work(
 
 
 def _settled(p: float, method: str, dtype: torch.dtype, device: torch.device | str) -> str:
-    """The method for a matrix of ``dtype``: compositions err by more than 32 bits do."""
+    """The method for a matrix of ``dtype``: compositions err by more than 32 bits do, and 32 bits are asked for on a
+    CPU, where eigenvectors need not be waited for.
+    """
     composed = method == "auto" and p in STEPS
-    return "eigh" if composed and _polar.compute_dtype("auto", dtype, device).itemsize > 2 else method
+    return "eigh" if composed and _of_compositions(dtype, device).itemsize > 2 else method
+
+
+def _of_compositions(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The dtype of products for a matrix of ``dtype``: that of `polar` ("auto"), but on a CPU no narrower one."""
+    on_cpu = torch.device(device).type == "cpu"
+    return dtype if on_cpu and dtype.itemsize > 2 else _polar.compute_dtype("auto", dtype, device)
 
 
 def _check(x: Tensor, p: float, method: str, eps: float, dtype: torch.dtype | None) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from torch import Tensor
 
 from ..sharding.local import local_tensor
-from ..state_layout import Layout
 from ..step.modes import in_default_modes
+from .checkpoint_state import Kept
 from .checkpoints import Checkpoints
-from .group_options import average_of
+from .group_options import Group, average_of
 
 __all__ = ["Averages"]
 
@@ -19,7 +19,9 @@ WEIGHTS = "weights"
 class Averages(Checkpoints):
     """Groups whose iterates may be averaged, with checkpoints."""
 
-    _kept: ClassVar[dict[str, Layout | None]] = {WEIGHTS: "elementwise"}
+    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+        averaged = self._recipe(group).average is not None
+        return {**super()._kept(p, group), WEIGHTS: Kept(p.shape, missing="together" if averaged else "leave")}
 
     @in_default_modes
     def eval(self) -> None:

@@ -26,7 +26,7 @@ from ..step.modes import in_default_modes
 from ..step.plan import route
 from ..step.state_storage import stack
 from .constraints import RADIUS, Constraints
-from .group_options import Group, parameter_name
+from .group_options import Group, numbers_of, parameter_name
 from .groups import Params
 from .reports import Reports
 from .stale import StaleParameters
@@ -56,7 +56,7 @@ class MatrixOptimizer(Reports, Constraints):
         self._adamw_defaults = dict(adamw)
         self._reasons: dict[Tensor, str] = {}
         self._skipped: dict[torch.device, Tensor] = {}
-        self._recipes = {}
+        self._recipes, self._numbers = {}, {}
         self._staleness = StaleParameters(type(self).__name__, params)
         self._begin_shards()
         self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
@@ -177,7 +177,10 @@ class MatrixOptimizer(Reports, Constraints):
         return plan
 
     def _ready_plan(self) -> Plan:
-        """The plan of this step; every check is made, before the first write, when there is none for it yet."""
+        """The plan of this step; every check is made, before the first write, when there is none for it yet, and that
+        of numbers whenever they have changed.
+        """
+        self._check_numbers()
         if not all(group["capturable"] for group in self.param_groups if group["params"]):
             refuse_capture(
                 "its learning rate is a number, which the graph would repeat for ever: make the optimizer with "
@@ -185,6 +188,7 @@ class MatrixOptimizer(Reports, Constraints):
             )
         for group in self.param_groups:
             self._numbers_on_device(group)
+            self._numbers[id(group)] = numbers_of(group)
         key = self._key()
         if self._plan is None or self._plan_key != key:
             refuse_capture("what it steps has changed since the last step: take one with these gradients first")
@@ -262,6 +266,8 @@ class MatrixOptimizer(Reports, Constraints):
     def _check_step(self, number: int, group: Group) -> None:
         """Raises for what a step of this group would stumble over: its values may have changed since it was added."""
         name = type(self).__name__
+        if not torch.compiler.is_compiling():
+            self._check_taken(number, group)
         requested(group["backend"])
         self._check_devices(group)
         for i, p in enumerate(group["params"]):
@@ -274,6 +280,15 @@ class MatrixOptimizer(Reports, Constraints):
                 check_state(self._recipe(group), what, p, self._state_here(p), self._shapes_here(p, group))
             if requested(group["backend"]) != "auto":
                 self._backend(p, group)
+
+    def _check_taken(self, number: int, group: Group) -> None:
+        """ValueError, which names the group, for values that are no values of this method together."""
+        try:
+            self._check_weight_options(group)
+            if group["use_muon"]:
+                self._check_values(group)
+        except ValueError as error:
+            raise ValueError(f"group {number}: {error}") from error
 
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""
@@ -362,7 +377,7 @@ class MatrixOptimizer(Reports, Constraints):
         return route(self._parameter(self._number(group), 0, p, state), coupled=self._couples())
 
     def _forget_plans(self) -> None:
-        self._recipes, self._plan = {}, None
+        self._recipes, self._numbers, self._plan = {}, {}, None
         self._begin_shards()
         # Of a copy: hooks stay with the original, as torch's do.
         self.__dict__.setdefault("_weight_hooks", OrderedDict())
@@ -373,6 +388,7 @@ class MatrixOptimizer(Reports, Constraints):
 
         RuntimeError, with the reason, for a group whose step a CUDA graph cannot hold.
         """
+        self._check_numbers()
         for number, group in enumerate(self.param_groups):
             direction, why = self._recipe(group).direction, None
             if self._has_shards:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +10,6 @@ from typing import Any
 from .group_options import Group, frozen, name_the_rule, same
 
 __all__ = ["AUTHOR", "GIVE_NAMES", "Match", "match", "read_groups", "values_of"]
-
-logger = logging.getLogger("steepest")
 
 #: The key under which a checkpoint names the class that wrote it.
 AUTHOR = "optimizer"
@@ -21,6 +19,10 @@ GIVE_NAMES = (
     "a module or from model.named_parameters()"
 )
 _OF_PARAMETERS = ("params", "param_names")
+#: What DistributedDataParallel, torch.compile, FSDP, activation checkpoints and Lightning Fabric put into names.
+_WRAPPED = re.compile(
+    r"^(?:module\.|_orig_mod\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_forward_module\."
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Match:
     entries: for every parameter of every group, None where the checkpoint has nothing that it can take.
     sources: for every group, the checkpoint's groups of the same rule that its parameters come from.
     removed, rerouted: names whose state is dropped: not here any more, or taken by another rule.
-    kept: group values that stay what they are, as "lr of group 1".
+    kept: group values that stay what they are, as "lr of group 1".   begun: by its key what the checkpoint does not
+    have, and of which parameters.
     """
 
     entries: list[list[Entry | None]]
@@ -47,6 +50,7 @@ class Match:
     removed: list[str] = field(default_factory=list)
     rerouted: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    begun: dict[str, list[str]] = field(default_factory=dict)
 
     def source(self, number: int) -> str:
         """The checkpoint's groups from which a group has its values, in words."""
@@ -59,6 +63,10 @@ class Match:
             ("state is dropped of parameters that are not here any more", self.removed),
             ("state is dropped of parameters that another rule takes now, they begin anew", self.rerouted),
             ("groups are other ones, and values in which they differ stay as they are", self.kept),
+            (
+                "what the checkpoint does not have begins anew",
+                [f"{key} of {_some(names)}" for key, names in self.begun.items()],
+            ),
         )
         return "; ".join(f"{what}: {', '.join(names)}" for what, names in said if names)
 
@@ -90,18 +98,20 @@ def read_groups(checkpoint: Mapping[str, Any]) -> tuple[list[Group], Mapping[Has
 
 
 def match(optimizer: str, saved: Sequence[Group], state: Mapping[Hashable, Any], groups: Sequence[Group]) -> Match:
-    """Which entry of the checkpoint belongs to which parameter; where no name is on both sides the order decides, as
-    in torch, which is logged. ValueError, which says how to give names, where the order cannot tell.
+    """Which entry of the checkpoint belongs to which parameter; where one side has no names the order decides, as in
+    torch. ValueError, which says how to give names, where the order cannot tell, and where no name is on both sides.
     """
     theirs, ours = _saved_names(saved), _names(groups)
     if theirs is not None and ours is not None and _distinct(theirs) and _distinct(ours):
         theirs, ours = _comparable(theirs, ours)
         if set(_flat(theirs)) & set(_flat(ours)):
             return _by_name(theirs, ours, saved, state, groups)
-        logger.warning(
-            "%s.load_state_dict goes by order: none of the checkpoint's names (%s) is one of this optimizer's (%s)",
-            *(optimizer, _some(_flat(theirs)), _some(_flat(ours))),
-        )
+        if _flat(theirs) and _flat(ours):
+            raise ValueError(
+                f"none of the checkpoint's names ({_some(_flat(theirs))}) is one of this {optimizer}'s "
+                f"({_some(_flat(ours))}): give the parameters the names they were saved with, or change "
+                "'param_names' in checkpoint['param_groups'] to the names here; without them the order decides"
+            )
     sizes = [[len(group["params"]) for group in each] for each in (saved, groups)]
     why = None
     if len(saved) != len(groups):
@@ -158,13 +168,30 @@ def _saved_names(saved: Sequence[Group]) -> list[list[str]] | None:
 
 
 def _comparable(theirs: list[list[str]], ours: list[list[str]]) -> tuple[list[list[str]], list[list[str]]]:
-    """Names without what DistributedDataParallel and torch.compile put in front, unless two become one by it."""
+    """Names without what wrappers put in front, unless two become one by it; and where all names of one side stand
+    behind a prefix on the other, as in a module that holds the model, without that.
+    """
     bare = _bare(theirs), _bare(ours)
-    return bare if all(map(_distinct, bare)) else (theirs, ours)
+    theirs, ours = bare if all(map(_distinct, bare)) else (theirs, ours)
+    if not set(_flat(theirs)) & set(_flat(ours)):
+        theirs, ours = _without_prefix(theirs, ours), _without_prefix(ours, theirs)
+    return theirs, ours
 
 
 def _bare(names: list[list[str]]) -> list[list[str]]:
-    return [[name.replace("_orig_mod.", "").removeprefix("module.") for name in each] for each in names]
+    return [[_WRAPPED.sub("", name) for name in each] for each in names]
+
+
+def _without_prefix(names: list[list[str]], others: list[list[str]]) -> list[list[str]]:
+    """Names without the parts in front that all have, where it makes all of one side names of the other's."""
+    flat, wanted = _flat(names), set(_flat(others))
+    first, last = min(flat, default=""), max(flat, default="")  # which differ where any two do
+    common = next((first[:i] for i, (a, b) in enumerate(zip(first, last)) if a != b), first)
+    for prefix in (common[: dot.end()] for dot in re.finditer(r"\.", common)):
+        shorter = {name.removeprefix(prefix) for name in flat}
+        if shorter <= wanted or wanted <= shorter:
+            return [[name.removeprefix(prefix) for name in each] for each in names]
+    return names
 
 
 def _flat(names: list[list[str]]) -> list[str]:

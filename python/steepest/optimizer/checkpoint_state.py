@@ -4,37 +4,65 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..recipe import CLOCK
+from ..parts.precondition.kronecker import FACTORS
+from ..recipe import CLOCK, Recipe
 from ..sharding.local import is_sharded, local_tensor
-from ..state_layout import Layout
 from .checkpoint_matching import GIVE_NAMES
 
-__all__ = ["check_kept", "check_state", "restored"]
+__all__ = [
+    "Kept",
+    "Missing",
+    "check_kept",
+    "check_no_meta",
+    "check_state",
+    "refuse_incomplete",
+    "restored",
+    "without_kept",
+]
 
 _COUNTS = ("step", CLOCK)
+_BEGIN = "load an earlier checkpoint, or leave the parameter's entry out of checkpoint['state'] for it to begin anew"
+
+
+Missing = Literal["refuse", "begin", "together", "leave"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A floating-point tensor that a class keeps of a parameter besides its recipe's state.
+
+    limits: of its entries, None for any finite ones.   whole: it counts.   missing: what is done without it where the
+    parameter has other state: "refuse"; "begin" anew, which a warning says; "together", refuse it where other
+    parameters have it; "leave", for it is there at times.   later: before the first step it is never there.
+    """
+
+    shape: Sequence[int]
+    limits: Literal[">= 0", "> 0"] | None = None
+    whole: bool = False
+    missing: Missing = "leave"
+    later: bool = False
 
 
 def check_state(
-    tensors: Mapping[str, Any], what: str, p: Tensor, fresh: Mapping[str, Tensor], may_lack: Collection[str], owner: str
-) -> None:
-    """TypeError or ValueError for state that is not of this parameter in this optimizer.
+    tensors: Mapping[str, Any], what: str, p: Tensor, fresh: Mapping[str, Tensor], recipe: Recipe, owner: str
+) -> list[str]:
+    """The keys of what begins anew, because it may and is not there. TypeError or ValueError for state that is not of
+    this parameter in this optimizer.
 
-    what: names the parameter.   fresh: the state before a first gradient, for shapes and kinds.   may_lack: keys that
-    may be missing, or have no elements.   owner: the optimizer's class.
+    what: names the parameter.   fresh: the state before a first gradient, for shapes and kinds.   owner: the
+    optimizer's class.
     """
-    lacking = [key for key in fresh if key not in tensors and key not in may_lack]
-    if lacking:
-        raise ValueError(
-            f"the checkpoint's state of {what} has {', '.join(map(str, tensors))} and lacks {', '.join(lacking)}, "
-            f"which {owner} keeps: it is incomplete or of another optimizer; without an entry for it in "
-            "checkpoint['state'] the parameter begins anew"
-        )
+    may_lack = recipe.may_lack
+    refuse_incomplete(tensors, what, [key for key in fresh if key not in tensors and key not in may_lack], owner)
+    if any(spec in tensors for spec in recipe.average_keys):
+        refuse_incomplete(tensors, what, [key for key in recipe.average_keys if key not in tensors], owner)
     for key, like in fresh.items():
         if key not in tensors:
             continue
@@ -42,24 +70,69 @@ def check_state(
         if key in _COUNTS:
             _check_count(name, value)
             continue
-        _check_tensor(name, value, like.is_floating_point())
+        base = key.partition(".")[0]
+        may_overflow = recipe.kronecker is not None and base in recipe.kronecker.may_overflow
+        _check_tensor(name, value, like.is_floating_point(), finite=not may_overflow)
         if value.shape != like.shape and not (key in may_lack and not value.numel()):
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} and the parameter {tuple(p.shape)}: it is of another model, or "
                 f"of another order of parameters. {GIVE_NAMES}"
             )
+        if recipe.kronecker is not None and base in FACTORS and value.ndim > 1:
+            _check_limits(name, value.diagonal(dim1=-2, dim2=-1), ">= 0")
+        elif base in recipe.nonnegative:
+            _check_limits(name, value, ">= 0")
+    return [key for key in may_lack if key not in tensors and fresh[key].numel()]
 
 
-def check_kept(tensors: Mapping[str, Any], what: str, p: Tensor, layouts: Mapping[str, Layout | None]) -> None:
+def check_kept(tensors: Mapping[str, Any], what: str, kept: Mapping[str, Kept]) -> None:
     """`check_state` of what a class keeps besides its recipe's state, where it is there."""
-    for key, layout in layouts.items():
+    for key, kind in kept.items():
         if key not in tensors:
             continue
         value, name = tensors[key], f"the checkpoint's {key!r} of {what}"
         _check_tensor(name, value, floating=True)
-        shape = {"elementwise": p.shape, "scalar": torch.Size()}.get(layout or "")
-        if shape is not None and value.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(shape)}: it is of another model")
+        if value.shape != torch.Size(kind.shape):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, not {tuple(kind.shape)}: it is of another model, or is read "
+                f"otherwise here; {_BEGIN}"
+            )
+        if kind.limits is not None:
+            _check_limits(name, value, kind.limits)
+        if kind.whole and not _all(value, lambda t: t == t.round()):
+            raise ValueError(f"{name} should be a whole number but is: {value}; {_BEGIN}")
+
+
+def without_kept(tensors: Mapping[str, Any], kept: Mapping[str, Kept], missing: str) -> list[str]:
+    """The keys that are not there, of those kinds that say so."""
+    begun = any(float(tensors[key]) > 0 for key in _COUNTS if key in tensors) or not any(
+        key in tensors for key in _COUNTS
+    )
+    return [
+        key
+        for key, kind in kept.items()
+        if kind.missing == missing and key not in tensors and (begun or not kind.later)
+    ]
+
+
+def refuse_incomplete(tensors: Mapping[str, Any], what: str, lacking: Sequence[str], owner: str) -> None:
+    """ValueError where a parameter's state lacks something."""
+    if lacking:
+        raise ValueError(
+            f"the checkpoint's state of {what} has {', '.join(map(str, tensors))} and lacks {', '.join(lacking)}, "
+            f"which {owner} keeps: it is incomplete or of another optimizer; without an entry for it in "
+            "checkpoint['state'] the parameter begins anew"
+        )
+
+
+def check_no_meta(tensors: Mapping[str, Any], what: str) -> None:
+    """ValueError for a tensor without values, whosever it is."""
+    for key, value in tensors.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(
+                f"the checkpoint's {key!r} of {what} is on the meta device and has no values: load the file with "
+                "torch.load(..., map_location='cpu')"
+            )
 
 
 def restored(key: str, value: Any, p: Tensor) -> Any:
@@ -75,36 +148,46 @@ def _check_count(name: str, value: Any) -> None:
     """Of steps: a number, or a tensor of one."""
     if isinstance(value, bool) or not isinstance(value, Tensor | int | float):
         raise TypeError(f"{name} should be a number of steps but is: {value!r}")
-    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+    if isinstance(value, Tensor) and (value.numel() != 1 or not _counts(value)):
         raise ValueError(f"{name} should be one number of steps but has shape {tuple(value.shape)} and {value.dtype}")
-    if not (math.isfinite(float(value)) and float(value) >= 0):
-        raise ValueError(f"{name} should be a number of steps >= 0 but is: {float(value)}")
+    count = float(value)
+    if not (math.isfinite(count) and count >= 0 and count == round(count)):
+        raise ValueError(f"{name} should be a whole number of steps >= 0 but is: {count}; {_BEGIN}")
 
 
-def _check_tensor(name: str, value: Any, floating: bool) -> None:
+def _counts(value: Tensor) -> bool:
+    """Whether a tensor's dtype is one of numbers that count steps."""
+    if value.is_floating_point():
+        return value.itemsize > 1
+    return not value.is_complex() and value.dtype is not torch.bool
+
+
+def _check_limits(name: str, value: Tensor, limits: str) -> None:
+    if not _all(value, lambda t: t >= 0 if limits == ">= 0" else t > 0):
+        raise ValueError(f"{name} should be {limits} everywhere and is not: it is not what was saved; {_BEGIN}")
+
+
+def _check_tensor(name: str, value: Any, floating: bool, finite: bool = True) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a tensor but is: {value!r}")
     if value.layout is not torch.strided:
         raise ValueError(f"{name} should be dense but has the layout {value.layout}: call to_dense() on it")
-    whole = not value.is_floating_point() and not value.is_complex() and value.dtype is not torch.bool
+    whole = not value.is_floating_point() and _counts(value)
     if not (value.is_floating_point() and value.itemsize > 1 if floating else whole):
         wanted = "floating-point numbers of 16 bits or more" if floating else "whole numbers"
         raise ValueError(f"{name} should be {wanted} but is {value.dtype}")
-    if floating and not all_finite(value):
-        raise ValueError(
-            f"{name} is not finite: the run that saved it had come apart; load an earlier checkpoint, or leave the "
-            "parameter's entry out of checkpoint['state'] for it to begin anew"
-        )
+    if floating and finite and not _all(value, torch.isfinite):
+        raise ValueError(f"{name} is not finite: the run that saved it had come apart; {_BEGIN}")
 
 
-def all_finite(value: Tensor) -> bool:
-    """Whether every entry is finite, on all ranks that have some of them."""
-    finite = torch.isfinite(local_tensor(value)).all()
+def _all(value: Tensor, holds: Callable[[Tensor], Tensor]) -> bool:
+    """Whether something holds of every entry, on all ranks that have some of them."""
+    true = holds(local_tensor(value)).all()
     if is_sharded(value):
         import torch.distributed as dist
 
-        flag = finite.to(torch.int32)
+        flag = true.to(torch.int32)
         for group in value.device_mesh.get_all_groups():  # type: ignore[attr-defined]
             dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
-        finite = flag
-    return bool(finite)
+        true = flag
+    return bool(true)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import streams
 from ..recipe import ADAMW, Recipe
-from ..state_layout import Layout
 from ..step.modes import in_default_modes
 from ..step.state_storage import stack
 from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
-from .checkpoint_state import check_kept, check_state, restored
+from .checkpoint_state import (
+    check_kept,
+    check_no_meta,
+    check_state,
+    refuse_incomplete,
+    restored,
+    without_kept,
+)
 from .group_options import Group, name_the_rule, parameter_name
 from .option_types import OPTION_TYPES
 from .shards import Shards
@@ -37,9 +43,7 @@ class Checkpoints(Shards):
     _loading: tuple[dict[Any, Any], Match] | None = None
     #: attributes that a copy of the optimizer takes along
     _carried: tuple[str, ...] = ()
-    #: state besides that of recipes, and how it lies beside the parameter; None: in some other way
-    _kept: ClassVar[dict[str, Layout | None]] = {}
-    #: those of them that belong to all parameters and are in the state of the first one
+    #: keys of what is kept for all parameters, in the state of the first one
     _shared: tuple[str, ...] = ()
 
     def _forget_plans(self) -> None:
@@ -141,8 +145,9 @@ class Checkpoints(Shards):
             for i, p in enumerate(group["params"]):
                 entry = matched.entries[number][i]
                 tensors = {} if entry is None else state.get(entry.key, {})
-                loaded[p] = self._loaded_state(tensors, parameter_name(group, i), p, group, author is None)
-        self._share(loaded, state)
+                loaded[p] = self._loaded_state(tensors, parameter_name(group, i), p, group, matched, author is None)
+        self._share(loaded, state, matched, groups)
+        self._check_together(loaded, groups)
         listed = {key for group in saved for key in group["params"]}
         loaded |= {key: copy.deepcopy(value) for key, value in state.items() if key not in listed}
         self._loading = {key: value for key, value in loaded.items() if value or not isinstance(key, Tensor)}, matched
@@ -188,31 +193,57 @@ class Checkpoints(Shards):
                 "optimizer; `steepest convert` translates some"
             )
 
-    def _loaded_state(self, tensors: Any, what: str, p: Tensor, group: Group, foreign: bool) -> dict[str, Any]:
+    def _loaded_state(
+        self, tensors: Any, what: str, p: Tensor, group: Group, matched: Match, foreign: bool
+    ) -> dict[str, Any]:
         """A parameter's state as it will be, checked; without state of this optimizer it begins anew."""
         if not isinstance(tensors, Mapping):
             raise TypeError(f"the checkpoint's state of {what} should be a dictionary but is: {tensors!r}")
-        tensors = self._whole_state(tensors, p, group)
+        check_no_meta(tensors, what)
+        tensors, kept, owner = self._whole_state(tensors, p, group), self._kept(p, group), type(self).__name__
         fresh = self._fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
-        kept = self._merged("_kept")
-        if any(key in tensors for key in fresh) or (foreign and not all(key in kept for key in tensors)):
-            check_state(tensors, what, p, fresh, self._recipe(group).may_lack, type(self).__name__)
-        check_kept(tensors, what, p, kept)
+        alone = {key: kind for key, kind in kept.items() if key not in self._merged("_shared")}
+        others = [key for key in tensors if key not in kept]
+        if any(key in tensors for key in (*fresh, *alone)) or (foreign and others):
+            begun = check_state(tensors, what, p, fresh, self._recipe(group), owner)
+            refuse_incomplete(tensors, what, without_kept(tensors, alone, "refuse"), owner)
+            for key in (*begun, *without_kept(tensors, alone, "begin")):
+                matched.begun.setdefault(key, []).append(what)
+        elif others and fresh:
+            matched.begun.setdefault("everything", []).append(what)
+        check_kept(tensors, what, alone)
         return {key: restored(key, value, p) for key, value in self._state_kept_here(tensors, p, group).items()}
 
-    def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any]) -> None:
-        """Puts what belongs to all parameters into the state of the one that is the first now."""
+    def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any], matched: Match, groups: list[Group]) -> None:
+        """Puts what belongs to all parameters into the state of the one that is the first now. ValueError where it is
+        not there and should be.
+        """
         shared = self._merged("_shared")
         states = [tensors for tensors in state.values() if isinstance(tensors, Mapping)]
         values = {key: tensors[key] for tensors in states for key in shared if key in tensors}
-        if not values:
+        if not shared or not any(loaded.values()):
             return
         for of_parameter in loaded.values():
             for key in values:
                 of_parameter.pop(key, None)
-        first = next(p for group in self.param_groups for p in group["params"])
-        check_kept(values, "all parameters", first, self._merged("_kept"))
+        group, first = next((group, p) for group in groups for p in group["params"])
+        kept = {key: kind for key, kind in self._kept(first, group).items() if key in shared}
+        refuse_incomplete(values, "all parameters", without_kept(values, kept, "refuse"), type(self).__name__)
+        for key in without_kept(values, kept, "begin"):
+            matched.begun.setdefault(key, []).append("all parameters")
+        check_no_meta(values, "all parameters")
+        check_kept(values, "all parameters", kept)
         loaded[first] |= {key: restored(key, value, first) for key, value in values.items()}
+
+    def _check_together(self, loaded: Mapping[Any, Mapping[str, Any]], groups: list[Group]) -> None:
+        """ValueError for a parameter without what parameters have all at once or none has."""
+        there = {key for of_parameter in loaded.values() for key in of_parameter}
+        for group in groups:
+            for i, p in enumerate(group["params"]):
+                lacking = [key for key in without_kept(loaded[p], self._kept(p, group), "together") if key in there]
+                begun = all(key in loaded[p] for key in self._recipe(group).layouts)
+                if lacking and begun and loaded[p]:
+                    refuse_incomplete(loaded[p], parameter_name(group, i), lacking, type(self).__name__)
 
 
 def _is_adam(recipe: Recipe) -> bool:

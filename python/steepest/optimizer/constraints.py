@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 from torch import Tensor
 
 from ..parts import Sphere
 from ..recipe import State
-from ..state_layout import Layout
 from ..step import Parameter
 from ..step.retraction import norms_of
 from .averages import Averages
+from .checkpoint_state import Kept
 from .group_options import Group
 
 __all__ = ["Constraints"]
@@ -23,7 +20,11 @@ RADIUS = Sphere.key
 class Constraints(Averages):
     """Groups whose weights may be constrained, with checkpoints."""
 
-    _kept: ClassVar[dict[str, Layout | None]] = {RADIUS: None}
+    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+        """The radii too. A parameter that has none yet begins with the norms of its matrices as they are."""
+        count, constrained = sum(piece.batch for piece in self._pieces(p, group)), self._recipe(group).constraint
+        radii = Kept((count,), "> 0" if p.numel() else None, missing="leave" if constrained is None else "begin")
+        return {**super()._kept(p, group), RADIUS: radii}
 
     def _parameter(self, number: int, index: int, p: Tensor, state: State) -> Parameter:
         raise NotImplementedError
@@ -42,13 +43,3 @@ class Constraints(Averages):
                 "into a group with constraint=None"
             )
         return {RADIUS: radii}
-
-    def _loaded_state(self, tensors: Any, what: str, p: Tensor, group: Group, foreign: bool) -> dict[str, Any]:
-        state = super()._loaded_state(tensors, what, p, group, foreign)
-        count = sum(piece.batch for piece in self._pieces(p, group))
-        if isinstance(tensors, Mapping) and RADIUS in state and state[RADIUS].shape != (count,):
-            raise ValueError(
-                f"the checkpoint's {RADIUS!r} of {what} has shape {tuple(state[RADIUS].shape)} and the parameter "
-                f"{count} {'matrix' if count == 1 else 'matrices'}: it is of another model, or is read otherwise here"
-            )
-        return state

@@ -15,6 +15,8 @@ Group = dict[str, Any]
 
 # Group values that change from step to step and that no recipe depends on.
 CHANGING = frozenset({"params", "lr", "weight_decay", "momentum", "beta2", "betas", "initial_lr", "max_lr", "min_lr"})
+# Numbers that a step reads anew.
+NUMBERS = ("lr", "weight_decay", "momentum", "beta2", "betas", "eps")
 # Those that `capturable` keeps on the device, where a captured step reads them.
 ON_DEVICE = ("lr", "weight_decay")
 
@@ -87,7 +89,7 @@ def refuse_option(group: Group, name: str, why: str) -> None:
 def refuse_cautious_update(group: Group, why: str) -> None:
     """ValueError where a group says cautious_update=True and cannot have it."""
     if group.get("cautious_update"):
-        raise ValueError(f"cautious_update is not taken here: {why}")
+        raise ValueError(f"cautious_update=True is not taken here: {why}; leave it out")
 
 
 def refuse_decay_methods(group: Group, why: str, *methods: str) -> None:
@@ -120,6 +122,11 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
+def numbers_of(group: Group) -> tuple[Any, ...]:
+    """The values of `NUMBERS`, frozen; None where there is none."""
+    return tuple(map(_frozen, map(group.get, NUMBERS)))
+
+
 def changed(before: Group, now: Group) -> str | None:
     """The first key whose value is another one, or None; tensors count by identity."""
     return next((key for key in {**before, **now} if not same(before.get(key), now.get(key))), None)
@@ -131,7 +138,9 @@ def same(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+    if isinstance(a, bool | Tensor) or isinstance(b, bool | Tensor):
+        return False  # of the singletons True and False too, which are equal to 1 and 0
+    return bool(a == b)
 
 
 def parameter_name(group: Group, i: int) -> str:

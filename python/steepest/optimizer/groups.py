@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from ..parts import ADJUST_LR, Hyper
 from ..recipe import Recipe, State, adamw
 from .group_options import (
     CHANGING,
+    NUMBERS,
     ON_DEVICE,
     Group,
     adam_hyper,
@@ -24,13 +26,16 @@ from .group_options import (
     frozen,
     name_the_rule,
     number_on,
+    numbers_of,
     parameter_name,
     read_switches,
+    same,
 )
 from .option_types import OptionType, check_options
 
 __all__ = ["Groups", "Params"]
 
+_UNKNOWN = (object(),) * len(NUMBERS)
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Any]
 
 
@@ -44,6 +49,8 @@ class Groups(torch.optim.Optimizer):
     _reasons: dict[Tensor, str]
     #: by the identity of a group: its values, its recipe, and a number that is new whenever these have changed
     _recipes: dict[int, tuple[Group, Recipe, int]]
+    #: by the identity of a group: the numbers of its steps, as they were when they were last checked
+    _numbers: dict[int, tuple[Any, ...]]
     #: options whose type is another one than in every other optimizer; of all classes in the order of resolution
     _own_types: ClassVar[dict[str, OptionType]] = {}
 
@@ -68,9 +75,46 @@ class Groups(torch.optim.Optimizer):
         values = frozen(group, (key for key in self.defaults if key not in CHANGING))
         known = self._recipes.get(id(group))
         if known is None or changed(known[0], values) is not None:
+            values, recipe = self._check_recipe(group, values)
             version = 1 + max((version for _, _, version in self._recipes.values()), default=0)
-            known = self._recipes[id(group)] = (values, self._new_recipe(group), version)
+            known = self._recipes[id(group)] = (values, recipe, version)
         return known[1:]
+
+    def _check_changed(self, group: Group, keys: Iterable[str]) -> None:
+        """TypeError or ValueError, which names the group, for a value that the constructor refuses. Tensors on a device
+        are not read.
+        """
+        values = {key: group[key] for key in keys}
+        try:
+            check_options(values, self._merged("_own_types"), on_host=True)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self._called(group)}{error}") from error
+        group.update(values)
+
+    def _check_recipe(self, group: Group, keys: Iterable[str]) -> tuple[Group, Recipe]:
+        """The values of these keys, checked as `_check_changed` does, and the group's recipe anew."""
+        self._check_changed(group, keys)
+        try:
+            return frozen(group, keys), self._new_recipe(group)
+        except ValueError as error:
+            raise ValueError(f"{self._called(group)}{error}") from error
+
+    def _called(self, group: Group) -> str:
+        """A group's name, in front of a message; of one that is not among the optimizer's there is none."""
+        number = next((i for i, other in enumerate(self.param_groups) if other is group), None)
+        return "" if number is None else f"group {number}: "
+
+    def _check_numbers(self) -> None:
+        """`_check_changed` of the numbers of every group that are others than at the last call; a tensor is another one
+        by its identity, and may be filled with what the user likes.
+        """
+        for group in self.param_groups:
+            now, known = numbers_of(group), self._numbers.get(id(group), _UNKNOWN)
+            if all(map(same, known, now)):
+                continue
+            others = [key for key, old, new in zip(NUMBERS, known, now, strict=True) if not same(old, new)]
+            self._check_changed(group, [key for key in others if self._is_option(key, group)])
+            self._numbers[id(group)] = numbers_of(group)
 
     def _new_recipe(self, group: Group) -> Recipe:
         return self.recipe(group) if group["use_muon"] else adamw(group["momentum_dtype"], **finish(group))
@@ -90,7 +134,7 @@ class Groups(torch.optim.Optimizer):
         if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUST_LR:
             raise ValueError(
                 f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; use one of "
-                f"{', '.join(ADJUST_LR)} or None (original)"
+                f"{', '.join(ADJUST_LR)} or None (original) as adjust_lr_fn"
             )
         requested(group["backend"])
         self.recipe(group)
@@ -104,10 +148,7 @@ class Groups(torch.optim.Optimizer):
 
     def _merged(self, name: str) -> dict[str, Any]:
         """A class attribute of this name, of this class and its bases: dictionaries as one, tuples as their keys."""
-        merged: dict[str, Any] = {}
-        for kind in reversed(type(self).__mro__):
-            merged |= dict.fromkeys(value) if isinstance(value := vars(kind).get(name, {}), tuple) else value
-        return merged
+        return _merged(type(self), name)  # type: ignore[arg-type]  # mypy looks at the instances' __hash__
 
     def _check_options(self, values: Group, prefix: str = "") -> None:
         """`check_options` with the types of this class; prefix: of the names in messages."""
@@ -115,8 +156,10 @@ class Groups(torch.optim.Optimizer):
 
     def _options(self, group: Group) -> Group:
         """Those values of a group that are this optimizer's, and none that a user or a scheduler has put there."""
-        keys = {"use_muon", *self.defaults, *(() if group["use_muon"] else self._adamw_defaults)}
-        return {key: value for key, value in group.items() if key in keys}
+        return {key: value for key, value in group.items() if self._is_option(key, group)}
+
+    def _is_option(self, key: str, group: Group) -> bool:
+        return key == "use_muon" or key in self.defaults or (not group["use_muon"] and key in self._adamw_defaults)
 
     def _check_shape(self, p: Tensor, group: Group) -> None:
         """ValueError for a parameter that cannot be read as matrices."""
@@ -193,6 +236,7 @@ class Groups(torch.optim.Optimizer):
         super().add_param_group(group)
         self._check_group(group, routed=reasons is not None)
         self._numbers_on_device(group)
+        self._numbers[id(group)] = numbers_of(group)
         if reasons is not None:
             self._reasons.update(zip(group["params"], reasons, strict=True))
 
@@ -266,6 +310,14 @@ class Groups(torch.optim.Optimizer):
             transposed=group.get("transposed", False),
             split_columns=group.get("split_columns", False),
         )
+
+
+@cache
+def _merged(kind: type, name: str) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        merged |= dict.fromkeys(value) if isinstance(value := vars(base).get(name, {}), tuple) else value
+    return merged
 
 
 def _none(params: Any) -> bool:

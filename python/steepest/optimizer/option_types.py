@@ -2,7 +2,7 @@
 
 A value of another type is a TypeError that names the option, the value and what is wanted; one out of range a
 ValueError, in torch's words where torch has the option. Numbers of numpy become Python's own, so that checkpoints stay
-plain.
+plain, and whole numbers that no machine word holds become floats.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BELOW_ONE", "OPTION_TYPES", "OptionType", "check_option", "check_options"]
+__all__ = ["BELOW_ONE", "OPTION_TYPES", "OptionType", "check_option", "check_options", "check_type"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class OptionType:
 
     wanted: what the option should be.   takes: whether a value is of the type.   limits: what its value should be, ""
     for no limits.   fits: whether a value of the type is within them.   called: its name in torch's messages.
+    finite: whether an infinite number is beyond the limits too.
     """
 
     wanted: str
@@ -31,6 +32,7 @@ class OptionType:
     limits: str = ""
     fits: Callable[[Any], bool] = lambda value: True
     called: str | None = None
+    finite: bool = False
 
 
 def check_option(name: str, value: Any, kind: OptionType | None = None, of: str = "") -> Any:
@@ -38,32 +40,55 @@ def check_option(name: str, value: Any, kind: OptionType | None = None, of: str 
     table's entry of this name; adamw_ in front of a name is no part of it. of: whose it is, in front of the message.
     """
     kind = kind or OPTION_TYPES[name.removeprefix("adamw_")]
+    value = check_type(name, value, kind, of)
+    if any(each.is_meta for each in _tensors(value)):
+        raise ValueError(
+            f"{of}{name} should be {kind.wanted} but is on the meta device, where it has no value: use cpu"
+        )
+    if not kind.fits(value) or (kind.finite and not _is_finite(value)):
+        more = f"; {name} takes finite numbers {kind.limits}" if kind.finite else ""
+        raise ValueError(f"{of}{kind.called or name} should be {kind.limits} but is: {_shown(value, str)}{more}")
+    return value
+
+
+def check_type(name: str, value: Any, kind: OptionType, of: str = "") -> Any:
+    """`check_option` but for the limits, so that a tensor is not read."""
     value = _plain(value)
     if not kind.takes(value):
         if isinstance(value, Tensor) and value.numel() != 1 and kind.takes(0.5):
             raise ValueError(f"{of}Tensor {name} must be 1-element but has {value.numel()}")
-        raise TypeError(f"{of}{name} should be {kind.wanted} but is: {value!r}{_way_out(value)}")
-    if not kind.fits(value):
-        raise ValueError(f"{of}{kind.called or name} should be {kind.limits} but is: {value}")
+        raise TypeError(f"{of}{name} should be {kind.wanted} but is: {_shown(value)}{_way_out(value)}")
     return value
 
 
 def check_options(
-    values: MutableMapping[str, Any], special: Mapping[str, OptionType] | None = None, prefix: str = ""
+    values: MutableMapping[str, Any],
+    special: Mapping[str, OptionType] | None = None,
+    prefix: str = "",
+    of: str = "",
+    *,
+    on_host: bool = False,
 ) -> None:
     """`check_option` of every value the table knows, in place. special: types that go before those of the table;
-    prefix: of the names in messages.
+    prefix: of the names in messages; of: as in `check_option`.   on_host: tensors on a device are not
+    read, which would wait for it.
     """
-    kinds = {**OPTION_TYPES, **(special or {})}
     for key in values:
-        if key in kinds:
-            values[key] = check_option(prefix + key, values[key], kinds[key])
+        kind = (special or {}).get(key, OPTION_TYPES.get(key))
+        if kind is not None:
+            elsewhere = on_host and not all(map(_is_on_host, _tensors(values[key])))
+            check = check_type if elsewhere else check_option
+            values[key] = check(prefix + key, values[key], kind, of)
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy, alone or in a sequence, as Python's; sequences of other libraries as tuples."""
+    """Numbers of numpy, alone or in a sequence, as Python's; sequences of other libraries as tuples; whole numbers of
+    more than 63 bits as floats.
+    """
     if isinstance(value, Tensor | str | bytes):
         return value
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+        return float(value) if abs(value) < 2**1023 else math.inf if value > 0 else -math.inf
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
     if isinstance(value, list):
@@ -71,6 +96,8 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, Sequence) else value
 
 
+_TOO_LARGE = 2**63
+_LONGEST = 200  # text of a value
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
@@ -80,6 +107,8 @@ def _way_out(value: Any) -> str:
     if isinstance(value, list | tuple):
         inner = next((each for each in value if isinstance(each, str)), None)
         return "" if inner is None else f", in which {inner!r} is{_way_out(inner).removeprefix(',')}"
+    if isinstance(value, float) and abs(value) >= _TOO_LARGE:
+        return ", which is too large"
     if not isinstance(value, str):
         return ""
     name = _SHORT_DTYPES.get(value, value.removeprefix("torch."))
@@ -95,13 +124,35 @@ def _way_out(value: Any) -> str:
     return f", a string: unquote it{yaml}"
 
 
+def _shown(value: Any, text: Callable[[Any], str] = repr) -> str:
+    """A value in a message, which is no place for a long one."""
+    shown = text(value)
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..., of type {type(value).__name__}"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [each for each in (value if isinstance(value, list | tuple) else (value,)) if isinstance(each, Tensor)]
+
+
+def _is_on_host(t: Tensor) -> bool:
+    return t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)  # a fake tensor has no value
+
+
+def _is_finite(value: Any) -> bool:
+    """Of a number, or of what is none."""
+    if isinstance(value, Tensor):
+        return bool(value.isfinite())
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _is_real(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        of_numbers = value.itemsize > 1 if value.is_floating_point() else value.dtype is not torch.bool
+        return value.numel() == 1 and of_numbers and not value.is_complex()
     return _is_real(value)
 
 
@@ -144,10 +195,18 @@ def _at_least(least: int) -> OptionType:
     return OptionType(text, _is_whole, text, lambda value: value >= least)
 
 
-AT_LEAST_ZERO = OptionType("a number >= 0 or a tensor of one element", _is_number, ">= 0", lambda value: value >= 0)
+def _positive(kind: OptionType) -> OptionType:
+    return replace(kind, limits="> 0", fits=lambda value: value > 0, finite=True)
+
+
+AT_LEAST_ZERO = OptionType(
+    "a number >= 0 or a tensor of one element", _is_number, ">= 0", lambda value: value >= 0, finite=True
+)
 #: A decay rate that the authors keep below 1.
 BELOW_ONE = OptionType("a number in [0, 1)", _is_number, "in [0, 1)", lambda value: 0 <= value < 1)
 REAL = OptionType("a number", _is_real)
+POSITIVE = _positive(OptionType("a number > 0", _is_real))
+POSITIVE_NUMBER = _positive(OptionType("a number > 0 or a tensor of one element", _is_number))
 WHOLE = OptionType("a whole number", _is_whole)
 BOOL = OptionType("True or False", _is_bool)
 TEXT = OptionType("a name", _is_text)
@@ -165,17 +224,14 @@ POLAR = OptionType(
 )
 
 
-def _positive(text: str = "> 0") -> OptionType:
-    return OptionType("a number > 0", _is_real, text, lambda value: value > 0)
-
-
 #: By the name of an argument, which is that of a group value but for those of a whole optimizer.
 OPTION_TYPES: dict[str, OptionType] = {
     "loss_scale": OptionType(
         "a number, 'sum' or a tensor of one element",
         lambda value: value == "sum" if isinstance(value, str) else _is_number(value),
-        "positive and finite",
-        lambda value: isinstance(value, (str, Tensor)) or 0 < value < math.inf,
+        "> 0",
+        lambda value: isinstance(value, str) or bool(value > 0),
+        finite=True,
     ),
     # numbers of a step
     "lr": replace(AT_LEAST_ZERO, called="Learning rate"),
@@ -184,16 +240,18 @@ OPTION_TYPES: dict[str, OptionType] = {
     "betas": BETAS,
     "beta2": BELOW_ONE,
     "eps": AT_LEAST_ZERO,
-    "damping": OptionType("a number > 0 or a tensor of one element", _is_number, "> 0", lambda value: value > 0),
-    "radius": _positive("positive"),
+    "damping": POSITIVE_NUMBER,
+    "radius": POSITIVE,
     "fraction": OptionType("a number in (0, 1]", _is_real, "in (0, 1]", lambda value: 0 < value <= 1),
     "average_rate": replace(BELOW_ONE, takes=_is_real),
     "shampoo_beta": _or_none(OptionType("a number in [0, 1]", _is_real, "in [0, 1]", lambda value: 0 <= value <= 1)),
     "p": REAL,
     # of a whole optimizer
-    "matrix_scale": REAL,
-    "initial_step": _positive("> 0, far below any good step,"),
-    "lower_bound": _or_none(OptionType("one number", _is_number, "a number", lambda value: bool(value == value))),
+    "matrix_scale": POSITIVE,
+    "initial_step": POSITIVE,
+    "lower_bound": _or_none(
+        OptionType("one number", _is_number, "a number below infinity", lambda value: bool(value < math.inf))
+    ),
     "stale_dual": _or_none(BOOL),
     "reduce_loss": BOOL,
     "product": TEXT,
@@ -215,7 +273,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "after": _or_none(TEXT),
     "inverse_root": TEXT,
     "first_step": _or_none(TEXT),
-    "max_update_rms": _or_none(_positive()),
+    "max_update_rms": _or_none(POSITIVE),
     "parity": _or_none(TEXT),
     "refresh": TEXT,
     "precondition_frequency": _at_least(1),
@@ -228,7 +286,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "use_muon": BOOL,
     "num_heads": _or_none(ROWS),
     "split_sizes": _or_none(OptionType("a list of whole numbers, as in (64, 64, 64),", _sequence_of(_is_whole))),
-    "batch_dims": _or_none(WHOLE),
+    "batch_dims": _or_none(_at_least(0)),
     "transposed": BOOL,
     "split_columns": BOOL,
     "weight_decay_method": TEXT,
@@ -242,11 +300,17 @@ OPTION_TYPES: dict[str, OptionType] = {
     "schedule_free_beta": replace(BELOW_ONE, takes=_is_real),
     "cautious_update": BOOL,
     "maximize": BOOL,
-    "momentum_dtype": _or_none(DTYPE),
+    "momentum_dtype": _or_none(
+        replace(
+            DTYPE,
+            limits="a floating torch.dtype of 16 bits or more",
+            fits=lambda dtype: dtype.is_floating_point and dtype.itemsize > 1,
+        )
+    ),
     "stochastic_rounding": BOOL,
     "keep_mantissa": BOOL,
     "constraint": _or_none(TEXT),
-    "variance_reduction": _or_none(_positive()),
+    "variance_reduction": _or_none(POSITIVE),
     "capturable": BOOL,
     "backend": TEXT,
     "max_workspace_bytes": OptionType("a whole number > 0", _is_whole, "positive", lambda value: value > 0),

@@ -14,6 +14,7 @@ from ..recipe import Recipe, State
 from ..sharding.local import is_sharded, local_tensor, whole_tensor
 from ..sharding.owners import owned_pieces
 from ..step.program import is_elementwise
+from .checkpoint_state import Kept
 from .group_options import Group, parameter_name
 from .groups import Groups
 
@@ -247,6 +248,10 @@ class Shards(Groups):
         state = self._recipe(group).init(here, here, self._pieces_here(p, group))
         return {key: value.shape for key, value in state.items()}
 
+    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+        """What is kept of a parameter besides its recipe's state, by key."""
+        return {}
+
     # ---- state in checkpoints ----------------------------------------------------------------------------------------
 
     def _saved_state(self, p: Tensor, group: Group) -> dict[str, Any]:
@@ -267,7 +272,7 @@ class Shards(Groups):
             return {key: whole_tensor(value) for key, value in tensors.items()}
         from .owned_state import whole
 
-        return whole(tensors, sharding, _elementwise(self._recipe(group), p) | set(self._merged("_kept")))
+        return whole(tensors, sharding, _elementwise(self._recipe(group), p) | set(self._kept(p, group)))
 
     def _state_kept_here(self, tensors: Mapping[str, Any], p: Tensor, group: Group) -> dict[str, Any]:
         """What this rank keeps of state as `_whole_state` has it."""

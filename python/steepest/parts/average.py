@@ -41,7 +41,7 @@ class Average:
     @property
     def specs(self) -> tuple[StateSpec, ...]:
         """The state it keeps, which begins at zero; its elements are in the weight's dtype, but at least fp32."""
-        return (StateSpec(self.key, "elementwise"), StateSpec(self.mass_key, "scalar", torch.float64))
+        return (StateSpec(self.key, "elementwise"), StateSpec(self.mass_key, "scalar", torch.float64, nonnegative=True))
 
     def observe(self, state: State, before: Tensor, after: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         """(the weight, the state) after a step that led it from `before` to `after`."""
@@ -80,7 +80,7 @@ class ScheduleFree(Average):
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:
-        mass = StateSpec(self.mass_key, "scalar", torch.float64)
+        mass = StateSpec(self.mass_key, "scalar", torch.float64, nonnegative=True)
         return (StateSpec(self.key, "elementwise"), mass, StateSpec(self.iterate_key, "elementwise"))
 
     def observe(self, state: State, before: Tensor, after: Tensor, hyper: Hyper) -> tuple[Tensor, State]:

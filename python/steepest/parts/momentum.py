@@ -47,7 +47,7 @@ class Momentum:
             raise ValueError(f"momentum kind {self.kind!r} is not known; use 'ema', 'heavy_ball' or 'error_feedback'")
         if self.dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             wide = "" if getattr(self.dtype, "itemsize", 2) > 1 else " of 16 bits or more"
-            raise ValueError(f"momentum dtype should be a floating torch.dtype{wide} or None but is: {self.dtype!r}")
+            raise ValueError(f"momentum_dtype should be a floating torch.dtype{wide} or None but is: {self.dtype!r}")
         if self.nesterov and self.kind == "error_feedback":
             raise ValueError("Nesterov momentum with error feedback is not defined here; choose one of the two")
         if self.nesterov and self.bias_correction:

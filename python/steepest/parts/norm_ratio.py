@@ -33,7 +33,7 @@ class NormRatio(UpdateTransform):
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:
-        return (StateSpec(self.key, "matrix"),)
+        return (StateSpec(self.key, "matrix", nonnegative=True),)
 
     @property
     def counts_steps(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,12 @@ from torch.nn.functional import unfold
 from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.multi_tensor import Scaling
+from ..optimizer.checkpoint_state import Kept
 from ..optimizer.group_options import Group, adam_hyper, number
 from ..optimizer.wrappers import asking_scaler
 from ..parts import Hyper, Momentum, Number, Sides
 from ..parts.precondition.kronecker import FACTORS
 from ..sharding.local import is_sharded
-from ..state_layout import Layout
 from ..step.modes import in_default_modes
 from .kronecker import BasesAndExtras, KroneckerOptimizer
 
@@ -63,7 +63,6 @@ class KFAC(KroneckerOptimizer):
     """
 
     _carried: tuple[str, ...] = ("_handles", "_batches")
-    _kept: ClassVar[dict[str, Layout | None]] = {PASSES: "scalar"}
     _not_taken = tuple(NOT_TAKEN)
     _ranks: Any = None
     #: of this step
@@ -102,6 +101,10 @@ class KFAC(KroneckerOptimizer):
                 f"KFAC does not take {what}: its hooks average whole factors on every rank; use "
                 "DistributedDataParallel, which keeps every matrix whole"
             )
+
+    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+        passes = {PASSES: Kept((), ">= 0", whole=True, missing="refuse", later=True)} if group["use_muon"] else {}
+        return {**super()._kept(p, group), **passes}
 
     def parts(self, group: Group) -> dict[str, Any]:
         sides = Sides(exponent=1.0, damping="factored")

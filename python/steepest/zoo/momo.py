@@ -7,9 +7,9 @@ see `steepest.step.coupling`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer
+from ..optimizer.checkpoint_matching import Match
+from ..optimizer.checkpoint_state import Kept, Missing, refuse_incomplete
 from ..optimizer.group_options import (
     Group,
     number,
@@ -25,12 +27,11 @@ from ..optimizer.group_options import (
     refuse_option,
     refuse_schedule_free,
 )
-from ..optimizer.option_types import check_option
+from ..optimizer.option_types import check_option, check_options
 from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
 from ..recipe import Recipe, State
 from ..sharding.local import is_sharded, local_tensor
-from ..state_layout import Layout
 from ..step.coupling import Coupling, Directed, dot, inner_products
 from ..step.parameter import Matrices, Parameter
 from ..step.plan import Executor, Plan
@@ -92,12 +93,13 @@ class Momo(MatrixOptimizer):
     """
 
     _carried: tuple[str, ...] = ("lower_bound", "stale_dual", "reduce_loss", "_told")
-    _kept: ClassVar[dict[str, Layout | None]] = {DESCENT: None, INNER: "scalar", LOSS: None, LOSSES: "scalar"}
     _shared: tuple[str, ...] = (LOSS, LOSSES)
     lower_bound: Number | None = None
     #: what stale_dual=None means for a class
     stale_dual: bool = True
     _loss: Number | None = None
+    #: the bound that was last checked
+    _checked: Number | None = None
 
     def __init__(
         self,
@@ -107,7 +109,7 @@ class Momo(MatrixOptimizer):
         reduce_loss: bool = True,
         **kwargs: Any,
     ) -> None:
-        self.lower_bound = check_option("lower_bound", lower_bound)
+        self.lower_bound = self._checked = check_option("lower_bound", lower_bound)
         stale_dual = type(self).stale_dual if stale_dual is None else stale_dual
         self.stale_dual = check_option("stale_dual", stale_dual)
         self.reduce_loss = check_option("reduce_loss", reduce_loss)
@@ -132,6 +134,7 @@ class Momo(MatrixOptimizer):
             loss = sum(self._told) / len(self._told)
         self._told.clear()
         if closure is None and loss is None and self.lower_bound is not None:
+            self._check_numbers()
             if any(float(group["lr"]) != 0 for group in self.param_groups):
                 raise RuntimeError(
                     f"{type(self).__name__} has a lower bound and needs the loss: step(loss=loss), step(closure), "
@@ -152,6 +155,13 @@ class Momo(MatrixOptimizer):
 
     def _couples(self) -> bool:
         return self.lower_bound is not None
+
+    def _check_numbers(self) -> None:
+        super()._check_numbers()
+        if self.lower_bound is not self._checked:
+            values = {"lower_bound": self.lower_bound}
+            check_options(values, on_host=True)
+            self.lower_bound = self._checked = values["lower_bound"]
 
     def _factors(self, layers: Sequence[Layers]) -> list[Number]:
         """What each group's step is multiplied by, but for the truncation."""
@@ -275,6 +285,27 @@ class Momo(MatrixOptimizer):
     def _first(self) -> Tensor:
         return next(p for group in self.param_groups for p in group["params"])
 
+    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+        """What the model of the loss and the coupling keep; both may have been turned on since the checkpoint."""
+        recipe = self._recipe(group)
+        count = sum(recipe.input_shape(piece.shape)[0] for piece in self._pieces(p, group))
+        bounded: Missing = "leave" if self.lower_bound is None else "begin"
+        stale: Missing = "begin" if self._couples() and self._stale(recipe) else "leave"
+        return {
+            **super()._kept(p, group),
+            DESCENT: Kept((count,), missing=stale, later=True),
+            INNER: Kept((), missing=bounded),
+            LOSS: Kept((2,), missing=bounded),
+            LOSSES: Kept((), ">= 0", whole=True, missing=bounded),
+        }
+
+    def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any], matched: Match, groups: list[Group]) -> None:
+        """ValueError for a part of the model of the loss too."""
+        there = {key for tensors in state.values() for key in (LOSS, LOSSES, INNER) if key in tensors}
+        lacking = [key for key in (LOSS, LOSSES) if there and key not in there]
+        refuse_incomplete(dict.fromkeys(sorted(there)), "all parameters", lacking, type(self).__name__)
+        super()._share(loaded, state, matched, groups)
+
     def _shared_state(self) -> State:
         """What belongs to all parameters, in the state of the first one."""
         state: State = self.state[self._first]
@@ -305,7 +336,7 @@ class Momo(MatrixOptimizer):
             count = sum(recipe.input_shape(piece.shape)[0] for piece in self._pieces(p, group))
             fresh[DESCENT] = _unknown(count, p)
         self.state[p].update(fresh)
-        if p is self._first:
+        if fresh or p is self._first:
             self._shared_state()
         return added or bool(fresh)
 

@@ -75,7 +75,7 @@ class Muon(MatrixOptimizer):
             # "jordan" is torch's iteration, operation for operation; other coefficients go through the general one.
             coefficients = tuple(group["ns_coefficients"])
             table = None if coefficients == JORDAN_STEP else (coefficients,)
-            direction = spectral(group, "jordan", table, group["ns_steps"], group["eps"])
+            direction = spectral(group, "jordan", table, group["ns_steps"], group["eps"], option="ns_coefficients")
         else:
             direction = polar_of(group, group["eps"])
         momentum = Momentum(nesterov=group["nesterov"], dtype=group["momentum_dtype"])
@@ -87,10 +87,14 @@ class Muon(MatrixOptimizer):
 
     def _check_values(self, group: Group) -> None:
         if len(group["ns_coefficients"]) != 3:
-            raise ValueError(f"Coefficients must be a tuple of exactly 3 values but is: {group['ns_coefficients']}")
-        if group["ns_steps"] >= 100:
             raise ValueError(
-                f"Number of steps must be less than 100 for computational efficiency but is: {group['ns_steps']}"
+                f"Coefficients must be a tuple of exactly 3 values but is: {group['ns_coefficients']}; ns_coefficients "
+                "are (a, b, c) of a x + b x^3 + c x^5"
+            )
+        if not 0 < group["ns_steps"] < 100:
+            raise ValueError(
+                f"Number of steps must be less than 100 for computational efficiency but is: {group['ns_steps']}; "
+                "ns_steps is at least 1, and 5 by default"
             )
         super()._check_values(group)
 

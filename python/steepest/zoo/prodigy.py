@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import Params
+from ..optimizer.checkpoint_state import Kept
 from ..optimizer.group_options import Group, refuse_option, refuse_schedule_free
 from ..optimizer.option_types import BELOW_ONE, check_option
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
 from ..recipe import Recipe, State
 from ..sharding.local import is_sharded, local_tensor
-from ..state_layout import Layout
 from ..step.coupling import Coupling as StepCoupling
 from ..step.coupling import Directed, inner_products
 from ..step.parameter import Matrices, Parameter
@@ -56,7 +56,6 @@ class ProdigyMuon(ProductNormOptimizer):
 
     _carried: tuple[str, ...] = ("norm", "initial_step")
     _led: list[Led]
-    _kept: ClassVar[dict[str, Layout | None]] = {START: "elementwise", STEP_SIZE: "scalar"}
     _shared: tuple[str, ...] = (STEP_SIZE,)
 
     def __init__(
@@ -114,6 +113,14 @@ class ProdigyMuon(ProductNormOptimizer):
         if self._is_lossy(p, group) and DROPPED not in state:
             fresh[DROPPED] = torch.zeros_like(p, dtype=torch.float32)
         return fresh
+
+    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+        return {
+            **super()._kept(p, group),
+            START: Kept(p.shape, missing="refuse"),
+            DROPPED: Kept(p.shape, missing="begin" if self._is_lossy(p, group) else "leave"),
+            STEP_SIZE: Kept((), "> 0", missing="refuse"),
+        }
 
     def _is_lossy(self, p: Tensor, group: Group) -> bool:
         """Whether the weight's dtype drops bits that nobody keeps."""

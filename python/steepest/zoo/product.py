@@ -78,12 +78,13 @@ class ProductNormOptimizer(Momo):
         scale: Scale,
         others: str,
     ) -> None:
-        check_option("scale", scale)
-        if scale not in ("lmo", "dual"):
+        if check_option("scale", scale) not in ("lmo", "dual"):
             raise ValueError(f"scale {scale!r} is not known; use 'lmo' (length lr in the norm) or 'dual'")
-        check_option("others", others)
+        others = check_option("others", others)
         if others not in OTHERS:
-            raise ValueError(f"norm {others!r} of the other parameters is not known; use one of {', '.join(OTHERS)}")
+            raise ValueError(
+                f"others={others!r} is not known, a norm of what is no matrix; use one of {', '.join(OTHERS)}"
+            )
         name = type(self).__name__
         for key in self._not_taken:
             if key in extra:

@@ -139,7 +139,8 @@ def defaults_of(name: str, options: Group, extra: Extras) -> tuple[Group, Group]
     values: Group = {**options, **EXTRAS, **given}
     adamw = {key.removeprefix("adamw_"): values.pop(key) for key in list(values) if key.startswith("adamw_")}
     if adamw["lr"] is None:
-        adamw["lr"] = options["lr"] if options["adjust_lr_fn"] == "match_rms_adamw" else ADAMW_NUMBERS["lr"]
+        ratio = check_option("adjust_lr_fn", options["adjust_lr_fn"])
+        adamw["lr"] = options["lr"] if ratio == "match_rms_adamw" else ADAMW_NUMBERS["lr"]
     return values, adamw
 
 
@@ -159,12 +160,22 @@ def normalization(group: Group) -> tuple[Normalize, ...]:
 
 
 def spectral(
-    group: Group, preset: str, coefficients: Any = None, steps: int | None = None, eps: float = 1e-7
+    group: Group,
+    preset: str,
+    coefficients: Any = None,
+    steps: int | None = None,
+    eps: float = 1e-7,
+    option: str = "polar",
 ) -> Spectral:
-    """The direction; an error now for what `polar` would refuse in the middle of a step."""
+    """The direction; an error now for what `polar` would refuse in the middle of a step, as that of the group's option
+    of this name.
+    """
     table = None if coefficients is None else tuple(tuple(row) for row in coefficients)
     if preset != "svd":
-        schedule(preset, table, steps)
+        try:
+            schedule(preset, table, steps)
+        except ValueError as error:
+            raise ValueError(f"{option}={group[option]!r}: {error}") from error
     return Spectral(preset, table, steps, eps, group["max_workspace_bytes"])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..matrices import LAYOUT_KEYS
 from ..optimizer import MatrixOptimizer, Params
+from ..optimizer.checkpoint_state import Kept
 from ..optimizer.group_options import (
     Group,
     number,
@@ -43,7 +44,7 @@ from ..parts import (
 )
 from ..recipe import Recipe, State
 from ..sharding.local import local_tensor
-from ..state_layout import Layout, StateSpec
+from ..state_layout import StateSpec
 from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
 from .vector import MomentumOptimizer, VectorOptimizer
@@ -141,7 +142,10 @@ def _no_decay(group: Group) -> Decay:
 
 def _plain(group: Group, decay: Decay) -> Decay:
     if group["cautious_wd"]:
-        raise ValueError("decay inside the model and relative steps leave no decay to be cautious, after or scaled")
+        raise ValueError(
+            "cautious_wd=True is not taken here: decay is inside the model, or there is none, which leaves no decay to "
+            "be cautious; leave it out"
+        )
     refuse_decay_methods(group, "decay is inside the model, or there is none", "independent", "l2")
     return decay
 
@@ -294,9 +298,12 @@ class NIGT(MomentumOptimizer):
     """
 
     _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
-    _kept: ClassVar[dict[str, Layout | None]] = {AHEAD: "elementwise"}
     _direction = Frobenius()
     _extrapolates = True
+
+    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+        """During eval() the points ahead too."""
+        return {**super()._kept(p, group), AHEAD: Kept(p.shape, missing="together" if group["use_muon"] else "leave")}
 
     def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
         weights = {WEIGHTS: p.detach().clone()} if group["use_muon"] else {}

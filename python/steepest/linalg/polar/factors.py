@@ -77,7 +77,8 @@ def polar(
         coefficients: instead of a preset, (a, b, c) or a list of such; 2 to 5 numbers, odd degrees 3 to 9.
         steps: how often one tuple is applied (5), or the length of "polar_express".
         eps: relative to the largest entry of a matrix: its norm is never taken below eps, and "svd" drops singular
-            values below max(eps, rounding) times the largest.  The scale of x does not matter.
+            values below eps times the largest, and below 2.4e-7 ||X||_F (fp32), which rounding leaves of 0.  The scale
+            of x does not matter.
         dtype: compute dtype; `compute_dtype` chooses by default.  fp16 is refused on a CPU.
         form: "standard", "gram", or "auto" by shape, device and dtype.
         restarts: steps (1 .. steps - 1) before which the Gram form takes a new X X^T; overrides ``form``.
@@ -288,6 +289,7 @@ def _svd(x: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
     y = prescaled(x.reshape(-1, *x.shape[-2:]), torch.float64)
     finite = y.isfinite().all(-1).all(-1)[:, None, None]
     u, s, vh = torch.linalg.svd(torch.where(finite, y, torch.zeros_like(y)), full_matrices=False)
-    least = s[:, :1] * max(eps, torch.finfo(known).eps * max(x.shape[-2:]))
+    rounding = 2 * torch.finfo(known).eps * torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    least = torch.maximum(s[:, :1] * eps, rounding)
     kept = (s > least).to(s.dtype)[:, None, :]
     return torch.where(finite, (u * kept) @ vh, torch.nan).to(x.dtype).reshape(x.shape)

@@ -140,6 +140,16 @@ class Kronecker:
         return (*FACTORS, *((*NEXT, PENDING) if self.delay else ()), *self.own_keys, LEARNED)
 
     @property
+    def nonnegative(self) -> tuple[str, ...]:
+        """Keys of the state whose entries are >= 0, beside factors, whose diagonals are."""
+        return (*((PENDING,) if self.delay else ()), LEARNED)
+
+    @property
+    def may_overflow(self) -> tuple[str, ...]:
+        """Keys of what a refresh has made and is looked at before it is taken: it may not be finite."""
+        return ()
+
+    @property
     def counts_steps(self) -> bool:
         return False
 

@@ -82,6 +82,10 @@ class Roots(Kronecker):
         kept = () if self.scale == "refresh" else (*INVERSES, *(NEXT_INVERSES if self.delay else ()))
         return (*ROOTS, *RESIDUALS, *kept)
 
+    @property
+    def may_overflow(self) -> tuple[str, ...]:
+        return (*RESIDUALS, *NEXT, *NEXT_INVERSES)
+
     def init_side(self, side: int, count: int, n: int, like: Tensor) -> State:
         pairs = [ROOTS, *([NEXT] if self.delay else [])]
         if self.scale == "present":

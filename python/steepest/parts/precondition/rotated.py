@@ -90,6 +90,11 @@ class Rotated(Kronecker):
         return (*(key for pair in pairs for key in pair), *(() if isinstance(self.inner, Sides) else self.inner.keys))
 
     @property
+    def nonnegative(self) -> tuple[str, ...]:
+        inner = self.inner.keys if isinstance(self.inner, Diagonal) else ()
+        return (*super().nonnegative, *VALUES, *NEXT_VALUES, *inner)
+
+    @property
     def counts_steps(self) -> bool:
         return self.inner.counts_steps
 
