@@ -39,6 +39,7 @@ OPTIONS: tuple[tuple[type[MatrixOptimizer], dict[str, Any]], ...] = (
     (steepest.Muon, {"momentum_dtype": torch.float16}),
     (steepest.Muon, {"momentum_dtype": torch.float16, "backend": "torch"}),
     (steepest.MuAdam, {"backend": "torch"}),
+    (steepest.MuAdam, {"state_bits": 8}),
     (steepest.Shampoo, {"graft": None}),
     (steepest.Shampoo, {"inverse_root": "newton"}),
     (steepest.KLShampoo, {"inverse_root": "newton"}),

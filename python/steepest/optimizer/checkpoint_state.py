@@ -43,6 +43,8 @@ def check_state(
             _check_count(name, value)
             continue
         _check_tensor(name, value, like.is_floating_point())
+        if like.dtype in (torch.int8, torch.uint8) and value.dtype != like.dtype:
+            raise ValueError(f"{name} should be codes of {like.dtype} but is {value.dtype}")
         if value.shape != like.shape and not (key in may_lack and not value.numel()):
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} and the parameter {tuple(p.shape)}: it is of another model, or "

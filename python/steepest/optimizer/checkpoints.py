@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..ops import streams
-from ..recipe import ADAMW, Recipe
+from ..parts import Blockwise
+from ..parts.blockwise import scale_key
+from ..recipe import ADAMW, Recipe, State
 from ..state_layout import Layout
 from ..step.modes import in_default_modes
 from ..step.state_storage import stack
@@ -193,12 +195,24 @@ class Checkpoints(Shards):
         if not isinstance(tensors, Mapping):
             raise TypeError(f"the checkpoint's state of {what} should be a dictionary but is: {tensors!r}")
         tensors = self._whole_state(tensors, p, group)
-        fresh = self._fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
+        fresh = self._fresh_like(tensors, p, group)
         kept = self._merged("_kept")
         if any(key in tensors for key in fresh) or (foreign and not all(key in kept for key in tensors)):
             check_state(tensors, what, p, fresh, self._recipe(group).may_lack, type(self).__name__)
         check_kept(tensors, what, p, kept)
-        return {key: restored(key, value, p) for key, value in self._state_kept_here(tensors, p, group).items()}
+        state = {key: restored(key, value, p) for key, value in self._state_kept_here(tensors, p, group).items()}
+        self._recode(p, group, state)
+        return state
+
+    def _fresh_like(self, tensors: Mapping[str, Any], p: Tensor, group: Group) -> State:
+        """The state before a first gradient, without memory; in codes where the checkpoint has codes."""
+        fresh = self._fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
+        for name, kind in self._recipe(group).names_of_averages(len(self._pieces(p, group))).items():
+            value = tensors.get(name)
+            integers = isinstance(value, Tensor) and not value.is_floating_point()
+            if name in fresh and p.ndim > 1 and (scale_key(name) in tensors or integers):
+                fresh[name], fresh[scale_key(name)] = Blockwise().empty(fresh[name], kind)
+        return fresh
 
     def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any]) -> None:
         """Puts what belongs to all parameters into the state of the one that is the first now."""

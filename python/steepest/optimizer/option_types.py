@@ -241,6 +241,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "cautious_update": BOOL,
     "maximize": BOOL,
     "momentum_dtype": _or_none(DTYPE),
+    "state_bits": _or_none(OptionType("8", _is_whole, "8", lambda value: value == 8)),
     "stochastic_rounding": BOOL,
     "keep_mantissa": BOOL,
     "constraint": _or_none(TEXT),

@@ -46,7 +46,7 @@ class Normalize(UpdateTransform):
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:
-        return (StateSpec(self.key, _LAYOUTS[self.over]),)
+        return (StateSpec(self.key, _LAYOUTS[self.over], codes="squares"),)
 
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         v = state[self.key]
