@@ -176,7 +176,7 @@ def test_without_eps_nothing_is_divided_by_zero() -> None:
         optimizer.step()
         length = (p.detach() - before).abs()
         assert length.isfinite().all()
-        assert float(length.max()) <= 0.1 * (1 + 0.05 * step) + 1e-6
+        assert float(length.max()) < 0.4  # the smallest two codes are 1 and 5.5
     state = optimizer.state[p]
     assert int(state["exp_avg_sq"].min()) > 0
 
