@@ -29,6 +29,7 @@ from torch import Tensor
 from .matrices import Piece
 from .parts import (
     Average,
+    Blockwise,
     Decay,
     Diagonal,
     Direction,
@@ -45,7 +46,7 @@ from .parts import (
     shape_ratio,
 )
 from .parts.precondition import Kronecker, Phase, State
-from .state_layout import Layout, StateSpec, empty_state, piece_view
+from .state_layout import Codes, Layout, StateSpec, empty_state, piece_view
 
 __all__ = ["ADAMW", "CLOCK", "Recipe", "State", "adamw", "largest", "square_sum", "step_one"]
 
@@ -62,6 +63,8 @@ class Recipe:
     transforms: of the update, one after another.   average: of the iterates; None: none is kept.
     constraint: a sphere that every matrix stays on, whose radii are state besides that of the recipe; None: none.
     submatrix: the part of the momentum that is stepped by, and damped then: of kind "error_feedback"; None: all of it.
+    storage: how averages of gradients, of updates and of squares are stored between steps; None: as they are. What a
+    recipe does it does with what the codes stand for.
     """
 
     momentum: Momentum | None = Momentum()
@@ -76,6 +79,7 @@ class Recipe:
     constraint: Sphere | None = None
     variance_reduction: VarianceReduction | None = None
     submatrix: Submatrix | None = None
+    storage: Blockwise | None = None
 
     #: whether the direction's input depends on the weight itself
     reads_weight: ClassVar[bool] = False
@@ -89,6 +93,11 @@ class Recipe:
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise ValueError(f"two parts of the recipe keep state under {twice!r}: give one of them another key")
+        if self.storage is not None and isinstance(self.precondition, Diagonal) and self.precondition.average == "sum":
+            raise ValueError(
+                "a sum of squares grows by less than half the distance of two codes and would stand still: leave out "
+                "state_bits=8, or take an average of squares (Adam)"
+            )
 
     def _check_submatrix(self) -> None:
         kind = None if self.momentum is None else self.momentum.kind
@@ -152,6 +161,21 @@ class Recipe:
     @property
     def _correction_specs(self) -> tuple[StateSpec, ...]:
         return () if self.variance_reduction is None else self.variance_reduction.specs
+
+    @property
+    def averages(self) -> dict[str, Codes]:
+        """The state that can be stored in codes, and as what."""
+        inner = getattr(self.precondition, "inner", self.precondition)
+        averages: dict[str, Codes] = {} if self.momentum is None else {self.momentum.key: "signed"}
+        if isinstance(inner, Diagonal):
+            averages[inner.key] = "squares"
+        specs = (spec for transform in self.transforms for spec in transform.specs)
+        return averages | {spec.key: spec.codes for spec in specs if spec.codes and spec.layout == "elementwise"}
+
+    def names_of_averages(self, pieces: int) -> dict[str, Codes]:
+        """`averages` by their names in the state of a parameter of so many pieces."""
+        names = [self.names(number) for number in range(pieces)]
+        return {of_piece.get(key, key): kind for key, kind in self.averages.items() for of_piece in names}
 
     @property
     def may_lack(self) -> tuple[str, ...]:

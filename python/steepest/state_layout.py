@@ -22,9 +22,11 @@ from torch import Tensor
 
 from .matrices import Piece
 
-__all__ = ["Layout", "StateSpec", "empty_state", "piece_view"]
+__all__ = ["Codes", "Layout", "StateSpec", "empty_state", "piece_view"]
 
 Layout = Literal["elementwise", "row", "column", "matrix", "factor", "scalar", "host"]
+#: An average of gradients or updates, or one of squares, as `steepest.parts.Blockwise` stores it.
+Codes = Literal["signed", "squares"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class StateSpec:
     """One state tensor of a part: its key, its layout, and its dtype.
 
     dtype: None is the gradient's, but at least fp32 unless of_gradient.   nonnegative: whether its entries are >= 0.
+    codes: as what it may be stored in 8 bits, None where it may not.
     """
 
     key: str
@@ -39,6 +42,7 @@ class StateSpec:
     dtype: torch.dtype | None = None
     of_gradient: bool = False
     nonnegative: bool = False
+    codes: Codes | None = None
 
 
 def empty_state(spec: StateSpec, g: Tensor, pieces: Sequence[Piece]) -> Tensor:

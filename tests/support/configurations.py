@@ -39,6 +39,7 @@ OPTIONS: tuple[tuple[type[MatrixOptimizer], dict[str, Any]], ...] = (
     (steepest.Muon, {"momentum_dtype": torch.float16}),
     (steepest.Muon, {"momentum_dtype": torch.float16, "backend": "torch"}),
     (steepest.MuAdam, {"backend": "torch"}),
+    (steepest.MuAdam, {"state_bits": 8}),
     (steepest.Shampoo, {"graft": None}),
     (steepest.Shampoo, {"inverse_root": "newton"}),
     (steepest.KLShampoo, {"inverse_root": "newton"}),
@@ -168,6 +169,8 @@ def training(
     """
     if dtype is None:
         dtype = torch.bfloat16 if {"keep_mantissa", "stochastic_rounding"} & set(options) else torch.float32
+    if "state_bits" in options:  # smaller matrices are not coded
+        shapes = {name: (32 * shape[0], 32 * shape[1]) if len(shape) == 2 else shape for name, shape in shapes.items()}
     values = {"lr": 0.02, "weight_decay": 0.1, **options}
     if cls is steepest.KFAC:
         model = Chain(shapes).to(dtype)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from dataclasses import replace
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ..ops.backend import requested
 from ..ops.multi_tensor import Scaling
 from ..parts import Number
+from ..parts.blockwise import scale_key
 from ..recipe import State
 from ..sharding.local import is_sharded, local_tensor
 from ..step import Parameter, Plan, StepOptions
@@ -25,8 +27,9 @@ from ..step.coupling import Coupling
 from ..step.modes import in_default_modes
 from ..step.plan import route
 from ..step.state_storage import stack
+from ..step.working_state import WorkingState
 from .constraints import RADIUS, Constraints
-from .group_options import Group, numbers_of, parameter_name
+from .group_options import Group, numbers_of, parameter_name, refuse_option
 from .groups import Params
 from .reports import Reports
 from .stale import StaleParameters
@@ -126,6 +129,11 @@ class MatrixOptimizer(Reports, Constraints):
         self._run_weight_hooks(plan.parameters)
         plan.take_averages(hypers)
         self._staleness.count(bool(plan.parameters), self.param_groups)
+
+    def _check_state_bits(self, group: Group) -> None:
+        if self._couples():
+            why = "layers wait for one another, and all state would be decoded at once: momentum_dtype=torch.bfloat16"
+            refuse_option(group, "state_bits", why)
 
     def _couples(self) -> bool:
         """Whether layers wait for one another."""
@@ -250,12 +258,17 @@ class MatrixOptimizer(Reports, Constraints):
             max_workspace_bytes=group["max_workspace_bytes"],
             fuse_update=group["use_muon"] and group["fuse_update"],
         )
-        sharding = self._sharding(p)
+        sharding, recipe, pieces = self._sharding(p), self._recipe(group), self._pieces(p, group)
+        coded = {name: kind for name, kind in recipe.names_of_averages(len(pieces)).items() if scale_key(name) in state}
+        if recipe.storage is not None and coded:
+            state = cast(State, WorkingState(state, recipe.storage, coded))
+            # What is decoded at once has one half, the rest of a step the other.
+            options = replace(options, max_workspace_bytes=max(options.max_workspace_bytes // 2, 1))
         return Parameter(
             p,
             state,
-            self._recipe(group),
-            self._pieces(p, group),
+            recipe,
+            pieces,
             group=number,
             index=index,
             options=options,
@@ -270,6 +283,7 @@ class MatrixOptimizer(Reports, Constraints):
             self._check_taken(number, group)
         requested(group["backend"])
         self._check_devices(group)
+        self._check_state_bits(group)
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
@@ -315,17 +329,19 @@ class MatrixOptimizer(Reports, Constraints):
         params: list[Tensor] = []
         states: list[Tensor] = []
         self._init_group(group, params, [], states, [])
-        keys = self._state_keys(group)
         indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-        return [
-            self._parameter(number, i, p, dict(zip(keys, states[k * len(keys) : (k + 1) * len(keys)], strict=True)))
-            for k, (i, p) in enumerate(zip(indices, params, strict=True))
-        ]
+        parameters, first = [], 0
+        for i, p in zip(indices, params, strict=True):
+            keys = self._state_keys(p, group)
+            state = dict(zip(keys, states[first : first + len(keys)], strict=True))
+            parameters.append(self._parameter(number, i, p, state))
+            first += len(keys)
+        return parameters
 
     def _init_group(
         self, group: Group, params: list[Tensor], grads: list[Tensor], states: list[Tensor], skipped: list[Tensor]
     ) -> bool:
-        """Appends what a step of this group touches; `states` is flat, the tensors of `_state_keys` for each parameter.
+        """Appends what a step of this group touches; `states` is flat, the tensors of `_state_keys` of each parameter.
 
         Lists of tensors and this name are what lets torch.compile map the optimizer's tensors to its graph.
         """
@@ -335,14 +351,15 @@ class MatrixOptimizer(Reports, Constraints):
             self._init_state(p, p.grad.dtype, group)
             params.append(p)
             grads.append(p.grad)
-            states.extend(self.state[p][key] for key in self._state_keys(group))
+            states.extend(self.state[p][key] for key in self._state_keys(p, group))
             skipped.append(self._counter(p.device))
         return False
 
-    def _state_keys(self, group: Group) -> list[str]:
-        """The state that a step of this group reads and writes."""
+    def _state_keys(self, p: Tensor, group: Group) -> list[str]:
+        """The state that a step of this parameter reads and writes."""
         recipe = self._recipe(group)
-        return [*recipe.layouts, *([RADIUS] if recipe.constraint is not None else [])]
+        scales = [scale_key(name) for name in self._coded(p, group)]
+        return [*recipe.layouts, *scales, *([RADIUS] if recipe.constraint is not None else [])]
 
     def _init_states(self, params: Iterable[tuple[Tensor, torch.dtype, Group]]) -> None:
         """State for those that have none yet, in stacks; each with the dtype of its gradient and its group."""
@@ -364,7 +381,7 @@ class MatrixOptimizer(Reports, Constraints):
                 del state[key]
             raise
         state.update(radii)
-        return bool(added or radii)
+        return self._recode(p, group, state) or bool(added or radii)
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._skipped:

@@ -73,6 +73,8 @@ def check_state(
         base = key.partition(".")[0]
         may_overflow = recipe.kronecker is not None and base in recipe.kronecker.may_overflow
         _check_tensor(name, value, like.is_floating_point(), finite=not may_overflow)
+        if like.dtype in (torch.int8, torch.uint8) and value.dtype != like.dtype:
+            raise ValueError(f"{name} should be codes of {like.dtype} but is {value.dtype}")
         if value.shape != like.shape and not (key in may_lack and not value.numel()):
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} and the parameter {tuple(p.shape)}: it is of another model, or "

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..ops import streams
-from ..recipe import ADAMW, Recipe
+from ..parts import Blockwise
+from ..parts.blockwise import scale_key
+from ..recipe import ADAMW, Recipe, State
 from ..step.modes import in_default_modes
 from ..step.state_storage import stack
 from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
@@ -201,7 +203,7 @@ class Checkpoints(Shards):
             raise TypeError(f"the checkpoint's state of {what} should be a dictionary but is: {tensors!r}")
         check_no_meta(tensors, what)
         tensors, kept, owner = self._whole_state(tensors, p, group), self._kept(p, group), type(self).__name__
-        fresh = self._fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
+        fresh = self._fresh_like(tensors, p, group)
         alone = {key: kind for key, kind in kept.items() if key not in self._merged("_shared")}
         others = [key for key in tensors if key not in kept]
         if any(key in tensors for key in (*fresh, *alone)) or (foreign and others):
@@ -212,7 +214,19 @@ class Checkpoints(Shards):
         elif others and fresh:
             matched.begun.setdefault("everything", []).append(what)
         check_kept(tensors, what, alone)
-        return {key: restored(key, value, p) for key, value in self._state_kept_here(tensors, p, group).items()}
+        state = {key: restored(key, value, p) for key, value in self._state_kept_here(tensors, p, group).items()}
+        self._recode(p, group, state)
+        return state
+
+    def _fresh_like(self, tensors: Mapping[str, Any], p: Tensor, group: Group) -> State:
+        """The state before a first gradient, without memory; in codes where the checkpoint has codes."""
+        fresh = self._fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
+        for name, kind in self._recipe(group).names_of_averages(len(self._pieces(p, group))).items():
+            value = tensors.get(name)
+            integers = isinstance(value, Tensor) and not value.is_floating_point()
+            if name in fresh and p.ndim > 1 and (scale_key(name) in tensors or integers):
+                fresh[name], fresh[scale_key(name)] = Blockwise().empty(fresh[name], kind)
+        return fresh
 
     def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any], matched: Match, groups: list[Group]) -> None:
         """Puts what belongs to all parameters into the state of the one that is the first now. ValueError where it is

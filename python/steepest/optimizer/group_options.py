@@ -8,7 +8,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..parts import Average, Cautious, Decay, Ema, Hyper, Number, Rounding, ScheduleFree, Sphere, VarianceReduction
+from ..parts import (
+    Average,
+    Blockwise,
+    Cautious,
+    Decay,
+    Ema,
+    Hyper,
+    Number,
+    Rounding,
+    ScheduleFree,
+    Sphere,
+    VarianceReduction,
+)
 from .option_types import check_option
 
 Group = dict[str, Any]
@@ -43,6 +55,7 @@ def finish(group: Group) -> dict[str, Any]:
         else None,
         "transforms": (Cautious(),) if group.get("cautious_update") else (),
         "constraint": constraint_of(group),
+        "storage": storage_of(group),
     }
 
 
@@ -78,6 +91,18 @@ def constraint_of(group: Group) -> Sphere | None:
         raise ValueError(f"constraint={norm!r} keeps a norm that weight_decay={decay} would shrink: use weight_decay=0")
     refuse_schedule_free(group, "such points are not on the sphere of a constraint")
     return Sphere(norm)
+
+
+def storage_of(group: Group) -> Blockwise | None:
+    """How a group's averages are stored between steps. ValueError where two options say it."""
+    if group.get("state_bits") is None:
+        return None
+    if group.get("momentum_dtype") is not None:
+        raise ValueError(
+            f"state_bits={group['state_bits']} and momentum_dtype={group['momentum_dtype']} are two answers to one "
+            "question: choose one of them"
+        )
+    return Blockwise()
 
 
 def refuse_option(group: Group, name: str, why: str) -> None:

@@ -142,6 +142,9 @@ class Groups(torch.optim.Optimizer):
     def _check_weight_options(self, group: Group) -> None:
         """ValueError for an average or a decay that this method cannot have, of a group of any rule."""
 
+    def _check_state_bits(self, group: Group) -> None:
+        """ValueError where the state of a group cannot be stored in codes and the group wants it to be."""
+
     def _number(self, group: Group) -> int:
         """The place of one of the groups among all."""
         return next(i for i, other in enumerate(self.param_groups) if other is group)
@@ -263,6 +266,7 @@ class Groups(torch.optim.Optimizer):
         self._check_options(values := self._options(group))
         group.update(values)
         self._check_weight_options(group)
+        self._check_state_bits(group)
         if not group["use_muon"]:
             requested(group["backend"])
             self._new_recipe(group)

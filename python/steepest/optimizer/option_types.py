@@ -307,6 +307,7 @@ OPTION_TYPES: dict[str, OptionType] = {
             fits=lambda dtype: dtype.is_floating_point and dtype.itemsize > 1,
         )
     ),
+    "state_bits": _or_none(OptionType("8", _is_whole, "8", lambda value: value == 8)),
     "stochastic_rounding": BOOL,
     "keep_mantissa": BOOL,
     "constraint": _or_none(TEXT),

@@ -6,7 +6,7 @@ it, and all ranks name the same tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..matrices import Piece
+from ..parts import Blockwise
+from ..parts.blockwise import scale_key
 from ..recipe import Recipe
 from ..sharding.layout import Sharding
 from ..sharding.local import is_sharded, whole_tensor
@@ -57,10 +59,12 @@ def spread(
     return {**saved, **{key: value for key, value in state.items() if key not in saved}}
 
 
-def whole(tensors: Mapping[str, Any], sharding: Sharding, elementwise: set[str]) -> dict[str, Any]:
+def whole(
+    tensors: Mapping[str, Any], sharding: Sharding, elementwise: set[str], scales: Collection[str] = ()
+) -> dict[str, Any]:
     """A checkpoint's state of a parameter: what is elementwise cut as the parameter is, everything else whole.
 
-    Collective where it is cut in another way.
+    scales: the keys of scales of elementwise state, which are cut with it.   Collective where it is cut in another way.
     """
     gathered: dict[str, Any] = {}
     for key, value in tensors.items():
@@ -68,7 +72,7 @@ def whole(tensors: Mapping[str, Any], sharding: Sharding, elementwise: set[str])
             sharding.mesh,
             sharding.placements,
         )
-        if key in elementwise and alike:
+        if (key in elementwise or key in scales) and alike:
             gathered[key] = value
             continue
         value = whole_tensor(value)
@@ -76,8 +80,20 @@ def whole(tensors: Mapping[str, Any], sharding: Sharding, elementwise: set[str])
             box = sharding.region
             part = value[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
             value = as_shard(part.contiguous(), sharding)
+        elif key in scales and isinstance(value, Tensor):
+            value = _scales_here(value, sharding)
         gathered[key] = value
     return gathered
+
+
+def _scales_here(scales: Tensor, sharding: Sharding) -> Tensor:
+    """What lies here of the scales of a parameter's elementwise state."""
+    boxes, shape = sharding.blocks(Blockwise().block), Blockwise().scale_shape(sharding.shape)
+    if boxes is None or tuple(scales.shape) != shape:  # of another model, which is said where shapes are looked at
+        return scales
+    box = boxes[sharding.ranks.place]
+    part = scales[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
+    return as_shard(part.contiguous(), sharding, shape)
 
 
 def owned_part(
@@ -112,13 +128,20 @@ def _tensors_at_owners(recipe: Recipe, pieces: Sequence[Piece]) -> dict[str, tup
         if layout in _EVERYWHERE:
             continue
         for number in range(len(pieces)):
-            names.setdefault(recipe.names(number).get(key, key), (layout, []))[1].append(number)
+            name = recipe.names(number).get(key, key)
+            names.setdefault(name, (layout, []))[1].append(number)
+            if key in recipe.averages:
+                names.setdefault(scale_key(name), (layout, []))[1].append(number)
     return names
 
 
 def _of_one_process(sharding: Sharding, recipe: Recipe, pieces: Sequence[Piece]) -> dict[str, Tensor]:
     like = torch.empty(sharding.shape, device="meta")
-    return recipe.init(like, like, pieces)
+    state = recipe.init(like, like, pieces)
+    if recipe.storage is not None and recipe.storage.takes(sharding.shape):
+        for name, kind in recipe.names_of_averages(len(pieces)).items():
+            state[name], state[scale_key(name)] = recipe.storage.empty(state[name], kind)
+    return state
 
 
 def _rows(view: Tensor, piece: Piece) -> Tensor:

@@ -84,7 +84,8 @@ class Reports(Shards):
             (
                 name,
                 "x".join(map(str, p.shape)) or "scalar",
-                type(self).__name__ if group["use_muon"] else self._others(group),
+                (type(self).__name__ if group["use_muon"] else self._others(group))
+                + (", 8-bit state" if self._coded(p, group) else ""),
                 self._reasons.get(p, f"use_muon={group['use_muon']} in its group"),
                 _effective_lr(lr, recipe, self._pieces(p, group)),
                 self._backend(p, group),

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from ..matrices import Piece
+from ..parts import Blockwise
+from ..parts.blockwise import scale_key
 from ..recipe import Recipe, State
 from ..sharding.local import is_sharded, local_tensor, whole_tensor
 from ..sharding.owners import owned_pieces
+from ..state_layout import Codes
 from ..step.program import is_elementwise
 from .checkpoint_state import Kept
 from .group_options import Group, parameter_name
@@ -151,6 +154,7 @@ class Shards(Groups):
                     f"{type(self).__name__} measures whole weights and updates and does not take sharded parameters; "
                     f"found {what}: use DistributedDataParallel, which keeps every parameter whole"
                 )
+            self._check_blocks(p, group, what)
             sharding = self._sharding(p)
             assert sharding is not None
             try:
@@ -158,6 +162,18 @@ class Shards(Groups):
                     sharding.rectangles(piece)
             except ValueError as error:
                 raise ValueError(f"{what}: {error}") from error
+
+    def _check_blocks(self, p: Tensor, group: Group, what: str) -> None:
+        """ValueError where shards cut the blocks of state in codes."""
+        sharding = self._sharding(p)
+        if sharding is None or not self._coded(p, group):
+            return
+        if sharding.blocks(Blockwise().block) is None:
+            raise ValueError(
+                f"state_bits={group['state_bits']} has blocks of {Blockwise().block} elements of what one index of "
+                f"dimension 0 holds, which shards cut; found {what}: shard dimension 0, or give its group "
+                "state_bits=None"
+            )
 
     # ---- that ranks do the same --------------------------------------------------------------------------------------
 
@@ -246,7 +262,37 @@ class Shards(Groups):
         """The shapes of a parameter's state here."""
         here = torch.empty(local_tensor(p).shape, dtype=p.dtype, device="meta")
         state = self._recipe(group).init(here, here, self._pieces_here(p, group))
-        return {key: value.shape for key, value in state.items()}
+        shapes = {key: value.shape for key, value in state.items()}
+        for name in self._coded(p, group):
+            if name in shapes:
+                shapes[scale_key(name)] = torch.Size(Blockwise().scale_shape(shapes[name]))
+        return shapes
+
+    # ---- state in codes ----------------------------------------------------------------------------------------------
+
+    def _coded(self, p: Tensor, group: Group) -> dict[str, Codes]:
+        """The names of the state that the group wants in codes; the same on all ranks."""
+        recipe = self._recipe(group)
+        if recipe.storage is None or not recipe.storage.takes(p.shape):
+            return {}
+        return recipe.names_of_averages(len(self._pieces(p, group)))
+
+    def _recode(self, p: Tensor, group: Group, state: State) -> bool:
+        """Encodes what the group wants in codes and decodes what it does not; whether there was something to do."""
+        coded, before = self._coded(p, group), len(state)
+        for name, kind in self._recipe(group).names_of_averages(len(self._pieces(p, group))).items():
+            scale = scale_key(name)
+            if name not in state or (name in coded) == (scale in state):
+                continue
+            here = local_tensor(state[name])
+            like = self._sharding(p) if is_sharded(state[name]) else None
+            if name in coded:
+                codes, scales = Blockwise().encode(here, kind)
+                state[name] = _as_shard(codes, like)
+                state[scale] = _as_shard(scales, like, None if like is None else Blockwise().scale_shape(like.shape))
+            else:
+                state[name] = _as_shard(Blockwise().decode(here, local_tensor(state.pop(scale))), like)
+        return len(state) != before
 
     def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
         """What is kept of a parameter besides its recipe's state, by key."""
@@ -261,6 +307,7 @@ class Shards(Groups):
         state, sharding = self.state[p], self._sharding(p)
         if sharding is None or not state:
             return state
+        self._recode(p, group, state)
         from .owned_state import spread
 
         return spread(state, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
@@ -272,7 +319,9 @@ class Shards(Groups):
             return {key: whole_tensor(value) for key, value in tensors.items()}
         from .owned_state import whole
 
-        return whole(tensors, sharding, _elementwise(self._recipe(group), p) | set(self._kept(p, group)))
+        elementwise = _elementwise(self._recipe(group), p)
+        kept = set(self._kept(p, group))
+        return whole(tensors, sharding, elementwise | kept, {scale_key(key) for key in elementwise})
 
     def _state_kept_here(self, tensors: Mapping[str, Any], p: Tensor, group: Group) -> dict[str, Any]:
         """What this rank keeps of state as `_whole_state` has it."""
@@ -282,6 +331,15 @@ class Shards(Groups):
         from .owned_state import owned_part
 
         return owned_part(tensors, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
+
+
+def _as_shard(here: Tensor, sharding: Sharding | None, shape: tuple[int, ...] | None = None) -> Tensor:
+    """What lies here of a state tensor, of a sharded one as a DTensor; shape: its own, None: the parameter's."""
+    if sharding is None:
+        return here
+    from ..sharding.local_state import as_shard
+
+    return as_shard(here, sharding, shape)
 
 
 def _shares(group: Group, recipe: Recipe) -> bool:

@@ -12,6 +12,7 @@
                   size, or as long as the gradients agree: transforms of an update
     cautious      an update without the entries that the gradient is against: a transform too
     rounding      how the new weight is stored
+    blockwise     averages in codes of 8 bits between steps
     sphere        a norm that a weight keeps
     average       of the iterates, to be evaluated
 
@@ -20,6 +21,7 @@ from step to step (those are a `Hyper`) and never state (that is a dictionary of
 """
 
 from .average import Average, Ema, ScheduleFree
+from .blockwise import Blockwise
 from .cautious import Cautious
 from .clip import ClipRMS
 from .decay import Decay
@@ -40,6 +42,7 @@ from .variance_reduction import VarianceReduction
 __all__ = [
     "ADJUST_LR",
     "Average",
+    "Blockwise",
     "Cautious",
     "ClipRMS",
     "Columns",

@@ -29,7 +29,7 @@ class Graft(UpdateTransform):
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:
-        return (StateSpec(self.magnitude.key, "elementwise", nonnegative=True),)
+        return (StateSpec(self.magnitude.key, "elementwise", nonnegative=True, codes="squares"),)
 
     @property
     def counts_steps(self) -> bool:

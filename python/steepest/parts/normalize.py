@@ -46,7 +46,7 @@ class Normalize(UpdateTransform):
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:
-        return (StateSpec(self.key, _LAYOUTS[self.over], nonnegative=True),)
+        return (StateSpec(self.key, _LAYOUTS[self.over], nonnegative=True, codes="squares"),)
 
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         v = state[self.key]

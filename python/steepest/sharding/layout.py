@@ -14,7 +14,7 @@ from torch.distributed.tensor import Placement
 
 from ..matrices import Piece
 from .ranks import Ranks
-from .regions import Rectangle, Region, rectangle
+from .regions import Rectangle, Region, rectangle, regions, shard_dims
 
 __all__ = ["LocalPart", "Part", "Sharding", "Unit"]
 
@@ -96,6 +96,26 @@ class Sharding:
             holders = [place for place, part in enumerate(matrix) if part is not None]
             alone.append(holders[0] if len(holders) == 1 else None)
         return alone
+
+    def blocks(self, block: int) -> tuple[Region, ...] | None:
+        """The shards of a tensor (rows, blocks of a row): a row is what one index of dimension 0 holds, a block so many
+        elements of it. None where shards cut blocks, or where a DTensor of that shape and these placements has others.
+        """
+        if len(self.shape) < 2:
+            return None
+        inner, cut = prod(self.shape[2:]), self.shape[2:]
+        row, boxes = self.shape[1] * inner, []
+        for region in self.regions:
+            first, last = region.start[1] * inner, region.stop[1] * inner
+            if region.shape[2:] != cut or first % block or (last % block and last < row):
+                return None
+            boxes.append(Region((region.start[0], first // block), (region.stop[0], -(-last // block))))
+        if self.mesh is None:
+            return tuple(boxes)
+        dims, mesh = shard_dims(self.placements), self.mesh
+        sizes, along = [mesh.size(i) for i in dims], [self.placements[i] for i in dims]
+        there = regions((self.shape[0], -(-row // block)), sizes, along)
+        return tuple(boxes) if tuple(boxes) == there * (len(boxes) // len(there)) else None
 
     def unit(self, piece: Piece, owners: Sequence[int]) -> Unit:
         return Unit(piece, tuple(owners), self.rectangles(piece))

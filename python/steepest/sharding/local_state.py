@@ -14,11 +14,14 @@ from .local import local_tensor
 __all__ = ["LocalState", "as_shard"]
 
 
-def as_shard(t: Tensor, sharding: Sharding) -> Tensor:
-    """The DTensor of the parameter's shape whose shard on this rank is t; t itself of a plain parameter."""
+def as_shard(t: Tensor, sharding: Sharding, shape: tuple[int, ...] | None = None) -> Tensor:
+    """The DTensor of the parameter's placements whose shard on this rank is t; t itself of a plain parameter.
+
+    shape: of the DTensor; None: the parameter's.
+    """
     if sharding.mesh is None:
         return t
-    shape = sharding.shape
+    shape = sharding.shape if shape is None else shape
     stride = [1] * len(shape)
     for d in range(len(shape) - 2, -1, -1):
         stride[d] = stride[d + 1] * max(shape[d + 1], 1)

@@ -8,6 +8,7 @@ fused, eager    the executors: by the fused ops, by torch operations
 coupling        steps whose layers wait for one another
 seams           where a distributed step or a hook comes in
 state_storage   state tensors of equal shape in one piece of memory
+working_state   state in codes, decoded while a step is at it
 warm_up         directions are tried out before the first step
 plan            who takes which parameter, and the order of a step
 """

@@ -78,8 +78,8 @@ class Fused:
         sharing = [p for row, p in enumerate(parameters) if self._ranks and row not in self._whole]
         self._owned = [item for p in sharing for item in p.owned_matrices() if isinstance(item, OwnedMatrices)]
         self._rounds = self._new_rounds(set())
-        #: those of this step: fewer where a parameter's first gradient only makes its metric
-        self._present = self._rounds
+        #: those of this step: fewer where a parameter's first gradient only makes its metric; and the rows of such
+        self._present, self._waiting = self._rounds, set[int]()
         #: parameters with torch operations around the direction, by their rows, and their matrices
         self._by_torch = {row: p for row, p in enumerate(parameters) if p.recipe.by_matrix}
         #: rows of those whose gradients and decisions are looked at outside of the ops
@@ -163,9 +163,8 @@ class Fused:
         self.notice_changes()
         phases = {row: self.parameters[row].recipe.phase(self.parameters[row].state) for row in self._valued}
         waiting = {row for row, phase in phases.items() if not phase.steps}
-        self._present, steps = self._rounds, self._steps
+        self._waiting, steps = waiting, self._steps
         if waiting:
-            self._present = self._new_rounds(waiting)
             steps = [self._absent if row in waiting else step for row, step in enumerate(steps)]
         scaled = scaling[self.device]
         groups = _groups(hypers, self._group_of, self.device)
@@ -209,6 +208,7 @@ class Fused:
             self._ranks.all_reduce(finite, "min")
 
     def observe(self) -> None:
+        self._present = self._new_rounds(self._waiting) if self._waiting else self._rounds
         for shared in self._learning:
             shared.receive_gradients()
         update_factors([item for item in self._matrices if item.phase.before])

@@ -15,6 +15,7 @@ from ..recipe import Recipe, State
 from ..sharding.local import local_tensor
 from ..sharding.owners import owned_pieces
 from ..state_layout import piece_view
+from .working_state import WorkingState
 
 if TYPE_CHECKING:
     from ..sharding.layout import LocalPart, Sharding
@@ -150,6 +151,19 @@ class Parameter:
         names = [self.recipe.names(number) for number, piece in enumerate(self.pieces_here) if piece.batch]
         return self.recipe.takes(largest, square, self.state, names, self.grad_dtype)
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether some of its state is stored in codes, which its step decodes."""
+        return isinstance(self.state, WorkingState)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """About the memory of all that is in codes once it is decoded; the same on all ranks."""
+        whole = self.source.numel()
+        here = whole if self.sharding is None else max(region.numel for region in self.sharding.regions)
+        layouts = self.recipe.layouts
+        return sum(here if layouts[key] == "elementwise" else whole for key in self.recipe.averages) * 4
+
     # ---- its matrices -----------------------------------------------------------------------------------------------
 
     @property
@@ -184,22 +198,37 @@ class Parameter:
 class Matrices:
     """The matrices of one piece of a parameter, (batch, rows, cols), and views of what belongs to them.
 
-    state: under the recipe's keys; what is elementwise in the piece's natural shape. It is looked up once, as state
-    stays where it is while a plan holds; weight and gradient may be others in every step. A sharded parameter's are on
-    many ranks, and have no state.   chosen: the rows or columns of this step, of a recipe with a submatrix.
+    state: under the recipe's keys; what is elementwise in the piece's natural shape. It is looked up once, by the first
+    who asks, as state stays where it is while a plan holds; weight and gradient may be others in every step. A sharded
+    parameter's are on many ranks, and have no state.   chosen: the rows or columns of this step, of a recipe with a
+    submatrix.
     """
 
     def __init__(self, parameter: Parameter, number: int) -> None:
-        recipe, pieces = parameter.recipe, parameter.pieces
-        self.parameter, self.number, self.piece = parameter, number, pieces[number]
+        recipe = parameter.recipe
+        self.parameter, self.number, self.piece = parameter, number, parameter.pieces[number]
         self.place = (parameter.group, parameter.index, number)
         self.ratio = shape_ratio(recipe.adjust_lr, self.piece.rows, self.piece.cols)
         self.by_matrix = recipe.by_matrix
         self.chosen: Tensor | None = None
-        names = recipe.names(number)
-        self.state: State = {}
-        for key, layout in recipe.layouts.items() if parameter.sharding is None else ():
-            self.state[key] = piece_view(layout, parameter.state[names.get(key, key)], pieces, number)
+        self._state: State | None = None
+
+    @property
+    def state(self) -> State:
+        if self._state is None:
+            self._state = self._views()
+        return self._state
+
+    def _views(self) -> State:
+        """The state as it lies in memory now."""
+        recipe, parameter = self.recipe, self.parameter
+        if parameter.sharding is not None:
+            return {}
+        names = recipe.names(self.number)
+        return {
+            key: piece_view(layout, parameter.state[names.get(key, key)], parameter.pieces, self.number)
+            for key, layout in recipe.layouts.items()
+        }
 
     @property
     def recipe(self) -> Recipe:
@@ -266,10 +295,14 @@ class LocalMatrices(Matrices):
         # Random bits follow the place: every shard has its own.
         first = (1 + sharding.ranks.shards.place) * (1 + sum(piece.batch for piece in parameter.pieces))
         self.place = (parameter.group, parameter.index, first + number)
-        for key, layout in parameter.recipe.layouts.items():
-            if layout in ("elementwise", "scalar", "host") and key in parameter.state:
-                t = parameter.state[key]
-                self.state[key] = self.piece.view(t) if layout == "elementwise" and t.numel() else t
+
+    def _views(self) -> State:
+        views: State = {}
+        for key, layout in self.recipe.layouts.items():
+            if layout in ("elementwise", "scalar", "host") and key in self.parameter.state:
+                t = self.parameter.state[key]
+                views[key] = self.piece.view(t) if layout == "elementwise" and t.numel() else t
+        return views
 
 
 class OwnedMatrices(Matrices):
@@ -280,13 +313,16 @@ class OwnedMatrices(Matrices):
 
     def __init__(self, parameter: Parameter, number: int) -> None:
         super().__init__(parameter, number)
-        recipe, pieces = parameter.recipe, parameter.pieces_here
-        self.piece = pieces[number]
+        self.piece = parameter.pieces_here[number]
         self.received: Tensor | None = None
-        names = recipe.names(number)
-        for key, layout in recipe.layouts.items():
-            if layout != "elementwise":
-                self.state[key] = piece_view(layout, parameter.state[names.get(key, key)], pieces, number)
+
+    def _views(self) -> State:
+        names, pieces = self.recipe.names(self.number), self.parameter.pieces_here
+        return {
+            key: piece_view(layout, self.parameter.state[names.get(key, key)], pieces, self.number)
+            for key, layout in self.recipe.layouts.items()
+            if layout != "elementwise"
+        }
 
     @property
     def grad(self) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ..chunking import chunk_by_bytes
 from ..ops import multi_tensor
 from ..ops.backend import prepare, requested
 from ..ops.multi_tensor import NOT_SCALED, Scaling
@@ -29,6 +30,7 @@ from .parameter import Matrices, Parameter, store_if
 from .program import program
 from .retraction import retract
 from .warm_up import warm_up
+from .working_state import WorkingState, WorkingStates
 
 if TYPE_CHECKING:
     from ..sharding.ranks import Ranks
@@ -124,23 +126,36 @@ class Plan:
         self._constrained = [p for p in parameters if p.recipe.constraint is not None]
         self._devices = list(dict.fromkeys(p.source.device for p in parameters))
         by_torch: dict[object, list[Parameter]] = {}
-        fused: dict[tuple[torch.device, str, int, object], list[tuple[Parameter, Program]]] = {}
+        fused: dict[tuple[torch.device, str, int, object, bool], list[tuple[Parameter, Program]]] = {}
         for p in parameters:
             packed = program(p.recipe, maximize=p.options.maximize, coupled=coupled)
             backend = "torch" if traced else _backend(p, packed)
             if backend == "torch" or isinstance(packed, str):
-                by_torch.setdefault(p.ranks, []).append(p)
+                by_torch.setdefault((p.ranks, p.is_coded), []).append(p)
             else:
-                key = (p.source.device, backend, p.options.max_workspace_bytes, p.ranks)
+                key = (p.source.device, backend, p.options.max_workspace_bytes, p.ranks, p.is_coded)
                 fused.setdefault(key, []).append((p, packed))
         self.executors: list[Executor] = []
-        for (device, backend, max_bytes, _), some in fused.items():
-            ours, programs = [p for p, _ in some], [packed for _, packed in some]
+        #: for every executor the states that are decoded while it is at work
+        self._working: list[WorkingStates | None] = []
+        for (device, backend, max_bytes, _, _), pairs in fused.items():
+            programs = {id(p): packed for p, packed in pairs}
             options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_bytes, "coupled": coupled}
-            self.executors.append(Fused(ours, programs, skipped[device], **options))
-        self.executors += [Eager(ours, skipped, coupled=coupled) for ours in by_torch.values()]
+            for run in _runs([p for p, _ in pairs]):
+                working = _decoded(run)
+                self._add(Fused(run, [programs[id(p)] for p in run], skipped[device], **options), working)
+        for some in by_torch.values():
+            for run in _runs(some):
+                working = _decoded(run)
+                self._add(Eager(run, skipped, coupled=coupled), working)
         if not traced:
             self._warm_up()
+
+    def _add(self, executor: Executor, working: WorkingStates | None) -> None:
+        self.executors.append(executor)
+        self._working.append(working)
+        if working is not None:
+            working.release()
 
     @property
     def backends(self) -> set[str]:
@@ -151,15 +166,22 @@ class Plan:
         """One step in place; hypers[i] are the numbers of group i. Gradients are read from the parameters."""
         scalings = {device: scaling_on(scaling, device) for device in self._devices}
         self._before = [_value_before(p) for p in self.averaged]
+        self._notice_changed_codes()
         for executor in self.executors:
             executor.decide(hypers, scalings)
-        for executor in self.executors:
-            executor.observe()
+        for executor, working in zip(self.executors, self._working, strict=True):
+            if working is None:
+                executor.observe()
         if coupling is not None:
             self._share(coupling.factors(self.executors))
-        for executor in self.executors:
+        for executor, working in zip(self.executors, self._working, strict=True):
+            if working is not None:
+                working.load()
+                executor.observe()
             self._move(executor, coupling)
             executor.finish()
+            if working is not None:
+                working.store([p.stepped for p in executor.parameters])
         if self._constrained:
             retract(self._constrained)
 
@@ -240,8 +262,17 @@ class Plan:
 
     def notice_changes(self) -> None:
         """What a step does first, for a graph, which replays only what follows."""
+        self._notice_changed_codes()
         for executor in self.executors:
             executor.notice_changes()
+
+    def _notice_changed_codes(self) -> None:
+        """Has executors look at state that somebody else has changed, as long as they can see it."""
+        for executor, working in zip(self.executors, self._working, strict=True):
+            if working is not None and working.changed():
+                working.load()
+                executor.notice_changes()
+                working.release()
 
     def metrics(self, groups: int) -> list[dict[str, Tensor]]:
         """What the last step measured of each group, as 0-d fp64 tensors; see `MatrixOptimizer.metrics`."""
@@ -256,6 +287,23 @@ class Plan:
 def _directed(executor: Executor, batch: Any, sent: Sequence[Callable[[], Tensor]], measure: bool) -> Directed:
     xs = [wait() for wait in sent]
     return executor.directed(batch, xs, executor.directions(batch, xs), measure)
+
+
+def _runs(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
+    """What is decoded at once: as much as the workspace has room for, the same on all ranks."""
+    if not parameters[0].is_coded:
+        return [list(parameters)]
+    return list(chunk_by_bytes(parameters, lambda p: p.decoded_bytes, parameters[0].options.max_workspace_bytes))
+
+
+def _decoded(parameters: Sequence[Parameter]) -> WorkingStates | None:
+    """Their state in codes, decoded, for an executor to be made that looks at it; None where they have none."""
+    states = [p.state for p in parameters if isinstance(p.state, WorkingState)]
+    if not states:
+        return None
+    working = WorkingStates(states)
+    working.load()
+    return working
 
 
 def route(p: Parameter, *, coupled: bool = False) -> str:
@@ -279,7 +327,11 @@ def _backend(p: Parameter, packed: Program | str) -> str:
     reasons = {name: of_backend or why for name, of_backend in multi_tensor.reasons(device).items()}
     if reasons["triton"] is None:
         assert not isinstance(packed, str)
+        if isinstance(p.state, WorkingState):
+            p.state.borrow()  # there are to be views of it
         reasons["triton"] = _triton_reason(p, packed)
+        if isinstance(p.state, WorkingState):
+            p.state.release()
     return multi_tensor.choose("step", p.options.backend, reasons, device, multi_tensor.FAMILY)
 
 

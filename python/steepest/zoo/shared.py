@@ -36,6 +36,9 @@ class Extras(TypedDict, total=False):
         See `steepest.parts.cautious`.
     maximize: ascend
     momentum_dtype: dtype of the momentum; None: the gradient's
+    state_bits: 8: momentum and second moments are stored in 8 bits; None: they are not
+        In codes with a scale for every 256 elements, of parameters of two dimensions and 4096 elements; see
+        `steepest.parts.Blockwise` and docs/low_precision.md.
     stochastic_rounding: bf16 parameters are rounded up or down at random, right on average
     keep_mantissa: the 16 bits that bf16 parameters drop are kept as state, as if they were fp32
     average: of the iterates, for `eval()`: a decay rate, or "schedule_free"; None: none
@@ -79,6 +82,7 @@ class Extras(TypedDict, total=False):
     cautious_update: bool
     maximize: bool
     momentum_dtype: torch.dtype | None
+    state_bits: int | None
     stochastic_rounding: bool
     keep_mantissa: bool
     average: float | str | None
@@ -110,6 +114,7 @@ EXTRAS = Extras(
     cautious_update=False,
     maximize=False,
     momentum_dtype=None,
+    state_bits=None,
     stochastic_rounding=False,
     keep_mantissa=False,
     average=None,

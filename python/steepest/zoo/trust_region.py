@@ -129,7 +129,7 @@ class UpdateMomentum(UpdateTransform):
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:
-        return (StateSpec(self.key, "elementwise", self.dtype, of_gradient=True),)
+        return (StateSpec(self.key, "elementwise", self.dtype, of_gradient=True, codes="signed"),)
 
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         buffer = Momentum("heavy_ball").observe(state[self.key], u, hyper.beta1).to(state[self.key].dtype)
