@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from . import full, methods, pictures, records, report, tasks
+from . import evidence, full, methods, pictures, records, report, tasks
 from .jobs import Job, Runs
-from .methods import Method
+from .methods import ADAMW_RATE, Method
 from .progress import Progress
 from .provenance import write
 from .tasks import FULL, QUICK, Size, Task
@@ -81,10 +82,7 @@ def run(options: argparse.Namespace) -> int:
         made = _full(plan, runs) if options.full else _grids(plan, runs)
     finally:
         torch.set_num_threads(threads)
-    of_tasks = report.summaries(made)
-    print(report.table(of_tasks))
-    report.write_csv(options.out / TABLE, of_tasks)
-    print(f"\n{path} and {options.out / TABLE} written{_draw(options.out, of_tasks)}")
+    _tell(options.out, made, options.full)
     return 0
 
 
@@ -129,29 +127,49 @@ def _grids(plan: Plan, runs: Runs) -> list[Record]:
 
 
 def _full(plan: Plan, runs: Runs) -> list[Record]:
-    """torch.AdamW is among the methods, and first, whether it was asked for or not."""
+    """All records of the file: what other tasks and methods have had before is compared too.
+
+    torch.AdamW is among the methods, and first, whether it was asked for or not.
+    """
     chosen = {full.REFERENCE: methods.known()[full.REFERENCE], **plan.methods}
     progress = Progress(len(plan.tasks) * len(chosen), unit="method")
-    made: list[Record] = []
+    adamw_lr = ADAMW_RATE
     for number, (task, method) in enumerate(product(plan.tasks.values(), chosen.values()), start=1):
-        reference = [record for record in made if (record["task"], record["optimizer"]) == (task.name, full.REFERENCE)]
-        found = full.compare(task, method, plan.steps(task), plan.seed, full.rate_of(reference), runs)
-        made += found
+        found = full.compare(task, method, plan.steps(task), plan.seed, adamw_lr, runs)
         best = full.best_of(found)
         at = "" if best is None else f" at {best['lr']:g}"
         progress.update(number, f"{task.name}: {method.name}{at} {_result(best or found[0])}, {len(found)} runs")
-    return made
+        if method.name == full.REFERENCE:
+            adamw_lr = full.rate_of(found)
+    return list(runs.known.values())
 
 
 def _result(record: Record) -> str:
     return str(record["status"]) if record["loss"] is None else f"{record['loss']:.4g}"
 
 
-def _draw(out: Path, summaries: dict[str, list[report.Summary]]) -> str:
+def _tell(out: Path, made: Sequence[Record], whole: bool) -> None:
+    """Prints and writes the table, and draws the pictures."""
+    names = dict.fromkeys(record["task"] for record in made)
+    paths = {name: out / f"{name}.png" for name in names}
+    if whole:
+        found = evidence.rows(made)
+        print(evidence.table(found))
+        evidence.write_csv(out / TABLE, found)
+        draw = {path: partial(pictures.draw_evidence, path, evidence.of(found, name)) for name, path in paths.items()}
+    else:
+        of_tasks = report.summaries(made)
+        print(report.table(of_tasks))
+        report.write_csv(out / TABLE, of_tasks)
+        draw = {path: partial(pictures.draw, path, of_tasks[name]) for name, path in paths.items()}
+    print(f"\n{out / RECORDS} and {out / TABLE} written{_drawn(draw)}")
+
+
+def _drawn(draw: Mapping[Path, Callable[[], None]]) -> str:
     """What is to be said of the pictures."""
     try:
-        for task, of_task in summaries.items():
-            pictures.draw(out / f"{task}.png", of_task)
+        for each in draw.values():
+            each()
     except ImportError as error:
         return f"; no pictures, {error}"
-    return ", and " + ", ".join(str(out / f"{task}.png") for task in summaries)
+    return ", and " + ", ".join(map(str, draw))

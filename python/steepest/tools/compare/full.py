@@ -47,9 +47,13 @@ def next_place(falls: Mapping[int, float]) -> int | None:
     if len(falls) == MOST:
         return None
     low, high, best = min(falls), max(falls), max(falls.values())
-    enough = best - (1 - GOOD) * abs(best)
-    beyond = [(-falls[end], place) for end, place in ((low, low - 1), (high, high + 1)) if falls[end] >= enough]
+    beyond = [(-falls[end], place) for end, place in ((low, low - 1), (high, high + 1)) if is_good(falls[end], best)]
     return min(beyond)[1] if beyond else None
+
+
+def is_good(some: float, best: float) -> bool:
+    """Whether a fall of the loss is as good as the best one, but for 1 - GOOD of it."""
+    return some >= best - (1 - GOOD) * abs(best)
 
 
 def fall(record: Record) -> float:

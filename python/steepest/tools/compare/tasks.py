@@ -67,9 +67,9 @@ FULL = Size(
     shape=Shape(layers=2, width=48, heads=2, context=32),
     images=32,
     held_out_images=512,
-    gpt_steps=150,
-    fine_tuning_steps=45,
-    image_steps=150,
+    gpt_steps=100,
+    fine_tuning_steps=40,
+    image_steps=100,
     evaluations=10,
 )
 QUICK = Size(
