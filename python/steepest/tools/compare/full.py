@@ -1,8 +1,8 @@
 """The whole comparison: every method at the best rate of a grid that encloses it, and there again with more seeds.
 
-A grid begins at the middle of `methods` and grows by a factor of RATIO on a side where it is still good, until both its
-ends are bad or MOST rates have been tried. Good is a fall of the loss that is GOOD times the best one's or more. What
-matrix methods leave to AdamW trains at the rate that was best for torch.AdamW on the same task.
+A grid begins at the middle of `methods` and grows by a factor of RATIO on a side where it is still good, until the best
+rate is inside and both ends are bad, or MOST rates have been tried. Good is a fall of the loss that is GOOD times the
+best one's or more. What matrix methods leave to AdamW trains at the rate that was best for torch.AdamW on the same task.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .training import Record
 
 RATIO = 2.0
 MOST = 10
-GOOD = 0.95
+GOOD = 0.98
 SEEDS = 3
 REFERENCE = "torch.AdamW"
 
@@ -40,15 +40,19 @@ def compare(
 def next_place(falls: Mapping[int, float]) -> int | None:
     """The place of the next rate in a grid whose rates lowered the loss by `falls`; None where it is enough.
 
-    Of two ends that are still good the better one is gone on from, of equal ones the lower.
+    The best rate is enclosed first; then the grid grows at the good end that is nearest to it. Of equal rates the lower
+    counts as the better one.
     """
     if not falls:
         return 0
     if len(falls) == MOST:
         return None
-    low, high, best = min(falls), max(falls), max(falls.values())
-    beyond = [(-falls[end], place) for end, place in ((low, low - 1), (high, high + 1)) if is_good(falls[end], best)]
-    return min(beyond)[1] if beyond else None
+    low, high, best = min(falls), max(falls), max(sorted(falls), key=falls.__getitem__)
+    if best in (low, high):
+        return low - 1 if best == low else high + 1
+    good = [end for end in (low, high) if is_good(falls[end], falls[best])]
+    nearest = min(good, key=lambda end: (abs(end - best), -falls[end]), default=None)
+    return None if nearest is None else nearest - 1 if nearest == low else nearest + 1
 
 
 def is_good(some: float, best: float) -> bool:
