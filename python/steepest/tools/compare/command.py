@@ -37,7 +37,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(tasks.NAMES)} (default: {', '.join(Size().tasks)}; with --full {', '.join(FULL.tasks)})",
     )
     p.add_argument("--optimizers", metavar="A,B", help="default: all of steepest.zoo, torch's AdamW, SGD and Muon")
-    p.add_argument("--steps", type=positive, help="of each run (default: 200 for gpt, 300 for mushrooms)")
+    p.add_argument("--steps", type=positive, help="of each run (default: by the task)")
     p.add_argument(
         "--rates",
         action="append",
@@ -58,7 +58,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--full",
         action="store_true",
-        help="grids that are extended until they enclose the best rate, then three seeds of it, on four tasks: an hour",
+        help="grids that grow until they enclose the best rate, then three seeds of it, on four tasks: half an hour",
     )
 
 

@@ -145,12 +145,14 @@ class Evidence:
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """By tasks as they come, in each the lowest loss first and what never finished last."""
+    """By tasks as they come, in each the lowest loss first and what never finished last; none of one without AdamW."""
     groups: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         groups.setdefault(record["task"], {}).setdefault(record["optimizer"], []).append(record)
     found: list[Row] = []
     for of_task in groups.values():
+        if full.REFERENCE not in of_task:
+            continue
         evidence = sorted((Evidence(runs) for runs in of_task.values()), key=lambda each: each.loss)
         reference = Evidence(of_task[full.REFERENCE])
         found += [each.row(reference) for each in evidence]

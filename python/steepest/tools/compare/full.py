@@ -2,7 +2,7 @@
 
 A grid begins at the middle of `methods` and grows by a factor of RATIO on a side where it is still good, until the best
 rate is inside and both ends are bad, or MOST rates have been tried. Good is a fall of the loss that is GOOD times the
-best one's or more. What matrix methods leave to AdamW trains at the rate that was best for torch.AdamW on the same task.
+best one's or more. What matrix methods leave to AdamW trains at the rate that was best for AdamW on the same task.
 """
 
 from __future__ import annotations
