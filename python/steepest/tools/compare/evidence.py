@@ -110,8 +110,12 @@ class Evidence:
         shared = set.intersection(*map(set, curves)) if curves else set()
         return {step: statistics.mean(curve[step] for curve in curves) for step in sorted(shared)}
 
+    def _median(self, name: str) -> float:
+        """Over all runs that took a step, which have the same work at every rate and seed."""
+        return statistics.median(run[name] for run in self.runs if run[name] is not None)
+
     def row(self, reference: Evidence) -> Row:
-        """The cells, by COLUMNS; only the first four and `tried` where no run was done."""
+        """The cells, by COLUMNS; names, status and `tried` alone where no run was done."""
         first, best, grid = self.runs[0], self.best, self.grid
         tried = " ".join(f"{run['lr']:g}:{_tried(run)}" for run in grid)
         known = {"task": first["task"], "optimizer": first["optimizer"], "status": first["status"], "tried": tried}
@@ -120,7 +124,7 @@ class Evidence:
         good, rates = self.good, [run["lr"] for run in grid]
         done = [run["loss"] for run in self.seeds if run["status"] == "done"]
         reached = next((step for step, loss in self.curve().items() if loss <= reference.loss), None)
-        step_ms, base_ms = (statistics.median(run["step_ms"] for run in each.runs) for each in (self, reference))
+        step_ms = self._median("step_ms")
         return known | {
             "status": "done" if len(done) == len(self.seeds) else "diverged",
             "learning_rate": f"{best['lr']:g}",
@@ -138,8 +142,8 @@ class Evidence:
             "steps": f"{best['steps']}",
             "steps_to_reference": "" if reached is None else f"{reached}",
             "step_ms": f"{step_ms:.2f}",
-            "step_ratio": f"{step_ms / base_ms:.2f}",
-            "optimizer_ms": f"{statistics.median(run['optimizer_ms'] for run in self.runs):.2f}",
+            "step_ratio": f"{step_ms / reference._median('step_ms'):.2f}",
+            "optimizer_ms": f"{self._median('optimizer_ms'):.2f}",
             "state_bytes": f"{best['state_bytes']:.1f}",
         }
 

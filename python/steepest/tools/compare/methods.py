@@ -28,6 +28,7 @@ ADAMW_RATE = 8e-3  # between AdamW's best of a short run and of a long one
 #: The middle of a grid: (on the GPT and on images, on mushrooms).
 RATES: Mapping[str, tuple[float, float]] = {
     "torch.AdamW": (1.6e-2, 4e-2),
+    "torch.AdamW-0.95": (1.6e-2, 4e-2),
     "torch.SGD": (0.25, 0.25),
     "torch.Muon": (8e-2, 0.1),
     "Muon": (8e-2, 0.1),
@@ -74,8 +75,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "AdamSANIA": {"eps": 0.0},
     "SPlus": {"average_rate": 0.9},
 }
-#: Methods that are a class with arguments of their own.
+#: Methods that are a class with arguments of their own; AdamW's are those that it has beside a matrix method.
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "torch.AdamW-0.95": ("torch.AdamW", {"betas": (0.9, 0.95)}),
     "MuonMax-Momo": ("MuonMax", {"lower_bound": 0.0}),
     "MuonAdam-Momo": ("MuonAdam", {"lower_bound": 0.0}),
     "PolarGrad": ("ProductNormDescent", {"product": "l2"}),

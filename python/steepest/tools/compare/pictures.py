@@ -73,6 +73,8 @@ def draw_evidence(path: Path, rows: Sequence[Row]) -> None:
     losses.set_yticklabels([row["optimizer"] for row in rows], fontsize="small")
     bands.set(title="good learning rates over the best one", xscale="log", yticks=places, yticklabels=[])
     times.set(title=f"time of a step over {REFERENCE}'s", yticks=places, yticklabels=[])
+    for ax in (losses, bands, times):
+        ax.set_ylim(-1, len(rows))
     figure.suptitle(rows[0]["task"] if rows else "")
     figure.savefig(path, dpi=90)
 
