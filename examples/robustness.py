@@ -40,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=RESULT, metavar="CSV", help=f"default: {RESULT}")
     p.add_argument("--picture", type=Path, default=PICTURE, metavar="PNG", help=f"default: {PICTURE}")
-    p.add_argument("--steps", type=positive, default=tasks.FULL.gpt_steps, help="of each run (default: %(default)s)")
+    p.add_argument("--steps", type=positive, default=tasks.DEMO.gpt_steps, help="of each run (default: %(default)s)")
     p.add_argument("--threads", type=positive, help="CPU threads (default: what torch chooses)")
     p.add_argument("--quick", action="store_true", help="the smallest model of `steepest compare`")
     options = p.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        measure(options.out, tasks.QUICK if options.quick else tasks.FULL, options.steps)
+        measure(options.out, tasks.QUICK if options.quick else tasks.DEMO, options.steps)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     found = {name: losses(rates.read(options.out), name) for name in GRIDS}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import steepest
-from steepest.tools.bench.machine import cpu
+from steepest.tools.machine import cpu
 
 
 def environment() -> dict[str, str]:

@@ -17,11 +17,17 @@ import torch
 import steepest
 from steepest import zoo
 from steepest.tools import cli
-from steepest.tools.compare import methods, mushrooms, records, report, tasks, text, training
+from steepest.tools.compare import evidence, full, images, methods, mushrooms, records, report, tasks, text, training
 from steepest.tools.compare.gpt import Shape
 
 TINY = replace(
-    tasks.QUICK, shape=Shape(layers=1, width=16, heads=2, context=16), windows=4, held_out_windows=8, rows=32
+    tasks.QUICK,
+    shape=Shape(layers=1, width=16, heads=2, context=16),
+    windows=8,
+    held_out_windows=8,
+    rows=32,
+    width=4,
+    held_out_images=32,
 )
 KNOWN = methods.known()
 
@@ -93,6 +99,46 @@ def test_without_any_source_the_text_is_made_up(monkeypatch: pytest.MonkeyPatch,
     assert corpus.source == "made-up sentences"
     assert len(corpus.train) + len(corpus.validation) == 500_000
     assert text.sentences(5000) == text.sentences()[:5000]
+    assert text.manual(64).source == "made-up sentences"
+
+
+def test_a_small_batch_is_an_eighth_of_the_other(book: Path) -> None:
+    large, small = (next(made(name, book).batches(1, 0))[0] for name in ("gpt", "gpt-small-batch"))
+    assert large.shape == (8, 16)
+    assert small.shape == (1, 16)
+
+
+def test_fine_tuning_begins_where_training_on_another_text_ended(book: Path) -> None:
+    """The same weights for every seed, which are not those of a run before; better than new ones on either text."""
+    task, other = made("gpt-fine-tune", book), made("gpt", book)
+    first, second = task.create(0), task.create(1)
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+    with torch.no_grad():
+        next(first.parameters()).zero_()
+    assert next(second.parameters()).any()
+    assert other.evaluate(task.create(0)) < 0.8 * other.evaluate(other.create(0))
+    assert task.evaluate(task.create(0)) != other.evaluate(task.create(0))
+    assert task.described.endswith(f"after 40 steps of AdamW on {other.described}")
+
+
+def test_made_up_images_are_ten_shapes_that_differ() -> None:
+    drawn = images.made_up(500)
+    assert drawn.x.shape == (500, 1, 16, 16)
+    assert drawn.y.unique().tolist() == list(range(10))
+    assert torch.equal(drawn.x, images.made_up(500).x)
+    assert not torch.equal(drawn.x, images.made_up(500, 1).x)
+    line = torch.linspace(-1, 1, 16)
+    inside = [shape(*torch.meshgrid(line, line, indexing="xy")) > 0 for shape in images.SHAPES]
+    assert all(20 < int(each.sum()) < 180 for each in inside)
+    assert len({tuple(each.flatten().tolist()) for each in inside}) == 10
+
+
+def test_convolutions_are_the_methods_and_the_head_is_adamws() -> None:
+    model = images.ConvNet.create(4, 0)
+    groups = KNOWN["Muon"].build(model, 0.1, True).param_groups
+    assert [p.ndim for group in groups if group["use_muon"] for p in group["params"]] == [4, 4, 4]
+    assert model(images.made_up(3).x).shape == (3, 10)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), images.ConvNet.create(4, 0).parameters()))
 
 
 # ---- who trains it -----------------------------------------------------------------------------------------------
@@ -104,8 +150,41 @@ def test_every_optimizer_of_the_zoo_is_compared() -> None:
         n for n, kind in exported.items() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     }
     made = {method.kind.__name__ for method in KNOWN.values()}
-    assert set(KNOWN) - optimizers == {"torch.AdamW", "torch.SGD", *methods.VARIANTS}
+    assert set(KNOWN) - optimizers == {"torch.AdamW", "torch.SGD", "torch.Muon", *methods.VARIANTS}
     assert optimizers - made == {"Momo"}  # a part of one
+
+
+def test_torchs_muon_has_adamw_beside_it(book: Path) -> None:
+    """Both step what they would alone, at the rates of a schedule; without a matrix it says why it cannot."""
+    task = made("gpt", book)
+    model, alone = task.create(0), task.create(0)
+    optimizer = KNOWN["torch.Muon"].build(model, 0.02, True, adamw_lr=1e-3)
+    matrices = alone.hidden_matrices()  # type: ignore[operator]
+    rest = [p for p in alone.parameters() if id(p) not in {id(q) for q in matrices}]
+    pair = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0), torch.optim.AdamW(rest, lr=1e-3, weight_decay=0)]
+    for batch in task.batches(3, 0):
+        for each, optimizers in ((model, [optimizer]), (alone, pair)):
+            each.zero_grad()
+            task.loss(each, batch).backward()
+            for some in optimizers:
+                some.step()
+                for group in some.param_groups:
+                    group["lr"] *= 0.5
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
+    record = training.train(made("images"), KNOWN["torch.Muon"], 0.02, 3, 0)
+    assert (
+        record["reason"]
+        == "ValueError: torch.optim.Muon takes parameters of two dimensions, and all of these are AdamW's"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if name != "torch.Muon"])
+def test_a_method_trains_the_convolutional_net(name: str) -> None:
+    """At the smallest rate of five, in few steps: what is seen goes down or stands nearly still."""
+    task, method = made("images"), KNOWN[name]
+    record = training.train(task, method, method.grid("images", 5)[0], 6, 0, 2)
+    assert record["reason"] is None
+    assert record["loss"] < 1.2 * record["first_loss"]
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -156,7 +235,18 @@ def test_a_record_is_repeated_by_the_same_seed_and_survives_json() -> None:
     assert [point[0] for point in one["points"] if point[3] is not None] == [0, 2, 4, 6, 8]
     assert json.loads(json.dumps(one)) == {**one, "points": [list(point) for point in one["points"]]}
     assert 0 < one["optimizer_ms"] < one["step_ms"]
+    assert one["adamw_lr"] == methods.ADAMW_RATE
     assert one["loss"] == one["points"][-1][3]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("torch.SGD", 1), ("torch.AdamW", 2), ("torch.Muon", 1), ("Muon", 1), ("MuAdam", 2)]
+)
+def test_the_state_of_a_weight_is_counted_for_the_methods_matrices(name: str, numbers: int, book: Path) -> None:
+    """Four bytes a number; a clock or the like of a matrix adds little."""
+    task = made("gpt", book)
+    record = training.train(task, KNOWN[name], 1e-3, 3, 0)
+    assert 4 * numbers <= record["state_bytes"] < 4 * numbers + 1.5
 
 
 def test_a_run_that_diverges_or_fails_says_so() -> None:
@@ -252,6 +342,122 @@ def test_the_table_has_the_best_first_and_the_csv_the_same_rows(tmp_path: Path) 
     assert (rows[1]["learning_rate"], rows[1]["loss"], rows[1]["good_rates"]) == ("2", "1.0000", "1/3")
 
 
+# ---- the whole comparison ----------------------------------------------------------------------------------------
+
+
+def searched(losses: Callable[[int], float]) -> dict[int, float]:
+    """The falls by place, as far as they are looked for."""
+    falls: dict[int, float] = {}
+    while (place := full.next_place(falls)) is not None:
+        assert place not in falls
+        falls[place] = losses(place)
+    return falls
+
+
+@pytest.mark.parametrize("best", range(-4, 5))
+@pytest.mark.parametrize("width", [0.3, 1.0])
+def test_a_grid_grows_until_it_encloses_the_best_rate(best: int, width: float) -> None:
+    """Falls like a parabola over the logarithm of the rate, and runs that diverge four places above its top."""
+    falls = searched(lambda place: -float("inf") if place > best + 4 else 3 - 0.1 * ((place - best) / width) ** 2)
+    assert sorted(falls) == list(range(min(falls), max(falls) + 1))
+    assert min(falls) < best < max(falls)
+    assert max(falls, key=falls.__getitem__) == best
+    assert max(falls[min(falls)], falls[max(falls)]) < 0.98 * 3
+
+
+def test_a_flat_grid_grows_on_both_sides_of_its_best() -> None:
+    falls = searched(lambda place: 1.001 if place == -1 else 1.0 - 1e-6 * place)
+    assert -1 - min(falls) in (4, 5)
+    assert max(falls) + 1 in (4, 5)
+
+
+def test_a_grid_ends_where_no_rate_is_worse_and_goes_down_where_all_diverge() -> None:
+    assert len(searched(lambda place: 1.0)) == full.MOST
+    assert sorted(searched(lambda place: -float("inf"))) == list(range(1 - full.MOST, 1))
+    assert min(searched(lambda place: -1.0 - place)) < 0  # the loss rose: lower is better
+
+
+def runs_of(optimizer: str, losses: dict[float, float | None], seeds: tuple[float, ...] = ()) -> list[training.Record]:
+    """A grid with seed 0, and other seeds at its best rate."""
+    best = min((loss, lr) for lr, loss in losses.items() if loss is not None)[1]
+    grid = [{**run(lr, loss, optimizer), "seed": 0} for lr, loss in losses.items()]
+    again = [{**run(best, loss, optimizer), "seed": 1 + number} for number, loss in enumerate(seeds)]
+    more = {"adamw_lr": 0.01, "steps": 5, "state_bytes": 8.0}
+    return [{**record, **more} for record in (*grid, *again)]
+
+
+def test_evidence_is_what_the_runs_say() -> None:
+    """A loss that begins at 2: rates with 1.0 to 1.02 are good. AdamW ends at 1.1, which A reaches and B never."""
+    reference = runs_of("torch.AdamW", {1: 1.9, 2: 1.1, 4: 1.9}, (1.0, 1.2))
+    a = runs_of("A", {1: 1.5, 2: 1.014, 4: 1.0, 8: 1.013, 16: None}, (0.9, 1.1))
+    b = [{**record, "step_ms": 3.0} for record in runs_of("B", {1: 1.2, 2: 1.9}, (1.3, 1.4))]
+    failed = {**run(1, None, "D"), "status": "failed", "reason": "ValueError: no", "seed": 0}
+    found = {row["optimizer"]: row for row in evidence.rows([*reference, *b, *a, failed])}
+    assert list(found) == ["A", "torch.AdamW", "B", "D"]
+    row = found["A"]
+    assert (row["learning_rate"], row["loss"], row["lowest"], row["highest"]) == ("4", "1.0000", "0.9000", "1.1000")
+    assert (row["band"], row["lowest_good"], row["highest_good"]) == ("4", "2", "8")
+    assert (row["enclosed"], row["closed"], row["seeds"], row["steps_to_reference"]) == ("yes", "yes", "3/3", "5")
+    assert row["tried"] == "1:1.5000 2:1.0140 4:1.0000 8:1.0130 16:diverged"
+    assert (found["B"]["enclosed"], found["B"]["closed"], found["B"]["band"]) == ("no", "no", "1")
+    assert (found["B"]["steps_to_reference"], found["B"]["step_ratio"]) == ("", "3.00")
+    assert found["torch.AdamW"]["steps_to_reference"] == "5"
+    assert (found["D"]["status"], found["D"]["loss"], found["D"]["tried"]) == ("failed", "", "1:failed")
+    printed = evidence.table(list(found.values()))
+    assert printed.splitlines()[0] == "t"
+    assert "failed" in printed
+    assert "*1" in printed
+
+
+def test_a_seed_that_diverges_at_the_best_rate_is_not_averaged_away() -> None:
+    runs = runs_of("torch.AdamW", {1: 1.9, 2: 1.1, 4: 1.9}, (1.0,))
+    runs.append({**runs[-1], "seed": 2, "status": "diverged", "loss": None})
+    (row,) = evidence.rows(runs)
+    assert (row["status"], row["seeds"], row["loss"]) == ("diverged", "2/3", "1.0500")
+
+
+def test_the_whole_comparison_finds_rates_and_repeats_them_with_more_seeds(
+    tmp_path: Path, book: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from steepest.tools.compare import command
+
+    monkeypatch.setattr(command, "FULL", replace(TINY, tasks=("gpt", "images"), gpt_steps=3, image_steps=3))
+    monkeypatch.setattr(full, "MOST", 4)
+    out = tmp_path / "out"
+    arguments = ["compare", "--full", "--text", str(book), "--out", str(out), "--optimizers", "muadam"]
+    assert cli.main(arguments) == 0
+    found = records.read(out / "runs.jsonl")
+    with (out / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["task"], row["optimizer"]) for row in rows} == {
+        (task, name) for task in ("gpt", "images") for name in ("MuAdam", "torch.AdamW")
+    }
+    rates = {row["task"]: row["learning_rate"] for row in rows if row["optimizer"] == "torch.AdamW"}
+    for row in rows:
+        runs = [r for r in found if (r["task"], r["optimizer"]) == (row["task"], row["optimizer"])]
+        assert {r["seed"] for r in runs if f"{r['lr']:g}" == row["learning_rate"]} == {0, 1, 2}
+        assert len(row["tried"].split()) == len([r for r in runs if r["seed"] == 0]) <= 4
+        if row["optimizer"] == "MuAdam":
+            assert row["adamw_rate"] == rates[row["task"]]
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert provenance["tasks"].keys() == {"gpt", "images"}
+    assert len(provenance["machines"]) == 1
+    assert provenance["machines"][0].keys() >= {"machine", "torch", "python", "steepest", "commit"}
+    table = capsys.readouterr().out
+
+    lines = (out / "runs.jsonl").read_text().splitlines(keepends=True)
+    (out / "runs.jsonl").write_text("".join(lines[:5]))
+    assert cli.main([*arguments, "--resume"]) == 0
+
+    def outcomes(records: list[training.Record]) -> list[tuple[object, ...]]:
+        return [(r["task"], r["optimizer"], r["lr"], r["seed"], r["adamw_lr"], r["loss"]) for r in records]
+
+    assert outcomes(records.read(out / "runs.jsonl")) == outcomes(found)
+    assert capsys.readouterr().out.splitlines()[0] == table.splitlines()[0] == "gpt"
+    if "no pictures" not in table:
+        assert (out / "images.png").read_bytes().startswith(b"\x89PNG")
+
+
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
@@ -280,13 +486,13 @@ def test_the_command_writes_records_table_and_pictures(
     found = records.read(out / "runs.jsonl")
     keys = {(record["task"], record["optimizer"], record["lr"]) for record in found}
     own = {("Muon", 0.02), ("Muon", 0.08), ("torch.AdamW", 1e-3)}
-    assert keys == {(task, *each) for task in tasks.NAMES for each in own}
+    assert keys == {(task, *each) for task in tasks.Size().tasks for each in own}
     assert "run 9/9" in printed.err
     with (out / "summary.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 6
     assert "sensitivity" in printed.out
     if "no pictures" not in printed.out:
-        for task in tasks.NAMES:
+        for task in tasks.Size().tasks:
             assert (out / f"{task}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -327,9 +533,11 @@ def test_a_comparison_that_was_stopped_goes_on(
     assert [(r["optimizer"], r["lr"], r["loss"]) for r in again] == [
         (r["optimizer"], r["lr"], r["loss"]) for r in whole
     ]
+    assert compare(*arguments, "--resume", "--seed", "1") == 0
+    assert [record["seed"] for record in records.read(path)] == 6 * [0] + 6 * [1]
     with pytest.raises(SystemExit):
-        compare(*arguments, "--resume", "--seed", "1")
-    assert "holds runs on mushrooms with seed 0, not 1: pass the same options again" in capsys.readouterr().err
+        compare(*arguments, "--resume", "--steps", "5")
+    assert "holds runs on mushrooms with steps 3, not 5: pass the same options again" in capsys.readouterr().err
 
 
 def test_a_stop_while_records_are_mended_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,11 +566,18 @@ def test_without_matplotlib_there_are_no_pictures(
     assert not list((tmp_path / "out").glob("*.png"))
 
 
+def test_rates_and_the_search_for_them_exclude_one_another(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--full", "--rates", "Muon=0.02"])
+    assert "--rates Muon=0.02: --full looks for the learning rates; leave one of the two out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--optimizers", "adamw9"], "--optimizers: unknown optimizer 'adamw9'; pass some of torch.AdamW, torch.SGD"),
         (["--tasks", "imagenet"], "--tasks: unknown task 'imagenet'; pass some of gpt, mushrooms, mushrooms-scaled"),
+        (["--tasks", "gpt,Images"], "--tasks: unknown task 'Images'"),
         (["--rates", "fast"], "--rates fast: pass positive numbers, as in --rates 1e-3,1e-2"),
         (["--rates", "Muon=-1"], "--rates Muon=-1: pass positive numbers"),
         (["--rates", "lamb=1"], "unknown optimizer 'lamb'"),

@@ -21,12 +21,13 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 NOT_DRAWN = {"__init__", "__main__", "_moved", "_version", "tools"}
 #: What each tool imports of the others; the command line imports a command's module when it is called.
 TOOLS: dict[str, set[str]] = {
-    "bench": {"compare", "planner"},
+    "bench": {"compare", "machine", "planner"},
     "cli": set(),
-    "compare": set(),
+    "compare": {"machine"},
     "convert": set(),
     "doctor": {"facts"},
     "facts": set(),
+    "machine": set(),
     "planner": {"scale"},
     "scale": {"bench"},
     "tune": {"bench"},

@@ -4,6 +4,7 @@ cli                     the command line; each command is imported when it is ca
 doctor, facts           what this machine can run, and whether its kernels are right
 planner                 what a polar call does on a Hopper GPU
 tune                    which tiles of Triton's products are fastest on this GPU
+machine                 what a figure must name
 bench, compare          how fast all of it is, and all optimizers side by side
 
 Everything here imports the library as its users do; nothing of the library imports this.

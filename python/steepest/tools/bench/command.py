@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from ..compare.command import positive
+from ..machine import machine
 from . import ceilings, peers, pictures, records, regression, table
 from .case import LEAST_ROUNDS, Job, Row, Settings, bad, failure
-from .machine import machine
 from .records import Record
 from .suites import SUITES, USUAL
 

@@ -1,13 +1,15 @@
-"""Every optimizer of the zoo side by side: a small GPT and a classifier, over a sweep of learning rates.
+"""Every optimizer of the zoo side by side: small models of text, tables and images, over learning rates.
 
 steepest compare --quick
 steepest compare --optimizers Muon,MuAdam,torch.AdamW --tasks gpt --text book.txt --out comparison
+steepest compare --full
 
-tasks, gpt, text, mushrooms     what is trained
-methods                         who trains it, and at which learning rates
-training, records               one run, and all of them as lines of JSON
-report, pictures, progress      what is shown
-command                         the whole of it
+tasks, gpt, text, images, mushrooms     what is trained
+methods                                 who trains it, and at which learning rates
+training, jobs, records, provenance     one run, and all of them as lines of JSON; where they come from
+report, pictures, progress              what is shown
+full, evidence                          the search for the best rates, with more seeds, and what is shown of it
+command                                 the whole of it
 """
 
 from .command import add_options, run

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from . import methods, pictures, records, report, tasks
-from .methods import Method
+from . import evidence, full, methods, pictures, records, report, tasks
+from .jobs import Job, Runs
+from .methods import ADAMW_RATE, Method
 from .progress import Progress
+from .provenance import write
 from .tasks import FULL, QUICK, Size, Task
-from .training import train
+from .training import Record
 
-RECORDS, TABLE = "runs.jsonl", "summary.csv"
+RECORDS, TABLE, PROVENANCE = "runs.jsonl", "summary.csv", "provenance.json"
 
 
 def positive(text: str) -> int:
@@ -27,9 +31,13 @@ def positive(text: str) -> int:
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    p.add_argument("--tasks", default=",".join(tasks.NAMES), metavar="A,B", help="default: %(default)s")
-    p.add_argument("--optimizers", metavar="A,B", help="default: all of steepest.zoo, torch.AdamW and torch.SGD")
-    p.add_argument("--steps", type=positive, help="of each run (default: 200 for gpt, 300 for mushrooms)")
+    p.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help=f"of {', '.join(tasks.NAMES)} (default: {', '.join(Size().tasks)}; with --full {', '.join(FULL.tasks)})",
+    )
+    p.add_argument("--optimizers", metavar="A,B", help="default: all of steepest.zoo, torch's AdamW, SGD and Muon")
+    p.add_argument("--steps", type=positive, help="of each run (default: by the task)")
     p.add_argument(
         "--rates",
         action="append",
@@ -48,7 +56,9 @@ def add_options(p: argparse.ArgumentParser) -> None:
     size = p.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="smaller and shorter, three rates: under two minutes")
     size.add_argument(
-        "--full", action="store_true", help="the GPT of the example with AdamW, Muon and MuAdam: a minute a run"
+        "--full",
+        action="store_true",
+        help="grids that grow until they enclose the best rate, then three seeds of it, on four tasks: half an hour",
     )
 
 
@@ -57,86 +67,109 @@ def run(options: argparse.Namespace) -> int:
 
     ValueError, before anything is run, for options that cannot be followed.
     """
-    jobs, size = _jobs(options)
+    plan = _plan(options)
     path: Path = options.out / RECORDS
     known = records.read(path)
     if known and not options.resume:
         raise ValueError(f"{path} holds {len(known)} runs: pass --resume to go on with them, or another --out")
-    for job in jobs:
-        records.check_alike(path, known, job.task.name, job.settings(options.seed))
-    done = records.done(known)
-    missing = [job for job in jobs if job.key not in done]
+    for task in plan.tasks.values():
+        records.check_alike(path, known, task.name, {"steps": plan.steps(task), "described": task.described})
+    runs = Runs(path, plan.size.evaluations, {records.key(record): record for record in known})
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        _run(missing, path, options.seed, size)
+        write(options.out / PROVENANCE, [(task, plan.steps(task)) for task in plan.tasks.values()])
+        made = _full(plan, runs) if options.full else _grids(plan, runs)
     finally:
         torch.set_num_threads(threads)
-    keys = {job.key for job in jobs}
-    of_tasks = report.summaries([each for each in records.read(path) if _key(each) in keys])
-    print(report.table(of_tasks))
-    report.write_csv(options.out / TABLE, of_tasks)
-    print(f"\n{path} and {options.out / TABLE} written{_draw(options.out, of_tasks)}")
+    _tell(options.out, made, options.full)
     return 0
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run to be made."""
+class Plan:
+    """What was asked for."""
 
-    task: Task
-    method: Method
-    lr: float
-    steps: int
+    size: Size
+    tasks: Mapping[str, Task]
+    methods: Mapping[str, Method]
+    rates: Mapping[str | None, Sequence[float]]
+    seed: int
+    steps_of_all: int | None
 
-    @property
-    def key(self) -> tuple[str, str, float]:
-        return self.task.name, self.method.name, self.lr
-
-    def settings(self, seed: int) -> dict[str, object]:
-        """What a record of the same task must have too."""
-        return {"steps": self.steps, "seed": seed, "described": self.task.described}
+    def steps(self, task: Task) -> int:
+        return self.steps_of_all or task.steps
 
 
-def _jobs(options: argparse.Namespace) -> tuple[list[Job], Size]:
+def _plan(options: argparse.Namespace) -> Plan:
     size = QUICK if options.quick else FULL if options.full else Size()
-    names = [name.strip() for name in options.tasks.split(",")]
+    names = size.tasks if options.tasks is None else [name.strip() for name in options.tasks.split(",")]
     chosen, rates = methods.chosen(options.optimizers), methods.rates(options.rates)
+    if options.full and rates:
+        raise ValueError(f"--rates {options.rates[0]}: --full looks for the learning rates; leave one of the two out")
     made = tasks.make(names, size, options.text, options.mushrooms)
-    return list(_grid(made, chosen, rates, size, options.steps)), size
+    return Plan(size, made, chosen, rates, options.seed, options.steps)
 
 
-def _grid(
-    made: dict[str, Task],
-    chosen: dict[str, Method],
-    rates: dict[str | None, list[float]],
-    size: Size,
-    steps: int | None,
-) -> Iterator[Job]:
-    for task in made.values():
-        for name, method in chosen.items():
-            for lr in rates.get(name, rates.get(None)) or method.grid(task.name, size.rates):
-                yield Job(task, method, lr, steps or task.steps)
-
-
-def _run(missing: Sequence[Job], path: Path, seed: int, size: Size) -> None:
+def _grids(plan: Plan, runs: Runs) -> list[Record]:
+    jobs = [
+        Job(task, method, lr, plan.steps(task), plan.seed)
+        for task in plan.tasks.values()
+        for name, method in plan.methods.items()
+        for lr in plan.rates.get(name, plan.rates.get(None)) or method.grid(task.name, plan.size.rates)
+    ]
+    missing = [job for job in jobs if job.key not in runs.known]
     progress = Progress(len(missing), unit="run")
     for number, job in enumerate(missing, start=1):
-        record = train(job.task, job.method, job.lr, job.steps, seed, size.evaluations)
-        records.append(path, record)
-        result = record["status"] if record["loss"] is None else f"{record['loss']:.4g}"
-        progress.update(number, f"{job.task.name}: {job.method.name} at {job.lr:g} {result}")
+        record = runs(job)
+        progress.update(number, f"{job.task.name}: {job.method.name} at {job.lr:g} {_result(record)}")
+    return [runs(job) for job in jobs]
 
 
-def _key(record: dict[str, object]) -> tuple[object, object, object]:
-    return record["task"], record["optimizer"], record["lr"]
+def _full(plan: Plan, runs: Runs) -> list[Record]:
+    """All records of the file: what other tasks and methods have had before is compared too.
+
+    torch.AdamW is among the methods, and first, whether it was asked for or not.
+    """
+    chosen = {full.REFERENCE: methods.known()[full.REFERENCE], **plan.methods}
+    progress = Progress(len(plan.tasks) * len(chosen), unit="method")
+    adamw_lr = ADAMW_RATE
+    for number, (task, method) in enumerate(product(plan.tasks.values(), chosen.values()), start=1):
+        found = full.compare(task, method, plan.steps(task), plan.seed, adamw_lr, runs)
+        best = full.best_of(found)
+        at = "" if best is None else f" at {best['lr']:g}"
+        progress.update(number, f"{task.name}: {method.name}{at} {_result(best or found[0])}, {len(found)} runs")
+        if method.name == full.REFERENCE:
+            adamw_lr = full.rate_of(found)
+    return list(runs.known.values())
 
 
-def _draw(out: Path, summaries: dict[str, list[report.Summary]]) -> str:
+def _result(record: Record) -> str:
+    return str(record["status"]) if record["loss"] is None else f"{record['loss']:.4g}"
+
+
+def _tell(out: Path, made: Sequence[Record], whole: bool) -> None:
+    """Prints and writes the table, and draws the pictures."""
+    names = dict.fromkeys(record["task"] for record in made)
+    paths = {name: out / f"{name}.png" for name in names}
+    if whole:
+        found = evidence.rows(made)
+        print(evidence.table(found))
+        evidence.write_csv(out / TABLE, found)
+        draw = {path: partial(pictures.draw_evidence, path, evidence.of(found, name)) for name, path in paths.items()}
+    else:
+        of_tasks = report.summaries(made)
+        print(report.table(of_tasks))
+        report.write_csv(out / TABLE, of_tasks)
+        draw = {path: partial(pictures.draw, path, of_tasks[name]) for name, path in paths.items()}
+    print(f"\n{out / RECORDS} and {out / TABLE} written{_drawn(draw)}")
+
+
+def _drawn(draw: Mapping[Path, Callable[[], None]]) -> str:
     """What is to be said of the pictures."""
     try:
-        for task, of_task in summaries.items():
-            pictures.draw(out / f"{task}.png", of_task)
+        for each in draw.values():
+            each()
     except ImportError as error:
         return f"; no pictures, {error}"
-    return ", and " + ", ".join(str(out / f"{task}.png") for task in summaries)
+    return ", and " + ", ".join(map(str, draw))

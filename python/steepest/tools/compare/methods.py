@@ -1,7 +1,7 @@
-"""Who is compared: every optimizer of `steepest.zoo` beside torch's AdamW and SGD, and at which learning rates.
+"""Who is compared: every optimizer of `steepest.zoo` beside torch's AdamW, SGD and Muon, and at which learning rates.
 
-A grid is the middle below times powers of 4; a class that is not in the table has its own default in the middle. What a
-matrix method leaves to AdamW trains at one rate in all of them.
+A grid is the middle below times powers of a ratio; a class that is not in the table has its own default in the middle.
+What a matrix method leaves to AdamW trains at one rate in all of them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from torch.optim import Optimizer
 
 from steepest import zoo
 from steepest.optimizer import MatrixOptimizer
+from steepest.zoo import Muon
+
+from .tasks import MUSHROOMS
 
 STEP = 4.0  # ratio of two learning rates of a grid
 ADAMW_RATE = 8e-3  # between AdamW's best of a short run and of a long one
 
-#: The middle of a grid: (on the GPT, on mushrooms).
+#: The middle of a grid: (on the GPT and on images, on mushrooms).
 RATES: Mapping[str, tuple[float, float]] = {
     "torch.AdamW": (1.6e-2, 4e-2),
+    "torch.AdamW-0.95": (1.6e-2, 4e-2),
     "torch.SGD": (0.25, 0.25),
+    "torch.Muon": (8e-2, 0.1),
     "Muon": (8e-2, 0.1),
     "NorMuon": (1.6e-2, 0.1),
     "AdaMuon": (1.6e-2, 0.1),
@@ -71,8 +76,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "AdamSANIA": {"eps": 0.0},
     "SPlus": {"average_rate": 0.9},
 }
-#: Methods that are a class with arguments of their own.
+#: Methods that are a class with arguments of their own; AdamW's are those that it has beside a matrix method.
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "torch.AdamW-0.95": ("torch.AdamW", {"betas": (0.9, 0.95)}),
     "MuonMax-Momo": ("MuonMax", {"lower_bound": 0.0}),
     "MuonAdam-Momo": ("MuonAdam", {"lower_bound": 0.0}),
     "PolarGrad": ("ProductNormDescent", {"product": "l2"}),
@@ -83,6 +89,40 @@ NOT_ALONE = ("ProductNormDescent",)
 TAKE_MODULE = ("KFAC",)
 
 
+class TorchMuon(Optimizer):
+    """torch.optim.Muon for the matrices that `steepest.Muon` would take, torch.optim.AdamW for all else.
+
+    torch's takes parameters of two dimensions: weights of convolutions are AdamW's. model: the module, or its
+    parameters, all of which are Muon's then.
+    """
+
+    def __init__(
+        self, model: nn.Module | Sequence[nn.Parameter], lr: float, weight_decay: float, adamw_lr: float
+    ) -> None:
+        groups = Muon(model).param_groups
+        routed = [(p, group["use_muon"] and p.ndim == 2) for group in groups for p in group["params"]]
+        matrices, rest = ([p for p, matrix in routed if matrix == wanted] for wanted in (True, False))
+        if not matrices:
+            raise ValueError("torch.optim.Muon takes parameters of two dimensions, and all of these are AdamW's")
+        self.parts: list[Optimizer] = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay)]
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr=adamw_lr, weight_decay=weight_decay))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        for group, muon in zip(self.param_groups, (True, False), strict=False):
+            group["use_muon"] = muon
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
 @dataclass(frozen=True)
 class Method:
     """An optimizer class and how it is made for a model."""
@@ -91,24 +131,30 @@ class Method:
     kind: type[Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self, model: nn.Module, lr: float, routed: bool) -> Optimizer:
-        """routed: the module is given, so that embeddings and heads go to AdamW; else its parameters, all of them."""
-        whole = self.kind.__name__ in TAKE_MODULE or (routed and issubclass(self.kind, MatrixOptimizer))
+    def build(self, model: nn.Module, lr: float, routed: bool, adamw_lr: float = ADAMW_RATE) -> Optimizer:
+        """routed: the module is given, so that embeddings and heads go to AdamW; else its parameters, all of them.
+
+        adamw_lr: the rate of what goes to AdamW.
+        """
+        whole = self.kind.__name__ in TAKE_MODULE or (routed and issubclass(self.kind, (MatrixOptimizer, TorchMuon)))
         make: Callable[..., Optimizer] = self.kind
         make_with_rate = partial(make, model if whole else list(model.parameters()), lr=lr, **self.options)
         try:
-            return make_with_rate(adamw_lr=ADAMW_RATE)
+            return make_with_rate(adamw_lr=adamw_lr)
         except TypeError:  # it leaves nothing to AdamW
             return make_with_rate()
 
     def grid(self, task: str, count: int) -> list[float]:
         """`count` learning rates around the default for this task, from small to large."""
-        middle = self._default(task)
-        return [float(f"{middle * STEP ** (k - (count - 1) // 2):.3g}") for k in range(count)]
+        return [self.rate(task, k - (count - 1) // 2) for k in range(count)]
+
+    def rate(self, task: str, place: int, ratio: float = STEP) -> float:
+        """The rate so many places above the default for this task, below where negative; places differ by a ratio."""
+        return float(f"{self._default(task) * ratio**place:.3g}")
 
     def _default(self, task: str) -> float:
         if self.name in RATES:
-            return RATES[self.name][0 if task == "gpt" else 1]
+            return RATES[self.name][1 if task in MUSHROOMS else 0]
         parameter = _argument(self.kind, "lr")
         default = None if parameter is None else parameter.default
         return float(default) if isinstance(default, (int, float)) else 1e-3
@@ -116,7 +162,11 @@ class Method:
 
 def known() -> dict[str, Method]:
     """The methods by name: torch's first, then what the zoo exports and takes a learning rate, then the variants."""
-    kinds: dict[str, type[Optimizer]] = {"torch.AdamW": torch.optim.AdamW, "torch.SGD": torch.optim.SGD}
+    kinds: dict[str, type[Optimizer]] = {
+        "torch.AdamW": torch.optim.AdamW,
+        "torch.SGD": torch.optim.SGD,
+        "torch.Muon": TorchMuon,
+    }
     exported = {name: getattr(zoo, name) for name in zoo.__all__}
     kinds |= {name: kind for name, kind in exported.items() if isinstance(kind, type) and issubclass(kind, Optimizer)}
     kinds = {name: kind for name, kind in kinds.items() if _argument(kind, "lr")}

@@ -10,7 +10,10 @@ from pathlib import Path
 from .training import Record
 
 #: What must be alike for records of one file to be compared, besides the task.
-SHARED = ("steps", "seed", "described")
+SHARED = ("steps", "described")
+
+#: Task, optimizer, learning rate, seed.
+Key = tuple[str, str, float, int]
 
 
 def read(path: Path) -> list[Record]:
@@ -20,7 +23,7 @@ def read(path: Path) -> list[Record]:
     lines = path.read_text().splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-        _replace(path, "".join(lines))
+        replace(path, "".join(lines))
     return [json.loads(line) for line in lines]
 
 
@@ -31,20 +34,20 @@ def append(path: Path, record: Record) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
     """Writes the file anew, so that whoever is stopped in the middle leaves it as it was or as it will be."""
     beside = path.with_name(f"{path.name}.new")
     beside.write_text(text)
     os.replace(beside, path)
 
 
-def done(records: Sequence[Record]) -> set[tuple[str, str, float]]:
-    """(task, optimizer, learning rate) of every record."""
-    return {(record["task"], record["optimizer"], record["lr"]) for record in records}
+def key(record: Record) -> Key:
+    """What one record is told from another by."""
+    return record["task"], record["optimizer"], record["lr"], record["seed"]
 
 
 def check_alike(path: Path, records: Sequence[Record], task: str, wanted: Record) -> None:
-    """The check that a record of the task has the steps, seed, model and data that are wanted now; else ValueError."""
+    """The check that a record of the task has the steps, model and data that are wanted now; else ValueError."""
     for record in records:
         if record["task"] == task:
             for key in SHARED:

@@ -91,9 +91,9 @@ class Summary:
             self.task,
             self.optimizer,
             f"{best['lr']:g}{' *' if self.at_the_edge else ''}",
-            _number(best["loss"]),
-            "" if self.sensitivity is None else _number(self.sensitivity),
-            "" if self.spread is None else _number(self.spread),
+            number(best["loss"]),
+            "" if self.sensitivity is None else number(self.sensitivity),
+            "" if self.spread is None else number(self.spread),
             f"{self.good_rates}/{len(self.runs)}",
             f"{best['step_ms']:.2f}",
             f"{best['optimizer_ms']:.2f}",
@@ -117,7 +117,7 @@ def table(by_task: Mapping[str, Sequence[Summary]]) -> str:
     """The table for a person: one block a task, then the reasons of what failed."""
     blocks = []
     for of_task in by_task.values():
-        blocks.append(_aligned([HEADER, *(each.row() for each in of_task)]))
+        blocks.append(aligned([HEADER, *(each.row() for each in of_task)]))
     if any(each.at_the_edge for of_task in by_task.values() for each in of_task):
         blocks.append("* at the edge of its grid: a rate beyond it may be better, see --rates")
     failures = {
@@ -139,15 +139,17 @@ def write_csv(path: Path, by_task: Mapping[str, Sequence[Summary]]) -> None:
             writer.writerows([cell.removesuffix(" *") for cell in summary.row()] for summary in of_task)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A loss as it is printed."""
     return f"{value:.4f}" if PLAIN[0] <= value < PLAIN[1] or value == 0 else f"{value:.1e}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]], names: int = 2) -> str:
+    """The rows under the first of them, in columns; those of `names` are flush left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < names else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows

@@ -47,6 +47,13 @@ def load(path: Path | None, context: int) -> Corpus:
     return Corpus(source, *split(data, source, context))
 
 
+def manual(context: int, folder: Path | None = None) -> Corpus:
+    """The English of Python's manual that `help` shows (pydoc_data/topics.py); made-up sentences without it."""
+    path = (folder or Path(sysconfig.get_paths()["stdlib"])) / "pydoc_data" / "topics.py"
+    source, data = ("Python's manual", path.read_bytes()) if path.is_file() else ("made-up sentences", sentences())
+    return Corpus(source, *split(data, source, context))
+
+
 def read(path: Path) -> bytes:
     """The bytes of a text file; ValueError says what is wrong with a path that is none."""
     if not path.exists():
