@@ -17,8 +17,8 @@ build_tools := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
 say := $(bin)/python -c 'import setup; b = setup.decide(); [print("==", line) for line in (b, b.warning) if line]'
 # What shows that a build works with its torch: schemas, doors and steps on every backend that is there.
 compiled_tests := tests/optim/test_backends_of_a_step.py tests/kernels/test_weight_update.py tests/kernels/test_chain_numbers.py
-# The oldest Triton that the kernels are for, whose PTX is executed beside that of the newest.
-oldest_triton := build/triton-3.6/.ready
+# The oldest Triton that the kernels are for and the newest, whose PTX is executed beside that of torch's own.
+tritons := build/triton-3.6/.ready build/triton-3.9/.ready
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
@@ -44,7 +44,7 @@ test-quick test test-slow test-all: $(VENV)/.built $(VENV)/.test
 	$(bin)/python -m pytest -n 2 -m "$(tests)" $(ARGS)
 
 # Every kernel for every architecture: its machine code is read, and its PTX executed.
-test-kernels: $(VENV)/.built-all $(VENV)/.test $(oldest_triton)
+test-kernels: $(VENV)/.built-all $(VENV)/.test $(tritons)
 	@echo "== The tests of compiled kernels: about 10 minutes on two cores"
 	STEEPEST_TEST_KERNELS=1 $(bin)/python -m pytest -n 2 -m kernels $(ARGS)
 
@@ -130,8 +130,8 @@ gpu:
 doctor: $(VENV)/.built
 	$(bin)/python -m steepest doctor $(ARGS)
 
-$(oldest_triton): $(VENV)/.torch
-	$(install) --target $(@D) --no-deps triton==3.6.0
+$(tritons): build/triton-%/.ready: $(VENV)/.torch
+	$(install) --target $(@D) --no-deps triton==$*.0
 	touch $@
 
 # A virtual environment keeps the Python that it was made with: another one would be asked for in vain.

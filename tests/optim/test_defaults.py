@@ -15,7 +15,7 @@ from steepest.zoo.momo import Momo
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 8
 CLASSES = {
     name: kind
-    for name, kind in vars(steepest).items()
+    for name, kind in ((name, getattr(steepest, name)) for name in steepest.__all__)
     if inspect.isclass(kind) and issubclass(kind, MatrixOptimizer) and kind not in (MatrixOptimizer, Momo)
 }
 

@@ -89,6 +89,7 @@ CUresult cuGetErrorString(CUresult result, const char** text) {
   return *text = last.c_str(), CUDA_SUCCESS;
 }
 
+CUresult cuDeviceGetCount(int* count) { return *count = int(std::size(kDevices)), CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   if (ordinal < 0 || ordinal >= int(std::size(kDevices))) return CUDA_ERROR_INVALID_DEVICE;
   return *device = ordinal, CUDA_SUCCESS;
@@ -96,6 +97,10 @@ CUresult cuDeviceGet(CUdevice* device, int ordinal) {
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
   const Device& d = kDevices[device];
   switch (attribute) {
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+      return *value = d.major, CUDA_SUCCESS;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
+      return *value = d.minor, CUDA_SUCCESS;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
       return *value = d.shared_of_block, CUDA_SUCCESS;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR:
@@ -123,6 +128,7 @@ CUresult cuCtxSetCurrent(CUcontext context) {
   current = int(reinterpret_cast<char*>(context) - contexts);
   return CUDA_SUCCESS;
 }
+CUresult cuCtxGetDevice(CUdevice* device) { return *device = current, CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   return *context = reinterpret_cast<CUcontext>(&contexts[device]), CUDA_SUCCESS;
 }
@@ -130,9 +136,9 @@ CUresult cuCtxGetLimit(size_t* value, CUlimit) { return *value = 0, CUDA_SUCCESS
 CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
 
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
-  // Triton unloads none.
   return guarded([&] { *module = reinterpret_cast<CUmodule>(new Module(static_cast<const char*>(image))); });
 }
+CUresult cuModuleUnload(CUmodule module) { return delete reinterpret_cast<Module*>(module), CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   Module& m = *reinterpret_cast<Module*>(module);
   Kernel* kernel = m.text.find(name);
@@ -188,6 +194,10 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** argument
     ptxsim::launch(*function.kernel, {c->gridDimX, c->gridDimY, c->gridDimZ},
                    {c->blockDimX, c->blockDimY, c->blockDimZ}, cluster, c->sharedMemBytes, arguments);
   });
+}
+
+CUresult cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
+  return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
 }
 
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr pointer) {

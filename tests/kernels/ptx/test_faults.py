@@ -195,6 +195,12 @@ FAULTS = {
     "a vector beyond a matrix": Fault(
         NUMBERS, replacing(r"(ld\.global\.v4\.u32 \{[^}]*\}, \[%rd\d+)\]", r"\1+1048576]"), numbers_of_two, "bounds"
     ),
+    "a tile's bound off by one": Fault(
+        SMALL,
+        replacing(r"(ld\.param\.u32 (%r\d+), \[%rd\d+\+-16\];\s+setp\.)le(\.s32 %p\d+, \2, %r\d+;)", r"\1lt\3"),
+        a_ragged_product,
+        "bounds|numbers",
+    ),
     "a vector beyond the weights": Fault(
         UPDATE, replacing(r"(st\.global\.v4\.\w+ \[%rd\d+)\]", r"\1+16]"), an_update, "bounds|numbers"
     ),

@@ -25,8 +25,8 @@ from support.requirements import unavailable
 
 ROOT = Path(__file__).parents[3]
 SOURCE = Path(__file__).parent / "cuda_driver.cpp"
-#: The installed Triton, and the oldest that the kernels are for, which `make test-kernels` puts into build.
-VERSIONS = ("installed", "3.6")
+#: The installed Triton, the oldest that the kernels are for and the newest, which `make test-kernels` puts into build.
+VERSIONS = ("installed", "3.6", "3.9")
 
 
 def site(version: str) -> Path | None:

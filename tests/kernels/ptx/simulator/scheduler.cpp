@@ -1,5 +1,7 @@
 #include "scheduler.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <csignal>
 
@@ -378,13 +380,23 @@ void Scheduler::run() {
     retire();
   }
 }
+// For parameters: PTX may hold their addresses in 32 bits before cvta.param makes generic ones of them.
+std::shared_ptr<u8> parameter_memory(size_t bytes) {
+#ifdef MAP_32BIT
+  constexpr int kBelow = MAP_32BIT;
+#else
+  constexpr int kBelow = 0;
+#endif
+  void* const at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | kBelow, -1, 0);
+  if (at == MAP_FAILED) fail("no memory for the parameters of a launch");
+  return {static_cast<u8*>(at), [bytes](u8* memory) { munmap(memory, bytes); }};
+}
 }  // namespace
 
 void run(const Kernel& kernel, Dim3 grid, Dim3 block, int cluster, size_t dynamic_bytes, const vector<u8>& params) {
   Launch l;
   l.kernel = &kernel, l.grid = grid, l.block = block, l.dynamic = dynamic_bytes, l.cluster = cluster;
-  const size_t room = (params.size() + 256) / 256 * 256;  // a tensor map is aligned to 64 bytes
-  l.params.reset(static_cast<u8*>(aligned_alloc(256, room)), free);
+  l.params = parameter_memory(params.size() + 1);
   memcpy(l.params.get(), params.data(), params.size());
   l.rng.seed(settings().seed * 1000003 + settings().launches++ - settings().seeded_at);
   l.global.late = grid.count() > 1;
