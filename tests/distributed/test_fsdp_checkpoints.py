@@ -26,7 +26,7 @@ from support.sharded import GPT, different, digest, full, optimizer, shard, trai
 from support.slow import slow
 
 Weights = dict[str, Tensor]
-SOME = (slow(steepest.Muon), steepest.MuAdam, steepest.SOAP)
+SOME = (slow(steepest.Muon), slow(steepest.MuAdam), steepest.SOAP)
 STEPS = 2  # between one checkpoint and the next
 
 

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +13,7 @@ from torch import Tensor
 from steepest.linalg.coefficients import SCHEDULES, schedule
 from steepest.linalg.polar import choose_sharded, gram_elements, polar, sharded_polars
 from steepest.parts.direction import Frobenius, Spectral
+from support.processes import Processes
 from support.ranks import Ranks
 from support.singular_values import SPECTRA, gaussian, polynomial_of, with_spectrum
 
@@ -251,41 +247,19 @@ def test_which_directions_are_sharded() -> None:
         Frobenius().sharded_units([], [], [], lambda t: None)
 
 
-def worker(rank: int, count: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=count, timeout=timedelta(seconds=60)
-    )
-    part = process_input().tensor_split((100, 100, 201), 1)[rank]
-    torch.save(sharded_polars([part], [ROWS], dist.all_reduce)[0], folder / f"{rank}.pt")
-    dist.barrier()  # the first to leave takes the meeting file with it
-    dist.destroy_process_group()
+def part_of_input() -> Tensor:
+    """The polar factor of what this rank has."""
+    part = process_input().tensor_split((100, 100, 201), 1)[dist.get_rank()]
+    return sharded_polars([part], [ROWS], dist.all_reduce)[0]
 
 
 def process_input() -> Tensor:
     return torch.stack([gaussian(300, 70), with_spectrum(300, 70, "log")]).float()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend")
-def test_processes(tmp_path: Path) -> None:
+def test_processes(processes: Processes) -> None:
     """Four, one of them without rows."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), "4", str(tmp_path)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(4)
-    ]
-    try:
-        for rank in ranks:
-            _, error = rank.communicate(timeout=120)
-            assert rank.returncode == 0, error.decode()
-    finally:
-        for rank in ranks:  # one that failed leaves the others waiting for it
-            rank.kill()
-    found = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(4)], ROWS)
+    found = torch.cat(processes.run(part_of_input, ranks=4), ROWS)
     whole = polar(process_input(), form="gram", dtype=torch.float32)
     for y, expected in zip(found, whole, strict=True):
         assert distance(y, expected) <= 2e-4
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

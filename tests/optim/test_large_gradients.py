@@ -10,12 +10,13 @@ import torch
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from support.configurations import CONFIGURATIONS
+from support.slow import slow
 from support.training import both_kinds, copies, give_gradients
 
 #: KFAC wants a model and Momo a method: tests/optim/test_faults.py.
 CASES = {row: case for row, case in CONFIGURATIONS.items() if case[0] not in (steepest.KFAC, steepest.Momo)}
 #: Squares fit fp32 up to 1.8e19, sums of squares and what a metric makes of them earlier; the last is an entry's limit.
-SIZES = (1e9, 1e16, 1e18, 1e19, 1e25, 5e37)
+SIZES = (slow(1e9), slow(1e16), slow(1e18), 1e19, slow(1e25), 5e37)
 STEPS, LARGE = 12, 2
 
 

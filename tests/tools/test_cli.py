@@ -291,7 +291,7 @@ def test_doctor_checks_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     "kernel,said",
     [
         ("name == 'apply_update' and arguments[2][0].mul_(1.01)", "parameter of (40, 24)"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        slow("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
         slow("raise OSError('no compiler')", "OSError: no compiler"),
         slow("os._exit(3)", "exit status 3"),
         slow("os._exit(0)", "exit status 0"),
