@@ -279,14 +279,6 @@ if "steepest.tools.doctor" in " ".join(sys.orig_argv):
 
 
 @needs_extension
-def test_doctor_checks_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    status, outcome = outcome_of(monkeypatch, capsys)
-    assert (status, outcome["state"], outcome["text"]) == (0, "right", "")
-    assert outcome["again_ms"] > 0
-    assert outcome["first_ms"] > 0
-
-
-@needs_extension
 @pytest.mark.parametrize(
     "kernel,said",
     [
