@@ -39,6 +39,8 @@ test-slow: tests := slow and not kernels
 test-slow: takes := 9 minutes
 test-all: tests := not kernels
 test-all: takes := 15 minutes
+# Two dozen processes import the package, and two workers all tests: each is compiled once.
+test-quick test test-slow test-all: export PYTHONDONTWRITEBYTECODE :=
 test-quick test test-slow test-all: $(VENV)/.built $(VENV)/.test
 	@echo "== $@, which needs no nvcc: $(takes) on two cores"
 	$(bin)/python -m pytest -n 2 -m "$(tests)" $(ARGS)

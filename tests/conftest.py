@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from support.processes import Processes
 
 TESTS = Path(__file__).parent
+#: Where all tests are `kernels`, or `slow`.
+EXECUTED = TESTS / "kernels" / "ptx"
 #: Files and folders whose tests are `quick`: together some 25 seconds of one core, and something of every part.
 QUICK = (
     *("optim/parts", "optim/test_adamw.py", "optim/test_backends_of_a_step.py", "optim/test_drop_in.py"),
@@ -95,9 +97,11 @@ def is_quick(path: Path) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m "quick and ..."` the other files are not even imported."""
-    quick = config.option.markexpr.split(" and ")[0] == "quick"
-    return True if quick and collection_path.is_file() and not is_quick(collection_path) else None
+    """Files that `make test` or `make test-quick` take nothing of are not even imported."""
+    marks = config.option.markexpr.split(" and ")
+    if {"not slow", "not kernels"} <= {*marks} and collection_path == EXECUTED:
+        return True
+    return True if "quick" in marks and collection_path.is_file() and not is_quick(collection_path) else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m decides

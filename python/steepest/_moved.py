@@ -34,5 +34,5 @@ class Moved(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Has old paths looked up, before the finder that would load a file of a moved package a second time."""
+    """Old paths are looked up before the finder that would load a file of a moved package a second time."""
     sys.meta_path.insert(0, Moved())

@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import steepest
 from support.processes import Processes
+from support.slow import slow
 from support.training import noise
 
 
@@ -38,8 +39,13 @@ def with_other_values(key: str, value: object, at: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("at", ["construction", "step"])
-@pytest.mark.parametrize("key, value", [("lr", 0.5), ("weight_decay", 0.3), ("nesterov", False)])
+@pytest.mark.parametrize(
+    "key, value, at",
+    [
+        *(("lr", 0.5, "construction"), ("weight_decay", 0.3, "step"), ("nesterov", False, "step")),
+        *(slow("lr", 0.5, "step"), slow("weight_decay", 0.3, "construction"), slow("nesterov", False, "construction")),
+    ],
+)
 def test_other_values(processes: Processes, key: str, value: object, at: str) -> None:
     first, second = processes.run(with_other_values, key, value, at, ranks=2)
     assert first == second

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +13,13 @@ from torch import Tensor
 from steepest.linalg.coefficients import SCHEDULES, schedule
 from steepest.linalg.polar import choose_sharded, gram_elements, polar, sharded_polars
 from steepest.parts.direction import Frobenius, Spectral
+from support.processes import Processes
 from support.ranks import Ranks
 from support.singular_values import SPECTRA, gaussian, polynomial_of, with_spectrum
+from support.slow import slow
 
 PRESETS = (*(name for name in SCHEDULES if name != "exact"), "polar_express")  # "jordan" and "exact" are one
+DIFFERENT = ("auto", "jordan", "polar_express")  # the others' tables have other numbers and no other nodes
 ROWS, COLUMNS = -2, -1
 #: What the docstring states, by compute dtype, and for single presets.
 BOUNDS: dict[torch.dtype, dict[str, float]] = {
@@ -70,8 +68,13 @@ def assert_the_polynomial(x: Tensor, y: Tensor, preset: str, bound: float) -> No
         assert torch.linalg.matrix_norm(found.double(), 2) <= LARGEST
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "preset, dtype",
+    [
+        *((preset, torch.float64) for preset in PRESETS),
+        *((preset, torch.float32) if preset in DIFFERENT else slow(preset, torch.float32) for preset in PRESETS),
+    ],
+)
 def test_it_is_the_polynomial_of_the_singular_values(preset: str, dtype: torch.dtype) -> None:
     """Of even, uneven and empty parts."""
     bound = bound_of(dtype, preset)
@@ -83,7 +86,7 @@ def test_it_is_the_polynomial_of_the_singular_values(preset: str, dtype: torch.d
             assert distance(found, whole) <= 2 * bound
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name if name in DIFFERENT else slow(name) for name in PRESETS])
 def test_in_16_bits(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose fp16 the door refuses here."""
     monkeypatch.setattr("steepest.linalg.polar.sharded.check", lambda *_: None)
@@ -251,41 +254,19 @@ def test_which_directions_are_sharded() -> None:
         Frobenius().sharded_units([], [], [], lambda t: None)
 
 
-def worker(rank: int, count: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=count, timeout=timedelta(seconds=60)
-    )
-    part = process_input().tensor_split((100, 100, 201), 1)[rank]
-    torch.save(sharded_polars([part], [ROWS], dist.all_reduce)[0], folder / f"{rank}.pt")
-    dist.barrier()  # the first to leave takes the meeting file with it
-    dist.destroy_process_group()
+def part_of_input() -> Tensor:
+    """The polar factor of what this rank has."""
+    part = process_input().tensor_split((100, 100, 201), 1)[dist.get_rank()]
+    return sharded_polars([part], [ROWS], dist.all_reduce)[0]
 
 
 def process_input() -> Tensor:
     return torch.stack([gaussian(300, 70), with_spectrum(300, 70, "log")]).float()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend")
-def test_processes(tmp_path: Path) -> None:
+def test_processes(processes: Processes) -> None:
     """Four, one of them without rows."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), "4", str(tmp_path)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(4)
-    ]
-    try:
-        for rank in ranks:
-            _, error = rank.communicate(timeout=120)
-            assert rank.returncode == 0, error.decode()
-    finally:
-        for rank in ranks:  # one that failed leaves the others waiting for it
-            rank.kill()
-    found = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(4)], ROWS)
+    found = torch.cat(processes.run(part_of_input, ranks=4), ROWS)
     whole = polar(process_input(), form="gram", dtype=torch.float32)
     for y, expected in zip(found, whole, strict=True):
         assert distance(y, expected) <= 2e-4
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

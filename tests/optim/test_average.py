@@ -26,6 +26,7 @@ from support.training import (
     made,
     name_of,
     noise,
+    on_backends,
     parameters,
     same_states,
     state_copies,
@@ -124,8 +125,7 @@ def test_schedule_free_muon(backend: str) -> None:
     assert gap(p.detach(), x) < 1e-10
 
 
-@both_backends
-@pytest.mark.parametrize("cls", AVERAGING, ids=name_of)
+@on_backends(AVERAGING)
 def test_ema_of_every_parameter(cls: type[MatrixOptimizer], backend: str) -> None:
     optimizer, params = both_kinds(cls, torch.float64, average=RATE, backend=backend)
     plain, others = both_kinds(cls, torch.float64, backend=backend)
@@ -142,8 +142,7 @@ def test_ema_of_every_parameter(cls: type[MatrixOptimizer], backend: str) -> Non
     assert all_same_bits(params, others)
 
 
-@both_backends
-@pytest.mark.parametrize("cls", FREE, ids=name_of)
+@on_backends(FREE)
 def test_schedule_free_of_every_recipe(cls: type[MatrixOptimizer], backend: str) -> None:
     """A step of the plain optimizer from y, with its state, is how z moves."""
     optimizer, params = both_kinds(cls, torch.float64, backend=backend, **SCHEDULE_FREE)

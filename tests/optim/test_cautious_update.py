@@ -24,6 +24,7 @@ from support.training import (
     made,
     name_of,
     noise,
+    on_backends,
     parameters,
     train,
 )
@@ -86,8 +87,7 @@ def split(t: Tensor) -> list[Tensor]:
     return list(t.unbind()) if t.ndim == 3 else list(t.chunk(2))
 
 
-@both_backends
-@pytest.mark.parametrize("cls", TAKING, ids=name_of)
+@on_backends(TAKING)
 def test_no_step_is_against_its_gradient(cls: type[MatrixOptimizer], backend: str) -> None:
     """No entry: but for decay, which is 0 here, and for NIGT and Fromage, which do not move by lr u alone."""
     values = {"weight_decay": 0.0, "adamw_weight_decay": 0.0, "backend": backend, **CAUTIOUS}

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
     ("cls", "tensor"),
     [
         (steepest.Muon, True),
-        (steepest.MuAdam, False),
+        slow(steepest.MuAdam, False),
         slow(steepest.Muon, False),
         slow(steepest.MuAdam, True),
         slow(steepest.Dion2, False),

@@ -25,6 +25,7 @@ from support.training import (
     give_gradients,
     name_of,
     noise,
+    on_backends,
     train,
 )
 
@@ -87,8 +88,7 @@ def test_l2_is_the_weight_decay_of_torch_adam(use_muon: bool, maximize: bool, ba
     assert gap(p.detach(), q.detach()) < 1e-10
 
 
-@both_backends
-@pytest.mark.parametrize("cls", TAKING, ids=name_of)
+@on_backends(TAKING)
 def test_independent_decay_of_every_class(cls: type[MatrixOptimizer], backend: str) -> None:
     """With lr wd in the place of wd it is the decoupled one, and where lr is 0 it goes on."""
     lr, decay = 0.02, 0.1

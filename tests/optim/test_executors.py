@@ -43,7 +43,7 @@ def run(cls: type[MatrixOptimizer], steps: int = 8, **options: Any) -> tuple[lis
     return params, [int(count) for count in optimizer.skipped_updates().values()]
 
 
-@pytest.mark.parametrize("options", [{}, {"maximize": True}, {"max_workspace_bytes": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"maximize": True, "max_workspace_bytes": 1}], ids=str)
 @pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)
 def test_fused_is_eager(cls: type[MatrixOptimizer], options: dict[str, Any]) -> None:
     params, skipped = run(cls, **options)

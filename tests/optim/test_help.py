@@ -78,6 +78,7 @@ def test_the_help_of_a_mixin_lists_what_it_adds() -> None:
     assert {"lower_bound", "stale_dual", "reduce_loss"} <= set(shown(steepest.Momo))
 
 
+@pytest.mark.slow  # Python compiles all of torch anew
 def test_without_docstrings_there_is_no_help_and_all_else() -> None:
     told = "import inspect, steepest as s; print(s.MuAdam.__doc__, 'maximize' in str(inspect.signature(s.MuAdam)))"
     done = subprocess.run([sys.executable, "-OO", "-c", told], capture_output=True, text=True, timeout=120)

@@ -262,8 +262,7 @@ def lengths_of(seen: list[Tensor]) -> list[float]:
 
 
 @every_class
-@pytest.mark.parametrize("shape", [(12, 8), (8, 12)], ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(("rank", "shape"), [(0, (12, 8)), (1, (12, 8)), (1, (8, 12)), (2, (8, 12))], ids=str)
 def test_gradients_of_low_rank(name: str, rank: int, shape: tuple[int, int]) -> None:
     """New directions every time, of which the root between refreshes knows nothing."""
     grads = (gaussian(shape[0], rank, seed=k) @ gaussian(rank, shape[1], seed=50 + k) for k in range(20))
@@ -310,8 +309,7 @@ def test_very_small_and_very_large_gradients(name: str, scale: float) -> None:
 
 
 @every_class
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize(("at", "bad"), [(0, float("inf")), (1, float("nan")), (4, float("inf"))])
 def test_a_gradient_that_is_not_finite_is_isolated(name: str, bad: float, at: int) -> None:
     """Bit for bit, but for the clock; those refreshed together with it as if nothing had been."""
     worlds = []

@@ -10,13 +10,17 @@ import torch
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from support.configurations import CONFIGURATIONS
+from support.slow import slow
 from support.training import both_kinds, copies, give_gradients
 
 #: KFAC wants a model and Momo a method: tests/optim/test_faults.py.
 CASES = {row: case for row, case in CONFIGURATIONS.items() if case[0] not in (steepest.KFAC, steepest.Momo)}
 #: Squares fit fp32 up to 1.8e19, sums of squares and what a metric makes of them earlier; the last is an entry's limit.
-SIZES = (1e9, 1e16, 1e18, 1e19, 1e25, 5e37)
+SIZES = (slow(1e9), slow(1e16), slow(1e18), 1e19, slow(1e25), 5e37)
 STEPS, LARGE = 12, 2
+#: Classes, and every second of those with options: each option is a method's, or of several classes here.
+QUICK = [row for i, row in enumerate(CASES) if not CASES[row][1] or i % 2]
+every_case = pytest.mark.parametrize("name", [row if row in QUICK else slow(row) for row in CASES])
 
 
 def train(
@@ -50,7 +54,7 @@ def skipped(optimizer: MatrixOptimizer) -> int:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_what_is_stored_is_finite(name: str, size: float) -> None:
     optimizer, params, _ = train(name, size, torch.float32)
     expect_finite(optimizer, params)
@@ -60,7 +64,7 @@ def test_what_is_stored_is_finite(name: str, size: float) -> None:
         assert skipped(optimizer) > 0
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_fp64_takes_what_fp32_does_not(name: str) -> None:
     """Squares of 1e150 fit; sums of them are not asked for more than they hold."""
     if "momentum_dtype" in name:

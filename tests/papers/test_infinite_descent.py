@@ -18,7 +18,7 @@ from scipy.optimize import least_squares, minimize
 from torch import Tensor, nn
 
 import steepest
-from steepest.zoo.infinite_descent import resummed_gradient
+from steepest.zoo.infinite_descent import _closed_problem
 from support.references import gap, gaussian
 
 X = np.linspace(0.0, 6.0, 64)
@@ -115,7 +115,9 @@ def series_errors(scale: float, orders: range) -> list[float]:
     delta = {
         name: tensor(value).reshape(shapes[name]) for name, value in zip(NAMES, (dz.real, dz.imag, dc.real, -dc.imag))
     }
-    resummed = resummed_gradient(model, tensor(X), tensor(y), delta).numpy()
+    problem = _closed_problem(model, tensor(X), tensor(y))
+    step = torch.cat([delta[name].flatten() for name in problem.names])
+    resummed = problem.derivatives(problem.start + step).gradient.numpy()
     # sine is -Im c: its derivative is that by Im c with the other sign, which taylor_sum has (-i) already
     return [float(np.abs(taylor_sum(z, c, dz, dc, y, order) - resummed).max()) for order in orders]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from steepest import MuonAdam, MuonMax, ProductNormDescent
 from support.references import gap, gaussian, polar_by_svd
 from support.regression import MATRIX, loss_of, start, trained
+from support.slow import slow
 
 
 def paper(
@@ -91,13 +92,15 @@ def paper(
 #: norm of the other parameters, whether dual norms may be those of the previous step
 OTHERS = (("adam_2", True), ("adam_2", False), ("adam_infty", True), ("sign", False), ("euclidean", False))
 RULES = list(itertools.product(("max", "l2", "hybrid"), ("lmo", "dual"), OTHERS))
+#: A lower bound shortens the step by one number, whatever the rule: every second rule has each of its choices in it.
+EVERY_RULE = [(None, *rule) for rule in RULES] + [(0.3, *rule) for rule in RULES[::2]]
+EVERY_RULE += [slow(0.3, *rule) for rule in RULES[1::2]]
 OPTIONS: dict[str, Any] = {"betas": (0.9, 0.8), "eps": 1e-6, "polar": "svd"}
 
 
-@pytest.mark.parametrize("lower_bound", [None, 0.3], ids=["plain", "momo"])
-@pytest.mark.parametrize("product, scale, others", RULES)
+@pytest.mark.parametrize("lower_bound, product, scale, others", EVERY_RULE)
 def test_every_rule_is_the_papers(
-    product: str, scale: str, others: tuple[str, bool], lower_bound: float | None
+    lower_bound: float | None, product: str, scale: str, others: tuple[str, bool]
 ) -> None:
     rule: dict[str, Any] = {"product": product, "scale": scale, "others": others[0], "lower_bound": lower_bound}
     rule["lr"] = 0.4 if product == "l2" else 0.05

@@ -48,9 +48,18 @@ def test_prodigy(norm: Any) -> None:
     assert sorted(etas) == etas
 
 
-@pytest.mark.parametrize("kept", [{}, {"keep_mantissa": True}, {"stochastic_rounding": True}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("norm", ["spectral", "sign"])
+#: The estimate reads weights as they are rounded, whatever the norm is of: every pair of norm, dtype and rounding.
+ROUNDED = [
+    *(("spectral", torch.bfloat16, {}), ("sign", torch.float16, {}), ("sign", torch.bfloat16, {"keep_mantissa": True})),
+    *(
+        ("spectral", torch.float16, {"keep_mantissa": True}),
+        ("spectral", torch.bfloat16, {"stochastic_rounding": True}),
+    ),
+    ("sign", torch.float16, {"stochastic_rounding": True}),
+]
+
+
+@pytest.mark.parametrize("norm, dtype, kept", ROUNDED, ids=str)
 def test_weights_of_16_bits_find_the_step_of_fp32(norm: Any, dtype: torch.dtype, kept: dict[str, bool]) -> None:
     """Though the first step, 1e-6, is below their rounding."""
     steps = []

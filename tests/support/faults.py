@@ -10,7 +10,7 @@ import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -708,21 +708,18 @@ measured now. A message is that of one optimizer.
 """
 
 
-def measured(section: Section) -> dict[str, list[Cell]]:
+def measured(section: Section, rows: Iterable[str] = CONFIGURATIONS) -> dict[str, list[Cell]]:
     """By rows, a cell each column."""
-    return {
-        row: [column.measure(cls, options) for column in section.columns]
-        for row, (cls, options) in CONFIGURATIONS.items()
-    }
+    return {row: [column.measure(*CONFIGURATIONS[row]) for column in section.columns] for row in rows}
 
 
 def written(section: Section, table: Mapping[str, Sequence[Cell]]) -> str:
     """The section as docs/faults.md has it."""
-    blocks = (section.text, *(("\n".join(legend),) if (legend := _legend(section, table)) else ()))
-    return "\n\n".join((f"\n## {section.title}", *blocks, "\n".join(_rows(section, table)))) + "\n"
+    blocks = (section.text, *(("\n".join(legend),) if (legend := legend_of(section, table)) else ()))
+    return "\n\n".join((f"\n## {section.title}", *blocks, "\n".join(rows_of(section, table)))) + "\n"
 
 
-def _legend(section: Section, table: Mapping[str, Sequence[Cell]]) -> list[str]:
+def legend_of(section: Section, table: Mapping[str, Sequence[Cell]]) -> list[str]:
     """A line for every fault of which there is something to say: what it is, and the message to a Muon, or to whoever
     has one.
     """
@@ -736,7 +733,8 @@ def _legend(section: Section, table: Mapping[str, Sequence[Cell]]) -> list[str]:
     return lines
 
 
-def _rows(section: Section, table: Mapping[str, Sequence[Cell]]) -> list[str]:
+def rows_of(section: Section, table: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """The lines of the table, of which the first two are its head."""
     head = ["", *(column.name for column in section.columns)]
     lines = [head, ["---"] * len(head)]
     lines += [[f"`{row}`", *(cell.word for cell in cells)] for row, cells in table.items()]

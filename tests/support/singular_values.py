@@ -27,6 +27,11 @@ SPECTRA: dict[str, Callable[[int], Tensor]] = {
 SHAPES = ((64, 64), (48, 192), (192, 48), (37, 101), (1, 40), (40, 1), (1, 1))
 
 
+def three_shapes(number: int) -> list[tuple[int, int]]:
+    """Three of SHAPES, others for each of seven numbers: of two things that are numbered, each meets all shapes."""
+    return [SHAPES[(number + 3 * k) % len(SHAPES)] for k in range(3)]
+
+
 def gaussian(m: int, n: int, seed: int = 0) -> Tensor:
     return torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -57,6 +62,11 @@ def polynomial_of(x: Tensor, schedule: Schedule) -> Tensor:
 
 
 def orthogonal(m: int, seed: int = 0) -> Tensor:
+    return _orthogonal(m, seed).clone()
+
+
+@functools.lru_cache(64)
+def _orthogonal(m: int, seed: int) -> Tensor:
     return torch.linalg.qr(gaussian(m, m, seed)).Q
 
 

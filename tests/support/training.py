@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from steepest.zoo.product import ProductNormOptimizer
+from support.slow import slow
 
 OPTIMIZERS: tuple[type[MatrixOptimizer], ...] = (steepest.Muon, steepest.MuAdam, steepest.MuAdamSANIA)
 #: Those with bases. SOAP and KL-Shampoo do not move in their first step.
@@ -53,6 +54,16 @@ EVERY: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES)
 #: Those whose layers depend on one another.
 COUPLED = (steepest.MuonMax, steepest.ProductNormDescent, steepest.ProdigyMuon)
 both_backends = pytest.mark.parametrize("backend", ["auto", "torch"])
+
+
+def on_backends(classes: Sequence[type[MatrixOptimizer]]) -> Any:
+    """Every class on the backend that it gets, every third by torch's operations: what a test is of is no class's own
+    there, and the others are slow.
+    """
+    by_torch = [(cls, "torch") if i % 3 == 0 else slow(cls, "torch") for i, cls in enumerate(classes)]
+    return pytest.mark.parametrize("cls, backend", [*((cls, "auto") for cls in classes), *by_torch])
+
+
 MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5))
 VECTORS = ((7,), (4, 3))
 

@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import steepest
-from steepest.ops import backend, multi_tensor
+from steepest.ops import backend, multi_tensor, selfcheck
 from steepest.ops.extension import KINDS, MAJORS, Extension
 from steepest.tools import cli, facts
 from support.problems import FEW
@@ -956,7 +956,7 @@ def test_doctor_says_what_a_forced_backend_does() -> None:
         assert f"STEEPEST_BACKEND={name} is set: {then}" in facts.describe({**machine, "forced": name})
 
 
-def test_backends_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_backends_and_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     states = steepest.backends()
     assert list(states) == ["cuda", "triton", "cpu", "torch"]
     assert states["torch"][0]
@@ -965,6 +965,11 @@ def test_backends_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(capsys.readouterr().out)
     assert facts["torch"] == torch.__version__
     assert {name: (s["available"], s["reason"]) for name, s in facts["backends"].items()} == states
+    for check in [check for check in facts["checks"] if check["backend"] == "cpu" and backend.extension is not None]:
+        assert (check["state"], check["text"]) == ("right", "")
+        assert check["again_ms"] > 0
+        assert check["first_ms"] > 0
+    monkeypatch.setattr(selfcheck, "enabled", False)  # the checks are made above, each in a new process
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert all(reason in text for _, reason in states.values())

@@ -8,11 +8,20 @@ and `_version`, which is one number, are not drawn.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+
+import steepest
+from steepest.ops import backend
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "steepest"
@@ -33,19 +42,26 @@ TOOLS: dict[str, set[str]] = {
     "tune": {"bench"},
     "__init__": set(),
 }
-#: How high the library may be.
-FLOORS = 8
+#: How high the library may be, and how many files a gradient may go through.
+FLOORS, FILES = 8, 8
 
 
 def sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All nodes of a file's syntax, parsed once."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Dotted names imported by a file, relative ones resolved against the package."""
     package = ["steepest", *path.relative_to(PACKAGE).parts[:-1]]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -102,6 +118,48 @@ def test_the_library_has_few_floors() -> None:
         floors({"a": {"b"}, "b": {"a"}, "c": set()})
 
 
+def files_above(frame: FrameType | None) -> set[str]:
+    """The files of the package that the call in this frame came through."""
+    files = set()
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            files.add(path.relative_to(PACKAGE).as_posix())
+        frame = frame.f_back
+    return files
+
+
+@pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
+def test_the_way_of_a_gradient_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `step` to the kernels of a step of Muon, on a GPU: no more files than CONTRIBUTING.md names.
+
+    The plan is there, as after a first step. On every way torch's modes are set aside (step/modes.py).
+    """
+    way: set[str] = set()
+
+    def chain(xs: list[Tensor], ys: list[Tensor], *_: Any, **__: Any) -> None:
+        way.update(files_above(sys._getframe(1)), {"ops/polar_chain.py"})
+        torch._foreach_copy_(ys, xs)
+
+    def launch(name: str, _: str) -> Callable[..., None]:
+        way.update(files_above(sys._getframe(1)))
+        return getattr(torch.ops.steepest, name)
+
+    monkeypatch.setattr("steepest.ops.cpu_chain.takes", lambda *_: False)
+    monkeypatch.setattr("steepest.linalg.newton_schulz.takes", lambda *_: True)
+    monkeypatch.setattr("steepest.linalg.newton_schulz.polar_chain", chain)
+    p = torch.nn.Parameter(torch.ones(6, 8))
+    p.grad = torch.randn(6, 8)
+    optimizer = steepest.Muon([p], polar="auto")
+    optimizer.step()
+    monkeypatch.setattr("steepest.ops.multi_tensor._op", launch)
+    optimizer.step()
+    told = re.search(r"\*\*The way of a gradient\.\*\*.*?\n\n", CONTRIBUTING.read_text(), re.DOTALL)
+    assert told is not None
+    assert way - {"step/modes.py"} == set(re.findall(r"\(([a-z_/]+\.py)\)", told[0]))
+    assert len(way - {"step/modes.py"}) <= FILES
+
+
 def test_the_library_imports_no_tool() -> None:
     """Nor does it import the compiled test module, or kernels outside of the ops."""
     guilty = []
@@ -127,9 +185,9 @@ def test_a_tool_imports_only_the_tools_below_it() -> None:
 def test_only_the_optimizer_knows_torch_optim() -> None:
     guilty = []
     for path in sources():
-        if room(path) in ("optimizer", "diagnostics", "tools"):
+        if room(path) in ("optimizer", "diagnostics", "integrations", "tools"):
             continue
-        attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+        attributes = (node for node in nodes(path) if isinstance(node, ast.Attribute) and node.attr == "optim")
         if any(ast.unparse(node) == "torch.optim" for node in attributes):
             guilty.append(path)
         if any(name.startswith("torch.optim") for name in imports(path)):

@@ -78,7 +78,9 @@ def _latent(module: nn.Module, children: Mapping[str, nn.Module]) -> AttentionLa
 
 
 def _separate(module: nn.Module, query: nn.Module, key: nn.Module) -> AttentionLayer | None:
-    """By the size of a head where one is said: layers of one model may differ in the number of theirs."""
+    """The layer of two projections, by the size of a head where one is said: layers of one model may differ in the
+    number of theirs.
+    """
     size = _number(module, HEAD_SIZES)
     if size is not None and _outputs(query) % size == 0 and _outputs(key) % size == 0:
         return AttentionLayer.separate(query, key, _outputs(query) // size, _outputs(key) // size)

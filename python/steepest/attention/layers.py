@@ -45,7 +45,7 @@ class AttentionLayer:
     rows: tuple[Rows, ...]
 
     def __repr__(self) -> str:
-        """With the number of query and key rows of every parameter."""
+        """The numbers of heads, and of the query and key rows of every parameter."""
         parts = []
         for rows in self.rows:
             queries, keys = self.num_heads, self.num_heads + self.num_kv_heads
@@ -64,7 +64,7 @@ class AttentionLayer:
         *,
         transposed: bool | None = None,
     ) -> AttentionLayer:
-        """Of two projections, (H size, width) and (G size, width); num_kv_heads: None is num_heads."""
+        """The layer of two projections, (H size, width) and (G size, width); num_kv_heads: None is num_heads."""
         heads, groups = _counts(num_heads, num_kv_heads)
         q, k = read_projection("query", query, transposed), read_projection("key", key, transposed)
         sizes = q.size_of(heads, "num_heads"), k.size_of(groups, "num_kv_heads")
@@ -86,7 +86,7 @@ class AttentionLayer:
         interleaved: bool = False,
         transposed: bool | None = None,
     ) -> AttentionLayer:
-        """Of one projection, ((H + 2 G) size, width).
+        """The layer of one projection, ((H + 2 G) size, width).
 
         Its rows are all queries, all keys, all values; interleaved: key head by key head, the H / G queries that it
         serves, itself and its value (GPT-NeoX, BLOOM, Falcon, Megatron).
@@ -113,7 +113,7 @@ class AttentionLayer:
         *,
         transposed: bool | None = None,
     ) -> AttentionLayer:
-        """Of latent attention (MLA): the projections out of the latents, head by head.
+        """The layer of latent attention (MLA): the projections out of the latents, head by head.
 
         query: rows of a head are nope_size without and rope_size with rotation.   key_value: nope_size of the key, then
         those of the value. The rotated part of the key is shared by all heads, in a weight that is left as it is.

@@ -36,6 +36,34 @@ class Change:
 
 
 @dataclass(frozen=True)
+class _Changes:
+    """Which weights are written in other variables, and in which.
+
+    change: makes a `Change` of a weight, from random numbers.   changeable: which weights it can be made of.
+    only: which of them; None: all but those that the optimizer leaves to AdamW.   seed: of these and of both runs.
+    """
+
+    change: Callable[[Tensor, torch.Generator], Change]
+    changeable: Callable[[Tensor], bool]
+    only: Chosen | None
+    seed: int
+
+    def of(self, weights: Mapping[str, Tensor], of_adamw: set[Tensor]) -> dict[str, Change]:
+        """The changes by the names of the weights; ValueError where there are none."""
+        generator = torch.Generator().manual_seed(self.seed)
+        changes = {
+            name: self.change(p.detach(), generator)
+            for name, p in weights.items()
+            if self.changeable(p) and (p not in of_adamw if self.only is None else self.only(name, p))
+        }
+        if not changes:
+            raise ValueError(
+                "no parameter would be written in other variables: say which with only=lambda name, p: ..."
+            )
+        return changes
+
+
+@dataclass(frozen=True)
 class Gap:
     """How far the twin went from the model.
 
@@ -80,7 +108,8 @@ def check_scale_invariance(
         a = (spread * torch.rand(w.shape, generator=generator, dtype=torch.float64)).exp().to(w)
         return Change(lambda x: x * a, lambda x: x / a)
 
-    return _gap(make_model, make_optimizer, loss, batches, change, lambda p: p.ndim >= 2, only, seed)
+    changes = _Changes(change, lambda p: p.ndim >= 2, only, seed)
+    return _gap(make_model, make_optimizer, loss, batches, changes)
 
 
 def check_affine_invariance(
@@ -106,7 +135,8 @@ def check_affine_invariance(
         inverse_left, inverse_right = torch.linalg.inv(left), torch.linalg.inv(right)
         return Change(lambda x: left @ x @ right, lambda x: inverse_left @ x @ inverse_right)
 
-    return _gap(make_model, make_optimizer, loss, batches, change, lambda p: p.ndim == 2, only, seed)
+    changes = _Changes(change, lambda p: p.ndim == 2, only, seed)
+    return _gap(make_model, make_optimizer, loss, batches, changes)
 
 
 class _Loss(nn.Module):
@@ -126,44 +156,32 @@ def _gap(
     make_optimizer: MakeOptimizer,
     loss: Loss,
     batches: Sequence[Any],
-    change: Callable[[Tensor, torch.Generator], Change],
-    changeable: Callable[[Tensor], bool],
-    only: Chosen | None,
-    seed: int,
+    changes: _Changes,
 ) -> Gap:
     if not len(batches):
         raise ValueError("there are no batches to train on: give one for each step")
     model, twin = make_model(), make_model()
     twin.load_state_dict(model.state_dict())
     optimizer, other = make_optimizer(model), make_optimizer(twin)
-    of_adamw = _of_adamw(optimizer)
-    chosen = [
-        name
-        for name, p in model.named_parameters()
-        if changeable(p) and (p not in of_adamw if only is None else only(name, p))
-    ]
-    if not chosen:
-        raise ValueError("no parameter would be written in other variables: say which with only=lambda name, p: ...")
-    generator = torch.Generator().manual_seed(seed)
     weights, twin_weights = dict(model.named_parameters()), dict(twin.named_parameters())
-    start = {name: weights[name].detach().clone() for name in chosen}
-    changes = {name: change(weights[name].detach(), generator) for name in chosen}
+    changed = changes.of(weights, _of_adamw(optimizer))
+    start = {name: weights[name].detach().clone() for name in changed}
     with torch.no_grad():
-        for name, its in changes.items():
-            twin_weights[name].copy_(its.write(weights[name]))
+        for name, change in changed.items():
+            twin_weights[name].copy_(change.write(weights[name]))
 
     def twin_loss(_: nn.Module, batch: Any) -> Tensor:
-        read = {f"model.{name}": its.read(twin_weights[name]) for name, its in changes.items()}
+        read = {f"model.{name}": change.read(twin_weights[name]) for name, change in changed.items()}
         return functional_call(_Loss(twin, loss), read, (batch,))
 
-    plain = _train(model, optimizer, loss, batches, seed)
-    changed = _train(twin, other, twin_loss, batches, seed)
+    losses = _train(model, optimizer, loss, batches, changes.seed)
+    twin_losses = _train(twin, other, twin_loss, batches, changes.seed)
     with torch.no_grad():
-        read = {name: changes[name].read(p) if name in changes else p for name, p in twin_weights.items()}
+        read = {name: changed[name].read(p) if name in changed else p for name, p in twin_weights.items()}
         gaps = {name: _relative(read[name], p) for name, p in weights.items()}
-        moved = max(_relative(start[name], weights[name]) for name in chosen)
-    losses = [abs(a - b) / abs(b) if b else abs(a) for a, b in zip(changed, plain, strict=True)]
-    return Gap(math.nan if any(map(math.isnan, losses)) else max(losses), gaps, moved, tuple(chosen))
+        moved = max(_relative(start[name], weights[name]) for name in changed)
+    differences = [abs(a - b) / abs(b) if b else abs(a) for a, b in zip(twin_losses, losses, strict=True)]
+    return Gap(math.nan if any(map(math.isnan, differences)) else max(differences), gaps, moved, tuple(changed))
 
 
 def _train(model: nn.Module, optimizer: Optimizer, loss: Loss, batches: Sequence[Any], seed: int) -> list[float]:

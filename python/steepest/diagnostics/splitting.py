@@ -37,25 +37,25 @@ def splitting(loss: Callable[[], Tensor], layer: nn.Linear, activation: nn.Modul
     in it, activation right on what the layer returns. The gradients that parameters hold stay as they are. In the
     layer's dtype (fp32 at least). RuntimeError where loss() does not come through both.
     """
-    seen: dict[str, Tensor] = {}
+    observed: dict[str, Tensor] = {}
 
     def inputs(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.update(x=arguments[0].detach(), z=output.detach().clone())  # an activation in place would change it
+        observed.update(x=arguments[0].detach(), z=output.detach().clone())  # an activation in place would change it
 
     def outputs(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["a"] = output
+        observed["a"] = output
 
     hooks = [layer.register_forward_hook(inputs), activation.register_forward_hook(outputs)]
     try:
         with torch.enable_grad():
             value = loss()
-            if not {"x", "a"} <= seen.keys() or seen["a"].shape != seen["z"].shape:
+            if not {"x", "a"} <= observed.keys() or observed["a"].shape != observed["z"].shape:
                 raise RuntimeError("the loss does not go through this layer and then this activation: name the two")
-            (gradient,) = torch.autograd.grad(value, seen["a"])
+            (gradient,) = torch.autograd.grad(value, observed["a"])
     finally:
         for hook in hooks:
             hook.remove()
-    x, z, phi = _rows(seen["x"], seen["z"], gradient)
+    x, z, phi = _rows(observed["x"], observed["z"], gradient)
     if layer.bias is not None:
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
     weights = phi * _second_derivative(activation, z)

@@ -194,7 +194,7 @@ def schedule(preset: str, coefficients: Coefficients | None, steps: int | None) 
     if steps is not None and not 0 < steps < 100:
         raise ValueError(f"Number of steps must be less than 100 and at least 1, got {steps}")
     if coefficients is not None:
-        return Schedule((_own_table(coefficients, steps),))
+        return Schedule((_table_of(coefficients, steps),))
     if preset == "polar_express":
         return Schedule((polar_express(5 if steps is None else steps),))
     check_preset(preset)
@@ -224,7 +224,7 @@ def check_preset(preset: str) -> None:
         raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(presets())}")
 
 
-def _own_table(coefficients: Coefficients, steps: int | None) -> Table:
+def _table_of(coefficients: Coefficients, steps: int | None) -> Table:
     rows: list[Any] = list(coefficients)
     if rows and not isinstance(rows[0], Sequence):
         rows = [rows]

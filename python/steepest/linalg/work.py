@@ -67,3 +67,11 @@ def svd_flop(m: int, n: int) -> int:
     """Singular values and vectors of an m x n matrix, as many as its short side."""
     short, long = min(m, n), max(m, n)
     return 6 * long * short**2 + 20 * short**3
+
+
+def flop_text(flop: float) -> str:
+    """So many operations in the unit that suits them, as in "1.23 TFLOP"."""
+    for size, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if flop >= size:
+            return f"{flop / size:.3g} {unit}"
+    return f"{flop / 1e6:.3g} MFLOP"

@@ -231,7 +231,7 @@ def checked(family: str, device: torch.device, name: str = "cuda") -> str | None
 
 
 def prepare(families: Iterable[str], device: torch.device) -> None:
-    """Has the kernels of these families checked that a GPU's next steps may ask for."""
+    """The kernels of these families that a GPU's next steps may ask for are checked now."""
     for family in families if selfcheck.enabled and device.type == "cuda" else ():
         for name in selfcheck.FAMILIES[family]:
             if requested("auto") in ("auto", name) and selfcheck.check_of(family).static(name, device) is None:

@@ -6,7 +6,7 @@ It is here by itself, so that a chain that fails can be cut in two, and the kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -48,7 +48,10 @@ def grouped_gemm(
     Equals ``torch.baddbmm`` in fp32, rounded once, where the compiled kernel runs. Deterministic, not differentiable.
     ValueError for lists that do not go by one another, shapes that make no products, and names that are not known.
     """
-    _check(a, b, c, out, alpha, beta, symmetric, tile, streams)
+    for name, choice, known in (("tile", tile, TILES), ("streams", streams, STREAMS)):
+        if choice not in known:
+            raise ValueError(f"{name}={choice!r} is not known; use one of {', '.join(known)}")
+    _check(a, b, c, out, {"alpha": alpha, "beta": beta}, symmetric)
     if not a:
         return
     if _route(a, b, c, out, (*_tensors(alpha), *_tensors(beta))) == "cuda":
@@ -116,16 +119,10 @@ def _check(
     b: Sequence[Tensor],
     c: Sequence[Tensor],
     out: Sequence[Tensor],
-    alpha: float | Sequence[Tensor],
-    beta: float | Sequence[Tensor],
+    coefficients: Mapping[str, float | Sequence[Tensor]],
     symmetric: bool,
-    tile: str,
-    streams: str,
 ) -> None:
-    for name, choice, known in (("tile", tile, TILES), ("streams", streams, STREAMS)):
-        if choice not in known:
-            raise ValueError(f"{name}={choice!r} is not known; use one of {', '.join(known)}")
-    lists = {"b": b, "out": out, "c": c, "alpha": _tensors(alpha), "beta": _tensors(beta)}
+    lists = {"b": b, "out": out, "c": c, **{name: _tensors(numbers) for name, numbers in coefficients.items()}}
     for name, some in lists.items():
         if len(some) != len(a) and (some or name in ("b", "out")):
             raise ValueError(f"{name} has {len(some)} tensors for {len(a)} products")
@@ -138,7 +135,7 @@ def _check(
             raise ValueError(
                 f"a[{i}], b[{i}] and out[{i}] do not fit as (batch, m, k), (batch, k, n){square}: {shapes}"
             )
-        for name, numbers in (("alpha", alpha), ("beta", beta)):
+        for name, numbers in coefficients.items():
             if not isinstance(numbers, float | int) and numbers[i].shape != (len(x),):
                 raise ValueError(
                     f"{name}[{i}] has shape {tuple(numbers[i].shape)}; it holds a number for each of {len(x)}"

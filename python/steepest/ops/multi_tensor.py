@@ -252,11 +252,11 @@ def route(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> str:
     """The backend of a call; RuntimeError where there is none, or a forced one cannot run, with the reasons."""
     device = tensors[0].device if tensors else torch.device("cpu")
     why = reasons(device)
-    taken = choose(op, backend, why, device, FAMILY)
-    if taken == "torch":
+    chosen = choose(op, backend, why, device, FAMILY)
+    if chosen == "torch":
         why |= {name: selfcheck.reason(FAMILY, name, device) for name, reason in why.items() if reason is None}
         raise RuntimeError(f"{op} has no version in torch ops, steepest.recipe.step_one is its reference; {why}")
-    return taken
+    return chosen
 
 
 def reasons(device: torch.device) -> dict[str, str | None]:

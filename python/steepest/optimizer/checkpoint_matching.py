@@ -156,7 +156,7 @@ def _agree(values: Sequence[Any]) -> bool:
 
 
 def _names(groups: Sequence[Group]) -> list[list[str]] | None:
-    """Of all parameters, where all have one."""
+    """The names of all parameters, where all have one."""
     names = [list(group.get("param_names") or ()) for group in groups]
     return names if all(len(n) == len(g["params"]) for n, g in zip(names, groups, strict=True)) else None
 

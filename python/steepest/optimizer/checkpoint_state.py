@@ -147,7 +147,7 @@ def restored(key: str, value: Any, p: Tensor) -> Any:
 
 
 def _check_count(name: str, value: Any) -> None:
-    """Of steps: a number, or a tensor of one."""
+    """A count of steps is a number, or a tensor of one."""
     if isinstance(value, bool) or not isinstance(value, Tensor | int | float):
         raise TypeError(f"{name} should be a number of steps but is: {value!r}")
     if isinstance(value, Tensor) and (value.numel() != 1 or not _counts(value)):

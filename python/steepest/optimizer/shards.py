@@ -88,7 +88,7 @@ class Shards(Groups):
         return Sharding(shape, ranks, (Region((0,) * p.ndim, shape),) * ranks.size)
 
     def _owners_of(self, p: Tensor, group: Group) -> Owners:
-        """For every piece of a sharded parameter the rank that owns each matrix; the same on all ranks."""
+        """The rank that owns each matrix of every piece of a sharded parameter; the same on all ranks."""
         if p not in self._owners or self._owners[p][0] != self._pieces(p, group):
             self._assign_owners()
         return self._owners[p][1]

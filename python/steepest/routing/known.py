@@ -45,10 +45,10 @@ def known_roles(modules: Mapping[str, nn.Module]) -> dict[nn.Module, Known]:
 def _said(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     name = class_name(module)
     for method in ("get_output_embeddings", "get_classifier"):
-        for part in _modules(_asked(module, method)):
+        for part in _modules(_result_of(module, method)):
             if part is not module:
                 yield part, "head", f"{method} of {name}"
-    for part in _modules(_asked(module, "get_input_embeddings")):
+    for part in _modules(_result_of(module, "get_input_embeddings")):
         # Of images and sound it is a linear map, which is a matrix like any other.
         is_table = not isinstance(part, (nn.Linear, _ConvNd)) and not list(part.children())
         if part is not module and is_table:
@@ -58,7 +58,7 @@ def _said(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             yield part, "head", f"{child} of {name}"
 
 
-def _asked(module: nn.Module, method: str) -> Any:
+def _result_of(module: nn.Module, method: str) -> Any:
     """What a method without arguments gives; None where it is not there or has no answer."""
     ask = getattr(type(module), method, None)
     try:

@@ -55,7 +55,7 @@ def read_overrides(overrides: Overrides | None, places: Sequence[Place]) -> list
     entries = [_entry(key, what) for key, what in (overrides or {}).items()]
     for entry in entries:
         if not any(entry.takes(place) for place in places):
-            raise ValueError(_nothing_taken(entry, places))
+            raise ValueError(_unmatched(entry, places))
     return entries
 
 
@@ -86,7 +86,7 @@ def _check_value_name(key: object, name: str) -> None:
         raise ValueError(f"override {key!r} has an unknown value {name!r}: did you mean {close[0]!r}?")
 
 
-def _nothing_taken(entry: Override, places: Sequence[Place]) -> str:
+def _unmatched(entry: Override, places: Sequence[Place]) -> str:
     if any(entry.matches(place) for place in places):
         return f"override {entry.label} matches only parameters with fewer than two dimensions, which are no matrices"
     if not isinstance(entry.key, str):

@@ -77,11 +77,6 @@ class Sharding:
         """The shard of this rank."""
         return self.regions[self.ranks.place]
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether every rank has all of the parameter."""
-        return self.regions[0].shape == self.shape
-
     def rectangles(self, piece: Piece) -> tuple[tuple[Rectangle | None, ...], ...]:
         """What every rank has of every matrix of a piece."""
         return tuple(

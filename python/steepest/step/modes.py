@@ -53,7 +53,7 @@ def in_default_modes(method: Callable[Concatenate[Any, P], T]) -> Callable[Conca
 
 
 def _autocast_off(device: str) -> AbstractContextManager[Any]:
-    """For the tracer, which knows `torch.autocast`."""
+    """A context without autocast, as the tracer knows it: by `torch.autocast`."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

@@ -33,6 +33,7 @@ from steepest.linalg.chain import Apply, Chain, Column, Gram, Node, Number, Oper
 from steepest.linalg.chain import multiplication as product_of
 from steepest.linalg.coefficients import Schedule, check_preset
 from steepest.linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, Choice, choose, nodes_of
+from steepest.linalg.work import flop_text
 from steepest.ops import backend
 from steepest.ops.polar_chain import not_taken
 from steepest.ops.small_polar import too_long
@@ -357,7 +358,16 @@ def _call(
     working_set = buffers + max(stage.workspace_bytes for stage in stages)
     name = "16 bits, high and low" if form == "small" else str(choice.dtype).removeprefix("torch.")
     return Call(
-        form, choice.restarts, name, stacks, reasons, tuple(stages), no_launches, working_set, matrix_bytes, chunking
+        form=form,
+        restarts=choice.restarts,
+        dtype=name,
+        stacks=stacks,
+        why=reasons,
+        stages=tuple(stages),
+        no_launches=no_launches,
+        working_set_bytes=working_set,
+        matrix_bytes=matrix_bytes,
+        chunking=chunking,
     )
 
 
@@ -450,10 +460,11 @@ def describe(plan: Plan) -> str:
         lines += ["", *_describe_call(call, plan)]
     totals = plan.totals()
     asked, reference = totals["asked_flop"], totals["reference_flop"]
+    times = f"{reference / asked:.2f} times as much"
     lines += [
         "",
-        f"in all       {_flop(asked)} asked, {_flop(totals['executed_flop'])} executed",
-        f"reference    {_flop(reference)} by torch.optim.Muon's full products, {reference / asked:.2f} times as much",
+        f"in all       {flop_text(asked)} asked, {flop_text(totals['executed_flop'])} executed",
+        f"reference    {flop_text(reference)} by torch.optim.Muon's full products, {times}",
     ]
     if totals["efficiency"] is not None:
         lines.append(
@@ -487,7 +498,7 @@ def _describe_call(call: Call, plan: Plan) -> list[str]:
         for stack, product in zip(call.stacks, stage.products):
             half = ", lower triangle" if product.symmetric else ""
             sizes = f"m {product.m} n {product.n} k {product.k}"
-            lines.append(f"      {stack!s:<18} {sizes:<26} {_flop(product.flop)}{half}")
+            lines.append(f"      {stack!s:<18} {sizes:<26} {flop_text(product.flop)}{half}")
         for launch, times in Counter(stage.launches).items():
             again = f"{times} times " if times > 1 else ""
             lines.append(f"      -> {again}{_describe_launch(launch, plan.multiprocessors)}")
@@ -526,13 +537,6 @@ def _describe_launch(launch: Launch, multiprocessors: int) -> str:
     return (
         f"{launch.majors} tile {rows}x{columns}x{depth}, {launch.clusters} clusters of {launch.cluster}, "
         f"{launch.tiles} tiles in {launch.waves:.2f} waves: {launch.whole} whole{streamed}; "
-        f"{_flop(launch.executed)} executed, efficiency {launch.efficiency:.2f}, "
+        f"{flop_text(launch.executed)} executed, efficiency {launch.efficiency:.2f}, "
         f"{launch.clocks(multiprocessors) / 1e3:.0f} thousand clocks"
     )
-
-
-def _flop(value: float) -> str:
-    for size, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e6:.3g} MFLOP"

@@ -54,7 +54,7 @@ from torch import nn
 import steepest
 from steepest.chunking import chunk_by_bytes
 from steepest.linalg.polar import choose_sharded, gram_elements
-from steepest.linalg.work import Work
+from steepest.linalg.work import Work, flop_text
 from steepest.parts import Spectral
 from steepest.recipe import ADAMW, CLOCK, Recipe
 from steepest.sharding.owners import assign, imbalance
@@ -133,7 +133,7 @@ class Ranks:
         }
 
     def summary(self, machine: Machine) -> dict[str, Any]:
-        """Of the rank that has most of each."""
+        """What the rank does that has most of each, as plain data."""
         return {
             "route": self.route,
             "sent_bytes": max(self.sent),
@@ -159,7 +159,7 @@ class Method:
 
     @property
     def bytes_there(self) -> int:
-        """Of an element on its way to the owner."""
+        """The bytes of an element on its way to the owner."""
         back = self.input_bytes if self.recipe.submatrix is not None else self.bytes_back
         return back + (self.gradient.itemsize if self.recipe.measures_gradients else 0)
 
@@ -404,7 +404,7 @@ class _Bucket:
         self.owners[group] = self.owners.get(group, 0) | 1 << owner
 
     def messages(self, collectives: int) -> list[int]:
-        """Of every rank, the messages it sends."""
+        """The messages that every rank sends."""
         to, back = [0] * self.size, [0] * self.size
         for group, owners in self.owners.items():
             holders = self.holders[group]
@@ -561,8 +561,8 @@ def plan(
         raise ValueError(f"model {name!r} is not known; choose one of {', '.join(shapes.MODELS)}")
     world, model = math.prod(mesh), shapes.MODELS[name]
     sizes = {"local": world, "owner": mesh[-1], "gram": mesh[-1], "share": world}
-    found = (of_route(route, model, method, size) for route, size in sizes.items())
-    routes = [{**ranks.summary(machine), "ranks": ranks.size} for ranks in found if ranks is not None]
+    every = (of_route(route, model, method, size) for route, size in sizes.items())
+    routes = [{**ranks.summary(machine), "ranks": ranks.size} for ranks in every if ranks is not None]
     if block_period is not None:
         blocks = of_route("blocks", model, method, mesh[-1])
         assert blocks is not None
@@ -591,7 +591,7 @@ def describe(name: str, optimizer: str, mesh: Sequence[int], machine: Machine, r
     for row in routes:
         lines.append(
             f"{row['route']:<7}{row['ranks']:>6}{_bytes(row['sent_bytes']):>11}{_bytes(row['received_bytes']):>11}"
-            f"{row['messages']:>10}{_flop(row['flop']):>13}{row['balance']:>9.2f}{_bytes(row['state_bytes']):>12}"
+            f"{row['messages']:>10}{flop_text(row['flop']):>13}{row['balance']:>9.2f}{_bytes(row['state_bytes']):>12}"
             f"{_ms(row['compute_ms']):>11}{_ms(row['travel_ms']):>11}{_ms(row['elementwise_ms']):>13}"
             f"{_ms(row['total_ms']):>11}{_ms(row['overlapped_ms']):>12}"
         )
@@ -626,7 +626,7 @@ def describe_simulation(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cells = (
-            *(row["model"], row["ranks"], f"{row['balance']:.2f}", _flop(row["flop"]), _bytes(row["sent_bytes"])),
+            *(row["model"], row["ranks"], f"{row['balance']:.2f}", flop_text(row["flop"]), _bytes(row["sent_bytes"])),
             *(row["messages"], _bytes(row["state_bytes"]), _ms(row["total_ms"]), _ms(row["overlapped_ms"])),
             f"{100 * row['share']:.1f}%",
         )
@@ -643,10 +643,3 @@ def _bytes(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:g} B"
-
-
-def _flop(value: float) -> str:
-    for size, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e6:.3g} MFLOP"

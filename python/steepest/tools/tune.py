@@ -147,11 +147,11 @@ def _of_polar(count: int, rows: int, columns: int, preset: str, dtype: torch.dty
         product = multiplication(node, rows, columns)
         products.append(
             Problem(
-                count,
-                product.m,
-                product.n,
-                product.k,
-                dtype,
+                batch=count,
+                m=product.m,
+                n=product.n,
+                k=product.k,
+                dtype=dtype,
                 symmetric=product.symmetric,
                 a_rows=not product.a.transposed,
                 b_rows=not product.b.transposed,
@@ -165,7 +165,14 @@ def _averages(count: int, rows: int, columns: int, dtype: torch.dtype) -> list[P
     """Gradients are G and G^T, of contiguous rows and of contiguous columns."""
     wide = dtype.itemsize == 2
     return [
-        Problem(count, m, m, k, dtype, True, "tf32x3", wide, a_rows=by_rows, b_rows=not by_rows)
+        Problem(
+            *(count, m, m, k, dtype),
+            symmetric=True,
+            precision="tf32x3",
+            wide=wide,
+            a_rows=by_rows,
+            b_rows=not by_rows,
+        )
         for m, k, by_rows in ((rows, columns, True), (columns, rows, False))
     ]
 
@@ -178,7 +185,9 @@ def _of_refreshes(stacks: Sequence[shapes.Stack]) -> list[Problem]:
         sizes.update({columns: count})
     problems = []
     for n, count in sizes.items():
-        problems += [Problem(count, n, n, n, torch.float32, symmetric, "tf32x3") for symmetric in (False, True)]
+        problems += [
+            Problem(count, n, n, n, torch.float32, symmetric, precision="tf32x3") for symmetric in (False, True)
+        ]
         problems.append(Problem(count, n, n, n, torch.float32, precision="tf32"))
     return problems
 

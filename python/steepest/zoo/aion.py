@@ -125,7 +125,7 @@ def grid_spacing(x: Tensor) -> float | None:
 
 
 def _grid(x: Tensor) -> Tensor:
-    """As many equidistant numbers between the first and the last."""
+    """Equidistant numbers, as many as x, between its first and its last."""
     return x[0] + (x[-1] - x[0]) / max(len(x) - 1, 1) * torch.arange(len(x), dtype=x.dtype, device=x.device)
 
 

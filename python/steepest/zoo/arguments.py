@@ -78,7 +78,7 @@ def list_arguments(exported: Iterable[Any]) -> None:
 
 
 def whole_signature(kind: type[MatrixOptimizer]) -> inspect.Signature:
-    """Of the constructor, with the keys of the TypedDict of its keyword arguments in the place of `**extra`."""
+    """The constructor's signature, with the keys of the TypedDict of its keyword arguments in place of `**extra`."""
     signature, keywords = inspect.signature(kind.__init__), _keywords(kind)
     if keywords is None:
         return signature

@@ -62,7 +62,7 @@ def hasd(
     if singular and start.ndim != 2:
         raise ValueError(f"singular values are a matrix', but start has shape {tuple(start.shape)}")
     values = min(start.shape) if singular else start.numel()
-    x, z, weight, asked, guess = start, start, 0.0, 0, 1.0
+    x, z, weight, gradients, guess = start, start, 0.0, 0, 1.0
     while True:
 
         def trial(
@@ -81,7 +81,7 @@ def hasd(
         rho, halved = min(guess, high), True
         while high > low * (1 + tolerance):
             tried = trial(rho)
-            asked += 2
+            gradients += 2
             if tried[3] >= rho:
                 low, best = rho, tried
                 if tried[3] <= rho * (1 + tolerance):
@@ -92,11 +92,11 @@ def hasd(
             halved = not (halved and low < near < high)
             rho = math.sqrt(low * high) if halved else near
         if best is None:
-            best, asked = trial(1.0), asked + 2
+            best, gradients = trial(1.0), gradients + 2
         x, g, a, _ = best
         guess, weight = low, weight + a
         z = z - a * g
-        yield Point(x, weight, low, asked)
+        yield Point(x, weight, low, gradients)
         if not bool(g.any()):
             return
 

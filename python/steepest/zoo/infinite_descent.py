@@ -112,13 +112,6 @@ def infinite_descent(
     return Root(delta, float(best.at.gradient.norm()), definite, steps)
 
 
-def resummed_gradient(model: nn.Module, x: Tensor | tuple[Tensor, ...], y: Tensor, delta: dict[str, Tensor]) -> Tensor:
-    """sum_k D^(k+1) L [delta^k] / k! of all k, as one fp64 vector in the order of the free parameters."""
-    problem = _closed_problem(model, x, y)
-    step = torch.cat([delta[name].to(problem.start).flatten() for name in problem.names])
-    return problem.derivatives(problem.start + step).gradient
-
-
 @dataclass(frozen=True)
 class Derivatives:
     """gradient (p,) and hessian (p, p) of the loss; scale (p,), positive: rms of df/dtheta_i over the outputs.
@@ -270,7 +263,17 @@ def _closed_problem(model: nn.Module, x: Tensor | tuple[Tensor, ...], y: Tensor)
     kinds = torch.cat([torch.full((tensors[key].numel(),), _kind(module, keys, key), device=y.device) for key in keys])
     _check_enough(module, arguments[0], y, len(kinds))
     start = torch.cat([tensors[key].flatten() for key in keys])
-    return Problem(module, tensors, keys, names, arguments, y, start, kinds, float(y.square().mean().sqrt()) or 1.0)
+    return Problem(
+        module=module,
+        tensors=tensors,
+        keys=keys,
+        names=names,
+        arguments=arguments,
+        y=y,
+        start=start,
+        kinds=kinds,
+        unit=float(y.square().mean().sqrt()) or 1.0,
+    )
 
 
 def _arguments(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -397,7 +400,7 @@ def _slowest(problem: Problem, theta: Tensor) -> Tensor:
 
 
 def _newton(problem: Problem, start: Tensor, most: int, leapt: bool) -> Reached:
-    """From `start` down to a root, by steps within a radius; `leapt`: coming to start was a step already."""
+    """A root below `start`, reached by steps within a radius; `leapt`: coming to start was a step already."""
     theta, loss, at, unit = start, problem.loss(start), problem.derivatives(start), problem.unit
     steps, moves, radius = int(leapt), ~problem.linear, float("inf")
     if problem.linear.any() and not at.slope(unit) <= TOLERANCE:

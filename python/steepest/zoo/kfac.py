@@ -126,7 +126,7 @@ class KFAC(KroneckerOptimizer):
         self._handles = []
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what hooks have collected since the last step goes with the gradients."""
+        """Gradients are cleared as by torch; what hooks have collected since the last step goes with the gradients."""
         self._batches.clear()
         super().zero_grad(set_to_none)
 

@@ -110,7 +110,7 @@ class Stopwatch:
         self.marks.append(event)
 
     def read(self) -> list[float]:
-        """Between each mark and the next; forgets them."""
+        """The seconds between each mark and the next, which are forgotten."""
         marks, self.marks = self.marks, []
         if not self.cuda:
             return [b - a for a, b in zip(marks, marks[1:])]
