@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..machine import machine_class
 from .case import OK, Row
-from .machine import machine_class
 from .records import Record
 from .table import aligned
 
