@@ -45,6 +45,7 @@ __all__ = [
     "AdaMuon",
     "Adam",
     "AdamSANIA",
+    "Dion2",
     "Fromage",
     "KLShampoo",
     "Lion",
