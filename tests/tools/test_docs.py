@@ -19,6 +19,7 @@ import pytest
 
 import steepest
 from steepest import diagnostics, parts
+from steepest.tools.compare import methods
 from support.processes import Processes
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +137,25 @@ def test_the_tables_are_the_measurements(monkeypatch: pytest.MonkeyPatch) -> Non
         assert readme.filled(text.replace(f"{row}\n", "")) == text
     with pytest.raises(ValueError, match="has no table"):
         readme.filled("nothing")
+
+
+def test_the_guide_quotes_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench/choose.py` has nothing to change on the page, and would change a figure that is not the file's."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    choose = importlib.import_module("choose")
+    text, rows = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8"), choose.read()
+    assert choose.filled(text, rows) == text
+    start = f"| `MuAdam` | {float(rows['gpt', 'MuAdam']['loss']):.3f} ± "
+    (row,) = (line for line in text.splitlines() if line.startswith(start))
+    assert choose.filled(text.replace(row, "| `MuAdam` | 0.000 |"), rows) == text
+    assert choose.filled(text.replace(f"{row}\n", ""), rows) == text
+    with pytest.raises(ValueError, match="choose.md has no lines <!-- situations --> and <!-- end -->"):
+        choose.filled("nothing", rows)
+
+
+def test_the_guide_has_no_method_that_is_gone() -> None:
+    with (ROOT / "bench" / "results" / "compare.csv").open(newline="") as file:
+        assert {row["optimizer"] for row in csv.DictReader(file)} <= methods.known().keys()
 
 
 def test_the_sentence_on_adamw_is_the_measurement() -> None:
