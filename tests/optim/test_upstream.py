@@ -150,13 +150,13 @@ def test_a_checkpoint_continues_bit_for_bit(given: OptimizerInput) -> None:
 @pytest.mark.parametrize("names_saved", [True, False])
 @pytest.mark.parametrize("names_wanted", [True, False])
 def test_names_may_come_and_go(names_saved: bool, names_wanted: bool) -> None:
-    def build_named(params: list[nn.Parameter], names: bool, prefix: str) -> steepest.Muon:
-        return steepest.Muon([(f"{prefix}{i}", p) for i, p in enumerate(params)] if names else params, lr=0.01)
+    def build_named(params: list[nn.Parameter], names: bool) -> steepest.Muon:
+        return steepest.Muon([(f"layer{i}", p) for i, p in enumerate(params)] if names else params, lr=0.01)
 
     first, second = parameters([(6, 6), (6, 6)]), parameters([(6, 6), (6, 6)])
-    saved = build_named(first, names_saved, "saved")
+    saved = build_named(first, names_saved)
     train(saved, first, range(2))
-    wanted = build_named(second, names_wanted, "wanted")
+    wanted = build_named(second, names_wanted)
     wanted.load_state_dict(saved.state_dict())
     assert same_states(state_copies(saved), state_copies(wanted))
     for p, q in zip(first, second, strict=True):
