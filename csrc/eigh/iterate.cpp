@@ -86,6 +86,7 @@ class Run {
     scale_ = std::ldexp(1.0f, std::min(-exponent, 126));
     multiply_by_p();
     if (!(residual_of_old() <= kOrthonormalOnEntry)) return;
+    measured_[kRounding] = rounding();
     sort();
     if (!orthonormalize()) return;
     measured_[kErrorAfter] = error_of_new();
@@ -199,6 +200,14 @@ class Run {
       total += variance / std::clamp(mean, 0.25f, 4.0f);
     }
     return static_cast<float>(std::sqrt(std::max(total, 0.0) / n_));
+  }
+
+  // Of entries eps max d / 32, as in linalg/basis.py.
+  float rounding() const {
+    const float top = *std::max_element(values_.begin(), values_.end());
+    double total = 0;
+    for (float value : values_) total += top / std::max(value, kFloor * top);
+    return static_cast<float>(kEps / 32 * total / std::sqrt(n_));
   }
 
   // Rows by their values, descending. A row that is rounding alone is the column of Q instead.

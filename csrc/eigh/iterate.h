@@ -8,8 +8,9 @@
 namespace steepest::eigh {
 
 // What is measured of a matrix: whether it was done at all; the whitening errors of the bases that came in and go out,
-// and ||Q^T Q - I||_F / sqrt n of the one that goes out, the three from kProbes vectors of signs.
-enum Measured { kDone, kErrorBefore, kErrorAfter, kResidual, kMeasured };
+// and ||Q^T Q - I||_F / sqrt n of the one that goes out, the three from kProbes vectors of signs; and the
+// whitening error before that rounding alone can make.
+enum Measured { kDone, kErrorBefore, kErrorAfter, kResidual, kRounding, kMeasured };
 constexpr int64_t kProbes = 8;
 
 // Stacks of so many n x n matrices, contiguous. The columns of a new basis are sorted by diag(Q^T P Q), descending, and

@@ -61,6 +61,8 @@ LARGEST_ETA = 0.4
 TRACKED = 0.1
 PROGRESS = 0.95
 SETTLED = 1e-2
+# Beyond this whitening error a basis is not tracked but made anew: what else lives in it would be far from the new one.
+NEAR = 0.5
 SHIFTED_PASSES, PASSES = 3, 5
 
 
@@ -190,16 +192,20 @@ def tracked(P: Tensor, Q: Tensor, *, values: bool = True) -> Refreshed:
     """The refresh of bases on a CPU: `eigh_refresh` by "qr" where that gets hold of a matrix, by "eigh" elsewhere.
 
     P, Q: as for `eigh_refresh`. Of fp32 matrices whose products are compiled (`steepest.ops.eigh.iterates`) one step of
-    orthogonal iteration is taken where it lowers the whitening error by a twentieth, or leaves at most .01; every other
-    matrix is solved exactly, which FELL_BACK says. Columns are sorted. values: without them they are NaN, and a product
-    is saved.
+    orthogonal iteration is taken where the whitening error was at most .5 and falls by a twentieth, to .01 or to what
+    rounding makes; every other matrix is solved exactly, which FELL_BACK says. Columns are sorted. values: without them
+    they are NaN, and a product is saved.
     """
     if not eigh.iterates(P) or P.numel() == 0:
         return _fell_back(eigh_refresh(P, Q, method="eigh"))
     n = P.shape[-1]
     stack, bases = P.reshape(-1, n, n), Q.reshape(-1, n, n)
     made = eigh.iterate(stack, bases)
-    lowered = made.done & ((made.after <= PROGRESS * made.before) | (made.after <= SETTLED))
+    lowered = (
+        made.done
+        & (made.before <= NEAR)
+        & ((made.after <= PROGRESS * made.before) | (made.after <= SETTLED) | (made.after <= 2 * made.rounding))
+    )
     status = torch.full_like(lowered, ACCEPTED, dtype=torch.int32)
     new = Refreshed(made.basis, _values_of(stack, made.basis, values), status, made.order)
     return _shaped(P, *_replaced(new, ~lowered, lambda at: _fell_back(_exact_of(stack[at], bases[at], values))))

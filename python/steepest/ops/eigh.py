@@ -79,7 +79,7 @@ def eigenvectors(P: Tensor) -> Tensor:
 
 class Iterated(NamedTuple):
     """A new basis (count, n, n) and where its columns were, (count, n) int64. Of each matrix, (count,): whether it has
-    one, the whitening error before and after, and ||Q^T Q - I||_F / sqrt n."""
+    one, the whitening error before and after, ||Q^T Q - I||_F / sqrt n, and the error before that rounding can make."""
 
     basis: Tensor
     order: Tensor
@@ -87,6 +87,7 @@ class Iterated(NamedTuple):
     before: Tensor
     after: Tensor
     residual: Tensor
+    rounding: Tensor
 
 
 def iterate(P: Tensor, Q: Tensor) -> Iterated:
@@ -100,10 +101,10 @@ def iterate(P: Tensor, Q: Tensor) -> Iterated:
     """
     P, Q = P.contiguous(), Q.contiguous()
     basis, order = torch.empty_like(P), torch.empty(P.shape[:-1], dtype=torch.int64)
-    measured = P.new_empty((len(P), 4))
+    measured = P.new_empty((len(P), 5))
     torch.ops.steepest.eigh_iterate(P, Q, basis, order, measured)
-    done, before, after, residual = measured.unbind(-1)
-    return Iterated(basis, order, done != 0, before, after, residual)
+    done, *numbers = measured.unbind(-1)
+    return Iterated(basis, order, done != 0, *numbers)
 
 
 def iterates(P: Tensor) -> bool:

@@ -332,10 +332,6 @@ class OwnedMatrices(Matrices):
 
 def store_if(flag: Tensor, state: State, fresh: State) -> None:
     """Overwrites tensors of the state, in place and in their dtypes, where the 0-d flag says so."""
-    if flag.device.type == "cpu" and not torch.compiler.is_compiling():  # to read it waits for nothing
-        for key, t in fresh.items() if flag else ():
-            state[key].copy_(t.reshape(state[key].shape))
-        return
     for key, t in fresh.items():
         torch.where(flag, t.reshape(state[key].shape).to(state[key].dtype), state[key], out=state[key])
 

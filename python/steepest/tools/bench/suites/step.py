@@ -55,8 +55,9 @@ def _job(name: str, base: str, of: Callable[[Model, Settings], Methods], setting
 
     def with_memory(measured: Callable[[Ceilings], list[Row]], ceilings: Ceilings) -> list[Row]:
         rows, fresh = measured(ceilings), Problem(model, settings.device, dtype, whole)
-        memory = [memory_of(fresh, methods[row["variant"]], settings.device) if "ms" in row else {} for row in rows]
-        return [row | more for row, more in zip(rows, memory, strict=True)]
+        return [
+            row | memory_of(fresh, methods[row["variant"]], settings.device) if "ms" in row else row for row in rows
+        ]
 
     for job in timed("step", title, dtype, settings, build):
         yield job if settings.cuda else replace(job, run=functools.partial(with_memory, job.run))
