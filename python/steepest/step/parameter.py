@@ -262,9 +262,15 @@ class Matrices:
     def phase(self) -> Phase:
         return self.parameter.taken.phase
 
+    def by_matrices(self, t: Tensor) -> Tensor:
+        """The piece of a tensor, in its natural shape, as matrices that follow one another: strides choose a product's
+        roundings.
+        """
+        return t.reshape(self.shape).contiguous()
+
     def elementwise(self, t: Tensor) -> Tensor:
         """A tensor of the parameter's shape in the shape the recipe's elementwise parts want: by matrix or natural."""
-        return t.reshape(self.shape) if self.by_matrix else t
+        return self.by_matrices(t) if self.by_matrix else t
 
     def recipe_state(self) -> State:
         """The state as the recipe reads it: elementwise tensors as `elementwise` has them."""
@@ -272,7 +278,7 @@ class Matrices:
             return self.state
         layouts = self.recipe.layouts
         return {
-            key: t.reshape(self.shape) if layouts[key] == "elementwise" and t.numel() else t
+            key: self.by_matrices(t) if layouts[key] == "elementwise" and t.numel() else t
             for key, t in self.state.items()
         }
 
