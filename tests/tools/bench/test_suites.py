@@ -329,8 +329,9 @@ def test_memory_of_an_optimizer() -> None:
     matrices = optimizers.elements(optimizers.parse("tiny"), "matrix") / optimizers.elements(optimizers.parse("tiny"))
     assert per_parameter == pytest.approx(4 * matrices + 8 * (1 - matrices), rel=0.01)
     assert found["MuAdam auto"]["state_bytes_per_parameter"] == pytest.approx(8, rel=0.01)
+    assert found["torch.optim.AdamW"]["state_bytes_per_parameter"] == pytest.approx(8, rel=0.01)
     assert found["torch.optim.Muon"]["ratio"] == 1
-    assert all(row["extra_mib"] > 0 for row in rows.values())
+    assert all(row["extra_mib"] > 0 for variant, row in found.items() if variant != "torch.optim.AdamW")
 
 
 def test_launches_of_a_step() -> None:
@@ -348,8 +349,8 @@ def test_an_optimizer_that_fails_leaves_the_others(suite: Any, monkeypatch: pyte
     monkeypatch.setitem(suite.__globals__, "muons", lambda *_: methods)
     monkeypatch.setitem(suite.__globals__, "soaps", lambda *_: {})
     (job,) = suite(QUICK)
-    rows = job.run(CEILINGS)
-    assert [row["status"] for row in rows] == ["ok", "failed: TypeError: unexpected"]
+    statuses = [row["status"] for row in job.run(CEILINGS)]
+    assert statuses[-2:] == ["ok", "failed: TypeError: unexpected"]
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
