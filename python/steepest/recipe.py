@@ -281,19 +281,19 @@ class Recipe:
         largest, square: 0-d, the magnitude of its largest entry and the sum of its squares, infinite or NaN where an
         entry is not finite.   names: of the keys of factors, for each piece (`Recipe.names`).
         """
-        taken = largest <= self.largest_gradient(dtype)
+        accepted = largest <= self.largest_gradient(dtype)
         if self.variance_reduction is not None:
-            taken = taken & square.isfinite()
+            accepted = accepted & square.isfinite()
         if not self.by_matrix:
-            return taken
+            return accepted
         wide = torch.promote_types(dtype, torch.float32)
         if self.kronecker is None:
-            return taken & (square <= torch.finfo(wide).max / 4)
+            return accepted & (square <= torch.finfo(wide).max / 4)
         room = torch.finfo(self.kronecker.dtype or wide).max / 4
         for of_piece in names:
             factors = {key: state[name] for key, name in of_piece.items()}
-            taken = taken & (square * self.kronecker.gain(factors) + self.kronecker.summed(factors) <= room)
-        return taken
+            accepted = accepted & (square * self.kronecker.gain(factors) + self.kronecker.summed(factors) <= room)
+        return accepted
 
     # ---- a step, in its order ---------------------------------------------------------------------------------------
 
@@ -416,9 +416,9 @@ class Recipe:
         """The update after all transforms, and what they remember."""
         fresh: State = {}
         for transform in self.transforms:
-            seen = g if transform.reads_gradient else m
-            assert seen is not None
-            u, more = transform.apply({**state, **fresh}, u, seen, hyper)
+            read = g if transform.reads_gradient else m
+            assert read is not None
+            u, more = transform.apply({**state, **fresh}, u, read, hyper)
             fresh |= more
         return u, fresh
 

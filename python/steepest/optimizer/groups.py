@@ -52,7 +52,7 @@ class Groups(torch.optim.Optimizer):
     #: by the identity of a group: the numbers of its steps, as they were when they were last checked
     _numbers: dict[int, tuple[Any, ...]]
     #: options whose type is another one than in every other optimizer; of all classes in the order of resolution
-    _own_types: ClassVar[dict[str, OptionType]] = {}
+    _option_types: ClassVar[dict[str, OptionType]] = {}
 
     def recipe(self, group: Group) -> Recipe:
         """The method of a matrix group."""
@@ -86,7 +86,7 @@ class Groups(torch.optim.Optimizer):
         """
         values = {key: group[key] for key in keys}
         try:
-            check_options(values, self._merged("_own_types"), on_host=True)
+            check_options(values, self._merged("_option_types"), on_host=True)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self._called(group)}{error}") from error
         group.update(values)
@@ -155,7 +155,7 @@ class Groups(torch.optim.Optimizer):
 
     def _check_options(self, values: Group, prefix: str = "") -> None:
         """`check_options` with the types of this class; prefix: of the names in messages."""
-        check_options(values, self._merged("_own_types"), prefix)
+        check_options(values, self._merged("_option_types"), prefix)
 
     def _options(self, group: Group) -> Group:
         """Those values of a group that are this optimizer's, and none that a user or a scheduler has put there."""

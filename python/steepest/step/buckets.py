@@ -157,7 +157,7 @@ class Bucket:
         parts = []
         for item, m in zip(self.items, stored.split(self.counts), strict=True):
             assert item.matrices is not None
-            state, taken = item.matrices.recipe_state(), item.parameter.taken
+            state, taken = item.matrices.recipe_state(), item.parameter.step_values
             parts.append(self.recipe.precondition.into(state, m, taken.hyper, state.get("step")).to(self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -176,7 +176,7 @@ class Bucket:
         updates = []
         for item, part, m in zip(self.items, parts, momenta.split(self.counts), strict=True):
             assert item.matrices is not None
-            state, hyper, g = item.matrices.recipe_state(), item.parameter.taken.hyper, item.matrices.grad
+            state, hyper, g = item.matrices.recipe_state(), item.parameter.step_values.hyper, item.matrices.grad
             u, remembered = self.recipe.update(state, part, m, hyper, item.matrices.elementwise(g))
             item.matrices.keep(remembered)
             updates.append(u.to(self.stored_dtype).contiguous())
@@ -200,7 +200,7 @@ class Bucket:
             counts = [item.piece.batch for item in some]
             rows = slice(first, first + sum(counts))
             state = {key: torch.cat([item.state[key] for item in some]) for key in keys}
-            u, fresh = self.recipe.update(state, d[rows], momenta[rows], some[0].parameter.taken.hyper)
+            u, fresh = self.recipe.update(state, d[rows], momenta[rows], some[0].parameter.step_values.hyper)
             for item, *parts in zip(some, *(t.split(counts) for t in fresh.values()), strict=True):
                 item.keep(dict(zip(fresh, parts, strict=True)))
             updates += u.to(self.stored_dtype).contiguous().split(counts)

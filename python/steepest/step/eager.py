@@ -34,7 +34,7 @@ class Batch:
     def __init__(self, items: Sequence[Matrices]) -> None:
         self.recipe: Recipe = items[0].recipe
         self.matrices = self.parts = items
-        self.hyper = items[0].parameter.taken.hyper
+        self.hyper = items[0].parameter.step_values.hyper
         self._sizes = [item.input_shape[0] for item in items]
 
     def send(self) -> Callable[[], Tensor]:
@@ -82,7 +82,7 @@ class SharedBatch(Batch):
 
     def __init__(self, shared: SharedMatrices) -> None:
         self.recipe, self.matrices, self.parts = shared.recipe, shared.matrices, shared.parts
-        self.hyper = shared.matrices[0].parameter.taken.hyper
+        self.hyper = shared.matrices[0].parameter.step_values.hyper
         self._shared, self._dtype = shared, _work_dtype(shared.matrices[0])
 
     def send(self) -> Callable[[], Tensor]:
@@ -160,15 +160,15 @@ class Eager:
         if self._ranks is not None:
             self._agree(self._ranks)
         for p, (_, square) in zip(self.parameters, measured, strict=True):
-            self._skipped[p.tensor.device].add_(p.taken.finite.logical_not())
-            self._add(p, "grad", torch.where(p.taken.finite, square, 0))
+            self._skipped[p.tensor.device].add_(p.step_values.finite.logical_not())
+            self._add(p, "grad", torch.where(p.step_values.finite, square, 0))
 
     def _agree(self, ranks: Ranks) -> None:
         """Takes no step where a rank refuses it."""
-        flags = torch.stack([p.taken.finite for p in self.parameters]).to(torch.float64)
+        flags = torch.stack([p.step_values.finite for p in self.parameters]).to(torch.float64)
         ranks.all_reduce(flags, "min")
         for p, flag in zip(self.parameters, (flags != 0).unbind(), strict=True):
-            p.step, p.flag = replace(p.taken, finite=flag), flag
+            p.step, p.flag = replace(p.step_values, finite=flag), flag
 
     def _shared(self, parameters: Sequence[Parameter]) -> list[SharedMatrices]:
         """The matrices of these parameters as ranks take their directions together."""
@@ -188,11 +188,15 @@ class Eager:
                 shared.receive_gradients()
         update_factors([item for item in self._matrices if item.phase.before])
         for p in self.parameters:
-            if p.taken.phase.steps:
-                store_if(p.taken.finite, p.state, p.recipe.update_moments(p.state, p.taken.grad, p.taken.hyper))
+            if p.step_values.phase.steps:
+                store_if(
+                    p.step_values.finite,
+                    p.state,
+                    p.recipe.update_moments(p.state, p.step_values.grad, p.step_values.hyper),
+                )
         for i, p in self._corrected.items():
-            if p.taken.phase.steps:
-                store_if(p.taken.finite, p.state, p.recipe.remembered_gradient(self._plain[i]))
+            if p.step_values.phase.steps:
+                store_if(p.step_values.finite, p.state, p.recipe.remembered_gradient(self._plain[i]))
         self._plain = {}
         observe_matrices([item for item in self._matrices if item.phase.steps])
         self._batches = self._new_batches()
@@ -205,7 +209,7 @@ class Eager:
         matrices = self._matrices
         if self._ranks is not None:
             here = {(p.group, p.index) for p in self.parameters if is_elementwise(p.recipe) and not self._coupled}
-            away = [p for p in self.parameters if p.taken.phase.steps and (p.group, p.index) not in here]
+            away = [p for p in self.parameters if p.step_values.phase.steps and (p.group, p.index) not in here]
             travelling = self._shared(away)
             self._choose(travelling)
             shared = [SharedBatch(each) for each in travelling]
@@ -258,7 +262,7 @@ class Eager:
             item.parameter,
             item.weight,
             item.finite,
-            item.parameter.taken.hyper,
+            item.parameter.step_values.hyper,
         )
         value = recipe.rounding.value(weight, item.state)
         u = torch.where(finite, u.reshape(weight.shape), 0).to(value.dtype)  # 0 NaN is NaN
@@ -304,7 +308,7 @@ def _bucket_key(item: Matrices) -> tuple[object, ...]:
 
 
 def _momentum(item: Matrices) -> Tensor:
-    return item.recipe.momentum_of(item.recipe_state(), item.elementwise(item.grad), item.parameter.taken.hyper)
+    return item.recipe.momentum_of(item.recipe_state(), item.elementwise(item.grad), item.parameter.step_values.hyper)
 
 
 def _input(item: Matrices) -> Tensor:
@@ -316,7 +320,7 @@ def _input(item: Matrices) -> Tensor:
         item.chosen = part.chosen(m)
         return part.take(m, item.chosen, part.dim(*m.shape[-2:]))
     w = item.elementwise(recipe.rounding.value(item.weight, item.state)) if recipe.reads_weight else None
-    return recipe.direction_input(item.recipe_state(), _momentum(item), item.parameter.taken.hyper, w)
+    return recipe.direction_input(item.recipe_state(), _momentum(item), item.parameter.step_values.hyper, w)
 
 
 def _work_dtype(item: Matrices) -> torch.dtype:

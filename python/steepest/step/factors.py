@@ -25,7 +25,7 @@ def update_factors(matrices: Sequence[Matrices]) -> None:
         part = recipe.kronecker
         assert part is not None
         for each in some:
-            each.keep(part.update_factors(each.state, each.by_matrices(each.grad), each.parameter.taken.hyper))
+            each.keep(part.update_factors(each.state, each.by_matrices(each.grad), each.parameter.step_values.hyper))
         if phase.commits:
             streams.join(each.state[PENDING] for each in some)
             for each in some:
@@ -40,7 +40,7 @@ def observe_matrices(matrices: Sequence[Matrices]) -> None:
     """Statistics that every gradient adds to, such as SOAP's second moment in the present metric."""
     for each in matrices:
         if each.recipe.measures_gradients:
-            g, hyper = each.by_matrices(each.grad), each.parameter.taken.hyper
+            g, hyper = each.by_matrices(each.grad), each.parameter.step_values.hyper
             each.keep(each.recipe.observe_matrices(each.state, g, hyper))
 
 

@@ -213,7 +213,7 @@ class Fused:
             shared.receive_gradients()
         update_factors([item for item in self._matrices if item.phase.before])
         for p in self._by_torch.values():
-            taken = p.taken
+            taken = p.step_values
             hyper = taken.hyper.beginning(p.state["step"] - taken.finite) if p.recipe.starts_first else taken.hyper
             if taken.phase.steps:
                 store_if(taken.finite, p.state, p.recipe.observe(p.state, taken.grad, hyper))

@@ -115,7 +115,7 @@ class Parameter:
         return self.recipe.direction_dtype(self.wide_dtype, self.source.device)
 
     @property
-    def taken(self) -> StepValues:
+    def step_values(self) -> StepValues:
         """The values of the step that is being taken."""
         assert self.step is not None
         return self.step
@@ -252,15 +252,15 @@ class Matrices:
     @property
     def grad(self) -> Tensor:
         """The piece of this step's gradient, in its natural shape."""
-        return self.piece.view(self.parameter.taken.grad)
+        return self.piece.view(self.parameter.step_values.grad)
 
     @property
     def finite(self) -> Tensor:
-        return self.parameter.taken.finite
+        return self.parameter.step_values.finite
 
     @property
     def phase(self) -> Phase:
-        return self.parameter.taken.phase
+        return self.parameter.step_values.phase
 
     def by_matrices(self, t: Tensor) -> Tensor:
         """The piece of a tensor, in its natural shape, as matrices that follow one another: strides choose a product's

@@ -241,7 +241,7 @@ class Plan:
 
     def _share(self, factors: Sequence[Any]) -> None:
         for p in self.parameters:
-            p.step = replace(p.taken, hyper=replace(p.taken.hyper, step_factor=factors[p.group]))
+            p.step = replace(p.step_values, hyper=replace(p.step_values.hyper, step_factor=factors[p.group]))
 
     def _warm_up(self) -> None:
         """Has every kernel of the steps checked and compiled, before one of them writes anything."""

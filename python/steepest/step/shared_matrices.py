@@ -124,14 +124,14 @@ class SharedMatrices:
         inputs = [self._momenta.new_empty((0, *self.input_shape[1:]), dtype=dtype)]
         ws = [None] * len(self.owned) if weights is None else weights.split(self.counts)
         for item, m, w in zip(self.owned, self._momenta.split(self.counts), ws, strict=True):
-            inputs.append(self.recipe.direction_input(item.state, m, item.parameter.taken.hyper, w).to(dtype))
+            inputs.append(self.recipe.direction_input(item.state, m, item.parameter.step_values.hyper, w).to(dtype))
         return torch.cat(inputs)
 
     def receive_gradients(self) -> None:
         """Has the owners know the whole gradients of this step."""
         whole = self._send([part.grad for part in self.parts], self._grad_dtype)()
         for item, g in zip(self.owned, whole.split(self.counts), strict=True):
-            item.received = g.to(item.parameter.taken.grad.dtype)
+            item.received = g.to(item.parameter.step_values.grad.dtype)
 
     def _send(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
         """Sends one tensor a part to the owners, in fp32 or wider where no dtype is given."""
@@ -160,7 +160,7 @@ class SharedMatrices:
     @property
     def _grad_dtype(self) -> torch.dtype:
         """One that holds the gradients of all parameters, the same on all ranks."""
-        return reduce(torch.promote_types, (item.parameter.taken.grad.dtype for item in self.matrices))
+        return reduce(torch.promote_types, (item.parameter.step_values.grad.dtype for item in self.matrices))
 
     # ---- and back ---------------------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class SharedMatrices:
         updates, remembered = [d.new_empty((0, *self.exchange.shape), dtype=dtype)], []
         rows = zip(self.owned, d.split(self.sizes), self._momenta.split(self.counts), strict=True)
         for item, of_item, m in rows:
-            u, fresh = self.recipe.update(item.state, of_item, m, item.parameter.taken.hyper, item.received)
+            u, fresh = self.recipe.update(item.state, of_item, m, item.parameter.step_values.hyper, item.received)
             item.keep({key: t for key, t in fresh.items() if key not in self._elementwise_keys()})
             updates.append(u.to(dtype))
             remembered.append(fresh)

@@ -62,7 +62,9 @@ class SharedSubmatrices(SharedMatrices):
         matrices = sum(item.piece.batch for item in self.matrices)
         norms = torch.zeros(matrices, self._length, dtype=torch.float64, device=self.device)
         for part, numbers, r in self._of_parts:
-            m = self.recipe.momentum_of(part.recipe_state(), part.elementwise(part.grad), part.parameter.taken.hyper)
+            m = self.recipe.momentum_of(
+                part.recipe_state(), part.elementwise(part.grad), part.parameter.step_values.hyper
+            )
             norms[numbers.start : numbers.stop, r.top : r.bottom] = self.part.sizes(m, self.dim)
         return norms
 
@@ -110,7 +112,7 @@ class SharedSubmatrices(SharedMatrices):
         updates = [d.new_empty((0, *d.shape[1:]), dtype=back)]
         for item, of_item, m, chosen in self._of_owned(d):
             g = None if item.received is None else self.part.take(item.received, chosen, self.dim)
-            hyper = item.parameter.taken.hyper
+            hyper = item.parameter.step_values.hyper
             u, fresh = self.recipe.update_chosen(item.state, of_item, m, hyper, chosen, g)
             item.keep(fresh)
             updates.append(u.to(back))
@@ -140,7 +142,7 @@ class SharedSubmatrices(SharedMatrices):
 
     def _damped(self, part: LocalMatrices, places: Tensor) -> State:
         assert self.recipe.momentum is not None
-        key, beta = self.recipe.momentum.key, part.parameter.taken.hyper.beta1
+        key, beta = self.recipe.momentum.key, part.parameter.step_values.hyper.beta1
         m = part.elementwise(part.state[key])
         wide = self._flat(m.to(torch.promote_types(m.dtype, torch.float32))).clone()
         wide[places] = (wide[places] * beta).to(wide.dtype)

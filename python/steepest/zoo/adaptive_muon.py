@@ -124,7 +124,7 @@ class NAMO(AdaptiveMuon):
     Source: arXiv:2602.17080, Algorithm 1.
     """
 
-    _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    _option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     _transform = NormRatio()
     _ratio = "none"
     _corrects = True

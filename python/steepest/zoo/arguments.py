@@ -85,7 +85,7 @@ def whole_signature(kind: type[MatrixOptimizer]) -> inspect.Signature:
     parameters = {p.name: p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD}
     defaults = _defaults(kind, parameters)
     for name, annotation in keywords.__annotations__.items():
-        if name not in parameters and name not in getattr(kind, "_not_taken", ()):
+        if name not in parameters and name not in getattr(kind, "_refused_options", ()):
             text = getattr(annotation, "__forward_arg__", annotation)
             more = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=text)
             parameters[name] = more

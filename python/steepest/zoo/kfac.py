@@ -63,7 +63,7 @@ class KFAC(KroneckerOptimizer):
     """
 
     _carried: tuple[str, ...] = ("_handles", "_batches")
-    _not_taken = tuple(NOT_TAKEN)
+    _refused_options = tuple(NOT_TAKEN)
     _ranks: Any = None
     #: of this step
     _scaler: torch.amp.GradScaler | None = None
@@ -80,10 +80,10 @@ class KFAC(KroneckerOptimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"KFAC takes a module, whose layers it watches, but is given: {type(model).__name__}")
-        for name in self._not_taken:
+        for name in self._refused_options:
             if name in extra:
                 raise TypeError(f"KFAC does not take {name}: {NOT_TAKEN[name]}")
-        layers = [layer for layer in model.modules() if _is_taken(layer)]
+        layers = [layer for layer in model.modules() if _is_supported(layer)]
         if not layers:
             raise ValueError("KFAC found no Linear or Conv2d (groups=1, zero padding) to watch; use torch.optim.AdamW")
         options = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "damping": damping, "loss_scale": loss_scale}
@@ -214,7 +214,7 @@ class KFAC(KroneckerOptimizer):
         )
 
 
-def _is_taken(layer: nn.Module) -> bool:
+def _is_supported(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Conv2d):
         return layer.groups == 1 and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
     return isinstance(layer, nn.Linear)
@@ -222,7 +222,7 @@ def _is_taken(layer: nn.Module) -> bool:
 
 def _groups(model: nn.Module) -> Iterator[Group]:
     """Watched weights, other tensors, and those of fewer than two dimensions, which are not decayed; each once."""
-    taken = {layer.weight for layer in model.modules() if _is_taken(layer)}
+    taken = {layer.weight for layer in model.modules() if _is_supported(layer)}
     named = list(model.named_parameters())
     kinds: tuple[tuple[Group, Callable[[Tensor], bool]], ...] = (
         ({"use_muon": True, "batch_dims": 0}, lambda p: p in taken),

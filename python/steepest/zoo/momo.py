@@ -223,7 +223,7 @@ class Momo(MatrixOptimizer):
         decrease = torch.zeros_like(loss)
         for each, factor in zip(layers, factors, strict=True):
             for p in each.parameters[:1]:
-                decrease = decrease + each.inner.sum() * p.taken.hyper.lr * factor
+                decrease = decrease + each.inner.sum() * p.step_values.hyper.lr * factor
         parameters = [p for each in layers for p in each.parameters]
         value, weight, known = self._average_loss(parameters, loss)
         for each in layers:
@@ -233,10 +233,10 @@ class Momo(MatrixOptimizer):
 
     def _average_loss(self, parameters: Sequence[Parameter], loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(average loss, sum of its weights, whether there has been a loss), all 0-d, with this one."""
-        momentum, hyper = _momentum(parameters[0]), parameters[0].taken.hyper
+        momentum, hyper = _momentum(parameters[0]), parameters[0].step_values.hyper
         state = self._shared_state()
         average, count = state[LOSS], state[LOSSES]
-        taken = torch.stack([p.taken.finite for p in parameters]).any() & loss.isfinite()
+        taken = torch.stack([p.step_values.finite for p in parameters]).any() & loss.isfinite()
         given = torch.where(taken, torch.stack([loss, torch.ones_like(loss)]), average)
         begun = hyper.beginning(count) if momentum.start == "first" else hyper
         average.copy_(torch.where(taken, momentum.observe(average, given, begun.beta1), average))
@@ -249,11 +249,11 @@ class Momo(MatrixOptimizer):
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         pairs = []
         for p in parameters:
-            w, g = p.value(), p.taken.grad
-            pairs += [(p, w, g), (p, w, p.recipe.momentum_of(p.state, g, p.taken.hyper))]
+            w, g = p.value(), p.step_values.grad
+            pairs += [(p, w, g), (p, w, p.recipe.momentum_of(p.state, g, p.step_values.hyper))]
         products = inner_products(pairs)
         for p, now, of_momentum in zip(parameters, products[::2], products[1::2], strict=True):
-            momentum, hyper, finite, step = _momentum(p), p.taken.hyper, p.taken.finite, p.state.get("step")
+            momentum, hyper, finite, step = _momentum(p), p.step_values.hyper, p.step_values.finite, p.state.get("step")
             average, begun = p.state[INNER], hyper
             if momentum.start == "first":
                 assert step is not None
@@ -319,7 +319,7 @@ class Momo(MatrixOptimizer):
         device = self._device
         return {LOSS: torch.zeros(2, dtype=torch.float64, device=device), LOSSES: torch.zeros((), device=device)}
 
-    def _own_state(self, p: Tensor, group: Group) -> State:
+    def _new_state(self, p: Tensor, group: Group) -> State:
         """What a parameter's state has besides its recipe's, when it begins; its momentum may have begun before."""
         if self.lower_bound is None or INNER in self.state[p]:
             return {}
@@ -331,7 +331,7 @@ class Momo(MatrixOptimizer):
 
     def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
         added = super()._init_state(p, dtype, group)
-        fresh, recipe = self._own_state(p, group), self._recipe(group)
+        fresh, recipe = self._new_state(p, group), self._recipe(group)
         if is_sharded(p) and self._couples() and self._stale(recipe) and DESCENT not in self.state[p]:
             count = sum(recipe.input_shape(piece.shape)[0] for piece in self._pieces(p, group))
             fresh[DESCENT] = _unknown(count, p)

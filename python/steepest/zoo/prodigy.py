@@ -22,7 +22,7 @@ from ..step.coupling import Directed, inner_products
 from ..step.parameter import Matrices, Parameter
 from ..step.plan import Executor, Plan
 from .momo import Layers, Truncated
-from .product import Coupling, ProductNormOptimizer, own_values
+from .product import Coupling, ProductNormOptimizer, given_values
 from .shared import Polar, polar_of
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class ProdigyMuon(ProductNormOptimizer):
             raise ValueError(f"norm {norm!r} is not known; use 'spectral' or 'sign'")
         self.norm, self.initial_step = norm, check_option("initial_step", initial_step)
         momentum = check_option("momentum", momentum, BELOW_ONE)
-        options = own_values(lr, weight_decay, (momentum, 0.0), 0.0, adjust_lr_fn, polar)
+        options = given_values(lr, weight_decay, (momentum, 0.0), 0.0, adjust_lr_fn, polar)
         super().__init__(params, options, extra, product=ProductNorm("max"), scale="lmo", others="sign")
 
     def direction(self, group: Group) -> Direction:
@@ -92,7 +92,7 @@ class ProdigyMuon(ProductNormOptimizer):
         gains = inner_products([(p, *self._gain(p)) for p in parameters])
         gain = torch.zeros((), dtype=torch.float64, device=self._device)
         for p, of_parameter in zip(parameters, gains, strict=True):
-            gain = gain + torch.where(p.taken.finite, of_parameter, 0)
+            gain = gain + torch.where(p.step_values.finite, of_parameter, 0)
         eta = self._shared_state()[STEP_SIZE]
         eta.copy_(escalated(eta, gain, self.product.dual_norm(*self._dual_norms(layers))))
         return [eta for _ in layers]
@@ -100,14 +100,14 @@ class ProdigyMuon(ProductNormOptimizer):
     def _gain(self, p: Parameter) -> tuple[Tensor, Tensor]:
         """(M, W_0 - W)."""
         w = self._iterate(p)
-        return p.recipe.momentum_of(p.state, p.taken.grad, p.taken.hyper), p.state[START].to(w.dtype) - w
+        return p.recipe.momentum_of(p.state, p.step_values.grad, p.step_values.hyper), p.state[START].to(w.dtype) - w
 
     def _fresh_shared_state(self) -> State:
         size = torch.full((), self.initial_step, dtype=torch.float64, device=self._device)
         return {**super()._fresh_shared_state(), STEP_SIZE: size}
 
-    def _own_state(self, p: Tensor, group: Group) -> State:
-        state, rounding, fresh = self._state_here(p), self._recipe(group).rounding, super()._own_state(p, group)
+    def _new_state(self, p: Tensor, group: Group) -> State:
+        state, rounding, fresh = self._state_here(p), self._recipe(group).rounding, super()._new_state(p, group)
         if START not in state:
             fresh[START] = self._like(p, rounding.value(local_tensor(p.detach()), state).clone())
         if self._is_lossy(p, group) and DROPPED not in state:
@@ -179,6 +179,6 @@ class _Escalated(Truncated):
                 continue
             for item, d in zip(items, ds.split([item.input_shape[0] for item in items]), strict=True):
                 if DROPPED in item.parameter.state:
-                    w, hyper = item.weight.float(), item.parameter.taken.hyper
+                    w, hyper = item.weight.float(), item.parameter.step_values.hyper
                     value = item.recipe.moved(w, d.reshape(w.shape).float(), hyper, item.ratio)
                     self._led.append((item, value.float(), item.finite))

@@ -66,7 +66,7 @@ class ProductNormOptimizer(Momo):
     """
 
     _carried: tuple[str, ...] = ("product", "scale", "others")
-    _not_taken = ("adamw_lr", "adamw_betas", "adamw_eps")
+    _refused_options = ("adamw_lr", "adamw_betas", "adamw_eps")
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class ProductNormOptimizer(Momo):
                 f"others={others!r} is not known, a norm of what is no matrix; use one of {', '.join(OTHERS)}"
             )
         name = type(self).__name__
-        for key in self._not_taken:
+        for key in self._refused_options:
             if key in extra:
                 raise TypeError(
                     f"{name} does not take {key}: parameters that are not matrices belong to the same rule; give "
@@ -201,7 +201,7 @@ class ProductNormDescent(ProductNormOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Coupling],
     ) -> None:
-        options = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
+        options = given_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
         matrix_scale = check_option("matrix_scale", matrix_scale)
         rule = ProductNorm(check_option("product", product), matrix_scale if product == "hybrid" else 1.0)
         super().__init__(params, options, extra, product=rule, scale=scale, others=others)
@@ -239,7 +239,7 @@ class MuonMax(ProductNormOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Coupling],
     ) -> None:
-        options = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
+        options = given_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
         rule = ProductNorm("hybrid", check_option("matrix_scale", matrix_scale))
         super().__init__(params, options, extra, product=rule, scale="dual", others="adam_2")
 
@@ -270,11 +270,11 @@ class MuonAdam(ProductNormOptimizer):
         polar: Polar = "auto",
         **extra: Unpack[Coupling],
     ) -> None:
-        options = own_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
+        options = given_values(lr, weight_decay, betas, eps, adjust_lr_fn, polar)
         super().__init__(params, options, extra, product=ProductNorm("max"), scale="lmo", others="adam_infty")
 
 
-def own_values(
+def given_values(
     lr: Number,
     weight_decay: float,
     betas: tuple[float, float],

@@ -53,7 +53,7 @@ class Schattor(ProductNormOptimizer):
     """
 
     stale_dual = False
-    _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    _option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
 
     def __init__(
         self,

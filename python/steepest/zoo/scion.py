@@ -77,7 +77,7 @@ class Scion(VectorOptimizer):
     adjust_lr_fn="spectral_unclamped". Source: arXiv:2502.07529, Algorithms 1 and 2; norms and defaults of its code.
     """
 
-    _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    _option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
 
     def __init__(
         self,

@@ -175,7 +175,7 @@ class TrustRegion(VectorOptimizer):
     Source: arXiv:2503.12645, Algorithm 1.
     """
 
-    _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    _option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     _route = MatrixOptimizer._route
 
     def __init__(
@@ -297,7 +297,7 @@ class NIGT(MomentumOptimizer):
     Source: arXiv:2002.03305, Algorithm 1.
     """
 
-    _own_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    _option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     _direction = Frobenius()
     _extrapolates = True
 

@@ -131,13 +131,13 @@ class Kronecker:
         return (FACTORS,)
 
     @property
-    def own_keys(self) -> tuple[str, ...]:
+    def extra_keys(self) -> tuple[str, ...]:
         """Keys of the state besides factors and what is to become of them."""
         raise NotImplementedError
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return (*FACTORS, *((*NEXT, PENDING) if self.delay else ()), *self.own_keys, LEARNED)
+        return (*FACTORS, *((*NEXT, PENDING) if self.delay else ()), *self.extra_keys, LEARNED)
 
     @property
     def nonnegative(self) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ class Kronecker:
         """What changes when NEXT becomes the metric."""
         raise NotImplementedError
 
-    def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
+    def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, count: Tensor) -> tuple[dict[str, Tensor], State]:
         """(for each factor a Y, of which Y Y^T goes into it; what else is new)."""
         x = self.to_blocks(g)  # products of narrow numbers are exact in wide sums
         return {"left": x, "right": x.mT}, {}
@@ -241,11 +241,11 @@ class Kronecker:
         """What a step of one m x n matrix takes beside its direction; a refresh is shared out over `every` steps."""
         blocks, rows, cols = self.input_shape((1, m, n))
         left, right = self.factor_lengths(rows, cols)
-        learned = left * (left + 1) * cols + right * (right + 1) * rows
+        count = left * (left + 1) * cols + right * (right + 1) * rows
         refresh = Work()
         for length in (left, right):
             refresh += self.refresh_work(length, device)
-        each = Work(wide=self.turns_flop(rows, cols, left, right) + (0 if self.external else learned))
+        each = Work(wide=self.turns_flop(rows, cols, left, right) + (0 if self.external else count))
         return (each + refresh.shared_out(self.every)).times(blocks)
 
     def turns_flop(self, rows: int, cols: int, left: int, right: int) -> int:
@@ -277,33 +277,33 @@ class Kronecker:
 
     def update_factors(self, state: State, g: Tensor, hyper: Hyper) -> State:
         """The factors, and whatever else every gradient adds to, after gradient g."""
-        learned = state[LEARNED] + 1
-        fresh: State = {LEARNED: learned}
+        count = state[LEARNED] + 1
+        fresh: State = {LEARNED: count}
         if self.external:
             return fresh
-        seen, more = self.factor_inputs(state, g, hyper, learned)
-        for side, (key, y) in enumerate(seen.items()):
+        inputs, more = self.factor_inputs(state, g, hyper, count)
+        for side, (key, y) in enumerate(inputs.items()):
             if state[key].numel():
                 factor = wide(state[key])
                 if torch.promote_types(y.dtype, factor.dtype) != factor.dtype:  # fp64 gradients, factors in 16 bits
                     y = y.to(factor.dtype)
-                fresh[key] = self.stored(syrk_ema(factor, y, self.weight(hyper, learned)), learned, side)
+                fresh[key] = self.stored(syrk_ema(factor, y, self.weight(hyper, count)), count, side)
         return fresh | more
 
     def rate(self, hyper: Hyper) -> Number:
         return hyper.beta2 if self.beta is None else self.beta
 
-    def weight(self, hyper: Hyper, learned: Tensor) -> Number | None:
+    def weight(self, hyper: Hyper, count: Tensor) -> Number | None:
         """The weight of the newest term; None for sums."""
         beta = self.rate(hyper)
         sums = isinstance(beta, float | int) and beta == 1
-        return None if sums else (1 - beta) / bias_correction(beta, learned)
+        return None if sums else (1 - beta) / bias_correction(beta, count)
 
-    def stored(self, factor: Tensor, learned: Tensor, side: int) -> Tensor:
+    def stored(self, factor: Tensor, count: Tensor, side: int) -> Tensor:
         """The factor as the state has it, and symmetric."""
         if self.dtype is None:
             return factor
-        rounded, _ = Rounding("stochastic").store(factor, self.dtype, learned, (side,))
+        rounded, _ = Rounding("stochastic").store(factor, self.dtype, count, (side,))
         return rounded.triu() + rounded.triu(1).mT
 
     # ---- the refresh ------------------------------------------------------------------------------------------------

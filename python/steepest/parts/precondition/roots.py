@@ -78,7 +78,7 @@ class Roots(Kronecker):
             raise ValueError("rounding a factor to bf16 moves its small eigenvalues beyond the ridge: use Rotated")
 
     @property
-    def own_keys(self) -> tuple[str, ...]:
+    def extra_keys(self) -> tuple[str, ...]:
         kept = () if self.scale == "refresh" else (*INVERSES, *(NEXT_INVERSES if self.delay else ()))
         return (*ROOTS, *RESIDUALS, *kept)
 
@@ -139,12 +139,12 @@ class Roots(Kronecker):
             fresh[key] = torch.where(begun[:, None, None], fresh[key], first)
         return fresh
 
-    def weight(self, hyper: Hyper, learned: Tensor) -> Number | None:
-        return 1 - self.rate(hyper) if self.coupling else super().weight(hyper, learned)
+    def weight(self, hyper: Hyper, count: Tensor) -> Number | None:
+        return 1 - self.rate(hyper) if self.coupling else super().weight(hyper, count)
 
-    def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
+    def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, count: Tensor) -> tuple[dict[str, Tensor], State]:
         if not self.coupling:
-            return super().factor_inputs(state, g, hyper, learned)
+            return super().factor_inputs(state, g, hyper, count)
         x = self.to_blocks(g.to(state[ROOTS[0]].dtype))
         m, n = x.shape[-2:]
 

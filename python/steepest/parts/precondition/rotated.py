@@ -82,7 +82,7 @@ class Rotated(Kronecker):
         return self.inner if isinstance(self.inner, Sides) else self.coupling
 
     @property
-    def own_keys(self) -> tuple[str, ...]:
+    def extra_keys(self) -> tuple[str, ...]:
         pairs = [BASES, *([VALUES] if self.sides is not None else [])]
         pairs += [STATUS] if self.method == "auto" else []
         pairs += [ORDERS] if self.delay else []
@@ -187,15 +187,15 @@ class Rotated(Kronecker):
                     fresh[VALUES[side]] = self._values_of(now[factor], state[BASES[side]])
         return fresh
 
-    def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, learned: Tensor) -> tuple[dict[str, Tensor], State]:
+    def factor_inputs(self, state: State, g: Tensor, hyper: Hyper, count: Tensor) -> tuple[dict[str, Tensor], State]:
         """The factors' inputs, and with coupling averages of values too."""
         if self.coupling is None:
-            return super().factor_inputs(state, g, hyper, learned)
+            return super().factor_inputs(state, g, hyper, count)
         left, right = self._bases(state)
         x = self.to_blocks(g.to(left.dtype))
         images = {"left": x @ right if right.numel() else x, "right": x.mT @ left if left.numel() else x.mT}
         # The first gradient makes the bases. Until then the metric of the other side is the identity.
-        started = learned > 1
+        started = count > 1
         values = self._values(state, images, self.coupling, self.rate(hyper), started)
         return self._measured(state, images, self.coupling, started), values
 
