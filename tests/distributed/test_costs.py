@@ -88,9 +88,9 @@ def test_an_inverse_root(p: int, ridge: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_schatten_direction(p: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steepest.linalg.polar.choice.cpu_bf16", "1" if dtype == torch.bfloat16 else "0")
-    x = torch.randn(2, 48, 128)
+    x = torch.randn(2, 48, 128).to(dtype)
     counted = flop_of(lambda: schatten(x, p)) / 2
-    said = schatten_work(p, 48, 128, torch.float32, "cpu")
+    said = schatten_work(p, 48, 128, dtype, "cpu")
     assert HALF * 0.8 * counted <= said.narrow + said.wide <= 1.05 * counted
     assert (said.solver > 0) == (p == 5 or (dtype == torch.float32 and p in (1.5, 3, 4, 6, 8)))
 
