@@ -343,6 +343,7 @@ def test_a_suite_that_fails_hangs_or_crashes_leaves_the_others(
     assert "refresh.json" not in names
 
 
+@pytest.mark.slow
 def test_what_is_stopped_is_packed(
     tmp_path: Path, repository: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
