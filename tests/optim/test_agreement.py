@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steepest.matrices import Piece, pieces
-from steepest.parts import Decay, Hyper, Momentum, Rounding, Spectral
+from steepest.parts import Decay, Hyper, Momentum, Normalize, Rounding, Spectral, Submatrix
 from steepest.recipe import Recipe, State
 from steepest.step import Parameter, Plan, StepOptions
 from support.problems import RECIPES, SHAPES, TOLERANCE, gap, gaussian, refer
@@ -68,6 +68,7 @@ def compare(recipe: Recipe, dtype: torch.dtype, tolerance: float, **options: Any
             assert gap(ours.states[i][key], value) < tolerance, key
 
 
+DION2 = replace(RECIPES["muon"], momentum=Momentum("error_feedback"), submatrix=Submatrix(0.3))
 VARIANTS = {
     **RECIPES,
     "muon, cautious": replace(RECIPES["muon"], decay=Decay(cautious=True)),
@@ -83,6 +84,8 @@ VARIANTS = {
     "adamw, match_rms": replace(RECIPES["adamw"], adjust_lr="match_rms_adamw"),
     "adamw, fp16 momentum": replace(RECIPES["adamw"], momentum=Momentum(bias_correction=True, dtype=torch.float16)),
     "muon, heavy ball": replace(RECIPES["muon"], momentum=Momentum("heavy_ball", nesterov=True)),
+    "dion2": DION2,
+    "dion3": replace(DION2, submatrix=Submatrix(0.3, "rows"), transforms=(Normalize(),)),
 }
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from steepest import Dion2, Muon
-from steepest.recipe import step_one
 
 SHAPES = ((7, 5), (5, 7), (6, 6), (1, 4), (4, 1), (9, 3))
 STEPS = 20
@@ -109,21 +108,6 @@ def test_all_of_a_matrix_is_muon(shape: tuple[int, int]) -> None:
     muon = Muon([v], lr=LR, weight_decay=DECAY, momentum=MU, **options)
     for now, then in zip(trajectory(whole, w, of), trajectory(muon, v, of), strict=True):
         torch.testing.assert_close(now, then, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("after", [None, "rows"])
-@every_shape
-def test_a_step_is_that_of_the_recipe(shape: tuple[int, int], after: str | None) -> None:
-    optimizer, w = made(shape, after=after)
-    group = optimizer.param_groups[0]
-    recipe, hyper, v = optimizer.recipe(group), optimizer.hyper(group), w.detach().clone()
-    state = recipe.init(v)
-    for g in gradients(shape):
-        v, state = step_one(recipe, v, g, state, hyper)
-        trajectory(optimizer, w, [g])
-        torch.testing.assert_close(w.detach(), v, rtol=1e-12, atol=1e-12)
-    for key, t in state.items():
-        torch.testing.assert_close(optimizer.state[w][key].view(t.shape), t, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -216,3 +216,25 @@ def test_no_torch_header_below_the_door() -> None:
 
 if __name__ == "__main__":
     print(picture())
+
+
+PAPERS = sorted((Path(__file__).parents[1] / "papers").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_references_from_papers_know_only_the_class_they_are_of(path: Path) -> None:
+    """A statement of a paper that shares code with what it is held against says nothing.
+
+    `infinite_descent` is a function, and what is held against its paper is a gradient within.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert re.search(r"[=<]", ast.get_docstring(tree) or ""), "the equations are at the head"
+    inner = {"steepest.zoo.infinite_descent"} if path.stem == "test_infinite_descent" else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("steepest"):
+            assert node.module == "steepest" or node.module in inner, node.module
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("support."):
+            source = Path(__file__).parents[1] / f"{node.module.replace('.', '/')}.py"
+            assert not re.search(r"^(from|import) steepest", source.read_text(encoding="utf-8"), re.MULTILINE), source
+        elif isinstance(node, ast.Import):
+            assert not [each.name for each in node.names if each.name.startswith("steepest.")]
