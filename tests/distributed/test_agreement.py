@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import steepest
+from steepest.ops import backend
+from steepest.step import plan
 from support.processes import Processes
 from support.slow import slow
 from support.training import noise
@@ -72,3 +76,55 @@ def test_a_rank_that_cannot_go_on(processes: Processes) -> None:
         assert "nothing" in text
         assert "rank 1 cannot take this step" in text
         assert kept
+
+
+def stepped_otherwise() -> str:
+    """What this rank is told where rank 1 steps a parameter by torch operations and the others do not."""
+    p = made(0, 6, 4)
+    optimizer = steepest.Muon([{"params": [p], "param_names": ["layer.weight"]}])
+    p.grad = torch.zeros_like(p)
+    if dist.get_rank() == 1:
+        plan._backend = lambda p, packed: "torch"
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    return str(error.value)
+
+
+@pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
+def test_ranks_that_step_a_parameter_in_other_ways(processes: Processes) -> None:
+    first, second = processes.run(stepped_otherwise, ranks=2)
+    assert first == second
+    assert "ranks are about to take different steps" in first
+    assert "'layer.weight' (group 0) stepped by cpu" in first
+    assert "stepped by torch" in first
+
+
+#: Shards of which Triton takes some, for the last one is a single row or has none, and not the others.
+UNEVEN: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "transposed": ((5, 48), {"transposed": True}),
+    "side by side": ((5, 48), {"num_heads": 3, "split_columns": True}),
+    "experts in splits": ((5, 8, 48), {"batch_dims": 1, "split_sizes": (4, 4)}),
+    "heads": ((12, 8), {"num_heads": 3}),
+}
+
+
+def taken_by_triton() -> dict[str, bool]:
+    """Of this rank: whether Triton would take each of them, but for there being a GPU."""
+    found = {}
+    for name, (shape, layout) in UNEVEN.items():
+        p = made(0, *shape)
+        optimizer = steepest.Muon([{"params": [p], **layout}])
+        p.grad = torch.zeros_like(p)
+        seen = optimizer._parameter(0, 0, p, optimizer._state_here(p))
+        packed = plan.program(seen.recipe)
+        assert not isinstance(packed, str)
+        found[name] = plan._triton_reason(seen, packed) is None
+    return found
+
+
+@pytest.mark.parametrize("ranks", [3, slow(4)])
+def test_ranks_choose_alike_whatever_their_shards(processes: Processes, ranks: int) -> None:
+    first, *others = processes.run(taken_by_triton, ranks=ranks)
+    assert first["heads"]
+    assert not first["transposed"]
+    assert all(other == first for other in others)

@@ -193,6 +193,13 @@ def test_options_of_every_optimizer(processes: Processes, cls: type[MatrixOptimi
     check(processes.run(sharded_of, cls, ranks=2, **values), wanted)
 
 
+@pytest.mark.parametrize("cls", [steepest.Muon, slow(steepest.MuonMax)], ids=name_of)
+def test_directions_that_would_go_straight_into_weights(processes: Processes, cls: type[MatrixOptimizer]) -> None:
+    """fuse_update is for matrices that one process has: of shared ones the directions travel back first."""
+    [wanted] = processes.run(alone_of, cls, ranks=1)
+    check(processes.run(sharded_of, cls, ranks=2, fuse_update=True), wanted)
+
+
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 

@@ -110,3 +110,11 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
             optimizer.step()
         found.append(torch.stack([p.detach().float() for p in own]))
     assert (found[0] - found[1]).abs().amax() <= 4 * torch.finfo(dtype).eps * found[0].abs().amax() + 1e-3
+
+
+@pytest.mark.parametrize("cls", [steepest.MuonMax, steepest.ProductNormDescent, steepest.ProdigyMuon])
+def test_where_layers_wait_the_update_goes_by_itself(cls: Any) -> None:
+    """The factor that all layers decide is yet to come when a direction is there."""
+    off, _ = run(cls)
+    on, _ = run(cls, fuse_update=True)
+    assert all(torch.equal(a, b) for a, b in zip(off, on, strict=True))

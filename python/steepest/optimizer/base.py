@@ -184,6 +184,17 @@ class MatrixOptimizer(Reports, Constraints):
             self._check_agreement(self._gradients_there() if plan is before else self._sharded_rows())
         return plan
 
+    def _sharded_rows(self) -> list[tuple[str, ...]]:
+        """Those of parameters and options, and of a plan what steps each parameter: collectives follow that."""
+        chosen = (
+            [] if self._plan is None else [(p, each.backend) for each in self._plan.executors for p in each.parameters]
+        )
+        return super()._sharded_rows() + [
+            (f"{parameter_name(self.param_groups[p.group], p.index)} (group {p.group})", f"stepped by {backend}")
+            for p, backend in sorted(chosen, key=lambda each: (each[0].group, each[0].index))
+            if p.sharding is not None
+        ]
+
     def _ready_plan(self) -> Plan:
         """The plan of this step; every check is made, before the first write, when there is none for it yet, and that
         of numbers whenever they have changed.
@@ -251,14 +262,15 @@ class MatrixOptimizer(Reports, Constraints):
 
     def _parameter(self, number: int, index: int, p: Tensor, state: State) -> Parameter:
         """Parameter `index` of group `number` as a step sees it."""
-        group = self.param_groups[number]
+        group, sharding = self.param_groups[number], self._sharding(p)
         options = StepOptions(
             maximize=group["maximize"],
             backend=group["backend"],
             max_workspace_bytes=group["max_workspace_bytes"],
-            fuse_update=group["use_muon"] and group["fuse_update"],
+            # Where layers wait for one another a factor is yet to come; of shared matrices directions travel back.
+            fuse_update=group["use_muon"] and group["fuse_update"] and sharding is None and not self._couples(),
         )
-        sharding, recipe, pieces = self._sharding(p), self._recipe(group), self._pieces(p, group)
+        recipe, pieces = self._recipe(group), self._pieces(p, group)
         coded = {name: kind for name, kind in recipe.names_of_averages(len(pieces)).items() if scale_key(name) in state}
         if recipe.storage is not None and coded:
             state = cast(State, WorkingState(state, recipe.storage, coded))

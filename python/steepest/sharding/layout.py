@@ -115,14 +115,20 @@ class Sharding:
     def unit(self, piece: Piece, owners: Sequence[int]) -> Unit:
         return Unit(piece, tuple(owners), self.rectangles(piece))
 
-    def local_parts(self, pieces: Sequence[Piece], owners: Sequence[Sequence[int]]) -> list[LocalPart]:
-        """What lies here of every piece, in runs of matrices that have one owner and one rectangle."""
+    def local_parts(
+        self, pieces: Sequence[Piece], owners: Sequence[Sequence[int]], region: Region | None = None
+    ) -> list[LocalPart]:
+        """What lies here of every piece, in runs of matrices that have one owner and one rectangle.
+
+        region: the shard of another rank, to be asked about instead.
+        """
+        region = self.region if region is None else region
         parts = []
         for number, piece in enumerate(pieces):
             heads = piece.heads
             kinds: list[tuple[Rectangle, int, int, int] | None] = []
             for k in range(piece.batch):
-                rect = rectangle(self.region, self.shape, piece, k)
+                rect = rectangle(region, self.shape, piece, k)
                 if rect is None:
                     kinds.append(None)
                     continue
@@ -133,32 +139,32 @@ class Sharding:
             for kind, some in groupby(range(piece.batch), key=kinds.__getitem__):
                 if kind is not None:
                     run = list(some)
-                    part = self._part(piece, run, kind[0])
+                    part = self._part(piece, run, kind[0], region)
                     parts.append(LocalPart(number, range(run[0], run[-1] + 1), kind[1], part))
         return parts
 
-    def _part(self, piece: Piece, run: Sequence[int], rect: Rectangle) -> Part:
+    def _part(self, piece: Piece, run: Sequence[int], rect: Rectangle, region: Region) -> Part:
         """A run of matrices as a piece of the shard."""
-        heads, shard = piece.heads, self.region.shape
+        heads, shard = piece.heads, region.shape
         if not shard:
             return Part(0, 1, 1, 1, 1)
         rows, cols = rect.shape
         batch, head = divmod(run[0], heads)
         of_head, size, offset = (piece.cols, cols, rect.left) if piece.by_columns else (piece.rows, rows, rect.top)
-        start = piece.start + head * of_head + offset - self.region.start[piece.dim]
+        start = piece.start + head * of_head + offset - region.start[piece.dim]
         length = size * len(run) if heads > 1 else size
         count = 1 if heads > 1 else len(run)
         turned = piece.transposed or piece.by_columns
         another = turned or length < shard[piece.dim] or count < prod(shard[: piece.batch_dims])
-        first, dim = self._local_batch(piece, batch), piece.dim
+        first, dim = self._local_batch(piece, batch, region), piece.dim
         ways = (piece.transposed, piece.by_columns)
         return Part(start, length, len(run), rows, cols, dim, another, *ways, first=first, count=count)
 
-    def _local_batch(self, piece: Piece, batch: int) -> int:
+    def _local_batch(self, piece: Piece, batch: int, region: Region) -> int:
         """The place of a batch index in the shard's dimensions before those of a matrix."""
         at, unit = 0, 1
         for d in range(piece.batch_dims - 1, -1, -1):
             batch, index = divmod(batch, self.shape[d])
-            at += (index - self.region.start[d]) * unit
-            unit *= self.region.shape[d]
+            at += (index - region.start[d]) * unit
+            unit *= region.shape[d]
         return at

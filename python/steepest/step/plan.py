@@ -360,6 +360,20 @@ def _triton_reason(p: Parameter, packed: Program) -> str | None:
         stack = torch.empty(views[0].shape, device="meta")  # the direction's input is contiguous whatever p is
         if (why := multi_tensor.triton_takes([*views, stack], piece.batch)) is not None:
             return why
+    return _reason_elsewhere(p)
+
+
+def _reason_elsewhere(p: Parameter) -> str | None:
+    """As `_triton_reason`, of the shards of all ranks, which have to choose alike: collectives follow the choice."""
+    if p.sharding is None:
+        return None
+    for region in dict.fromkeys(p.sharding.regions):
+        shard = torch.empty(region.shape, device="meta")
+        for part in (run.part for run in p.sharding.local_parts(p.pieces, p.owners, region)):
+            view = part.view(shard)
+            stack = torch.empty(view.shape, device="meta")
+            if (why := multi_tensor.triton_takes([view, stack], part.batch)) is not None:
+                return f"of another rank's shard, {why}"
     return None
 
 
