@@ -18,7 +18,7 @@ import steepest
 from steepest.optimizer import MatrixOptimizer
 from support.training import made
 
-__all__ = ["GPT", "backward", "different", "digest", "full", "optimizer", "shard", "train", "whole"]
+__all__ = ["GPT", "HEADS", "backward", "different", "digest", "full", "optimizer", "shard", "train", "whole"]
 
 WIDTH, HEADS, VOCABULARY, TOKENS, BATCH = 12, 3, 37, 9, 4
 #: The fused projection is nine matrices, the one back three, side by side; the gate is one of a single row.
