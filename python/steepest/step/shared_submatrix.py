@@ -47,13 +47,13 @@ class SharedSubmatrices(SharedMatrices):
     def _of_parts(self) -> list[tuple[LocalMatrices, range, Rectangle]]:
         """(part, its matrices among all of them, what lies here of each, which is the same)."""
         units = {item.place: unit for item, unit in zip(self.matrices, self._units, strict=True)}
-        found = []
+        cut = []
         for part in self.parts:
             place, run = place_of(part), part.run.matrices
             first, here = self._first_number[place], units[place].rectangles[self.ranks.place][run.start]
             assert here is not None
-            found.append((part, range(first + run.start, first + run.stop), here))
-        return found
+            cut.append((part, range(first + run.start, first + run.stop), here))
+        return cut
 
     # ---- which rows -------------------------------------------------------------------------------------------------
 

@@ -135,12 +135,12 @@ def _full(plan: Plan, runs: Runs) -> list[Record]:
     progress = Progress(len(plan.tasks) * len(chosen), unit="method")
     adamw_lr = ADAMW_RATE
     for number, (task, method) in enumerate(product(plan.tasks.values(), chosen.values()), start=1):
-        found = full.compare(task, method, plan.steps(task), plan.seed, adamw_lr, runs)
-        best = full.best_of(found)
+        compared = full.compare(task, method, plan.steps(task), plan.seed, adamw_lr, runs)
+        best = full.best_of(compared)
         at = "" if best is None else f" at {best['lr']:g}"
-        progress.update(number, f"{task.name}: {method.name}{at} {_result(best or found[0])}, {len(found)} runs")
+        progress.update(number, f"{task.name}: {method.name}{at} {_result(best or compared[0])}, {len(compared)} runs")
         if method.name == full.REFERENCE:
-            adamw_lr = full.rate_of(found)
+            adamw_lr = full.rate_of(compared)
     return list(runs.known.values())
 
 
@@ -153,10 +153,10 @@ def _tell(out: Path, made: Sequence[Record], whole: bool) -> None:
     names = dict.fromkeys(record["task"] for record in made)
     paths = {name: out / f"{name}.png" for name in names}
     if whole:
-        found = evidence.rows(made)
-        print(evidence.table(found))
-        evidence.write_csv(out / TABLE, found)
-        draw = {path: partial(pictures.draw_evidence, path, evidence.of(found, name)) for name, path in paths.items()}
+        summary = evidence.rows(made)
+        print(evidence.table(summary))
+        evidence.write_csv(out / TABLE, summary)
+        draw = {path: partial(pictures.draw_evidence, path, evidence.of(summary, name)) for name, path in paths.items()}
     else:
         of_tasks = report.summaries(made)
         print(report.table(of_tasks))

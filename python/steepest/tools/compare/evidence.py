@@ -153,34 +153,34 @@ def rows(records: Iterable[Record]) -> list[Row]:
     groups: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         groups.setdefault(record["task"], {}).setdefault(record["optimizer"], []).append(record)
-    found: list[Row] = []
+    summary: list[Row] = []
     for of_task in groups.values():
         if full.REFERENCE not in of_task:
             continue
         evidence = sorted((Evidence(runs) for runs in of_task.values()), key=lambda each: each.loss)
         reference = Evidence(of_task[full.REFERENCE])
-        found += [each.row(reference) for each in evidence]
-    return found
+        summary += [each.row(reference) for each in evidence]
+    return summary
 
 
-def of(found: Sequence[Row], task: str) -> list[Row]:
+def of(summary: Sequence[Row], task: str) -> list[Row]:
     """The rows of one task."""
-    return [row for row in found if row["task"] == task]
+    return [row for row in summary if row["task"] == task]
 
 
-def table(found: Sequence[Row]) -> str:
+def table(summary: Sequence[Row]) -> str:
     """For a person: a block a task."""
     blocks = []
-    for task in dict.fromkeys(row["task"] for row in found):
-        blocks.append(f"{task}\n" + aligned([SHOWN, *(_shown(row) for row in of(found, task))], names=1))
+    for task in dict.fromkeys(row["task"] for row in summary):
+        blocks.append(f"{task}\n" + aligned([SHOWN, *(_shown(row) for row in of(summary, task))], names=1))
     return "\n\n".join([*blocks, "* not enclosed: a rate beyond the grid may be better; > the band may be wider"])
 
 
-def write_csv(path: Path, found: Sequence[Row]) -> None:
+def write_csv(path: Path, summary: Sequence[Row]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(summary)
 
 
 def _shown(row: Row) -> list[str]:
