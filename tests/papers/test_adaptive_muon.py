@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steepest import NAMO, SOAP, AdaMuon, MuAdam, MuAdamSANIA, Muon, NorMuon, Shampoo
+from support.references import gaussian, polar_by_svd, trajectory, unequal_gradients
 
 SHAPES = ((7, 5), (5, 7), (6, 6), (1, 4), (4, 1))
 STEPS = 20
@@ -25,19 +26,12 @@ Rule = Callable[[Tensor, Sequence[Tensor]], Iterator[Tensor]]
 both_backends = pytest.mark.parametrize("backend", ["auto", "torch"])
 
 
-def orthogonal_factor(m: Tensor) -> Tensor:
-    """U V^T over the singular values that are not zero."""
-    u, s, vt = torch.linalg.svd(m, full_matrices=False)
-    rank = int((s > 1e-10 * s[0]).sum())
-    return u[:, :rank] @ vt[:rank]
-
-
 def normuon(w: Tensor, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
     """Algorithm 1 of arXiv:2510.05491, with beta1 = beta2 = .95 and eps = 1e-8."""
     m, v = torch.zeros_like(w), torch.zeros(w.shape[0], 1, dtype=w.dtype)
     for g in gradients:
         m = 0.95 * m + 0.05 * g
-        o = orthogonal_factor(m)
+        o = polar_by_svd(m)
         for i in range(len(v)):
             v[i] = 0.95 * v[i] + 0.05 * sum(float(x) ** 2 for x in o[i]) / o.shape[1]
         hat = o / (v**0.5 + 1e-8)
@@ -51,7 +45,7 @@ def adamuon(w: Tensor, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
     m, v = torch.zeros_like(w), torch.zeros_like(w)
     for g in gradients:
         m = 0.95 * m + g
-        o = orthogonal_factor(torch.sign(m))
+        o = polar_by_svd(torch.sign(m))
         v = 0.95 * v + 0.05 * o**2
         hat = o / (v**0.5 + 1e-8)
         gamma = 0.2 * (hat.numel() ** 0.5) / float((hat * hat).sum()) ** 0.5
@@ -66,7 +60,7 @@ def namo(w: Tensor, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
         m = 0.95 * m + 0.05 * g
         v = 0.99 * v + 0.01 * float((g * g).sum())
         alpha = (1 - 0.99**t) ** 0.5 / (1 - 0.95**t) * float((m * m).sum()) ** 0.5 / (v**0.5 + 1e-8)
-        w = w - LR * alpha * orthogonal_factor(m) - LR * DECAY * w
+        w = w - LR * alpha * polar_by_svd(m) - LR * DECAY * w
         yield w
 
 
@@ -74,25 +68,8 @@ RULES: dict[type[Optimizer], Rule] = {NorMuon: normuon, AdaMuon: adamuon, NAMO: 
 every_rule = pytest.mark.parametrize("cls", RULES, ids=lambda cls: cls.__name__)
 
 
-def gaussian(shape: Sequence[int], seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def gradients(shape: Sequence[int], seed: int = 0) -> list[Tensor]:
-    return [gaussian(shape, 100 * seed + step + 1) * 10.0 ** (step % 3 - 1) for step in range(STEPS)]
-
-
-def trajectory(optimizer: Optimizer, w: nn.Parameter, of: Sequence[Tensor]) -> list[Tensor]:
-    weights = []
-    for g in of:
-        w.grad = g.clone()
-        optimizer.step()
-        weights.append(w.detach().clone())
-    return weights
-
-
 def made(cls: type[Optimizer], shape: Sequence[int], **options: object) -> tuple[Optimizer, nn.Parameter]:
-    w = nn.Parameter(gaussian(shape, 0))
+    w = nn.Parameter(gaussian(*shape, seed=0))
     group = [{"params": [w], "use_muon": True}]
     return cls(group, **{"lr": LR, "weight_decay": DECAY, "polar": "svd", **options}), w
 
@@ -102,7 +79,7 @@ def made(cls: type[Optimizer], shape: Sequence[int], **options: object) -> tuple
 @every_rule
 def test_the_papers_algorithm(cls: type[Optimizer], shape: tuple[int, int], backend: str) -> None:
     optimizer, w = made(cls, shape, backend=backend)
-    start, of = w.detach().clone(), gradients(shape)
+    start, of = w.detach().clone(), unequal_gradients(STEPS, shape)
     for now, wanted in zip(trajectory(optimizer, w, of), RULES[cls](start, of), strict=True):
         assert float((now - wanted).norm() / (wanted - start).norm()) < 1e-10
 
@@ -117,8 +94,8 @@ def test_every_matrix_of_a_weight_has_statistics_of_its_own(cls: type[Optimizer]
     }
     cuts = {(6, 5): (3, 3), (9, 4): (4, 3, 2), (3, 4, 5): (4, 4, 4)}
     for shape, how in layouts.items():
-        w = nn.Parameter(gaussian(shape, 0))
-        of = gradients(shape)
+        w = nn.Parameter(gaussian(*shape, seed=0))
+        of = unequal_gradients(STEPS, shape)
         optimizer = cls([{"params": [w], "use_muon": True, **how}], lr=LR, weight_decay=DECAY, polar="svd")
         parts = w.detach().clone().reshape(-1, shape[-1]).split(cuts[shape])
         trajectory(optimizer, w, of)
@@ -129,7 +106,7 @@ def test_every_matrix_of_a_weight_has_statistics_of_its_own(cls: type[Optimizer]
 
 def test_normuon_of_rows_that_are_of_one_size_is_muon() -> None:
     """An orthogonal factor with no more rows than columns has rows of length 1."""
-    of = gradients((4, 9))
+    of = unequal_gradients(STEPS, (4, 9))
     optimizer, w = made(NorMuon, (4, 9))
     muon, other = made(Muon, (4, 9), nesterov=False, adjust_lr_fn="match_rms_adamw")
     for a, b in zip(trajectory(optimizer, w, of), trajectory(muon, other, of), strict=True):
@@ -137,7 +114,7 @@ def test_normuon_of_rows_that_are_of_one_size_is_muon() -> None:
 
 
 def test_namo_of_one_gradient_for_ever_is_muon() -> None:
-    of = [gaussian((5, 4), 3)] * 6
+    of = [gaussian(5, 4, seed=3)] * 6
     optimizer, w = made(NAMO, (5, 4))
     muon, other = made(Muon, (5, 4), nesterov=False, adjust_lr_fn="none")
     for a, b in zip(trajectory(optimizer, w, of), trajectory(muon, other, of), strict=True):
@@ -150,7 +127,7 @@ def test_namo_steps_less_in_noise() -> None:
     optimizer = NAMO([{"params": [w], "use_muon": True}], lr=1.0, weight_decay=0.0, polar="svd")
     for step in range(300):
         before = w.detach().clone()
-        w.grad = gaussian((20, 20), step)
+        w.grad = gaussian(20, 20, seed=step)
         optimizer.step()
     moved = float(torch.linalg.matrix_norm(w.detach() - before, 2))
     assert moved == pytest.approx((0.05 / 1.95) ** 0.5, rel=0.1)
@@ -168,7 +145,7 @@ def test_an_update_is_normalized_after_any_method(cls: type[Optimizer], after: s
     Both see the same gradients, so that their metrics are the same; with lr = 1 and no decay a step is the update.
     """
     options = {"lr": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.95), "adjust_lr_fn": "none", "backend": backend}
-    of = gradients((6, 4))
+    of = unequal_gradients(STEPS, (6, 4))
     plain, w = made(cls, (6, 4), **options)
     optimizer, x = made(cls, (6, 4), after=after, **options)
     was, is_now = [w.detach().clone()], [x.detach().clone()]
@@ -214,7 +191,7 @@ def test_an_update_too_large_to_be_squared_leaves_the_state_finite() -> None:
     optimizer = MuAdamSANIA([w], lr=1e-2, eps=0.0, after="rows")
     for size in (1e-20, 1.0, 1.0):
         before = w.detach().clone()
-        w.grad = size * gaussian((4, 3), 1).float()
+        w.grad = size * gaussian(4, 3, seed=1).float()
         optimizer.step()
         assert w.isfinite().all()
         assert optimizer.state[w]["update_exp_avg_sq"].isfinite().all()

@@ -16,18 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from steepest import Dion2, Muon
+from support.references import gaussian, polar_by_svd, trajectory, unequal_gradients
 
 SHAPES = ((7, 5), (5, 7), (6, 6), (1, 4), (4, 1), (9, 3))
 STEPS = 20
 LR, DECAY, MU, BETA2 = 0.02, 0.1, 0.9, 0.8
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-def orthogonal_factor(m: Tensor) -> Tensor:
-    """U V^T over the singular values that are not zero."""
-    u, s, vt = torch.linalg.svd(m, full_matrices=False)
-    rank = int((s > 1e-10 * s[0]).sum())
-    return u[:, :rank] @ vt[:rank]
 
 
 def largest_rows(m: Tensor, fraction: float) -> list[int]:
@@ -46,7 +40,7 @@ def dion2(w: Tensor, gradients: Sequence[Tensor], fraction: float, rows: bool = 
         if turned:
             m = m.T
         chosen = largest_rows(m, fraction)
-        o = orthogonal_factor(torch.stack([m[i] for i in chosen]))
+        o = polar_by_svd(torch.stack([m[i] for i in chosen]))
         for i in chosen:
             m[i] = MU * m[i]
         if rows:
@@ -65,27 +59,10 @@ def dion2(w: Tensor, gradients: Sequence[Tensor], fraction: float, rows: bool = 
         yield w
 
 
-def gaussian(shape: Sequence[int], seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def gradients(shape: Sequence[int], seed: int = 0) -> list[Tensor]:
-    return [gaussian(shape, 100 * seed + step + 1) * 10.0 ** (step % 3 - 1) for step in range(STEPS)]
-
-
 def made(shape: Sequence[int], **options: object) -> tuple[Dion2, nn.Parameter]:
-    w = nn.Parameter(gaussian(shape, 0))
+    w = nn.Parameter(gaussian(*shape, seed=0))
     values = {"lr": LR, "weight_decay": DECAY, "momentum": MU, "beta2": BETA2, "polar": "svd", **options}
     return Dion2([{"params": [w], "use_muon": True}], **values), w
-
-
-def trajectory(optimizer: torch.optim.Optimizer, w: nn.Parameter, of: Sequence[Tensor]) -> list[Tensor]:
-    weights = []
-    for g in of:
-        w.grad = g.clone()
-        optimizer.step()
-        weights.append(w.detach().clone())
-    return weights
 
 
 @pytest.mark.parametrize("after", [None, "rows"])
@@ -93,7 +70,7 @@ def trajectory(optimizer: torch.optim.Optimizer, w: nn.Parameter, of: Sequence[T
 @every_shape
 def test_the_papers_rule(shape: tuple[int, int], fraction: float, after: str | None) -> None:
     optimizer, w = made(shape, fraction=fraction, after=after)
-    start, of = w.detach().clone(), gradients(shape)
+    start, of = w.detach().clone(), unequal_gradients(STEPS, shape)
     wanted = dion2(start, of, fraction, rows=after == "rows")
     for now, then in zip(trajectory(optimizer, w, of), wanted, strict=True):
         assert float((now - then).norm() / (then - start).norm()) < 1e-10
@@ -102,7 +79,7 @@ def test_the_papers_rule(shape: tuple[int, int], fraction: float, after: str | N
 @every_shape
 def test_all_of_a_matrix_is_muon(shape: tuple[int, int]) -> None:
     """An average and a sum of gradients have one polar factor."""
-    (whole, w), of = made(shape, fraction=1.0), gradients(shape)
+    (whole, w), of = made(shape, fraction=1.0), unequal_gradients(STEPS, shape)
     v = nn.Parameter(w.detach().clone())
     options = {"nesterov": False, "adjust_lr_fn": "spectral_unclamped", "polar": "svd"}
     muon = Muon([v], lr=LR, weight_decay=DECAY, momentum=MU, **options)
@@ -116,7 +93,7 @@ def test_only_what_is_chosen_moves_and_is_damped(turned: bool) -> None:
     optimizer, w = made(shape, weight_decay=0.0)
     momentum = torch.zeros(shape, dtype=torch.float64)
     side = int(turned)
-    for g in gradients(shape):
+    for g in unequal_gradients(STEPS, shape):
         before = w.detach().clone()
         w.grad = g.clone()
         optimizer.step()
@@ -141,13 +118,13 @@ def test_every_matrix_of_a_weight_chooses_its_own() -> None:
     cuts = {(6, 5): (3, 3), (9, 4): (4, 3, 2), (3, 4, 5): (1, 1, 1), (4, 9): (4, 3, 2)}
     for (shape, how), after in ((each, after) for each in layouts.items() for after in (None, "rows")):
         values = {"lr": LR, "weight_decay": DECAY, "polar": "svd", "after": after, "fraction": 0.5}
-        w = nn.Parameter(gaussian(shape, 0))
+        w = nn.Parameter(gaussian(*shape, seed=0))
         turned, dim = bool(how.get("transposed")), 1 if how.get("transposed") else 0
         parts = [t.reshape(-1, shape[-1]) if not turned else t.T for t in w.detach().split(cuts[shape], dim)]
         alone = [nn.Parameter(part.clone()) for part in parts]
         one = Dion2([{"params": [w], "use_muon": True, **how}], **values)
         many = Dion2([{"params": alone, "use_muon": True}], **values)
-        for g in gradients(shape)[:5]:
+        for g in unequal_gradients(STEPS, shape)[:5]:
             w.grad = g.clone()
             for p, part in zip(alone, g.split(cuts[shape], dim), strict=True):
                 p.grad = (part.reshape(-1, shape[-1]) if not turned else part.T).clone()
@@ -159,10 +136,10 @@ def test_every_matrix_of_a_weight_chooses_its_own() -> None:
 
 def test_a_group_has_a_fraction_of_its_own() -> None:
     (first, w), (second, v) = made((8, 8), fraction=0.25), made((8, 8), fraction=0.5)
-    a, b = nn.Parameter(gaussian((8, 8), 0)), nn.Parameter(gaussian((8, 8), 0))
+    a, b = nn.Parameter(gaussian(8, 8, seed=0)), nn.Parameter(gaussian(8, 8, seed=0))
     groups = [{"params": [a], "fraction": 0.25}, {"params": [b], "fraction": 0.5}]
     both = Dion2(groups, lr=LR, weight_decay=DECAY, momentum=MU, polar="svd")
-    for g in gradients((8, 8))[:5]:
+    for g in unequal_gradients(STEPS, (8, 8))[:5]:
         for p in (w, v, a, b):
             p.grad = g.clone()
         for optimizer in (first, second, both):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,13 +60,25 @@ def gradients(steps: int, *shape: int, seed: int = 0) -> Iterator[Tensor]:
         yield left @ (rows[:, None] * gaussian(*shape, seed=1000 * seed + step) * cols) @ right
 
 
+def unequal_gradients(steps: int, shape: Sequence[int], seed: int = 0) -> list[Tensor]:
+    """Noise that is a tenth, one and ten times as large in turn."""
+    return [gaussian(*shape, seed=100 * seed + step + 1) * 10.0 ** (step % 3 - 1) for step in range(steps)]
+
+
+def trajectory(optimizer: torch.optim.Optimizer, w: Tensor, grads: Iterable[Tensor]) -> list[Tensor]:
+    """The weight after each step."""
+    weights = []
+    for g in grads:
+        w.grad = g.clone()
+        optimizer.step()
+        weights.append(w.detach().clone())
+    return weights
+
+
 def trained(cls: Callable[..., Any], grads: Iterator[Tensor], start: Tensor, **options: Any) -> Tensor:
     """The weight after one step for each gradient."""
     p = torch.nn.Parameter(start.clone())
-    optimizer = cls([{"params": [p], "use_muon": True}], **options)
-    for g in grads:
-        p.grad = g.clone()
-        optimizer.step()
+    trajectory(cls([{"params": [p], "use_muon": True}], **options), p, grads)
     return p.detach()
 
 
