@@ -177,6 +177,10 @@ class Recipe:
         names = [self.names(number) for number in range(pieces)]
         return {of_piece.get(key, key): kind for key, kind in self.averages.items() for of_piece in names}
 
+    def coded(self, shape: Sequence[int], pieces: int) -> dict[str, Codes]:
+        """`names_of_averages` that a parameter of this shape stores in codes: none where the recipe has no storage."""
+        return self.names_of_averages(pieces) if self.storage is not None and self.storage.takes(shape) else {}
+
     @property
     def may_lack(self) -> tuple[str, ...]:
         """The keys that state of the same method may be without: what is kept of the weights begins at any step."""
@@ -355,13 +359,17 @@ class Recipe:
             return g
         return self.momentum.read(state[self.momentum.key], g, hyper.beta1, state.get("step"), hyper.beta2)
 
-    def direction_input(self, state: State, m: Tensor, hyper: Hyper, w: Tensor | None = None) -> Tensor:
+    def direction_input(
+        self, state: State, m: Tensor, hyper: Hyper, w: Tensor | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
         """What the direction is asked about: the momentum in the preconditioner's variables.
 
         m: what the momentum reads (`momentum_of`).   w: the weight in m's shape, for a recipe that `reads_weight`.
+        chosen: of a submatrix, where it is known.
         """
         if self.submatrix is not None:
-            return self.submatrix.take(m, self.submatrix.chosen(m), self.submatrix.dim(*m.shape[-2:]))
+            chosen = self.submatrix.chosen(m) if chosen is None else chosen
+            return self.submatrix.take(m, chosen, self.submatrix.dim(*m.shape[-2:]))
         return self.precondition.into(state, m, hyper, state.get("step"))
 
     def direction_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:

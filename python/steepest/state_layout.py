@@ -13,7 +13,7 @@ Matrices are counted piece by piece (see `steepest.matrices`), in the order of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .matrices import Piece
 
-__all__ = ["Codes", "Layout", "StateSpec", "empty_state", "piece_view"]
+__all__ = ["Codes", "Layout", "StateSpec", "StateView", "empty_state", "piece_view"]
 
 Layout = Literal["elementwise", "row", "column", "matrix", "factor", "scalar", "host"]
 #: An average of gradients or updates, or one of squares, as `steepest.parts.Blockwise` stores it.
@@ -43,6 +43,22 @@ class StateSpec:
     of_gradient: bool = False
     nonnegative: bool = False
     codes: Codes | None = None
+
+
+class StateView(MutableMapping[str, Tensor]):
+    """A view of the state of one parameter, to be used as that; subclasses say how it is read and stored."""
+
+    def __init__(self, state: MutableMapping[str, Tensor]) -> None:
+        self._state = state
+
+    def __delitem__(self, key: str) -> None:
+        del self._state[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def empty_state(spec: StateSpec, g: Tensor, pieces: Sequence[Piece]) -> Tensor:

@@ -29,7 +29,7 @@ from ..step.plan import route
 from ..step.state_storage import stack
 from ..step.working_state import WorkingState
 from .constraints import RADIUS, Constraints
-from .group_options import Group, numbers_of, parameter_name, refuse_option
+from .group_options import Group, parameter_name, refuse_option
 from .groups import Params
 from .reports import Reports
 from .stale import StaleParameters
@@ -207,7 +207,6 @@ class MatrixOptimizer(Reports, Constraints):
             )
         for group in self.param_groups:
             self._numbers_on_device(group)
-            self._numbers[id(group)] = numbers_of(group)
         key = self._key()
         if self._plan is None or self._plan_key != key:
             refuse_capture("what it steps has changed since the last step: take one with these gradients first")
@@ -271,7 +270,7 @@ class MatrixOptimizer(Reports, Constraints):
             fuse_update=group["use_muon"] and group["fuse_update"] and sharding is None and not self._couples(),
         )
         recipe, pieces = self._recipe(group), self._pieces(p, group)
-        coded = {name: kind for name, kind in recipe.names_of_averages(len(pieces)).items() if scale_key(name) in state}
+        coded = {name: kind for name, kind in recipe.coded(p.shape, len(pieces)).items() if scale_key(name) in state}
         if recipe.storage is not None and coded:
             state = cast(State, WorkingState(state, recipe.storage, coded))
             # What is decoded at once has one half, the rest of a step the other.

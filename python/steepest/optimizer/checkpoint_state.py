@@ -61,7 +61,7 @@ def check_state(
     """
     may_lack = recipe.may_lack
     refuse_incomplete(tensors, what, [key for key in fresh if key not in tensors and key not in may_lack], owner)
-    if any(spec in tensors for spec in recipe.average_keys):
+    if any(key in tensors for key in recipe.average_keys):
         refuse_incomplete(tensors, what, [key for key in recipe.average_keys if key not in tensors], owner)
     for key, like in fresh.items():
         if key not in tensors:

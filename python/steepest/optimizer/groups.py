@@ -296,12 +296,12 @@ class Groups(torch.optim.Optimizer):
                 "its numbers live where its parameters do"
             )
 
-    @staticmethod
-    def _numbers_on_device(group: Group) -> None:
+    def _numbers_on_device(self, group: Group) -> None:
         """Turns numbers that a graph must read anew into tensors, of a group that is capturable, on its device."""
         if group["capturable"] and group["params"]:
             for key in ON_DEVICE:
                 group[key] = number_on(group[key], group["params"][0].device)
+            self._numbers[id(group)] = numbers_of(group)
 
     def _pieces(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
         if not group["use_muon"]:

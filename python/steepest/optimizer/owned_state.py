@@ -138,9 +138,8 @@ def _tensors_at_owners(recipe: Recipe, pieces: Sequence[Piece]) -> dict[str, tup
 def _of_one_process(sharding: Sharding, recipe: Recipe, pieces: Sequence[Piece]) -> dict[str, Tensor]:
     like = torch.empty(sharding.shape, device="meta")
     state = recipe.init(like, like, pieces)
-    if recipe.storage is not None and recipe.storage.takes(sharding.shape):
-        for name, kind in recipe.names_of_averages(len(pieces)).items():
-            state[name], state[scale_key(name)] = recipe.storage.empty(state[name], kind)
+    for name, kind in recipe.coded(sharding.shape, len(pieces)).items():
+        state[name], state[scale_key(name)] = Blockwise().empty(state[name], kind)
     return state
 
 

@@ -272,10 +272,7 @@ class Shards(Groups):
 
     def _coded(self, p: Tensor, group: Group) -> dict[str, Codes]:
         """The names of the state that the group wants in codes; the same on all ranks."""
-        recipe = self._recipe(group)
-        if recipe.storage is None or not recipe.storage.takes(p.shape):
-            return {}
-        return recipe.names_of_averages(len(self._pieces(p, group)))
+        return self._recipe(group).coded(p.shape, len(self._pieces(p, group)))
 
     def _recode(self, p: Tensor, group: Group, state: State) -> bool:
         """Encodes what the group wants in codes and decodes what it does not; whether there was something to do."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..state_layout import StateView
 from .layout import Sharding
 from .local import local_tensor
 
@@ -43,14 +44,15 @@ def _at_the_beginning(t: Tensor) -> Tensor:
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, 0, t.shape, t.stride())
 
 
-class LocalState(MutableMapping[str, Tensor]):
+class LocalState(StateView):
     """A view of the optimizer's dictionary for one parameter, to be used as that.
 
     Reading gives the local part of a DTensor. What is stored under a key that has a DTensor becomes its local part.
     """
 
     def __init__(self, state: MutableMapping[str, Tensor], sharding: Sharding) -> None:
-        self._state, self._sharding = state, sharding
+        super().__init__(state)
+        self._sharding = sharding
 
     def __getitem__(self, key: str) -> Tensor:
         return local_tensor(self._state[key])
@@ -58,12 +60,3 @@ class LocalState(MutableMapping[str, Tensor]):
     def __setitem__(self, key: str, value: Tensor) -> None:
         sharded = isinstance(self._state.get(key), DTensor)
         self._state[key] = as_shard(value, self._sharding) if sharded else value
-
-    def __delitem__(self, key: str) -> None:
-        del self._state[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)

@@ -313,14 +313,10 @@ def _momentum(item: Matrices) -> Tensor:
 
 def _input(item: Matrices) -> Tensor:
     """What the direction is asked about, of one item."""
-    recipe = item.recipe
-    part = recipe.submatrix
-    if part is not None:
-        m = _momentum(item)
-        item.chosen = part.chosen(m)
-        return part.take(m, item.chosen, part.dim(*m.shape[-2:]))
+    recipe, m = item.recipe, _momentum(item)
+    item.chosen = None if recipe.submatrix is None else recipe.submatrix.chosen(m)
     w = item.elementwise(recipe.rounding.value(item.weight, item.state)) if recipe.reads_weight else None
-    return recipe.direction_input(item.recipe_state(), _momentum(item), item.parameter.step_values.hyper, w)
+    return recipe.direction_input(item.recipe_state(), m, item.parameter.step_values.hyper, w, item.chosen)
 
 
 def _work_dtype(item: Matrices) -> torch.dtype:

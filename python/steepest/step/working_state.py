@@ -5,26 +5,27 @@ Executors hold views of it, which stay valid: what is borrowed and given back is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..parts import Blockwise
 from ..parts.blockwise import scale_key
-from ..state_layout import Codes
+from ..state_layout import Codes, StateView
 
 __all__ = ["WorkingState", "WorkingStates"]
 
 
-class WorkingState(MutableMapping[str, Tensor]):
+class WorkingState(StateView):
     """A view of a parameter's state, to be used as that: what is in codes is seen in fp32 (fp64 for fp64).
 
     state: what of the state lies here.   names: of what is in codes, and as what.
     """
 
     def __init__(self, state: MutableMapping[str, Tensor], storage: Blockwise, names: dict[str, Codes]) -> None:
-        self._state, self._storage, self._names = state, storage, names
+        super().__init__(state)
+        self._storage, self._names = storage, names
         self._working = {name: _like(state[name], state[scale_key(name)].dtype) for name in names}
         self.release()
 
@@ -35,15 +36,6 @@ class WorkingState(MutableMapping[str, Tensor]):
         if key in self._working:
             raise KeyError(f"{key} is stored in codes: write into the tensor")
         self._state[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self._state[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
 
     def borrow(self) -> None:
         """Puts memory behind what codes stand for, so that there can be views of it."""

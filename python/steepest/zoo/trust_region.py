@@ -73,7 +73,9 @@ class InsideDecayRecipe(Recipe):
 
     reads_weight: ClassVar[bool] = True
 
-    def direction_input(self, state: State, m: Tensor, hyper: Hyper, w: Tensor | None = None) -> Tensor:
+    def direction_input(
+        self, state: State, m: Tensor, hyper: Hyper, w: Tensor | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
         if w is not None:
             m = m + w.to(m.dtype) * hyper.weight_decay
         return self.precondition.into(state, m, hyper, state.get("step"))
