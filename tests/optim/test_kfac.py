@@ -395,6 +395,24 @@ def test_factors_are_those_of_the_mean_over_the_whole_batch(way: str) -> None:
             assert gap(model[k].weight.detach(), twin[k].weight.detach() - 1e-3 * u) < 1e-10
 
 
+def test_the_refresh_of_a_batch_does_not_depend_on_its_parts() -> None:
+    """In fp32 with the default refresh, which takes a factor by whether it is symmetric to the bit."""
+    trained = []
+    for parts in (1, 2, 4):
+        model = with_weights(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)))
+        optimizer = steepest.KFAC(model, precondition_frequency=1)
+        for t in range(8):
+            x = gaussian(8, 6, seed=t).float()
+            optimizer.zero_grad()
+            for part in x.chunk(parts):
+                (model(part).square().mean() / parts).backward()
+            optimizer.step()
+            for layer in (model[0], model[2]):
+                assert all(torch.equal(P, P.mT) for P in factors(optimizer, layer.weight))
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert max(gap(trained[0], other) for other in trained[1:]) < 1e-5
+
+
 def test_a_pass_without_a_step_is_forgotten_with_its_gradients() -> None:
     forget: list[Callable[[nn.Module, torch.optim.Optimizer], None]] = [
         lambda model, optimizer: optimizer.zero_grad(),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 from torch.nn.parallel import DistributedDataParallel
 
+from ..linalg.basis import symmetrize
 from ..ops.multi_tensor import Scaling
 from ..optimizer.checkpoint_state import Kept
 from ..optimizer.group_options import Group, adam_hyper, number
@@ -58,8 +59,8 @@ class KFAC(KroneckerOptimizer):
         are those of the mean whatever it is, and under a torch.amp.GradScaler; the gradient is not touched.
 
     `remove_hooks()` ends the collecting. A copy of model and optimizer made at once collects for itself. With
-    precondition_frequency=1 steps are invariant to invertible linear changes of a layer's inputs and outputs, but for
-    the damping. Source: arXiv:1503.05671.
+    precondition_frequency=1 and refresh="eigh" steps are invariant to invertible linear changes of a layer's inputs and
+    outputs, but for the damping. Source: arXiv:1503.05671.
     """
 
     _carried: tuple[str, ...] = ("_handles", "_batches")
@@ -171,7 +172,9 @@ class KFAC(KroneckerOptimizer):
         passes, uses = state[PASSES], max(1, batch.uses)
         # d is that of the loss's mean over all rows, times the scale.
         outputs = batch.outputs / scale * (batch.rows**2 / uses) / scale
-        products = [t.to(state[key].dtype) for t, key in zip((outputs, batch.inputs / uses), FACTORS, strict=True)]
+        # A product is symmetric up to rounding, and which refresh takes a factor must not depend on that.
+        both = (symmetrize(outputs), symmetrize(batch.inputs / uses))
+        products = [t.to(state[key].dtype) for t, key in zip(both, FACTORS, strict=True)]
         finite = torch.stack([torch.isfinite(product).all() for product in products]).all()
         if scaling.found_inf is not None:
             finite = finite & (scaling.found_inf.to(p.device).reshape(()) == 0)
