@@ -99,6 +99,7 @@ def solve(libraries: Libraries, n: int, device: int, stream: int) -> int | None:
 MAIN, SIDE = 64, 128  # addresses of streams
 
 
+@pytest.mark.slow
 def test_streams_share_neither_a_handle_nor_host_memory(libraries: Libraries) -> None:
     ours, theirs = libraries
     first = solve(libraries, 3, 0, MAIN)

@@ -185,6 +185,7 @@ def factors() -> Iterator[tuple[Tensor, Tensor]]:
         yield from itertools.product(layouts(batch, m, k), layouts(batch, k, n))
 
 
+@pytest.mark.slow
 def test_a_product_that_is_sent_is_not_refused(refusal: Callable[[Tensor, Tensor], str]) -> None:
     sent = 0
     for (a, b), by_columns in itertools.product(factors(), (False, True)):

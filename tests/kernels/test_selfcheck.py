@@ -740,6 +740,7 @@ def test_where_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Triton's kernels in its interpreter -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_triton
 @needs_extension
 @pytest.mark.parametrize("family", ["products", slow("elementwise"), slow("fp32 products")])

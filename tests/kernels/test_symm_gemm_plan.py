@@ -86,6 +86,7 @@ def random_shape(rng: random.Random) -> Shape:
     return Shape(rng.choice([1, 1, 2, rng.randrange(1, 20)]), m, n, k, rng.randrange(3), symmetric)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_every_k_tile_of_every_tile_once(seed: int, host: Host) -> None:
     rng = random.Random(seed)

@@ -250,6 +250,7 @@ def test_the_op_says_what_is_wrong_and_what_it_writes() -> None:
     torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cpu_chain.compiled(FLOAT), reason="no products of fp32 here")
 @pytest.mark.parametrize("capability", ["default", slow("avx2")])
 def test_narrower_vectors(capability: str) -> None:

@@ -397,6 +397,7 @@ def test_products_trace_without_data(p: float) -> None:
         assert schatten(torch.empty(2, 30, 40), p).shape == (2, 30, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [1, 8])
 def test_products_compile_in_one_graph(p: float) -> None:
     compiled = torch.compile(lambda x: schatten(x, p), fullgraph=True, backend="eager")

@@ -86,6 +86,7 @@ def test_it_is_the_polynomial_of_the_singular_values(preset: str, dtype: torch.d
             assert distance(found, whole) <= 2 * bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [name if name in DIFFERENT else slow(name) for name in PRESETS])
 def test_in_16_bits(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose fp16 the door refuses here."""

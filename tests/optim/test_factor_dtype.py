@@ -49,6 +49,7 @@ def test_what_rounding_adds_to_an_average(beta: float, steps: int) -> None:
     assert 0.1 * bound < relative(found, exact) < bound
 
 
+@pytest.mark.slow
 def test_an_average_does_not_stand_still() -> None:
     """With beta = .999 a step moves an entry that is to grow by half by an eighth of a unit in the last place."""
     part, hyper, g = Rotated(beta=0.999, side="smaller", dtype=BF16), Hyper(0.1), torch.eye(4)[None] * 1.5**0.5

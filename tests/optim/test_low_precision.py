@@ -217,6 +217,7 @@ AFTER_200 = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "lr", "of_weights"), AFTER_200)
 def test_the_loss_after_200_steps_is_within_a_fiftieth(
     cls: type[MatrixOptimizer], lr: float, of_weights: float
@@ -473,6 +474,7 @@ def test_codes_that_somebody_writes_are_those_of_the_next_step() -> None:
 # ---- compiled -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [steepest.Muon, slow(steepest.AdaMuon)], ids=name_of)
 def test_compiled(cls: type[MatrixOptimizer]) -> None:
     """Codes and scales too are those of the eager step."""

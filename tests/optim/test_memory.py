@@ -52,6 +52,7 @@ def test_the_bound_is_respected(cls: type[MatrixOptimizer]) -> None:
 
 
 # Every class, and every way to refresh for one of them: how bases are refreshed knows nothing of the class.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "refresh"), [*((cls, "eigh") for cls in KRONECKER), (KRONECKER[0], "jr"), (KRONECKER[0], "qr")]
 )

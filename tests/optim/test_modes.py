@@ -102,6 +102,7 @@ def test_the_precision_of_products_is_the_users_again(precision: str) -> None:
         assert torch.get_float32_matmul_precision() == precision
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_not_reached_by_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are fp32, which autocast would make bf16, as they may be anyway on a CPU that has those."""
     monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: False)

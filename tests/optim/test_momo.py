@@ -304,6 +304,7 @@ def test_a_regression_does_not_care_for_the_learning_rate() -> None:
     assert max(momo) < 2 * min(muon)
 
 
+@pytest.mark.slow
 def test_mushrooms_do_not_care_for_the_learning_rate() -> None:
     x, labels = mushrooms()
     x = x.float()

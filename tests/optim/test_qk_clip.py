@@ -608,6 +608,7 @@ def test_two_layers_trained_stay_below() -> None:
     assert train(1.0) < 3
 
 
+@pytest.mark.slow
 def test_a_compiled_model_hands_over_its_maxima() -> None:
     """In one graph."""
     model, _, clip = watched()
@@ -616,6 +617,7 @@ def test_a_compiled_model_hands_over_its_maxima() -> None:
     torch.testing.assert_close(observed(clip), wanted_maxima(model, X))
 
 
+@pytest.mark.slow
 def test_a_compiled_step_clips() -> None:
     """In one graph, one step after another with other maxima."""
     optimizer, params, clip = clipped(dtype=torch.float32)

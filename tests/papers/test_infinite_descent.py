@@ -251,6 +251,7 @@ def real_slopes(theta: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[n
     return np.stack(columns + [w.real for w in waves] + [(-1j * w).real for w in waves], axis=1)
 
 
+@pytest.mark.slow
 def test_with_noise_it_is_a_minimum_as_an_independent_hessian_has_it() -> None:
     for seed in range(3):
         y = noisy(2, seed)
@@ -283,6 +284,7 @@ def lowest_of_least_squares(k: int, y: NDArray[np.float64], starts: int, seed: i
     return best
 
 
+@pytest.mark.slow
 def test_with_noise_no_start_of_least_squares_comes_lower() -> None:
     for seed in range(2):
         y = noisy(2, seed)

@@ -244,6 +244,7 @@ def test_an_archive_of_the_sources_holds_what_it_needs(tree: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".pyc")) or "_cache" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout, whose files git knows")
 def test_an_archive_of_the_sources_is_what_git_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder where somebody has worked; what an older build has left is not in it, and a stray file is noticed."""

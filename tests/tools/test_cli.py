@@ -278,6 +278,7 @@ if "steepest.tools.doctor" in " ".join(sys.orig_argv):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
+@pytest.mark.slow
 @needs_extension
 @pytest.mark.parametrize(
     "kernel,said",

@@ -279,6 +279,7 @@ def table() -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, invariant", [("MuAdamSANIA", True), ("Muon", False), ("torch.AdamW", False)])
 def test_scaling_the_features_of_mushrooms(name: str, invariant: bool, table: Path) -> None:
     """The experiment of arXiv:2510.10777 on LIBSVM's file; observed gap of MuAdamSANIA: 1e-15."""
@@ -416,6 +417,7 @@ def test_a_seed_that_diverges_at_the_best_rate_is_not_averaged_away() -> None:
     assert (row["status"], row["seeds"], row["loss"]) == ("diverged", "2/3", "1.0500")
 
 
+@pytest.mark.slow
 def test_the_whole_comparison_finds_rates_and_repeats_them_with_more_seeds(
     tmp_path: Path, book: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,7 @@ def test_importing_costs_less_than_a_tenth_of_importing_torch() -> None:
     assert min(run["Muon"] for run in runs) < 0.35 * torch_
 
 
+@pytest.mark.slow
 def test_the_rooms_are_there_without_an_import_of_their_own() -> None:
     done = subprocess.run([sys.executable, "-c", ROOMS], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

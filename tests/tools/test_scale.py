@@ -216,6 +216,7 @@ def test_a_gram_route_sends_what_is_summed(size: int) -> None:
     assert found.stages == 2 * math.log2(size) * len(threads.sums)
 
 
+@pytest.mark.slow
 def test_a_gram_route_of_a_short_side_moves_to_the_long_one() -> None:
     """40 x 160 cut by rows: 10 rows of 160 here, 40 rows of 40 there, of which 10 x 40 lie here."""
     by_rows, by_columns = ((Parameters(1, (40, 160), "matrix", cut=cut),) for cut in (0, 1))
@@ -353,6 +354,7 @@ def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[st
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
     page = (DOCS / "scale.md").read_text(encoding="utf-8")
     commands = re.findall(r"^steepest (plan .*)$", page, re.MULTILINE)

@@ -454,6 +454,7 @@ def test_the_timer_times_every_call_interleaved() -> None:
     assert made[-8:] == list("abbaabba")
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_on_a_gpu(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every candidate runs and gives the bits of the model's choice, and products take what won."""

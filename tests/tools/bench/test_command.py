@@ -247,6 +247,7 @@ def test_the_gate_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "[1/1]" not in said.out
 
 
+@pytest.mark.slow
 def test_a_planted_slowdown_fails_the_gate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

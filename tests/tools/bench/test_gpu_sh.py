@@ -410,6 +410,7 @@ def test_packing_beside_the_results_leaves_nothing_out(tmp_path: Path, gpu: type
         assert not [name for name in tar.getnames() if "tar.gz" in name]
 
 
+@pytest.mark.slow
 def test_another_build_than_the_one_asked_for_is_named(tmp_path: Path) -> None:
     """What is measured is not at --site: nothing is there, and Python finds a package elsewhere."""
     site, elsewhere = tmp_path / "site", ROOT / "python"
@@ -419,6 +420,7 @@ def test_another_build_than_the_one_asked_for_is_named(tmp_path: Path) -> None:
     assert str(elsewhere / "steepest" / "__init__.py") in done.stdout
 
 
+@pytest.mark.slow
 def test_the_error_of_a_build_is_in_the_summary(tmp_path: Path) -> None:
     """Before pip's last lines, which name none."""
     done = script(tmp_path, "build", "--for", "Hopper", "--site", tmp_path / "site", PYTHON=sys.executable)
