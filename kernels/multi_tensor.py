@@ -461,12 +461,12 @@ def sums_kernel(
     LINES: tl.constexpr,
 ):
     # The partials of a matrix' chunks, added up (the largest of them in columns of the largest), into its line.
-    own = tl.program_id(0)
-    item = _owner(table + count, count, own)
+    program_id = tl.program_id(0)
+    item = _owner(table + count, count, program_id)
     line = table + 2 * count + item.to(tl.int64) * ITEM_FIELDS
     if tl.load(rows + tl.load(line + ITEM_ROW) * COLUMNS + FINITE) == 0:
         return
-    matrix = own - tl.load(table + count + item)
+    matrix = program_id - tl.load(table + count + item)
     chunks = (tl.load(line + SIZE) - 1) // CHUNK + 1
     partials += (tl.load(table + item) + matrix * chunks) * SUMS
     column = tl.arange(0, 8)
@@ -536,13 +536,13 @@ def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, i
     m = beta1 * m + weight * g
     y = tl.where(nesterov, weight * g + beta1 * m, m) * inverse1
     beta2 = tl.where(_flag(program, SUM), 1.0, beta2)
-    own = tl.where(_flag(program, SUM), 1.0, one_minus_beta2)
+    gain = tl.where(_flag(program, SUM), 1.0, one_minus_beta2)
     counts = _flag(program, MOMENTUM_CORRECTION) | _flag(program, SECOND_CORRECTION)
     ratio = beta1 * beta1 / beta2
-    c = weight * tl.sqrt(_geometric(ratio, tl.where(counts, t, float("inf"))) / own)
-    first = weight * weight * _geometric(ratio, t - 1) / own + _power_of(ratio, t - 1)
+    c = weight * tl.sqrt(_geometric(ratio, tl.where(counts, t, float("inf"))) / gain)
+    first = weight * weight * _geometric(ratio, t - 1) / gain + _power_of(ratio, t - 1)
     c = tl.where(_flag(program, START_FIRST), tl.where(t == 1, 1.0, tl.sqrt(first)), c)
-    c = tl.where(nesterov, weight / tl.sqrt(own) + beta1 * c, c)
+    c = tl.where(nesterov, weight / tl.sqrt(gain) + beta1 * c, c)
     power = _twice_power(program)
     by_history = _power_of(y, 1 - power) * _power_of(c * inverse1, power) / tl.sqrt(inverse2)
     by_eps = y / tl.sqrt(eps * tl.where(_flag(program, EPS_INSIDE), inverse2, 1.0))
@@ -621,15 +621,15 @@ def rows_kernel(
 ):
     # A parameter's row: what is measured, from the partials of its gradient; the rest, for which its step is counted,
     # from that and the sums of its momentum.
-    own = tl.program_id(0)
-    line = table + 2 * count + own.to(tl.int64) * GRADIENT_FIELDS
+    program_id = tl.program_id(0)
+    line = table + 2 * count + program_id.to(tl.int64) * GRADIENT_FIELDS
     row = rows + tl.load(line + GRADIENT_ROW) * COLUMNS
     scale = tl.full([], 1.0, tl.float64)
     if grad_scale is not None:
         scale = 1 / tl.load(grad_scale).to(tl.float64)
     if MEASURE:
         chunks = (tl.load(line + SIZE) - 1) // CHUNK + 1
-        partials += tl.load(table + own) * SUMS
+        partials += tl.load(table + program_id) * SUMS
         most = tl.zeros([LINES], tl.float64)
         square = tl.zeros([LINES], tl.float64)
         for first in range(0, chunks, LINES):
@@ -928,9 +928,9 @@ def grad_stats(
         plan = _recall("grad_stats", ("grad_stats", device, _facts(grads), _facts(steps), *lists), device, gradients)
         hypers = _hypers("grad_stats", hyper, tensors, tensor_at, device)
         partials = _partials(scratch, max(len(rows), len(sums)), plan.chunks)
-        for launch, own in _launches(plan):
+        for launch, tables in _launches(plan):
             (g,) = launch.types
-            grad_stats_kernel[(launch.chunks,)](*own, partials, g, launch.aligned, CHUNK, THREADS, **OPTIONS)
+            grad_stats_kernel[(launch.chunks,)](*tables, partials, g, launch.aligned, CHUNK, THREADS, **OPTIONS)
         head = (plan.table, plan.items, hypers.table, hypers.items, rows, sums, skipped, partials)
         rows_kernel[(plan.items,)](*head, found_inf, grad_scale, True, decide, CHUNK, LINES, **FINISH_OPTIONS)
 
@@ -1082,13 +1082,13 @@ def _run(
         lists = tuple(map(tuple, (programs, row_of, matrices, first_sums, places, ratios)))
         plan = _recall(op, (op, device, *facts, *lists), device, items)
         partials = _partials(scratch, max(len(rows), len(sums)), plan.chunks)
-        for launch, own in _launches(plan):
+        for launch, tables in _launches(plan):
             kernel, types = (
                 (update_moments_kernel, launch.types)
                 if op == "update_moments"
                 else (apply_update_kernel, launch.types[2:])
             )
-            kernel[(launch.chunks,)](*own, rows, partials, *types, launch.aligned, CHUNK, THREADS, **OPTIONS)
+            kernel[(launch.chunks,)](*tables, rows, partials, *types, launch.aligned, CHUNK, THREADS, **OPTIONS)
         sums_kernel[(plan.lines,)](
             plan.table, plan.items, rows, sums, partials, op == "apply_update", CHUNK, LINES, **FINISH_OPTIONS
         )
@@ -1102,7 +1102,7 @@ def _launches(plan: _Plan) -> Iterator[tuple[_Launch, tuple[Tensor, int, int, in
 
 def _check_complete(op: str, i: int, tensors: Sequence[Tensor | None], program: int) -> None:
     """ValueError where an item's tensors are not those of its program: the kernels go by the tensors alone."""
-    held = {name for name, t in zip(SLOTS, tensors) if t is not None}
+    present = {name for name, t in zip(SLOTS, tensors) if t is not None}
     formulas = Program.unpacked(program)
     needed, optional = {"directions", "params"}, set[str]()
     if op == "update_moments":
@@ -1113,9 +1113,9 @@ def _check_complete(op: str, i: int, tensors: Sequence[Tensor | None], program: 
     param = tensors[SLOTS.index("params")]
     if formulas.rounding == "mantissa" and param is not None and param.dtype == torch.bfloat16:
         needed.add("mantissas")
-    if held - optional != needed:
+    if present - optional != needed:
         wanted = _listed(needed | optional)
-        raise ValueError(f"{op}: item {i} has {_listed(held)}; its program {program:#x} takes {wanted}")
+        raise ValueError(f"{op}: item {i} has {_listed(present)}; its program {program:#x} takes {wanted}")
 
 
 def _listed(slots: set[str]) -> str:

@@ -430,12 +430,12 @@ def product_kernel(
     if c is not None:
         c_at = _corner(c, matrix, c_batch, c_stride, row, column, C_ROWS, ALIGNED)
         c_at += _offsets(at_row, at_column, c_stride, C_ROWS, ALIGNED, OFFSET)
-        held = tl.load(c_at, mask=mask, other=0.0).to(tl.float32)
+        old = tl.load(c_at, mask=mask, other=0.0).to(tl.float32)
         if beta is None:  # as torch.lerp: exact at both ends
             near = tl.abs(scale) < 0.5
-            total = tl.fma(total - held, tl.where(near, scale, scale - 1.0), tl.where(near, held, total))
+            total = tl.fma(total - old, tl.where(near, scale, scale - 1.0), tl.where(near, old, total))
         else:
-            total = tl.fma(held, _number(beta, beta_stride, matrix), total * scale)
+            total = tl.fma(old, _number(beta, beta_stride, matrix), total * scale)
     else:
         total *= scale
     if gamma is not None:

@@ -1,4 +1,4 @@
-"""What `steepest tune` found: the fastest of a table's configurations for a product, by machine, kept in a file.
+"""What `steepest tune` chose: the fastest of a table's configurations for a product, by machine, kept in a file.
 
     {"NVIDIA H200, Triton 3.7.1, sm_90": {"24 x 1024 x 1024 x 4096, symmetric, 16 bits": {"block_m": 128, ...}}}
 
@@ -25,31 +25,31 @@ logger = logging.getLogger("steepest")
 
 ORPHANED = 3600.0  # seconds after which a file that is still being written is nobody's
 
-Found = dict[str, dict[str, dict[str, Any]]]  # machine, question, fields of the configuration
+Choices = dict[str, dict[str, dict[str, Any]]]  # machine, question, fields of the configuration
 
 
 def path() -> Path:
     """Where the file is, or would be. OSError where the system knows no home folder."""
     try:
-        if own := os.environ.get("STEEPEST_CACHE"):
-            return Path(own).expanduser()
+        if folder := os.environ.get("STEEPEST_CACHE"):
+            return Path(folder).expanduser()
         home = os.environ.get("XDG_CACHE_HOME")
         return (Path(home) if home else Path("~/.cache").expanduser()) / "steepest" / "tuned.json"
     except RuntimeError as error:  # a user id without a name, as in containers, and no HOME
         raise OSError(f"there is no home folder ({error}): set STEEPEST_CACHE to a file") from error
 
 
-def read(file: Path) -> Found:
+def read(file: Path) -> Choices:
     """What the file holds, {} without one. ValueError where it is none of ours, OSError where it cannot be read."""
     try:
-        found: Found = json.loads(file.read_bytes())  # of no JSON, and of no text: ValueError
+        record: Choices = json.loads(file.read_bytes())  # of no JSON, and of no text: ValueError
     except FileNotFoundError:
         return {}
     except RecursionError as error:
         raise ValueError("it is nested more deeply than what steepest tune writes") from error
-    if not _nested(found, depth=3):
+    if not _nested(record, depth=3):
         raise ValueError("it is not what steepest tune writes")
-    return found
+    return record
 
 
 def _nested(value: Any, depth: int) -> bool:
@@ -62,16 +62,16 @@ def write(file: Path, machine: str, won: Mapping[str, Mapping[str, Any]]) -> Non
     Whoever reads meanwhile sees the file as it was or as it will be. Of two who write at once the last one counts.
     """
     try:
-        found = read(file)
+        record = read(file)
     except ValueError:
-        found = {}
-    found[machine] = {**found.get(machine, {}), **{question: dict(fields) for question, fields in won.items()}}
+        record = {}
+    record[machine] = {**record.get(machine, {}), **{question: dict(fields) for question, fields in won.items()}}
     file.parent.mkdir(parents=True, exist_ok=True)
     _sweep(file)
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "w") as stream:
-            json.dump(found, stream, indent=2, sort_keys=True)
+            json.dump(record, stream, indent=2, sort_keys=True)
         os.replace(name, file)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -89,7 +89,7 @@ def _sweep(file: Path) -> None:
 
 
 @functools.cache
-def held() -> Found:
+def held() -> Choices:
     """The file as it was when it was first asked for; {} where there is none, or none that can be read."""
     try:
         file = path()

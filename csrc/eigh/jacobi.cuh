@@ -17,8 +17,8 @@ __device__ inline float jacobi_round(const Square& b, const Square& v, Rotation*
   const int pairs = b.even / 2, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float size = 0;
   if (static_cast<int>(threadIdx.x) < pairs) {
-    const Players own = pair(round, threadIdx.x, b.even);
-    const float d_p = b(own.p, own.p), d_q = b(own.q, own.q), between = b(own.p, own.q);
+    const Players players = pair(round, threadIdx.x, b.even);
+    const float d_p = b(players.p, players.p), d_q = b(players.q, players.q), between = b(players.p, players.q);
     size = fabsf(between) * whitening_scale(d_p, floor) * whitening_scale(d_q, floor);
     const Angle turn = angle(d_p, d_q, between);
     rotations[threadIdx.x] = {turn.c, turn.s, d_p - turn.t * between, d_q + turn.t * between};

@@ -136,14 +136,14 @@ struct Block {
     multiply<true, kSpans>(sums, basis, work);
     store<kSpans>(work, sums);
     work.symmetrize();
-    const int own = threadIdx.x;
+    const int thread = threadIdx.x;
     float largest[1] = {};
-    if (own < n) {
-      const float value = work(own, own);
-      d[own] = largest[0] = value < 0 ? 0.0f : value;
+    if (thread < n) {
+      const float value = work(thread, thread);
+      d[thread] = largest[0] = value < 0 ? 0.0f : value;
     }
     reduce_block<1>(largest);
-    if (own < n) vector[own] = whitening_scale(d[own], value_floor(largest[0]));
+    if (thread < n) vector[thread] = whitening_scale(d[thread], value_floor(largest[0]));
     __syncthreads();
     float sum[1] = {};
     work.for_each(n, [&](int row, int column) {
@@ -199,18 +199,18 @@ struct Block {
 
   // ||E||_2 of E in work, a little underestimated: power iteration from the column with the largest diagonal entry.
   __device__ float largest_eigenvalue() const {
-    const int own = threadIdx.x;
+    const int thread = threadIdx.x;
     int column = 0;
     for (int i = 1; i < n; ++i) column = work(i, i) > work(column, column) ? i : column;
-    if (own < n) image[own] = work(own, column);
+    if (thread < n) image[thread] = work(thread, column);
     float length = 0;
 #pragma unroll 1
     for (int step = 0; step <= kPowerSteps; ++step) {
-      float square[1] = {own < n ? image[own] * image[own] : 0.0f};
+      float square[1] = {thread < n ? image[thread] * image[thread] : 0.0f};
       reduce_block<0>(square);
       length = sqrtf(square[0]);
       if (step == kPowerSteps) break;
-      if (own < n) vector[own] = image[own] / (length == 0 ? 1.0f : length);
+      if (thread < n) vector[thread] = image[thread] / (length == 0 ? 1.0f : length);
       __syncthreads();
       for (int row = threadIdx.x / 32; row < n; row += kWarps) {
         float sum = 0;
@@ -276,11 +276,11 @@ struct Block {
 
   // to[r] <- the column whose value has rank r, the first one 0. Waits for the block.
   __device__ void rank(const float* values, int* to) const {
-    const int own = threadIdx.x;
-    if (own < n) {
+    const int thread = threadIdx.x;
+    if (thread < n) {
       int before = 0;
-      for (int i = 0; i < n; ++i) before += values[i] > values[own] || (values[i] == values[own] && i < own);
-      to[before] = own;
+      for (int i = 0; i < n; ++i) before += values[i] > values[thread] || (values[i] == values[thread] && i < thread);
+      to[before] = thread;
     }
     __syncthreads();
   }
@@ -297,15 +297,15 @@ struct Block {
   __device__ void write_by_rank(float* to, float* values, int64_t* order, bool slots) const {
     rank(old_d, column_of);
     rank(d, target_of);
-    const int own = threadIdx.x;
+    const int thread = threadIdx.x;
     float* sign = vector;
-    if (own < n) {
-      const int from = target_of[own], old = column_of[own];
+    if (thread < n) {
+      const int from = target_of[thread], old = column_of[thread];
       float along = 0;
       for (int row = 0; row < n; ++row) along += basis(row, from) * old_entry(row, old);
-      sign[own] = along < 0 ? -1.0f : 1.0f;
-      values[slots ? old : own] = d[from] / factor;
-      if (!slots) order[own] = old;
+      sign[thread] = along < 0 ? -1.0f : 1.0f;
+      values[slots ? old : thread] = d[from] / factor;
+      if (!slots) order[thread] = old;
     }
     __syncthreads();
     basis.for_each(
@@ -323,39 +323,39 @@ struct Block {
 template <int kSpans>
 __global__ void __launch_bounds__(kThreads, kSpans == 4 ? 1 : 2) refresh(const Refresh all) {
   const int64_t matrix = blockIdx.x;
-  const int n = all.n, own = threadIdx.x;
+  const int n = all.n, thread = threadIdx.x;
   Block<kSpans> block(all, matrix);
   float* basis = all.basis + matrix * n * n;
   float* values = all.values + matrix * n;
   int64_t* order = all.order + matrix * n;
-  if (own < n) order[own] = own;
+  if (thread < n) order[thread] = thread;
 
   int32_t status = block.find_factor() ? 0 : kNotFinite;
   block.load_old();
-  Measure old{}, best{}, found{};
+  Measure old{}, best{}, newest{};
   float rounding = 0;
   bool taken = false, small = true, done = true;
   int rotations = 0, passes = 0;
   Stage stage = Stage::old;
 #pragma unroll 1
   do {
-    found = block.run(stage, found, small, status);
+    newest = block.run(stage, newest, small, status);
     switch (stage) {
       case Stage::old:
         if (block.factor == 0) {
           stage = Stage::end;
           break;
         }
-        old = best = found, rounding = block.rounding(old.largest);
-        if (own < n) block.old_d[own] = block.d[own];
+        old = best = newest, rounding = block.rounding(old.largest);
+        if (thread < n) block.old_d[thread] = block.d[thread];
         __syncthreads();
         stage = all.method == Method::eigh ? Stage::sweeps : Stage::rotation;
         break;
       case Stage::rotation:
         if (++rotations < all.sweeps) break;
-        small = small && orthonormal(found);
-        if (orthonormal(found) && found.error < old.error) {
-          best = found, taken = true;
+        small = small && orthonormal(newest);
+        if (orthonormal(newest) && newest.error < old.error) {
+          best = newest, taken = true;
           block.write(basis, values);
         }
         done = small && progress(best.error, old.error, rounding);
@@ -373,11 +373,12 @@ __global__ void __launch_bounds__(kThreads, kSpans == 4 ? 1 : 2) refresh(const R
       default:
         // What rounding adds to a basis in many rotations, and what an old one lacked in orthonormality, is seen in the
         // new B, and a second pass takes it away.
-        if (++passes < kPasses && !(found.error <= kSolved)) break;
+        if (++passes < kPasses && !(newest.error <= kSolved)) break;
         stage = Stage::end;
-        done = orthonormal(found);
+        done = orthonormal(newest);
         const bool sorted = all.method == Method::eigh;
-        if (done && (found.error < best.error || (sorted && (found.error == best.error || found.error <= rounding)))) {
+        if (done &&
+            (newest.error < best.error || (sorted && (newest.error == best.error || newest.error <= rounding)))) {
           taken = true;
           block.write_by_rank(basis, values, order, !sorted);
         }
@@ -385,7 +386,7 @@ __global__ void __launch_bounds__(kThreads, kSpans == 4 ? 1 : 2) refresh(const R
   } while (stage != Stage::end);
   if (!done) status |= kWantsExact;
   if (!taken) block.write_old(basis, values);
-  if (own == 0) all.status[matrix] = status | (taken ? kAccepted : 0);
+  if (thread == 0) all.status[matrix] = status | (taken ? kAccepted : 0);
 }
 
 // `most`: rows of the matrices that the device has room for.

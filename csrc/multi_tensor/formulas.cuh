@@ -51,15 +51,15 @@ STEEPEST_HD inline double input_bound(const Program& program, const double* row,
   const double y = (program.nesterov ? weight * g + beta1 * m : m) * row[kInverseCorrection1];
   const double slack = 1.02;  // the momentum is rounded to bf16 at worst, and v to fp32
   if (program.power == Program::kNone) return slack * y;
-  const double beta2 = program.sum ? 1.0 : row[kBeta2], own = program.sum ? 1.0 : row[kOneMinusBeta2];
+  const double beta2 = program.sum ? 1.0 : row[kBeta2], gain = program.sum ? 1.0 : row[kOneMinusBeta2];
   const bool counts = program.momentum_correction || program.second_correction || program.start_first;
   const double t = counts ? row[kStep] : INFINITY, ratio = beta1 * beta1 / beta2;
   double c;
   if (!program.start_first)
-    c = weight * sqrt(geometric(ratio, t) / own);
+    c = weight * sqrt(geometric(ratio, t) / gain);
   else
-    c = t == 1 ? 1.0 : sqrt(weight * weight * geometric(ratio, t - 1) / own + pow(ratio, t - 1));
-  if (program.nesterov) c = weight / sqrt(own) + beta1 * c;
+    c = t == 1 ? 1.0 : sqrt(weight * weight * geometric(ratio, t - 1) / gain + pow(ratio, t - 1));
+  if (program.nesterov) c = weight / sqrt(gain) + beta1 * c;
   const double p = power_of(program.power);
   // y <= c sqrt(v) and D^2 >= v^(2p) times its correction.
   const double by_history =

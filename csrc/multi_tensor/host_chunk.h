@@ -123,8 +123,8 @@ struct Part {
   }
   void store_param(R* p) const {
     if (item.program.rounding == Program::kStochastic && item.dtype[kParam] == Dtype::bf16) {
-      const uint32_t own = seed(row[kStep], item.place);
-      for (int j = 0; j < count; ++j) p[j] = from_bf16(to_bf16(static_cast<float>(p[j]), noise(own, start + j)));
+      const uint32_t item_seed = seed(row[kStep], item.place);
+      for (int j = 0; j < count; ++j) p[j] = from_bf16(to_bf16(static_cast<float>(p[j]), noise(item_seed, start + j)));
     }
     if (has(kMantissa)) {
       R low[kTile];

@@ -171,7 +171,7 @@ __device__ inline void run(const Batch& batch) {
   // Read before the test, so that the two latencies are one.
   const double length = item.lengths != nullptr ? item.lengths[part.matrix] : 1.0;
   const Numbers<float> numbers(item.program, row, item.ratio, length);
-  const uint32_t own = seed(row[kStep], item.place);
+  const uint32_t item_seed = seed(row[kStep], item.place);
   if (row[kFinite] == 0) {
     if (!kUpdate && item.at[kDirection] != nullptr) {
       Clear clear{item, walk};
@@ -179,7 +179,7 @@ __device__ inline void run(const Batch& batch) {
     }
     return;
   }
-  Work work{{item, walk, numbers, own, {}, {}}};
+  Work work{{item, walk, numbers, item_seed, {}, {}}};
   for_each_element<kFlat>(part, item.aligned, work);
   combine_block<kSums, kLargestColumns>(work.sums.at);
   double totals[kSums];

@@ -32,8 +32,8 @@ int64_t check_table(const Tensor& table, const Place& place, int64_t width, cons
   return table.size(0);
 }
 
-void check_lengths(size_t found, size_t wanted, const char* name) {
-  STD_TORCH_CHECK(found == wanted, name, " has ", found, " elements; it goes by ", wanted);
+void check_lengths(size_t given, size_t wanted, const char* name) {
+  STD_TORCH_CHECK(given == wanted, name, " has ", given, " elements; it goes by ", wanted);
 }
 
 Ints contiguous_strides(const Ints& sizes) {
@@ -238,9 +238,9 @@ Item make_item(const Lists& lists, const Place& place, size_t i) {
   for (int slot = 0; slot < kSlots; ++slot) {
     if (lists.slots[slot] == nullptr || lists.slots[slot]->empty()) continue;
     const Tensor& tensor = (*lists.slots[slot])[i];
-    const int64_t found = tensor.numel();
-    if (found == 0) continue;
-    STD_TORCH_CHECK(numel == 0 || numel == found, "the tensors of item ", i, " have ", numel, " and ", found,
+    const int64_t given = tensor.numel();
+    if (given == 0) continue;
+    STD_TORCH_CHECK(numel == 0 || numel == given, "the tensors of item ", i, " have ", numel, " and ", given,
                     " elements");
     place.check(tensor, kNames[slot], i);
     item.dtype[slot] = element_type(tensor, place, kNames[slot], i);
@@ -248,7 +248,7 @@ Item make_item(const Lists& lists, const Place& place, size_t i) {
                     "] must be floating-point, and mantissas int16");
     item.at[slot] = lists.written[slot] ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     tensors[slot] = &tensor;
-    numel = found;
+    numel = given;
   }
   item.program = make_program(lists.programs[i], i);
   item.matrices = lists.matrices[i];

@@ -83,7 +83,7 @@ void product_on_host(const Problem& problem, Dtype dtype, int64_t matrix) {
 }  // namespace
 
 std::vector<Problem> products_of(const Node& node, const std::vector<Stack>& stacks) {
-  std::vector<Problem> found;
+  std::vector<Problem> problems;
   for (const Stack& stack : stacks) {
     const int64_t side = stack.side(), size = stack.rows * stack.columns;
     const Strides square{side, side * side}, whole{stack.columns, size};
@@ -112,9 +112,9 @@ std::vector<Problem> products_of(const Node& node, const std::vector<Stack>& sta
       problem.a = stack.at[stack.tall() ? node.b : node.a], problem.b = stack.at[stack.tall() ? node.a : node.b];
     }
     shape.has_c = problem.c != nullptr;
-    found.push_back(problem);
+    problems.push_back(problem);
   }
-  return found;
+  return problems;
 }
 
 NumbersParams numbers_params(const Stack& stack, Dtype dtype, const Numbering& numbering) {
@@ -122,11 +122,11 @@ NumbersParams numbers_params(const Stack& stack, Dtype dtype, const Numbering& n
 }
 
 std::vector<Problem> updates_of(const Node& last, const std::vector<Stack>& stacks) {
-  std::vector<Problem> found = products_of(last, stacks);
+  std::vector<Problem> problems = products_of(last, stacks);
   for (size_t i = 0; i < stacks.size(); ++i) {
-    found[i].update = stacks[i].update, found[i].beta = stacks[i].update_beta, found[i].d = nullptr;
+    problems[i].update = stacks[i].update, problems[i].beta = stacks[i].update_beta, problems[i].d = nullptr;
   }
-  return found;
+  return problems;
 }
 
 std::vector<Problem> first_gram(const std::vector<Stack>& stacks) {

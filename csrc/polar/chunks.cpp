@@ -30,12 +30,12 @@ class Cache {
 
   void use(int8_t buffer, int64_t bytes, bool writes) {
     Line line{buffer, bytes, writes};
-    const auto held =
+    const auto cached =
         std::find_if(lines_.begin(), lines_.end(), [&](const Line& each) { return each.buffer == buffer; });
-    if (held != lines_.end()) {
-      line.dirty = line.dirty || held->dirty;
+    if (cached != lines_.end()) {
+      line.dirty = line.dirty || cached->dirty;
       used_ -= bytes;
-      lines_.erase(held);
+      lines_.erase(cached);
     } else if (!writes) {
       traffic_ += bytes;
     }
@@ -82,11 +82,11 @@ Cost cost_of(const std::vector<Node>& nodes, const std::vector<Stack>& stacks, c
   Cache cache(share_of(machine.l2_bytes));
   double clocks = 0;
   std::map<Kind, double> products;  // clocks, which depend on nothing else of a node
-  const auto launch = [&](double own, std::initializer_list<int8_t> reads, int8_t writes) {
+  const auto launch = [&](double least_clocks, std::initializer_list<int8_t> reads, int8_t writes) {
     double moved = 0;
     for (const int8_t buffer : std::set<int8_t>(reads)) cache.use(buffer, sizes[buffer], false), moved += sizes[buffer];
     if (writes >= 0) cache.use(writes, sizes[writes], true), moved += sizes[writes];
-    clocks += std::max(own, moved / kCacheBytes);
+    clocks += std::max(least_clocks, moved / kCacheBytes);
   };
   const auto product = [&](const Node& node) {
     const auto [at, missing] = products.try_emplace(node.kind, 0);
@@ -150,17 +150,17 @@ std::vector<Stack> part_of(const std::vector<Stack>& stacks, const Chunk& chunk)
   for (size_t i = 0; i < stacks.size(); ++i) {
     if (chunk[i].count == 0) continue;
     const int64_t first = chunk[i].first;
-    Stack own = stacks[i];
-    own.matrices = chunk[i].count;
+    Stack stack = stacks[i];
+    stack.matrices = chunk[i].count;
     for (const int8_t buffer : {kX, kY})
-      if (own.at[buffer] != nullptr)
-        own.at[buffer] = static_cast<uint16_t*>(own.at[buffer]) + first * own.rows * own.columns;
-    if (own.slack != nullptr) own.slack += first;
-    if (own.update.weights != nullptr) {
-      own.update.weights += first;
-      own.update.eta.at += first, own.update_beta.at += first;
+      if (stack.at[buffer] != nullptr)
+        stack.at[buffer] = static_cast<uint16_t*>(stack.at[buffer]) + first * stack.rows * stack.columns;
+    if (stack.slack != nullptr) stack.slack += first;
+    if (stack.update.weights != nullptr) {
+      stack.update.weights += first;
+      stack.update.eta.at += first, stack.update_beta.at += first;
     }
-    part.push_back(own);
+    part.push_back(stack);
   }
   return part;
 }
@@ -183,15 +183,15 @@ Chunking make_chunks(const std::vector<Node>& nodes, const std::vector<Stack>& s
     if (count == before) continue;
     if (count > most) break;
     before = count;
-    Chunking found{cut(nodes, stacks, count), {}, best.whole};
-    for (const Chunk& chunk : found.chunks) {
+    Chunking chunking{cut(nodes, stacks, count), {}, best.whole};
+    for (const Chunk& chunk : chunking.chunks) {
       std::vector<int64_t> counts;
       for (const Range& range : chunk) counts.push_back(range.count);
       const auto [at, missing] = known.try_emplace(counts);
       if (missing) at->second = cost_of(nodes, part_of(stacks, chunk), machine);
-      found.cost.traffic += at->second.traffic, found.cost.clocks += at->second.clocks;
+      chunking.cost.traffic += at->second.traffic, chunking.cost.clocks += at->second.clocks;
     }
-    if (found.cost.clocks < least) least = found.cost.clocks, best = std::move(found);
+    if (chunking.cost.clocks < least) least = chunking.cost.clocks, best = std::move(chunking);
   }
   return best;
 }
@@ -203,8 +203,8 @@ const std::vector<Chunk>& known_chunks(const std::vector<Node>& nodes, const std
   for (const Node& node : nodes)
     key.insert(key.end(), {static_cast<int64_t>(node.kind), node.out, node.a, node.b, node.c, reads_c(node)});
   thread_local std::map<std::vector<int64_t>, std::vector<Chunk>> known;
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
+  const auto entry = known.find(key);
+  if (entry != known.end()) return entry->second;
   if (known.size() >= kMostKnown) known.clear();
   return known[key] = make_chunks(nodes, stacks, machine).chunks;
 }

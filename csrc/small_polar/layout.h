@@ -42,14 +42,14 @@ struct Layout {
   }
   STEEPEST_HD int diagonal() const { return blocks == 1 ? 0 : 16 * tiles * static_cast<int>(sizeof(float)); }  // bytes
   STEEPEST_HD int square() const { return 16 * tiles * stride; }
-  STEEPEST_HD int own() const { return 16 * ((tiles + blocks - 1) / blocks) * stride; }
+  STEEPEST_HD int share() const { return 16 * ((tiles + blocks - 1) / blocks) * stride; }
   STEEPEST_HD int panel_stride(bool tall) const { return (tall ? 16 * tiles : kPanel) + 8; }
   STEEPEST_HD int panel() const {  // halves, wide or tall
     const int wide = 16 * tiles * panel_stride(false), tall = kPanel * panel_stride(true);
     return wide > tall ? wide : tall;
   }
   STEEPEST_HD size_t bytes() const {
-    const int before = (blocks == 1 ? 2 : 1) * square(), squares = 3 * own(), panels = 2 * panel();
+    const int before = (blocks == 1 ? 2 : 1) * square(), squares = 3 * share(), panels = 2 * panel();
     return kSums + diagonal() + sizeof(uint16_t) * (before + (squares > panels ? squares : panels));
   }
 };

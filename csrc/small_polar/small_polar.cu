@@ -172,17 +172,17 @@ struct Block {
       at += size;
       return halves;
     };
-    const int first = owners.first(rank), own = layout.own();
+    const int first = owners.first(rank), share = layout.share();
     if constexpr (kAlone)
-      q.part[0] = take(0, own), q.part[1] = take(0, own);
+      q.part[0] = take(0, share), q.part[1] = take(0, share);
     else
       z.part[0] = take(0, layout.square());
     panels = at;
-    r.part[0] = take(first, own), r.part[1] = take(first, own);
+    r.part[0] = take(first, share), r.part[1] = take(first, share);
     if constexpr (kAlone)
-      z.part[0] = take(0, own);
+      z.part[0] = take(0, share);
     else
-      q.part[0] = take(first, own);
+      q.part[0] = take(first, share);
   }
   Block(const Block&) = delete;
 

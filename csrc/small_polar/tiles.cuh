@@ -231,18 +231,18 @@ template <int kParts, int kBlocks, bool kWhole>
 __device__ inline void collect(const Square<kParts, kBlocks, kWhole>& from, const Square<1, kBlocks, true>& to) {
   constexpr int kLoads = 8;
   const Owners<kBlocks> owners = from.owners;
-  const int rows = owners.tiles * kTile, own = owners.first(owners.rank);
-  const int begin = kWhole ? owners.first(owners.rank + 1) - own : 0;  // its own rows are there
+  const int rows = owners.tiles * kTile, first_row = owners.first(owners.rank);
+  const int begin = kWhole ? owners.first(owners.rank + 1) - first_row : 0;  // its own rows are there
   const int chunk = threadIdx.x % 32;
   const int end = chunk < rows / kVector ? rows : 0;
 #pragma unroll 1
   for (int some = begin + static_cast<int>(threadIdx.x) / 32; some < end; some += kLoads * kWarps) {
-    uint4 held[kLoads];
+    uint4 loaded[kLoads];
     const auto for_each_row = [&](const auto& body) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int row = some + i * kWarps;
-        if (row < end) body(held[i], own + row < rows ? own + row : own + row - rows);
+        if (row < end) body(loaded[i], first_row + row < rows ? first_row + row : first_row + row - rows);
       }
     };
     for_each_row([&](uint4& words, int row) {

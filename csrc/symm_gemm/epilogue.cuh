@@ -108,13 +108,13 @@ STEEPEST_FLAT bool combine(const Work& work, int rank, const Team& team, Staging
     return workspace.partials + half(slot_of(work.opener, part)) * kHalf + team.thread * 4;
   };
   uint32_t* const counter = workspace.counters + half(work.opener);
-  float* const own = at(work.part);
+  float* const partials = at(work.part);
   STEEPEST_UNROLL
   for (int i = 0; i < kSums / 4; ++i) {
     Vector part;
     STEEPEST_UNROLL
     for (int j = 0; j < 4; ++j) part.words[j] = bits_of(sums[4 * i + j]);
-    team.store_shared(own + i * 512, part);
+    team.store_shared(partials + i * 512, part);
   }
   team.publish();
   team.sync();

@@ -33,32 +33,32 @@ struct Candidate {
 Candidate cut(const std::vector<Shape>& shapes, const std::vector<int>& some, Tile tile) {
   const TileShape shape = shape_of(tile);
   const int64_t side = shape.columns;  // of a cluster tile, either way
-  Candidate found{{shapes[some.front()].majors, tile, {}, {}, 0, 0, 0, 0}, 0, 0, true};
+  Candidate candidate{{shapes[some.front()].majors, tile, {}, {}, 0, 0, 0, 0}, 0, 0, true};
   int64_t tiles = 0;
   for (int index : some) {
     const Shape& from = shapes[index];
     const int64_t rows = ceil_div(from.m, side), columns = ceil_div(from.n, side);
-    const int64_t own = from.symmetric ? rows * (rows + 1) / 2 : rows * columns;
-    const int64_t partials = own * shape.cluster * kConsumerWarps;
-    if (partials > kMaxSize || own > kMaxSize / from.batch || tiles > kMaxSize - from.batch * own) {
-      found.valid = false;
-      return found;
+    const int64_t tiles_each = from.symmetric ? rows * (rows + 1) / 2 : rows * columns;
+    const int64_t partials = tiles_each * shape.cluster * kConsumerWarps;
+    if (partials > kMaxSize || tiles_each > kMaxSize / from.batch || tiles > kMaxSize - from.batch * tiles_each) {
+      candidate.valid = false;
+      return candidate;
     }
-    const Tiling tiling{static_cast<int32_t>(rows),     static_cast<int32_t>(columns),
-                        static_cast<int32_t>(own),      static_cast<int32_t>(ceil_div(from.k, shape.depth)),
-                        static_cast<int32_t>(partials), from.symmetric};
-    found.launch.problems.push_back({index, tiling, static_cast<int32_t>(tiles), 0});
-    tiles += from.batch * own;
+    const Tiling tiling{static_cast<int32_t>(rows),       static_cast<int32_t>(columns),
+                        static_cast<int32_t>(tiles_each), static_cast<int32_t>(ceil_div(from.k, shape.depth)),
+                        static_cast<int32_t>(partials),   from.symmetric};
+    candidate.launch.problems.push_back({index, tiling, static_cast<int32_t>(tiles), 0});
+    tiles += from.batch * tiles_each;
     const double outputs = from.symmetric ? 0.5 * from.m * (from.n + 1.0) : 1.0 * from.m * from.n;
-    found.asked += from.batch * outputs * from.k * 2 / 4096;
+    candidate.asked += from.batch * outputs * from.k * 2 / 4096;
   }
-  found.launch.tiles = static_cast<int32_t>(tiles);
-  return found;
+  candidate.launch.tiles = static_cast<int32_t>(tiles);
+  return candidate;
 }
 
 // The candidate with all but `whole` tiles streamed over so many clusters.
-Candidate share_out(Candidate found, int64_t whole, int64_t clusters, int multiprocessors) {
-  Launch& launch = found.launch;
+Candidate share_out(Candidate candidate, int64_t whole, int64_t clusters, int multiprocessors) {
+  Launch& launch = candidate.launch;
   const Cost& cost = launch.tile == Tile::wide ? kWideCost : kSmallCost;
   int64_t steps = 0;
   for (size_t i = 0; i < launch.problems.size(); ++i) {
@@ -66,10 +66,11 @@ Candidate share_out(Candidate found, int64_t whole, int64_t clusters, int multip
     const int64_t end = i + 1 < launch.problems.size() ? launch.problems[i + 1].first_tile : launch.tiles;
     problem.first_step = static_cast<int32_t>(steps);
     steps += std::max<int64_t>(end - std::max<int64_t>(problem.first_tile, whole), 0) * problem.tiling.k_tiles;
-    found.valid = found.valid && steps <= kMaxSize;
+    candidate.valid = candidate.valid && steps <= kMaxSize;
   }
-  found.valid = found.valid && (steps == 0 || (steps >= clusters * kLeastSteps && steps <= kMaxSize / clusters));
-  if (!found.valid) return found;
+  candidate.valid =
+      candidate.valid && (steps == 0 || (steps >= clusters * kLeastSteps && steps <= kMaxSize / clusters));
+  if (!candidate.valid) return candidate;
   launch.schedule = {static_cast<int32_t>(whole), static_cast<int32_t>(steps), static_cast<int32_t>(clusters)};
   std::vector<int32_t> first_step, dealt;  // dealt: where a problem's tiles begin among those that are dealt out
   for (const PlannedProblem& problem : launch.problems) {
@@ -104,13 +105,13 @@ Candidate share_out(Candidate found, int64_t whole, int64_t clusters, int multip
       }
       step += taken;
     }
-    found.clocks = std::max(found.clocks, clocks);
+    candidate.clocks = std::max(candidate.clocks, clocks);
   }
-  found.clocks += slowest_sum;
-  launch.clocks = found.clocks;
-  launch.efficiency = found.asked / (found.clocks * multiprocessors);
+  candidate.clocks += slowest_sum;
+  launch.clocks = candidate.clocks;
+  launch.efficiency = candidate.asked / (candidate.clocks * multiprocessors);
   launch.waves = static_cast<double>(launch.tiles) / std::max(1, multiprocessors / shape_of(launch.tile).cluster);
-  return found;
+  return candidate;
 }
 
 // The tile and the streams that the model likes best; simpler ones unless others gain enough.
@@ -126,8 +127,8 @@ Candidate choose(const std::vector<Shape>& shapes, const std::vector<int>& some,
     double least = options.streams == Streams::never ? 0 : of_tile.clocks * kWorthStreaming;
     if (options.streams == Streams::always) least = std::numeric_limits<double>::infinity();
     const auto consider = [&](int64_t whole, int64_t clusters) {
-      const Candidate found = share_out(plain, whole, clusters, multiprocessors);
-      if (found.valid && found.clocks < least) of_tile = found, least = found.clocks;
+      const Candidate candidate = share_out(plain, whole, clusters, multiprocessors);
+      if (candidate.valid && candidate.clocks < least) of_tile = candidate, least = candidate.clocks;
     };
     // The last, unfilled wave, with a full one before it so that few tiles are cut into many parts; or fewer tiles than
     // clusters, each in the same number of parts or the machine full.

@@ -54,13 +54,13 @@ struct UpdateStore {
       if (!stores(chunk)) continue;
       team.sync();  // the chunk before has been read
       stage(sums + chunk * kChunkSums);
-      Vector held[2 * kVectorsPerThread];
+      Vector loaded[2 * kVectorsPerThread];
       STEEPEST_UNROLL
-      for (int i = 0; i < 2 * kVectorsPerThread; ++i) held[i] = ahead[i];
+      for (int i = 0; i < 2 * kVectorsPerThread; ++i) loaded[i] = ahead[i];
       if (chunk + 1 < kChunks) fetch(chunk + 1);
       team.sync();
       STEEPEST_UNROLL
-      for (int i = 0; i < kVectorsPerThread; ++i) move(chunk, i, alpha, beta, held[2 * i], held[2 * i + 1]);
+      for (int i = 0; i < kVectorsPerThread; ++i) move(chunk, i, alpha, beta, loaded[2 * i], loaded[2 * i + 1]);
     }
   }
 
