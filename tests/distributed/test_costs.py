@@ -64,7 +64,7 @@ def test_a_part_of_a_sharded_matrix() -> None:
     assert HALF * counted < polar_flop(choice, 50, 96, True) < counted
 
 
-@pytest.mark.parametrize("method", ["jr", "qr", "eigh"])
+@pytest.mark.parametrize("method", ["jr", "qr", "qr_sorted", "eigh"])
 def test_a_refresh(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eigh, "iterates", lambda P: False)  # in torch ops, which are counted
     n = 64

@@ -33,6 +33,7 @@ WAYS: dict[str, dict] = {
     "jr": {"method": "jr"},
     "jr, two sweeps": {"method": "jr", "sweeps": 2},
     "qr": {"method": "qr"},
+    "qr_sorted": {"method": "qr_sorted"},
     "eigh": {"method": "eigh"},
     "auto": {},
     "auto without reading": {"exact": False},
@@ -108,7 +109,7 @@ def test_what_is_promised_of_every_matrix(case: str, way: str) -> None:
     matrices, Q = HARD[case]
     for P in matrices:
         refreshed = eigh_refresh(P, Q, **WAYS[way])
-        assert_refreshed(P, Q, refreshed, helps=way != "qr")
+        assert_refreshed(P, Q, refreshed, helps=way not in ("qr", "qr_sorted"))
         Q = refreshed.basis
 
 
@@ -202,6 +203,23 @@ def test_qr_is_the_reference(factor: str, monkeypatch: pytest.MonkeyPatch) -> No
             # Second moments permuted by the order go with their columns.
             assert (ours[:, refreshed.order] * refreshed.basis).sum(0).median() > 0.9
             ours = theirs = refreshed.basis
+
+
+@pytest.mark.parametrize("spectrum", EIGENVALUES)
+def test_qr_sorted_sorts_afterwards(spectrum: str) -> None:
+    """QR of P Q as it is, then columns by diag(Q'^T P Q'): of columns in reverse not what "qr" makes of them."""
+    matrices = [P.double() for P in drifting(64, spectrum, 8)]
+    Q = torch.linalg.eigh(matrices[0]).eigenvectors
+    first, second = (eigh_refresh(matrices[1], Q, method=method).basis for method in ("qr", "qr_sorted"))  # type: ignore[arg-type]
+    assert (first - second).abs().max() > 1e-6
+    for P in matrices[1:]:
+        refreshed = eigh_refresh(P, Q, method="qr_sorted")
+        new, R = torch.linalg.qr(P @ Q)
+        order = (new * (P @ new)).sum(0).argsort(descending=True)
+        assert refreshed.status == basis.ACCEPTED
+        assert torch.equal(refreshed.order, order)
+        torch.testing.assert_close(refreshed.basis, (new * R.diagonal().sign())[:, order], atol=1e-9, rtol=0)
+        Q = refreshed.basis
 
 
 @pytest.mark.parametrize("factor", ["compiled", "reflections", "Cholesky"])
@@ -394,7 +412,7 @@ def test_inputs_are_not_written_and_the_same_input_gives_the_same_bits() -> None
         assert first.basis.data_ptr() != Q.data_ptr()
 
 
-@pytest.mark.parametrize("way", ["jr", "jr, two sweeps", "qr", "auto without reading"])
+@pytest.mark.parametrize("way", ["jr", "jr, two sweeps", "qr", "qr_sorted", "auto without reading"])
 def test_nothing_is_read(way: str, in_torch_ops: None) -> None:
     """On tensors without data, to read one raises."""
     with FakeTensorMode():

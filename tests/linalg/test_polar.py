@@ -33,7 +33,7 @@ from support.slow import slow
 
 PRESETS = (*tables.SCHEDULES, "polar_express", "svd")
 #: Those of other packages, by the names they have there.
-OTHERS = ("simple", "quintic", "cans", "deepseekv4", "cubic5")
+OTHERS = ("simple", "quintic", "cans", "deepseekv4", "cubic5", "polar_express_safer", "dion")
 POLYNOMIAL = [name for name in PRESETS if name != "svd"]
 
 
@@ -404,6 +404,8 @@ def test_several_stacks_equal_each_alone(preset: str) -> None:
         ("cubic5", 119, 7e-3, 0.774, 1.301),
         ("quintic", 492, 1e-2, 0.977, 1.032),
         ("simple", 484, 1e-2, 0.681, 1.135),
+        ("polar_express_safer", 970, 1e-3, 0.846, 1.142),
+        ("dion", 970, 1e-3, 0.846, 1.142),
     ],
 )
 def test_tables_of_others_land_where_the_docstring_says(

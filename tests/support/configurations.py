@@ -47,6 +47,7 @@ OPTIONS: tuple[tuple[type[MatrixOptimizer], dict[str, Any]], ...] = (
     (steepest.KLShampoo, {"max_update_rms": 1.0}),
     (steepest.SOAP, {"norm": "spectral"}),
     (steepest.SOAP, {"parity": "authors"}),
+    (steepest.SOAP, {"parity": "emerging-optimizers", "precondition_frequency": 1}),
     (steepest.SOAP, {"factor_dtype": torch.bfloat16}),
     (steepest.SOAP, {"refresh_delay": 3}),
     (steepest.SOAP, {"refresh": "qr", "precondition_frequency": 1}),
@@ -66,6 +67,7 @@ OPTIONS: tuple[tuple[type[MatrixOptimizer], dict[str, Any]], ...] = (
     (steepest.Muon, {"constraint": "spectral", "weight_decay": 0.0}),
     (steepest.MuAdam, {"variance_reduction": 0.025}),
     (steepest.Dion2, {"after": "rows"}),
+    (steepest.AdaMuon, {"parity": "timm"}),
 )
 
 

@@ -32,7 +32,7 @@ from .chain import product_flop
 from .scaling import PowerOfTwo, inverse_power_of_two, largest_entry
 from .work import Work, eigh_flop, qr_flop
 
-Method = Literal["auto", "jr", "qr", "eigh"]
+Method = Literal["auto", "jr", "qr", "eigh", "qr_sorted"]
 
 # Bits of a status.
 ACCEPTED = 1  # the basis returned is a new one; otherwise it is the one that came in
@@ -67,7 +67,7 @@ SHIFTED_PASSES, PASSES = 3, 5
 
 
 # Products of n x n matrices that a refresh takes, counted in full; the tests count them again.
-PRODUCTS = {"jr": 14, "qr": 6, "eigh": 6}
+PRODUCTS = {"jr": 14, "qr": 6, "qr_sorted": 6, "eigh": 6}
 
 
 class Refreshed(NamedTuple):
@@ -82,7 +82,7 @@ class Refreshed(NamedTuple):
 def refresh_work(n: int, method: Method) -> Work:
     """What `eigh_refresh` of one n x n matrix takes; "auto" as if the first stage were enough."""
     method = "jr" if method == "auto" else method
-    solver = {"jr": 0, "qr": qr_flop(n), "eigh": eigh_flop(n)}[method]
+    solver = {"jr": 0, "qr": qr_flop(n), "qr_sorted": qr_flop(n), "eigh": eigh_flop(n)}[method]
     return Work(wide=PRODUCTS[method] * product_flop(n, n, n, symmetric=False), solver=solver)
 
 
@@ -101,16 +101,18 @@ def eigh_refresh(
     P: (..., n, n) symmetric positive semidefinite, fp32 or fp64.  Q: of P's shape and dtype, orthonormal.  Neither is
     changed.  Deterministic; a matrix's result does not depend on its batch but by the rounding of batched products.
 
-        method  basis                                                  columns                       reads the device
-        jr      ``sweeps`` simultaneous Jacobi rotations               keep slot and sign            never
-        qr      orthogonal iteration, QR of P Q sorted, R_ii >= 0      sorted by diag(Q^T P Q)       never
-        eigh    exact (in fp64 on a CPU)                               values descend                yes
-        auto    jr, else qr and jr, else eigh, for each matrix apart   keep slot (and sign)          with ``exact``
+        method     basis                                               columns                       reads the device
+        jr         ``sweeps`` simultaneous Jacobi rotations            keep slot and sign            never
+        qr         orthogonal iteration, QR of P Q sorted, R_ii >= 0   sorted by diag(Q^T P Q)       never
+        qr_sorted  orthogonal iteration, QR of P Q as it is            sorted by diag(Q'^T P Q')     never
+        eigh       exact (in fp64 on a CPU)                            values descend                yes
+        auto       jr, else qr and jr, else eigh, for each apart       keep slot (and sign)          with ``exact``
 
-    "qr" is the refresh of SOAP's reference (N. Vyas et al., arXiv:2409.11321) up to the sign of columns.  "jr" at every
-    step has a third to two thirds of its whitening error.  It needs a basis that is near: after ten steps without a
-    refresh it may be too far and then does not catch up alone; "auto" does, and stays below "qr".  "eigh" in fp32, as
-    on a GPU, errs by eps max d in the smallest values; where that would raise the whitening error the old basis stays.
+    "qr" is the refresh of SOAP's reference (N. Vyas et al., arXiv:2409.11321) up to the sign of columns, "qr_sorted"
+    that of Emerging-Optimizers (utils/eig.py at commit fd77292).  "jr" at every step has a third to two thirds of the
+    whitening error of "qr".  It needs a basis that is near: after ten steps without a refresh it may be too far and
+    then does not catch up alone; "auto" does, and stays below "qr".  "eigh" in fp32, as on a GPU, errs by eps max d in
+    the smallest values; where that would raise the whitening error the old basis stays.
 
     "auto" takes for each matrix the first stage that was not held back and left a whitening error of at most .1, less
     than before.  ``exact`` says what happens to the rest.  True reads the flags, waiting for the device, and runs each
@@ -121,13 +123,13 @@ def eigh_refresh(
 
     Guaranteed for every matrix, whatever came in: without ACCEPTED, Q' is Q bit for bit, or the identity if Q was not
     orthonormal; with it, ||Q'^T Q' - I||_F <= 1e-5 sqrt n (fp64: 1e-11), and the whitening error is no greater than
-    that of Q beyond rounding, except by "qr", which is the reference's step whether it helps or not.  The values are
-    diag(Q'^T P Q'), at least 0.  The scale of P does not matter; of P = 0 every basis is as good, so Q stays.
+    that of Q beyond rounding, except by "qr" and "qr_sorted", which are others' steps whether they help or not.  The
+    values are diag(Q'^T P Q'), at least 0.  The scale of P does not matter; of P = 0 every basis is as good: Q stays.
 
     Returns:
         basis and values, in P's dtype; status, (...) int32, a sum of the bits above; order, (..., n) int64: column i
         of the new basis comes from column order[i] of the old one.  Second moments in the old basis are permuted by
-        it; it is the identity except for "qr" and "eigh", whose columns are sorted.
+        it; it is the identity except for "qr", "qr_sorted" and "eigh", whose columns are sorted.
 
     Raises:
         TypeError: P is not fp32 or fp64, or Q is of another dtype or device.
@@ -170,7 +172,7 @@ def _refresh(P: Tensor, Q: Tensor, method: Method, sweeps: int, exact: bool | No
         accepted = new.error < old.error
         bits = _bits((~small, LARGE_ROTATION), (~(small & _progress(new, old)), WANTS_EXACT))
     else:
-        candidate, order = _iterate(problem.P, old) if method == "qr" else _solve(problem.P, old)
+        candidate, order = _SOLVERS[method](problem.P, old)
         accepted = _orthonormal(candidate)
         if method == "eigh":
             # A basis as good as rounding lets it be is taken as well, so that its columns are sorted.
@@ -407,10 +409,22 @@ def _largest_eigenvalue(E: Tensor) -> Tensor:
 def _iterate(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
     """One step of orthogonal iteration on sorted columns; those that P sends to zero stay, as far as they can."""
     order = _descending(old)
-    image = _columns(old.image, order)
-    gone = (image == 0).all(-2, keepdim=True)
-    Q = _orthonormal_factor(torch.where(gone, _columns(old.Q, order), image))
+    Q = _powered(_columns(old.Q, order), _columns(old.image, order))
     return _measured(P, Q, orthonormality(Q)), order
+
+
+def _iterate_and_sort(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
+    """The same of the columns as they are, which are sorted by what has become of them."""
+    Q = _powered(old.Q, old.image)
+    new = _measured(P, Q, orthonormality(Q))
+    order = _descending(new)
+    sorted_B = _columns(_columns(new.B, order).mT, order)
+    return new._replace(Q=_columns(Q, order), image=_columns(new.image, order), B=sorted_B), order
+
+
+def _powered(Q: Tensor, image: Tensor) -> Tensor:
+    """The Q of P Q = Q R; a column that P sends to zero stays."""
+    return _orthonormal_factor(torch.where((image == 0).all(-2, keepdim=True), Q, image))
 
 
 def _solve(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
@@ -422,6 +436,10 @@ def _solve(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
     along = (Q * _columns(old.Q, order)).sum(-2, keepdim=True)
     Q = torch.where(along < 0, -Q, Q)
     return _measured(P, Q, orthonormality(Q)), order
+
+
+#: What takes one step from the old basis, by method: the new one, and where its columns were.
+_SOLVERS = {"qr": _iterate, "qr_sorted": _iterate_and_sort, "eigh": _solve}
 
 
 def _orthonormal_factor(Y: Tensor) -> Tensor:

@@ -82,8 +82,8 @@ TURBO_15E3: Table = (
 TURBO_8E3: Table = (*TIGHT_8E3[:2], (3.87512, -7.537368, 6.55156, -2.369701, 0.2991775))
 
 
-# Tables that NVIDIA's Emerging-Optimizers has a name for, under that name, with the Frobenius norm. Those of this file
-# that it has too go by both names.
+# Tables that another package has a name for, under that name, with the Frobenius norm: NVIDIA's Emerging-Optimizers
+# (muon_utils.py, commit fd77292), and below them timm and dion. Those of this file that they have too go by both names.
 OTHERS: dict[str, Table] = {
     "simple": JORDAN,
     "quintic": YOU,
@@ -104,6 +104,22 @@ OTHERS: dict[str, Table] = {
         (2.5368962, -1.4312570),
         (2.4418906, -1.2764040),
         (2.2230472, -0.9630650),
+    ),
+    # timm (timm/optim/muon.py, commit aa4b585) and modded-nanogpt: Polar Express with 2 % of room in every step.
+    "polar_express_safer": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.0429299351667245, -2.808917465908704, 0.5000178451051299),
+        (3.8916678022926563, -2.7724841532176825, 0.5060648178503389),
+        (3.285753657755658, -2.3681294933425394, 0.46449024233003117),
+        (2.3005307116270983, -1.6111665557258408, 0.3833374427545273),
+    ),
+    # dion (dion/polar_express.py, commit 0a059a4): the same but for its last step, made for five steps; of x / 1.02.
+    "dion": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
 
@@ -169,6 +185,7 @@ def _safe_step(step: Step, divisor: float) -> Step:
 
 
 # As published it sends 1 + 1e-3, to which rounding in 16 bits may carry a singular value, to 1e20.
+OTHERS["dion"] = (_safe_step(OTHERS["dion"][0], 1.02), *OTHERS["dion"][1:])  # its norm has the room too
 OTHERS["cans"] = (*(_safe_step(step, SAFETY) for step in OTHERS["cans"][:-1]), OTHERS["cans"][-1])
 
 

@@ -14,6 +14,7 @@ from .. import routing
 from ..matrices import Piece, pieces
 from ..ops.backend import requested
 from ..parts import ADJUST_LR, Hyper
+from ..parts.step_size import name_here
 from ..recipe import Recipe, State, adamw
 from .group_options import (
     CHANGING,
@@ -134,7 +135,7 @@ class Groups(torch.optim.Optimizer):
         if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUST_LR:
             raise ValueError(
                 f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; use one of "
-                f"{', '.join(ADJUST_LR)} or None (original) as adjust_lr_fn"
+                f"{', '.join(ADJUST_LR)} or None (original) as adjust_lr_fn{name_here(group['adjust_lr_fn'])}"
             )
         requested(group["backend"])
         self.recipe(group)

@@ -44,9 +44,26 @@ _RATIOS: dict[str, Callable[[int, int], float]] = {
 #: The accepted names.
 ADJUST_LR = tuple(_RATIOS)
 
+#: What names of dion, timm and Emerging-Optimizers are here.
+_ELSEWHERE = {
+    "rms_norm": "'match_rms_adamw'",
+    "spectral_norm": "'spectral_unclamped'",
+    "rms_to_rms": "'spectral_unclamped'",
+    "rsqrt_in": "'head_rows'",
+    "shape_scaling": "'original'",
+    "spectral": "'match_rms_adamw' of five times the learning rate",
+    "unit_rms_norm": "'spectral_unclamped'",
+}
+
+
+def name_here(name: str) -> str:
+    """The end of an error about a name that is none of `ADJUST_LR`: what it is here, where another package has it."""
+    return f"; what other packages call {name} is {_ELSEWHERE[name]} here" if name in _ELSEWHERE else ""
+
 
 def shape_ratio(name: str, m: int, n: int) -> float:
     """The factor on the learning rate for an (m, n) matrix; 1 for an empty one. ValueError off `ADJUST_LR`'s names."""
     if name not in _RATIOS:
-        raise ValueError(f"Adjust learning rate function {name} is not supported; use one of {', '.join(_RATIOS)}")
+        known = ", ".join(_RATIOS)
+        raise ValueError(f"Adjust learning rate function {name} is not supported; use one of {known}{name_here(name)}")
     return _RATIOS[name](m, n) if m and n else 1.0

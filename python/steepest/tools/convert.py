@@ -19,7 +19,7 @@ update, not after it (lr weight_decay of an update), takes the larger of sqrt(v)
 64 n machine epsilons of its largest eigenvalue added; its clipping is not in the checkpoint.
 
 Emerging-Optimizers' SOAP is refused: checkpoints say neither how its averages are to be corrected nor whether factors
-are KL-Shampoo's, and its second moments stay where they are when its bases are sorted anew.
+are KL-Shampoo's. A new run has its rule by SOAP(parity="emerging-optimizers").
 
 Layouts are those of the public code; keys of another version are a ValueError.
 
@@ -162,7 +162,7 @@ def _emerging(group: Group, states: list[State]) -> Iterator[Part]:
     if "shampoo_beta" in group or any("Q_L" in state for state in states):
         raise ValueError(
             "it is Emerging-Optimizers' SOAP, whose checkpoint does not say how to read it (bias corrections, whether "
-            "factors are KL-Shampoo's), and which no rule here continues: begin steepest.SOAP anew"
+            "factors are KL-Shampoo's): begin steepest.SOAP anew, with parity='emerging-optimizers' for the same rule"
         )
     _want(group, ("lr", "weight_decay", "momentum_beta", "use_nesterov"))
     decoupled = group.get("use_decoupled_wd", group.get("use_decoupled_weight_decay"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, number
@@ -24,6 +24,8 @@ class AdaptiveMuon(MatrixOptimizer):
     _corrects = False
     #: whether an update has AdamW's size, so that its lr is one for AdamW's groups
     _fits_adamw = True
+    #: defaults of arguments that a subclass has besides
+    _more: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class AdaptiveMuon(MatrixOptimizer):
             "nesterov": nesterov,
             "adjust_lr_fn": adjust_lr_fn,
             "polar": polar,
+            **{key: extra.pop(key, default) for key, default in self._more.items()},  # type: ignore[misc]
         }
         if self._fits_adamw and adjust_lr_fn is None and extra.get("adamw_lr") is None:
             extra["adamw_lr"] = lr
@@ -99,14 +102,41 @@ class AdaMuon(AdaptiveMuon):
     adjust_lr_fn=None is "none", for the root mean square of an update is .2 already. The state is Muon's and an fp32
     number an entry, `update_exp_avg_sq`. The paper sums gradients where they are averaged here: the signs are the same.
 
+    parity="timm": o = polar(m), without the signs: timm's Muon(algo="adamuon", adjust_lr_fn="match_rms_adamw")
+        (huggingface/pytorch-image-models, timm/optim/muon.py at commit aa4b585). In the runs of docs/choose.md it
+        is this that makes much of the method.
+
     Source: arXiv:2507.11005v3, Algorithm 1.
     """
 
     _transform = Normalize("elements", rms=0.2)
     _ratio = "none"
+    _more: ClassVar[dict[str, Any]] = {"parity": None}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        nesterov: bool = False,
+        adjust_lr_fn: str | None = None,
+        *,
+        polar: Polar = "auto",
+        parity: str | None = None,
+        **extra: Unpack[Extras],
+    ) -> None:
+        values = {"adjust_lr_fn": adjust_lr_fn, "polar": polar, "parity": parity, **extra}
+        super().__init__(params, lr, weight_decay, momentum, beta2, nesterov, **values)  # type: ignore[arg-type]
 
     def recipe(self, group: Group) -> Recipe:
-        return replace(super().recipe(group), direction=SpectralOfSign(**vars(polar_of(group))))
+        if group["parity"] not in (None, "timm"):
+            raise ValueError(f"parity {group['parity']!r} is not known; use 'timm' (no signs) or None (the paper's)")
+        recipe = super().recipe(group)
+        if group["parity"] == "timm":
+            return recipe
+        return replace(recipe, direction=SpectralOfSign(**vars(polar_of(group))))
 
 
 class NAMO(AdaptiveMuon):

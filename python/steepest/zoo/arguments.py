@@ -41,6 +41,7 @@ LINES: dict[str, str] = {
     "inverse_root": '"basis": by eigenvalues; "newton": by products alone',
     "first_step": '"skip": the first gradient makes the bases; "move": it makes a step too',
     "max_update_rms": "bound on the root mean square of an update; None: no bound",
+    "parity": "the package whose arithmetic is followed; None: the paper's",
     "average_rate": "decay rate of the average of iterates; 0: no average",
     "norm": "the base norm, by its name",
     "composite": '"decay" or "ridge": what weight_decay is in the model of the loss',

@@ -20,7 +20,9 @@ class Dion2(MatrixOptimizer):
         m <- m + g;   K: the ceil(fraction n) rows (columns) of m with the largest 1-norm;   m_K <- momentum m_K after
         W <- (1 - lr weight_decay) W;   W_K <- W_K - lr ratio(rows, cols) polar(m_K)
 
-    params, lr, weight_decay: as in `Muon`.     momentum: what the stepped rows keep; the others keep all.
+    params, lr, weight_decay: as in `Muon`.
+    momentum: what the stepped rows keep; the others keep all, so that about 1 / (fraction (1 - momentum)) steps are
+        remembered: 80 by default, where a Muon of this momentum remembers 20.
     fraction: of the shorter side, rows of a square matrix, in (0, 1]; at least one row, rounded up.
     beta2, after: after="rows" divides the rows of the update by a running root mean square of theirs, as `NorMuon` does
         and with its state, and steps rows of every matrix: Dion3, which its authors also call NorDion2.

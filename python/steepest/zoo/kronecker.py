@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
-from ..linalg.basis import Method
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, adam_hyper, decay_of
 from ..parts import (
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 INVERSE_ROOTS = ("basis", "newton")
 FIRST_STEPS = ("skip", "move")
 NORMS = ("frobenius", "spectral", "sign")
+REFRESHES = ("auto", "jr", "qr", "eigh")
 
 
 class Bases(TypedDict, total=False):
@@ -62,7 +62,7 @@ class Bases(TypedDict, total=False):
     adjust_lr_fn: how the learning rate depends on a matrix's shape, as in `steepest.Muon`
         None is "original" with norm="spectral" and the method's own otherwise.
     parity: "authors": step for step what the authors' implementation does
-        Where the class says so.
+        Where the class says so. "emerging-optimizers" of `steepest.SOAP`: what that package's does.
     """
 
     shampoo_beta: float | None
@@ -128,7 +128,7 @@ class KroneckerOptimizer(MatrixOptimizer):
 
     def decay(self, group: Group, *, scaled: bool = False) -> Decay:
         """The weight decay, after the update where the authors have it there."""
-        return decay_of(group, after=group["parity"] is not None, scaled=scaled)
+        return decay_of(group, after=group["parity"] == "authors", scaled=scaled)
 
     def _direction(self, norm: str, group: Group) -> Direction:
         if norm == "spectral":
@@ -174,7 +174,7 @@ class KroneckerOptimizer(MatrixOptimizer):
                 "inverse_root='newton' needs the small eigenvalues that rounding a factor to bf16 loses: use "
                 "inverse_root='basis' or factor_dtype=None"
             )
-        _check_choice("refresh", group["refresh"], get_args(Method))
+        _check_choice("refresh", group["refresh"], REFRESHES)
         _check_choice("norm", group["norm"], (*NORMS, None))
         _check_choice("parity", group["parity"], self._parities)
         _check_choice("inverse_root", group.get("inverse_root", "basis"), INVERSE_ROOTS)
@@ -364,9 +364,16 @@ class SOAP(KroneckerOptimizer):
     if the first gradient has full rank; else a factor begins with a null space, every basis of which is as good, and
     which one it is depends on the eigensolver. eps is divided by sqrt(1 - beta2^t), as they have it. With identity
     bases it is Adam, with norm="spectral" MuAdam in these bases. Source: arXiv:2409.11321.
+
+    parity="emerging-optimizers": a gradient is in the factors before its own step and the bases are refreshed in every
+    step, so precondition_frequency is to be 1: by the exact solver for the first and with refresh="eigh" (use_eigh),
+    else by orthogonal iteration of which the columns are sorted afterwards. v stays in its places, eps is added to the
+    corrected sqrt(v), and every gradient makes a step, the first in its own bases: what it has beside their diagonal is
+    rounding, divided by itself and eps. Decay comes before the update. Source: NVIDIA-NeMo/Emerging-Optimizers,
+    legacy_soap/soap.py at commit fd77292 (registered there as "soap"), with correct_bias and power_iter_steps=1.
     """
 
-    _parities = (None, "authors")
+    _parities: tuple[str | None, ...] = (None, "authors", "emerging-optimizers")
 
     def __init__(
         self,
@@ -383,7 +390,20 @@ class SOAP(KroneckerOptimizer):
         super().__init__(params, options, extra)
 
     def parts(self, group: Group) -> dict[str, Any]:
-        return self._adam_in_bases(group)
+        parts = self._adam_in_bases(group)
+        if group["parity"] == "emerging-optimizers":
+            method = "eigh" if group["refresh"] == "eigh" else "qr_sorted"
+            own = {"first": "learn", "update_first": True, "method": method, "transport": "fixed"}
+            parts["precondition"] = self.rotated(group, Diagonal(power=0.25, eps_inside=False), **own)
+        return parts
+
+    def _check_values(self, group: Group) -> None:
+        super()._check_values(group)
+        if group["parity"] == "emerging-optimizers" and group["precondition_frequency"] != 1:
+            raise ValueError(
+                "parity='emerging-optimizers' refreshes the bases in every step but precondition_frequency is: "
+                f"{group['precondition_frequency']}; pass precondition_frequency=1"
+            )
 
     def _adam_in_bases(self, group: Group, coupling: Sides | None = None, *, corrected: bool = True) -> dict[str, Any]:
         """corrected: by Adam's bias corrections."""
@@ -399,6 +419,8 @@ class KLSOAP(SOAP):
     parity="authors": as in `SOAP`, and without Adam's bias corrections, so that entries of the first update are
     (1 - beta1) / sqrt(1 - beta2), .71 with the default betas, where Adam's are 1. Source: arXiv:2509.03378.
     """
+
+    _parities = (None, "authors")
 
     def __init__(
         self,

@@ -226,6 +226,18 @@ def test_hadamard_transport_is_the_mean_of_a_rotated_variance() -> None:
         assert gap(fresh[key], torch.einsum("bki,bk->bi", turn.square(), state[key])) < 1e-12
 
 
+@pytest.mark.parametrize("method", ["qr_sorted", "eigh"])
+def test_fixed_transport_leaves_averages_in_their_places(method: Any) -> None:
+    part = Rotated(Diagonal(0.25), transport="fixed", method=method)
+    state = learned(part, (2, 5, 4))
+    v = state["exp_avg_sq"] = gaussian(2, 5, 4, seed=1).square()
+    for side in ("left", "right"):
+        state[f"{side}_basis"] = state[f"{side}_basis"].flip(-1)
+    fresh = state | refreshed(part, [state])[0]
+    assert torch.equal(fresh["exp_avg_sq"], v)
+    assert not torch.equal(fresh["left_basis"], state["left_basis"])
+
+
 def test_a_refresh_of_several_is_that_of_each() -> None:
     part = Rotated(Sides(0.25), method="eigh")
     states = [learned(part, shape) for shape in SHAPES]

@@ -48,7 +48,8 @@ class Rotated(Kronecker):
 
     method: of `eigh_refresh`; exact: how many of the first refreshes are exact.
     transport: averages of squares at a refresh: "slots" stay with their columns, which a refresh keeps in place or says
-        where they went; "hadamard" mixes them by the squares of the rotation, as if rotated entries were independent.
+        where they went; "hadamard" mixes them by the squares of the rotation, as if rotated entries were independent;
+        "fixed" leaves them where they are, whichever column comes there.
 
     With method="auto" a matrix that a refresh got no hold of is solved exactly in the next one. The host then reads the
     status of the last one, always at the same step, and does not wait for what has begun since. On a CPU, where nothing
@@ -60,7 +61,7 @@ class Rotated(Kronecker):
     coupling: Sides | None = None
     method: Method = "auto"
     exact: int = 1
-    transport: Literal["slots", "hadamard"] = "slots"
+    transport: Literal["slots", "hadamard", "fixed"] = "slots"
 
     families: ClassVar[tuple[str, ...]] = ("fp32 products", "eigh refresh", "eigenvectors")
 
@@ -73,8 +74,8 @@ class Rotated(Kronecker):
         check_whole("exact", self.exact, 0)
         if self.method not in get_args(Method):
             raise ValueError(f"method {self.method!r} is not known; use one of {', '.join(get_args(Method))}")
-        if self.transport not in ("slots", "hadamard"):
-            raise ValueError(f"transport {self.transport!r} is not known; use 'slots' or 'hadamard'")
+        if self.transport not in ("slots", "hadamard", "fixed"):
+            raise ValueError(f"transport {self.transport!r} is not known; use 'slots', 'hadamard' or 'fixed'")
 
     @property
     def sides(self) -> Sides | None:
@@ -290,6 +291,8 @@ class Rotated(Kronecker):
 
         def moved(v: Tensor) -> Tensor:
             """Averages of squares, whose last dimension is this side's."""
+            if self.transport == "fixed":
+                return v
             kept = v.gather(-1, order.unsqueeze(-2).expand_as(v))
             if len(turned) == 0:
                 return kept

@@ -34,13 +34,16 @@ RATES: Mapping[str, tuple[float, float]] = {
     "Muon": (8e-2, 0.1),
     "NorMuon": (1.6e-2, 0.1),
     "AdaMuon": (1.6e-2, 0.1),
+    "AdaMuon-timm": (1.6e-2, 0.1),
     "NAMO": (0.25, 0.25),
     "Dion2": (8e-2, 0.1),
+    "Dion2-0.5": (8e-2, 0.1),
     "MuAdam": (4e-3, 2e-2),
     "MuAdamSANIA": (1.6e-4, 1e-4),
     "Shampoo": (4e-2, 4e-2),
     "OneSidedShampoo": (6e-2, 0.25),
     "KLShampoo": (6e-2, 0.1),
+    "KLShampoo-0.9": (1.5e-2, 0.1),
     "SOAP": (2e-2, 4e-2),
     "KLSOAP": (2e-2, 4e-2),
     "SPlus": (0.8, 0.8),
@@ -82,6 +85,9 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "MuonMax-Momo": ("MuonMax", {"lower_bound": 0.0}),
     "MuonAdam-Momo": ("MuonAdam", {"lower_bound": 0.0}),
     "PolarGrad": ("ProductNormDescent", {"product": "l2"}),
+    "AdaMuon-timm": ("AdaMuon", {"parity": "timm"}),
+    "Dion2-0.5": ("Dion2", {"momentum": 0.5}),
+    "KLShampoo-0.9": ("KLShampoo", {"shampoo_beta": 0.9}),
 }
 #: With its default arguments this one is MuonMax.
 NOT_ALONE = ("ProductNormDescent",)
