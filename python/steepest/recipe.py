@@ -283,7 +283,8 @@ class Recipe:
         """0-d bool: whether what a gradient of this dtype leaves in the state is finite.
 
         largest, square: 0-d, the magnitude of its largest entry and the sum of its squares, infinite or NaN where an
-        entry is not finite.   names: of the keys of factors, for each piece (`Recipe.names`).
+        entry is not finite.   names: of the keys of factors, for each piece (`Recipe.names`). Without factors several
+        gradients may be asked about at once, a number each.
         """
         accepted = largest <= self.largest_gradient(dtype)
         if self.variance_reduction is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,38 @@ class Made(TorchDispatchMode):
         new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known]
         self.tensors += new
         return result
+
+
+#: Operations that take no time on a device.
+FREE = {"alias", "as_strided", "detach", "promote_types", "select", "slice", "split", "split_with_sizes", "view"}
+
+
+class Called(TorchDispatchMode):
+    """How often each of torch's operations is called that does something on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten" and func.overloadpacket.__name__ not in FREE:
+            self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_of_more_parameters_are_normalized_by_the_same_calls() -> None:
+    """But for one of each parameter, which takes its statistics into its state if the step is taken."""
+
+    def called(number: int) -> Counter[str]:
+        params = [nn.Parameter(torch.ones(6, 4)) for _ in range(number)]
+        optimizer = steepest.NorMuon([{"params": params, "use_muon": True}])
+        train(optimizer, params, range(2))
+        give_gradients(params, 2)
+        with Called() as counted:
+            optimizer.step()
+        return counted.count
+
+    assert called(9) - called(3) == Counter({"where": 6})
 
 
 @every_optimizer

@@ -154,6 +154,8 @@ class Bucket:
         if not self.by_torch:
             return stored
         self._momenta = stored
+        if isinstance(self.recipe.precondition, Identity):
+            return stored.to(self.dtype)
         parts = []
         for item, m in zip(self.items, stored.split(self.counts), strict=True):
             assert item.matrices is not None

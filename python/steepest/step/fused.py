@@ -199,11 +199,25 @@ class Fused:
         rows = [item.row for item in self._items for _ in range(item.count)]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
+    @cached_property
+    def _judged_alike(self) -> list[tuple[Parameter, slice]]:
+        """Runs of rows of which one question is asked; each of those with factors, whose state answers, is alone."""
+        runs: list[tuple[Parameter, slice]] = []
+        for row, p in self._by_torch.items():
+            if runs:
+                first, rows = runs[-1]
+                alike = (first.recipe, first.grad_dtype, rows.stop) == (p.recipe, p.grad_dtype, row)
+                if alike and p.recipe.kronecker is None:
+                    runs[-1] = first, slice(rows.start, row + 1)
+                    continue
+            runs.append((p, slice(row, row + 1)))
+        return runs
+
     def _refuse(self) -> None:
         """Takes no step where what torch operations make of a gradient would not stay finite."""
         finite, most, square = (self.table.column(name) for name in ("finite", "grad_max", "grad_sq"))
-        for row, p in self._by_torch.items():
-            finite[row].mul_(p.takes(most[row], square[row]))
+        for p, rows in self._judged_alike:
+            finite[rows].mul_(p.takes(most[rows], square[rows]))
         if self._ranks is not None and self._by_torch:
             self._ranks.all_reduce(finite, "min")
 

@@ -147,7 +147,9 @@ class Parameter:
             self.state[key].copy_(t)
 
     def takes(self, largest: Tensor, square: Tensor) -> Tensor:
-        """0-d bool: whether this gradient leaves a finite state, of factors those that are here; see `Recipe.takes`."""
+        """Whether this gradient leaves a finite state, of factors those that are here, bool of the shape of both; see
+        `Recipe.takes`.
+        """
         names = [self.recipe.names(number) for number, piece in enumerate(self.pieces_here) if piece.batch]
         return self.recipe.takes(largest, square, self.state, names, self.grad_dtype)
 
