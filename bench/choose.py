@@ -3,6 +3,7 @@
 python bench/choose.py                    writes docs/choose.md and docs/images/choose-*.png
 python bench/choose.py --check            exit status 1 if the page would change
 python bench/choose.py --from FOLDER      takes over what `steepest compare --full --out FOLDER` has written, first
+python bench/choose.py --add FOLDER       takes over only the methods that have no rows yet
 
 A table stands between the lines `<!-- NAME -->` and `<!-- end -->`. What to take in which situation is written here;
 every figure beside it is the file's.
@@ -33,6 +34,38 @@ Rows = Mapping[tuple[str, str], Row]  # by task and method
 def read(path: Path = RESULT) -> Rows:
     with path.open(newline="") as file:
         return {(row["task"], row["optimizer"]): row for row in csv.DictReader(file)}
+
+
+# ---- what is taken over -------------------------------------------------------------------------------------------
+
+
+def take_over(folder: Path) -> None:
+    """All that was run into the folder becomes the result."""
+    shutil.copyfile(folder / "summary.csv", RESULT)
+    shutil.copyfile(folder / "provenance.json", PROVENANCE)
+
+
+def add(folder: Path) -> None:
+    """Adds the rows of methods that have none, each in its place by loss, and where they ran.
+
+    ValueError where a task of theirs is not the result's: losses of the two would not be comparable.
+    """
+    from steepest.tools.compare.evidence import write_csv
+
+    known, more = (json.loads(path.read_text()) for path in (PROVENANCE, folder / "provenance.json"))
+    for task, described in more["tasks"].items():
+        if known["tasks"].get(task) != described:
+            raise ValueError(f"{folder} has run {task!r} as {described}, and {RESULT.name} {known['tasks'].get(task)}")
+    had = read(RESULT)
+    rows = {**read(folder / "summary.csv"), **had}
+    both = {key: rows[key] for key in dict.fromkeys((*had, *rows))}
+    write_csv(RESULT, [row for task in tasks(had) for row in sorted(of_task(both, task), key=_rank)])
+    known["machines"] += [one for one in more["machines"] if one not in known["machines"]]
+    PROVENANCE.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def _rank(row: Row) -> float:
+    return float(row["loss"] or "inf")
 
 
 # ---- what stands in a cell ----------------------------------------------------------------------------------------
@@ -230,11 +263,14 @@ def draw(rows: Rows) -> None:
 def main(arguments: Sequence[str]) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--check", action="store_true")
-    p.add_argument("--from", dest="source", type=Path, metavar="FOLDER")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--from", dest="source", type=Path, metavar="FOLDER")
+    source.add_argument("--add", type=Path, metavar="FOLDER")
     options = p.parse_args(arguments)
     if options.source is not None:
-        shutil.copyfile(options.source / "summary.csv", RESULT)
-        shutil.copyfile(options.source / "provenance.json", PROVENANCE)
+        take_over(options.source)
+    if options.add is not None:
+        add(options.add)
     rows, old = read(), PAGE.read_text(encoding="utf-8")
     new = filled(old, rows)
     if not options.check:

@@ -153,6 +153,29 @@ def test_the_guide_quotes_the_comparison(monkeypatch: pytest.MonkeyPatch) -> Non
         choose.filled("nothing", rows)
 
 
+def test_the_guide_takes_in_methods_that_have_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their places, and without another look at those that have; of a task that is another one nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    choose = importlib.import_module("choose")
+    whole, described = choose.RESULT.read_text(), json.loads(choose.PROVENANCE.read_text())
+    head, *lines = whole.splitlines(keepends=True)
+    monkeypatch.setattr(choose, "RESULT", tmp_path / "compare.csv")
+    monkeypatch.setattr(choose, "PROVENANCE", tmp_path / "compare.json")
+    choose.RESULT.write_text(head + "".join(line for line in lines if ",Dion2," not in line))
+    choose.PROVENANCE.write_text(json.dumps(described))
+    muon = "".join(line.replace(",2.4714,", ",0.1,") for line in lines if ",Muon," in line)
+    (tmp_path / "summary.csv").write_text(head + "".join(line for line in lines if ",Dion2," in line) + muon)
+    there = {"tasks": described["tasks"], "machines": [{"machine": "another"}]}
+    (tmp_path / "provenance.json").write_text(json.dumps(there))
+    choose.add(tmp_path)
+    assert choose.RESULT.read_text() == whole
+    assert json.loads(choose.PROVENANCE.read_text())["machines"] == [*described["machines"], {"machine": "another"}]
+    there["tasks"] = {"gpt": {"steps": 7, "described": "a task"}}
+    (tmp_path / "provenance.json").write_text(json.dumps(there))
+    with pytest.raises(ValueError, match="has run 'gpt' as .*'steps': 7"):
+        choose.add(tmp_path)
+
+
 def test_the_guide_has_no_method_that_is_gone() -> None:
     with (ROOT / "bench" / "results" / "compare.csv").open(newline="") as file:
         assert {row["optimizer"] for row in csv.DictReader(file)} <= methods.known().keys()
