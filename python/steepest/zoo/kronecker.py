@@ -393,8 +393,8 @@ class SOAP(KroneckerOptimizer):
         parts = self._adam_in_bases(group)
         if group["parity"] == "emerging-optimizers":
             method = "eigh" if group["refresh"] == "eigh" else "qr_sorted"
-            own = {"first": "learn", "update_first": True, "method": method, "transport": "fixed"}
-            parts["precondition"] = self.rotated(group, Diagonal(power=0.25, eps_inside=False), **own)
+            order = {"first": "learn", "update_first": True, "method": method, "transport": "fixed"}
+            parts["precondition"] = self.rotated(group, Diagonal(power=0.25, eps_inside=False), **order)
         return parts
 
     def _check_values(self, group: Group) -> None:
