@@ -74,8 +74,8 @@ STATE: dict[str, Callable[[Checkpoint], Any]] = {
 
 
 def each_missing(good: Checkpoint) -> dict[str, Callable[[Checkpoint], Any]]:
-    """Every tensor of the state of the last parameter that has it, missing, by its key; an empty state is one that
-    begins.
+    """Every tensor of the state of the last parameter that has it, missing, by its key, but for one that is
+    alone: a state that is empty has no key to name.
     """
     at = {key: number for number, state in good["state"].items() if len(state) > 1 for key in state}
     return {key: lambda saved, key=key, number=number: saved["state"][number].pop(key) for key, number in at.items()}
