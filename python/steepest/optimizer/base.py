@@ -424,7 +424,9 @@ class MatrixOptimizer(Reports, Constraints):
             if self._recipe(group).kronecker is not None:
                 why = "the host decides when its bases are refreshed; call its step outside of the graph"
             if not all(direction.capturable(p.dtype, p.device) for p in group["params"]):
-                why = f"{direction} reads from the device; choose an iterative preset, such as polar='auto'"
+                why = (
+                    f"{direction} reads from the device; choose products: polar='auto', or method='matmul' in Schattor"
+                )
             device = group["params"][0].device if group["params"] else None
             others = [key for key in ("momentum", "betas", "eps") if _elsewhere(group.get(key), device)]
             if others:

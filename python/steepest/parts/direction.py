@@ -297,7 +297,7 @@ class Schatten(Direction):
         schatten.check_norm(self.p, self.method)
 
     def capturable(self, dtype: torch.dtype, device: torch.device) -> bool:
-        return schatten.takes_products(self.p, dtype, device, method=self.method)
+        return schatten.by_products(self.p, self.method)
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return schatten.schatten(
