@@ -328,6 +328,7 @@ class MatrixOptimizer(Reports, Constraints):
                     f"{type(self).__name__} cannot be traced by torch.compile: the host decides when it refreshes its "
                     "bases; call its step outside of the compiled function"
                 )
+            self._check_traced(group)
             self._check_step(number, group)
         parameters = [p for number in range(len(self.param_groups)) for p in self._traced_parameters(number)]
         plan, hypers = self._plan_of(parameters, traced=True), [self._hyper(group) for group in self.param_groups]

@@ -31,7 +31,7 @@ from .group_options import (
     read_switches,
     same,
 )
-from .option_types import OptionType, check_options
+from .option_types import OPTION_TYPES, OptionType, check_options, is_within
 
 __all__ = ["Groups", "Params"]
 
@@ -115,6 +115,17 @@ class Groups(torch.optim.Optimizer):
             others = [key for key, old, new in zip(NUMBERS, known, now, strict=True) if not same(old, new)]
             self._check_changed(group, [key for key in others if self._is_option(key, group)])
             self._numbers[id(group)] = numbers_of(group)
+
+    def _check_traced(self, group: Group) -> None:
+        """`_check_changed` of the numbers that are no tensors while torch.compile traces: the comparisons become guards
+        of the graph, so that a value which fails one is traced anew, and raises.
+        """
+        special = self._merged("_option_types")
+        for key in NUMBERS:
+            if self._is_option(key, group) and not _has_tensor(group[key]):
+                kind = special.get(key, OPTION_TYPES[key])
+                if not is_within(group[key], kind):
+                    raise ValueError(f"{self._called(group)}{key} should be {kind.wanted}, and is not")
 
     def _new_recipe(self, group: Group) -> Recipe:
         return self.recipe(group) if group["use_muon"] else adamw(group["momentum_dtype"], **finish(group))
@@ -322,6 +333,10 @@ def _merged(kind: type, name: str) -> dict[str, Any]:
     for base in reversed(kind.__mro__):
         merged |= dict.fromkeys(value) if isinstance(value := vars(base).get(name, {}), tuple) else value
     return merged
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(each, Tensor) for each in (value if isinstance(value, (list, tuple)) else (value,)))
 
 
 def _none(params: Any) -> bool:
