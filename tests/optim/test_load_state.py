@@ -414,3 +414,16 @@ def test_muon_of_torch_is_loaded_and_leaves_other_options_alone() -> None:
 
 def copies_of(params: list[nn.Parameter]) -> list[nn.Parameter]:
     return [nn.Parameter(t) for t in copies(params)]
+
+
+@pytest.mark.parametrize("key", [str, lambda number: number + 7])
+def test_state_that_no_group_lists_is_not_lost_in_silence(key: Any) -> None:
+    optimizer, params = both_kinds(steepest.Muon)
+    train(optimizer, params, range(1))
+    saved = optimizer.state_dict()
+    saved["state"]["mine"] = {"anything": 3}
+    saved["state"] = {key(k) if isinstance(k, int) else k: entry for k, entry in saved["state"].items()}
+    second, _ = both_kinds(steepest.Muon)
+    with pytest.raises(ValueError, match="which no group lists in 'params', .* JSON makes strings"):
+        second.load_state_dict(saved)
+    assert not second.state

@@ -134,6 +134,7 @@ STRUCTURE: dict[str, Callable[[Checkpoint], Any]] = {
     "a parameter less": lambda saved: saved["param_groups"][0]["params"].pop(),
     "no list of parameters": lambda saved: saved["param_groups"][1].pop("params"),
     "a group that is none": lambda saved: saved["param_groups"].__setitem__(0, None),
+    "strings for numbers": lambda saved: saved.update(state={str(key): value for key, value in saved["state"].items()}),
     "groups in another order": lambda saved: saved["param_groups"].reverse(),
 }
 

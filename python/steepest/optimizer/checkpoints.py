@@ -157,6 +157,7 @@ class Checkpoints(Shards):
         self._share(loaded, state, matched, groups)
         self._check_together(loaded, groups)
         listed = {key for group in saved for key in group["params"]}
+        _refuse_numbered([key for key, entry in state.items() if key not in listed and entry != {}])
         loaded |= {key: copy.deepcopy(value) for key, value in state.items() if key not in listed}
         self._loading = {key: value for key, value in loaded.items() if value or not isinstance(key, Tensor)}, matched
         first = 0
@@ -264,6 +265,17 @@ class Checkpoints(Shards):
                 begun = all(key in loaded[p] for key in self._recipe(group).layouts)
                 if lacking and begun and loaded[p]:
                     refuse_incomplete(loaded[p], parameter_name(group, i), lacking, type(self).__name__)
+
+
+def _refuse_numbered(unlisted: list[Any]) -> None:
+    """ValueError for entries of parameters that no group lists; those under other keys are the user's own."""
+    numbered = [key for key in unlisted if isinstance(key, int) or (isinstance(key, str) and key.isdecimal())]
+    if numbered:
+        raise ValueError(
+            f"the checkpoint's state has an entry {numbered[0]!r}, which no group lists in 'params', so it would be "
+            "lost: both are the same numbers, of which JSON makes strings in the state; make them int again, or leave "
+            "the entry out"
+        )
 
 
 def _is_adam(recipe: Recipe) -> bool:
