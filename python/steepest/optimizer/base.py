@@ -104,6 +104,10 @@ class MatrixOptimizer(Reports, Constraints):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step. closure: re-evaluates the model and returns the loss, which is returned."""
+        return self._closed_step(closure)
+
+    def _closed_step(self, closure: Callable[[], float] | None) -> float | None:
+        """`step` without its hooks, which torch puts around every `step` that a class or a base has."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
