@@ -73,14 +73,14 @@ class Direction:
         raise NotImplementedError(f"{type(self).__name__} has no direction of a part of a matrix")
 
     def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
-        """<x, d>, which for d = unit(x) is the dual norm of x."""
+        """<x, d>, which for d = unit(x) is the dual norm of x; the largest number there is where it is beyond that."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        return (x.to(wide) * d.to(wide)).sum(dim=(-2, -1), keepdim=True)
+        return (x.to(wide) * d.to(wide)).sum(dim=(-2, -1), keepdim=True).clamp(max=torch.finfo(wide).max)
 
     def scaled(self, x: Tensor) -> Tensor:
         """The step of regularized steepest descent, argmin <-x, s> + N(s)^2 / 2."""
         d = self.unit(x)
-        return d * self.dual_norm(x, d).to(d.dtype)
+        return d * self.dual_norm(x, d).clamp(max=torch.finfo(d.dtype).max).to(d.dtype)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
         """The point of the unit ball nearest to x / radius, a float or 0-d and >= 0. Of most norms not known here."""
