@@ -81,9 +81,14 @@ class Groups(torch.optim.Optimizer):
         return known[1:]
 
     def _check_changed(self, group: Group, keys: Iterable[str]) -> None:
-        """TypeError or ValueError, which names the group, for a value that the constructor refuses. Tensors on a device
-        are not read.
+        """TypeError or ValueError, which names the group, for a value that the constructor refuses or that is not there
+        any more. Tensors on a device are not read.
         """
+        gone = next((key for key in self.defaults if key not in group), None)
+        if gone is not None:
+            raise ValueError(
+                f"{self._called(group)}{gone} is not there any more: put it back, as group[{gone!r}] = ..."
+            )
         values = {key: group[key] for key in keys}
         try:
             check_options(values, self._merged("_option_types"), on_host=True)
