@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Direction:
     moves = False
     #: whether `sharded_units` is there
     shards = False
+    #: kernels that a GPU is asked for beside those of products (`steepest.ops.selfcheck.FAMILIES`)
+    families: ClassVar[tuple[str, ...]] = ()
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         """The direction; slack: (batch,) fp32, filled with what `Spectral` knows of its norm bound and else left."""
@@ -292,6 +294,7 @@ class Schatten(Direction):
     max_workspace_bytes: int | None = None
 
     batched = True
+    families = ("eigenvectors",)
 
     def __post_init__(self) -> None:
         schatten.check_norm(self.p, self.method)

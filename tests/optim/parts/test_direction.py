@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -252,6 +254,15 @@ def test_schatten_is_captured_where_it_takes_products() -> None:
                 assert Schatten(p).capturable(dtype, device) is captured
                 assert not Schatten(p, "eigh").capturable(dtype, device)
     assert Schatten(4, "matmul").capturable(torch.float64, torch.device("cpu"))
+
+
+def test_a_solver_is_checked_before_the_first_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, gpu = importlib.import_module("steepest.step.warm_up"), torch.device("cuda")
+    prepared: list[Any] = []
+    monkeypatch.setattr(module, "prepare", lambda families, device: prepared.append((families, device)))
+    module.warm_up(Schatten(4), (8, 4), torch.float32, gpu)
+    module.warm_up(Spectral("svd"), (8, 4), torch.float32, gpu)
+    assert prepared == [(("eigenvectors",), gpu), ((), gpu)]
 
 
 def test_the_sizes_of_schatten() -> None:
