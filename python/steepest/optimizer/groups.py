@@ -122,15 +122,14 @@ class Groups(torch.optim.Optimizer):
             self._numbers[id(group)] = numbers_of(group)
 
     def _check_traced(self, group: Group) -> None:
-        """`_check_changed` of the numbers that are no tensors while torch.compile traces: the comparisons become guards
-        of the graph, so that a value which fails one is traced anew, and raises.
+        """`_check_changed` of what is no tensor while torch.compile traces: the comparisons become guards of the graph,
+        so that a value which fails one is traced anew, and raises.
         """
         special = self._merged("_option_types")
-        for key in NUMBERS:
-            if self._is_option(key, group) and not _has_tensor(group[key]):
-                kind = special.get(key, OPTION_TYPES[key])
-                if not is_within(group[key], kind):
-                    raise ValueError(f"{self._called(group)}{key} should be {kind.wanted}, and is not")
+        for key in group:
+            kind = special.get(key, OPTION_TYPES.get(key)) if self._is_option(key, group) else None
+            if kind is not None and not _has_tensor(group[key]) and not is_within(group[key], kind):
+                raise ValueError(f"{self._called(group)}{key} should be {kind.wanted}, and is not")
 
     def _new_recipe(self, group: Group) -> Recipe:
         return self.recipe(group) if group["use_muon"] else adamw(group["momentum_dtype"], **finish(group))
