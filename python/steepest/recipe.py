@@ -419,7 +419,10 @@ class Recipe:
         """
         rows = [key for key, layout in self.layouts.items() if layout == "row"]
         u, fresh = self._transformed({**state, **{key: state[key].gather(-1, chosen) for key in rows}}, d, m, hyper, g)
-        return u, {key: state[key].scatter(-1, chosen, t) if key in rows else t for key, t in fresh.items()}
+        return u, {
+            key: state[key].scatter(-1, chosen, t.to(state[key].dtype)) if key in rows else t
+            for key, t in fresh.items()
+        }
 
     def _transformed(self, state: State, u: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None) -> tuple[Tensor, State]:
         """The update after all transforms, and what they remember."""

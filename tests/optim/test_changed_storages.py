@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import steepest
+from support.configurations import CONFIGURATIONS, training
 from support.training import all_same_bits, copies, give_gradients, parameters
 
 SHAPES = ((8, 5), (5, 8), (6, 6), (7,))
@@ -130,3 +131,20 @@ def test_a_weight_swapped_with_a_vector_is_an_error_that_says_what_it_is(method:
     give_gradients(params, 1)
     with pytest.raises((RuntimeError, ValueError), match=r"shape \(40,\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", [name for name, (cls, _) in CONFIGURATIONS.items() if cls is not steepest.KFAC])
+@pytest.mark.parametrize(("before", "after"), [("float32", "float64"), ("float64", "float32"), ("float32", "bfloat16")])
+def test_weights_of_another_dtype_go_on(name: str, before: str, after: str) -> None:
+    """As by model.double(): the state stays in the dtype it was made in."""
+    cls, options = CONFIGURATIONS[name]
+    run = training(cls, options, dtype=getattr(torch, before))
+    run.step(0)
+    for p in run.params.values():
+        p.grad, p.data = None, p.data.to(getattr(torch, after))
+    start = run.weights()
+    for number in range(1, 4):
+        run.step(number)
+    assert all(w.isfinite().all() for w in run.weights())
+    if cls is not steepest.ProdigyMuon:  # whose first steps are too short for bf16
+        assert not torch.equal(start[0], run.weights()[0])

@@ -399,3 +399,18 @@ def test_an_eps_that_is_zero_in_fp32_divides_nothing_by_zero() -> None:
     p.grad[0, 0] = 0
     steepest.MuAdam([p], eps=1e-46).step()
     assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_a_number_in_a_narrow_tensor_is_that_number(dtype: torch.dtype) -> None:
+    """1 - lr weight_decay was rounded to 16 bits."""
+    value = 2**-6 if dtype.is_floating_point else 1
+    steps = []
+    for lr in (torch.tensor(value, dtype=dtype), float(value)):
+        optimizer, params = both_kinds(steepest.Muon)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        give_gradients(params, 0)
+        optimizer.step()
+        steps.append(copies(params))
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(*steps, strict=True))

@@ -77,6 +77,41 @@ def graphs_of(optimizer: MatrixOptimizer, params: list[Tensor], steps: int, **op
     return graphs
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("lr", "1e-3", "lr should be a number .* but is: '1e-3', a string: unquote it"),
+        ("lr", -1.0, "Learning rate should be >= 0 but is: -1.0"),
+        ("lr", float("nan"), "Learning rate should be >= 0 but is: nan"),
+        ("lr", float("inf"), "Learning rate should be >= 0 but is: inf; lr takes finite numbers"),
+        ("momentum", True, "momentum should be a number .* but is: True"),
+        ("nesterov", "no", "nesterov should be True or False but is: 'no', a string: unquote it"),
+        ("betas", (0.9, 1.5), r"betas should be two numbers in \[0, 1\) but is"),
+    ],
+)
+def test_a_value_put_into_a_group_is_checked(key: str, value: Any, said: str) -> None:
+    """By guards, also where the graph takes any number already; it is not compiled more often for that."""
+    torch._dynamo.reset()
+    optimizer, params = both_kinds(steepest.Muon)
+    group = optimizer.param_groups[number := 0 if key in optimizer.param_groups[0] else 1]
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(optimizer.step, backend=counter)
+    good, graphs = group[key], []
+    for i in range(4):
+        give_gradients(params, i)
+        if not isinstance(good, bool):
+            scale = 1 - i / 100
+            group[key] = tuple(scale * each for each in good) if key == "betas" else scale * good
+        step()
+        graphs.append(counter.frame_count)
+    assert graphs == ([1] * 4 if isinstance(good, bool) else [1, 2, 2, 2])
+    before = [p.detach().clone() for p in params]
+    group[key] = value
+    with pytest.raises((TypeError, ValueError), match=f"group {number}: {said}"):
+        step()
+    assert all(map(torch.equal, before, params))
+
+
 @pytest.mark.slow
 def test_a_scheduled_learning_rate() -> None:
     """A tensor is compiled once, a number once more, with dynamic=False every number; docs/step.md says so, and what

@@ -455,6 +455,15 @@ def test_a_value_put_into_a_group_is_refused_before_a_step_writes(cls: type[Matr
     optimizer.step()
 
 
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "maximize"])
+def test_a_value_that_is_gone_is_named(key: str) -> None:
+    optimizer, params = both_kinds(steepest.Muon)
+    train(optimizer, params, range(1))
+    del optimizer.param_groups[1][key]
+    with pytest.raises(ValueError, match=f"group 1: {key} is not there any more: put it back, as group\\['{key}'\\]"):
+        train(optimizer, params, range(1, 2))
+
+
 @pytest.mark.parametrize("cls", EVERY)
 def test_what_a_scheduler_puts_into_a_group_is_taken(cls: type[MatrixOptimizer]) -> None:
     np = pytest.importorskip("numpy")

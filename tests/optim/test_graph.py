@@ -353,7 +353,7 @@ def test_refusals() -> None:
     with pytest.raises(RuntimeError, match="of one CUDA device and the parameters are on cpu: use optimizer.step"):
         steepest.graphed(optimizer)
     exact, _ = both_kinds(steepest.Muon, polar="svd")
-    with pytest.raises(RuntimeError, match=r"group 0 cannot be captured .* choose an iterative preset"):
+    with pytest.raises(RuntimeError, match=r"group 0 cannot be captured .* choose products: polar='auto'"):
         exact.make_capturable()
 
 

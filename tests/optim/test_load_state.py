@@ -282,6 +282,30 @@ def test_state_that_has_nothing_of_this_class_is_named() -> None:
         second.load_state_dict(saved)
 
 
+def test_an_empty_entry_is_named_and_one_that_was_looked_at_is_not_saved() -> None:
+    """A parameter without an entry had no gradient yet, and `optimizer.state[p]` makes an entry."""
+    optimizer, params = both_kinds(steepest.Muon)
+    for p in params:
+        assert optimizer.state[p] == {}
+    assert optimizer.state_dict()["state"] == {}
+    give_gradients(params, 0)
+    params[1].grad = None
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert sorted(saved["state"]) == [i for i in range(len(params)) if i != 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both_kinds(steepest.Muon)[0].load_state_dict(saved)
+        nothing = {**saved, "state": {key: {} for key in range(len(params))}}
+        both_kinds(steepest.Muon)[0].load_state_dict(nothing)
+    saved["state"][1] = saved["state"][2] = {}
+    second, others = both_kinds(steepest.Muon)
+    with pytest.warns(UserWarning, match="begins anew: everything of parameter 1, parameter 2$"):
+        second.load_state_dict(saved)
+    assert others[1] not in second.state
+    assert others[2] not in second.state
+
+
 def test_a_root_that_was_not_taken_is_loaded() -> None:
     optimizer, params = both_kinds(steepest.Shampoo, inverse_root="newton")
     train(optimizer, params, range(2))
@@ -390,3 +414,16 @@ def test_muon_of_torch_is_loaded_and_leaves_other_options_alone() -> None:
 
 def copies_of(params: list[nn.Parameter]) -> list[nn.Parameter]:
     return [nn.Parameter(t) for t in copies(params)]
+
+
+@pytest.mark.parametrize("key", [str, lambda number: number + 7])
+def test_state_that_no_group_lists_is_not_lost_in_silence(key: Any) -> None:
+    optimizer, params = both_kinds(steepest.Muon)
+    train(optimizer, params, range(1))
+    saved = optimizer.state_dict()
+    saved["state"]["mine"] = {"anything": 3}
+    saved["state"] = {key(k) if isinstance(k, int) else k: entry for k, entry in saved["state"].items()}
+    second, _ = both_kinds(steepest.Muon)
+    with pytest.raises(ValueError, match="which no group lists in 'params', .* JSON makes strings"):
+        second.load_state_dict(saved)
+    assert not second.state

@@ -18,6 +18,7 @@ from steepest.zoo.product import MuonAdam, MuonMax, ProductNormDescent, ProductN
 from support.problems import minibatches, mushrooms
 from support.references import gap, gaussian
 from support.regression import loss_of, start, trained
+from support.training import all_same_bits, both_kinds, give_gradients
 
 # ---- the truncation ------------------------------------------------------------------------------------------------
 
@@ -317,3 +318,31 @@ def test_mushrooms_do_not_care_for_the_learning_rate() -> None:
     muon, momo = fitted(loss, (112, 32, 2), 100)
     assert max(momo) < 3 * min(momo)
     assert max(muon) > 100 * min(muon)
+
+
+def test_hooks_run_once_whatever_was_made_before() -> None:
+    """torch puts hooks around the `step` of every class that has been made, that of a base too."""
+    both_kinds(steepest.MuAdam)
+    optimizer, params = both_kinds(MuAdamMomo, lower_bound=0.0)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    give_gradients(params, 0)
+    optimizer.step(loss=1.0)
+    assert seen == ["before", "after"]
+
+
+@pytest.mark.parametrize("lower_bound", [None, 0.0])
+def test_a_state_that_is_cleared_begins_anew(lower_bound: float | None) -> None:
+    """Dual norms of the step before are in it."""
+    (ours, params), (other, others) = (both_kinds(steepest.MuonMax, lower_bound=lower_bound) for _ in range(2))
+    for step in range(2):
+        give_gradients(params, step)
+        ours.step(loss=1.0)
+    for p, q in zip(params, others):
+        q.data.copy_(p.data)
+    ours.state.clear()
+    for optimizer, of in ((ours, params), (other, others)):
+        give_gradients(of, 2)
+        optimizer.step(loss=1.0)
+    assert all_same_bits(params, others)

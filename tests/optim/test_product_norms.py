@@ -562,3 +562,16 @@ def test_ranks_agree_though_their_losses_differ(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     worker(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+@pytest.mark.parametrize("product", ["max", "l2", "hybrid"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_dual_norm_beyond_fp32_moves_weights_no_further_than_that(product: Any, backend: str) -> None:
+    """Ten singular values of 3e37 are no fp32 number, and the weights were infinite for good."""
+    weight = nn.Parameter(torch.zeros(10, 12))
+    optimizer = ProductNormDescent([weight], product=product, backend=backend)
+    for step in range(3):
+        weight.grad = torch.randn(10, 12, generator=torch.Generator().manual_seed(step)) * 3e37
+        optimizer.step()
+        assert weight.isfinite().all()
+        assert weight.any()

@@ -74,8 +74,8 @@ STATE: dict[str, Callable[[Checkpoint], Any]] = {
 
 
 def each_missing(good: Checkpoint) -> dict[str, Callable[[Checkpoint], Any]]:
-    """Every tensor of the state of the last parameter that has it, missing, by its key; an empty state is one that
-    begins.
+    """Every tensor of the state of the last parameter that has it, missing, by its key, but for one that is
+    alone: a state that is empty has no key to name.
     """
     at = {key: number for number, state in good["state"].items() if len(state) > 1 for key in state}
     return {key: lambda saved, key=key, number=number: saved["state"][number].pop(key) for key, number in at.items()}
@@ -134,6 +134,7 @@ STRUCTURE: dict[str, Callable[[Checkpoint], Any]] = {
     "a parameter less": lambda saved: saved["param_groups"][0]["params"].pop(),
     "no list of parameters": lambda saved: saved["param_groups"][1].pop("params"),
     "a group that is none": lambda saved: saved["param_groups"].__setitem__(0, None),
+    "strings for numbers": lambda saved: saved.update(state={str(key): value for key, value in saved["state"].items()}),
     "groups in another order": lambda saved: saved["param_groups"].reverse(),
 }
 

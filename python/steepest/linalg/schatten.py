@@ -6,10 +6,10 @@
 rank-one u_1 v_1^T.  With R = X X^T:
 
     q = 2, 4, 6, ...           S^(q-1) = R^((q-2)/2) X, exact                                    p = 2, 4/3, 6/5, ...
-    p = 3/2, 3, 4, 6, 8        x^(q-1) by a composition of odd polynomials, below, where that runs in 16 bits
     p = 1                      R^4096 by squaring: the power method
     p = inf                    `polar`
-    any other                  eigenvectors of R in fp64
+    any other                  eigenvectors of R in fp64; of a matrix in fp64, its singular value decomposition
+    p = 3/2, 3, 4, 6, 8        on request x^(q-1) by a composition of odd polynomials, which err by more than 16 bits
 
 A step of a composition remembers the x it began with:
 
@@ -25,18 +25,20 @@ has singular values of order 1, so that 16 bits bear it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..ops.chain_numbers import squared_norm_bound
+from ..ops.eigh import eigenvectors
 from ..ops.symm_gemm import Workspace, linear, times
 from . import polar as _polar
 from .chain import product_flop
 from .polar.jobs import chunk_size
 from .runner import Runner
 from .scaling import inverse_power_of_two, prescaled
-from .work import Work, eigh_flop, square_flop
+from .work import Work, eigh_flop, square_flop, svd_flop
 
 METHODS = ("auto", "matmul", "eigh")
 #: (a, b, c, d) of every step; d of the first is 0.
@@ -109,7 +111,17 @@ def schatten(
 ) -> Tensor:
     """The D with ||D||_p <= 1 that goes furthest along every matrix in x.   x: (..., m, n) floating; D in its dtype.
 
-    Where p has products, X is divided by an upper bound of its norm and D = U f(S) V^T / ||f(S)||_p, f near s^(q-1):
+    D is computed in fp64 and rounded once. With u half of the eps of x's dtype (.0039 in bf16, 4.9e-4 in fp16, 6.0e-8
+    in fp32) ||D - exact||_F <= u ||exact||_F, if no singular value lies between 1e-7 and 1e-5 of the largest; with
+    such, D is nearer than moving the entries of x by u would leave it. In fp64 D is LAPACK's: 3e-14 away at condition
+    1e3 and 1e-12 at 1e5 (p = 8). But for:
+
+        p = 4/3, 6/5, ...   exact powers by products; in bf16, as a GPU takes fp32 and 16 bits, .004
+        p = 1               by products, has rank one, length 1, and reaches .998 of the largest singular value
+        p = inf             `polar` ("auto")
+
+    method="matmul" has products for p = 3/2, 3, 4, 6, 8 too: X is divided by an upper bound of its norm and
+    D = U f(S) V^T / ||f(S)||_p, f near s^(q-1). No dtype makes f better:
 
                        largest error on [1e-3, 1]               falls    16 bits      work, "auto" polar = 1
         p              f          rounded to bf16    gain       short    bf16  fp16   m x m   m x 4m
@@ -126,16 +138,14 @@ def schatten(
     to .8 (bf16), .1 (fp16) and .05 (fp32, m x 4m) at p = 8 and rank 2.  *work*: operations in products in bf16; on
     m x 4m in fp32 1.2 times polar's at p = 8, and in fp16, in which only polar bears the Gram form, 2.4 times.
     ||D||_p = 1 up to rounding; at p = 3 and 3/2, where ||f(S)||_p is taken to be <X, U f(S) V^T>^(1/p), up to .012 and
-    .003.  p = 1 has rank one, length 1, and reaches .998 of the largest singular value.
+    .003.
 
     Args:
         p: at least 1; inf is the polar factor.
-        method: "matmul" for products alone, which never wait for the device; "eigh" for the eigenvectors of the short
-            side's Gram matrix in fp64, exact, a solver that waits for a GPU; "auto" for products where p is one of
-            theirs and what they lose is of the size of their rounding: where they are exact, or in 16 bits. A matrix
-            in fp32 on a CPU is not taken to 16 bits for that.
+        method: "matmul" for products alone, which never wait for the device; "eigh" for the decomposition in fp64, a
+            solver that waits for a GPU; "auto" for products where p = 1, inf, or they are exact, and else "eigh".
         eps: "eigh" drops singular values below max(eps, rounding) times the largest; p = inf as in `polar`.
-        dtype: compute dtype of products, which are then taken; `compute_dtype` chooses by default.
+        dtype: compute dtype of products, which are then taken where p has some; `compute_dtype` chooses by default.
         max_workspace_bytes: bound on what one chunk of the batch allocates; at least one matrix is worked on.
 
     A zero matrix gives zero; one with a non-finite entry gives NaN and leaves the rest of its batch alone.  The scale
@@ -147,7 +157,7 @@ def schatten(
         TypeError: x is not real floating point, or dtype is not a compute dtype.
     """
     _check(x, p, method, eps, dtype)
-    method = _settled(p, method, x.dtype, x.device) if dtype is None else method
+    method = "matmul" if dtype is not None and method == "auto" else method
     eigh = not by_products(p, method)
     if p == math.inf and not eigh:
         return _polar.polar(x, "auto", eps=eps, dtype=dtype, max_workspace_bytes=max_workspace_bytes)
@@ -162,7 +172,7 @@ def schatten(
     for chunk, target in zip(batch.split(size), out.split(size), strict=True):
         y = prescaled(chunk, work)
         if eigh:
-            y = _by_eigenvectors(y, p, eps)
+            y = _decomposed(y, p, eps, _by_svd if x.dtype == torch.float64 else _by_eigenvectors)
         elif p == 1:
             y = _leading(y, prescaled(chunk, torch.promote_types(x.dtype, torch.float32)))
         else:
@@ -172,41 +182,38 @@ def schatten(
 
 
 def by_products(p: float, method: str = "auto") -> bool:
-    """Whether `schatten` takes matrix products alone where these run in 16 bits: elsewhere "auto" takes no STEPS."""
-    return method != "eigh" and (p in (1, math.inf) or p in STEPS or _power(p) is not None)
+    """Whether `schatten` takes matrix products alone, and so never waits for the device.
 
-
-def takes_products(p: float, dtype: torch.dtype, device: torch.device | str, *, method: str = "auto") -> bool:
-    """Whether `schatten` takes matrix products alone for a matrix of ``dtype``, and so never waits for the device."""
-    return by_products(p, _settled(p, method, dtype, device))
+    "auto" takes them where they err by no more than the dtype they run in; compositions (STEPS) do in none, but for
+    p = 1 and inf, which mean the power method and `polar`.
+    """
+    exact = p in (1, math.inf) or _power(p) is not None
+    return method != "eigh" and (exact or (method == "matmul" and p in STEPS))
 
 
 def compute_dtype(p: float, dtype: torch.dtype, device: torch.device | str, *, method: str = "auto") -> torch.dtype:
     """The dtype in which `schatten` works on a matrix of ``dtype``, so that its input can be gathered in it.
 
-    That of `polar` ("auto"), but for p = 1 and powers of R bf16 instead of fp16, for its range; fp32 at least for p = 2
-    (no products), for p = 1 on a CPU, and for eigenvectors, which are found in fp64. Compositions (p = 3/2, 3, 4, 6, 8)
-    take a matrix of fp32 on a CPU in fp32.
+    That of `polar` ("auto"), but on a CPU none narrower than the matrix but for p = inf, and for p = 1 and powers of R
+    bf16 instead of fp16, for its range; fp32 at least for p = 2 (no products), for p = 1 on a CPU, and for what is
+    decomposed, in fp64.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    if not takes_products(p, dtype, device, method=method) or p == 2:
+    if not by_products(p, method) or p == 2:
         return wide
     of_polar = _polar.compute_dtype("auto", dtype, device)
-    if p in STEPS:
-        return _of_compositions(dtype, device)
     if p == math.inf:
         return of_polar
-    if p == 1 and torch.device(device).type == "cpu":
+    if torch.device(device).type == "cpu" and (p == 1 or dtype.itemsize > 2):
         return wide
-    return torch.bfloat16 if of_polar == torch.float16 else of_polar
+    return torch.bfloat16 if of_polar == torch.float16 and p not in STEPS else of_polar
 
 
 def workspace_bytes(p: float, m: int, n: int, dtype: torch.dtype, *, method: str = "auto") -> int:
-    """About what one m x n matrix occupies while it is worked on in ``dtype``, or in fp64 for eigenvectors.
+    """About what one m x n matrix occupies while it is worked on in ``dtype``, or in fp64 where it is decomposed.
 
     Products take what `polar` takes and X in fp32, for norms and where p = 1: an upper bound.
     """
-    method = "eigh" if method == "auto" and p in STEPS and dtype.itemsize > 2 else method
     work = dtype if by_products(p, method) else torch.float64
     beside = 0 if p == math.inf else m * n * torch.promote_types(work, torch.float32).itemsize
     return _polar.workspace_bytes(m, n, work) + beside
@@ -216,11 +223,12 @@ def schatten_work(
     p: float, m: int, n: int, dtype: torch.dtype, device: torch.device | str, *, method: str = "auto"
 ) -> Work:
     """About what `schatten` takes for one m x n matrix of ``dtype``."""
-    method = _settled(p, method, dtype, device)
     short, long = min(m, n), max(m, n)
     gram, square = product_flop(short, short, long, symmetric=True), square_flop(short)
     apply = product_flop(short, long, short, symmetric=False)
     if not by_products(p, method):
+        if dtype == torch.float64:
+            return Work(wide=apply, solver=svd_flop(m, n))
         return Work(wide=gram + 2 * apply, solver=eigh_flop(short))
     if p == math.inf:
         return Work(_polar.polar_flop(_polar.choose(m, n, device=device, x_dtype=dtype), m, n))
@@ -231,23 +239,10 @@ def schatten_work(
         squarings = max(0, power.bit_length() - 1 + bin(power).count("1") - 1)
         return Work(gram + squarings * square + apply if power else 0)
     steps = len(STEPS[p])
+    norm = (gram if p % 2 == 0 else 0) + (square if p in (6, 8) else 0)
     if compute_dtype(p, dtype, device, method=method).itemsize > 2 and long >= GRAM_ASPECT * short:
-        return Work(2 * gram + (1 + 6 * steps) * square + apply)
-    return Work(steps * (gram + square + apply) + gram)
-
-
-def _settled(p: float, method: str, dtype: torch.dtype, device: torch.device | str) -> str:
-    """The method for a matrix of ``dtype``: compositions err by more than 32 bits do, and 32 bits are asked for on a
-    CPU, where eigenvectors need not be waited for.
-    """
-    composed = method == "auto" and p in STEPS
-    return "eigh" if composed and _of_compositions(dtype, device).itemsize > 2 else method
-
-
-def _of_compositions(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """The dtype of products for a matrix of ``dtype``: that of `polar` ("auto"), but on a CPU no narrower one."""
-    on_cpu = torch.device(device).type == "cpu"
-    return dtype if on_cpu and dtype.itemsize > 2 else _polar.compute_dtype("auto", dtype, device)
+        return Work(gram + (5 * steps - 5) * square + apply + norm)
+    return Work(steps * (gram + square + apply) + norm)
 
 
 def _check(x: Tensor, p: float, method: str, eps: float, dtype: torch.dtype | None) -> None:
@@ -271,7 +266,7 @@ def check_norm(p: float, method: str) -> None:
         raise ValueError(f"p must be at least 1, got {p}; math.inf is the spectral norm")
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
-    if method == "matmul" and not by_products(p):
+    if method == "matmul" and not by_products(p, method):
         known = ", ".join(f"{v:g}" for v in sorted({1, 2, *STEPS, math.inf}))
         raise ValueError(f"p = {p:g} has no products: choose one of {known}, or method='auto'")
 
@@ -401,17 +396,14 @@ def _unit(v: Tensor) -> Tensor:
     return torch.where(length == 0, length, v / length)
 
 
-def _by_eigenvectors(x: Tensor, p: float, eps: float) -> Tensor:
-    """U S^(q-1) V^T / ||S||_q^(q-1) from the eigenvectors U of X X^T.   x: (batch, m, n) fp64.
-
-    The singular values are the lengths of the rows of U^T X, which keep more of the small ones than the eigenvalues do.
-    """
+def _decomposed(
+    x: Tensor, p: float, eps: float, decompose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+) -> Tensor:
+    """U S^(q-1) V^T / ||S||_q^(q-1) from U, S and rows along V^T.   x: (batch, m, n) fp64."""
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
     finite = wide.isfinite().all(-1).all(-1)[:, None, None]
-    wide = torch.where(finite, wide, 0)  # the solver refuses NaN
-    u = torch.linalg.eigh(wide @ wide.mT).eigenvectors
-    rows = u.mT @ wide
-    s = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    wide = torch.where(finite, wide, 0)  # solvers refuse NaN
+    u, s, rows = decompose(wide)
     s = s / s.amax(-2, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
     kept = s > max(eps, torch.finfo(s.dtype).eps * max(x.shape[-2:]))
     if p == 1:
@@ -421,6 +413,20 @@ def _by_eigenvectors(x: Tensor, p: float, eps: float) -> Tensor:
     length = torch.linalg.vector_norm(f, ord=p, dim=-2, keepdim=True)
     d = u @ (_unit(rows.mT).mT * torch.where(length == 0, length, f / length))
     return torch.where(finite, d.mT if wide.shape != x.shape else d, torch.nan)
+
+
+def _by_eigenvectors(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U of X X^T, the lengths of the rows of U^T X, and these: they keep more of small singular values than eigenvalues
+    do, yet not all digits of fp64.
+    """
+    u = eigenvectors(x @ x.mT)
+    rows = u.mT @ x
+    return u, torch.linalg.vector_norm(rows, dim=-1, keepdim=True), rows
+
+
+def _by_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    return u, s[..., None], vt
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

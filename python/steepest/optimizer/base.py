@@ -104,6 +104,10 @@ class MatrixOptimizer(Reports, Constraints):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step. closure: re-evaluates the model and returns the loss, which is returned."""
+        return self._closed_step(closure)
+
+    def _closed_step(self, closure: Callable[[], float] | None) -> float | None:
+        """`step` without its hooks, which torch puts around every `step` that a class or a base has."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -328,6 +332,7 @@ class MatrixOptimizer(Reports, Constraints):
                     f"{type(self).__name__} cannot be traced by torch.compile: the host decides when it refreshes its "
                     "bases; call its step outside of the compiled function"
                 )
+            self._check_traced(group)
             self._check_step(number, group)
         parameters = [p for number in range(len(self.param_groups)) for p in self._traced_parameters(number)]
         plan, hypers = self._plan_of(parameters, traced=True), [self._hyper(group) for group in self.param_groups]
@@ -424,7 +429,9 @@ class MatrixOptimizer(Reports, Constraints):
             if self._recipe(group).kronecker is not None:
                 why = "the host decides when its bases are refreshed; call its step outside of the graph"
             if not all(direction.capturable(p.dtype, p.device) for p in group["params"]):
-                why = f"{direction} reads from the device; choose an iterative preset, such as polar='auto'"
+                why = (
+                    f"{direction} reads from the device; choose products: polar='auto', or method='matmul' in Schattor"
+                )
             device = group["params"][0].device if group["params"] else None
             others = [key for key in ("momentum", "betas", "eps") if _elsewhere(group.get(key), device)]
             if others:

@@ -62,6 +62,8 @@ class Checkpoints(Shards):
         """
         streams.join()
         saved = {**super().state_dict(), AUTHOR: type(self).__name__}
+        # An entry is there once somebody has looked at `optimizer.state[p]`.
+        saved["state"] = {key: entry for key, entry in saved["state"].items() if entry != {}}
         if not self._has_shards:
             return saved
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
@@ -100,7 +102,8 @@ class Checkpoints(Shards):
         groups. A parameter that the checkpoint does not have begins anew. State of one that is not here any more, or
         that another rule takes now (a matrix that has become AdamW's, or the reverse), is dropped, with one warning
         that names them all. Group values are those of the checkpoint; where groups have been split or merged, one in
-        which they differ stays what it is. Without names the order decides, and sizes and shapes must agree.
+        which they differ stays what it is. A parameter whose entry is empty begins anew, as the warning says; one
+        without an entry had no gradient yet. Without names the order decides, and sizes and shapes must agree.
 
         State keeps the dtype it was saved in: torch's own loader would cast fp32 averages of bf16 parameters to bf16.
         TypeError or ValueError, with nothing changed, for another optimizer's checkpoint, for a group value that the
@@ -143,14 +146,18 @@ class Checkpoints(Shards):
         numbers = range(len(self.param_groups))
         groups = [self._loaded_group(number, saved, matched, author is None) for number in numbers]
         loaded: dict[Any, Any] = {}
+        empty = {key for key, tensors in state.items() if tensors == {}} if any(state.values()) else set()
         for number, group in enumerate(groups):
             for i, p in enumerate(group["params"]):
                 entry = matched.entries[number][i]
                 tensors = {} if entry is None else state.get(entry.key, {})
+                if entry is not None and entry.key in empty:
+                    matched.begun.setdefault("everything", []).append(parameter_name(group, i))
                 loaded[p] = self._loaded_state(tensors, parameter_name(group, i), p, group, matched, author is None)
         self._share(loaded, state, matched, groups)
         self._check_together(loaded, groups)
         listed = {key for group in saved for key in group["params"]}
+        _refuse_numbered([key for key, entry in state.items() if key not in listed and entry != {}])
         loaded |= {key: copy.deepcopy(value) for key, value in state.items() if key not in listed}
         self._loading = {key: value for key, value in loaded.items() if value or not isinstance(key, Tensor)}, matched
         first = 0
@@ -258,6 +265,17 @@ class Checkpoints(Shards):
                 begun = all(key in loaded[p] for key in self._recipe(group).layouts)
                 if lacking and begun and loaded[p]:
                     refuse_incomplete(loaded[p], parameter_name(group, i), lacking, type(self).__name__)
+
+
+def _refuse_numbered(unlisted: list[Any]) -> None:
+    """ValueError for entries of parameters that no group lists; those under other keys are the user's own."""
+    numbered = [key for key in unlisted if isinstance(key, int) or (isinstance(key, str) and key.isdecimal())]
+    if numbered:
+        raise ValueError(
+            f"the checkpoint's state has an entry {numbered[0]!r}, which no group lists in 'params', so it would be "
+            "lost: both are the same numbers, of which JSON makes strings in the state; make them int again, or leave "
+            "the entry out"
+        )
 
 
 def _is_adam(recipe: Recipe) -> bool:

@@ -34,8 +34,12 @@ ON_DEVICE = ("lr", "weight_decay")
 
 
 def number(value: Number) -> Number:
-    """A float, or a 0-d view of a 1-element tensor of any shape."""
-    return value.reshape(()) if isinstance(value, Tensor) else value
+    """A float, or a 1-element tensor of any shape as one of no dimensions, in fp32 at least: 1 - lr weight_decay is
+    lost in 16 bits.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
 
 
 def adam_hyper(group: Group) -> Hyper:

@@ -32,7 +32,7 @@ from .group_options import (
     read_switches,
     same,
 )
-from .option_types import OptionType, check_options
+from .option_types import OPTION_TYPES, OptionType, check_options, is_within
 
 __all__ = ["Groups", "Params"]
 
@@ -82,9 +82,14 @@ class Groups(torch.optim.Optimizer):
         return known[1:]
 
     def _check_changed(self, group: Group, keys: Iterable[str]) -> None:
-        """TypeError or ValueError, which names the group, for a value that the constructor refuses. Tensors on a device
-        are not read.
+        """TypeError or ValueError, which names the group, for a value that the constructor refuses or that is not there
+        any more. Tensors on a device are not read.
         """
+        gone = next((key for key in self.defaults if key not in group), None)
+        if gone is not None:
+            raise ValueError(
+                f"{self._called(group)}{gone} is not there any more: put it back, as group[{gone!r}] = ..."
+            )
         values = {key: group[key] for key in keys}
         try:
             check_options(values, self._merged("_option_types"), on_host=True)
@@ -116,6 +121,16 @@ class Groups(torch.optim.Optimizer):
             others = [key for key, old, new in zip(NUMBERS, known, now, strict=True) if not same(old, new)]
             self._check_changed(group, [key for key in others if self._is_option(key, group)])
             self._numbers[id(group)] = numbers_of(group)
+
+    def _check_traced(self, group: Group) -> None:
+        """`_check_changed` of what is no tensor while torch.compile traces: the comparisons become guards of the graph,
+        so that a value which fails one is traced anew, and raises.
+        """
+        special = self._merged("_option_types")
+        for key in group:
+            kind = special.get(key, OPTION_TYPES.get(key)) if self._is_option(key, group) else None
+            if kind is not None and not _has_tensor(group[key]) and not is_within(group[key], kind):
+                raise ValueError(f"{self._called(group)}{key} should be {kind.wanted}, and is not")
 
     def _new_recipe(self, group: Group) -> Recipe:
         return self.recipe(group) if group["use_muon"] else adamw(group["momentum_dtype"], **finish(group))
@@ -323,6 +338,10 @@ def _merged(kind: type, name: str) -> dict[str, Any]:
     for base in reversed(kind.__mro__):
         merged |= dict.fromkeys(value) if isinstance(value := vars(base).get(name, {}), tuple) else value
     return merged
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(each, Tensor) for each in (value if isinstance(value, (list, tuple)) else (value,)))
 
 
 def _none(params: Any) -> bool:

@@ -8,6 +8,7 @@ plain, and whole numbers that no machine word holds become floats.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BELOW_ONE", "OPTION_TYPES", "OptionType", "check_option", "check_options", "check_type"]
+__all__ = ["BELOW_ONE", "OPTION_TYPES", "OptionType", "check_option", "check_options", "check_type", "is_within"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def check_option(name: str, value: Any, kind: OptionType | None = None, of: str 
         raise ValueError(
             f"{of}{name} should be {kind.wanted} but is on the meta device, where it has no value: use cpu"
         )
-    if not kind.fits(value) or (kind.finite and not _is_finite(value)):
+    if not is_within(value, kind):
         more = f"; {name} takes finite numbers {kind.limits}" if kind.finite else ""
         raise ValueError(f"{of}{kind.called or name} should be {kind.limits} but is: {_shown(value, str)}{more}")
     return value
@@ -79,6 +80,11 @@ def check_options(
             elsewhere = on_host and not all(map(_is_on_host, _tensors(values[key])))
             check = check_type if elsewhere else check_option
             values[key] = check(prefix + key, values[key], kind, of)
+
+
+def is_within(value: Any, kind: OptionType) -> bool:
+    """Whether a value is of the type and within its limits, by comparisons alone, which torch.compile traces."""
+    return kind.takes(value) and bool(kind.fits(value)) and not (kind.finite and not _is_finite(value))
 
 
 def _plain(value: Any) -> Any:
@@ -142,7 +148,7 @@ def _is_finite(value: Any) -> bool:
     """Of a number, or of what is none."""
     if isinstance(value, Tensor):
         return bool(value.isfinite())
-    return not isinstance(value, float) or math.isfinite(value)
+    return not isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def _is_real(value: Any) -> bool:

@@ -84,7 +84,8 @@ class ScheduleFree(Average):
         return (StateSpec(self.key, "elementwise"), mass, StateSpec(self.iterate_key, "elementwise"))
 
     def observe(self, state: State, before: Tensor, after: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
-        x, z, mass = state[self.key], state[self.iterate_key], state[self.mass_key]
+        wide = torch.promote_types(state[self.key].dtype, after.dtype)
+        x, z, mass = state[self.key].to(wide), state[self.iterate_key].to(wide), state[self.mass_key]
         begun, square = mass > 0, torch.zeros_like(mass) + hyper.lr * hyper.lr
         total = mass + square
         z = torch.where(begun, z, before) + (after - before)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Direction:
     moves = False
     #: whether `sharded_units` is there
     shards = False
+    #: kernels that a GPU is asked for beside those of products (`steepest.ops.selfcheck.FAMILIES`)
+    families: ClassVar[tuple[str, ...]] = ()
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         """The direction; slack: (batch,) fp32, filled with what `Spectral` knows of its norm bound and else left."""
@@ -73,14 +75,14 @@ class Direction:
         raise NotImplementedError(f"{type(self).__name__} has no direction of a part of a matrix")
 
     def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
-        """<x, d>, which for d = unit(x) is the dual norm of x."""
+        """<x, d>, which for d = unit(x) is the dual norm of x; the largest number there is where it is beyond that."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        return (x.to(wide) * d.to(wide)).sum(dim=(-2, -1), keepdim=True)
+        return (x.to(wide) * d.to(wide)).sum(dim=(-2, -1), keepdim=True).clamp(max=torch.finfo(wide).max)
 
     def scaled(self, x: Tensor) -> Tensor:
         """The step of regularized steepest descent, argmin <-x, s> + N(s)^2 / 2."""
         d = self.unit(x)
-        return d * self.dual_norm(x, d).to(d.dtype)
+        return d * self.dual_norm(x, d).clamp(max=torch.finfo(d.dtype).max).to(d.dtype)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
         """The point of the unit ball nearest to x / radius, a float or 0-d and >= 0. Of most norms not known here."""
@@ -292,12 +294,13 @@ class Schatten(Direction):
     max_workspace_bytes: int | None = None
 
     batched = True
+    families = ("eigenvectors",)
 
     def __post_init__(self) -> None:
         schatten.check_norm(self.p, self.method)
 
     def capturable(self, dtype: torch.dtype, device: torch.device) -> bool:
-        return schatten.takes_products(self.p, dtype, device, method=self.method)
+        return schatten.by_products(self.p, self.method)
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return schatten.schatten(

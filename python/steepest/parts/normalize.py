@@ -50,8 +50,8 @@ class Normalize(UpdateTransform):
 
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         v = state[self.key]
-        entries = u.shape[-1] if self.over == "rows" else 1
-        size = torch.linalg.vector_norm(u, dim=-1, dtype=v.dtype) if self.over == "rows" else u.to(v.dtype).abs()
+        entries, wide = u.shape[-1] if self.over == "rows" else 1, torch.promote_types(u.dtype, v.dtype)
+        size = torch.linalg.vector_norm(u, dim=-1, dtype=wide) if self.over == "rows" else u.to(wide).abs()
         fresh = hyper.beta2 * v + (1 - hyper.beta2) / entries * size.square()
         v = torch.where(fresh.isfinite(), fresh, v)
         scale = 1 / (v.sqrt() + self.eps)

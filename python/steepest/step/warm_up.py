@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops import selfcheck
+from ..ops.backend import prepare
 from ..ops.polar_chain import Update
 from ..parts import Direction
 
@@ -20,7 +21,8 @@ def warm_up(
     device: torch.device,
     weights: torch.dtype | None = None,
 ) -> None:
-    """Takes the direction of a zero matrix on a GPU, once for every shape.
+    """Takes the direction of a zero matrix on a GPU, once for every shape; of one that waits for the device its kernels
+    are checked alone.
 
     Whatever its kernels meet for the first time, they meet here: their self-check, their compilation, a launch that
     fails. weights: the dtype of those that the direction moves itself.
@@ -29,6 +31,7 @@ def warm_up(
     if device.type != "cuda" or not (direction.batched and selfcheck.enabled) or key in _warm:
         return
     if not direction.capturable(dtype, device):
+        prepare(direction.families, device)
         return
     x = torch.zeros(1, *shape, dtype=dtype, device=device)
     slack = torch.empty(1, dtype=torch.float32, device=device)

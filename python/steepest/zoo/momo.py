@@ -145,7 +145,7 @@ class Momo(MatrixOptimizer):
             raise ValueError(f"the loss should have one element but has {loss.numel()}: give its mean")
         self._loss = loss
         try:
-            return super().step(closure)
+            return self._closed_step(closure)
         finally:
             self._loss = None
 
@@ -211,7 +211,9 @@ class Momo(MatrixOptimizer):
         """Whether <M, U> of a step before is known. Sharded parameters have it from the beginning on, negative until it
         is known; that is read from the device.
         """
-        if p.source not in self._moved and DESCENT in p.state:
+        if DESCENT not in p.state:
+            self._moved.discard(p.source)  # whose state somebody has cleared
+        elif p.source not in self._moved:
             known = p.sharding is None or not bool((p.state[DESCENT] < 0).any())
             self._moved.update([p.source] if known else [])
         return p.source in self._moved

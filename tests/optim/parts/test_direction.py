@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steepest.linalg.schatten import compute_dtype, takes_products
+from steepest.linalg.schatten import compute_dtype
 from steepest.parts.direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral
 from support.problems import FEW, SVD, gap, gaussian, polar_by_svd
 
@@ -234,12 +236,9 @@ NEAR = {1.5: (0.005, 1e-3, 1e-3), 3.0: (0.025, 0.01, 0.01), 4.0: (0.03, 1e-5, 1e
 
 @pytest.mark.parametrize("p", NEAR)
 @pytest.mark.parametrize("shape", [(40, 40), (30, 90), (90, 30), (3, 20, 24)])
-def test_products_are_near_the_exact_direction(
-    p: float, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("steepest.linalg.polar.choice.native_bf16", lambda: False)
+def test_products_are_near_the_exact_direction(p: float, shape: tuple[int, ...]) -> None:
     x = gaussian(*shape)
-    d, n = Schatten(p)(x.float())
+    d, n = Schatten(p, "matmul")(x.float())
     _, norm, dual, formula = by_p(p, Schatten(p))
     relative, length, short = NEAR[p]
     wanted = formula(x)
@@ -248,36 +247,36 @@ def test_products_are_near_the_exact_direction(
     assert gap(n[..., 0, 0], dual(x)) < short
 
 
-def test_schatten_is_captured_where_its_dtype_is_worked_on_by_products() -> None:
-    """A composition errs by more than 32 bits do, so that p = 4 asks a solver, which waits, wherever 16 will not do."""
-    on_gpu, on_cpu = torch.device("cuda"), torch.device("cpu")
-    for p, by_dtype in {
-        1: (True, True),
-        2: (True, True),
-        4 / 3: (True, True),
-        4: (True, False),
-        5: (False, False),
-    }.items():
-        for dtype, wanted in zip((torch.bfloat16, torch.float64), by_dtype, strict=True):
-            assert Schatten(p).capturable(dtype, on_gpu) is takes_products(p, dtype, on_gpu) is wanted
-            assert (Schatten(p).compute_dtype(dtype, on_gpu) == torch.bfloat16) <= wanted
-    assert Schatten(4).capturable(torch.float32, on_gpu) is True
-    assert not Schatten(4).capturable(torch.float64, on_cpu)
-    assert Schatten(4, "matmul").capturable(torch.float64, on_cpu)
+def test_schatten_is_captured_where_it_takes_products() -> None:
+    for p, captured in {1: True, 2: True, 4 / 3: True, 1.5: False, 4: False, 5: False}.items():
+        for device in map(torch.device, ("cuda", "cpu")):
+            for dtype in (torch.bfloat16, torch.float32, torch.float64):
+                assert Schatten(p).capturable(dtype, device) is captured
+                assert not Schatten(p, "eigh").capturable(dtype, device)
+    assert Schatten(4, "matmul").capturable(torch.float64, torch.device("cpu"))
+
+
+def test_a_solver_is_checked_before_the_first_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, gpu = importlib.import_module("steepest.step.warm_up"), torch.device("cuda")
+    prepared: list[Any] = []
+    monkeypatch.setattr(module, "prepare", lambda families, device: prepared.append((families, device)))
+    module.warm_up(Schatten(4), (8, 4), torch.float32, gpu)
+    module.warm_up(Spectral("svd"), (8, 4), torch.float32, gpu)
+    assert prepared == [(("eigenvectors",), gpu), ((), gpu)]
 
 
 def test_the_sizes_of_schatten() -> None:
     cpu, half = torch.device("cpu"), torch.device("cuda")
-    assert not Schatten(4, "eigh").capturable(torch.bfloat16, half)
     for p in (1, 4, 5):
         for device in (cpu, half):
             assert Schatten(p).compute_dtype(torch.float32, device) == compute_dtype(p, torch.float32, device)
     assert Schatten(4, "eigh").compute_dtype(torch.float32, half) == torch.float32
+    assert Schatten(4, "matmul").compute_dtype(torch.float32, half) == torch.float16
     bf16 = torch.bfloat16
-    for p, dtype, work in ((4, bf16, bf16), (5, torch.float32, torch.float64)):
+    for p, method, dtype, work in ((4, "matmul", bf16, bf16), (5, "auto", torch.float32, torch.float64)):
         wide = torch.promote_types(work, torch.float32)  # in which X is had once more
         spectral = Spectral().workspace_bytes(8, 12, work)
-        assert Schatten(p).workspace_bytes(8, 12, dtype) == spectral + 8 * 12 * wide.itemsize
+        assert Schatten(p, method).workspace_bytes(8, 12, dtype) == spectral + 8 * 12 * wide.itemsize
     assert Schatten(math.inf).workspace_bytes(8, 12, bf16) == Spectral().workspace_bytes(8, 12, bf16)
 
 
