@@ -51,6 +51,7 @@ STABLE_TORCH_LIBRARY(steepest, m) {
       "cpu_chain(Tensor[] xs, Tensor(a!)[] outs, Tensor(b!)[] slacks, int[] ints, float[] floats, float[] constants, "
       "int[] powers, float[] least, bool tight, float eps, int result, bool divides, bool bf16, int at_once) -> ()");
   m.def("cpu_syrk(Tensor x, Tensor c, Tensor(a!) out, Tensor alpha, Tensor beta) -> ()");
+  m.def("copy_if(Tensor flag, Tensor(a!)[] to, Tensor[] source) -> ()");
   m.def(
       "grouped_gemm(Tensor[] a, Tensor[] b, Tensor[] c, Tensor(a!)[] out, Tensor[] alphas, Tensor[] betas, "
       "float alpha, float beta, bool symmetric, int tile=0, int streams=0) -> ()");

@@ -1,8 +1,7 @@
 #include "cpu_polar/syrk.h"
 
-#include <memory>
-
 #include "cpu_polar/team.h"
+#include "cpu_polar/words.h"
 
 namespace steepest::cpu_polar {
 namespace {
@@ -11,7 +10,7 @@ constexpr int64_t kAlone = int64_t{1} << 18;  // elements of X and of the averag
 
 void average_one(const Averages& averages, int64_t i, const Team& team) {
   const int64_t m = averages.m, k = averages.k;
-  const std::unique_ptr<uint32_t[]> packed(new uint32_t[packed_words(Dtype::f32, m, k)]);
+  const Words packed = make_words(packed_words(Dtype::f32, m, k));
   team.pack({averages.x + i * m * k, m, k, averages.by_rows}, packed.get());
   Product product{};
   product.a = product.b = packed.get(), product.m = product.n = m, product.k = k;

@@ -9,11 +9,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <vector>
 
 #include "cpu_polar/team.h"
+#include "cpu_polar/words.h"
 
 namespace steepest::eigh {
 namespace {
@@ -46,7 +46,8 @@ void fill_signs(float* to, int64_t n) {
 // Buffers of one matrix at a time.
 class Room {
  public:
-  explicit Room(int64_t n) : n_(n), padded_((n + kPanel - 1) / kPanel * kPanel), memory_(new float[floats() + 16]) {}
+  explicit Room(int64_t n)
+      : n_(n), padded_((n + kPanel - 1) / kPanel * kPanel), memory_(cpu_polar::make_words(floats())) {}
 
   float* rows() const { return start(); }
   float* shares() const { return start() + n_ * n_; }  // of a half along the other
@@ -56,10 +57,10 @@ class Room {
 
  private:
   int64_t floats() const { return n_ * n_ + 5 * padded_ * padded_ / 2 + 8 * kProbes * padded_; }
-  float* start() const { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64); }
+  float* start() const { return reinterpret_cast<float*>(memory_.get()); }
 
   int64_t n_, padded_;
-  std::unique_ptr<float[]> memory_;
+  cpu_polar::Words memory_;
 };
 
 class Run {
@@ -109,15 +110,17 @@ class Run {
     team_.pack({q_, n_, n_, false}, room_.left());
     team_.pack({p_, n_, n_, false}, room_.right());
     multiply(room_.left(), n_, n_, room_.right(), n_, v_, scale_);
-    const auto* const packed = reinterpret_cast<const float*>(room_.left());
-    for_each((n_ + kPanel - 1) / kPanel, team_.threads, [&](int64_t panel) {
-      const int64_t first = panel * kPanel, rows = std::min<int64_t>(kPanel, n_ - first);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float *const row = v_ + (first + r) * n_, *const column = packed + panel * kPanel * n_ + r;
-        float sums[4] = {};
-        for (int64_t k = 0; k < n_; ++k) sums[k % 4] += column[k * kPanel] * row[k];
-        values_[first + r] = std::max((sums[0] + sums[1]) + (sums[2] + sums[3]), 0.0f);
-      }
+    team_.pack({v_, n_, n_, true}, room_.right());
+    const auto *const columns = reinterpret_cast<const float*>(room_.left()), *const rows =
+                                                                                  reinterpret_cast<const float*>(
+                                                                                      room_.right());
+    for_each(cpu_polar::panels_of(n_), team_.threads, [&](int64_t panel) {
+      float sums[4][kPanel] = {};
+      for (int64_t k = 0; k < n_; ++k)
+        for (int64_t r = 0, at = (panel * n_ + k) * kPanel; r < kPanel; ++r)
+          sums[k % 4][r] += columns[at + r] * rows[at + r];
+      for (int64_t r = 0, first = panel * kPanel; r < std::min<int64_t>(kPanel, n_ - first); ++r)
+        values_[first + r] = std::max((sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]), 0.0f);
     });
   }
 

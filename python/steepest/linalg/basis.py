@@ -203,14 +203,16 @@ def tracked(P: Tensor, Q: Tensor, *, values: bool = True) -> Refreshed:
     n = P.shape[-1]
     stack, bases = P.reshape(-1, n, n), Q.reshape(-1, n, n)
     made = eigh.iterate(stack, bases)
-    lowered = (
-        made.done
-        & (made.before <= NEAR)
-        & ((made.after <= PROGRESS * made.before) | (made.after <= SETTLED) | (made.after <= 2 * made.rounding))
-    )
-    status = torch.full_like(lowered, ACCEPTED, dtype=torch.int32)
+    status = torch.full((len(stack),), ACCEPTED, dtype=torch.int32)
     new = Refreshed(made.basis, _values_of(stack, made.basis, values), status, made.order)
-    return _shaped(P, *_replaced(new, ~lowered, lambda at: _fell_back(_exact_of(stack[at], bases[at], values))))
+    left = [i for i, one in enumerate(made.measured.tolist()) if not _lowered(*one)]
+    return _shaped(P, *_replaced(new, left, lambda at: _fell_back(_exact_of(stack[at], bases[at], values))))
+
+
+def _lowered(done: float, before: float, after: float, residual: float, rounding: float) -> bool:
+    """Whether a step of orthogonal iteration that was measured so is taken."""
+    fell = after <= PROGRESS * before or after <= SETTLED or after <= 2 * rounding
+    return done != 0 and before <= NEAR and fell
 
 
 def _exact_of(P: Tensor, Q: Tensor, values: bool) -> Refreshed:
@@ -222,11 +224,11 @@ def _fell_back(refreshed: Refreshed) -> Refreshed:
     return refreshed._replace(status=refreshed.status | FELL_BACK)
 
 
-def _replaced(new: Refreshed, where: Tensor, other: Callable[[Tensor], Refreshed]) -> Refreshed:
-    """Of the matrices ``where`` says, what the other refresh gives."""
-    at = where.nonzero()[:, 0]
-    if len(at) == 0:
+def _replaced(new: Refreshed, places: list[int], other: Callable[[Tensor], Refreshed]) -> Refreshed:
+    """Of the matrices in these places, what the other refresh gives."""
+    if not places:
         return new
+    at = torch.tensor(places)
     return Refreshed(*(whole.index_copy(0, at, some) for whole, some in zip(new, other(at), strict=True)))
 
 
@@ -240,9 +242,10 @@ def _values_of(P: Tensor, Q: Tensor, wanted: bool) -> Tensor:
 def _iterated(P: Tensor, Q: Tensor) -> Refreshed:
     """ "qr" of a stack by the compiled step, and in torch ops of matrices that it leaves."""
     made = eigh.iterate(P, Q)
-    status = torch.full_like(made.done, ACCEPTED, dtype=torch.int32)
+    status = torch.full((len(P),), ACCEPTED, dtype=torch.int32)
     new = Refreshed(made.basis, _values_of(P, made.basis, True), status, made.order)
-    return _replaced(new, ~made.done, lambda at: _refresh(P[at], Q[at], "qr", 1, None, False))
+    left = (~made.done).nonzero()[:, 0].tolist()
+    return _replaced(new, left, lambda at: _refresh(P[at], Q[at], "qr", 1, None, False))
 
 
 def _shaped(P: Tensor, basis: Tensor, values: Tensor, status: Tensor, order: Tensor) -> Refreshed:

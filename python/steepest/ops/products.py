@@ -118,9 +118,11 @@ def _on_host(factor: Tensor) -> bool:
 
 
 def _by_host(rows: Tensor, average: Tensor, out: Tensor, weight: Number | None) -> None:
-    ones = average.new_ones(len(average))
-    alpha = ones if weight is None else ones * weight
-    beta = ones if weight is None else 1 - alpha
+    if isinstance(weight, Tensor):
+        alpha = weight.contiguous()
+    else:
+        alpha = average.new_full((len(average),), 1.0 if weight is None else weight)
+    beta = torch.ones_like(alpha) if weight is None else 1 - alpha
     rows = rows if rows.is_contiguous() or rows.mT.is_contiguous() else rows.contiguous()
     torch.ops.steepest.cpu_syrk(rows, average, out, alpha, beta)
 

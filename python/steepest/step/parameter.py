@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..matrices import Piece
+from ..ops.state import copy_if
 from ..parts import Hyper, shape_ratio
 from ..parts.precondition import Phase
 from ..recipe import Recipe, State
@@ -340,8 +341,8 @@ class OwnedMatrices(Matrices):
 
 def store_if(flag: Tensor, state: State, fresh: State) -> None:
     """Overwrites tensors of the state, in place and in their dtypes, where the 0-d flag says so."""
-    for key, t in fresh.items():
-        torch.where(flag, t.reshape(state[key].shape).to(state[key].dtype), state[key], out=state[key])
+    kept = [state[key] for key in fresh]
+    copy_if(flag, kept, [t.reshape(old.shape).to(old.dtype) for old, t in zip(kept, fresh.values(), strict=True)])
 
 
 def signed_gradient(g: Tensor, maximize: bool, grad_scale: Tensor | None) -> Tensor:

@@ -282,12 +282,13 @@ class Kronecker:
         if self.external:
             return fresh
         inputs, more = self.factor_inputs(state, g, hyper, count)
+        weight = self.weight(hyper, count)
         for side, (key, y) in enumerate(inputs.items()):
             if state[key].numel():
                 factor = wide(state[key])
                 if torch.promote_types(y.dtype, factor.dtype) != factor.dtype:  # fp64 gradients, factors in 16 bits
                     y = y.to(factor.dtype)
-                fresh[key] = self.stored(syrk_ema(factor, y, self.weight(hyper, count)), count, side)
+                fresh[key] = self.stored(syrk_ema(factor, y, weight), count, side)
         return fresh | more
 
     def rate(self, hyper: Hyper) -> Number:
@@ -322,10 +323,14 @@ class Kronecker:
         gathered = []
         for owners in sizes.values():
             counts = [len(states[i][FACTORS[side]]) for i, side in owners]
-            tensors = [wide(torch.cat([states[i][pair[side]] for i, side in owners])) for pair in self.reads]
+            tensors = [wide(self._together([states[i][pair[side]] for i, side in owners])) for pair in self.reads]
             flags = self.needs_exact(states, owners) if exact is None else [exact] * sum(counts)
             gathered.append(Gathered(owners, counts, tensors, flags))
         return gathered
+
+    def _together(self, stacks: list[Tensor]) -> Tensor:
+        """One stack of them all: a copy, unless a lone one is read at once."""
+        return stacks[0] if len(stacks) == 1 and not self.delay else torch.cat(stacks)
 
     def refresh(self, gathered: Sequence[Gathered], states: Sequence[State]) -> list[State]:
         """What comes of it for each of the states; `take` makes the metric of it."""
@@ -338,9 +343,12 @@ class Kronecker:
 
     def commit(self, state: State) -> State:
         """The new metric and all that goes with it; nothing new where nothing is pending, or it was taken already."""
+        fresh = self.new_metric(state)
+        if not self.delay:
+            return fresh
         pending = state[PENDING] != 0
-        fresh = {key: torch.where(pending, t, state[key]) for key, t in self.new_metric(state).items()}
-        return {**fresh, PENDING: torch.zeros_like(state[PENDING])} if self.delay else fresh
+        taken = {key: torch.where(pending, t, state[key]) for key, t in fresh.items()}
+        return {**taken, PENDING: torch.zeros_like(state[PENDING])}
 
 
 def turn_flop(rows: int, cols: int, left: int, right: int) -> int:

@@ -289,15 +289,15 @@ class Rotated(Kronecker):
         basis = fresh[BASES[side]] = state[NEXT[side]].to(old.dtype)
         turned = self._turned(state, side)
 
-        def moved(v: Tensor) -> Tensor:
-            """Averages of squares, whose last dimension is this side's."""
+        def moved(v: Tensor, dim: int = -1) -> Tensor:
+            """Averages of squares, one of whose dimensions is this side's."""
             if self.transport == "fixed":
                 return v
-            kept = v.gather(-1, order.unsqueeze(-2).expand_as(v))
             if len(turned) == 0:
-                return kept
-            mixed = v[turned] @ (wide(old[turned]).mT @ wide(basis[turned])).square().to(v.dtype)
-            return mixed if len(turned) == len(v) else kept.index_copy(0, turned, mixed)
+                return _reordered(v, order, dim)
+            squares = (wide(old[turned]).mT @ wide(basis[turned])).square().to(v.dtype)
+            mixed = v[turned] @ squares if dim == -1 else squares.mT @ v[turned]
+            return mixed if len(turned) == len(v) else _reordered(v, order, dim).index_copy(0, turned, mixed)
 
         if self.sides is not None:
             average, now = state[VALUES[side]], state[FACTORS[side]]
@@ -307,7 +307,17 @@ class Rotated(Kronecker):
                 fresh[VALUES[side]] = state[NEXT_VALUES[side]] if self._of_refresh else self._values_of(now, basis)
         if isinstance(self.inner, Diagonal):
             v = fresh.get(self.inner.key, state[self.inner.key])
-            fresh[self.inner.key] = moved(v) if side else moved(v.mT).mT
+            fresh[self.inner.key] = moved(v, side - 2)
+
+
+def _reordered(v: Tensor, order: Tensor, dim: int) -> Tensor:
+    """v, (b, m, n), with what was at place order[i] at place i of its last dimension (-1) or that before (-2)."""
+    if dim == -2:  # rows of memory: of all matrices at once
+        first = torch.arange(len(v), device=v.device).mul_(v.shape[-2])
+        return v.flatten(0, 1).index_select(0, (order + first[:, None]).flatten()).view_as(v)
+    if len(v) == 1:
+        return v.index_select(-1, order.flatten())
+    return v.gather(-1, order.unsqueeze(-2).expand_as(v))
 
 
 def _tracks(device: torch.device) -> bool:
