@@ -33,18 +33,27 @@ int64_t offset(const Walk& walk, int tensor, int64_t index) {
   return at;
 }
 
+// Where the elements [start, start + count) of a tensor are, if they follow one another in memory; else nullptr.
+template <class T>
+T* range_of(T* at, bool flat, const Walk& walk, int tensor, int64_t start, int count) {
+  if (flat) return at + start;
+  const int last = walk.dims - 1;
+  if (last < 0 || walk.stride[tensor][last] != 1 || start % walk.size[last] + count > walk.size[last]) return nullptr;
+  return at + offset(walk, tensor, start);
+}
+
 template <class T, class R, class Convert>
 void gather(const T* from, bool flat, const Walk& walk, int tensor, int64_t start, int count, R* to, Convert convert) {
-  if (flat)
-    for (int j = 0; j < count; ++j) to[j] = static_cast<R>(convert(from[start + j]));
+  if (const T* range = range_of(from, flat, walk, tensor, start, count))
+    for (int j = 0; j < count; ++j) to[j] = static_cast<R>(convert(range[j]));
   else
     for (int j = 0; j < count; ++j) to[j] = static_cast<R>(convert(from[offset(walk, tensor, start + j)]));
 }
 
 template <class T, class R, class Convert>
 void scatter(T* to, bool flat, const Walk& walk, int tensor, int64_t start, int count, const R* from, Convert convert) {
-  if (flat)
-    for (int j = 0; j < count; ++j) to[start + j] = convert(from[j]);
+  if (T* range = range_of(to, flat, walk, tensor, start, count))
+    for (int j = 0; j < count; ++j) range[j] = convert(from[j]);
   else
     for (int j = 0; j < count; ++j) to[offset(walk, tensor, start + j)] = convert(from[j]);
 }

@@ -14,6 +14,11 @@ counts rows: splits, heads, and the shape's ratio of the learning rate.
 
     (64, 3 * 64), split_sizes=(64, 64, 64), transposed   three pieces, each 1 matrix   64 x 64
 
+Some layers store q, k and v group by group, as GPT-NeoX each head's and Megatron those of each key head: `interleaved`
+is the number of groups. Every split has as many rows in each, and its matrix is all of them, one below the other.
+
+    (48, 64), split_sizes=(32, 8, 8), interleaved=4      q is rows 0-7, 12-19, 24-31, 36-43; k 8-9, 20-21, 32-33, 44-45
+
 Heads of a projection back from attention lie side by side: `split_columns` counts splits and heads along the columns.
 
     (64, 96), num_heads=4, split_columns                 one piece of 4 matrices       64 x 24
@@ -32,7 +37,7 @@ import torch
 from torch import Tensor
 
 # The group values that `pieces` takes: what an optimizer passes on from a parameter group.
-LAYOUT_KEYS = ("split_sizes", "num_heads", "batch_dims", "transposed", "split_columns")
+LAYOUT_KEYS = ("split_sizes", "num_heads", "batch_dims", "transposed", "split_columns", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Piece:
     """Rows [start, start + length) of dimension `dim`, read as `batch` matrices of `rows` x `cols`.
 
     transposed: rows are what the tensor has as columns, so that `dim` is the last one.   by_columns: [start, start +
-    length) are columns, and `dim` is theirs.
+    length) are columns, and `dim` is theirs.   groups, stride: its rows are length / groups ones from start on, as many
+    from start + stride on, and so on, so that the view has a dimension more. `dim` then has groups * stride or more.
 
     `piece.view(t).reshape(piece.shape)` are the matrices; `d.reshape(piece.view(t).shape)` goes back.
     The pieces of one parameter are disjoint and cover it.
@@ -55,6 +61,8 @@ class Piece:
     narrow: bool = False  # whether its view is another one than its parameter
     transposed: bool = False
     by_columns: bool = False
+    groups: int = 1
+    stride: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -81,11 +89,37 @@ class Piece:
         size = self.cols if self.by_columns else self.rows
         return self.length // size if size else 1
 
+    @property
+    def of_group(self) -> int:
+        """How many of `length` lie in each group."""
+        return self.length // self.groups
+
+    def before(self, place: int) -> int:
+        """How many of `length` come before this place of `dim`."""
+        if self.groups == 1:
+            return min(max(place - self.start, 0), self.length)
+        group, rest = divmod(max(place - self.start, 0), self.stride)
+        return min(group * self.of_group + min(rest, self.of_group), self.length)
+
+    def place(self, number: int) -> int:
+        """Where in `dim` number `number` of `length` is."""
+        group, rest = divmod(number, self.of_group)
+        return self.start + group * self.stride + rest
+
     def view(self, t: Tensor) -> Tensor:
         """The piece of `t` in its natural shape: always a view, whatever the strides of `t`. All of a scalar."""
+        if self.groups > 1:
+            return self._view_of_groups(t)
         part = t.narrow(self.dim, self.start, self.length) if t.ndim else t
         part = part.mT if self.transposed else part
         return part.unflatten(-1, (self.heads, self.cols)).movedim(-2, -3) if self.by_columns else part
+
+    def _view_of_groups(self, t: Tensor) -> Tensor:
+        rows = t.mT if self.transposed else t
+        d, whole = self.batch_dims, self.groups * self.stride
+        first = min(self.start, rows.shape[d] - whole)  # of as many rows for every group
+        groups = rows.narrow(d, first, whole).unflatten(d, (self.groups, self.stride))
+        return groups.narrow(d + 1, self.start - first, self.of_group)
 
 
 def pieces(
@@ -96,6 +130,7 @@ def pieces(
     batch_dims: int = 0,
     transposed: bool = False,
     split_columns: bool = False,
+    interleaved: int = 1,
 ) -> tuple[Piece, ...]:
     """The matrices in a parameter of this shape, as one `Piece` per split, from the first row to the last.
 
@@ -105,6 +140,8 @@ def pieces(
         `batch_dims + 1`.
     num_heads: heads in each piece, one number for all or one per split (grouped-query attention: (32, 8, 8)).
     split_columns: splits and heads are along the columns, of a parameter that is no convolution.
+    interleaved: the groups of rows that each hold an equal part of every split, one below the other; heads are counted
+        in the rows of a split as they are gathered. Not with split_columns.
     Raises TypeError or ValueError that names the values. Cached: cheap enough to call in every step.
     """
     splits = None if split_sizes is None else _integers("split_sizes", split_sizes)
@@ -112,7 +149,7 @@ def pieces(
     heads = num_heads if isinstance(num_heads, int) else _integers("num_heads", num_heads)
     # Dynamo traces through a cache and warns about it; the function itself folds to constants.
     read = _pieces if torch.compiler.is_compiling() else _cached_pieces
-    return read(tuple(shape), splits, heads, batch_dims, transposed, split_columns)
+    return read(tuple(shape), splits, heads, batch_dims, transposed, split_columns, interleaved)
 
 
 def _pieces(
@@ -122,6 +159,7 @@ def _pieces(
     batch_dims: int,
     transposed: bool,
     split_columns: bool,
+    interleaved: int,
 ) -> tuple[Piece, ...]:
     _check_dimensions(shape, batch_dims, "transposed" if transposed else "split_columns" if split_columns else None)
     batch, rows, cols = math.prod(shape[:batch_dims]), shape[batch_dims], math.prod(shape[batch_dims + 1 :])
@@ -129,12 +167,14 @@ def _pieces(
         rows, cols = cols, rows
     dim, along = batch_dims + (transposed != split_columns), cols if split_columns else rows
     lengths = _lengths(shape, splits, dim, along)
+    _check_groups(interleaved, splits, split_columns)
     parts, start = [], 0
     for length, h in zip(lengths, _heads(heads, lengths, "columns" if split_columns else "rows"), strict=True):
         size = (rows, length // h) if split_columns else (length // h, cols)
         another = length < along or transposed or split_columns
-        parts.append(Piece(start, length, batch * h, *size, dim, another, transposed, split_columns))
-        start += length
+        groups = (interleaved, along // interleaved) if interleaved > 1 and length < along else (1, 0)
+        parts.append(Piece(start, length, batch * h, *size, dim, another, transposed, split_columns, *groups))
+        start += length // interleaved
     return tuple(parts)
 
 
@@ -174,6 +214,26 @@ def _lengths(shape: tuple[int, ...], splits: tuple[int, ...] | None, dim: int, s
             f"give the size of each fused matrix along it so that they sum to {size}"
         )
     return splits
+
+
+def _check_groups(interleaved: int, splits: tuple[int, ...] | None, split_columns: bool) -> None:
+    if not isinstance(interleaved, int) or isinstance(interleaved, bool) or interleaved < 1:
+        raise ValueError(f"interleaved must be a number of groups, an integer >= 1, but is: {interleaved!r}")
+    if interleaved == 1:
+        return
+    if splits is None:
+        raise ValueError(
+            f"interleaved={interleaved} says in how many groups the splits lie: give split_sizes, the rows of each in "
+            "all groups together"
+        )
+    if split_columns:
+        raise ValueError(f"interleaved={interleaved} is of rows: leave out split_columns=True, or interleaved")
+    for length in splits:
+        if length % interleaved:
+            raise ValueError(
+                f"interleaved={interleaved} does not divide the split of {length} rows (splits {splits}): every group "
+                "has as many rows of a split; give the rows of each in all groups together"
+            )
 
 
 def _heads(heads: int | tuple[int, ...], lengths: tuple[int, ...], what: str) -> tuple[int, ...]:

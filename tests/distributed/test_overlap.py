@@ -19,7 +19,7 @@ from support.sharded import GPT, different, digest, full, optimizer, shard, trai
 from support.slow import slow
 
 #: So little that every direction call has a round of its own.
-ROOM = 30_000
+ROOM = 20_000
 CASES = {
     "Muon": (steepest.Muon, {}),
     "MuAdam by torch operations": (steepest.MuAdam, {"backend": "torch"}),

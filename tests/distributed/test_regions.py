@@ -71,6 +71,13 @@ LAYOUTS = [
     ((10, 3, 3, 3), {}),
     ((10, 24), {"transposed": True, "split_sizes": (12, 6, 6), "num_heads": (2, 1, 1)}),
     ((3, 6, 8), {"transposed": True, "batch_dims": 1}),
+    ((48, 5), {"split_sizes": (24, 12, 12), "interleaved": 4}),
+    ((36, 5), {"split_sizes": (12, 18, 6), "interleaved": 3, "num_heads": (3, 6, 1)}),
+    ((36, 5), {"split_sizes": (12, 12, 12), "interleaved": 6, "num_heads": (2, 3, 4)}),
+    ((5, 36), {"split_sizes": (18, 18), "interleaved": 9, "transposed": True}),
+    ((4, 20, 6), {"batch_dims": 1, "split_sizes": (10, 10), "interleaved": 5}),
+    ((4, 6, 20), {"batch_dims": 1, "split_sizes": (15, 5), "interleaved": 5, "num_heads": 5, "transposed": True}),
+    ((24, 3, 2), {"split_sizes": (16, 8), "interleaved": 8}),
 ]
 CUTS = [
     ((4,), [Shard(0)]),
@@ -86,7 +93,9 @@ CUTS = [
 def test_parts_cover_a_shard_once_and_are_what_they_say(
     shape: tuple[int, ...], options: dict[str, object], mesh: tuple[int, ...], placements: list[Placement]
 ) -> None:
-    """Every element is numbered; a part's view of the shard shows the numbers of its matrices' rectangle."""
+    """Every element is numbered; a part's view of the shard shows the numbers of its rectangle of its matrices, and all
+    of a matrix, one below the other, are what the region has of it.
+    """
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
     parts = pieces(shape, **options)  # type: ignore[arg-type]
     boxes = regions(shape, mesh, placements)
@@ -95,6 +104,7 @@ def test_parts_cover_a_shard_once_and_are_what_they_say(
         sharding = Sharding(shape, _ranks(place, len(boxes)), boxes)
         shard = whole[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))].contiguous()
         seen = torch.zeros(whole.numel(), dtype=torch.int64)
+        below: dict[tuple[int, int], list[torch.Tensor]] = {}
         for each in sharding.local_parts(parts, owners):
             piece = parts[each.piece]
             matrices = piece.view(whole).reshape(piece.shape)
@@ -102,10 +112,15 @@ def test_parts_cover_a_shard_once_and_are_what_they_say(
             assert len(here) == len(each.matrices)
             for k, m in zip(each.matrices, here, strict=True):
                 assert owners[each.piece][k] == each.owner
-                r = rectangle(box, shape, piece, k)
-                assert r is not None
+                r = each.rectangle
                 assert torch.equal(m, matrices[k, r.top : r.bottom, r.left : r.right])
+                below.setdefault((each.piece, k), []).append(m)
             seen[here.flatten()] += 1
+        for (number, k), some in below.items():
+            piece, r = parts[number], rectangle(box, shape, parts[number], k)
+            assert r is not None
+            matrix = piece.view(whole).reshape(piece.shape)[k]
+            assert torch.equal(torch.cat(some), matrix[r.top : r.bottom, r.left : r.right])
         assert torch.equal(seen.nonzero().flatten(), shard.flatten().sort().values)
         assert seen.max() <= 1
 

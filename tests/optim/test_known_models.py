@@ -237,24 +237,45 @@ class Attention(Around):
         self.num_heads, self.num_key_value_heads = heads, groups
 
 
+class WithHeadSize(Attention):
+    head_dim = 8
+
+
+class CodeGenAttention(Attention):
+    """Known by the name of its class: queries, values and keys in each of four blocks."""
+
+
 @pytest.mark.parametrize(
     ("model", "layouts"),
     [
         (Attention(4, 2, qkv_proj=nn.Linear(8, 64)), {"a.qkv_proj.weight": {"split_sizes": (32, 16, 16)}}),
         (Attention(4, 4, c_attn=Conv1D(8, 24)), {"a.c_attn.weight": {"split_sizes": (8, 8, 8)}}),
-        (Attention(4, 4, query_key_value=nn.Linear(8, 24)), {"a.query_key_value.weight": {"num_heads": 12}}),
+        (
+            Attention(4, 4, query_key_value=nn.Linear(8, 24)),
+            {"a.query_key_value.weight": {"split_sizes": (8, 8, 8), "interleaved": 4}},
+        ),
+        (
+            Attention(4, 2, linear_qkv=nn.Linear(8, 64)),
+            {"a.linear_qkv.weight": {"split_sizes": (32, 16, 16), "interleaved": 2}},
+        ),
+        (Attention(4, 1, query_key_value=nn.Linear(8, 48)), {"a.query_key_value.weight": {"split_sizes": (32, 8, 8)}}),
+        (
+            CodeGenAttention(8, 8, qkv_proj=nn.Linear(16, 48)),
+            {"a.qkv_proj.weight": {"split_sizes": (16, 16, 16), "interleaved": 4}},
+        ),
         (Around(gate_up_proj=nn.Linear(8, 24)), {"a.gate_up_proj.weight": {"split_sizes": (12, 12)}}),
         (Around(qkv=nn.Linear(8, 24)), {}),
         (Attention(4, 2, qkv=nn.Linear(8, 63)), {}),
+        (WithHeadSize(4, 4, query_key_value=nn.Linear(8, 48)), {}),  # four heads and two, not twelve of four rows
     ],
 )
 def test_fused_projections_are_hinted_at_and_taken_apart(model: nn.Module, layouts: dict[str, Any]) -> None:
     model = Around(a=model)
     assert fused_layouts(model) == layouts
     for name, values in layouts.items():
-        (key, value), *_ = values.items()
-        assert f"; fused, not split: {key}={value}" in reasons(model)[name]
-        assert f"{key}={value}" in steepest.MuAdam(model).describe()
+        text = ", ".join(f"{key}={value}" for key, value in values.items())
+        assert f"; fused, not split: {text}" in reasons(model)[name]
+        assert text in steepest.MuAdam(model).describe()
         group = param_groups(model, overrides=layouts)[0]
-        assert group[key] == value
+        assert {key: group[key] for key in values} == values
         steepest.MuAdam(param_groups(model, overrides=layouts))

@@ -28,6 +28,13 @@ SHAPES = [
     ((4, 12), {"split_sizes": (8, 4), "num_heads": (4, 1), "split_columns": True}, [(4, 4, 2), (1, 4, 4)]),
     ((3, 4, 10), {"batch_dims": 1, "num_heads": 2, "split_columns": True}, [(6, 4, 5)]),
     ((12, 4), {"num_heads": 3, "split_columns": True, "transposed": True}, [(3, 4, 4)]),
+    ((24, 4), {"split_sizes": (12, 6, 6), "interleaved": 3}, [(1, 12, 4), (1, 6, 4), (1, 6, 4)]),
+    (
+        (2, 4, 12),
+        {"split_sizes": (8, 4), "interleaved": 4, "num_heads": (2, 1), "transposed": True, "batch_dims": 1},
+        [(4, 4, 4), (2, 4, 4)],
+    ),
+    ((12, 4), {"split_sizes": (12,), "interleaved": 3}, [(1, 12, 4)]),
 ]
 
 
@@ -53,21 +60,30 @@ def test_heads_of_columns_lie_side_by_side(transposed: bool) -> None:
     assert torch.equal(heads, torch.stack([t[b, :, first : first + 2] for b in range(2) for first in (0, 2, 4)]))
 
 
+def test_interleaved_splits_are_gathered_group_by_group() -> None:
+    t = torch.arange(12.0)[:, None].expand(12, 2).clone()
+    q, k, v = pieces(t.shape, split_sizes=(6, 3, 3), num_heads=(2, 1, 1), interleaved=3)
+    rows = [piece.view(t).reshape(piece.shape)[..., 0].tolist() for piece in (q, k, v)]
+    assert rows == [[[0, 1, 4], [5, 8, 9]], [[2, 6, 10]], [[3, 7, 11]]]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_pieces_cover_the_tensor_once_and_go_back(data: st.DataObject) -> None:
     batch = tuple(data.draw(st.lists(st.integers(1, 3), max_size=2)))
     parts = data.draw(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3))
     rest = tuple(data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)))
-    splits, heads = tuple(h * r for h, r in parts), tuple(h for h, _ in parts)
+    groups = data.draw(st.integers(1, 3))
+    splits, heads = tuple(h * r * groups for h, r in parts), tuple(h for h, _ in parts)
     t = torch.randn(*batch, sum(splits), *rest)
-    split_columns = len(rest) == 1 and data.draw(st.booleans())
-    if split_columns:
+    turned = data.draw(st.sampled_from(["split_columns", "transposed", None])) if len(rest) == 1 else None
+    if turned:
         t = t.mT.contiguous()
     if data.draw(st.booleans()):
         t = t.transpose(0, -1).contiguous().transpose(0, -1)
     back, seen = torch.full_like(t, float("nan")), torch.zeros_like(t)
-    layout: dict[str, Any] = {"batch_dims": len(batch), "split_columns": split_columns}
+    layout: dict[str, Any] = {"batch_dims": len(batch), **({turned: True} if turned else {})}
+    layout["interleaved"] = 1 if turned == "split_columns" else groups
     for piece in pieces(t.shape, split_sizes=splits, num_heads=heads, **layout):
         piece.view(back).copy_(piece.view(t).reshape(piece.shape).reshape(piece.view(t).shape))
         piece.view(seen).add_(1)
@@ -112,6 +128,20 @@ def test_traced_without_a_graph_break_or_a_warning() -> None:
         ((12, 4), {"split_sizes": ()}, ValueError, "positive integers but is: ()"),
         ((12, 4), {"split_sizes": (6.0, 6.0)}, TypeError, "split_sizes must be integers"),
         ((12, 4), {"split_sizes": 12}, TypeError, "split_sizes must be integers"),
+        (
+            (12, 4),
+            {"split_sizes": (8, 4), "interleaved": 8},
+            ValueError,
+            "not divide the split of 4 rows (splits (8, 4))",
+        ),
+        ((12, 4), {"split_sizes": (8, 4), "interleaved": 0}, ValueError, "an integer >= 1, but is: 0"),
+        ((12, 4), {"interleaved": 2}, ValueError, "give split_sizes, the rows of each in all groups together"),
+        (
+            (4, 12),
+            {"split_sizes": (8, 4), "interleaved": 2, "split_columns": True},
+            ValueError,
+            "interleaved=2 is of rows",
+        ),
         ((12, 4), {"num_heads": "4"}, TypeError, "num_heads must be integers"),
         ((12, 4), {"num_heads": 5}, ValueError, "num_heads=5 does not divide the 12 rows"),
         ((12, 4), {"num_heads": 0}, ValueError, "num_heads=0 does not divide the 12 rows"),

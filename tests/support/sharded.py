@@ -21,9 +21,11 @@ from support.training import made
 __all__ = ["GPT", "HEADS", "backward", "different", "digest", "full", "optimizer", "shard", "train", "whole"]
 
 WIDTH, HEADS, VOCABULARY, TOKENS, BATCH = 12, 3, 37, 9, 4
-#: The fused projection is nine matrices, the one back three, side by side; the gate is one of a single row.
+#: The first fused projection is nine matrices, the next three whose rows lie head by head, the one back three, side by
+#: side; the gate is one of a single row.
 OVERRIDES: dict[Any, Any] = {
-    "*.qkv.weight": {"split_sizes": (WIDTH,) * 3, "num_heads": HEADS},
+    "*.0.qkv.weight": {"split_sizes": (WIDTH,) * 3, "num_heads": HEADS},
+    "*.qkv.weight": {"split_sizes": (WIDTH,) * 3, "interleaved": HEADS},
     "*.proj.weight": {"num_heads": HEADS, "split_columns": True},
     "*.gate": "matrix",
 }

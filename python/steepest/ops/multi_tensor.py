@@ -272,15 +272,15 @@ def reasons(device: torch.device) -> dict[str, str | None]:
     return {"cuda": elsewhere, "triton": elsewhere, "cpu": cpu}
 
 
-def takes(tensors: Sequence[Tensor]) -> str | None:
-    """None where the kernels take an item of these tensors, else the reason."""
+def takes(tensors: Sequence[Tensor], dims: int = STRIDED_DIMS) -> str | None:
+    """None where the kernels take an item of these tensors, else the reason; dims: they may have, not contiguous."""
     for tensor in tensors:
         if tensor.dtype is torch.float64 and tensor.device.type != "cpu":
             return "float64 is for the CPU"
         if tensor.dtype not in (*FLOATS, torch.float64, torch.int16):
             return f"a tensor is {tensor.dtype}"
-        if tensor.dim() > STRIDED_DIMS and not tensor.is_contiguous():
-            return f"a tensor is not contiguous and has more than {STRIDED_DIMS} dimensions"
+        if tensor.dim() > dims and not tensor.is_contiguous():
+            return f"a tensor is not contiguous and has more than {dims} dimensions"
     return None
 
 

@@ -229,7 +229,7 @@ class Groups(torch.optim.Optimizer):
         A group that does not say it is routed, as `steepest.param_groups` does, by names where it has them and by
         shapes. It may become two groups and more, matrices first, one after another where the group would be, each with
         all of its values: learning rate, weight decay and what a framework has put there. A group that says
-        split_sizes, num_heads, batch_dims, transposed or split_columns is of matrices.
+        split_sizes, num_heads, batch_dims, transposed, split_columns or interleaved is of matrices.
         The group is checked whole, and an unsuitable one leaves the optimizer as it was.
         """
         if not isinstance(param_group, dict):
@@ -329,6 +329,7 @@ class Groups(torch.optim.Optimizer):
             batch_dims=group["batch_dims"] or 0,
             transposed=group.get("transposed", False),
             split_columns=group.get("split_columns", False),
+            interleaved=group.get("interleaved", 1),
         )
 
 

@@ -295,6 +295,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "batch_dims": _or_none(_at_least(0)),
     "transposed": BOOL,
     "split_columns": BOOL,
+    "interleaved": _at_least(1),
     "weight_decay_method": TEXT,
     "cautious_wd": BOOL,
     "average": OptionType(

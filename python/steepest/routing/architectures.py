@@ -56,7 +56,7 @@ FUSED = {
     **dict.fromkeys(("qkv", "qkv_proj", "wqkv", "c_attn", "in_proj_qkv"), ("q", "k", "v")),
     **dict.fromkeys(("gate_up_proj", "gate_up"), ("gate", "up")),
 }
-#: Those that hold q, k and v head by head (NeoX, BLOOM), or key-value group by group (Falcon, Megatron). timm's MaxViT
+#: Those that hold q, k and v head by head (NeoX, BLOOM), or key head by key head (Falcon, Megatron). timm's MaxViT
 #: and CoAtNet say head_first themselves.
 INTERLEAVED = frozenset({"query_key_value", "linear_qkv"})
 #: Classes whose gate and up alternate row by row.
@@ -77,5 +77,5 @@ QUERY_KEY_NORMS = frozenset(
     {"q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln", "query_norm", "key_norm"}
     | {"norm_q", "norm_k", "query_layernorm", "key_layernorm", "query_layer_norm", "key_layer_norm"}
 )
-#: Classes whose fused rows have another order than their name says: queries, values, keys in four blocks.
-OTHER_ORDER = frozenset({"CodeGenAttention"})
+#: Classes whose fused rows have another order than their name says, queries, values, keys, and in how many blocks.
+OTHER_ORDER = {"CodeGenAttention": 4}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .architectures import ALTERNATING, FUSED, HEAD_COUNTS, INTERLEAVED, KEY_VALUE_COUNTS
+from .architectures import ALTERNATING, FUSED, HEAD_COUNTS, HEAD_SIZES, INTERLEAVED, KEY_VALUE_COUNTS, OTHER_ORDER
 from .known import class_name
 from .places import Place
 
@@ -17,8 +17,8 @@ __all__ = ["fused_layout"]
 def fused_layout(place: Place, rows: int) -> dict[str, Any]:
     """Group values that read a fused weight of so many rows (outputs) as its parts; {} where nothing is known.
 
-    q, k and v one under the other are splits, of grouped queries too. Where they lie head by head no split can tell
-    them apart: num_heads makes a matrix of each head's q, k and v. The heads are the attention module's own words.
+    q, k and v are splits, of grouped queries too; `interleaved` where they lie head by head, or key head by key head.
+    The heads are the attention module's own words.
     """
     name = next((name for name in place.path[-2:] if name in FUSED or name in INTERLEAVED), None)
     if name is None or place.parent is None or (place.module is not None and class_name(place.module) in ALTERNATING):
@@ -30,9 +30,12 @@ def fused_layout(place: Place, rows: int) -> dict[str, Any]:
     if not heads or not groups or rows % (heads + 2 * groups):
         return {}
     size = rows // (heads + 2 * groups)
-    if name in INTERLEAVED or getattr(place.parent, "head_first", False) is True:
-        return {"num_heads": rows // size}
-    return {"split_sizes": (heads * size, groups * size, groups * size)}
+    if _count(place.parent, HEAD_SIZES) not in (None, size):  # Falcon's config counts key heads that it does not have
+        return {}
+    repeats = name in INTERLEAVED or getattr(place.parent, "head_first", False) is True
+    blocks = OTHER_ORDER.get(class_name(place.parent), groups if repeats else 1)  # of values and keys, which are alike
+    splits = {"split_sizes": (heads * size, groups * size, groups * size)}
+    return {**splits, "interleaved": blocks} if blocks > 1 else splits
 
 
 def _count(module: nn.Module, names: tuple[str, ...]) -> int | None:

@@ -68,8 +68,8 @@ def fused_layouts(params: Routable) -> dict[str, dict[str, Any]]:
 
         param_groups(model, overrides={**fused_layouts(model), "lm_head.*": "adamw"})
 
-    q, k and v one under the other become split_sizes, those of grouped queries too; head by head, num_heads, with which
-    each head's q, k and v is a matrix. Where the model does not say its heads there is no entry.
+    q, k and v become split_sizes, those of grouped queries too, and interleaved where they lie head by head. Where the
+    model does not say its heads there is no entry.
     """
     return {r.name: dict(r.fused) for r in route(params) if r.fused}
 
@@ -122,7 +122,7 @@ def _by_rules(places: Sequence[Place]) -> Route:
     values = layout(first)
     fused = fused_layout(first, sum(piece.length for piece in read_pieces(first.param, values)))
     reason = _with_ties(first.kind + reading(first.param, values), first, places)
-    hint = "".join(f"; fused, not split: {key}={value}" for key, value in fused.items())
+    hint = "; fused, not split: " + ", ".join(f"{key}={value}" for key, value in fused.items()) if fused else ""
     return Route(first.name, first.param, "matrix", reason + hint, values, fused)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from math import prod
 
 from torch import Tensor
@@ -38,12 +38,16 @@ class Part(Piece):
 
 @dataclass(frozen=True)
 class LocalPart:
-    """Consecutive matrices of a piece that one rank owns, as far as they lie here; all have the same rectangle."""
+    """Consecutive matrices of a piece that one rank owns, as far as they lie here; all have the same rectangle.
+
+    Rows of groups that do not repeat evenly in a shard are several parts of a matrix, from the top to the bottom.
+    """
 
     piece: int
     matrices: range
     owner: int
     part: Part
+    rectangle: Rectangle
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,9 @@ class Sharding:
             for kind, some in groupby(range(piece.batch), key=kinds.__getitem__):
                 if kind is not None:
                     run = list(some)
-                    part = self._part(piece, run, kind[0], region)
-                    parts.append(LocalPart(number, range(run[0], run[-1] + 1), kind[1], part))
+                    for matrices, rect in _views(piece, range(run[0], run[-1] + 1), kind[0], region):
+                        part = self._part(piece, matrices, rect, region)
+                        parts.append(LocalPart(number, matrices, kind[1], part, rect))
         return parts
 
     def _part(self, piece: Piece, run: Sequence[int], rect: Rectangle, region: Region) -> Part:
@@ -151,13 +156,14 @@ class Sharding:
         rows, cols = rect.shape
         batch, head = divmod(run[0], heads)
         of_head, size, offset = (piece.cols, cols, rect.left) if piece.by_columns else (piece.rows, rows, rect.top)
-        start = piece.start + head * of_head + offset - region.start[piece.dim]
+        start = piece.place(head * of_head + offset) - region.start[piece.dim]
         length = size * len(run) if heads > 1 else size
         count = 1 if heads > 1 else len(run)
         turned = piece.transposed or piece.by_columns
         another = turned or length < shard[piece.dim] or count < prod(shard[: piece.batch_dims])
         first, dim = self._local_batch(piece, batch, region), piece.dim
-        ways = (piece.transposed, piece.by_columns)
+        groups = (length // piece.of_group, piece.stride) if piece.groups > 1 and length > piece.of_group else (1, 0)
+        ways = (piece.transposed, piece.by_columns, *groups)
         return Part(start, length, len(run), rows, cols, dim, another, *ways, first=first, count=count)
 
     def _local_batch(self, piece: Piece, batch: int, region: Region) -> int:
@@ -168,3 +174,36 @@ class Sharding:
             at += (index - region.start[d]) * unit
             unit *= region.shape[d]
         return at
+
+
+def _views(piece: Piece, run: range, rect: Rectangle, region: Region) -> list[tuple[range, Rectangle]]:
+    """A run of matrices, cut where its rows do not repeat evenly in the shard, so that each part is a view of that."""
+    if piece.groups == 1:
+        return [(run, rect)]
+    height, heads = rect.shape[0], piece.heads
+    first = run.start % heads * piece.rows + rect.top
+    lengths = _even(piece, first, height * len(run) if heads > 1 else height, region.shape[piece.dim])
+    if len(lengths) == 1:
+        return [(run, rect)]
+    if heads > 1 and all(length % height == 0 for length in lengths):
+        ends = [run.start + end // height for end in accumulate(lengths, initial=0)]
+        return [(range(a, b), rect) for a, b in pairwise(ends)]
+    if len(run) > 1:
+        return [part for k in run for part in _views(piece, range(k, k + 1), rect, region)]
+    ends = list(accumulate(lengths, initial=rect.top))
+    return [(run, replace(rect, top=a, bottom=b)) for a, b in pairwise(ends)]
+
+
+def _even(piece: Piece, first: int, length: int, shard: int) -> list[int]:
+    """Lengths into which rows of a piece are cut: in each they are in one group, or whole groups of a shard that has as
+    many rows as these groups.
+    """
+    lengths, size = [], piece.of_group
+    while length:
+        inside = first % size
+        if inside or length < size:
+            lengths.append(min(size - inside, length))
+        else:
+            lengths.append(size * max(1, min(length // size, shard // piece.stride)))
+        first, length = first + lengths[-1], length - lengths[-1]
+    return lengths

@@ -52,6 +52,11 @@ class Rectangle:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def transposed(self) -> Rectangle:
+        """The same of the transposed matrix."""
+        return Rectangle(self.left, self.right, self.top, self.bottom)
+
 
 def shard_dims(placements: Sequence[Placement]) -> tuple[int, ...]:
     """The dimensions of the mesh along which a tensor is cut."""
@@ -100,9 +105,9 @@ def rectangle(region: Region, shape: Sequence[int], piece: Piece, matrix: int) -
     top, bottom = region.start[row_dim], region.stop[row_dim]
     left, right = (0, piece.cols) if col_dim >= len(shape) else (region.start[col_dim], region.stop[col_dim])
     if piece.by_columns:
-        left, right = _within(left, right, piece.start + head * piece.cols, piece.cols)
+        left, right = _within(piece.before(left), piece.before(right), head * piece.cols, piece.cols)
     else:
-        top, bottom = _within(top, bottom, piece.start + head * piece.rows, piece.rows)
+        top, bottom = _within(piece.before(top), piece.before(bottom), head * piece.rows, piece.rows)
         left, right = left * inner, right * inner
     return Rectangle(top, bottom, left, right) if bottom > top and right > left else None
 

@@ -302,7 +302,8 @@ class LocalMatrices(Matrices):
         assert sharding is not None
         self.run, self.piece = run, run.part
         # Random bits follow the place: every shard has its own.
-        first = (1 + sharding.ranks.shards.place) * (1 + sum(piece.batch for piece in parameter.pieces))
+        parts = sum(piece.batch * min(piece.groups, 4) for piece in parameter.pieces)  # or fewer
+        first = (1 + sharding.ranks.shards.place) * (1 + parts)
         self.place = (parameter.group, parameter.index, first + number)
 
     def _views(self) -> State:

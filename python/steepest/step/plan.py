@@ -316,7 +316,10 @@ def route(p: Parameter, *, coupled: bool = False) -> str:
 
 def reason(p: Parameter, packed: Program | str) -> str | None:
     """Why the fused ops do not take a parameter of this program; None where they do."""
-    return packed if isinstance(packed, str) else multi_tensor.takes(_tensors(p))
+    if isinstance(packed, str):
+        return packed
+    more = any(piece.groups > 1 for piece in p.pieces)  # their views have a dimension more
+    return multi_tensor.takes(_tensors(p), multi_tensor.STRIDED_DIMS - more)
 
 
 def _backend(p: Parameter, packed: Program | str) -> str:

@@ -60,7 +60,7 @@ def _squares(p: Parameter) -> Tensor:
     value, sphere = p.value(), p.recipe.constraint
     assert sphere is not None
     for item in p.local_matrices():
-        _of_item(sums, item).copy_(sphere.norms(item.piece.view(value).reshape(item.piece.shape)).square())
+        _of_item(sums, item).add_(sphere.norms(item.piece.view(value).reshape(item.piece.shape)).square())
     return sums
 
 

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -45,13 +46,11 @@ class SharedSubmatrices(SharedMatrices):
 
     @cached_property
     def _of_parts(self) -> list[tuple[LocalMatrices, range, Rectangle]]:
-        """(part, its matrices among all of them, what lies here of each, which is the same)."""
-        units = {item.place: unit for item, unit in zip(self.matrices, self._units, strict=True)}
+        """(part, its matrices among all of them, what it has of each, which is the same)."""
         cut = []
         for part in self.parts:
-            place, run = place_of(part), part.run.matrices
-            first, here = self._first_number[place], units[place].rectangles[self.ranks.place][run.start]
-            assert here is not None
+            first, run = self._first_number[place_of(part)], part.run.matrices
+            here = part.run.rectangle if self.dim == -2 else part.run.rectangle.transposed
             cut.append((part, range(first + run.start, first + run.stop), here))
         return cut
 
@@ -65,7 +64,7 @@ class SharedSubmatrices(SharedMatrices):
             m = self.recipe.momentum_of(
                 part.recipe_state(), part.elementwise(part.grad), part.parameter.step_values.hyper
             )
-            norms[numbers.start : numbers.stop, r.top : r.bottom] = self.part.sizes(m, self.dim)
+            norms[numbers.start : numbers.stop, r.top : r.bottom] += self.part.sizes(m, self.dim)
         return norms
 
     def choose(self, chosen: Tensor, places: Sequence[Sequence[int]]) -> None:
@@ -98,7 +97,7 @@ class SharedSubmatrices(SharedMatrices):
         """momenta: the buffer of all parts, of which only chosen rows are sent."""
         of_parts = zip(self.split(momenta), self._rows, strict=True)
         rows = [self._flat(m).index_select(0, places) for m, places in of_parts]
-        moved = self._rows_travel.to_owners(self.packed(rows, dtype))
+        moved = self._rows_travel.to_owners(self.packed(self._joined(rows), dtype))
 
         def inputs() -> Tensor:
             self._momenta = self._turned(moved())
@@ -121,11 +120,11 @@ class SharedSubmatrices(SharedMatrices):
 
         def received() -> list[Tensor]:
             whole = []
-            rows = zip(self._of_parts, self._rows, moved().split(self._numels_here), strict=True)
+            rows = zip(self._of_parts, self._rows, self._rows_of_parts(moved()), strict=True)
             for (part, _, _), places, of_part in rows:
                 batch, length, other = self._flat_shape(part)
                 u = of_part.new_zeros(batch * length, other)
-                u[places] = of_part.view(-1, other)
+                u[places] = of_part
                 whole.append(self._turned(u.view(batch, length, other)))
                 part.keep(self._damped(part, places))
             return whole
@@ -162,10 +161,25 @@ class SharedSubmatrices(SharedMatrices):
         batch, rows, cols = part.shape
         return (batch, rows, cols) if self.dim == -2 else (batch, cols, rows)
 
-    @property
-    def _numels_here(self) -> list[int]:
-        """Elements here of the chosen rows of each part."""
-        return [rows * self._flat_shape(part)[-1] for rows, part in zip(self._rows_here, self.parts, strict=True)]
+    @cached_property
+    def _runs(self) -> list[list[int]]:
+        """Numbers of the parts that a chosen row goes through: of columns, all parts of a matrix."""
+        if self.dim == -2:
+            return [[i] for i in range(len(self.parts))]
+        runs = groupby(range(len(self.parts)), key=lambda i: (place_of(self.parts[i]), self.parts[i].run.matrices))
+        return [list(run) for _, run in runs]
+
+    def _joined(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Chosen rows of the parts, as they are sent."""
+        return [torch.cat([rows[i] for i in run], 1) if len(run) > 1 else rows[run[0]] for run in self._runs]
+
+    def _rows_of_parts(self, buffer: Tensor) -> list[Tensor]:
+        """The inverse of `_joined`, from the buffer of all of them."""
+        others = [self._flat_shape(part)[-1] for part in self.parts]
+        widths = [[others[i] for i in run] for run in self._runs]
+        sizes = [self._rows_here[run[0]] * sum(width) for run, width in zip(self._runs, widths, strict=True)]
+        rows = zip(buffer.split(sizes), widths, strict=True)
+        return [part for t, width in rows for part in t.view(-1, sum(width)).split(width, 1)]
 
 
 def choose(shared: Sequence[SharedSubmatrices]) -> None:
@@ -184,10 +198,7 @@ def choose(shared: Sequence[SharedSubmatrices]) -> None:
 
 def _transposed(unit: Unit) -> Unit:
     piece = replace(unit.piece, rows=unit.piece.cols, cols=unit.piece.rows)
-    turned = tuple(
-        tuple(None if r is None else Rectangle(r.left, r.right, r.top, r.bottom) for r in of_rank)
-        for of_rank in unit.rectangles
-    )
+    turned = tuple(tuple(None if r is None else r.transposed for r in of_rank) for of_rank in unit.rectangles)
     return Unit(piece, unit.owners, turned)
 
 

@@ -29,6 +29,7 @@ class Extras(TypedDict, total=False):
     batch_dims: how many leading dimensions count matrices, as of experts
     transposed: the weight is stored in x out
     split_columns: split_sizes and num_heads count columns, as of a projection back from heads
+    interleaved: groups of rows that each hold an equal part of every split, as heads of q, k and v
     weight_decay_method: "decoupled"; "independent", of the learning rate; "l2", in the gradient
         See `steepest.parts.decay`; l2 goes by torch operations.
     cautious_wd: decay only where it agrees with the update
@@ -77,6 +78,7 @@ class Extras(TypedDict, total=False):
     batch_dims: int | None
     transposed: bool
     split_columns: bool
+    interleaved: int
     weight_decay_method: str
     cautious_wd: bool
     cautious_update: bool
@@ -109,6 +111,7 @@ EXTRAS = Extras(
     batch_dims=None,
     transposed=False,
     split_columns=False,
+    interleaved=1,
     weight_decay_method="decoupled",
     cautious_wd=False,
     cautious_update=False,
