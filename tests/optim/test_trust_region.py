@@ -264,6 +264,7 @@ def test_fromage_refuses_what_it_does_not_know() -> None:
     p = nn.Parameter(gaussian(6, 4))
     for values, text in (
         ({"num_heads": 2}, "leave out num_heads=2"),
+        ({"split_sizes": (2, 4)}, r"leave out split_sizes=\(2, 4\)"),
         ({"weight_decay": 0.1}, "Fromage has no weight decay"),
         ({"adjust_lr_fn": "original"}, "has no ratio of a shape"),
     ):

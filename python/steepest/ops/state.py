@@ -21,6 +21,8 @@ def copy_if(flag: Tensor, to: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 
     flag: 0-d bool on the device of the tensors. Where it is false nothing is read, so that NaN stays out.
     """
+    if not to:
+        return
     if _copies(flag, (*to, *new)):
         torch.ops.steepest.copy_if(flag, to, new)
         return

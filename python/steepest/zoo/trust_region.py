@@ -396,7 +396,7 @@ class Fromage(VectorOptimizer):
             refuse_schedule_free(group, "a step of Fromage is as long as the weights themselves")
 
     def _check_values(self, group: Group) -> None:
-        taken = [key for key in LAYOUT_KEYS[1:] if group[key] not in (None, 0, 1)]
+        taken = [key for key in LAYOUT_KEYS if group[key] not in (None, 0, 1)]
         if taken:
             raise ValueError(f"Fromage's length is that of a whole tensor: leave out {taken[0]}={group[taken[0]]!r}")
         if group["adjust_lr_fn"] not in (None, "none"):
