@@ -179,7 +179,7 @@ class Recipe:
 
     def coded(self, shape: Sequence[int], pieces: int) -> dict[str, Codes]:
         """`names_of_averages` that a parameter of this shape stores in codes: none where the recipe has no storage."""
-        return self.names_of_averages(pieces) if self.storage is not None and self.storage.takes(shape) else {}
+        return self.names_of_averages(pieces) if self.storage is not None and self.storage.supports(shape) else {}
 
     @property
     def may_lack(self) -> tuple[str, ...]:
@@ -277,7 +277,7 @@ class Recipe:
             limit = min(limit, (most * room) ** 0.5)
         return limit
 
-    def takes(
+    def accepts(
         self, largest: Tensor, square: Tensor, state: State, names: Sequence[Mapping[str, str]], dtype: torch.dtype
     ) -> Tensor:
         """0-d bool: whether what a gradient of this dtype leaves in the state is finite.
@@ -470,8 +470,8 @@ def square_sum(t: Tensor) -> Tensor:
 def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step for one weight (..., m, n): (new weight, new state), inputs untouched.
 
-    A gradient that is not finite, or would leave something in the state that is not (`Recipe.takes`), leaves the weight
-    and its state as they were, but for the clock.
+    A gradient that is not finite, or would leave something in the state that is not (`Recipe.accepts`), leaves the
+    weight and its state as they were, but for the clock.
     """
     if not recipe.by_matrix:
         return _step(recipe, w, g, state, hyper)
@@ -492,7 +492,7 @@ def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> t
     plain = recipe.penalized(g, value, hyper)
     g = recipe.corrected(state, plain, hyper)
     square = square_sum(g)
-    finite = recipe.takes(largest(g), square, state, (recipe.names(0),), dtype)
+    finite = recipe.accepts(largest(g), square, state, (recipe.names(0),), dtype)
     g = recipe.clipped(g, square)
     fresh, stored = dict(state), w
     if phase.before:

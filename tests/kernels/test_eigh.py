@@ -40,30 +40,30 @@ def test_who_takes_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
     monkeypatch.setattr(backend, "_logged", set())
     with FakeTensorMode():
         P = torch.empty(3, 112, 112, device="cuda")
-        assert not eigh.takes(torch.empty(3, 20, 20), "auto")
+        assert not eigh.supports(torch.empty(3, 20, 20), "auto")
         with caplog.at_level(logging.INFO, "steepest"):
-            assert not any(eigh.takes(P, "auto") for _ in range(2)) or torch.cuda.is_available()
+            assert not any(eigh.supports(P, "auto") for _ in range(2)) or torch.cuda.is_available()
         if not torch.cuda.is_available():
             assert len(caplog.records) == 1
             assert "eigh_refresh runs on torch (cuda: " in caplog.text
         monkeypatch.setattr(backend, "cuda_reason", lambda index=None: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        assert all(eigh.takes(P, method) for method in eigh.METHODS)
-        assert not eigh.takes(P, "qr")
-        assert not eigh.takes(P.double(), "auto")
-        assert not eigh.takes(torch.empty(3, 129, 129, device="cuda"), "auto")
+        assert all(eigh.supports(P, method) for method in eigh.METHODS)
+        assert not eigh.supports(P, "qr")
+        assert not eigh.supports(P.double(), "auto")
+        assert not eigh.supports(torch.empty(3, 129, 129, device="cuda"), "auto")
         found = eigh_refresh(P.view(1, 3, 112, 112), P.view(1, 3, 112, 112))
         assert [x.shape for x in found] == [(1, 3, 112, 112), (1, 3, 112), (1, 3), (1, 3, 112)]
         monkeypatch.setattr(backend, "_logged", set())
         caplog.clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
         fits = torch.empty(3, 110, 110, device="cuda")
-        assert eigh.takes(fits, "auto")
-        assert not eigh.takes(P, "auto")
+        assert eigh.supports(fits, "auto")
+        assert not eigh.supports(P, "auto")
         assert "shared memory holds matrices of 110 rows, and these have 112" in caplog.text
         for forced, taken in (("cuda", True), ("torch", False), ("triton", False)):
             monkeypatch.setattr(backend, "forced", forced)
-            assert eigh.takes(fits, "auto") == taken
+            assert eigh.supports(fits, "auto") == taken
 
 
 # ---- the solver of larger matrices -----------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_on_a_gpu(case: str, method: str) -> None:
     """What is promised, and what the reference says of it."""
     matrices, Q = HARD[case]
     P = matrices[-1]
-    assert eigh.takes(P.cuda(), method)
+    assert eigh.supports(P.cuda(), method)
     found = Refreshed(*(x.cpu() for x in eigh_refresh(P.cuda(), Q.cuda(), method=method)))
     assert_refreshed(P, Q, found)
     # Whether what is exact to rounding is taken once more is up to rounding.

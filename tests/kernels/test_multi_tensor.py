@@ -1623,7 +1623,7 @@ TAKEN: dict[str, tuple[Tensor, str | None]] = {
 @pytest.mark.parametrize("case", TAKEN)
 def test_what_the_kernels_take(case: str) -> None:
     tensor, reason = TAKEN[case]
-    assert multi_tensor.takes([torch.ones(3), tensor]) == reason
+    assert multi_tensor.unsupported([torch.ones(3), tensor]) == reason
 
 
 @pytest.mark.parametrize("bf16", ["0", "1"])

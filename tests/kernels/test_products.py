@@ -213,7 +213,7 @@ def test_routes(on_a_gpu: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: py
     assert products._route(a.as_subclass(Cuda), "tf32x3", narrow=True) == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert route(a, "tf32x3") == "torch"
-    assert "torch.float64" in str(products._triton_takes(a.double(), "tf32x3", False))
+    assert "torch.float64" in str(products._unsupported_by_triton(a.double(), "tf32x3", False))
 
 
 def test_whether_torch_is_exact() -> None:

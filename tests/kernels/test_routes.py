@@ -81,11 +81,11 @@ def asked() -> dict[str, bool]:
     constants = ((1.0, 2.0),)
     return {
         "chain_numbers": chain_numbers._route(x, constants) == "cuda",
-        "polar_chain": polar_chain.takes(x, constants),
-        "polar_chain into weights": polar_chain.takes(x, constants, Update(weights, numbers, numbers)),
-        "small_polar": small_polar.takes([x], AUTO.tables, AUTO.slacks),
+        "polar_chain": polar_chain.supports(x, constants),
+        "polar_chain into weights": polar_chain.supports(x, constants, Update(weights, numbers, numbers)),
+        "small_polar": small_polar.supports([x], AUTO.tables, AUTO.slacks),
         "weight_update": weight_update._route(x, x, weights, numbers, numbers) == "cuda",
-        "eigh_refresh": eigh.takes(square, "auto"),
+        "eigh_refresh": eigh.supports(square, "auto"),
         "eigh": eigh._batched(square),
     }
 
@@ -239,9 +239,9 @@ def test_a_weight_update_falls_back(name: str, change: Callable[..., Any], gpu: 
 def test_what_else_a_door_refuses(gpu: None) -> None:
     x, constants = torch.ones(2, 64, 64, dtype=H), ((1.0, 2.0),)
     assert chain_numbers._route(x[:, :, ::2][:, ::2], constants) == "torch"
-    assert not polar_chain.takes(x.mT[..., :32], constants)
+    assert not polar_chain.supports(x.mT[..., :32], constants)
     many = torch.empty(1, device="meta").expand(2**31, 1, 1)
-    assert not eigh.takes(many, "auto")
+    assert not eigh.supports(many, "auto")
     assert not eigh._batched(torch.empty(1, dtype=F, device="meta").expand(2, 46341, 46341))
     assert eigh._batched(torch.empty(1, dtype=F, device="meta").expand(2, 46340, 46340))
 

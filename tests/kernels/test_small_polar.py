@@ -70,7 +70,7 @@ def test_on_a_gpu(shape: tuple[int, int]) -> None:
         pytest.skip(reason)
     schedule = tables.SCHEDULES["auto"]
     x = torch.stack([with_spectrum(*shape, name) for name in ("gaussian", "log", "rank 2", "steep")])
-    assert small_polar.takes([x.float().cuda()], schedule.tables, schedule.slacks)
+    assert small_polar.supports([x.float().cuda()], schedule.tables, schedule.slacks)
     for each, y in zip(x, polar(x.float().cuda()).cpu()):
         wanted, _ = exact(half := in_half_precision(each), schedule)
         assert (y - wanted).norm() < 0.05 * wanted.norm(), polar_error(half, y)

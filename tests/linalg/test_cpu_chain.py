@@ -212,12 +212,12 @@ def test_weights_that_are_moved_at_once(dtype: torch.dtype, monkeypatch: pytest.
 def test_who_takes_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     x, table = noise((1, 4, 4)), ((1.0,),)
     for dtype in (torch.float16, torch.float64):
-        assert not cpu_chain.takes(x, dtype, table)
-    assert cpu_chain.takes(x, FLOAT, table) == cpu_chain.compiled(FLOAT)
-    assert not cpu_chain.takes(x, FLOAT, table * 5)
-    assert not cpu_chain.takes(x.to("meta"), FLOAT, table)
+        assert not cpu_chain.supports(x, dtype, table)
+    assert cpu_chain.supports(x, FLOAT, table) == cpu_chain.compiled(FLOAT)
+    assert not cpu_chain.supports(x, FLOAT, table * 5)
+    assert not cpu_chain.supports(x.to("meta"), FLOAT, table)
     monkeypatch.setattr(backend, "forced", "torch")
-    assert not cpu_chain.takes(x, FLOAT, table)
+    assert not cpu_chain.supports(x, FLOAT, table)
     monkeypatch.setattr(cpu_chain, "_has_tiles", lambda: True)
     assert not cpu_chain._compiled.__wrapped__(HALF)
 

@@ -94,7 +94,7 @@ def test_every_argument_refuses_what_is_no_value_of_it(cls: type[MatrixOptimizer
     for name in arguments(cls):
         kind = OPTION_TYPES[name.removeprefix("adamw_")]
         for value in WRONG:
-            if kind.takes(value) or (name == "adamw_lr" and value is None):
+            if kind.accepts(value) or (name == "adamw_lr" and value is None):
                 continue
             try:
                 build(cls, **{name: value})
@@ -105,7 +105,7 @@ def test_every_argument_refuses_what_is_no_value_of_it(cls: type[MatrixOptimizer
                     break
                 if name not in text or (repr(value) not in text and not isinstance(value, torch.Tensor)):
                     bare.append(f"{name}={value!r}: {text}")
-                if value in ("1e-4", "0.1", "false") and "unquote it" not in text and not kind.takes("name"):
+                if value in ("1e-4", "0.1", "false") and "unquote it" not in text and not kind.accepts("name"):
                     bare.append(f"{name}={value!r} does not say to unquote it: {text}")
     assert not bare
 
@@ -154,7 +154,7 @@ def of_numpy() -> list[Any]:
 def test_a_group_is_checked_as_the_arguments_are(name: str) -> None:
     """By every class that has the option: of the first with all values that it does not take, of others with one."""
     kind = OPTION_TYPES[name]
-    wrong = [value for value in WRONG if not kind.takes(value)]
+    wrong = [value for value in WRONG if not kind.accepts(value)]
     for number, cls in enumerate(cls for cls in CLASSES[:-1] if name in names_of_options(cls)):
         for value in [wrong[number % len(wrong)]] if number else wrong:
             with pytest.raises((TypeError, ValueError), match=name):
@@ -164,7 +164,7 @@ def test_a_group_is_checked_as_the_arguments_are(name: str) -> None:
 @pytest.mark.parametrize("name", ["lr", "betas", "eps", "weight_decay", "momentum_dtype", "cautious_wd"])
 def test_groups_of_adamw_are_checked_too(name: str) -> None:
     for value in WRONG:
-        if not OPTION_TYPES[name].takes(value):
+        if not OPTION_TYPES[name].accepts(value):
             with pytest.raises((TypeError, ValueError), match=name):
                 steepest.Muon([{"params": parameters([(4,)]), "use_muon": False, name: value}])
     with pytest.raises(ValueError, match="of 16 bits or more or None but is: torch.float8_e4m3fn"):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import steepest
-from steepest.ops import backend
+from steepest.ops.backend import extension
 from steepest.optimizer import MatrixOptimizer
 from support.training import MATRICES, OPTIMIZERS, all_same_bits, both_kinds, give_gradients, parameters, train
 
@@ -186,7 +186,7 @@ def test_rows_of_more_parameters_are_normalized_by_the_same_calls() -> None:
             optimizer.step()
         return counted.count
 
-    writes = "where" if backend.extension is None else "copy_if"
+    writes = "where" if extension is None else "copy_if"
     assert called(9) - called(3) == Counter({writes: 6})
 
 

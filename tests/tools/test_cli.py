@@ -242,7 +242,7 @@ def test_a_hopper_gpu_without_its_products_is_told_once(
     )
     on_a_gpu.numel, on_a_gpu.is_contiguous, on_a_gpu.data_ptr = on_a_gpu.shape.numel, lambda: True, lambda: 0
     for _ in range(2):
-        assert polar_chain.takes(on_a_gpu, ((1.0,),)) == (reason is None)
+        assert polar_chain.supports(on_a_gpu, ((1.0,),)) == (reason is None)
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert told == ([] if reason is None else [f"polar_chain runs on torch (cuda: {reason})"])
 

@@ -142,7 +142,7 @@ def eigh_refresh(
         empty = torch.zeros(P.shape[:-2], dtype=torch.int32, device=P.device)
         order = torch.arange(n, device=P.device).expand(P.shape[:-1])
         return Refreshed(Q.clone(), P.new_zeros(P.shape[:-1]), empty, order.clone())
-    if eigh.takes(P, method):
+    if eigh.supports(P, method):
         basis, values, status, order = eigh.refresh(P.reshape(-1, n, n), Q.reshape(-1, n, n), method, sweeps)
         if check:
             _check_values(status)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.chain_numbers import chain_numbers
-from ..ops.polar_chain import Update, polar_chain, takes
+from ..ops.polar_chain import Update, polar_chain, supports
 from ..ops.symm_gemm import Workspace
 from .chain import Gram, chain
 from .coefficients import Schedule, Table
@@ -39,7 +39,7 @@ def newton_schulz(
     numbers = (products.constants, products.powers, schedule.slacks)
     tight = schedule.norm == "tight"
     results = list(xs)
-    at_once = [i for i, x in enumerate(xs) if takes(x, products.constants, updates[i] if updates else None)]
+    at_once = [i for i, x in enumerate(xs) if supports(x, products.constants, updates[i] if updates else None)]
     if at_once:
         stacks = [xs[i] for i in at_once]
         ys = [torch.empty_like(x) for x in stacks]

@@ -52,7 +52,7 @@ def cpu_chain(
     torch.ops.steepest.cpu_chain(xs, outs, slacks, *numbers)
 
 
-def takes(x: Tensor, dtype: torch.dtype, constants: Sequence[Sequence[float]]) -> bool:
+def supports(x: Tensor, dtype: torch.dtype, constants: Sequence[Sequence[float]]) -> bool:
     """Whether products in ``dtype`` of x are compiled for this processor and chain; else they are torch's."""
     wanted = _backend.requested("auto") in ("auto", "cpu")
     return wanted and x.device.type == "cpu" and not too_many(constants) and compiled(dtype)

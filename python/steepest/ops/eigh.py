@@ -34,7 +34,7 @@ CUSOLVER = {"12": "libcusolver.so.11", "13": "libcusolver.so.12"}
 
 
 def refresh(P: Tensor, Q: Tensor, method: str, sweeps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Basis, values, status and order of `eigh_refresh`.   P, Q: (count, n, n) fp32 that `takes` says yes to.
+    """Basis, values, status and order of `eigh_refresh`.   P, Q: (count, n, n) fp32 that `supports` says yes to.
 
     method: one of METHODS. One launch on the current stream, which a CUDA graph may capture; deterministic, and a
     matrix has the same result in any batch. P and Q are not written.
@@ -47,7 +47,7 @@ def refresh(P: Tensor, Q: Tensor, method: str, sweeps: int) -> tuple[Tensor, Ten
     return basis, values, status, order
 
 
-def takes(P: Tensor, method: str) -> bool:
+def supports(P: Tensor, method: str) -> bool:
     """Whether `refresh` is for these matrices (..., n, n); where a device is in the way, the reason is logged once."""
     if not P.is_cuda or P.dtype != torch.float32 or P.shape[-1] > MOST_ROWS or method not in METHODS:
         return False

@@ -272,7 +272,7 @@ def reasons(device: torch.device) -> dict[str, str | None]:
     return {"cuda": elsewhere, "triton": elsewhere, "cpu": cpu}
 
 
-def takes(tensors: Sequence[Tensor], dims: int = STRIDED_DIMS) -> str | None:
+def unsupported(tensors: Sequence[Tensor], dims: int = STRIDED_DIMS) -> str | None:
     """None where the kernels take an item of these tensors, else the reason; dims: they may have, not contiguous."""
     for tensor in tensors:
         if tensor.dtype is torch.float64 and tensor.device.type != "cpu":
@@ -284,7 +284,7 @@ def takes(tensors: Sequence[Tensor], dims: int = STRIDED_DIMS) -> str | None:
     return None
 
 
-def triton_takes(tensors: Sequence[Tensor], matrices: int) -> str | None:
+def unsupported_by_triton(tensors: Sequence[Tensor], matrices: int) -> str | None:
     """None where the Triton kernels take an item of these tensors, else the reason."""
     from ..kernels.multi_tensor import can_use
 

@@ -95,7 +95,7 @@ def weights_reason(weights: Sequence[Tensor]) -> str | None:
     return None
 
 
-def takes(x: Tensor, constants: Sequence[Sequence[float]], update: Update | None = None) -> bool:
+def supports(x: Tensor, constants: Sequence[Sequence[float]], update: Update | None = None) -> bool:
     """Whether the compiled kernels run this chain on x; products one by one have more versions."""
     if not _backend.compiled_wanted():
         return False

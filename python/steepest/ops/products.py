@@ -138,11 +138,11 @@ def _route(A: Tensor, precision: Precision, narrow: bool = False) -> str:
         return "torch"
     if precision == "ieee" and _torch_is_exact():
         return "torch"
-    reason = _backend.triton_reason() or _triton_takes(A, precision, narrow)
+    reason = _backend.triton_reason() or _unsupported_by_triton(A, precision, narrow)
     return _backend.choose(f"product in {precision}", "auto", {"triton": reason}, A.device, "fp32 products")
 
 
-def _triton_takes(A: Tensor, precision: Precision, narrow: bool) -> str | None:
+def _unsupported_by_triton(A: Tensor, precision: Precision, narrow: bool) -> str | None:
     if A.dtype != torch.float32:
         return f"products of {A.dtype} are torch's"
     capability = torch.cuda.get_device_capability(A.device)

@@ -48,7 +48,7 @@ def small_polar(
     torch.ops.steepest.small_polar(xs, outs, slacks, flat, len(tables), least, tight, eps)
 
 
-def takes(xs: Sequence[Tensor], tables: Tables, least: tuple[float, ...]) -> bool:
+def supports(xs: Sequence[Tensor], tables: Tables, least: tuple[float, ...]) -> bool:
     """Whether the kernel takes all of these matrices and this schedule."""
     if not _backend.compiled_wanted():
         return False

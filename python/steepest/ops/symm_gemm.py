@@ -116,11 +116,11 @@ def _scaled_product(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor) -> Tensor:
 def _route(a: Tensor, b: Tensor) -> str:
     if not a.is_cuda or torch.compiler.is_compiling():  # what is traced is torch's own products
         return "torch"
-    reasons = {"triton": _backend.triton_reason() or _triton_takes(a, b)}
+    reasons = {"triton": _backend.triton_reason() or _unsupported_by_triton(a, b)}
     return _backend.choose("gemm", "auto", reasons, a.device, "products")
 
 
-def _triton_takes(a: Tensor, b: Tensor) -> str | None:
+def _unsupported_by_triton(a: Tensor, b: Tensor) -> str | None:
     if a.dtype.itemsize != 2:
         return f"products of {a.dtype} are faster in torch"
     from ..kernels.symm_gemm import can_use

@@ -65,7 +65,7 @@ class Problem:
 
         if self.dtype == torch.float32:
             like = torch.empty(0, dtype=self.dtype, device=device)
-            if _products._triton_takes(like, self.precision, narrow=False) is not None:
+            if _products._unsupported_by_triton(like, self.precision, narrow=False) is not None:
                 return []
         capability = torch.cuda.get_device_capability(device)
         return candidates(capability, self.symmetric, self.aligned(), self.fp32_precision, self.wide)

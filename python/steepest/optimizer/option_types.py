@@ -23,13 +23,13 @@ __all__ = ["BELOW_ONE", "OPTION_TYPES", "OptionType", "check_option", "check_opt
 class OptionType:
     """The type of an option, and its range where that is the same in every optimizer.
 
-    wanted: what the option should be.   takes: whether a value is of the type.   limits: what its value should be, ""
+    wanted: what the option should be.   accepts: whether a value is of the type.   limits: what its value should be, ""
     for no limits.   fits: whether a value of the type is within them.   called: its name in torch's messages.
     finite: whether an infinite number is beyond the limits too.
     """
 
     wanted: str
-    takes: Callable[[Any], bool]
+    accepts: Callable[[Any], bool]
     limits: str = ""
     fits: Callable[[Any], bool] = lambda value: True
     called: str | None = None
@@ -55,8 +55,8 @@ def check_option(name: str, value: Any, kind: OptionType | None = None, of: str 
 def check_type(name: str, value: Any, kind: OptionType, of: str = "") -> Any:
     """`check_option` but for the limits, so that a tensor is not read."""
     value = _plain(value)
-    if not kind.takes(value):
-        if isinstance(value, Tensor) and value.numel() != 1 and kind.takes(0.5):
+    if not kind.accepts(value):
+        if isinstance(value, Tensor) and value.numel() != 1 and kind.accepts(0.5):
             raise ValueError(f"{of}Tensor {name} must be 1-element but has {value.numel()}")
         raise TypeError(f"{of}{name} should be {kind.wanted} but is: {_shown(value)}{_way_out(value)}")
     return value
@@ -84,7 +84,7 @@ def check_options(
 
 def is_within(value: Any, kind: OptionType) -> bool:
     """Whether a value is of the type and within its limits, by comparisons alone, which torch.compile traces."""
-    return kind.takes(value) and bool(kind.fits(value)) and not (kind.finite and not _is_finite(value))
+    return kind.accepts(value) and bool(kind.fits(value)) and not (kind.finite and not _is_finite(value))
 
 
 def _plain(value: Any) -> Any:
@@ -178,19 +178,19 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _sequence_of(takes: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list | tuple) and all(map(takes, value))
+def _sequence_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(map(accepts, value))
 
 
 _are_reals = _sequence_of(_is_real)
 
 
 def _or_none(kind: OptionType) -> OptionType:
-    takes, fits = kind.takes, kind.fits
+    accepts, fits = kind.accepts, kind.fits
     return replace(
         kind,
         wanted=f"{kind.wanted} or None",
-        takes=lambda value: value is None or takes(value),
+        accepts=lambda value: value is None or accepts(value),
         limits=kind.limits and f"{kind.limits} or None",
         fits=lambda value: value is None or fits(value),
     )
@@ -249,7 +249,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "damping": POSITIVE_NUMBER,
     "radius": POSITIVE,
     "fraction": OptionType("a number in (0, 1]", _is_real, "in (0, 1]", lambda value: 0 < value <= 1),
-    "average_rate": replace(BELOW_ONE, takes=_is_real),
+    "average_rate": replace(BELOW_ONE, accepts=_is_real),
     "shampoo_beta": _or_none(OptionType("a number in [0, 1]", _is_real, "in [0, 1]", lambda value: 0 <= value <= 1)),
     "p": REAL,
     # of a whole optimizer
@@ -304,7 +304,7 @@ OPTION_TYPES: dict[str, OptionType] = {
         "a number in (0, 1), 'schedule_free' or None",
         lambda value: value is None or isinstance(value, str) or 0 < value < 1,
     ),
-    "schedule_free_beta": replace(BELOW_ONE, takes=_is_real),
+    "schedule_free_beta": replace(BELOW_ONE, accepts=_is_real),
     "cautious_update": BOOL,
     "maximize": BOOL,
     "momentum_dtype": _or_none(

@@ -54,7 +54,7 @@ class Blockwise:
     block: int = 256
     least: int = 4096
 
-    def takes(self, shape: Sequence[int]) -> bool:
+    def supports(self, shape: Sequence[int]) -> bool:
         """Whether the state of a parameter of this shape is stored in codes."""
         return len(shape) > 1 and prod(shape) >= self.least
 

@@ -32,7 +32,7 @@ class Override:
     def label(self) -> str:
         return repr(self.key) if isinstance(self.key, str) else self.key.__name__
 
-    def takes(self, place: Place) -> bool:
+    def selects(self, place: Place) -> bool:
         """Whether this entry decides the place; "matrix" passes over what can be no matrix."""
         return self.matches(place) and (self.rule != "matrix" or place.param.ndim >= 2)
 
@@ -45,7 +45,7 @@ class Override:
 def find(overrides: Iterable[Override], places: Iterable[Place]) -> Override | None:
     """The first entry that takes one of the places of a parameter."""
     places = list(places)
-    return next((o for o in overrides if any(o.takes(place) for place in places)), None)
+    return next((o for o in overrides if any(o.selects(place) for place in places)), None)
 
 
 def read_overrides(overrides: Overrides | None, places: Sequence[Place]) -> list[Override]:
@@ -54,7 +54,7 @@ def read_overrides(overrides: Overrides | None, places: Sequence[Place]) -> list
         raise TypeError(f'overrides must be a mapping such as {{"lm_head.*": "adamw"}} but is: {overrides!r}')
     entries = [_entry(key, what) for key, what in (overrides or {}).items()]
     for entry in entries:
-        if not any(entry.takes(place) for place in places):
+        if not any(entry.selects(place) for place in places):
             raise ValueError(_unmatched(entry, places))
     return entries
 
@@ -87,7 +87,7 @@ def _check_value_name(key: object, name: str) -> None:
 
 
 def _unmatched(entry: Override, places: Sequence[Place]) -> str:
-    if any(entry.matches(place) for place in places):
+    if any(entry.selects(place) for place in places):
         return f"override {entry.label} matches only parameters with fewer than two dimensions, which are no matrices"
     if not isinstance(entry.key, str):
         types = sorted({type(place.module).__name__ for place in places if place.module is not None})

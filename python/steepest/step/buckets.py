@@ -1,8 +1,8 @@
-"""How the matrices of a fused step meet: buckets that share a direction call, rounds that share the launches around it.
+"""How the matrices of a fused step meet: buckets that share a direction call, batches that share its launches.
 
 An *item* is what the fused ops call one: a piece of a parameter or, where the program takes the whole step, all of it.
-A *bucket* is matrices of one shape and recipe, whose inputs lie in one tensor; a *round* is as many buckets, or parts
-of one, as the workspace has room for. Items that take their whole step in `update_moments` go into the first round.
+A *bucket* is matrices of one shape and recipe, whose inputs lie in one tensor; a *batch* is as many buckets, or parts
+of one, as the workspace has room for. Items that take their whole step in `update_moments` go into the first batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..ops.program import Program
 from ..parts import Identity
 from .parameter import Matrices, Parameter
 
-__all__ = ["Bucket", "FusedItem", "Round", "bucket_key", "in_rounds", "items_of", "rounds_of"]
+__all__ = ["Bucket", "FusedBatch", "FusedItem", "batches_of", "bucket_key", "in_batches", "items_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,11 +256,12 @@ class Bucket:
         return [torch.cat(some)] if some else []
 
 
-class Round:
+class FusedBatch:
     """Items that share launches: the first `whole` of them take their whole step in `update_moments`, the others lie
     in buckets, one after another; `late` are those that `apply_update` moves.
 
-    coupled: the moments were updated by an earlier call (`observe`), so that this round's reads them only.
+    coupled: the moments were updated by an earlier call (`observe`), so that this batch's reads them only.
+    observed, read, stepped: what `update_moments` is called with by `observe` and by `send`, and `apply_update`.
     """
 
     def __init__(self, whole: Sequence[FusedItem], buckets: Sequence[Bucket], coupled: bool) -> None:
@@ -269,10 +270,10 @@ class Round:
         self.items = [*whole, *(item for bucket in buckets for item in bucket.items)]
         self.late = [i for i in range(self.whole, len(self.items)) if not self.items[i].moves_weights]
         programs = [item.program for item in self.items]
-        self.observing = Items(tuple(item.item(program) for item, program in zip(self.items, programs, strict=True)))
+        self.observed = Items(tuple(item.item(program) for item, program in zip(self.items, programs, strict=True)))
         reading = [replace(program, frozen_moments=True) if coupled else program for program in programs]
-        self.before = Items(tuple(item.item(program) for item, program in zip(self.items, reading, strict=True)))
-        self.after = Items(tuple(self.items[i].item(programs[i]) for i in self.late))
+        self.read = Items(tuple(item.item(program) for item, program in zip(self.items, reading, strict=True)))
+        self.stepped = Items(tuple(self.items[i].item(programs[i]) for i in self.late))
         absent = self.items[0].parameter.tensor.new_empty(0) if self.items else torch.empty(0)
         rest = len(self.items) - self.whole
         self.no_inputs, self.no_params = [absent] * self.whole, [absent] * rest
@@ -321,8 +322,8 @@ def items_of(parameters: Sequence[Parameter], programs: Sequence[Program]) -> li
     return items
 
 
-def rounds_of(items: Sequence[FusedItem], max_bytes: int, coupled: bool) -> Iterator[Round]:
-    """Rounds whose inputs and directions take at most max_bytes, and direction calls that with their workspace do."""
+def batches_of(items: Sequence[FusedItem], max_bytes: int, coupled: bool) -> Iterator[FusedBatch]:
+    """Batches whose inputs and directions take at most max_bytes, and direction calls that with their workspace do."""
     whole = [item for item in items if item.matrices is None]
     buckets: dict[tuple[object, ...], list[FusedItem]] = {}
     for item in items:
@@ -332,7 +333,7 @@ def rounds_of(items: Sequence[FusedItem], max_bytes: int, coupled: bool) -> Iter
             buckets.setdefault(key, []).append(item)
     parts = [part for bucket in buckets.values() for part in chunk_by_bytes(bucket, _bytes_of_call, max_bytes)]
     sized = [(Bucket(part), sum(item.input_bytes for item in part)) for part in parts]
-    yield from in_rounds(whole, sized, max_bytes, coupled)
+    yield from in_batches(whole, sized, max_bytes, coupled)
 
 
 def bucket_key(item: Matrices) -> tuple[object, ...]:
@@ -340,18 +341,18 @@ def bucket_key(item: Matrices) -> tuple[object, ...]:
     return item.recipe, item.piece.rows, item.piece.cols, item.parameter.input_dtype
 
 
-def in_rounds(
+def in_batches(
     whole: Sequence[FusedItem], sized: Sequence[tuple[Bucket, int]], max_bytes: int, coupled: bool
-) -> Iterator[Round]:
-    """Rounds of buckets, whose inputs and directions take so many bytes each."""
-    # Where layers wait, directions that are cheap are made twice and the others kept: a round has one kind.
+) -> Iterator[FusedBatch]:
+    """Batches of buckets, whose inputs and directions take so many bytes each."""
+    # Where layers wait, directions that are cheap are made twice and the others kept: a batch has one kind.
     cheap = [each for each in sized if coupled and not each[0].recipe.direction.batched]
     for kind in (cheap, [each for each in sized if each not in cheap]):
         for chosen in chunk_by_bytes(kind, lambda each: each[1], max_bytes):
-            yield Round(whole, [bucket for bucket, _ in chosen], coupled)
+            yield FusedBatch(whole, [bucket for bucket, _ in chosen], coupled)
             whole = []
     if whole:
-        yield Round(whole, [], coupled)
+        yield FusedBatch(whole, [], coupled)
 
 
 def _bytes_of_call(item: FusedItem) -> int:

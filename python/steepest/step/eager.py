@@ -153,7 +153,7 @@ class Eager:
             grads[i] = p.recipe.clipped(grads[i], measured[i][1])
         self._sums = {}
         for p, g, (most, square), scale in zip(self.parameters, grads, measured, scales, strict=True):
-            finite = p.takes(most, square)
+            finite = p.accepts(most, square)
             if scale.found_inf is not None:
                 finite = finite & (scale.found_inf.reshape(()) == 0)
             p.step, p.flag = StepValues(g, finite, p.recipe.phase(p.state), hypers[p.group]), finite

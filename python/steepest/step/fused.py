@@ -1,10 +1,10 @@
 """Steps by the fused ops: three ops around the direction.
 
     grad_stats                                 every gradient
-    for every round of matrices
-        update_moments                         every item of the round; in the first, all that is elementwise
+    for every batch of matrices
+        update_moments                         every item of the batch; in the first, all that is elementwise
         d = direction(x)                       buckets of all shapes at once
-        apply_update                           every item of the round, but those whose direction moved the weights
+        apply_update                           every item of the batch, but those whose direction moved the weights
 
 What depends only on shapes, dtypes and recipes is laid out once; a step hands the tensors over. Their addresses travel
 in the launch (Triton's table of them is keyed by its contents), so no new gradient makes them stale, and inputs are
@@ -27,7 +27,7 @@ from ..ops import multi_tensor
 from ..ops.multi_tensor import Groups, Scaling, Table
 from ..ops.program import COLUMNS, Program
 from ..parts import Direction, Hyper
-from .buckets import Bucket, FusedItem, Round, bucket_key, in_rounds, items_of, rounds_of
+from .buckets import Bucket, FusedBatch, FusedItem, batches_of, bucket_key, in_batches, items_of
 from .coupling import Directed
 from .factors import advance_clocks, observe_matrices, update_factors
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
@@ -77,9 +77,9 @@ class Fused:
         self._whole = {row for row, program in enumerate(programs) if program.whole}
         sharing = [p for row, p in enumerate(parameters) if self._ranks and row not in self._whole]
         self._owned = [item for p in sharing for item in p.owned_matrices() if isinstance(item, OwnedMatrices)]
-        self._rounds = self._new_rounds(set())
+        self._batches = self._new_batches(set())
         #: those of this step: fewer where a parameter's first gradient only makes its metric; and the rows of such
-        self._present, self._waiting = self._rounds, set[int]()
+        self._present, self._waiting = self._batches, set[int]()
         #: parameters with torch operations around the direction, by their rows, and their matrices
         self._by_torch = {row: p for row, p in enumerate(parameters) if p.recipe.by_matrix}
         #: rows of those whose gradients and decisions are looked at outside of the ops
@@ -98,14 +98,14 @@ class Fused:
         self._rows = {group: self._span(group) for group in set(self._group_of)}
         self._remember_state()
 
-    def _new_rounds(self, waiting: set[int]) -> list[Round]:
-        """The rounds of all parameters but those in these rows."""
+    def _new_batches(self, waiting: set[int]) -> list[FusedBatch]:
+        """The batches of all parameters but those in these rows."""
         items = [item for item in self._items if item.row not in waiting]
         if self._ranks is None:
-            return list(rounds_of(items, self._max_bytes, self._coupled))
-        return self._shared_rounds(items, waiting)
+            return list(batches_of(items, self._max_bytes, self._coupled))
+        return self._shared_batches(items, waiting)
 
-    def _shared_rounds(self, items: Sequence[FusedItem], waiting: set[int]) -> list[Round]:
+    def _shared_batches(self, items: Sequence[FusedItem], waiting: set[int]) -> list[FusedBatch]:
         from .shared_bucket import SharedBucket
         from .shared_matrices import bytes_at_once
 
@@ -118,10 +118,10 @@ class Fused:
             parts = [of_part[part.place] for part in shared.parts]
             places = [rows[item.parameter.group, item.parameter.index] for item in shared.matrices]
             sized.append((SharedBucket(shared, parts, places), shared.input_bytes))
-        rounds = list(in_rounds([], sized, bytes_at_once(travelling, self._max_bytes), self._coupled))
+        batches = list(in_batches([], sized, bytes_at_once(travelling, self._max_bytes), self._coupled))
         if whole:
-            rounds.insert(1, Round(whole, [], self._coupled))  # while the first travels
-        return rounds
+            batches.insert(1, FusedBatch(whole, [], self._coupled))  # while the first travels
+        return batches
 
     def _shared(self, parameters: Sequence[Parameter]) -> Iterator[SharedMatrices]:
         """The matrices of these parameters as ranks take their directions together."""
@@ -136,7 +136,7 @@ class Fused:
         return slice(first, first + self._group_of.count(group))
 
     def buckets(self) -> list[Bucket]:
-        return [bucket for round_ in self._rounds for bucket in round_.buckets]
+        return [bucket for batch in self._batches for bucket in batch.buckets]
 
     def _remember_state(self) -> None:
         """Sums as a step that is not taken leaves them; the momenta's largest entries bound the next fp16 input."""
@@ -217,12 +217,12 @@ class Fused:
         """Takes no step where what torch operations make of a gradient would not stay finite."""
         finite, most, square = (self.table.column(name) for name in ("finite", "grad_max", "grad_sq"))
         for p, rows in self._judged_alike:
-            finite[rows].mul_(p.takes(most[rows], square[rows]))
+            finite[rows].mul_(p.accepts(most[rows], square[rows]))
         if self._ranks is not None and self._by_torch:
             self._ranks.all_reduce(finite, "min")
 
     def observe(self) -> None:
-        self._present = self._new_rounds(self._waiting) if self._waiting else self._rounds
+        self._present = self._new_batches(self._waiting) if self._waiting else self._batches
         for shared in self._learning:
             shared.receive_gradients()
         update_factors([item for item in self._matrices if item.phase.before])
@@ -232,29 +232,29 @@ class Fused:
             if taken.phase.steps:
                 store_if(taken.finite, p.state, p.recipe.observe(p.state, taken.grad, hyper))
         observe_matrices([item for item in self._matrices if item.phase.steps])
-        for round_ in self._present if self._coupled else ():
-            if not round_.items:  # nothing of it lies here
+        for batch in self._present if self._coupled else ():
+            if not batch.items:  # nothing of it lies here
                 continue
-            grads, rest = round_.grads(), len(round_.items)
+            grads, rest = batch.grads(), len(batch.items)
             multi_tensor.update_moments(
                 grads,
-                round_.momenta,
-                round_.seconds,
+                batch.momenta,
+                batch.seconds,
                 [self._absent] * rest,
                 [],
                 [],
                 self.table,
-                round_.observing,
+                batch.observed,
                 backend=self.backend,
             )
 
-    def batches(self) -> list[Round]:
+    def batches(self) -> list[FusedBatch]:
         return self._present
 
-    def items(self, batch: Round) -> list[list[Matrices]]:
+    def items(self, batch: FusedBatch) -> list[list[Matrices]]:
         return [bucket.matrices() for bucket in batch.buckets]
 
-    def send(self, batch: Round) -> list[Callable[[], Tensor]]:
+    def send(self, batch: FusedBatch) -> list[Callable[[], Tensor]]:
         stacks, whole = [bucket.empty() for bucket in batch.buckets], batch.whole
         if batch.items:
             multi_tensor.update_moments(
@@ -265,12 +265,12 @@ class Fused:
                 batch.weights()[:whole] + batch.no_params,
                 batch.remainders[:whole] + batch.no_remainders if whole and batch.remainders else [],
                 self.table,
-                batch.before,
+                batch.read,
                 backend=self.backend,
             )
         return [bucket.send(t) for bucket, t in zip(batch.buckets, stacks, strict=True)]
 
-    def directions(self, batch: Round, xs: list[Tensor]) -> list[Tensor]:
+    def directions(self, batch: FusedBatch, xs: list[Tensor]) -> list[Tensor]:
         """The directions, of length 1 but where torch operations go on with them.
 
         Buckets that differ only in shape share a call. Those that move their weights do so now.
@@ -300,7 +300,7 @@ class Fused:
                 ds[i] = d
         return ds
 
-    def directed(self, batch: Round, xs: list[Tensor], ds: list[Tensor], measure: bool) -> Directed:
+    def directed(self, batch: FusedBatch, xs: list[Tensor], ds: list[Tensor], measure: bool) -> Directed:
         lengths: list[Tensor | None] = []
         inner: list[Tensor] = []
         for bucket, x, d in zip(batch.buckets, xs, ds, strict=True):
@@ -310,11 +310,11 @@ class Fused:
             lengths += of_items if scales else [None] * len(bucket.items)
         return Directed(ds, lengths, inner if measure else None)
 
-    def send_back(self, batch: Round, ds: Sequence[Tensor]) -> list[Callable[[], Sequence[Tensor]]]:
+    def send_back(self, batch: FusedBatch, ds: Sequence[Tensor]) -> list[Callable[[], Sequence[Tensor]]]:
         return [bucket.send_back(d) for bucket, d in zip(batch.buckets, ds, strict=True)]
 
     def apply(
-        self, batch: Round, sent: Sequence[Callable[[], Sequence[Tensor]]], norms: Sequence[Tensor | None]
+        self, batch: FusedBatch, sent: Sequence[Callable[[], Sequence[Tensor]]], norms: Sequence[Tensor | None]
     ) -> None:
         updates = [u for wait in sent for u in wait()]
         if not batch.late:
@@ -331,7 +331,7 @@ class Fused:
             batch.of_late(batch.remainders),
             batch.of_late([*batch.no_inputs, *(self._absent if t is None else t for t in lengths)] if lengths else []),
             self.table,
-            batch.after,
+            batch.stepped,
             backend=self.backend,
         )
 
@@ -340,7 +340,7 @@ class Fused:
         advance_clocks(list(self._by_torch.values()))
         for row in self._valued:
             self.parameters[row].step = None
-        self._present = self._rounds
+        self._present = self._batches
         self._versions = [m._version for m in self._watched]
 
     # ---- what a step measured ---------------------------------------------------------------------------------------

@@ -147,12 +147,12 @@ class Parameter:
         for key, t in remainder.items():
             self.state[key].copy_(t)
 
-    def takes(self, largest: Tensor, square: Tensor) -> Tensor:
+    def accepts(self, largest: Tensor, square: Tensor) -> Tensor:
         """Whether this gradient leaves a finite state, of factors those that are here, bool of the shape of both; see
-        `Recipe.takes`.
+        `Recipe.accepts`.
         """
         names = [self.recipe.names(number) for number, piece in enumerate(self.pieces_here) if piece.batch]
-        return self.recipe.takes(largest, square, self.state, names, self.grad_dtype)
+        return self.recipe.accepts(largest, square, self.state, names, self.grad_dtype)
 
     @property
     def is_coded(self) -> bool:

@@ -319,7 +319,7 @@ def reason(p: Parameter, packed: Program | str) -> str | None:
     if isinstance(packed, str):
         return packed
     more = any(piece.groups > 1 for piece in p.pieces)  # their views have a dimension more
-    return multi_tensor.takes(_tensors(p), multi_tensor.STRIDED_DIMS - more)
+    return multi_tensor.unsupported(_tensors(p), multi_tensor.STRIDED_DIMS - more)
 
 
 def _backend(p: Parameter, packed: Program | str) -> str:
@@ -357,11 +357,11 @@ def _triton_reason(p: Parameter, packed: Program) -> str | None:
     if p.recipe.rounding.mode == "stochastic" and not all(t.is_contiguous() for t in tensors):
         return "stochastic rounding goes by an element's place, and a tensor is not contiguous"
     if packed.whole:
-        return multi_tensor.triton_takes(tensors, 1)
+        return multi_tensor.unsupported_by_triton(tensors, 1)
     for piece in (item.piece for item in p.local_matrices()):
         views = [piece.view(t) for t in tensors]
         stack = torch.empty(views[0].shape, device="meta")  # the direction's input is contiguous whatever p is
-        if (why := multi_tensor.triton_takes([*views, stack], piece.batch)) is not None:
+        if (why := multi_tensor.unsupported_by_triton([*views, stack], piece.batch)) is not None:
             return why
     return _reason_elsewhere(p)
 
@@ -375,7 +375,7 @@ def _reason_elsewhere(p: Parameter) -> str | None:
         for part in (run.part for run in p.sharding.local_parts(p.pieces, p.owners, region)):
             view = part.view(shard)
             stack = torch.empty(view.shape, device="meta")
-            if (why := multi_tensor.triton_takes([view, stack], part.batch)) is not None:
+            if (why := multi_tensor.unsupported_by_triton([view, stack], part.batch)) is not None:
                 return f"of another rank's shard, {why}"
     return None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...ops import cpu_chain
 from ...ops.polar_chain import BUFFERS, Update
-from ...ops.small_polar import small_polar, takes
+from ...ops.small_polar import small_polar, supports
 from ...ops.symm_gemm import Workspace
 from ..chain import Chain
 from ..coefficients import Coefficients, Schedule, check_preset
@@ -164,7 +164,7 @@ def polars(
             _by_small_kernel(jobs, choice.schedule, eps)
             continue
         products = chain_of(choice)
-        if all(cpu_chain.takes(job.x, choice.dtype, products.constants) for job in jobs):
+        if all(cpu_chain.supports(job.x, choice.dtype, products.constants) for job in jobs):
             _by_cpu_chain(jobs, choice, products, eps, max_workspace_bytes)
             continue
         chunks = [chunk for job in jobs for chunk in job.chunks(choice.dtype, max_workspace_bytes)]
@@ -176,7 +176,7 @@ def polars(
 
 
 def _small_kernel_takes(x: Tensor, table: Schedule) -> bool:
-    return takes([x], table.tables, table.slacks)
+    return supports([x], table.tables, table.slacks)
 
 
 def _by_small_kernel(jobs: list[Job], table: Schedule, eps: float) -> None:

@@ -84,7 +84,7 @@ def _case(name: str, dtype: torch.dtype, settings: Settings) -> Case:
             bytes=moved,
         ),
     }
-    if polar_chain.takes(x, ((1.0,),)):
+    if polar_chain.supports(x, ((1.0,),)):
         variants["grouped_gemm"] = replace(variants["symm_gemm"], run=functools.partial(alone, x, out))
         ys = torch.empty_like(x)
         cubed = square @ square @ x[0].double()
