@@ -253,11 +253,6 @@ def test_what_is_no_layout_is_refused(values: dict[str, Any], message: str) -> N
         steepest.Muon([{"params": [nn.Parameter(torch.zeros(ROWS, 5))], **values}])
 
 
-def test_fromage_says_that_it_measures_whole_tensors() -> None:
-    with pytest.raises(ValueError, match="leave out interleaved=3"):
-        steepest.Fromage([nn.Parameter(torch.zeros(ROWS, 5))], split_sizes=SPLITS, interleaved=GROUPS)
-
-
 def test_a_checkpoint_from_before_is_read() -> None:
     optimizer, ours, _, _ = pair(steepest.Muon, LAYOUTS[:1])
     saved = optimizer.state_dict()

@@ -209,6 +209,7 @@ def test_a_step_in_one_compiled_graph_is_refused(cls: Maker) -> None:
     p = torch.nn.Parameter(gaussian(4, 3))
     p.grad = gaussian(4, 3)
     optimizer, start = cls([p]), p.detach().clone()
+    torch._dynamo.reset()  # it passes over a frame that some earlier test could not compile
     with pytest.raises(Exception, match=f"{cls.__name__} cannot be traced by torch.compile: the host decides when"):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
     assert torch.equal(p, start)

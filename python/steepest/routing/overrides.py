@@ -87,7 +87,7 @@ def _check_value_name(key: object, name: str) -> None:
 
 
 def _unmatched(entry: Override, places: Sequence[Place]) -> str:
-    if any(entry.selects(place) for place in places):
+    if any(entry.matches(place) for place in places):
         return f"override {entry.label} matches only parameters with fewer than two dimensions, which are no matrices"
     if not isinstance(entry.key, str):
         types = sorted({type(place.module).__name__ for place in places if place.module is not None})
