@@ -77,17 +77,19 @@ def graphs_of(optimizer: MatrixOptimizer, params: list[Tensor], steps: int, **op
     return graphs
 
 
+BAD_VALUES = [
+    ("lr", -1.0, "Learning rate should be >= 0 but is: -1.0"),
+    ("lr", "1e-3", "lr should be a number .* but is: '1e-3', a string: unquote it"),
+    ("lr", float("nan"), "Learning rate should be >= 0 but is: nan"),
+    ("lr", float("inf"), "Learning rate should be >= 0 but is: inf; lr takes finite numbers"),
+    ("momentum", True, "momentum should be a number .* but is: True"),
+    ("nesterov", "no", "nesterov should be True or False but is: 'no', a string: unquote it"),
+    ("betas", (0.9, 1.5), r"betas should be two numbers in \[0, 1\) but is"),
+]
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("lr", "1e-3", "lr should be a number .* but is: '1e-3', a string: unquote it"),
-        ("lr", -1.0, "Learning rate should be >= 0 but is: -1.0"),
-        ("lr", float("nan"), "Learning rate should be >= 0 but is: nan"),
-        ("lr", float("inf"), "Learning rate should be >= 0 but is: inf; lr takes finite numbers"),
-        ("momentum", True, "momentum should be a number .* but is: True"),
-        ("nesterov", "no", "nesterov should be True or False but is: 'no', a string: unquote it"),
-        ("betas", (0.9, 1.5), r"betas should be two numbers in \[0, 1\) but is"),
-    ],
+    ("key", "value", "said"), [BAD_VALUES[0], *(pytest.param(*bad, marks=pytest.mark.slow) for bad in BAD_VALUES[1:])]
 )
 def test_a_value_put_into_a_group_is_checked(key: str, value: Any, said: str) -> None:
     """By guards, also where the graph takes any number already; it is not compiled more often for that."""

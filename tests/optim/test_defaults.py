@@ -25,7 +25,13 @@ def test_every_class_is_there() -> None:
     assert len(CLASSES) >= 26
 
 
-@pytest.mark.parametrize("name", CLASSES)
+#: Those that train it in every run; the others do in the slow ones.
+QUICK = ("Muon", "MuAdam", "AdamSANIA", "SOAP", "KFAC", "Schattor")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CLASSES]
+)
 def test_a_model_of_characters_trains(name: str) -> None:
     """The next of eight characters, 60 steps: the loss falls, and is never far above its start."""
     letters = sorted(set(TEXT))

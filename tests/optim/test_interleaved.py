@@ -172,11 +172,13 @@ def test_resume_is_exact(cls: type[MatrixOptimizer]) -> None:
     check_resume_and_bad_gradients(interleaved(cls))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam, steepest.NorMuon, steepest.Scion], ids=name_of)
 def test_compiled_steps(cls: type[MatrixOptimizer]) -> None:
     check_compiled_step(interleaved(cls))
 
 
+@pytest.mark.slow
 def test_a_functionalized_step_keeps_what_is_beside_a_split() -> None:
     """aot_eager replaces every write into a view by a new tensor of the whole."""
     torch._dynamo.reset()

@@ -63,7 +63,14 @@ class Log:
         patch.setattr(streams, "written", lambda tensors: self.events.append("written"))
 
 
-@pytest.mark.parametrize(("name", "delay"), [*((name, 2) for name in METHODS), ("soap", 0), ("shampoo, newton", 0)])
+@pytest.mark.parametrize(
+    ("name", "delay"),
+    [
+        *(pytest.param(name, 2, marks=() if name == "soap" else pytest.mark.slow) for name in METHODS),
+        ("soap", 0),
+        ("shampoo, newton", 0),
+    ],
+)
 def test_a_step_keeps_to_the_device(name: str, delay: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (cls, options), log = METHODS[name], Log(monkeypatch)
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((8, 5), (5, 5), (8, 5))]

@@ -178,7 +178,18 @@ def test_torchs_muon_has_adamw_beside_it(book: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in KNOWN if name != "torch.Muon"])
+#: Those that train the convolutional net in every run; the others do in the slow ones.
+QUICK_METHODS = ("torch.AdamW", "MuAdam", "SOAP", "Schattor")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK_METHODS else pytest.param(name, marks=pytest.mark.slow)
+        for name in KNOWN
+        if name != "torch.Muon"
+    ],
+)
 def test_a_method_trains_the_convolutional_net(name: str) -> None:
     """At the smallest rate of five, in few steps: what is seen goes down or stands nearly still."""
     task, method = made("images"), KNOWN[name]
