@@ -36,7 +36,7 @@ test-quick: takes := half a minute
 test: tests := not slow and not kernels
 test: takes := 5 minutes
 test-slow: tests := slow and not kernels
-test-slow: takes := 9 minutes
+test-slow: takes := 10 minutes
 test-all: tests := not kernels
 test-all: takes := 15 minutes
 # Two dozen processes import the package, and two workers all tests: each is compiled once.
