@@ -34,7 +34,7 @@ demo: $(VENV)/.built
 test-quick: tests := quick and not slow and not kernels
 test-quick: takes := half a minute
 test: tests := not slow and not kernels
-test: takes := 5 minutes
+test: takes := 5 to 6 minutes
 test-slow: tests := slow and not kernels
 test-slow: takes := 10 minutes
 test-all: tests := not kernels

@@ -205,14 +205,15 @@ def tracked(P: Tensor, Q: Tensor, *, values: bool = True) -> Refreshed:
     made = eigh.iterate(stack, bases)
     status = torch.full((len(stack),), ACCEPTED, dtype=torch.int32)
     new = Refreshed(made.basis, _values_of(stack, made.basis, values), status, made.order)
-    left = [i for i, one in enumerate(made.measured.tolist()) if not _lowered(*one)]
+    measured = zip(*(t.tolist() for t in (made.done, made.before, made.after, made.rounding)), strict=True)
+    left = [i for i, one in enumerate(measured) if not _lowered(*one)]
     return _shaped(P, *_replaced(new, left, lambda at: _fell_back(_exact_of(stack[at], bases[at], values))))
 
 
-def _lowered(done: float, before: float, after: float, residual: float, rounding: float) -> bool:
+def _lowered(done: bool, before: float, after: float, rounding: float) -> bool:
     """Whether a step of orthogonal iteration that was measured so is taken."""
     fell = after <= PROGRESS * before or after <= SETTLED or after <= 2 * rounding
-    return done != 0 and before <= NEAR and fell
+    return done and before <= NEAR and fell
 
 
 def _exact_of(P: Tensor, Q: Tensor, values: bool) -> Refreshed:

@@ -79,33 +79,15 @@ def eigenvectors(P: Tensor) -> Tensor:
 
 class Iterated(NamedTuple):
     """A new basis (count, n, n) and where its columns were, (count, n) int64. Of each matrix, (count,): whether it has
-    one, the whitening error before and after, ||Q^T Q - I||_F / sqrt n, and the error before that rounding can make,
-    which are the columns of `measured`.
-    """
+    one, the whitening error before and after, ||Q^T Q - I||_F / sqrt n, and the error before that rounding can make."""
 
     basis: Tensor
     order: Tensor
-    measured: Tensor
-
-    @property
-    def done(self) -> Tensor:
-        return self.measured[:, 0] != 0
-
-    @property
-    def before(self) -> Tensor:
-        return self.measured[:, 1]
-
-    @property
-    def after(self) -> Tensor:
-        return self.measured[:, 2]
-
-    @property
-    def residual(self) -> Tensor:
-        return self.measured[:, 3]
-
-    @property
-    def rounding(self) -> Tensor:
-        return self.measured[:, 4]
+    done: Tensor
+    before: Tensor
+    after: Tensor
+    residual: Tensor
+    rounding: Tensor
 
 
 def iterate(P: Tensor, Q: Tensor) -> Iterated:
@@ -121,7 +103,8 @@ def iterate(P: Tensor, Q: Tensor) -> Iterated:
     basis, order = torch.empty_like(P), torch.empty(P.shape[:-1], dtype=torch.int64)
     measured = P.new_empty((len(P), 5))
     torch.ops.steepest.eigh_iterate(P, Q, basis, order, measured)
-    return Iterated(basis, order, measured)
+    done, *numbers = measured.unbind(-1)
+    return Iterated(basis, order, done != 0, *numbers)
 
 
 def iterates(P: Tensor) -> bool:

@@ -204,13 +204,12 @@ class Fused:
         """Runs of rows of which one question is asked; each of those with factors, whose state answers, is alone."""
         runs: list[tuple[Parameter, slice]] = []
         for row, p in self._by_torch.items():
-            if runs:
-                first, rows = runs[-1]
-                alike = (first.recipe, first.grad_dtype, rows.stop) == (p.recipe, p.grad_dtype, row)
-                if alike and p.recipe.kronecker is None:
-                    runs[-1] = first, slice(rows.start, row + 1)
-                    continue
-            runs.append((p, slice(row, row + 1)))
+            first, rows = runs[-1] if runs else (p, slice(row, row))
+            alike = (first.recipe, first.grad_dtype, rows.stop) == (p.recipe, p.grad_dtype, row)
+            if runs and alike and p.recipe.kronecker is None:
+                runs[-1] = first, slice(rows.start, row + 1)
+            else:
+                runs.append((p, slice(row, row + 1)))
         return runs
 
     def _refuse(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import MutableMapping, Sequence
 import torch
 from torch import Tensor
 
+from ..ops.state import copy_if
 from ..parts import Blockwise
 from ..parts.blockwise import scale_key
 from ..state_layout import Codes, StateView
@@ -52,8 +53,7 @@ class WorkingState(StateView):
         """Encodes, where the 0-d flag says so; elsewhere codes and scales keep their bits."""
         for name, kind in self._names.items():
             fresh = self._storage.encode(self._working[name], kind)
-            for old, new in zip((self._state[name], self._state[scale_key(name)]), fresh, strict=True):
-                torch.where(flag, new, old, out=old)
+            copy_if(flag, (self._state[name], self._state[scale_key(name)]), fresh)
 
     def release(self) -> None:
         """Gives the memory back."""
