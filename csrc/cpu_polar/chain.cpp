@@ -20,7 +20,6 @@ using polar::Node;
 // Elements of a matrix up to which a thread takes all of it; of several for every thread more, while their buffers take
 // no more than these bytes.
 constexpr int64_t kAlone = int64_t{1} << 18, kAloneOfMany = int64_t{1} << 28;
-constexpr int64_t kAllThreads = int64_t{1} << 30;
 constexpr int64_t kPart = int64_t{1} << 16;  // elements that are loaded or stored at once
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
@@ -28,33 +27,41 @@ int64_t bytes_of(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
 // The buffers of one matrix at a time, and packed factors of a product.
 class Room {
  public:
-  Room(const Stack& stack, Dtype dtype) {
-    const int64_t side = stack.side(), length = stack.size() / side;
-    size_ = aligned(stack.size() * bytes_of(dtype)), square_ = aligned(side * side * bytes_of(dtype));
-    packed_ = std::max(packed_words(dtype, side, length), packed_words(dtype, length, side));
-    memory_.reset(new char[bytes(stack, dtype) + 64]);
+  Room(const Stack& stack, Dtype dtype, const Kernels& kernels) : sizes_(stack, dtype, kernels) {
+    memory_.reset(new char[sizes_.all() + 64]);
   }
 
-  static int64_t bytes(const Stack& stack, Dtype dtype) {
-    const int64_t side = stack.side(), length = stack.size() / side;
-    const int64_t packed = std::max(packed_words(dtype, side, length), packed_words(dtype, length, side));
-    return 2 * aligned(stack.size() * bytes_of(dtype)) + 5 * aligned(side * side * bytes_of(dtype)) +
-           4 * (packed + packed_words(dtype, side, side));
+  static int64_t bytes(const Stack& stack, Dtype dtype, const Kernels& kernels) {
+    return Sizes(stack, dtype, kernels).all();
   }
 
   // X and Y first, then the squares.
   void* buffer(int which) const {
-    return which < 2 ? start() + which * size_ : start() + 2 * size_ + (which - 2) * square_;
+    return which < 2 ? start() + which * sizes_.x : start() + 2 * sizes_.x + (which - 2) * sizes_.square;
   }
   uint32_t* packed(int which) const {
-    return reinterpret_cast<uint32_t*>(start() + 2 * size_ + 5 * square_) + (which == 0 ? 0 : packed_);
+    return reinterpret_cast<uint32_t*>(start() + 2 * sizes_.x + 5 * sizes_.square + (which == 0 ? 0 : sizes_.large));
   }
 
  private:
-  static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  // Of one buffer each, in bytes.
+  struct Sizes {
+    Sizes(const Stack& stack, Dtype dtype, const Kernels& kernels) {
+      const int64_t side = stack.side(), length = stack.size() / side, element = bytes_of(dtype);
+      const auto packed = [&](int64_t size, int64_t k) { return 4 * packed_words(kernels, element, size, k); };
+      x = aligned(stack.size() * element), square = aligned(side * side * element);
+      large = std::max(packed(side, length), packed(length, side));
+      small = kernels.alike ? packed(side, side) : packed(side, std::max(side, length));
+    }
+    static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+    int64_t all() const { return 2 * x + 5 * square + large + small; }
+
+    int64_t x, square, large, small;
+  };
+
   char* start() const { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64); }
 
-  int64_t size_, square_, packed_;
+  Sizes sizes_;
   std::unique_ptr<char[]> memory_;
 };
 
@@ -167,15 +174,13 @@ class Run {
     const void *left = at_[node.a], *right = gram ? left : at_[node.b];
     if (applies && tall_) std::swap(left, right);
     const int place = applies && !tall_ ? 1 : 0;  // the factor that may be larger than a square has the first
-    product.a = pack({left, product.m, length, gram ? !tall_ : applies && tall_}, place);
-    product.b = product.same ? product.a : pack({right, product.n, length, false}, 1 - place);
-    Team{kernels_, threads_}.multiply(product);
-  }
-
-  uint32_t* pack(const Factor& factor, int place) const {
-    uint32_t* const to = room_.packed(place);
-    Team{kernels_, threads_}.pack(factor, to);
-    return to;
+    const Team team{kernels_, threads_};
+    uint32_t *const a = room_.packed(place), *const b = room_.packed(1 - place);
+    const Factor rows{left, product.m, length, gram ? !tall_ : applies && tall_};
+    team.pack_rows(rows, a);
+    product.a = a, product.b = product.same && kernels_.alike ? a : b;
+    if (product.b == b) team.pack(product.same ? rows : Factor{right, product.n, length, false}, b);
+    team.multiply(product);
   }
 
   const Chain& chain_;
@@ -202,12 +207,12 @@ void run(const Chain& chain, const std::vector<Stack>& stacks, Dtype dtype, cons
   std::vector<std::pair<const Stack*, int64_t>> alone;
   for (const Stack& stack : stacks) {
     if (stack.matrices == 0 || stack.size() == 0) continue;
-    if (stack.size() <= kAlone || (many && Room::bytes(stack, dtype) * threads <= kAloneOfMany)) {
+    if (stack.size() <= kAlone || (many && Room::bytes(stack, dtype, kernels) * threads <= kAloneOfMany)) {
       for (int64_t i = 0; i < stack.matrices; ++i) alone.emplace_back(&stack, i);
       continue;
     }
-    const Room room(stack, dtype);
-    for (int64_t i = 0; i < stack.matrices; ++i) Run(chain, stack, i, dtype, kernels, room, kAllThreads)();
+    const Room room(stack, dtype, kernels);
+    for (int64_t i = 0; i < stack.matrices; ++i) Run(chain, stack, i, dtype, kernels, room, threads)();
   }
   // The longest first, so that no thread has one left when the others are done.
   std::stable_sort(alone.begin(), alone.end(), [](const auto& a, const auto& b) {
@@ -215,7 +220,7 @@ void run(const Chain& chain, const std::vector<Stack>& stacks, Dtype dtype, cons
   });
   for_each(static_cast<int64_t>(alone.size()), at_once, [&](int64_t i) {
     const auto& [stack, matrix] = alone[i];
-    Run(chain, *stack, matrix, dtype, kernels, Room(*stack, dtype), 1)();
+    Run(chain, *stack, matrix, dtype, kernels, Room(*stack, dtype, kernels), 1)();
   });
 }
 

@@ -4,7 +4,8 @@
 //
 // fp32, or bf16 whose products are summed in fp32 and rounded once when D is stored. A factor is packed before it is
 // multiplied: sixteen of A's rows, or of B's columns, are a panel, and a panel is a list of vectors of 16 words, one
-// for each k in fp32 and one for two in bf16. So a factor that stands on both sides is packed once.
+// for each k in fp32 and one for two in bf16. So a factor that stands on both sides is packed once, but for tiles
+// (AMX).
 #pragma once
 
 #include <cstdint>
@@ -16,10 +17,6 @@ namespace steepest::cpu_polar {
 constexpr int kPanel = 16;
 
 inline int64_t panels_of(int64_t size) { return (size + kPanel - 1) / kPanel; }
-inline int64_t steps_of(Dtype dtype, int64_t k) { return dtype == Dtype::bf16 ? (k + 1) / 2 : k; }
-inline int64_t packed_words(Dtype dtype, int64_t size, int64_t k) {
-  return panels_of(size) * kPanel * steps_of(dtype, k);
-}
 
 // A factor with `size` rows of A or columns of B. along_k: a memory row is one of these and runs along k; else memory
 // holds k rows of `size`. Memory rows are contiguous.
@@ -48,8 +45,12 @@ struct Source {
 };
 
 struct Kernels {
-  // Panels [begin, end) of a factor to their place in `to`.
+  int64_t depth;     // numbers of k of which a panel has a multiple
+  int64_t together;  // panels of B that a task is best given
+  bool alike;        // A's rows are packed as B's columns are
+  // Panels [begin, end) of a factor to their place in `to`: of B's columns, and of A's rows.
   void (*pack)(const Factor& factor, int64_t begin, int64_t end, uint32_t* to);
+  void (*pack_rows)(const Factor& factor, int64_t begin, int64_t end, uint32_t* to);
   // D's rows [begin, end), a multiple of kPanel and one or m, in columns of the panels [left, right).
   void (*multiply)(const Product& product, int64_t begin, int64_t end, int64_t left, int64_t right);
   // alpha A + beta C + gamma I of squares; c may be nullptr, out may be either.
@@ -73,6 +74,11 @@ struct Kernels {
   void (*orthonormalize)(float* rows, int64_t count, int64_t length, float* lengths);
 };
 
+// Words of a factor that is packed; element: bytes of a number.
+inline int64_t packed_words(const Kernels& kernels, int64_t element, int64_t size, int64_t k) {
+  return panels_of(size) * kPanel * ((k + kernels.depth - 1) / kernels.depth * kernels.depth) * element / 4;
+}
+
 // What is compiled for this processor, nullptr where nothing is: products of the dtype are torch's then.
 const Kernels* kernels_for(Dtype dtype);
 
@@ -85,6 +91,11 @@ extern const Kernels f32;
 }
 #ifdef STEEPEST_HAS_AVX512_BF16
 namespace avx512_bf16 {
+extern const Kernels bf16;
+}
+#endif
+#ifdef STEEPEST_HAS_AMX
+namespace amx_bf16 {
 extern const Kernels bf16;
 }
 #endif

@@ -196,27 +196,19 @@ struct Spot {
   int rows, columns;
 };
 
-// The tile's sums as entries of D.
-template <class E, int kW>
-void finish(const Product& product, const Spot& spot, const float (&sums)[kRows][kWidth * kPanel]) {
+// Sixteen sums as entries of D: of a row of a tile in its panel w.
+template <class E>
+void finish_panel(const Product& product, const Spot& spot, int r, int w, const float* sum) {
   using T = typename E::Stored;
-  const bool adds = product.beta != 0;
-  for (int r = 0; r < spot.rows; ++r)
-    for (int w = 0; w < kW; ++w) {
-      const int64_t at = (spot.row + r) * product.n + spot.column + w * kPanel;
-      const int count = spot.columns - w * kPanel;
-      const T* const c = adds ? static_cast<const T*>(product.c) + at : nullptr;
-      T* const to = static_cast<T*>(product.d) + at;
-      const float* const sum = sums[r] + w * kPanel;
-      if (count >= kPanel) {
-        E::finish(sum, product.alpha, c, product.beta, to);
-        continue;
-      }
-      T added[kPanel] = {}, entries[kPanel];
-      for (int j = 0; adds && j < count; ++j) added[j] = c[j];
-      E::finish(sum, product.alpha, adds ? added : nullptr, product.beta, entries);
-      for (int j = 0; j < count; ++j) to[j] = entries[j];
-    }
+  const int64_t at = (spot.row + r) * product.n + spot.column + w * kPanel;
+  const int count = spot.columns - w * kPanel;
+  const T* const c = product.beta != 0 ? static_cast<const T*>(product.c) + at : nullptr;
+  T* const to = static_cast<T*>(product.d) + at;
+  if (count >= kPanel) return E::finish(sum, product.alpha, c, product.beta, to);
+  T added[kPanel] = {}, entries[kPanel];
+  for (int j = 0; c != nullptr && j < count; ++j) added[j] = c[j];
+  E::finish(sum, product.alpha, c != nullptr ? added : nullptr, product.beta, entries);
+  for (int j = 0; j < count; ++j) to[j] = entries[j];
 }
 
 // Eight rows of eight 16-bit numbers, or four of four words, turned.
@@ -245,26 +237,24 @@ inline void turn_into(const float* from, int64_t row, float* to, int64_t to_row)
   for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + i * to_row, r[i]);
 }
 
-// What a tile has in columns before `end`, below the diagonal, to its place above it.
+// What a tile of one panel's rows has below the diagonal, to its place above it.
 template <class T>
-void mirror(const Product& product, const Spot& spot, int64_t end) {
+void mirror(const Product& product, const Spot& spot) {
   constexpr int kTurned = 16 / sizeof(T);  // a side of what is turned at once
-  const T* const from = static_cast<const T*>(product.d) + spot.row * product.n + spot.column;
-  T* const to = static_cast<T*>(product.d) + spot.column * product.n + spot.row;
-  const int count = static_cast<int>(end - spot.column), rows = spot.rows / kTurned * kTurned;
+  T* const d = static_cast<T*>(product.d);
+  const T* const from = d + spot.row * product.n + spot.column;
+  T* const to = d + spot.column * product.n + spot.row;
+  const int64_t corner = spot.row / kPanel * kPanel, end = spot.column + spot.columns;
+  const int count = static_cast<int>((corner < end ? corner : end) - spot.column), rows = spot.rows / kTurned * kTurned;
   for (int r = 0; r < rows; r += kTurned)
     for (int j = 0; j < count; j += kTurned)
       turn_into(from + r * product.n + j, product.n, to + j * product.n + r, product.n);
   for (int r = rows; r < spot.rows; ++r)
     for (int j = 0; j < count; ++j) to[j * product.n + r] = from[r * product.n + j];
-}
-
-// Of a tile's part in the panel that the diagonal cuts: above the diagonal what lies below it.
-template <class T>
-void mirror_corner(const Product& product, const Spot& spot, int64_t first) {
-  T* const d = static_cast<T*>(product.d);
+  // In the panel that the diagonal cuts, which is symmetric by itself where A = B^T.
+  if (product.same || corner >= end) return;
   for (int64_t row = spot.row; row < spot.row + spot.rows; ++row)
-    for (int64_t column = first; column < row; ++column) d[column * product.n + row] = d[row * product.n + column];
+    for (int64_t column = corner; column < row; ++column) d[column * product.n + row] = d[row * product.n + column];
 }
 
 template <class E, int kR, int kW>
@@ -277,11 +267,9 @@ void multiply_tile(const Product& product, int64_t row, int64_t panel) {
   float sums[kRows][kWidth * kPanel];
   E::template tile<kR, kW>(product.a + row / kPanel * steps * kPanel + row % kPanel, product.b + panel * steps * kPanel,
                            steps, sums);
-  finish<E, kW>(product, spot, sums);
-  if (!product.symmetric) return;
-  const int64_t corner = row / kPanel * kPanel, end = spot.column + spot.columns;
-  mirror<T>(product, spot, corner < end ? corner : end);
-  if (!product.same && corner < end) mirror_corner<T>(product, spot, corner);
+  for (int r = 0; r < spot.rows; ++r)
+    for (int w = 0; w < kW; ++w) finish_panel<E>(product, spot, r, w, sums[r] + w * kPanel);
+  if (product.symmetric) mirror<T>(product, spot);
 }
 
 template <class E, int kW>
@@ -508,8 +496,9 @@ inline void orthonormalize(float* rows, int64_t count, int64_t length, float* le
 }
 
 template <class E>
-constexpr Kernels kernels{pack<E>,   multiply<E>,  sum<E>, spread<E>, largest,   load<E>,   square<E>,
-                          divide<E>, store_all<E>, fill,   round<E>,  symmetric, transpose, orthonormalize};
+constexpr Kernels kernels{E::kDepth,    3,         true,     pack<E>,   pack<E>,   multiply<E>,
+                          sum<E>,       spread<E>, largest,  load<E>,   square<E>, divide<E>,
+                          store_all<E>, fill,      round<E>, symmetric, transpose, orthonormalize};
 
 }  // namespace
 }  // namespace steepest::cpu_polar::STEEPEST_ISA

@@ -10,7 +10,7 @@ constexpr int64_t kAlone = int64_t{1} << 18;  // elements of X and of the averag
 
 void average_one(const Averages& averages, int64_t i, const Team& team) {
   const int64_t m = averages.m, k = averages.k;
-  const Words packed = make_words(packed_words(Dtype::f32, m, k));
+  const Words packed = make_words(packed_words(team.kernels, sizeof(float), m, k));
   team.pack({averages.x + i * m * k, m, k, averages.by_rows}, packed.get());
   Product product{};
   product.a = product.b = packed.get(), product.m = product.n = m, product.k = k;

@@ -46,24 +46,27 @@ struct Team {
   const Kernels& kernels;
   int64_t threads;
 
-  void pack(const Factor& factor, uint32_t* to) const {
-    constexpr int64_t kPanelsOfPack = 8;
-    const int64_t panels = panels_of(factor.size), part = threads > 1 ? kPanelsOfPack : panels;
-    for_each((panels + part - 1) / part, threads,
-             [&](int64_t i) { kernels.pack(factor, i * part, std::min(panels, (i + 1) * part), to); });
-  }
+  void pack(const Factor& factor, uint32_t* to) const { pack(factor, kernels.pack, to); }
+  void pack_rows(const Factor& factor, uint32_t* to) const { pack(factor, kernels.pack_rows, to); }
 
   void multiply(const Product& product) const {
-    constexpr int64_t kRowsOfTask = 128, kPanelsOfTask = 3;
-    const int64_t panels = panels_of(product.n);
+    constexpr int64_t kRowsOfTask = 128;
+    const int64_t panels = panels_of(product.n), together = kernels.together;
     if (threads < 2) return kernels.multiply(product, 0, product.m, 0, panels);
     const int64_t rows = (product.m + kRowsOfTask - 1) / kRowsOfTask;
-    const int64_t columns = (panels + kPanelsOfTask - 1) / kPanelsOfTask;
+    const int64_t columns = (panels + together - 1) / together;
     for_each(rows * columns, threads, [&](int64_t i) {
-      const int64_t row = i % rows * kRowsOfTask, panel = i / rows * kPanelsOfTask;
-      kernels.multiply(product, row, std::min(product.m, row + kRowsOfTask), panel,
-                       std::min(panels, panel + kPanelsOfTask));
+      const int64_t row = i / columns * kRowsOfTask, panel = i % columns * together;
+      kernels.multiply(product, row, std::min(product.m, row + kRowsOfTask), panel, std::min(panels, panel + together));
     });
+  }
+
+ private:
+  void pack(const Factor& factor, decltype(Kernels::pack) kernel, uint32_t* to) const {
+    constexpr int64_t kPanelsOfTask = 8;
+    const int64_t panels = panels_of(factor.size), part = threads > 1 ? kPanelsOfTask : panels;
+    for_each((panels + part - 1) / part, threads,
+             [&](int64_t i) { kernel(factor, i * part, std::min(panels, (i + 1) * part), to); });
   }
 };
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,8 +219,6 @@ def test_who_takes_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu_chain.supports(x.to("meta"), FLOAT, table)
     monkeypatch.setattr(backend, "forced", "torch")
     assert not cpu_chain.supports(x, FLOAT, table)
-    monkeypatch.setattr(cpu_chain, "_has_tiles", lambda: True)
-    assert not cpu_chain._compiled.__wrapped__(HALF)
 
 
 ARGUMENTS = ([0] * 7, [0.0] * 3, [], [], [], False, 1e-7)
@@ -250,34 +249,53 @@ def test_the_op_says_what_is_wrong_and_what_it_writes() -> None:
     torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not cpu_chain.compiled(FLOAT), reason="no products of fp32 here")
-@pytest.mark.parametrize("capability", ["default", slow("avx2")])
-def test_narrower_vectors(capability: str) -> None:
-    """What the other sets of instructions make of the same matrices; none is left with "default"."""
-    code = """
+IN_ANOTHER_PROCESS = """
+import sys
 import torch
 from steepest.linalg.polar import polars
 from steepest.ops import cpu_chain
+xs, preset, dtype = torch.load(sys.argv[1])
 print(int(cpu_chain.compiled(torch.float32)), int(cpu_chain.compiled(torch.bfloat16)))
-g = torch.Generator().manual_seed(0)
-xs = [torch.randn(2, m, n, generator=g) for m, n in ((1, 7), (17, 33), (33, 17), (50, 50), (64, 200), (300, 900))]
-torch.save(polars(xs, "auto", dtype=torch.float32), __import__("sys").argv[1])
+torch.save(polars(xs, preset, dtype=dtype), sys.argv[1])
 """
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 7), (17, 33), (33, 17), (50, 50), (64, 200), (300, 900))
-    xs = [torch.randn(2, m, n, generator=generator) for m, n in shapes]
-    import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = os.path.join(folder, "results.pt")
-        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-        run = subprocess.run(
-            [sys.executable, "-c", code, file], env=environment, capture_output=True, text=True, check=True
-        )
-        assert run.stdout.split() == (["0", "0"] if capability == "default" else ["1", "0"])
-        for found, wanted in zip(torch.load(file), polars(xs, "auto", dtype=FLOAT), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+
+def with_capability(
+    capability: str, xs: list[Tensor], preset: str, dtype: torch.dtype, file: Path
+) -> tuple[list[str], list[Tensor]]:
+    """Which products are compiled, fp32's and bf16's, and the polar factors, in a process with narrower vectors."""
+    torch.save((xs, preset, dtype), file)
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(file)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return run.stdout.split(), torch.load(file)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cpu_chain.compiled(FLOAT), reason="no products of fp32 here")
+@pytest.mark.parametrize("capability", ["default", slow("avx2")])
+def test_narrower_vectors(capability: str, tmp_path: Path) -> None:
+    """What the other sets of instructions make of the same matrices; none is left with "default"."""
+    xs = [noise((2, m, n)) for m, n in ((1, 7), (17, 33), (33, 17), (50, 50), (64, 200), (300, 900))]
+    compiled, factors = with_capability(capability, xs, "auto", FLOAT, tmp_path / "factors.pt")
+    assert compiled == (["0", "0"] if capability == "default" else ["1", "0"])
+    for found, wanted in zip(factors, polars(xs, "auto", dtype=FLOAT), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+
+
+@pytest.mark.skipif(
+    not (cpu_chain.compiled(HALF) and torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported()),
+    reason="no tiles (AMX) beside vectors for bf16 here",
+)
+def test_bf16_without_tiles(tmp_path: Path) -> None:
+    """Tiles and vectors round the same sums, taken in another order."""
+    xs = [noise((2, m, n)) for m, n in SHAPES]
+    compiled, factors = with_capability("avx512", xs, "jordan", HALF, tmp_path / "factors.pt")
+    assert compiled == ["1", "1"]
+    for x, vectors, tiles in zip(xs, factors, polars(xs, "jordan", dtype=HALF), strict=True):
+        exact = torch.stack([five_steps(each) for each in x])
+        for found in (vectors, tiles):
+            torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.03)
 
 
 def test_tables_are_quintic() -> None:

@@ -53,7 +53,11 @@ def exact_residual(A: Tensor, X: Tensor, p: int, ridge_rel: float = 1e-6) -> Ten
     return torch.linalg.matrix_norm(whitened - torch.eye(len(A))) / len(A) ** 0.5
 
 
-# Relative Frobenius error in fp32 for p = 2; an inverse errs by about twice as much, a fourth root by half.
+# Relative Frobenius error in fp32 for p = 2 on an AMD EPYC; an inverse errs by twice as much, a fourth root by half.
+# Processors sum products in different orders: on an Intel Xeon all of them are 1.0 to 1.45 times these.
+PROCESSORS = 1.6
+
+
 @pytest.mark.parametrize(
     "kind, condition, ridge_rel, bound",
     [
@@ -71,7 +75,7 @@ def test_accuracy_in_fp32(kind: str, condition: float, ridge_rel: float, bound: 
         X, _ = inverse_root(A, p, ridge_rel=ridge_rel)
         assert X.dtype == torch.float32
         assert torch.equal(X, X.mT)
-        assert relative(X, exact_root(A, p, ridge_rel)) < factor * bound
+        assert relative(X, exact_root(A, p, ridge_rel)) < PROCESSORS * factor * bound
 
 
 @pytest.mark.parametrize("kind", ["log", "power"])

@@ -60,19 +60,15 @@ def supports(x: Tensor, dtype: torch.dtype, constants: Sequence[Sequence[float]]
 
 @assume_constant_result
 def compiled(dtype: torch.dtype) -> bool:
-    """Whether products of a dtype are compiled for this processor. Where it has tiles (AMX), torch's are faster."""
+    """Whether products of a dtype are compiled for this processor."""
     return _compiled(dtype)
 
 
 @functools.cache
 def _compiled(dtype: torch.dtype) -> bool:
-    if _backend.extension is None or dtype not in DTYPES or (dtype == torch.bfloat16 and _has_tiles()):
+    if _backend.extension is None or dtype not in DTYPES:
         return False
     return _backend.extension.cpu_products(dtype == torch.bfloat16)
-
-
-def _has_tiles() -> bool:
-    return torch.cpu._is_amx_tile_supported()
 
 
 if _backend.extension is not None:
