@@ -97,6 +97,7 @@ def test_every_k_tile_of_every_tile_once(seed: int, host: Host) -> None:
         assert host.fault(shapes, multiprocessors, options) == "", (shapes, multiprocessors, options)
 
 
+@pytest.mark.slow
 def test_long_triangles(host: Host) -> None:
     """The root that finds a tile's row is exact where fp32 is not."""
     assert host.library.triangle_fault() == -1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import steepest
 from support.configurations import CONFIGURATIONS, training
+from support.slow import slow
 from support.training import all_same_bits, copies, give_gradients, parameters
 
 SHAPES = ((8, 5), (5, 8), (6, 6), (7,))
@@ -134,7 +135,9 @@ def test_a_weight_swapped_with_a_vector_is_an_error_that_says_what_it_is(method:
 
 
 @pytest.mark.parametrize("name", [name for name, (cls, _) in CONFIGURATIONS.items() if cls is not steepest.KFAC])
-@pytest.mark.parametrize(("before", "after"), [("float32", "float64"), ("float64", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("float32", "float64"), slow("float64", "float32"), ("float32", "bfloat16")]
+)
 def test_weights_of_another_dtype_go_on(name: str, before: str, after: str) -> None:
     """As by model.double(): the state stays in the dtype it was made in."""
     cls, options = CONFIGURATIONS[name]

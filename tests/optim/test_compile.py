@@ -88,9 +88,8 @@ BAD_VALUES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "said"), [BAD_VALUES[0], *(pytest.param(*bad, marks=pytest.mark.slow) for bad in BAD_VALUES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "value", "said"), BAD_VALUES)
 def test_a_value_put_into_a_group_is_checked(key: str, value: Any, said: str) -> None:
     """By guards, also where the graph takes any number already; it is not compiled more often for that."""
     torch._dynamo.reset()

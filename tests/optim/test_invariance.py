@@ -19,6 +19,7 @@ import steepest
 from steepest.parts import Hyper
 from steepest.recipe import Recipe
 from support.problems import RECIPES, Change, Network, RecipeOptimizer, gap, gaussian, minibatches, mushrooms, uniform
+from support.slow import slow
 
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 NET = Network()
@@ -165,7 +166,7 @@ def data() -> Mushrooms:
     "make",
     [
         sania(polar="svd"),
-        sania(),
+        slow(sania()),
         following(RECIPES["adam_sania"], lr=1e-5, eps=0.0),
     ],
     ids=["muadam_sania, svd", "muadam_sania, normal preset", "adam_sania"],

@@ -53,15 +53,29 @@ RELATIVES: tuple[type[MatrixOptimizer], ...] = (
 EVERY: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES)
 #: Those whose layers depend on one another.
 COUPLED = (steepest.MuonMax, steepest.ProductNormDescent, steepest.ProdigyMuon)
+#: A class for each way through a step: fused, after the direction, with factors, roots or bases, coupled, by some rows.
+KINDS: tuple[type[MatrixOptimizer], ...] = (
+    *OPTIMIZERS,
+    *(steepest.Shampoo, steepest.KLShampoo, steepest.SOAP, steepest.SPlus),
+    *(steepest.Adam, steepest.Lion, steepest.Scion, steepest.TrustRegion, steepest.NIGT, steepest.Fromage),
+    *(steepest.Schattor, steepest.MuonMax, steepest.NorMuon, steepest.NAMO, steepest.Dion2),
+)
 both_backends = pytest.mark.parametrize("backend", ["auto", "torch"])
 
 
+def by_kind(classes: Iterable[type[MatrixOptimizer]]) -> list[Any]:
+    """The classes, those that are not among KINDS marked slow: for tests of what is no class's own."""
+    return [cls if cls in KINDS else slow(cls) for cls in classes]
+
+
 def on_backends(classes: Sequence[type[MatrixOptimizer]]) -> Any:
-    """Every class on the backend that it gets, every third by torch's operations: what a test is of is no class's own
-    there, and the others are slow.
+    """Every class on the backend that it gets and by torch's operations. Slow are those that are not among KINDS, and
+    two of three by torch's operations: what such a test is of is no class's own.
     """
-    by_torch = [(cls, "torch") if i % 3 == 0 else slow(cls, "torch") for i, cls in enumerate(classes)]
-    return pytest.mark.parametrize("cls, backend", [*((cls, "auto") for cls in classes), *by_torch])
+    kinds = [cls for cls in classes if cls in KINDS]
+    quick = [(cls, "auto") for cls in kinds] + [(cls, "torch") for cls in kinds[::3]]
+    every = [(cls, backend) for backend in ("auto", "torch") for cls in classes]
+    return pytest.mark.parametrize("cls, backend", [each if each in quick else slow(*each) for each in every])
 
 
 MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5))

@@ -19,6 +19,8 @@ from steepest import zoo
 from steepest.tools import cli
 from steepest.tools.compare import evidence, full, images, methods, mushrooms, records, report, tasks, text, training
 from steepest.tools.compare.gpt import Shape
+from support.slow import slow
+from support.training import KINDS
 
 TINY = replace(
     tasks.QUICK,
@@ -30,6 +32,8 @@ TINY = replace(
     held_out_images=32,
 )
 KNOWN = methods.known()
+#: A method for each way through a step, and torch's.
+QUICK = {cls.__name__ for cls in KINDS} | {name for name in KNOWN if name.startswith("torch.")}
 
 
 def made(name: str, book: Path | None = None) -> tasks.Task:
@@ -198,7 +202,7 @@ def test_a_method_trains_the_convolutional_net(name: str) -> None:
     assert record["loss"] < 1.2 * record["first_loss"]
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in KNOWN])
 def test_a_method_steps_every_parameter_and_lowers_the_loss(name: str, book: Path) -> None:
     """At the smallest rate of three, in few steps."""
     task, method = made("gpt", book), KNOWN[name]

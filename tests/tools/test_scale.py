@@ -32,6 +32,7 @@ from steepest.tools.bench.shapes import MODELS, Model, Parameters, elements
 from steepest.tools.scale import Machine, Method, Ranks, Stack
 from support.processes import Processes
 from support.ranks import Ranks as Threads
+from support.slow import slow
 
 DOCS = Path(__file__).parents[2] / "docs"
 #: Even, uneven and empty shards, a single row, matrices of one shape twice, experts that go up and that do not.
@@ -147,7 +148,7 @@ def sent_by_gloo(name: str, room: int, shapes: Sequence[tuple[int, int]]) -> tup
     return sent, messages
 
 
-@pytest.mark.parametrize("ranks, room", [(2, 1 << 30), (3, 1 << 30), (3, 1 << 12)])
+@pytest.mark.parametrize("ranks, room", [(2, 1 << 30), slow(3, 1 << 30), (3, 1 << 12)])
 @pytest.mark.parametrize("name", METHODS)
 def test_what_gloo_is_asked_to_send(
     processes: Processes, name: str, ranks: int, room: int, monkeypatch: pytest.MonkeyPatch

@@ -447,6 +447,7 @@ def test_a_run(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert "holds nothing" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_timer_times_every_call_interleaved() -> None:
     made: list[str] = []
     found = tune._seconds({name: lambda name=name: made.append(name) for name in "ab"}, rounds=4, device="cpu")

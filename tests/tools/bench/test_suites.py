@@ -475,7 +475,7 @@ def test_what_a_gpu_would_be_given(suite: str, quick: bool) -> None:
 SHAPES = {"polar": ["2x32x64"], "symm_gemm": ["2x32x32"], "small": ["2x16x24+2x32x32"], "refresh": ["2x16"]}
 
 
-@pytest.mark.parametrize("suite", [(slow if suite == "launch" else pytest.param)(suite) for suite in SUITES])
+@pytest.mark.parametrize("suite", [suite if suite in SHAPES or suite == "step" else slow(suite) for suite in SUITES])
 def test_the_harness_as_on_a_gpu(suite: str, book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that is pretended: launches queue behind a busy GPU, graphs stand beside calls, nothing fails."""
     monkeypatch.setattr(timing, "FLUSH_BYTES", 1024)
