@@ -49,7 +49,7 @@ def cpu() -> str:
     if name == "-":
         name = platform.processor() or platform.machine()
     features = f"{known.get('flags', '')} {known.get('features', '')}".split()
-    bf16 = [f" with {each}" for each in ("avx512_bf16", "bf16") if each in features]
+    bf16 = [f" with {each}" for each in ("amx_bf16", "avx512_bf16", "bf16") if each in features][:1]
     switch = [f", STEEPEST_CPU_BF16={polar.cpu_bf16}"] if polar.cpu_bf16 else []
     return "".join((name, *bf16, *switch))
 

@@ -33,7 +33,7 @@ DAYS = 14  # that an object nobody asks for is kept
 #: Loops that are compiled once more for wider vectors, and products for them; the module for Python lies in no folder.
 LEFT_OUT = (
     *("multi_tensor/host_avx2", "multi_tensor/host_avx512"),
-    *("cpu_polar/kernels_avx2", "cpu_polar/kernels_avx512", "cpu_polar/kernels_avx512_bf16"),
+    *("cpu_polar/kernels_avx2", "cpu_polar/kernels_avx512", "cpu_polar/kernels_avx512_bf16", "cpu_polar/kernels_amx"),
 )
 PRODUCTS = "symm_gemm/sm90_"  # for sm_90a alone; the rest is compiled for devices with clusters and for those without
 

@@ -170,12 +170,13 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\nCPU implementer\t: 0x41\n
     ("cpuinfo", "lscpu", "switch", "name"),
     [
         (X86, "", "", "AMD EPYC with avx512_bf16"),
+        (X86[:-1] + " amx_bf16\n", "", "", "AMD EPYC with amx_bf16"),
         (X86.replace("avx512_bf16", ""), "", "1", "AMD EPYC, STEEPEST_CPU_BF16=1"),
         (ARM, "Architecture:   aarch64\nModel name:     Neoverse-V2\nModel: 1\n", "", "Neoverse-V2 with bf16"),
         (ARM, "BIOS Model name: virt\nModel name: -\n", "0", "aarch64 with bf16, STEEPEST_CPU_BF16=0"),
         ("", "", "", "aarch64"),
     ],
-    ids=["x86", "x86, switched on", "aarch64", "aarch64, switched off", "nothing known"],
+    ids=["x86", "x86 with tiles", "x86, switched on", "aarch64", "aarch64, switched off", "nothing known"],
 )
 def test_the_name_of_a_cpu(cpuinfo: str, lscpu: str, switch: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_cpuinfo", lambda: cpuinfo)
