@@ -66,13 +66,13 @@ $(integrations)/.ready: $(VENV)/.built pyproject.toml
 	echo "$(abspath python)" > "$$($(integrations)/bin/python -c 'import site; print(site.getsitepackages()[0])')/steepest.pth"
 	touch $@
 
-# TorchTune, axolotl and LLaMA-Factory, each with the versions of other packages that it wants and on top of those above.
+# TorchTune, axolotl, LLaMA-Factory and TRL, each with the versions of other packages that it wants and on top of those above.
 # Not among what must pass: they download for minutes.
-trainers := torchtune axolotl llamafactory
+trainers := torchtune axolotl llamafactory trl
 test-trainers: $(trainers:%=build/trainers/%/.ready)
-	@echo "== The tests with TorchTune, axolotl and LLaMA-Factory: 2 minutes on two cores"
+	@echo "== The tests with TorchTune, axolotl, LLaMA-Factory and TRL: 2 minutes on two cores"
 	for name in $(trainers); do HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 build/trainers/$$name/bin/python -m pytest \
-	    tests/integrations/test_$$name.py "tests/integrations/test_pages.py::test_code_blocks_run[$$name]" $(ARGS) || exit; done
+	    tests/integrations/test_$$name.py tests/integrations/test_pages.py -k $$name $(ARGS) || exit; done
 
 build/trainers/%/.ready: $(integrations)/.ready
 	@echo "== $*, into $(@D): downloads"
