@@ -14,6 +14,9 @@ def test_names() -> None:
     assert named("MuAdam") is named("muadam") is steepest.MuAdam
     with pytest.raises(ValueError, match="no optimizer is called 'MuAdm': did you mean Adam, MuAdam, MuonAdam?"):
         named("MuAdm")
+    assert named("KFAC") is steepest.KFAC
+    with pytest.raises(ValueError, match="no optimizer is called 'Momo'"):  # a part of one
+        named("Momo")
     with pytest.raises(ValueError, match="no optimizer is called 'xyz': there are Ada"):
         named("xyz")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -42,7 +43,10 @@ def values(read: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_optimizer(cls: Any) -> bool:
-    return isinstance(cls, type) and issubclass(cls, MatrixOptimizer)
+    """Whether a class is a method by itself, and no part of one as Momo."""
+    if not isinstance(cls, type) or not issubclass(cls, MatrixOptimizer):
+        return False
+    return bool({"params", "model"} & inspect.signature(cls).parameters.keys())
 
 
 def _value(value: Any) -> Any:
