@@ -318,6 +318,10 @@ class WithHeadSize(Attention):
     head_dim = 8
 
 
+class LatentAttention(Attention):
+    qk_nope_head_dim, v_head_dim = 3, 5
+
+
 class CodeGenAttention(Attention):
     """Known by the name of its class: queries, values and keys in each of four blocks."""
 
@@ -341,6 +345,14 @@ class CodeGenAttention(Attention):
             {"a.qkv_proj.weight": {"split_sizes": (16, 16, 16), "interleaved": 4}},
         ),
         (Around(gate_up_proj=nn.Linear(8, 24)), {"a.gate_up_proj.weight": {"split_sizes": (12, 12)}}),
+        (Around(w12=nn.Linear(8, 24)), {"a.w12.weight": {"split_sizes": (12, 12)}}),
+        (Around(to_kv=nn.Linear(8, 16)), {"a.to_kv.weight": {"split_sizes": (8, 8)}}),
+        (
+            LatentAttention(4, 4, kv_b_proj=nn.Linear(6, 32)),
+            {"a.kv_b_proj.weight": {"split_sizes": (12, 20), "interleaved": 4}},
+        ),
+        (Attention(4, 4, kv_b_proj=nn.Linear(6, 32)), {}),
+        (LatentAttention(4, 4, kv_b_proj=nn.Linear(6, 36)), {}),
         (Around(qkv=nn.Linear(8, 24)), {}),
         (Attention(4, 2, qkv=nn.Linear(8, 63)), {}),
         (WithHeadSize(4, 4, query_key_value=nn.Linear(8, 48)), {}),  # four heads and two, not twelve of four rows
@@ -356,3 +368,16 @@ def test_fused_projections_are_hinted_at_and_taken_apart(model: nn.Module, layou
         group = param_groups(model, overrides=layouts)[0]
         assert {key: group[key] for key in values} == values
         steepest.MuAdam(param_groups(model, overrides=layouts))
+
+
+def test_keys_and_values_of_latent_attention_are_those_that_it_takes() -> None:
+    """As DeepSeek's attention does: of every head the rows of its key, and below them those of its value."""
+    heads, key, value, rank = 4, 3, 5, 6
+    weight = torch.randn(heads * (key + value), rank)
+    latent = torch.randn(rank)
+    attention = LatentAttention(heads, heads, kv_b_proj=nn.Linear(rank, len(weight), bias=False))
+    layout = fused_layouts(Around(a=attention))["a.kv_b_proj.weight"]
+    parts = [piece.view(weight).reshape(piece.shape)[0] @ latent for piece in pieces(weight.shape, **layout)]
+    keys, values = (weight @ latent).view(heads, key + value).split([key, value], dim=-1)
+    torch.testing.assert_close(parts[0], keys.flatten())
+    torch.testing.assert_close(parts[1], values.flatten())

@@ -72,7 +72,8 @@ ADAPTED |= {"lora_embedding_b": False, "lora_magnitude_vector": False}
 #: Fused projections by the name of their module, or their own: what they hold, one under the other.
 FUSED = {
     **dict.fromkeys(("qkv", "qkv_proj", "wqkv", "c_attn", "in_proj_qkv"), ("q", "k", "v")),
-    **dict.fromkeys(("gate_up_proj", "gate_up"), ("gate", "up")),
+    **dict.fromkeys(("gate_up_proj", "gate_up", "w12", "weights_in"), ("gate", "up")),
+    **dict.fromkeys(("kv", "to_kv"), ("k", "v")),
 }
 #: Those that hold q, k and v head by head (NeoX, BLOOM), or key head by key head (Falcon, Megatron). timm's MaxViT
 #: and CoAtNet say head_first themselves.
@@ -90,6 +91,8 @@ LATENT_QUERIES, LATENT_KEYS = ("q_b_proj", "q_proj", "wq_b", "wq"), ("kv_b_proj"
 #: How they and their configs call the rows of a head, and in latent attention those that are rotated and are not.
 HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 NOPE_SIZES, ROPE_SIZES = ("qk_nope_head_dim",), ("qk_rope_head_dim",)
+#: The rows of a head's values, which in latent attention lie below those of its key.
+VALUE_SIZES = ("v_head_dim",)
 #: Norms of queries and keys: what is normalized does not know the size of its weights.
 QUERY_KEY_NORMS = frozenset(
     {"q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln", "query_norm", "key_norm"}
