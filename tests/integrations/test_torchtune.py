@@ -22,7 +22,7 @@ from torchtune.models.llama3 import llama3  # noqa: E402
 import steepest  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-NUMBERS = {"adjust_lr_fn": "match_rms_adamw", "lr": 3e-4, "adamw_lr": 3e-4, "weight_decay": 0.1}
+NUMBERS = {"adjust_lr_fn": "match_rms_adamw", "lr": 3e-4, "weight_decay": 0.1}
 
 
 def model() -> torch.nn.Module:

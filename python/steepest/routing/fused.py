@@ -28,8 +28,8 @@ __all__ = ["fused_layout"]
 def fused_layout(place: Place, rows: int) -> dict[str, Any]:
     """Group values that read a fused weight of so many rows (outputs) as its parts; {} where nothing is known.
 
-    q, k and v are splits, of grouped queries too; `interleaved` where they lie head by head, as keys and values of latent
-    attention do, or key head by key head. The heads are the attention module's own words.
+    q, k and v are splits, of grouped queries too; `interleaved` where they lie head by head, as keys and values of
+    latent attention do, or key head by key head. The heads are the attention module's own words.
     """
     known = (*FUSED, *INTERLEAVED, *LATENT_KEYS)
     name = next((name for name in place.path[-2:] if name in known), None)
