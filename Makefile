@@ -1,5 +1,5 @@
-# make demo | test | test-quick | test-slow | test-all | test-kernels | test-integrations | check | check-torch | wheel
-# | sdist | docs | bench | gpu | doctor | clean. Each sets up $(VENV) by itself; a second call starts at once.
+# make demo | test | test-quick | test-slow | test-all | test-kernels | test-integrations | test-trainers | check
+# | check-torch | wheel | sdist | docs | bench | gpu | doctor | clean. Each sets up $(VENV) by itself; a second call starts at once.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -22,8 +22,8 @@ tritons := build/triton-3.6/.ready build/triton-3.9/.ready
 # Sources whose change asks for a new build of the compiled part; Python is installed as a link to the sources.
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-quick test-slow test-all test-kernels test-integrations check check-torch wheel sdist docs bench gpu doctor \
-	clean same-python
+.PHONY: demo test test-quick test-slow test-all test-kernels test-integrations test-trainers check check-torch wheel sdist \
+	docs bench gpu doctor clean same-python
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -64,6 +64,23 @@ $(integrations)/.ready: $(VENV)/.built pyproject.toml
 	$(integrations)/bin/python -m pip install --quiet $(if $(TORCH),"$(TORCH)") --group test --group integrations
 	$(integrations)/bin/python -m pip install --quiet --no-deps --group torchtitan || echo "torchtitan needs Python 3.11"
 	echo "$(abspath python)" > "$$($(integrations)/bin/python -c 'import site; print(site.getsitepackages()[0])')/steepest.pth"
+	touch $@
+
+# TorchTune, axolotl, LLaMA-Factory and TRL, each with the versions of other packages that it wants and on top of those above.
+# Not among what must pass: they download for minutes.
+trainers := torchtune axolotl llamafactory trl
+test-trainers: $(trainers:%=build/trainers/%/.ready)
+	@echo "== The tests with TorchTune, axolotl, LLaMA-Factory and TRL: 2 minutes on two cores"
+	for name in $(trainers); do HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 build/trainers/$$name/bin/python -m pytest \
+	    tests/integrations/test_$$name.py tests/integrations/test_pages.py -k $$name $(ARGS) || exit; done
+
+build/trainers/%/.ready: $(integrations)/.ready
+	@echo "== $*, into $(@D): downloads"
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(integrations)/bin/python -c 'import site; print(site.getsitepackages()[0])' > \
+	    "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/integrations.pth"
+	echo "$(abspath python)" > "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/steepest.pth"
+	$(integrations)/bin/python -m pip --python $(@D)/bin/python install --quiet --no-deps --group $*
 	touch $@
 
 check: $(VENV)/.torch $(VENV)/.dev

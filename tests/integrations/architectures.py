@@ -1,4 +1,4 @@
-"""Known networks, small, from configs, on the meta device: 40 and more, of transformers, timm and torchvision."""
+"""Known networks from configs, on the meta device: 80 and more, of transformers, timm and torchvision."""
 
 from __future__ import annotations
 
@@ -112,6 +112,32 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "SamModel": {},
     "CLIPModel": {},
 }
+#: With the sizes of their authors, in which no two sides are equal by chance, and few layers.
+TWO, AS_IT_IS = {"num_hidden_layers": 2}, {}
+WHOLE_SIZE: dict[str, dict[str, Any]] = {
+    "Qwen3NextForCausalLM": {"num_hidden_layers": 4},
+    "DeepseekV4ForCausalLM": TWO,
+    "KimiLinearForCausalLM": {"num_hidden_layers": 4},
+    "Glm4MoeForCausalLM": TWO,
+    "MiniMaxM2ForCausalLM": TWO,
+    "NemotronHForCausalLM": AS_IT_IS,
+    "GraniteMoeHybridForCausalLM": TWO,
+    "ZambaForCausalLM": AS_IT_IS,
+    "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
+    "xLSTMForCausalLM": TWO,
+    "InklingForCausalLM": {"num_hidden_layers": 3},
+    "JetMoeForCausalLM": TWO,
+    "FunnelModel": AS_IT_IS,
+    "FuyuForCausalLM": AS_IT_IS,
+    "Gemma3ForConditionalGeneration": AS_IT_IS,
+    "AriaForConditionalGeneration": AS_IT_IS,
+    "SiglipModel": AS_IT_IS,
+    "Sam2Model": AS_IT_IS,
+    "Swinv2ForImageClassification": AS_IT_IS,
+    "ConvNextV2ForImageClassification": AS_IT_IS,
+    "YolosForObjectDetection": TWO,
+    "XCLIPModel": AS_IT_IS,
+}
 #: What a config refuses.
 NOT_TAKEN = {"FalconForCausalLM": ("head_dim",), "XLNetLMHeadModel": ("max_position_embeddings",)}
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4, "num_classes": 5}
@@ -127,6 +153,11 @@ TIMM: dict[str, dict[str, Any]] = {
     "efficientnet_b0": {"num_classes": 5},
     "resnet18": {"num_classes": 5},
     "maxvit_tiny_rw_224": {"num_classes": 5},
+    "resmlp_12_224": {"num_classes": 5},
+    "efficientvim_m1": {"num_classes": 5},
+    "eca_nfnet_l0": {"num_classes": 5},
+    "sequencer2d_s": {"num_classes": 5},
+    "volo_d1_224": {"num_classes": 5},
     "samvit_base_patch16": {"depth": 1, "embed_dim": 32, "num_heads": 4, "global_attn_indexes": (0,)},
 }
 TORCHVISION = ("resnet18", "vgg11", "mobilenet_v2", "resnext50_32x4d", "vit_b_32", "swin_t", "googlenet")
@@ -137,6 +168,8 @@ def of_transformers(name: str) -> nn.Module:
 
     cls = getattr(transformers, name)
     config = cls.config_class
+    if name in WHOLE_SIZE:
+        return cls(config(**WHOLE_SIZE[name]))
     if name == "SamModel":
         vision = transformers.SamVisionConfig(
             hidden_size=32,
@@ -190,7 +223,7 @@ def of_torchvision(name: str) -> nn.Module:
 
 
 PACKAGES: dict[str, tuple[Callable[[str], nn.Module], tuple[str, ...]]] = {
-    "transformers": (of_transformers, tuple(TRANSFORMERS)),
+    "transformers": (of_transformers, (*TRANSFORMERS, *WHOLE_SIZE)),
     "timm": (of_timm, tuple(TIMM)),
     "torchvision": (of_torchvision, TORCHVISION),
 }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -16,6 +19,7 @@ def pytest_configure() -> None:
     """timm imports torchvision, whose wheel asks for a torch with CUDA. Beside one without it does not load, and the
     import ends at the first operator that is not there: they are declared, which is all that the import asks for.
     """
+    _without_sound()
     found = importlib.util.find_spec("torchvision")
     if found is None or found.origin is None:
         return
@@ -26,3 +30,10 @@ def pytest_configure() -> None:
         for name in OPERATORS:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         defined.append(library)
+
+
+def _without_sound() -> None:
+    """LLaMA-Factory imports torchaudio, which has no wheel for a torch without CUDA, and uses it for sound alone."""
+    if importlib.util.find_spec("llamafactory") is not None and importlib.util.find_spec("torchaudio") is None:
+        sys.modules["torchaudio"] = ModuleType("torchaudio")
+        sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 PAGES = sorted((Path(__file__).parents[2] / "docs" / "integrations").glob("*.md"))
+TRAINERS = ("axolotl", "llamafactory", "torchtune")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -17,7 +18,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec(page.stem) is None:
-        pytest.skip(f"{page.stem} is not installed (make test-integrations)")
+        target = "trainers" if page.stem in TRAINERS else "integrations"
+        pytest.skip(f"{page.stem} is not installed (make test-{target})")
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
     namespace: dict[str, Any] = {"__name__": f"docs.{page.stem}"}

@@ -62,6 +62,16 @@ def test_the_helper_takes_the_arguments(tmp_path: Path) -> None:
     assert "layers.0.mlp.up_proj.weight" in optimizer.describe()
 
 
+def test_optim_args_win_over_the_arguments_and_what_is_named_over_them(tmp_path: Path) -> None:
+    args = arguments(tmp_path, weight_decay=0.1, learning_rate=2e-3, optim_args="lr=0.05,momentum=0.8,adamw_lr=1e-3")
+    factory, kwargs = optimizer_cls_and_kwargs(steepest.Muon, args, lr=1e-2)
+    matrices, others, _ = factory()(llama(), **kwargs).param_groups
+    assert (matrices["lr"], matrices["momentum"], matrices["weight_decay"]) == (1e-2, 0.8, 0.1)
+    assert others["lr"] == 1e-3
+    with pytest.raises(ValueError, match="'momentum' is no argument of an optimizer: write name=value"):
+        optimizer_cls_and_kwargs(steepest.Muon, arguments(tmp_path, optim_args="momentum"))
+
+
 def test_a_trainer_may_hand_over_its_arguments_too(tmp_path: Path) -> None:
     """As axolotl's do, which call the factory by themselves."""
     args = arguments(tmp_path, weight_decay=0.1)

@@ -170,6 +170,83 @@ def test_names_alone(name: str, shape: tuple[int, ...], rule: str) -> None:
 # ---- orientation ----------------------------------------------------------------------------------------------------
 
 
+class Raw(nn.Module):
+    """A module with parameters of its own, by name and shape, and of any class."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+class RelAttention(Raw):
+    pass
+
+
+def test_learned_inputs_are_tables_but_for_the_maps_of_attention() -> None:
+    shapes = {"query": (5, 8), "latents": (5, 8), "slot_queries": (5, 8), "kernel": (5, 8)}
+    found = rules(nn.ModuleDict({"pool": Raw(**shapes), "attn": RelAttention(**shapes)}))
+    assert [found[f"pool.{name}"] for name in shapes] == ["adamw", "adamw", "adamw", "matrix"]
+    assert [found[f"attn.{name}"] for name in shapes] == ["matrix"] * 4
+    named = {"pool.query": torch.zeros(5, 8), "self_attn.query": torch.zeros(5, 8), "up.weight": torch.zeros(5, 8)}
+    assert list(rules({name: nn.Parameter(p) for name, p in named.items()}).values()) == ["adamw", "matrix", "matrix"]
+
+
+def test_gains_of_two_dimensions_are_tables() -> None:
+    model = nn.ModuleDict({"mixer": Raw(D=(2, 8), gamma=(2, 8), weight=(2, 8)), "norm": Raw(weight=(4, 8))})
+    assert [name for name, rule in rules(model).items() if rule == "matrix"] == ["mixer.weight"]
+    assert rules(nn.ModuleDict({"norm": nn.Linear(4, 4, bias=False)})) == {"norm.weight": "matrix"}
+
+
+def test_a_linear_map_of_patches_or_tokens_is_a_matrix_whatever_its_name() -> None:
+    names = ("patch_embed", "linear_tokens", "vision_embed_tokens", "patch_embedding")
+    assert set(rules(nn.ModuleDict({name: nn.Linear(6, 4, bias=False) for name in names})).values()) == {"matrix"}
+    assert rules(nn.ModuleDict({"emb": nn.Linear(6, 4, bias=False), "up": nn.Linear(4, 6, bias=False)})) == {
+        "emb.weight": "adamw",
+        "up.weight": "matrix",
+    }
+
+
+def test_what_is_called_a_head_and_is_none() -> None:
+    """Projections of attention, a convolution before the classifier, and a network inside of a head."""
+    block = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, bias=False), "up": nn.Linear(8, 8, bias=False)})
+    parts = {
+        "attention": nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("q_head", "k_head", "v_head")}),
+        "conv_head": nn.Conv2d(4, 8, 1, bias=False),
+        "flow_head": nn.ModuleDict({"layers": nn.ModuleList([block]), "out": nn.Linear(8, 4, bias=False)}),
+        "class_embed": nn.Linear(8, 5, bias=False),
+    }
+    found = rules(nn.ModuleDict(parts))
+    assert [name for name, rule in found.items() if rule == "adamw"] == ["flow_head.out.weight", "class_embed.weight"]
+    pool = nn.ModuleDict({"head": nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, bias=False)})})
+    assert set(rules(pool).values()) == {"matrix"}
+
+
+def test_matrices_without_a_layer_of_theirs_are_multiplied_from_the_right() -> None:
+    shapes = {"text_projection": (4, 6), "mm_input_projection_weight": (4, 6), "proj": (4, 6), "w": (4, 6)}
+    for model in (Raw(**shapes), {name: nn.Parameter(torch.zeros(s)) for name, s in shapes.items()}):
+        read = [[piece.shape for piece in pieces((4, 6), **r.values)] for r in route(model)]
+        assert read == [[(1, 6, 4)]] * 3 + [[(1, 4, 6)]]
+    layer = nn.ModuleDict({"text_projection": nn.Linear(4, 6, bias=False)})
+    assert [dict(r.values) for r in route(layer)] == [{}]
+
+
+def test_linear_maps_in_groups_are_a_matrix_each() -> None:
+    class DeepseekV4GroupedLinear(nn.Linear):
+        n_groups = 3
+
+    (r,) = route(DeepseekV4GroupedLinear(4, 6, bias=False))
+    assert [piece.shape for piece in pieces((6, 4), **r.values)] == [(3, 2, 4)]
+
+
+def test_a_flattened_kernel_is_one_matrix() -> None:
+    class FunnelRelMultiheadAttention(Raw):
+        pass
+
+    (r,) = route(FunnelRelMultiheadAttention(r_kernel=(8, 2, 3)))
+    assert [piece.shape for piece in pieces((8, 2, 3), **r.values)] == [(1, 8, 6)]
+
+
 def test_matrices_stored_in_x_out_are_found_by_their_module() -> None:
     class Experts(nn.Module):
         is_transposed = True
@@ -241,6 +318,10 @@ class WithHeadSize(Attention):
     head_dim = 8
 
 
+class LatentAttention(Attention):
+    qk_nope_head_dim, v_head_dim = 3, 5
+
+
 class CodeGenAttention(Attention):
     """Known by the name of its class: queries, values and keys in each of four blocks."""
 
@@ -264,6 +345,14 @@ class CodeGenAttention(Attention):
             {"a.qkv_proj.weight": {"split_sizes": (16, 16, 16), "interleaved": 4}},
         ),
         (Around(gate_up_proj=nn.Linear(8, 24)), {"a.gate_up_proj.weight": {"split_sizes": (12, 12)}}),
+        (Around(w12=nn.Linear(8, 24)), {"a.w12.weight": {"split_sizes": (12, 12)}}),
+        (Around(to_kv=nn.Linear(8, 16)), {"a.to_kv.weight": {"split_sizes": (8, 8)}}),
+        (
+            LatentAttention(4, 4, kv_b_proj=nn.Linear(6, 32)),
+            {"a.kv_b_proj.weight": {"split_sizes": (12, 20), "interleaved": 4}},
+        ),
+        (Attention(4, 4, kv_b_proj=nn.Linear(6, 32)), {}),
+        (LatentAttention(4, 4, kv_b_proj=nn.Linear(6, 36)), {}),
         (Around(qkv=nn.Linear(8, 24)), {}),
         (Attention(4, 2, qkv=nn.Linear(8, 63)), {}),
         (WithHeadSize(4, 4, query_key_value=nn.Linear(8, 48)), {}),  # four heads and two, not twelve of four rows
@@ -279,3 +368,16 @@ def test_fused_projections_are_hinted_at_and_taken_apart(model: nn.Module, layou
         group = param_groups(model, overrides=layouts)[0]
         assert {key: group[key] for key in values} == values
         steepest.MuAdam(param_groups(model, overrides=layouts))
+
+
+def test_keys_and_values_of_latent_attention_are_those_that_it_takes() -> None:
+    """As DeepSeek's attention does: of every head the rows of its key, and below them those of its value."""
+    heads, key, value, rank = 4, 3, 5, 6
+    weight = torch.randn(heads * (key + value), rank)
+    latent = torch.randn(rank)
+    attention = LatentAttention(heads, heads, kv_b_proj=nn.Linear(rank, len(weight), bias=False))
+    layout = fused_layouts(Around(a=attention))["a.kv_b_proj.weight"]
+    parts = [piece.view(weight).reshape(piece.shape)[0] @ latent for piece in pieces(weight.shape, **layout)]
+    keys, values = (weight @ latent).view(heads, key + value).split([key, value], dim=-1)
+    torch.testing.assert_close(parts[0], keys.flatten())
+    torch.testing.assert_close(parts[1], values.flatten())

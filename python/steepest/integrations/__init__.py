@@ -2,7 +2,10 @@
 
 transformers   what `Trainer(optimizer_cls_and_kwargs=...)` takes
 timm           names for `create_optimizer_v2`
+llamafactory   its trainers of every stage make the optimizer
+axolotl        a plugin with a section of the configuration; it is imported with axolotl
 torchtitan     an `OptimizersContainer` that knows the names; it is imported with torchtitan
+configuration  names and values as files have them
 
-The first two import their framework when they are called. Others need none: docs/integrations has a page for each.
+The first three import their framework when they are called. Others need none: docs/integrations has a page for each.
 """

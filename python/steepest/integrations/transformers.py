@@ -10,6 +10,7 @@ from torch import nn
 
 from ..attention import QKClip
 from ..optimizer import MatrixOptimizer
+from .configuration import pairs
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
@@ -26,7 +27,8 @@ def optimizer_cls_and_kwargs(
 
     cls: an optimizer of this package, KFAC too.   kwargs: its arguments; lr is that of the matrices.
     args: whose weight_decay all groups take, but for gains and biases, and whose learning_rate, adam_beta1, adam_beta2
-        and adam_epsilon are AdamW's; kwargs win. None: the class's own.
+        and adam_epsilon are AdamW's; optim_args, as in "lr=0.02,momentum=0.9", win over these, and kwargs over all.
+        None: the class's own.
     Needs transformers 5, whose Trainer hands the model over; ImportError with an older one.
     """
     try:
@@ -34,7 +36,7 @@ def optimizer_cls_and_kwargs(
     except ImportError as error:
         why = "optimizer_cls_and_kwargs needs a Trainer that hands its model over: pip install 'transformers>=5'"
         raise ImportError(why) from error
-    return partial(OfModel, cls), {**_of_arguments(args), **kwargs}
+    return partial(OfModel, cls), {**of_arguments(args), **kwargs}
 
 
 class OfModel:
@@ -72,7 +74,8 @@ def qk_clip(threshold: float = 100.0, balance: float = 0.5) -> TrainerCallback:
     return Clip()
 
 
-def _of_arguments(args: TrainingArguments | None) -> Mapping[str, Any]:
+def of_arguments(args: TrainingArguments | None) -> Mapping[str, Any]:
+    """The arguments of an optimizer that TrainingArguments say; none without them."""
     if args is None:
         return {}
     return {
@@ -81,4 +84,5 @@ def _of_arguments(args: TrainingArguments | None) -> Mapping[str, Any]:
         "adamw_lr": args.learning_rate,
         "adamw_betas": (args.adam_beta1, args.adam_beta2),
         "adamw_eps": args.adam_epsilon,
+        **pairs(args.optim_args or ""),
     }

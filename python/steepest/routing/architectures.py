@@ -5,12 +5,18 @@ Names are in small letters, as in `Place.path`, and patterns are fnmatch's.
 
 from __future__ import annotations
 
-#: Matched with the last component of the module's path, with the first (head.fc, classifier.6), and with the
-#: parameter's own name. qa_outputs: BERT and its kin; head_dist: DeiT and LeViT, distilled.
+#: Matched with the last component of the module's path, with the parameter's own name, and with the first where the
+#: parameter is not deep inside (head.fc, classifier.6). qa_outputs: BERT and its kin; head_dist: DeiT and LeViT,
+#: distilled; class_embed, class_labels_classifier: DETR and its kin; head_linear: Ovis 2.
 HEADS = (
-    *("lm_head", "head", "*_head", "*_heads", "classifier", "embed_out", "unembed*", "logits", "score"),
-    *("qa_outputs", "head_dist"),
+    *("lm_head", "head", "*_head", "*_heads", "classifier", "embed_out", "unembed*", "logits*", "score"),
+    *("qa_outputs", "head_dist", "head_linear", "class_embed", "class_labels_classifier"),
 )
+#: Names of hidden layers which a pattern of HEADS takes: Funnel's projections, the last convolution of EfficientNets.
+NO_HEADS = frozenset({"q_head", "k_head", "v_head", "conv_head"})
+#: With more components than this a parameter is deep inside of what its first component names: ESMFold 2's
+#: structure_head and VibeVoice's diffusion_head are networks.
+HEAD_DEPTH = 4
 #: Heads only where the module stands at the top of the model; inside a block these are common names of hidden layers.
 TOP_LEVEL_HEADS = ("fc", "output", "decoder")
 #: Matched with the end of the module's path: BERT's map to the vocabulary, and its next sentence.
@@ -20,28 +26,40 @@ HEADS_OF_CLASSES = {
     **dict.fromkeys(("ResNet", "GoogLeNet", "Inception3", "ShuffleNetV2", "RegNet", "Xception"), ("fc",)),
     "DenseNet": ("classifier",),
 }
-#: Matched with the parameter's own name and with the last component of its module's path; patterns that end with a star
-#: not with an nn.Linear, as ELECTRA's embeddings_project. embed_in: NeoX.
+#: Matched with the parameter's own name and with the last component of its module's path; patterns not with an
+#: nn.Linear, which maps what it is given: patches, ResMLP's linear_tokens, ELECTRA's embeddings_project. embed_in is
+#: NeoX's.
 EMBEDDINGS = (
     *("wte", "wpe", "*embed", "*embeds", "*embedding", "*embeddings", "*embedding*", "emb", "*_emb", "*_token"),
-    *("*_tokens", "embed_in"),
+    *("*_tokens", "embed_in", "embed", "embedding", "embeddings"),
 )
 #: Embeddings only where the module stands at the top of the model: T5's.
 TOP_LEVEL_EMBEDDINGS = ("shared",)
+#: Own names of inputs that are learned, a row a token: the queries of a resampler, a prompt. In attention modules these
+#: are names of maps.
+LEARNED_INPUTS = ("query", "queries", "*_query", "*_queries", "latent", "latents", "latents_*", "prompt", "prompts")
 #: Words of a parameter's own name, between underscores, which say that it is a table of positions: Swin's
 #: relative_position_bias_table, rel_pos_h of SAM and MViTv2, GPT-J's positions.
 POSITION_WORDS = frozenset({"position", "positions", "positional", "pos"})
 #: Words of a parameter's own name which say that it is added, one number an output; of stacked biases too: GPT-OSS's
 #: gate_up_proj_bias, LeViT's attention_biases, those of a stacked ensemble.
 BIAS_WORDS = frozenset({"bias", "biases"})
-#: Own names of tables that multiply element by element: state space models, RWKV.
-ELEMENTWISE = ("a_log", "a_logs", "time_decay*", "time_first", "time_faaaa", "time_mix*", "time_maa*", "layer_scale*")
-#: Words of a module's name which say normalization, where nothing else is known of the module.
+#: Own names of tables that multiply element by element: state space models, RWKV, gains.
+ELEMENTWISE = (
+    *("a_log", "a_logs", "d", "time_decay*", "time_first", "time_faaaa", "time_mix*", "time_maa*", "layer_scale*"),
+    *("alpha", "alphas", "beta", "betas", "gamma", "gammas", "gain", "gains", "scale", "scales", "*_scale"),
+)
+#: Words of a module's name which say normalization, of one that is no linear map or convolution.
 NORM_WORDS = frozenset({"norm", "norms", "ln", "bn", "layernorm", "rmsnorm", "batchnorm", "groupnorm"})
 #: Classes whose matrices are stored in x out. Hugging Face's experts say is_transposed themselves.
-TRANSPOSED = frozenset({"Conv1D", "Llama4TextExperts", "GptOssExperts"})
+TRANSPOSED = frozenset({"Conv1D", "Llama4TextExperts", "GptOssExperts", "RecurrentGemmaRglru"})
+#: Own names of matrices without a layer of theirs, which are stored so too: CLIP's proj and text_projection, Gemma 3's
+#: mm_input_projection_weight.
+TRANSPOSED_NAMES = ("proj", "*_projection", "*_projection_weight")
 #: Classes whose three-dimensional weights are one matrix each, (width, heads x size), and no stack.
-FLATTENED = frozenset({"XLNetRelativeAttention"})
+FLATTENED = frozenset({"XLNetRelativeAttention", "FunnelRelMultiheadAttention"})
+#: Classes of linear maps in groups, each of inputs of its own, and how they call the number of groups.
+GROUPED = {"DeepseekV4GroupedLinear": "n_groups"}
 #: Path components that wrappers add and which say nothing of the layer.
 WRAPPERS = frozenset(
     {"module", "model", "net", "base_model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -54,7 +72,8 @@ ADAPTED |= {"lora_embedding_b": False, "lora_magnitude_vector": False}
 #: Fused projections by the name of their module, or their own: what they hold, one under the other.
 FUSED = {
     **dict.fromkeys(("qkv", "qkv_proj", "wqkv", "c_attn", "in_proj_qkv"), ("q", "k", "v")),
-    **dict.fromkeys(("gate_up_proj", "gate_up"), ("gate", "up")),
+    **dict.fromkeys(("gate_up_proj", "gate_up", "w12", "weights_in"), ("gate", "up")),
+    **dict.fromkeys(("kv", "to_kv"), ("k", "v")),
 }
 #: Those that hold q, k and v head by head (NeoX, BLOOM), or key head by key head (Falcon, Megatron). timm's MaxViT
 #: and CoAtNet say head_first themselves.
@@ -72,6 +91,8 @@ LATENT_QUERIES, LATENT_KEYS = ("q_b_proj", "q_proj", "wq_b", "wq"), ("kv_b_proj"
 #: How they and their configs call the rows of a head, and in latent attention those that are rotated and are not.
 HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 NOPE_SIZES, ROPE_SIZES = ("qk_nope_head_dim",), ("qk_rope_head_dim",)
+#: The rows of a head's values, which in latent attention lie below those of its key.
+VALUE_SIZES = ("v_head_dim",)
 #: Norms of queries and keys: what is normalized does not know the size of its weights.
 QUERY_KEY_NORMS = frozenset(
     {"q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln", "query_norm", "key_norm"}

@@ -1,4 +1,4 @@
-"""Fused projections: q, k and v, or gate and up, in one weight, and the layouts that take them apart."""
+"""Fused projections: q, k and v, k and v, or gate and up, in one weight, and the layouts that take them apart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from .architectures import ALTERNATING, FUSED, HEAD_COUNTS, HEAD_SIZES, INTERLEAVED, KEY_VALUE_COUNTS, OTHER_ORDER
+from .architectures import (
+    ALTERNATING,
+    FUSED,
+    HEAD_COUNTS,
+    HEAD_SIZES,
+    INTERLEAVED,
+    KEY_VALUE_COUNTS,
+    LATENT_KEYS,
+    NOPE_SIZES,
+    OTHER_ORDER,
+    VALUE_SIZES,
+)
 from .known import class_name
 from .places import Place
 
@@ -17,15 +28,21 @@ __all__ = ["fused_layout"]
 def fused_layout(place: Place, rows: int) -> dict[str, Any]:
     """Group values that read a fused weight of so many rows (outputs) as its parts; {} where nothing is known.
 
-    q, k and v are splits, of grouped queries too; `interleaved` where they lie head by head, or key head by key head.
-    The heads are the attention module's own words.
+    q, k and v are splits, of grouped queries too; `interleaved` where they lie head by head, as keys and values of
+    latent attention do, or key head by key head. The heads are the attention module's own words.
     """
-    name = next((name for name in place.path[-2:] if name in FUSED or name in INTERLEAVED), None)
+    known = (*FUSED, *INTERLEAVED, *LATENT_KEYS)
+    name = next((name for name in place.path[-2:] if name in known), None)
     if name is None or place.parent is None or (place.module is not None and class_name(place.module) in ALTERNATING):
         return {}
-    if FUSED.get(name) == ("gate", "up"):
+    if len(FUSED.get(name, ())) == 2:
         return {"split_sizes": (rows // 2,) * 2} if rows % 2 == 0 else {}
     heads = _count(place.parent, HEAD_COUNTS)
+    if name in LATENT_KEYS:
+        key, value = _count(place.parent, NOPE_SIZES), _count(place.parent, VALUE_SIZES)
+        if not heads or not key or not value or rows != heads * (key + value):
+            return {}
+        return {"split_sizes": (heads * key, heads * value), "interleaved": heads}
     groups = _count(place.parent, KEY_VALUE_COUNTS) or heads
     if not heads or not groups or rows % (heads + 2 * groups):
         return {}

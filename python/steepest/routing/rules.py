@@ -7,9 +7,10 @@ first that answers gives the reason. A parameter that none of them claims is rea
     2. the module is an embedding                                 nn.Embedding, nn.EmbeddingBag, *Embedding
     3. the module is a normalization layer                        nn.LayerNorm, *Norm, *Norm2d
     4. the name is a head's                                       HEADS, HEAD_PATHS, TOP_LEVEL_HEADS
-    5. the name is an embedding's, a position's or a token's      EMBEDDINGS, POSITION_WORDS, TOP_LEVEL_EMBEDDINGS
+    5. the name is an embedding's, a position's or a token's      EMBEDDINGS, LEARNED_INPUTS, POSITION_WORDS,
+                                                                  TOP_LEVEL_EMBEDDINGS
     6. the model says what the module is                          get_output_embeddings, get_classifier; `known`
-    7. the name is that of a bias or of another table             BIAS_WORDS, ELEMENTWISE, NORM_WORDS without a module
+    7. the name is that of a bias or of another table             BIAS_WORDS, ELEMENTWISE, NORM_WORDS
     8. the convolution is depthwise                               one small filter per channel, no matrix
     9. a leading 1 in three dimensions                            a table for all samples: (1, tokens, width)
     10. a side of 1                                               a vector in disguise: (1, n), (n, 1, 1)
@@ -37,19 +38,25 @@ from .architectures import (
     ELEMENTWISE,
     EMBEDDINGS,
     FLATTENED,
+    GROUPED,
+    HEAD_DEPTH,
     HEAD_PATHS,
     HEADS,
+    LEARNED_INPUTS,
+    NO_HEADS,
     NORM_WORDS,
     POSITION_WORDS,
     TOP_LEVEL_EMBEDDINGS,
     TOP_LEVEL_HEADS,
     TRANSPOSED,
+    TRANSPOSED_NAMES,
 )
 from .known import class_name
 from .places import Place
 
 _EMBEDDING_CLASS = re.compile(r"Embed(ding)?s?(Bag)?$")
 _NORM_CLASS = re.compile(r"Norm(\dd)?$")
+_ATTENTION_CLASS = re.compile(r"(Attention|Attn)(\dd)?$")
 _FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 _CONV_CLASS = re.compile(r"^Conv(Transpose)?[123]d$")
 
@@ -75,6 +82,8 @@ def layout(place: Place) -> dict[str, Any]:
         # The groups of a convolution are rows over inputs of their own: as many matrices, one under the other.
         groups = _number(place, "groups")
         return {"num_heads": groups} if groups > 1 and shape[0] % groups == 0 else {}
+    if place.module is not None and (name := GROUPED.get(class_name(place.module))) is not None:
+        return {"num_heads": _number(place, name)}
     is_stack = len(shape) == 3 and (place.module is None or class_name(place.module) not in FLATTENED)
     values: dict[str, Any] = {"batch_dims": 1} if is_stack else {}
     return {**values, "transposed": True} if _is_transposed(place) and len(shape) in (2, 3) else values
@@ -93,9 +102,11 @@ def _number(place: Place, name: str) -> int:
 
 
 def _is_transposed(place: Place) -> bool:
-    """Whether the module stores its matrices in x out."""
+    """Whether the matrix is stored in x out."""
     module = place.module
-    return module is not None and (getattr(module, "is_transposed", False) is True or class_name(module) in TRANSPOSED)
+    if module is not None and (getattr(module, "is_transposed", False) is True or class_name(module) in TRANSPOSED):
+        return True
+    return place.param.ndim == 2 and _any_of(TRANSPOSED_NAMES).match(place.path[-1]) is not None
 
 
 def reading(param: Tensor, values: Mapping[str, Any]) -> str:
@@ -151,13 +162,16 @@ def _known_role(place: Place) -> str | None:
 
 
 def _head_name(place: Place) -> str | None:
-    if isinstance(place.module, _FUSED):
+    if isinstance(place.module, _FUSED) or isinstance(place.parent, nn.MultiheadAttention):
         return None  # a layer called multi_head holds hidden matrices
     path = place.path
+    if path[-2:-1] and path[-2] in NO_HEADS:
+        return None
     if (end := next((end for end in HEAD_PATHS if ".".join(path[:-1]).endswith(end)), None)) is not None:
         return f"head, by the name {end!r}"
     top = path[:1] if len(path) <= 2 else []
-    return _named("head", [*path[-2:], path[0]], HEADS) or _named("head", top, TOP_LEVEL_HEADS)
+    first = path[:1] if len(path) <= HEAD_DEPTH else []
+    return _named("head", [*path[-2:], *first], HEADS) or _named("head", top, TOP_LEVEL_HEADS)
 
 
 def _embedding_name(place: Place) -> str | None:
@@ -165,19 +179,29 @@ def _embedding_name(place: Place) -> str | None:
         return None  # a patch embedding is a linear map of pixels
     path = place.path
     top = path[:1] if len(path) <= 2 and place.module is None else []
-    patterns = tuple(p for p in EMBEDDINGS if not isinstance(place.module, nn.Linear) or not p.endswith("*"))
+    patterns = tuple(p for p in EMBEDDINGS if not isinstance(place.module, nn.Linear) or "*" not in p)
     named = _named("embedding", path[-2:], patterns) or _named("embedding", top, TOP_LEVEL_EMBEDDINGS)
+    if not _is_attention(place):
+        named = named or _named("learned input", path[-1:], LEARNED_INPUTS)
     words = POSITION_WORDS & _words(path[-1])
     if place.module is None:  # a module known by its name alone; pos is one of a projection, too
         words |= (POSITION_WORDS - {"pos"}) & _words("_".join(path[-2:-1]))
     return named or (f"embedding, by the word {min(words)!r}" if words else None)
 
 
+def _is_attention(place: Place) -> bool:
+    """Whether a parameter is attention's own, by the module's class, or by its name where that is all."""
+    if place.module is None:
+        return bool({"attn", "attention"} & _words("_".join(place.path[-2:-1])))
+    return _class_matches(place, _ATTENTION_CLASS)
+
+
 def _table_name(place: Place) -> str | None:
     last, layer = place.path[-1], place.path[-2:-1]
     if words := BIAS_WORDS & _words(last):
         return f"bias, by the word {min(words)!r}"
-    if place.module is None and (words := NORM_WORDS & _words("_".join(layer))):
+    is_map = isinstance(place.module, nn.Linear) or _is_conv(place)
+    if not is_map and (words := NORM_WORDS & _words("_".join(layer))):
         return f"normalization, by the word {min(words)!r}"
     return _named("elementwise table", [last], ELEMENTWISE)
 
