@@ -218,8 +218,17 @@ def test_who_takes_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu_chain.supports(x.to("meta"), FLOAT, table)
     monkeypatch.setattr(backend, "forced", "torch")
     assert not cpu_chain.supports(x, FLOAT, table)
+
+
+def test_where_a_processor_has_tiles_small_matrices_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = cpu_chain.compiled(HALF, beside_tiles=True)
     monkeypatch.setattr(cpu_chain, "_has_tiles", lambda: True)
-    assert not cpu_chain._compiled.__wrapped__(HALF)
+    cpu_chain._compiled.cache_clear()
+    assert not cpu_chain.compiled(HALF)
+    assert cpu_chain.supports(noise((9, 128, 128)), HALF, ((1.0,),)) == kernels
+    assert not cpu_chain.supports(noise((1, 128, 129)), HALF, ((1.0,),))
+    assert cpu_chain.supports(noise((1, 128, 129)), FLOAT, ((1.0,),)) == cpu_chain.compiled(FLOAT)
+    cpu_chain._compiled.cache_clear()
 
 
 ARGUMENTS = ([0] * 7, [0.0] * 3, [], [], [], False, 1e-7)

@@ -20,6 +20,10 @@ from .fakes import register_fake
 from .tracing import assume_constant_result
 
 DTYPES = (torch.float32, torch.bfloat16)  # of matrices, of products and of results
+# Elements of a matrix up to which products of our own are taken on a processor with tiles (AMX), where a call of torch
+# takes longer than a small product. Ratio to the time of torch, one matrix after another, bf16, one thread: "jordan"
+# 128 x 128 .63, 256 x 256 1.8; "auto" 128 x 128 .27, 256 x 256 .57, 256 x 1024 1.3, 768 x 3072 4.3.
+BESIDE_TILES = 1 << 14
 
 
 def cpu_chain(
@@ -55,18 +59,22 @@ def cpu_chain(
 def supports(x: Tensor, dtype: torch.dtype, constants: Sequence[Sequence[float]]) -> bool:
     """Whether products in ``dtype`` of x are compiled for this processor and chain; else they are torch's."""
     wanted = _backend.requested("auto") in ("auto", "cpu")
-    return wanted and x.device.type == "cpu" and not too_many(constants) and compiled(dtype)
+    if not wanted or x.device.type != "cpu" or too_many(constants):
+        return False
+    return compiled(dtype) or (x.shape[-2] * x.shape[-1] <= BESIDE_TILES and compiled(dtype, beside_tiles=True))
 
 
 @assume_constant_result
-def compiled(dtype: torch.dtype) -> bool:
-    """Whether products of a dtype are compiled for this processor. Where it has tiles (AMX), torch's are faster."""
-    return _compiled(dtype)
+def compiled(dtype: torch.dtype, beside_tiles: bool = False) -> bool:
+    """Whether products of a dtype are compiled for this processor, and wanted at any size: where it has tiles (AMX),
+    torch's are faster from some size on. beside_tiles: whatever is faster."""
+    return _compiled(dtype, beside_tiles)
 
 
 @functools.cache
-def _compiled(dtype: torch.dtype) -> bool:
-    if _backend.extension is None or dtype not in DTYPES or (dtype == torch.bfloat16 and _has_tiles()):
+def _compiled(dtype: torch.dtype, beside_tiles: bool) -> bool:
+    slower = dtype == torch.bfloat16 and _has_tiles() and not beside_tiles
+    if _backend.extension is None or dtype not in DTYPES or slower:
         return False
     return _backend.extension.cpu_products(dtype == torch.bfloat16)
 
