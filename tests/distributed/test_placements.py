@@ -36,6 +36,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "heads that shards cut": ((12, 6), {"num_heads": 3}),
     "splits": ((11, 4), {"split_sizes": (6, 4, 1)}),
     "grouped queries": ((16, 6), {"split_sizes": (8, 4, 4), "num_heads": (4, 2, 2)}),
+    "heads of several pieces": ((24, 7), {"split_sizes": (12, 6, 6), "num_heads": (6, 3, 3)}),
+    "transposed heads": ((7, 24), {"split_sizes": (12, 6, 6), "num_heads": (6, 3, 3), "transposed": True}),
     "interleaved heads": ((24, 5), {"split_sizes": (8, 8, 8), "interleaved": 4}),
     "interleaved groups": ((24, 6), {"split_sizes": (12, 6, 6), "interleaved": 3, "num_heads": (6, 3, 3)}),
     "interleaved, heads across groups": ((24, 3), {"split_sizes": (12, 12), "interleaved": 6, "num_heads": (2, 4)}),

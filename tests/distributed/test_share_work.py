@@ -58,7 +58,7 @@ def test_the_bits_of_one_process(processes: Processes, cls: type[MatrixOptimizer
         assert all(torch.equal(a, b) for a, b in zip(weights, alone[0], strict=True))
         assert state.keys() == alone[1].keys()
         for key, t in state.items():
-            torch.testing.assert_close(t, alone[1][key], rtol=1e-6, atol=1e-7, msg=f"{key}: {{}}".format)
+            assert torch.equal(t, alone[1][key]), key
     if cls in (steepest.SOAP, steepest.Shampoo, steepest.KLShampoo):
         assert sum(numbers for *_, numbers in together) < 2 * alone[2]  # factors are at one rank, momenta at three
 

@@ -26,8 +26,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..ops import eigh
+from ..ops import eigh, solvers
+from ..ops.matmul import matmul
 from ..ops.products import product
+from ..ops.reductions import total, vector_norm
 from .chain import product_flop
 from .scaling import PowerOfTwo, inverse_power_of_two, largest_entry
 from .work import Work, eigh_flop, qr_flop
@@ -99,7 +101,7 @@ def eigh_refresh(
     """A better eigenbasis Q' of P than Q, and its values d' = diag(Q'^T P Q').
 
     P: (..., n, n) symmetric positive semidefinite, fp32 or fp64.  Q: of P's shape and dtype, orthonormal.  Neither is
-    changed.  Deterministic; a matrix's result does not depend on its batch but by the rounding of batched products.
+    changed.  Deterministic; a matrix has the bits that it has alone, on a GPU but for the rounding of batched products.
 
         method     basis                                               columns                       reads the device
         jr         ``sweeps`` simultaneous Jacobi rotations            keep slot and sign            never
@@ -237,7 +239,7 @@ def _values_of(P: Tensor, Q: Tensor, wanted: bool) -> Tensor:
     """diag(Q^T P Q), at least 0."""
     if not wanted:
         return P.new_full(P.shape[:-1], math.nan)
-    return (_exact(P, Q) * Q).sum(-2).clamp_min(0)
+    return total(_exact(P, Q) * Q, -2).clamp_min(0)
 
 
 def _iterated(P: Tensor, Q: Tensor) -> Refreshed:
@@ -277,7 +279,7 @@ def shifted_cholesky_qr(Y: Tensor) -> Tensor:
     defeats it, something that is not finite or not orthonormal.  A zero column stays zero.  No host synchronisation.
     """
     shift = 4 * Y.shape[-1] * torch.finfo(Y.dtype).eps
-    length = torch.linalg.vector_norm(Y, dim=-2, keepdim=True)
+    length = vector_norm(Y, -2, keepdim=True)
     Y = Y / torch.where(length == 0, 1, length)
     for k in range(PASSES):
         gram = _gram(Y)
@@ -362,7 +364,7 @@ def _generator(B: Tensor) -> tuple[Tensor, Tensor]:
     width = shifted[:, :, None] * shifted[:, None, :]
     turn, gap = B * gap, gap * gap
     etas = [SMALLEST_ETA * 2.0**k for k in range(ETAS)]
-    rows = [torch.linalg.vector_norm(_filtered(turn, gap, width, eta), dim=-1).amax(-1) for eta in etas]
+    rows = [vector_norm(_filtered(turn, gap, width, eta), -1).amax(-1) for eta in etas]
     longest = torch.stack(rows, dim=-1)
     # The last eta is taken where none will do; then X is shortened.
     fits = longest <= LONGEST_ROW
@@ -405,9 +407,9 @@ def _largest_eigenvalue(E: Tensor) -> Tensor:
     column = E.diagonal(dim1=-2, dim2=-1).argmax(-1)[:, None, None].expand(-1, E.shape[-1], 1)
     v = E.gather(-1, column)
     for _ in range(POWER_STEPS):
-        length = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-        v = E @ (v / torch.where(length == 0, 1, length))
-    return torch.linalg.vector_norm(v, dim=(-2, -1))
+        length = vector_norm(v, -2, keepdim=True)
+        v = matmul(E, v / torch.where(length == 0, 1, length))
+    return vector_norm(v)
 
 
 def _iterate(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
@@ -437,7 +439,7 @@ def _solve(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
     # fp64 takes LAPACK twice as long and leaves no error of eps max d in the small eigenvalues.
     wide = P.double() if P.device.type == "cpu" else P
     Q = eigh.eigenvectors(wide).flip(-1).to(P.dtype)
-    along = (Q * _columns(old.Q, order)).sum(-2, keepdim=True)
+    along = total(Q * _columns(old.Q, order), -2, keepdim=True)
     Q = torch.where(along < 0, -Q, Q)
     return _measured(P, Q, orthonormality(Q)), order
 
@@ -450,7 +452,7 @@ def _orthonormal_factor(Y: Tensor) -> Tensor:
     """Q of Y = Q R with R_ii >= 0, by LAPACK's reflections on a CPU, where they are four times as fast."""
     if Y.device.type != "cpu":
         return shifted_cholesky_qr(Y)
-    Q, R = torch.linalg.qr(Y)
+    Q, R = solvers.qr(Y)
     return torch.where(R.diagonal(dim1=-2, dim2=-1)[:, None, :] < 0, -Q, Q)
 
 
@@ -507,7 +509,7 @@ def _rounding(B: Tensor) -> Tensor:
     """A whitening error that rounding alone can make: of entries eps max d / 32, three times what was seen."""
     d = _floored(_diagonal(B))
     top = d.amax(-1, keepdim=True)
-    return torch.finfo(B.dtype).eps / 32 * (top / torch.where(d == 0, 1, d)).sum(-1) / math.sqrt(d.shape[-1])
+    return torch.finfo(B.dtype).eps / 32 * total(top / torch.where(d == 0, 1, d), -1) / math.sqrt(d.shape[-1])
 
 
 def _where(condition: Tensor, new: _Basis, old: _Basis) -> _Basis:
@@ -550,7 +552,7 @@ def _minus_identity(gram: Tensor, times: Tensor | float = 1) -> Tensor:
 
 
 def _frobenius(E: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(E, dim=(-2, -1)) / math.sqrt(E.shape[-1])
+    return vector_norm(E) / math.sqrt(E.shape[-1])
 
 
 def _whitening(B: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.chain_numbers import chain_numbers
+from ..ops.matmul import by_itself, placed
 from ..ops.polar_chain import Update, polar_chain, supports
 from ..ops.symm_gemm import Workspace
 from .chain import Gram, chain
@@ -65,8 +66,11 @@ def newton_schulz(
 def newton_schulz_plain(x: Tensor, table: Table, *, eps: float) -> Tensor:
     """The standard form as it is printed, quintic, step for step the arithmetic of torch.optim.Muon.
 
-    x: (batch, m, n), overwritten.  X / max(||X||_F, eps), then full products.
+    x: (batch, m, n), overwritten.  X / max(||X||_F, eps), then full products; on a CPU one matrix after another, whose
+    bits do not depend on the batch then.
     """
+    if len(x) > 1 and by_itself(x):
+        return torch.cat([newton_schulz_plain(placed(one), table, eps=eps) for one in x.split(1)])
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(eps)
     x.div_(torch.where(norm == 0, torch.ones_like(norm), norm))
     wide = x.mT if x.shape[-2] > x.shape[-1] else x

@@ -22,7 +22,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops.power import power
 from ..ops.products import product
+from ..ops.reductions import total, vector_norm
 from .basis import symmetrize
 from .chain import product_flop
 from .coefficients import Table
@@ -92,8 +94,8 @@ def inverse_root(A: Tensor, p: int, *, ridge_rel: float = 1e-6) -> tuple[Tensor,
             low = math.sqrt(low)
             Y, Z = _coupled(Y, eye, low)
     Z = symmetrize(_exact(Z, Z) if p == 1 else Z)
-    residual = torch.linalg.matrix_norm(_whitened(unit, Z, p) - eye) / math.sqrt(n)
-    X = Z / (bound * (1 + ridge_rel)) ** (1 / p) * scale.first ** (1 / p) * scale.second ** (1 / p)
+    residual = vector_norm(_whitened(unit, Z, p) - eye) / math.sqrt(n)
+    X = Z / power(bound * (1 + ridge_rel), 1 / p) * power(scale.first, 1 / p) * power(scale.second, 1 / p)
     largest = largest[..., 0, 0]
     residual = torch.where(largest.isfinite(), torch.where(largest == 0, 0, residual), torch.inf)
     return torch.where(regular, X, 0), residual
@@ -128,7 +130,7 @@ def root_of_basis(Q: Tensor, d: Tensor, p: int, *, ridge_rel: float = 1e-6) -> T
         raise ValueError(f"ridge_rel must be at least 0, got {ridge_rel}")
     d = d.clamp_min(0)
     shifted = d + ridge_rel * d.amax(-1, keepdim=True)
-    half = Q * torch.where(shifted == 0, 0, shifted ** (-0.5 / p))[..., None, :]
+    half = Q * torch.where(shifted == 0, 0, power(shifted, -0.5 / p))[..., None, :]
     return product(half, half.mT, precision="tf32x3", symmetric=True)
 
 
@@ -178,8 +180,8 @@ def _coupled(A: Tensor, eye: Tensor, low: float) -> tuple[Tensor, Tensor]:
 def _bound(A: Tensor) -> Tensor:
     """`spectral_bound` of A with entries of order 1."""
     square = _exact(A, A)
-    fourth = torch.linalg.matrix_norm(_exact(square, square)) ** 0.25
-    return torch.minimum(A.abs().sum(-1).amax(-1), fourth) * BOUND_SAFETY
+    fourth = power(vector_norm(_exact(square, square)), 0.25)
+    return torch.minimum(total(A.abs(), -1).amax(-1), fourth) * BOUND_SAFETY
 
 
 def _whitened(A: Tensor, X: Tensor, p: int) -> Tensor:

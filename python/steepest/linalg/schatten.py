@@ -30,8 +30,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..ops import solvers
 from ..ops.chain_numbers import squared_norm_bound
 from ..ops.eigh import eigenvectors
+from ..ops.matmul import matmul
+from ..ops.power import power as power_of
+from ..ops.reductions import total, vector_norm
 from ..ops.symm_gemm import Workspace, linear, times
 from . import polar as _polar
 from .chain import product_flop
@@ -294,7 +298,7 @@ def _by_products(x: Tensor, p: float) -> Tensor:
             y = "y"
             run.apply(y, _matrix_power(run, power), "x")
     even = power is None and p % 2 == 0
-    norm = _even_norm(run, y, int(p)) if even else _inner(x, run[y]).clamp_min(0) ** (1 / p)
+    norm = _even_norm(run, y, int(p)) if even else power_of(_inner(x, run[y]).clamp_min(0), 1 / p)
     return times(run[y], torch.where(norm == 0, norm, 1 / norm), out=run[y])
 
 
@@ -353,7 +357,7 @@ def _even_norm(run: Runner, y: str, p: int) -> Tensor:
     run.gram("gram", y)
     low = _matrix_power(run, p // 4)
     high = run[low] if p % 4 == 0 else run.multiply("square", low, "gram")
-    return _inner(run[low], high).clamp_min(0) ** (1 / p)
+    return power_of(_inner(run[low], high).clamp_min(0), 1 / p)
 
 
 def _matrix_power(run: Runner, power: int) -> str:
@@ -379,20 +383,20 @@ def _leading(y: Tensor, x: Tensor) -> Tensor:
     run, buffer = Runner(y, Workspace()), "gram"
     gram = run.gram("gram", "x")
     for _ in range(SQUARINGS):
-        length = torch.linalg.vector_norm(gram.flatten(-2), dim=-1, dtype=x.dtype)
+        length = vector_norm(gram.to(x.dtype))
         times(gram, torch.where(length == 0, length, 1 / length), out=gram)
         following = "square" if buffer == "gram" else "gram"
         gram, buffer = run.multiply(following, buffer, buffer), following
     largest = gram.diagonal(dim1=-2, dim2=-1).argmax(-1)[:, None, None]
     u = _unit(gram.gather(-1, largest.expand(-1, gram.shape[-2], 1)).to(x.dtype))
     for _ in range(POLISHINGS):
-        u = _unit(wide @ _unit(wide.mT @ u))
-    v = _unit(wide.mT @ u)
-    return v @ u.mT if wide is not x else u @ v.mT
+        u = _unit(matmul(wide, _unit(matmul(wide.mT, u))))
+    v = _unit(matmul(wide.mT, u))
+    return v * u.mT if wide is not x else u * v.mT
 
 
 def _unit(v: Tensor) -> Tensor:
-    length = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    length = vector_norm(v, -2, keepdim=True)
     return torch.where(length == 0, length, v / length)
 
 
@@ -409,9 +413,9 @@ def _decomposed(
     if p == 1:
         f = (torch.arange(s.shape[-2], device=s.device)[:, None] == s.argmax(-2, keepdim=True)).to(s.dtype) * kept
     else:
-        f = torch.where(kept, s ** (1 / (p - 1)), 0)
-    length = torch.linalg.vector_norm(f, ord=p, dim=-2, keepdim=True)
-    d = u @ (_unit(rows.mT).mT * torch.where(length == 0, length, f / length))
+        f = torch.where(kept, power_of(s, 1 / (p - 1)), 0)
+    length = power_of(total(power_of(f, p), -2, keepdim=True), 1 / p)
+    d = matmul(u, _unit(rows.mT).mT * torch.where(length == 0, length, f / length))
     return torch.where(finite, d.mT if wide.shape != x.shape else d, torch.nan)
 
 
@@ -419,17 +423,17 @@ def _by_eigenvectors(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U of X X^T, the lengths of the rows of U^T X, and these: they keep more of small singular values than eigenvalues
     do, yet not all digits of fp64.
     """
-    u = eigenvectors(x @ x.mT)
-    rows = u.mT @ x
-    return u, torch.linalg.vector_norm(rows, dim=-1, keepdim=True), rows
+    u = eigenvectors(matmul(x, x.mT))
+    rows = matmul(u.mT, x)
+    return u, vector_norm(rows, -1, keepdim=True), rows
 
 
 def _by_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    u, s, vt = solvers.svd(x)
     return u, s[..., None], vt
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """<A, B> of every matrix, (batch,), in fp32 at least."""
     wide = torch.promote_types(a.dtype, torch.float32)
-    return a.to(wide, copy=True).mul_(b).sum((-2, -1))
+    return total(a.to(wide, copy=True).mul_(b))

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from . import backend as _backend
 from .fakes import register_fake
+from .power import power
+from .reductions import total, vector_norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TABLES, MOST_NUMBERS = 4, 320  # kMostTables, kMostNumbers in csrc/polar/params.h
@@ -98,7 +100,7 @@ def _numbers(
     chosen = table[len(constants) - 1]
     for row, least in zip(table[: len(slacks)].flip(0), slacks[::-1], strict=True):
         chosen = torch.where(ratio[:, None] >= least, row, chosen)
-    return chosen * square[:, None].rsqrt() ** table[-1]
+    return chosen * power(square[:, None].rsqrt(), table[-1])
 
 
 @functools.lru_cache(maxsize=256)
@@ -116,10 +118,10 @@ def squared_norm_bound(gram: Tensor) -> tuple[Tensor, Tensor]:
     centred = gram.to(torch.promote_types(gram.dtype, torch.float32), copy=True)
     m = gram.shape[-1]
     diagonal = centred.diagonal(dim1=-2, dim2=-1)
-    trace = diagonal.sum(-1)
+    trace = total(diagonal, -1)
     mean = trace / m
     diagonal.sub_(mean[:, None])
-    spread = torch.linalg.vector_norm(centred.flatten(-2), dim=-1) / m**0.5
+    spread = vector_norm(centred) / m**0.5
     return mean + spread * (m - 1) ** 0.5, trace
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from . import solvers
 from .fakes import register_fake
 
 METHODS = ("jr", "eigh", "auto")  # `Method` in csrc/eigh/params.h
@@ -72,7 +73,7 @@ def eigenvectors(P: Tensor) -> Tensor:
         torch.ops.steepest.eigh_batched(A, values, info)
         return torch.where(info[:, None, None] == 0, A.mT, torch.nan)  # cuSOLVER's columns are torch's rows
     try:
-        return torch.linalg.eigh(P).eigenvectors
+        return solvers.eigh(P)
     except torch.linalg.LinAlgError:
         return torch.full_like(P, torch.nan)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from .fakes import register_fake
+from .matmul import matmul
 from .symm_gemm import Number, linear
 
 Precision = Literal["tf32x3", "tf32", "ieee"]
@@ -43,8 +44,8 @@ def product(
     """``alpha A @ B + beta C``.   A: (..., m, k), B: (..., k, n), C and the result: (..., m, n).
 
     fp32 or fp64, all the same, with equal leading dimensions. alpha, beta: a number, or fp32 of shape (batch,), one
-    for each matrix in order, read on the device. Not differentiable. Same input, same output, bit for bit; on a GPU a
-    matrix has the same result in any batch.
+    for each matrix in order, read on the device. Not differentiable. Same input, same output, bit for bit, and a matrix
+    has the same result in any batch.
 
     symmetric: the exact A @ B and C are, of which the caller is sure (Gram matrices, Q^T P Q), and the result is to the
     bit. A GPU computes half of it and copies the other half; torch takes the mean of both. Z Y of two symmetric factors
@@ -128,7 +129,7 @@ def _by_host(rows: Tensor, average: Tensor, out: Tensor, weight: Number | None) 
 
 
 def _by_torch(a: Tensor, b: Tensor, symmetric: bool) -> Tensor:
-    ab = torch.matmul(a, b)
+    ab = matmul(a, b)
     return (ab + ab.mT).mul_(0.5) if symmetric else ab
 
 

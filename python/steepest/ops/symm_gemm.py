@@ -4,8 +4,9 @@
 factors): the caller promises it, and the result is symmetric to the bit: entries below the diagonal are computed and
 entries above it are copies of them.  `linear` is the same without the product.
 
-On a CPU, one matrix at a time, a symmetric product takes only the block rows at and below the diagonal, (p + 1) / 2p of
-the work for p block rows.  Elsewhere torch takes the full batched product and mirrors it.
+On a CPU a matrix has the bits that it has alone (`steepest.ops.matmul`), and a symmetric product of a large one takes
+only the block rows at and below the diagonal, (p + 1) / 2p of the work for p block rows.  Elsewhere torch takes the
+full batched product and mirrors it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .matmul import at_once, by_itself, matmul, placed
 
 # Two cores with AVX512-BF16, torch 2.13, bf16, ratio to the time of the full product, mirroring included:
 #   768x768x768    p=2 0.84   p=3 0.74   p=4 0.73   p=6 0.75
@@ -79,21 +81,36 @@ def gemm(
         else:
             gemm(a, b, out=product, symmetric=symmetric)
         return linear(product, c, alpha=alpha, beta=beta, out=out)
+    if by_itself(a):
+        return _each_by_itself(a, b, c, alpha, beta, out, symmetric)
     if c is None:
         c, beta = out, 0.0
     if not symmetric:
-        if len(out) == 1:
-            torch.addmm(c[0], a[0], b[0], beta=beta, alpha=alpha, out=out[0])
-            return out
         return torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=out)
     if c is not out:
         out.copy_(c)
-    edges = block_edges(out.shape[-1]) if out.shape[0] == 1 and out.device.type == "cpu" else (0, out.shape[-1])
-    if len(edges) == 2:
-        out.baddbmm_(a, b, alpha=alpha, beta=beta)
-    else:
-        _lower_block_rows_(out[0], a[0], b[0], alpha, beta, edges)
-    return mirror_(out, edges)
+    return mirror_(out.baddbmm_(a, b, alpha=alpha, beta=beta), (0, out.shape[-1]))
+
+
+def _each_by_itself(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor, symmetric: bool
+) -> Tensor:
+    _, m, k = a.shape
+    if at_once(m, k, b.shape[-1], a.dtype):
+        linear(matmul(a, b), c, alpha=alpha, beta=beta, out=out)
+        return mirror_(out, (0, m)) if symmetric else out
+    for i, target in enumerate(out.unbind()):
+        whole, added = placed(target), target if c is None else c[i]
+        factors, weight = (placed(a[i]), placed(b[i])), 0.0 if c is None else beta
+        if not symmetric:
+            torch.addmm(added, *factors, beta=weight, alpha=alpha, out=whole)
+        else:
+            edges = block_edges(m)
+            _lower_block_rows_(whole.copy_(added), *factors, alpha, weight, edges)
+            mirror_(whole, edges)
+        if whole is not target:
+            target.copy_(whole)
+    return out
 
 
 def _scaled_product(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor) -> Tensor:

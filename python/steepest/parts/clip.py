@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from ..ops.reductions import vector_norm
 from .hyper import Hyper
 from .precondition import State
 from .update_transform import UpdateTransform
@@ -27,5 +27,5 @@ class ClipRMS(UpdateTransform):
 
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         entries = max(1, u.shape[-2] * u.shape[-1])
-        rms = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True) / entries**0.5
+        rms = vector_norm(u, keepdim=True) / entries**0.5
         return u * (self.most / rms.clamp(min=self.most)), {}

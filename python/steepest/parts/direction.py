@@ -30,7 +30,10 @@ from torch import Tensor
 from ..linalg import polar, schatten
 from ..linalg.chain import product_flop
 from ..linalg.work import Work, svd_flop
+from ..ops import solvers
+from ..ops.matmul import matmul
 from ..ops.polar_chain import Update
+from ..ops.reductions import total, vector_norm
 from .hyper import Number
 
 
@@ -77,7 +80,7 @@ class Direction:
     def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
         """<x, d>, which for d = unit(x) is the dual norm of x; the largest number there is where it is beyond that."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        return (x.to(wide) * d.to(wide)).sum(dim=(-2, -1), keepdim=True).clamp(max=torch.finfo(wide).max)
+        return total(x.to(wide) * d.to(wide), keepdim=True).clamp(max=torch.finfo(wide).max)
 
     def scaled(self, x: Tensor) -> Tensor:
         """The step of regularized steepest descent, argmin <-x, s> + N(s)^2 / 2."""
@@ -121,7 +124,7 @@ class Frobenius(Direction):
         return x
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
-        return _shortened(x, torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True), radius)
+        return _shortened(x, vector_norm(x, keepdim=True), radius)
 
 
 @dataclass(frozen=True)
@@ -156,10 +159,10 @@ class Rows(Direction):
     """
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
-        return _of_length_one(x, (-1,))
+        return _of_length_one(x, -1)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
-        return _shortened(x, torch.linalg.vector_norm(x, dim=-1, keepdim=True), radius)
+        return _shortened(x, vector_norm(x, -1, keepdim=True), radius)
 
 
 @dataclass(frozen=True)
@@ -167,10 +170,10 @@ class Columns(Direction):
     """Largest Euclidean length of a column; with the factor "embedding_columns" that of an embedding (dim, tokens)."""
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
-        return _of_length_one(x, (-2,))
+        return _of_length_one(x, -2)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
-        return _shortened(x, torch.linalg.vector_norm(x, dim=-2, keepdim=True), radius)
+        return _shortened(x, vector_norm(x, -2, keepdim=True), radius)
 
 
 @dataclass(frozen=True)
@@ -226,8 +229,8 @@ class Spectral(Direction):
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
         """The nearest point of the ball, by the singular value decomposition in fp64 whatever the preset."""
-        u, s, vt = torch.linalg.svd(x.double(), full_matrices=False)
-        return ((_shortened(s, s, radius).unsqueeze(-2) * u) @ vt).to(x.dtype)
+        u, s, vt = solvers.svd(x.double().reshape(-1, *x.shape[-2:]))
+        return matmul(_shortened(s, s, radius).unsqueeze(-2) * u, vt).to(x.dtype).reshape(x.shape)
 
     def _polars(
         self, xs: Sequence[Tensor], slacks: Sequence[Tensor] | None, updates: Sequence[Update] | None = None
@@ -330,12 +333,12 @@ def _shortened(x: Tensor, length: Tensor, radius: Number) -> Tensor:
     return torch.where(longer > 0, x / longer, 0)
 
 
-def _of_length_one(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+def _of_length_one(x: Tensor, dim: int | tuple[int, int]) -> Tensor:
     """x divided by its Euclidean length over dim; 0 stays 0."""
     if x.numel() == 0:
         return x.clone()
     # The largest entry is divided out first: squares of 1e-25 and of 1e25 leave fp32.
     largest = x.abs().amax(dim=dim, keepdim=True).to(torch.promote_types(x.dtype, torch.float32))
     y = torch.where(largest > 0, x / largest, 0)
-    norm = torch.linalg.vector_norm(y, dim=dim, keepdim=True)  # >= 1, or 0
+    norm = vector_norm(y, dim, keepdim=True)  # >= 1, or 0
     return (y / norm.clamp(min=1)).to(x.dtype)

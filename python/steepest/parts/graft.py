@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.reductions import vector_norm
 from ..state_layout import StateSpec
 from .hyper import Hyper
 from .precondition import Diagonal, State
@@ -41,5 +42,5 @@ class Graft(UpdateTransform):
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         step = state.get("step")
         other = self.magnitude.back(state, self.magnitude.into(state, m, hyper, step), hyper, step)
-        wanted, length = (torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True) for t in (other, u))
+        wanted, length = (vector_norm(t, keepdim=True) for t in (other, u))
         return u * torch.where(length > 0, wanted / length, 0), {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.reductions import vector_norm
 from ..state_layout import StateSpec
 from .hyper import Hyper, bias_correction
 from .precondition import State
@@ -41,12 +42,12 @@ class NormRatio(UpdateTransform):
 
     def observe_matrices(self, state: State, g: Tensor, hyper: Hyper) -> State:
         v = state[self.key]
-        square = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.promote_types(g.dtype, v.dtype)).square()
+        square = vector_norm(g, dtype=torch.promote_types(g.dtype, v.dtype)).square()
         return {self.key: hyper.beta2 * v + (1 - hyper.beta2) * square}
 
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         v = state[self.key]
-        length = torch.linalg.vector_norm(m, dim=(-2, -1), dtype=torch.promote_types(m.dtype, v.dtype))
+        length = vector_norm(m, dtype=torch.promote_types(m.dtype, v.dtype))
         corrected = bias_correction(hyper.beta2, state.get("step")).sqrt().to(v.dtype)
         ratio = length * corrected / (v.sqrt() + self.eps)
         return u * ratio.unsqueeze(-1).unsqueeze(-1).to(u.dtype), {}

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..ops.reductions import vector_norm
 from ..state_layout import Layout, StateSpec
 from .hyper import Hyper
 from .precondition import State
@@ -51,12 +52,12 @@ class Normalize(UpdateTransform):
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         v = state[self.key]
         entries, wide = u.shape[-1] if self.over == "rows" else 1, torch.promote_types(u.dtype, v.dtype)
-        size = torch.linalg.vector_norm(u, dim=-1, dtype=wide) if self.over == "rows" else u.to(wide).abs()
+        size = vector_norm(u, -1, dtype=wide) if self.over == "rows" else u.to(wide).abs()
         fresh = hyper.beta2 * v + (1 - hyper.beta2) / entries * size.square()
         v = torch.where(fresh.isfinite(), fresh, v)
         scale = 1 / (v.sqrt() + self.eps)
         # Lengths of matrices from those of their rows or entries: u itself is read twice, and written once.
-        before, after = (torch.linalg.vector_norm(t.flatten(1), dim=-1) for t in (size, size * scale))
+        before, after = (vector_norm(t.flatten(1), -1) for t in (size, size * scale))
         if self.rms is not None:
             before = torch.full_like(after, self.rms * (u.shape[-2] * u.shape[-1]) ** 0.5)
         ratio = before / after

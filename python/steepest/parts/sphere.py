@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..ops.reductions import vector_norm
 from .direction import Nuclear
 
 __all__ = ["Sphere"]
@@ -40,7 +41,7 @@ class Sphere:
     def norms(self, w: Tensor) -> Tensor:
         """(batch,) fp64, of matrices (batch, m, n) in fp32 or fp64."""
         if self.norm == "frobenius":
-            return torch.linalg.vector_norm(w, dim=(-2, -1)).double()
+            return vector_norm(w).double()
         return _LEADING.dual_norm(w, _LEADING.unit(w)).flatten().double()
 
     def scales(self, radii: Tensor, norms: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ...ops import cpu_chain
+from ...ops import cpu_chain, solvers
+from ...ops.matmul import matmul
 from ...ops.polar_chain import BUFFERS, Update
+from ...ops.reductions import vector_norm
 from ...ops.small_polar import small_polar, supports
 from ...ops.symm_gemm import Workspace
 from ..chain import Chain
@@ -164,10 +166,16 @@ def polars(
             _by_small_kernel(jobs, choice.schedule, eps)
             continue
         products = chain_of(choice)
-        if all(cpu_chain.supports(job.x, choice.dtype, products.constants) for job in jobs):
-            _by_cpu_chain(jobs, choice, products, eps, max_workspace_bytes)
+        compiled: list[Job] = []
+        others: list[Job] = []
+        for job in jobs:
+            takes = cpu_chain.supports(job.x, choice.dtype, products.constants)
+            (compiled if takes else others).append(job)
+        if compiled:
+            _by_cpu_chain(compiled, choice, products, eps, max_workspace_bytes)
+        if not others:
             continue
-        chunks = [chunk for job in jobs for chunk in job.chunks(choice.dtype, max_workspace_bytes)]
+        chunks = [chunk for job in others for chunk in job.chunks(choice.dtype, max_workspace_bytes)]
         if choice.form == "plain":
             _by_plain_products(chunks, choice, eps)
         else:
@@ -290,8 +298,8 @@ def _svd(x: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
         return torch.empty_like(x)
     y = prescaled(x.reshape(-1, *x.shape[-2:]), torch.float64)
     finite = y.isfinite().all(-1).all(-1)[:, None, None]
-    u, s, vh = torch.linalg.svd(torch.where(finite, y, torch.zeros_like(y)), full_matrices=False)
-    rounding = 2 * torch.finfo(known).eps * torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    u, s, vh = solvers.svd(torch.where(finite, y, torch.zeros_like(y)))
+    rounding = 2 * torch.finfo(known).eps * vector_norm(s, -1, keepdim=True)
     least = torch.maximum(s[:, :1] * eps, rounding)
     kept = (s > least).to(s.dtype)[:, None, :]
-    return torch.where(finite, (u * kept) @ vh, torch.nan).to(x.dtype).reshape(x.shape)
+    return torch.where(finite, matmul(u * kept, vh), torch.nan).to(x.dtype).reshape(x.shape)

@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...ops.power import power
 from ..hyper import Hyper, bias_correction
-from ..power import power
 from .base import State
 
 

@@ -33,9 +33,11 @@ from torch import Tensor
 from ...linalg.roots import ROOTS as POWERS
 from ...linalg.roots import inverse_root, inverse_root_flop
 from ...linalg.work import Work, square_flop
+from ...ops.matmul import matmul
+from ...ops.power import power
 from ...ops.products import product
+from ...ops.reductions import total
 from ..hyper import Hyper, Number
-from ..power import power
 from .base import State
 from .kronecker import FACTORS, NEXT, Gathered, Kronecker, Pair, shape_of, turn_flop, wide
 
@@ -110,9 +112,9 @@ class Roots(Kronecker):
         if not root.numel():
             return x
         if self.scale == "refresh":
-            return root @ x
-        whitened = (state[INVERSES[side]] * state[FACTORS[side]]).sum((-2, -1))[:, None, None]
-        return root @ x * power(torch.where(whitened > 0, whitened, 1), -self.exponent / 2)
+            return matmul(root, x)
+        whitened = total(state[INVERSES[side]] * state[FACTORS[side]], keepdim=True)
+        return matmul(root, x) * power(torch.where(whitened > 0, whitened, 1), -self.exponent / 2)
 
     # ---- what it takes ----------------------------------------------------------------------------------------------
 
@@ -131,7 +133,8 @@ class Roots(Kronecker):
         if not self.coupling:
             return fresh
         present = [key for key in FACTORS if state[key].numel()]
-        size = power(self.to_blocks(wide(g)).square().mean((-2, -1)), 1 / max(1, len(present)))
+        x = self.to_blocks(wide(g)).square()
+        size = power(total(x) / max(1, x.shape[-2] * x.shape[-1]), 1 / max(1, len(present)))
         for key in present:
             factor = state[key]
             first = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device) * size[:, None, None]
@@ -176,7 +179,7 @@ class Roots(Kronecker):
         inverse = root
         while power > 1:
             inverse, power = product(inverse, inverse, precision="tf32x3", symmetric=True), power // 2
-        whitened = (inverse * factors).sum((-2, -1), keepdim=True)
+        whitened = total(inverse * factors, keepdim=True)
         inverse = inverse / torch.where(whitened > 0, whitened, 1)
         residual = torch.where(_finite(root) & _finite(inverse), residual, torch.inf)
         return {NEXT: root, NEXT_INVERSES: inverse, RESIDUALS: residual}

@@ -27,6 +27,8 @@ from torch import Tensor
 from ...linalg.basis import FELL_BACK, WANTS_EXACT, Method, Refreshed, eigh_refresh, refresh_work, tracked
 from ...linalg.work import Work
 from ...ops import streams
+from ...ops.matmul import matmul
+from ...ops.reductions import total
 from ..hyper import Hyper, Number
 from .base import State
 from .diagonal import Diagonal
@@ -146,8 +148,8 @@ class Rotated(Kronecker):
         u = self.inner.back(state, d, hyper, step)
         left, right = self._bases(state)
         u = u.to(left.dtype)
-        u = left @ u if left.numel() else u
-        return u @ right.mT if right.numel() else u
+        u = matmul(left, u) if left.numel() else u
+        return matmul(u, right.mT) if right.numel() else u
 
     def _bases(self, state: State) -> tuple[Tensor, Tensor]:
         return wide(state[BASES[0]]), wide(state[BASES[1]])
@@ -155,8 +157,8 @@ class Rotated(Kronecker):
     def _rotate(self, state: State, x: Tensor) -> Tensor:
         left, right = self._bases(state)
         x = self.to_blocks(x.to(left.dtype))
-        x = left.mT @ x if left.numel() else x
-        return x @ right if right.numel() else x
+        x = matmul(left.mT, x) if left.numel() else x
+        return matmul(x, right) if right.numel() else x
 
     # ---- what it takes ----------------------------------------------------------------------------------------------
 
@@ -194,7 +196,10 @@ class Rotated(Kronecker):
             return super().factor_inputs(state, g, hyper, count)
         left, right = self._bases(state)
         x = self.to_blocks(g.to(left.dtype))
-        images = {"left": x @ right if right.numel() else x, "right": x.mT @ left if left.numel() else x.mT}
+        images = {
+            "left": matmul(x, right) if right.numel() else x,
+            "right": matmul(x.mT, left) if left.numel() else x.mT,
+        }
         # The first gradient makes the bases. Until then the metric of the other side is the identity.
         started = count > 1
         values = self._values(state, images, self.coupling, self.rate(hyper), started)
@@ -209,7 +214,7 @@ class Rotated(Kronecker):
     def _values_of(self, factor: Tensor, basis: Tensor) -> Tensor:
         """diag(Q^T P Q)."""
         q = wide(basis)
-        return self._resolved(((wide(factor) @ q) * q).sum(-2))
+        return self._resolved(total(matmul(wide(factor), q) * q, -2))
 
     def _resolved(self, values: Tensor) -> Tensor:
         """Values not below what rounding leaves of the largest: a direction without a gradient would be divided by it.
@@ -235,12 +240,12 @@ class Rotated(Kronecker):
     def _values(self, state: State, images: State, sides: Sides, beta: Number, started: Tensor) -> State:
         """Averages of the squared entries of the rotated gradient, over the other side's metric."""
         left, fresh = wide(state[BASES[0]]), {}
-        squares = (left.mT @ images["left"] if left.numel() else images["left"]).square()
+        squares = (matmul(left.mT, images["left"]) if left.numel() else images["left"]).square()
         for key, other, y in ((LEFT, RIGHT, squares), (RIGHT, LEFT, squares.mT)):
             if state[key].numel():
                 if state[other].numel():
                     y = y * sides.whitening(state[other]).square().unsqueeze(-2)
-                mixed = sides.limit(state[key] * beta + y.sum(-1) / max(1, y.shape[-1]) * (1 - beta))
+                mixed = sides.limit(state[key] * beta + total(y, -1) / max(1, y.shape[-1]) * (1 - beta))
                 fresh[key] = torch.where(started, mixed.to(state[key].dtype), state[key])
         return fresh
 
@@ -295,8 +300,8 @@ class Rotated(Kronecker):
                 return v
             if len(turned) == 0:
                 return _reordered(v, order, dim)
-            squares = (wide(old[turned]).mT @ wide(basis[turned])).square().to(v.dtype)
-            mixed = v[turned] @ squares if dim == -1 else squares.mT @ v[turned]
+            squares = matmul(wide(old[turned]).mT, wide(basis[turned])).square().to(v.dtype)
+            mixed = matmul(v[turned], squares) if dim == -1 else matmul(squares.mT, v[turned])
             return mixed if len(turned) == len(v) else _reordered(v, order, dim).index_copy(0, turned, mixed)
 
         if self.sides is not None:

@@ -20,8 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...ops.power import power
+from ...ops.reductions import total
 from ..hyper import Hyper
-from ..power import power
 from .base import State
 
 LEFT, RIGHT = "left_values", "right_values"
@@ -100,9 +101,13 @@ class Sides:
         if self.damping == "added":
             values = values + values.amax(-1, keepdim=True) * self.ridge + hyper.eps
         elif self.damping == "factored":
-            pi = (values.mean(-1, keepdim=True) / other.mean(-1, keepdim=True)).sqrt() if other.numel() else 1.0
+            pi = (_mean(values) / _mean(other)).sqrt() if other.numel() else 1.0
             values = values + pi * hyper.eps**0.5
         return power(values, self.exponent)
+
+
+def _mean(values: Tensor) -> Tensor:
+    return total(values, -1, keepdim=True) / values.shape[-1]
 
 
 def _largest_whitening(values: Tensor) -> float:

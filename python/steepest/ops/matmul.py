@@ -1,0 +1,71 @@
+"""``A @ B`` of stacks of matrices, of which each has the bits that it has alone.   A: (batch, m, k), B: (batch, k, n).
+
+On a CPU torch's batched products round by what else is in the batch, as one matrix goes another way through BLAS than
+two, and by how factors lie in memory: where sums over k are cut, and whether they go by vectors of k. Here factors are
+contiguous, and then
+
+    k <= IN_ORDER, m, n >= 2, fp32      all at once, where BLAS adds up from the first to the last of k
+    else                                one after another, each factor at a boundary of memory
+
+The sum from first to last is what products of our own are (csrc/cpu_polar), by which BLAS is checked once. Where it
+does otherwise, or none are compiled, matrices go one after another.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+from .tracing import assume_constant_result
+
+IN_ORDER = 256
+# A product of BLAS may depend on where its factors begin, to this many bytes; all of torch's allocations begin there.
+ALIGNMENT = 64
+#: (batch, m, k) of what BLAS is checked by
+CHECKED = ((1, 2, 256), (1, 40, 7), (2, 3, 64), (2, 65, 256), (3, 16, 16), (5, 33, 130), (9, 70, 31))
+
+
+def by_itself(x: Tensor) -> bool:
+    """Whether products of x depend on the batch unless care is taken; what torch.compile traces is torch's own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of one dtype; on a CPU a matrix has its bits in any batch and of any strides. Not differentiable."""
+    if not by_itself(a):
+        return torch.matmul(a, b)
+    if at_once(a.shape[1], a.shape[2], b.shape[2], a.dtype):
+        return torch.bmm(a.contiguous(), b.contiguous())
+    out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    for one, left, right in zip(out.unbind(), a.unbind(), b.unbind(), strict=True):
+        one.copy_(torch.mm(placed(left.contiguous()), placed(right.contiguous())))
+    return out
+
+
+def at_once(m: int, k: int, n: int, dtype: torch.dtype) -> bool:
+    """Whether products of one shape, of contiguous factors, may be taken as a batch."""
+    return dtype == torch.float32 and k <= IN_ORDER and m > 1 and n > 1 and _adds_up_in_order(torch.get_num_threads())
+
+
+def placed(x: Tensor) -> Tensor:
+    """x, or a copy with its strides that begins at a boundary of memory."""
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+@assume_constant_result
+@functools.cache
+def _adds_up_in_order(threads: int) -> bool:
+    """Whether torch's batched fp32 products are those of our own, to the bit."""
+    if _backend.extension is None or not _backend.extension.cpu_products(False):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for batch, m, k in CHECKED:
+        x = torch.randn(batch, m, k, generator=generator)
+        wanted, one = x.new_zeros(batch, m, m), torch.ones(batch)
+        torch.ops.steepest.cpu_syrk(x, wanted, wanted, one, torch.zeros(batch))
+        if not torch.equal(torch.bmm(x, x.mT.contiguous()), wanted):
+            return False
+    return True
