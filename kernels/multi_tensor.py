@@ -1026,6 +1026,7 @@ def apply_update(
     params: Sequence[Tensor],
     mantissas: Sequence[Tensor],
     lengths: Sequence[Tensor],
+    factors: Sequence[Tensor],
     rows: Tensor,
     sums: Tensor,
     scratch: Tensor,
@@ -1038,10 +1039,20 @@ def apply_update(
 ) -> None:
     """Equals `torch.ops.steepest.apply_update` where `can_use` has no objection to an item; errors as `grad_stats`.
 
-    Mutates params, mantissas and sums. Tensors without elements are absent, and so are those of an empty list.
+    Mutates params, mantissas and sums. Tensors without elements are absent, and so are those of an empty list. Factors
+    of rows are multiplied by before the launch.
     """
+    if factors:
+        directions = [_scaled(d, of_rows) for d, of_rows in zip(directions, factors, strict=True)]
     slots = ((), (), seconds, directions, params, mantissas)
     _run("apply_update", slots, lengths, rows, sums, scratch, programs, row_of, matrices, first_sums, places, ratios)
+
+
+def _scaled(direction: Tensor, factors: Tensor) -> Tensor:
+    """A direction by the factors of its rows, of which there may be none."""
+    if not factors.numel():
+        return direction
+    return (direction.view(factors.numel(), -1) * factors.view(-1, 1)).view(direction.shape)
 
 
 def _run(

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <stdexcept>
 #include <string_view>
 #include <vector>
 
@@ -16,43 +15,10 @@
 #include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
 
-// torch's own thread pool; in libtorch_cpu since 2.10.
-extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
-                                      void (*body)(int64_t begin, int64_t end, void* context), void* context);
-
 namespace steepest::multi_tensor {
 namespace {
 
-constexpr int64_t kGrain = 4;  // chunks a thread takes at least
 constexpr int kAllItems = 1 << 30;
-
-// The widest vectors that the processor has and ATEN_CPU_CAPABILITY, which limits those of torch, allows.
-const HostChunks& best_chunks() {
-#ifdef STEEPEST_HAS_X86_SETS
-  static const HostChunks& best = []() -> const HostChunks& {
-    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string_view limit = capability == nullptr ? "" : capability;
-    if (limit == "default") return baseline::chunks;
-    __builtin_cpu_init();
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (wide && limit != "avx2") return avx512::chunks;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::chunks : baseline::chunks;
-  }();
-  return best;
-#else
-  return baseline::chunks;
-#endif
-}
-
-template <class Body>
-void parallel(int64_t count, const Body& body) {
-  const auto call = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; ++i) (*static_cast<const Body*>(context))(i);
-  };
-  if (torch_parallel_for(0, count, kGrain, call, const_cast<Body*>(&body)) != 0)
-    throw std::runtime_error("torch's thread pool refused the work");
-}
 
 // The chunks of all items in one list: (item, span).
 template <class Items, class Extent_>
@@ -79,6 +45,24 @@ void decide_one(const Owner& owner, const float* grad_scale, const double* sums,
 }
 
 }  // namespace
+
+const HostChunks& best_chunks() {
+#ifdef STEEPEST_HAS_X86_SETS
+  static const HostChunks& best = []() -> const HostChunks& {
+    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view limit = capability == nullptr ? "" : capability;
+    if (limit == "default") return baseline::chunks;
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (wide && limit != "avx2") return avx512::chunks;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::chunks : baseline::chunks;
+  }();
+  return best;
+#else
+  return baseline::chunks;
+#endif
+}
 
 void run_on_host(Stage stage, const ItemsParams& params) {
   const auto chunks = cut(params.items, [](const Item& item) { return Extent{item.matrices, item.size}; });

@@ -12,6 +12,7 @@
 #include "common/floats.h"
 #include "multi_tensor/formulas.cuh"
 #include "multi_tensor/host.h"
+#include "multi_tensor/normalize.cuh"
 
 namespace steepest::multi_tensor::STEEPEST_ISA {
 namespace {
@@ -107,6 +108,20 @@ void quantize(Dtype dtype, R* values) {
     for (int j = 0; j < kTile; ++j) values[j] = from_f16(to_f16(static_cast<float>(values[j])));
 }
 
+// What the row of an element is multiplied by.
+template <class R>
+R factor_at(const Item& item, int64_t index) {
+  const int64_t row = index / item.columns;
+  return item.factor_dtype == Dtype::f64 ? static_cast<R>(static_cast<const double*>(item.factors)[row])
+                                         : static_cast<R>(static_cast<const float*>(item.factors)[row]);
+}
+
+// Of elements from `start` on, where the row of the j-th ends, at most `count`.
+int end_of_row(const Item& item, int64_t start, int j, int count) {
+  const int64_t end = ((start + j) / item.columns + 1) * item.columns - start;
+  return static_cast<int>(end < count ? end : count);
+}
+
 // Elements [start, start + count) of an item; those of the tile beyond them are zero.
 template <class R>
 struct Part {
@@ -122,6 +137,13 @@ struct Part {
   }
   void store(Slot slot, const R* from) const {
     STEEPEST_ISA::store(item.at[slot], item.dtype[slot], item.flat, item.walk, slot, start, count, from);
+  }
+  // Directions by the factors of their rows.
+  void scale_rows(R* d) const {
+    for (int j = 0; j < count;) {
+      const int end = end_of_row(item, start, j, count);
+      for (const R factor = factor_at<R>(item, start + j); j < end; ++j) d[j] *= factor;
+    }
   }
   void load_param(R* p) const {
     load(kParam, p);
@@ -235,7 +257,7 @@ void plain_momentum_part(const Item& item, const Numbers<float>& n, int64_t star
   store(item.at[kDirection], item.dtype[kDirection], true, item.walk, kDirection, start, count, input);
 }
 
-// W <- (1 - decay) W - step d.
+// W <- (1 - decay) W - step d, rows of d by their factors where they have any.
 bool is_plain_move(const Item& item) {
   const Program& p = item.program;
   return item.flat && p.power == Program::kNone && !p.cautious && !p.decay_after && is_f32(item, kParam) &&
@@ -246,10 +268,11 @@ bool is_plain_move(const Item& item) {
 float get(float x) { return x; }
 float get(uint16_t x) { return from_bf16(x); }
 
+// Compiled once for all callers, so that products and sums are joined in one way and a direction has the same bits
+// whether its rows were multiplied here or before.
 template <class D>
-void plain_move_part(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums) {
-  const D* __restrict d = part_of<const D>(item, kDirection, start);
-  float* __restrict p = part_of<float>(item, kParam, start);
+[[gnu::noinline]] void plain_move(const D* __restrict d, float* __restrict p, const Numbers<float>& n, int count,
+                                  Sums<float>& sums) {
   float update_sq = 0, param_sq = 0;
 #pragma omp simd reduction(+ : update_sq, param_sq)
   for (int j = 0; j < count; ++j) {
@@ -259,6 +282,19 @@ void plain_move_part(const Item& item, const Numbers<float>& n, int64_t start, i
     update_sq += update * update, param_sq += param * param;
   }
   sums.at[kUpdateSq] = update_sq * (n.step * n.step), sums.at[kParamSq] = param_sq;
+}
+
+template <class D>
+void plain_move_part(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums) {
+  const D* const d = part_of<const D>(item, kDirection, start);
+  float* const p = part_of<float>(item, kParam, start);
+  if (item.factors == nullptr) return plain_move(d, p, n, count, sums);
+  float scaled[kRun];
+  for (int j = 0; j < count;) {
+    const int end = end_of_row(item, start, j, count);
+    for (const float factor = factor_at<float>(item, start + j); j < end; ++j) scaled[j] = get(d[j]) * factor;
+  }
+  plain_move(scaled, p, n, count, sums);
 }
 
 using PartInOne = void (*)(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums);
@@ -296,6 +332,7 @@ template <class R>
 void apply_update_part(const Part<R>& part, const Numbers<R>& n, Sums<R>& sums) {
   Tile<R, kTile> tile;
   part.load(kDirection, tile.d);
+  if (part.item.factors != nullptr) part.scale_rows(tile.d);
   if (part.has(kSecond)) part.load(kSecond, tile.v);
   part.load_param(tile.p);
   from_direction(part.item.program, n, tile, sums);
@@ -397,8 +434,58 @@ void grad_stats(const Gradient& gradient, const Span& span, double* partial) {
                                : grad_stats_tiles<float>(gradient, span, partial);
 }
 
+// ---- updates that are normalized ------------------------------------------------------------------------------------
+
+// Elements [start, start + count) of contiguous memory.
+template <class R>
+void load_flat(const void* at, Dtype dtype, int64_t start, int count, R* to) {
+  load(at, dtype, true, Walk{}, 0, start, count, to);
+}
+
+template <class R>
+double square_sum_in(const void* at, Dtype dtype, int64_t count) {
+  double total = 0;
+  for (int64_t done = 0; done < count; done += kRun) {
+    const int some = static_cast<int>(count - done < kRun ? count - done : kRun);
+    R x[kRun], sum = 0;
+    load_flat(at, dtype, done, some, x);
+#pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < some; ++j) sum += x[j] * x[j];
+    total += sum;
+  }
+  return total;
+}
+
+double square_sum(const void* at, Dtype dtype, int64_t count, bool in_double) {
+  return in_double ? square_sum_in<double>(at, dtype, count) : square_sum_in<float>(at, dtype, count);
+}
+
+template <class R>
+void normalize_in(const Stack& stack, int64_t start, int64_t count, double eps, double* lengths) {
+  const Rates<R> rates(stack.beta2, eps, 1);
+  lengths[kBefore] = lengths[kAfter] = 0;
+  for (int64_t done = 0; done < count; done += kRun) {
+    const int some = static_cast<int>(count - done < kRun ? count - done : kRun);
+    R u[kRun], before = 0, after = 0;
+    R* const v = static_cast<R*>(stack.seconds) + start + done;
+    R* const divided = static_cast<R*>(stack.divided) + start + done;
+    load_flat(stack.updates, stack.dtype, start + done, some, u);  // all of it before any is written
+#pragma omp simd reduction(+ : before, after)
+    for (int j = 0; j < some; ++j) {
+      const R second = mean_square(rates, v[j], u[j] * u[j]), scaled = u[j] * inverse_root(rates, second);
+      v[j] = second, divided[j] = scaled;
+      before += u[j] * u[j], after += scaled * scaled;
+    }
+    lengths[kBefore] += before, lengths[kAfter] += after;
+  }
+}
+
+void normalize(const Stack& stack, int64_t start, int64_t count, double eps, double* lengths) {
+  (stack.wide == Dtype::f64 ? normalize_in<double> : normalize_in<float>)(stack, start, count, eps, lengths);
+}
+
 }  // namespace
 
-const HostChunks chunks{run, grad_stats};
+const HostChunks chunks{run, grad_stats, square_sum, normalize};
 
 }  // namespace steepest::multi_tensor::STEEPEST_ISA

@@ -8,12 +8,14 @@ namespace {
 struct FlatItem {
   void* at[kSlots];
   const double* lengths;
+  const float* factors;
   int64_t size;
   int64_t first_sum;
   double ratio;
   uint32_t place[3];
   int32_t row;
   int32_t first_chunk;
+  uint32_t columns;  // of a row of factors
   Dtype dtype[kSlots];
   Program program;
   bool aligned;
@@ -128,6 +130,22 @@ struct UpdateMoments : Worker {
 };
 
 struct ApplyUpdate : Worker {
+  // Elements from `index` on by the factors of their rows.
+  template <int N>
+  __device__ void scale_rows(int64_t index, float (&d)[N]) const {
+    const uint32_t columns = item.columns;
+    const bool fits = index <= UINT32_MAX;  // its division takes a fraction of the other's
+    int64_t row = fits ? static_cast<uint32_t>(index) / columns : index / columns;
+    int64_t left = (row + 1) * columns - index;
+    float factor = item.factors[row];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (left == 0) factor = item.factors[++row], left = columns;
+      --left;
+      d[j] *= factor;
+    }
+  }
+
   template <int N>
   __device__ void operator()(int64_t index) {
     begin(index);
@@ -135,6 +153,7 @@ struct ApplyUpdate : Worker {
     get(kDirection, index, d), get(kSecond, index, v), get(kParam, index, p), get(kMantissa, index, low);
     Tile<float, N> tile;
     convert(d, item.dtype[kDirection], tile.d);
+    if (item.factors != nullptr) scale_rows(index, tile.d);
     if (has(kSecond)) convert(v, item.dtype[kSecond], tile.v);
     convert_param(p, low, tile.p);
     from_direction(item.program, n, tile, sums);
@@ -224,6 +243,7 @@ void launch_some(Stage stage, const ItemsParams& params, const std::vector<int>&
     KernelItem item{};
     for (int slot = 0; slot < kSlots; ++slot) item.at[slot] = from.at[slot], item.dtype[slot] = from.dtype[slot];
     for (int i = 0; i < 3; ++i) item.place[i] = from.place[i];
+    item.factors = static_cast<const float*>(from.factors), item.columns = static_cast<uint32_t>(from.columns);
     item.lengths = from.lengths, item.size = from.size, item.first_sum = from.first_sum, item.ratio = from.ratio;
     item.row = from.row, item.program = from.program;
     if constexpr (std::is_same_v<KernelItem, StridedItem>)

@@ -114,7 +114,10 @@ struct Item {
   double ratio;           // on the learning rate, for the shape
   uint32_t place[3];      // group, parameter, piece: tells its random bits from another's
   const double* lengths;  // nullptr, or one factor on the step for each matrix
-  bool flat;              // see layout.h; otherwise `walk` says where the elements are
+  const void* factors;    // nullptr, or one on the direction for each row: f32, or on the host f64
+  Dtype factor_dtype;
+  int64_t columns;  // elements of such a row
+  bool flat;        // see layout.h; otherwise `walk` says where the elements are
   Walk walk;
 };
 

@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "multi_tensor/normalize.h"
 #include "multi_tensor/params.h"
 #include "ops/op_checks.h"
 
@@ -226,10 +227,23 @@ void decide_steps(const Tensors& steps, const Tensor& rows, const Tensor& sums, 
 struct Lists {
   std::array<const Tensors*, kSlots> slots;
   bool written[kSlots];
-  const Tensors* lengths;
+  const Tensors *lengths, *factors;
   const std::vector<int64_t>&programs, &row_of, &matrices, &first_sums, &places;
   const std::vector<double>& ratios;
 };
+
+void add_factors(Item& item, const Tensor& factors, const Place& place, size_t i) {
+  place.check(factors, "factors", i);
+  item.factor_dtype = element_type(factors, place, "factors", i);
+  const int64_t rows = factors.numel() % item.matrices == 0 ? factors.numel() / item.matrices : 0;
+  STD_TORCH_CHECK(
+      (item.factor_dtype == Dtype::f32 || item.factor_dtype == Dtype::f64) && factors.is_contiguous() && rows > 0 &&
+          item.size % rows == 0 && item.size / rows <= kMostOfRow,
+      "factors[", i, "] has ", factors.numel(), " numbers of ", torch::headeronly::toString(factors.scalar_type()),
+      "; it must hold one float32 number for each row of ", item.matrices, " matrices of ", item.size, " elements");
+  item.factors = factors.const_data_ptr();
+  item.columns = item.size / rows;
+}
 
 Item make_item(const Lists& lists, const Place& place, size_t i) {
   Item item{};
@@ -267,6 +281,8 @@ Item make_item(const Lists& lists, const Place& place, size_t i) {
         "lengths[", i, "] must hold one float64 number for each of ", item.matrices, " matrices");
     item.lengths = static_cast<const double*>(lengths.const_data_ptr());
   }
+  if (lists.factors != nullptr && !lists.factors->empty() && (*lists.factors)[i].numel() != 0)
+    add_factors(item, (*lists.factors)[i], place, i);
   return item;
 }
 
@@ -300,6 +316,7 @@ void run(Stage stage, const Lists& lists, const Tensor& rows, const Tensor& sums
   };
   for (int slot = 0; slot < kSlots; ++slot) check_list(lists.slots[slot], kNames[slot]);
   check_list(lists.lengths, "lengths");
+  check_list(lists.factors, "factors");
   check_lengths(lists.row_of.size(), count, "row_of");
   check_lengths(lists.matrices.size(), count, "matrices");
   check_lengths(lists.first_sums.size(), count, "first_sums");
@@ -342,6 +359,7 @@ void update_moments(const Tensors& grads, const Tensors& momenta, const Tensors&
       {{&grads, &momenta, &seconds, &inputs, &params, &mantissas},
        {false, true, true, true, true, true},
        nullptr,
+       nullptr,
        programs,
        row_of,
        matrices,
@@ -352,14 +370,15 @@ void update_moments(const Tensors& grads, const Tensors& momenta, const Tensors&
 }
 
 void apply_update(const Tensors& directions, const Tensors& seconds, const Tensors& params, const Tensors& mantissas,
-                  const Tensors& lengths, const Tensor& rows, const Tensor& sums, const Tensor& scratch,
-                  const std::vector<int64_t>& programs, const std::vector<int64_t>& row_of,
+                  const Tensors& lengths, const Tensors& factors, const Tensor& rows, const Tensor& sums,
+                  const Tensor& scratch, const std::vector<int64_t>& programs, const std::vector<int64_t>& row_of,
                   const std::vector<int64_t>& matrices, const std::vector<int64_t>& first_sums,
                   const std::vector<int64_t>& places, const std::vector<double>& ratios) {
   run(Stage::apply_update,
       {{nullptr, nullptr, &seconds, &directions, &params, &mantissas},
        {false, false, false, false, true, true},
        &lengths,
+       &factors,
        programs,
        row_of,
        matrices,

@@ -43,6 +43,8 @@ KERNELS = {
     "update_moments strided": ("14update_moments", "11StridedItem"),
     "apply_update flat": ("12apply_update", "8FlatItem"),
     "apply_update strided": ("12apply_update", "11StridedItem"),
+    "normalize rows": ("14normalize_rows",),
+    "normalize elements": ("18normalize_elements",),
     "chain numbers": ("13chain_numbers",),
     "matrix sum": ("10matrix_sum",),
     "small polar 64": ("11small_polarILi64E",),
@@ -149,6 +151,15 @@ def test_flat_kernels_move_16_bytes(cubins: dict[str, list[Kernel]]) -> None:
                 assert wide == 0, f"{where} stores elements; it only reads them"
             else:  # the last elements of a chunk go one by one, a few stores in the code
                 assert wide > narrow, f"{where}: {wide} stores of 16 bytes and {narrow} of 4"
+
+
+def test_normalization_moves_16_bytes(cubins: dict[str, list[Kernel]]) -> None:
+    for architecture, held in cubins.items():
+        for kernel in (kernel for kernel in held if kernel.name.startswith("normalize")):
+            where = f"{kernel.name} on {architecture}"
+            assert re.search(r"\bLDG\.E\.128\b", kernel.sass), where
+            stores = len(re.findall(r"\bSTG\.E\.128\b", kernel.sass))
+            assert stores == (4 if kernel.name == "normalize elements" else 0), f"{where}: {stores} stores of 16 bytes"
 
 
 TARGETS = [80, 90, 100]

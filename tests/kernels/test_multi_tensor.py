@@ -118,6 +118,7 @@ class Work:
     param: Tensor
     mantissa: Tensor
     lengths: Tensor
+    factors: Tensor
     step: Tensor
     ratio: float = 1.0
     group: int = 0
@@ -181,6 +182,8 @@ def make(
     keeps = program.rounding == "mantissa" and param.dtype == B
     low = views[4](gaussian(*shape, seed=100 * seed + 50).mul(9000).clamp(-(2**15), 2**15 - 1).to(torch.int16))
     lengths = torch.linspace(0.5, 1.5, matrices, dtype=D) if scaled else torch.empty(0, dtype=D)
+    rows = math.prod(shape) // shape[-1] if shape and math.prod(shape[:-1]) % matrices == 0 else matrices
+    factors = torch.linspace(0.5, 1.5, rows if scaled and seed % 2 else 0, dtype=D if D in types else F)
     return Work(
         program,
         matrices,
@@ -192,6 +195,7 @@ def make(
         param=param,
         mantissa=low if keeps else torch.empty(0, dtype=torch.int16),
         lengths=torch.empty(0, dtype=D) if program.whole else lengths,
+        factors=torch.empty(0) if program.whole else factors,
         step=torch.empty(0) if steps is None else torch.tensor(float(steps)),
         **numbers,
     )
@@ -250,6 +254,7 @@ def apply_update(works: Sequence[Work], table: Table) -> None:
         [works[i].param for i in some],
         [works[i].mantissa for i in some],
         [works[i].lengths for i in some],
+        [works[i].factors for i in some],
         table,
         items_of(works, some),
     )
@@ -340,7 +345,10 @@ class Formulas:
         return y.times(self.inverse(self.second().value if p.power != "none" else m))
 
     def update(self, d: Exact, v: Tensor) -> Exact:
-        """lr ratio length d / D."""
+        """lr ratio length d / D, rows of d by their factors."""
+        if self.old.factors.numel():
+            rows = torch.ones(len(self.old.factors), d.value.numel() // len(self.old.factors), dtype=D)
+            d = d.times(rows.mul(self.old.factors[:, None]).view_as(d.value))
         length = self.old.lengths if self.old.lengths.numel() else torch.ones(self.old.matrices, dtype=D)
         length = self.old.lines(torch.ones_like(self.g)).mul(length[:, None]).view_as(self.g)
         return d.times(self.inverse(v)).times(self.group[0] * self.old.ratio * length)
@@ -482,7 +490,8 @@ def test_three_steps_are_the_formulas(types: Types, grad_scale: float | None) ->
             assert_row(old[i], at, row(table, i), name)
             assert_step(old[i], mid[i], works[i], table, i, lines[i], at, f"{name}, step {t}")
             assert all(
-                same_bits(getattr(old[i], key), getattr(works[i], key)) for key in ("grad", "direction", "lengths")
+                same_bits(getattr(old[i], key), getattr(works[i], key))
+                for key in ("grad", "direction", "lengths", "factors")
             )
     assert table.skipped.item() == 0
 
@@ -533,7 +542,7 @@ def test_pieces_of_one_parameter_share_its_row() -> None:
     slots = (halves["grad"], halves["momentum"], halves["second"], halves["input"])
     multi_tensor.update_moments(*slots, none, none, other, items)
     lengths = [pieces.lengths[1:], pieces.lengths[:1]]
-    multi_tensor.apply_update(halves["direction"], halves["second"], halves["param"], none, lengths, other, items)
+    multi_tensor.apply_update(halves["direction"], halves["second"], halves["param"], none, lengths, [], other, items)
     assert same_works([pieces], [whole])
     assert same_bits(other.sums, table.sums)
 
@@ -1126,7 +1135,7 @@ def test_lists_without_elements_are_all_absent() -> None:
     packed, items = [w.program.packed() for w in twins], items_of(twins, range(2))
     multi_tensor.grad_stats(grads, [], other, packed, lines_of(twins), groups_of(twins))
     multi_tensor.update_moments(grads, momenta, [], inputs, [], [], other, items)
-    multi_tensor.apply_update(directions, [], params, [], [], other, items)
+    multi_tensor.apply_update(directions, [], params, [], [], [], other, items)
     assert same_works(twins, works)
     assert same_bits(other.sums, table.sums)
 
@@ -1197,6 +1206,7 @@ def arguments(works: Sequence[Work]) -> dict[str, Arguments]:
         "params": [works[i].param for i in given],
         "mantissas": [works[i].mantissa for i in given],
         "lengths": [works[i].lengths for i in given],
+        "factors": [works[i].factors for i in given],
     }
     return {
         "grad_stats": stats,
@@ -1251,7 +1261,7 @@ def test_traces_without_a_host_read() -> None:
     with FakeTensorMode():
         works = []
         for program in (PROGRAMS["muadam"], PROGRAMS["adamw"]):
-            names = ("grad", "momentum", "second", "input", "direction", "param", "mantissa", "lengths")
+            names = ("grad", "momentum", "second", "input", "direction", "param", "mantissa", "lengths", "factors")
             slots: dict[str, Any] = {
                 name: torch.empty(3, 4, dtype=dtype) for name, dtype in zip(names, (F, B, F, H, H, F))
             }
@@ -1337,6 +1347,7 @@ ERRORS: dict[str, tuple[str, Change, str]] = {
                 "seconds",
                 "mantissas",
                 "lengths",
+                "factors",
                 "row_of",
                 "matrices",
                 "first_sums",
@@ -1496,6 +1507,13 @@ ERRORS: dict[str, tuple[str, Change, str]] = {
         put("lengths", torch.ones(2, dtype=D), 0),
         "lengths[0] must hold one float64 number for",
     ),
+    "factors, dtype": (
+        "apply_update",
+        put("factors", torch.ones(3, dtype=H), 0),
+        "factors[0] has 3 numbers of Half; it must hold one float32 number for each row of 1 matrices of 24 elements",
+    ),
+    "factors, count": ("apply_update", put("factors", torch.ones(5), 0), "factors[0] has 5 numbers of Float"),
+    "factors, strides": ("apply_update", put("factors", torch.ones(6)[::2], 0), "factors[0] has 3 numbers of Float"),
     "no second moment": ("update_moments", put("seconds", EMPTY, 0), "item 0 has no seconds, which its program uses"),
     "no second moment, after": (
         "apply_update",
@@ -1584,7 +1602,7 @@ DOORS: dict[str, Callable[[str], None]] = {
         [torch.ones(3)], [], [], [], [], [], table_of(three()), Items(()), backend=name
     ),
     "apply_update": lambda name: multi_tensor.apply_update(
-        [], [], [torch.ones(3)], [], [], table_of(three()), Items(()), backend=name
+        [], [], [torch.ones(3)], [], [], [], table_of(three()), Items(()), backend=name
     ),
 }
 

@@ -29,6 +29,7 @@ from steepest.ops.checks import (
     eigh_refresh,
     elementwise,
     fp32_products,
+    normalization,
     products,
     small_polar,
     weight_update,
@@ -112,6 +113,8 @@ CHECKS: dict[str, Callable[[Any, Comparison], None]] = {
     "elementwise": lambda kernel, c: elementwise.check(kernel, elementwise.CASES, c),
     "elementwise, cpu": lambda kernel, c: elementwise.check(kernel, elementwise.ON_A_CPU, c),
     "elementwise, triton": lambda kernel, c: elementwise.check(kernel, elementwise.IN_TRITON, c),
+    "normalization": lambda kernel, c: normalization.check(kernel, c, normalization.CASES),
+    "normalization, cpu": lambda kernel, c: normalization.check(kernel, c, normalization.ON_A_CPU),
     "products": lambda kernel, c: products.check(kernel, c, {True: [None], False: [None]}),
     "fp32 products": fp32_products.check,
     "polar chain": lambda kernel, c: chains.check(kernel, c, (chains.SMALL[:3],)),
@@ -124,6 +127,7 @@ CHECKS: dict[str, Callable[[Any, Comparison], None]] = {
 #: By family, without the case's name.
 RIGHT: dict[str, Any] = {
     "elementwise": host,
+    "normalization": lambda *arguments: host("normalize_updates")(*arguments),
     "products": torch_product,
     "fp32 products": torch_product,
     "polar chain": polar_chain.polar_chain,
@@ -234,7 +238,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., None], str]] = {
         "decided apart",
     ),
     "the last item of many": ("update_moments", lambda *a: a[MOMENTA][-1].zero_(), "momentum of (8,)"),
-    "a norm": ("apply_update", lambda *a: a[6][:, SUMS.index("update_sq")].mul_(1.1), "update_sq"),
+    "a norm": ("apply_update", lambda *a: a[7][:, SUMS.index("update_sq")].mul_(1.1), "update_sq"),
     "the largest of the momenta": (
         "update_moments",
         lambda *a: a[7][:, SUMS.index("momentum_max")].mul_(0.5),
@@ -244,6 +248,11 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., None], str]] = {
         "apply_update",
         lambda *a: a[2][1][1].add_(0.001 * a[0][1][1]),
         "parameter of (2, 16387)",
+    ),
+    "factors that do not count": (
+        "apply_update",
+        lambda *a: a[2][0].add_(0.001 * a[0][0]),
+        "parameter of (40, 24)",
     ),
 }
 
@@ -368,6 +377,21 @@ OTHERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("weight update", "a weight that stays"): lambda a, b, weights, alpha, beta: weights[-1][:1].mul_(1.01),
     ("weight update", "b by columns"): lambda a, b, weights, *_: weights[0].zero_() if b.stride(1) == 1 else None,
     ("weight update", "an element behind the last"): lambda a, b, weights, *_: beside(weights[0]).zero_(),
+    ("normalization", "a second moment"): lambda us, seconds, *_: seconds[0][0, -1:].mul_(1.001),
+    ("normalization", "a factor"): lambda us, seconds, divided, factors, *_: factors[1][0, -1:].mul_(0.999),
+    ("normalization", "a step that is not taken"): lambda us, seconds, divided, factors, taken, *_: [
+        v.mul_(2) for v, flag in zip(seconds, taken) if not flag
+    ],
+    ("normalization", "an entry"): lambda us, seconds, divided, *_: [t[0, -1, -1:].mul_(1.01) for t in divided],
+    ("normalization", "a long row"): lambda us, seconds, divided, factors, *_: [
+        f.mul_(1.001) for u, f in zip(us, factors) if u.shape[-1] > 1000
+    ],
+    ("normalization", "NaN in its row"): lambda us, seconds, *_: [
+        v[0, 1].fill_(torch.nan) for u, v in zip(us, seconds) if u.isnan().any()
+    ],
+    ("normalization", "a counter"): lambda us, seconds, divided, factors, taken, scratch, *_: scratch[:1].fill_(1),
+    ("normalization", "the last of many"): lambda us, seconds, divided, factors, *_: factors[-1].mul_(1.001),
+    ("normalization", "an element behind the last"): lambda us, seconds, *_: beside(seconds[2]).zero_(),
     ("chain numbers", "a number"): lambda gram, numbers, *_: numbers[0, -1:].mul_(1.001),
     ("chain numbers", "one row more"): lambda gram, numbers, *_: gram.shape[1] > 256 and numbers.mul_(1.01),
     ("chain numbers", "a slack"): lambda gram, numbers, slack, *_: slack[1:2].mul_(0.99),

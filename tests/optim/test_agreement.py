@@ -84,6 +84,12 @@ VARIANTS = {
     "adamw, match_rms": replace(RECIPES["adamw"], adjust_lr="match_rms_adamw"),
     "adamw, fp16 momentum": replace(RECIPES["adamw"], momentum=Momentum(bias_correction=True, dtype=torch.float16)),
     "muon, heavy ball": replace(RECIPES["muon"], momentum=Momentum("heavy_ball", nesterov=True)),
+    "normuon": replace(RECIPES["muon"], transforms=(Normalize(),)),
+    "normuon, rms, cautious": replace(
+        RECIPES["muon"], transforms=(Normalize(rms=0.2),), decay=Decay(cautious=True), rounding=Rounding("mantissa")
+    ),
+    "adamuon": replace(RECIPES["muon"], transforms=(Normalize("elements", rms=0.2),)),
+    "muadam, rows": replace(RECIPES["muadam"], transforms=(Normalize(),)),
     "dion2": DION2,
     "dion3": replace(DION2, submatrix=Submatrix(0.3, "rows"), transforms=(Normalize(),)),
 }
@@ -150,7 +156,9 @@ def test_stochastic_rounding_is_bit_for_bit_that_of_step_one(backend: str, name:
     [*((dtype, "nearest") for dtype in TOLERANCE), (torch.bfloat16, "stochastic"), (torch.bfloat16, "mantissa")],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["adamw", "muon", "muadam", "muadam, cautious", "sgd", "sign_sgd"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "muon", "muadam", "muadam, cautious", "sgd", "sign_sgd", "normuon", "adamuon"]
+)
 def test_gradients_that_are_not_finite_are_isolated(name: str, dtype: torch.dtype, rounding: str, backend: str) -> None:
     """Bit for bit unchanged where the gradient is bad, elsewhere as if none were; counted on the device."""
     recipe = replace(VARIANTS[name], rounding=Rounding(rounding))  # type: ignore[arg-type]

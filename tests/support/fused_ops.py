@@ -62,6 +62,7 @@ class State:
     params: list[Tensor]
     mantissas: list[Tensor]
     lengths: list[Tensor]
+    factors: list[Tensor]
     steps: list[Tensor]
     overrides: list[Tensor]
     table: Table
@@ -143,6 +144,8 @@ def random_state(
         lists["mantissas"].append(low if keeps else torch.empty(0, dtype=torch.int16))
         scale = torch.rand(matrices, generator=generator, dtype=torch.float64) + 0.5
         lists["lengths"].append(scale if turn % 2 else absent.double())
+        rows = matrices * shape[-2] if turn % 3 and len(shape) > 1 + (matrices > 1) else 0  # each of so many
+        lists["factors"].append(torch.rand(rows, generator=generator) + 0.5)
         count = torch.tensor(float(turn % 2 if program.start_first else turn % 5))
         lists["steps"].append(count if turn % 4 or program.start_first else absent)
     lists["overrides"] = [torch.tensor(0.05), torch.tensor(0.9375, dtype=torch.float64)]
@@ -212,7 +215,7 @@ def update_moments(op: Any, state: State, members: list[int] | None = None) -> N
 
 def apply_update(op: Any, state: State) -> None:
     some = [i for i, program in enumerate(state.programs) if not program.whole]
-    slots = (state.inputs, state.seconds, state.params, state.mantissas, state.lengths)
+    slots = (state.inputs, state.seconds, state.params, state.mantissas, state.lengths, state.factors)
     op.apply_update(*([each[i] for i in some] for each in slots), *_numbers(state, some))
 
 

@@ -719,6 +719,7 @@ def test_build_info() -> None:
         ("decide_steps", {"steps", "rows", "skipped"}),
         ("update_moments", {"momenta", "seconds", "inputs", "params", "mantissas", "sums", "scratch"}),
         ("apply_update", {"params", "mantissas", "sums", "scratch"}),
+        ("normalize_updates", {"seconds", "divided", "factors", "scratch"}),
     ],
 )
 def test_ops_are_registered(op: str, written: set[str]) -> None:

@@ -1,5 +1,5 @@
 """The elementwise parts of a step, for lists of tensors: three passes over memory, three ops, one launch each for
-every 170 gradients or 272 items.
+every 170 gradients or 240 items.
 
     grad_stats       the gradients: finite or not, largest entry, sum of squares; from them every parameter's numbers
     update_moments   momentum, second moment, x = P^-T m, of 16 bits as a rule; the whole step where it is elementwise
@@ -210,6 +210,7 @@ def apply_update(
     params: Sequence[Tensor],
     mantissas: Sequence[Tensor],
     lengths: Sequence[Tensor],
+    factors: Sequence[Tensor],
     table: Table,
     items: Items,
     *,
@@ -219,11 +220,13 @@ def apply_update(
 
     With the program's decay_after the decay is of what the update leaves, with decay_scaled it is lr wd ratio.
 
-    lengths: fp64, one factor on the step for each matrix of the item; without elements: 1. Mutates params, mantissas
-    and table.sums. Where the step is not taken nothing is read, so a direction may hold NaN there.
+    lengths: fp64, one factor on the step for each matrix of the item; without elements: 1.   factors: one on the
+    direction for each row of these matrices, or for each matrix, fp32 (fp64 for fp64) and contiguous, as
+    `steepest.ops.normalize` gives them; without elements: none. Mutates params, mantissas and table.sums. Where the
+    step is not taken nothing is read, so a direction may hold NaN there.
     """
     name = route("apply_update", params, backend)
-    lists = (directions, seconds, params, mantissas, lengths)
+    lists = (directions, seconds, params, mantissas, lengths, factors)
     _op("apply_update", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
     _written(params)
 

@@ -43,6 +43,7 @@ enabled = switch("STEEPEST_SELFCHECK", True)
 #: Families of kernels that are checked together, and the backends that have them.
 FAMILIES = {
     "elementwise": ("cuda", "triton", "cpu"),
+    "normalization": ("cuda", "cpu"),
     "products": ("triton",),
     "fp32 products": ("triton",),
     "polar chain": ("cuda",),

@@ -10,13 +10,14 @@ full rank is the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..ops.reductions import vector_norm
+from ..ops.normalize import FAMILY, normalize_updates, normalized, route
 from ..state_layout import Layout, StateSpec
 from .hyper import Hyper
 from .precondition import State
@@ -36,6 +37,8 @@ class Normalize(UpdateTransform):
     |û| <= |u| / sqrt(v) <= 1 / sqrt(1 - beta2) for a row's root mean square or for an entry: v has seen u itself.
     """
 
+    families: ClassVar[tuple[str, ...]] = (FAMILY,)
+
     over: Literal["rows", "elements"] = "rows"
     rms: float | None = None
     eps: float = 1e-8
@@ -44,6 +47,8 @@ class Normalize(UpdateTransform):
     def __post_init__(self) -> None:
         if self.over not in _LAYOUTS:
             raise ValueError(f"updates can be normalized over 'rows' or 'elements', not over {self.over!r}")
+        if self.rms is not None and not self.rms > 0:
+            raise ValueError(f"rms is {self.rms}; it is positive, or None where a matrix keeps its length")
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:
@@ -51,16 +56,36 @@ class Normalize(UpdateTransform):
 
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         v = state[self.key]
-        entries, wide = u.shape[-1] if self.over == "rows" else 1, torch.promote_types(u.dtype, v.dtype)
-        size = vector_norm(u, -1, dtype=wide) if self.over == "rows" else u.to(wide).abs()
-        fresh = hyper.beta2 * v + (1 - hyper.beta2) / entries * size.square()
-        v = torch.where(fresh.isfinite(), fresh, v)
-        scale = 1 / (v.sqrt() + self.eps)
-        # Lengths of matrices from those of their rows or entries: u itself is read twice, and written once.
-        before, after = (vector_norm(t.flatten(1), -1) for t in (size, size * scale))
-        if self.rms is not None:
-            before = torch.full_like(after, self.rms * (u.shape[-2] * u.shape[-1]) ** 0.5)
-        ratio = before / after
-        ratio = torch.where(ratio.isfinite(), ratio, 0)  # of nothing, and of what is too large to be squared
-        scale = scale * ratio.view(-1, *(1,) * (scale.ndim - 1))
-        return u * (scale.unsqueeze(-1) if self.over == "rows" else scale), {self.key: v}
+        if route([u], [v], [hyper.beta2]) == "torch":
+            u, v = normalized(u, v, hyper.beta2, eps=self.eps, rms=self.rms)
+            return u, {self.key: v}
+        v = v.clone()
+        divided = [torch.empty_like(v)] if self.over == "elements" else []
+        (factors,) = normalize_updates([u], [v], [float(hyper.beta2)], divided=divided, eps=self.eps, rms=self.rms)
+        return (divided[0] if divided else u) * factors.unsqueeze(-1), {self.key: v}
+
+    def factors(
+        self,
+        updates: Sequence[Tensor],
+        states: Sequence[State],
+        hypers: Sequence[Hyper],
+        divided: Sequence[Tensor],
+        taken: Sequence[Tensor],
+        scratch: Tensor,
+    ) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """(updates, what rows of each or the whole matrices are yet to be multiplied by), by one call for all of them;
+        nothing where that is not compiled for them.
+
+        Equals `apply`, but that states take updates in place, each where its 0-d bool of `taken` says so. divided:
+        memory of the shapes of the updates, scratch: as `steepest.ops.normalize` has it.
+        """
+        seconds, rates = [state[self.key] for state in states], [hyper.beta2 for hyper in hypers]
+        into = list(divided) if self.over == "elements" else []
+        alike = all(t.dtype == v.dtype for t, v in zip(into, seconds, strict=False))
+        if not alike or route(updates, seconds, rates) == "torch":
+            return [], []
+        numbers = [float(rate) for rate in rates]
+        factors = normalize_updates(
+            updates, seconds, numbers, eps=self.eps, rms=self.rms, divided=into, taken=taken, scratch=scratch
+        )
+        return into or updates, factors

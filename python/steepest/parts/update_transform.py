@@ -33,6 +33,8 @@ class UpdateTransform:
     measures_gradients: ClassVar[bool] = False
     #: whether `apply` is given the gradient in the place of what the momentum reads
     reads_gradient: ClassVar[bool] = False
+    #: kernels that a GPU is asked for (`steepest.ops.selfcheck.FAMILIES`)
+    families: ClassVar[tuple[str, ...]] = ()
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:

@@ -19,9 +19,10 @@ from torch import Tensor
 from ..chunking import chunk_by_bytes
 from ..matrices import Piece
 from ..ops.multi_tensor import Item, Items, Table
+from ..ops.normalize import scratch_for
 from ..ops.polar_chain import Update
 from ..ops.program import Program
-from ..parts import Identity
+from ..parts import Identity, Normalize
 from .parameter import Matrices, Parameter
 
 __all__ = ["Bucket", "FusedBatch", "FusedItem", "batches_of", "bucket_key", "in_batches", "items_of"]
@@ -137,6 +138,8 @@ class Bucket:
     sharded_dim: int | None = None
     #: what `update_moments` stored of a step whose updates are yet to be made
     _momenta = torch.empty(0)
+    #: what rows or matrices of each item's update are yet to be multiplied by; none where they are as they should be
+    factors: Sequence[Tensor] = ()
 
     def empty(self) -> Tensor:
         return torch.empty(self.stored_shape, dtype=self.stored_dtype, device=self.device)
@@ -173,6 +176,8 @@ class Bucket:
         if not self.by_torch:
             return parts
         momenta, self._momenta = self._momenta, self._momenta[:0]
+        if self._normalization is not None and (normalized := self._normalized(self._normalization, d, momenta)):
+            return normalized
         if self._at_once:
             return self._transformed(d, momenta)
         updates = []
@@ -183,6 +188,26 @@ class Bucket:
             item.matrices.keep(remembered)
             updates.append(u.to(self.stored_dtype).contiguous())
         return updates
+
+    @cached_property
+    def _normalization(self) -> Normalize | None:
+        """What comes between directions and weights, if it is that alone."""
+        recipe, parts = self.recipe, self.recipe.transforms
+        alone = len(parts) == 1 and recipe.submatrix is None and isinstance(recipe.precondition, Identity)
+        return parts[0] if alone and type(parts[0]) is Normalize else None
+
+    def _normalized(self, part: Normalize, d: Tensor, momenta: Tensor) -> list[Tensor]:
+        """The updates but for their `factors`, by one call for all items; none where there is no such call."""
+        items, d = self.matrices(), d.contiguous()
+        states, hypers = [item.state for item in items], [item.parameter.step_values.hyper for item in items]
+        room = d if d.dtype == momenta.dtype else momenta  # whose numbers nobody asks for any more
+        each = (d.split(self.sizes), states, hypers, room.split(self.sizes), [item.finite for item in items])
+        updates, self.factors = part.factors(*each, self._scratch)
+        return list(updates)
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        return scratch_for([self.shape], self.device)
 
     @cached_property
     def _at_once(self) -> bool:
@@ -274,7 +299,7 @@ class FusedBatch:
         reading = [replace(program, frozen_moments=True) if coupled else program for program in programs]
         self.read = Items(tuple(item.item(program) for item, program in zip(self.items, reading, strict=True)))
         self.stepped = Items(tuple(self.items[i].item(programs[i]) for i in self.late))
-        absent = self.items[0].parameter.tensor.new_empty(0) if self.items else torch.empty(0)
+        self._absent = absent = self.items[0].parameter.tensor.new_empty(0) if self.items else torch.empty(0)
         rest = len(self.items) - self.whole
         self.no_inputs, self.no_params = [absent] * self.whole, [absent] * rest
         self.no_remainders = [absent.to(torch.int16)] * rest
@@ -289,6 +314,16 @@ class FusedBatch:
     def grads(self) -> list[Tensor]:
         """The gradients as they are stored."""
         return [item.view(item.parameter.grad) for item in self.items]
+
+    def take_factors(self) -> list[Tensor]:
+        """Those of the updates that were made last, item by item; none at all where no bucket has any."""
+        if not any(bucket.factors for bucket in self.buckets):
+            return []
+        factors = [*self.no_inputs]
+        for bucket in self.buckets:
+            factors += bucket.factors or [self._absent] * len(bucket.items)
+            bucket.factors = ()
+        return factors
 
     def of_late(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Those of the items that `apply_update` moves, from a list of all items' or an empty one."""

@@ -1,16 +1,18 @@
-"""Steps by the fused ops: three ops around the direction.
+"""Steps by the fused ops: three ops around the direction, or four.
 
     grad_stats                                 every gradient
     for every batch of matrices
         update_moments                         every item of the batch; in the first, all that is elementwise
         d = direction(x)                       buckets of all shapes at once
+        normalize_updates                      every bucket whose updates are divided by a running size of theirs
         apply_update                           every item of the batch, but those whose direction moved the weights
 
 What depends only on shapes, dtypes and recipes is laid out once; a step hands the tensors over. Their addresses travel
 in the launch (Triton's table of them is keyed by its contents), so no new gradient makes them stale, and inputs are
 borrowed from torch's allocator, so that between steps their memory is free for activations.
 
-Recipes with Kronecker factors or transforms of the update have torch operations between the ops and the direction.
+Recipes with Kronecker factors or other transforms of the update have torch operations between the ops and the
+direction.
 """
 
 from __future__ import annotations
@@ -329,6 +331,7 @@ class Fused:
             batch.of_late(batch.weights()),
             batch.of_late(batch.remainders),
             batch.of_late([*batch.no_inputs, *(self._absent if t is None else t for t in lengths)] if lengths else []),
+            batch.of_late(batch.take_factors()),
             self.table,
             batch.stepped,
             backend=self.backend,

@@ -248,6 +248,8 @@ class Plan:
         for p in self.parameters:
             if p.recipe.kronecker is not None:
                 prepare(p.recipe.kronecker.families, p.source.device)
+            for transform in p.recipe.transforms:
+                prepare(transform.families, p.source.device)
         for executor in self.executors:
             if isinstance(executor, Fused):
                 for bucket in executor.buckets():

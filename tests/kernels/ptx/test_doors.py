@@ -13,6 +13,7 @@ from ptx.small_polar import SmallPolar
 from steepest.linalg.chain import chain
 from steepest.linalg.coefficients import SCHEDULES
 from steepest.ops import eigh
+from steepest.ops.normalize import scratch_for
 from support import fused_ops
 from support.chain_numbers import given, grams, kernel
 from support.singular_values import gaussian
@@ -29,6 +30,13 @@ def fused(ops: Any) -> None:
 
 def numbers(ops: Any) -> None:
     kernel(ops, grams(8, torch.float32), given(SCHEDULES["auto"]), True, 1e-7)
+
+
+def normalized(ops: Any) -> None:
+    u, scratch = torch.ones(1, 2, 3), scratch_for([(1, 2, 3)], torch.device("cpu"))
+    for v, divided in ((torch.ones(1, 2), []), (torch.ones(1, 2, 3), [torch.empty(1, 2, 3)])):
+        factors = torch.empty(1, 1 if divided else 2)
+        ops.normalize_updates([u], [v], divided, [factors], [], scratch, [0.9], 1e-8, 0.0)
 
 
 def a_chain(ops: Any, dtype: torch.dtype = torch.float16, columns: int = 24) -> None:
@@ -57,6 +65,7 @@ def refresh(ops: Any) -> None:
 
 CALLS: dict[str, tuple[Callable[[Any], None], str]] = {
     "fused": (fused, "steepest::(grad_stats|update_moments|apply_update)"),
+    "normalize_updates": (normalized, "steepest::normalize_updates"),
     "chain_numbers": (numbers, "steepest::chain_numbers"),
     "polar_chain": (a_chain, "steepest::"),
     "weight_update": (update, "steepest::symm_gemm"),

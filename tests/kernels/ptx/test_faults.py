@@ -17,6 +17,7 @@ from ptx.small_polar import SmallPolar, exact, in_half_precision
 from steepest.linalg.coefficients import SCHEDULES
 from steepest.ops import eigh
 from steepest.ops.chain_numbers import SCRATCH
+from steepest.ops.normalize import scratch_for
 from support.chain_numbers import given, grams
 from support.eigenvalues import symmetric
 from support.singular_values import orthogonal, with_spectrum
@@ -27,6 +28,7 @@ SMALL = ("9symm_gemm8multiply", "DtypeE2", "MajorsE0", "TileE1", "EndE0")
 WIDE = ("9symm_gemm8multiply", "DtypeE2", "MajorsE0", "TileE0", "EndE0")
 UPDATE = ("9symm_gemm8multiply", "DtypeE2", "MajorsE2", "TileE1", "EndE1")
 NUMBERS, SUM, CLUSTER = ("13chain_numbers",), ("10matrix_sum",), ("11small_polarILi256E",)
+ROWS, ENTRIES = ("14normalize_rows",), ("18normalize_elements",)
 EIGH = ("4eigh", "7refreshILi1E")
 ORDERS = 40  # of warps and copies that are tried until one shows a fault
 
@@ -72,6 +74,30 @@ def numbers_of_two(kernels: Kernels, guards: Guards) -> None:
         seen.append((into, slack))
     for a, b in zip(*seen, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def normalized(kernels: Kernels, guards: Guards, over: str) -> None:
+    """Matrices of three blocks and more, the last of which makes the factors; rows of a warp, and of a block."""
+    for shape in ((1, 130, 24), (1, 5, 8200)):
+        u = guards.twin(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        seen = []
+        for ops in (kernels.ops, torch.ops.steepest):
+            v = torch.full(shape[:2] if over == "rows" else shape, 0.5)
+            divided = [torch.empty(shape)] if over == "entries" else []
+            factors = torch.empty(1, shape[1] if over == "rows" else 1)
+            scratch = scratch_for([shape], torch.device("cpu"))
+            ops.normalize_updates([u], [v], divided, [factors], [], scratch, [0.9], 1e-8, 0.0)
+            seen.append((v, factors, *divided))
+        for a, b in zip(*seen, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+
+
+def rows(kernels: Kernels, guards: Guards) -> None:
+    normalized(kernels, guards, "rows")
+
+
+def entries(kernels: Kernels, guards: Guards) -> None:
+    normalized(kernels, guards, "entries")
 
 
 def a_cluster(kernels: Kernels, guards: Guards) -> None:
@@ -130,6 +156,18 @@ FAULTS = {
     "a block's barrier less": Fault(NUMBERS, without(r"bar\.sync 0;", 0), numbers_of_two, f"{UNWRITTEN}|numbers"),
     "a cluster's barrier less": Fault(
         CLUSTER, without(r"barrier\.cluster\.(arrive|wait)\S*;", 4, 5), a_cluster, f"{UNWRITTEN}|numbers"
+    ),
+    "a barrier less between rows of a block": Fault(ROWS, without(r"bar\.sync 0;", 0), rows, f"{UNWRITTEN}|numbers"),
+    "a fence less before factors are made": Fault(ROWS, without(r"membar\.gl;", 0), rows, "numbers"),
+    "factors of a block alone": Fault(
+        ROWS, replacing(r"(atom\.global\.add\.u\d+ \S+ \S+) 1;", r"\1 0;"), rows, "numbers"
+    ),
+    "a row's partner left out": Fault(
+        ROWS, replacing(r"(shfl\.sync\.down\.b32 \S+ \S+) %r\d+,", r"\1 0,", 5), rows, "numbers"
+    ),
+    "lengths of a chunk that are not announced": Fault(ENTRIES, without(r"membar\.gl;", 0), entries, "numbers"),
+    "second moments beyond their chunk": Fault(
+        ENTRIES, replacing(r"(st\.global\.v4\.b32 \[%rd\d+)\]", r"\1+16]", 0), entries, "bounds|numbers"
     ),
     "another phase": Fault(
         SMALL,

@@ -39,6 +39,7 @@ class Case:
     """``count`` items of one shape. types: of gradient, momentum, second moment, input or direction, parameter.
 
     step: the one that is taken.   nan: in a gradient.   largest: the limit of gradients that are taken, 0: none.
+    rows: of all matrices of an item, where the directions of rows have factors.
     """
 
     program: Program
@@ -51,6 +52,7 @@ class Case:
     nan: bool = False
     largest: float = 0.0
     step: int = 3
+    rows: int = 0
 
     @property
     def refused(self) -> bool:
@@ -59,7 +61,7 @@ class Case:
 
 
 CASES = (
-    Case(Program(nesterov=True), (F, F, F, H, F), (40, 24)),
+    Case(Program(nesterov=True), (F, F, F, H, F), (40, 24), rows=40),
     Case(MUADAM, (F, B, F, H, F), (2, CHUNK + 3), matrices=2),
     Case(
         Program(nesterov=True, power="half", second_correction=True, cautious=True, rounding="stochastic"),
@@ -67,12 +69,18 @@ CASES = (
         (131,),
         shift=1,
     ),
-    Case(Program(heavy_ball=True, nesterov=True, power="sixth", sum=True), (H, H, F, H, H), (3, 5, 7), matrices=3),
+    Case(
+        Program(heavy_ball=True, nesterov=True, power="sixth", sum=True),
+        (H, H, F, H, H),
+        (3, 5, 7),
+        matrices=3,
+        rows=15,
+    ),
     Case(ADAMW, (F, F, F, F, F), (CHUNK + 5,), shift=1),
     Case(replace(ADAMW, cautious=True, rounding="mantissa"), (B, F, F, B, B), (131,)),
     Case(Program(power="half", direction="sign"), (F, B, F, B, B), (9,)),
     Case(Program(heavy_ball=True, direction="identity", maximize=True), (F, F, F, F, F), (24, 17), turned=True),
-    Case(replace(MUADAM, rounding="mantissa"), (B, B, F, B, B), (17, 24), turned=True),
+    Case(replace(MUADAM, rounding="mantissa"), (B, B, F, B, B), (17, 24), turned=True, rows=17),
     Case(MUADAM, (F, F, F, H, F), (16, 9), nan=True),
     Case(ADAMW, (F, F, F, F, F), (16, 8), largest=0.1),
     Case(FIRST, (F, F, F, H, F), (16, 9), step=1),
@@ -83,7 +91,7 @@ CASES = (
 ON_A_CPU = (
     *(case for case in CASES if case.count == 1 and case.shape != (2, CHUNK + 3)),
     Case(MUADAM, (F, B, F, H, F), (CHUNK + 3,)),
-    Case(MUADAM, (D, D, D, D, D), (33,)),
+    Case(MUADAM, (D, D, D, D, D), (33,), rows=3),
 )
 # Every other combination of types, alignment and absent tensors would be compiled for this check alone.
 IN_TRITON = (
@@ -121,7 +129,7 @@ def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], compa
     rate = comparison.numbers(GROUPS[0][:1], dtype=D)  # as a tensor, which stands for the first group's
     values = [math.nan, *GROUPS[0][1:], *GROUPS[1]]
     programs, groups = [work.case.program.packed() for _, work in every], [i % len(GROUPS) for i, _ in every]
-    slots = ("grad", "momentum", "second", "input", "direction", "param", "mantissa", "lengths")
+    slots = ("grad", "momentum", "second", "input", "direction", "param", "mantissa", "lengths", "factors")
     lists = {name: [t for work in works for t in work.items(name)] for name in slots}
     grads = lists["grad"]
     numbers = (programs, first_sums, groups, values, [rate], [0])
@@ -148,7 +156,10 @@ def check(op: Callable[[str], Callable[..., None]], cases: Sequence[Case], compa
     op("update_moments")(*all_of_it, *tables, *Items(tuple(items)).numbers)
     late = [i for i, kept in enumerate(whole) if not kept]
     if late:
-        some = ([lists[name][i] for i in late] for name in ("direction", "second", "param", "mantissa", "lengths"))
+        some = (
+            [lists[name][i] for i in late]
+            for name in ("direction", "second", "param", "mantissa", "lengths", "factors")
+        )
         op("apply_update")(*some, *tables, *Items(tuple(items[i] for i in late)).numbers)
 
     taken = torch.cat([steps.new_full((work.case.count,), 0.0 if work.case.refused else 1.0) for work in works])
@@ -190,6 +201,10 @@ class _Work:
             if case.matrices > 1:
                 lengths = torch.linspace(0.5, 1.5, case.count * case.matrices, dtype=D, device=comparison.device)
                 self.tensors["lengths"] = comparison.place(lengths.view(case.count, case.matrices))
+            if case.rows:
+                wide = D if D in case.types else F
+                factors = torch.linspace(0.5, 1.5, case.count * case.rows, dtype=wide, device=comparison.device)
+                self.tensors["factors"] = comparison.place(factors.view(case.count, case.rows))
         if case.nan:
             self.tensors["grad"].view(-1)[-1:] = math.nan
         written = ("momentum", "second", "param")
@@ -265,7 +280,11 @@ class _Work:
                 scale = columns["input_scale"].view(-1, *[1] * len(self.case.shape))
             x = (y * inverse * scale).clamp(-65504, 65504) if self.case.types[3] == H else y * inverse
             self._expect_rounded("input", self.tensors["input"], x, terms * inverse * scale)
-            u = self.tensors["direction"].double() * inverse
+            u = self.tensors["direction"].double()
+            if "factors" in self.tensors:
+                factors = self.tensors["factors"].unsqueeze(-1)
+                u = (u.view(*factors.shape[:2], -1) * factors).view_as(u)
+            u = u * inverse
             terms = u.abs()
             if "lengths" in self.tensors:
                 length = self.tensors["lengths"].view(self.case.count, self.case.matrices, *[1] * (u.ndim - 2))

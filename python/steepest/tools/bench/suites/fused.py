@@ -77,7 +77,7 @@ class Ops:
         )
 
     def apply_update(self) -> None:
-        multi_tensor.apply_update(self.inputs, self.seconds, self.params, [], [], self.table, self.items)
+        multi_tensor.apply_update(self.inputs, self.seconds, self.params, [], [], [], self.table, self.items)
 
     def bytes_of(self, op: str) -> float:
         g, p, x = (each[0].itemsize if each else 0 for each in (self.grads, self.params, self.inputs))

@@ -1,0 +1,122 @@
+"""Updates that are normalized over rows and over entries, against the same in fp64.
+
+Dtypes, second moments that are zero, rows of a warp and of a block, more than one block a matrix, odd sizes, addresses
+that are not aligned, more stacks than a launch takes; a step that is not taken, a row of NaN and a matrix of zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import normalize
+from ..selfcheck import Check
+from .comparison import Comparison
+
+F, B, H, D = torch.float32, torch.bfloat16, torch.float16, torch.float64
+EPS, RATES = 1e-8, (0.95, 0.5)
+UNIT = {F: 2.0**-17, D: 2.0**-45}  # of sums of some thousand terms, relative
+
+
+@dataclass(frozen=True)
+class Case:
+    """``count`` stacks.   dtype: of the updates.   shift: elements behind a multiple of 16 bytes.   refused: their
+    step is not taken.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype = F
+    shift: int = 0
+    count: int = 1
+    nan: bool = False
+    refused: bool = False
+
+
+CASES = (
+    Case((2, 40, 24), H),
+    Case((3, 5, 7), B),
+    Case((2, 3, 9), F, shift=1),
+    Case((1, 70, 520), B),
+    Case((1, 3, 8200), H, shift=1),
+    Case((1, 90, 3)),
+    Case((2, 6, 10), nan=True),
+    Case((1, 4, 8), B, refused=True),
+    Case((1, 2, 8), count=500),
+)
+# Few, as torch's threads wait for one another longer than they work.
+ON_A_CPU = (*(case for case in CASES if case.count == 1 and case.shape[-1] < 100), Case((2, 3, 5), D))
+
+
+def run(backend: str, comparison: Comparison) -> None:
+    check(torch.ops.steepest.normalize_updates, comparison, CASES if backend == "cuda" else ON_A_CPU)
+
+
+def check(op: Callable[..., None], comparison: Comparison, cases: Sequence[Case]) -> None:
+    """op: torch.ops.steepest.normalize_updates."""
+    every = [case for case in cases for _ in range(case.count)]
+    scratch = comparison.place(normalize.scratch_for([case.shape for case in every], comparison.device))
+    for over, rms in (("rows", 0.0), ("entries", 0.25)):
+        works = [_Work(case, over, RATES[i % len(RATES)], comparison) for i, case in enumerate(every)]
+        lists = [[work.update for work in works], [work.second for work in works]]
+        lists += [[work.divided for work in works] if over == "entries" else [], [work.factors for work in works]]
+        taken = [comparison.place(torch.tensor([not w.case.refused], device=comparison.device)) for w in works]
+        op(*lists, taken, scratch, [work.beta2 for work in works], EPS, rms)
+        for work in works:
+            work.expect(rms)
+    counters = sum(case.shape[0] for case in every)
+    comparison.expect("counters", scratch[:counters], 0.0)
+
+
+class _Work:
+    """The tensors of one stack."""
+
+    def __init__(self, case: Case, over: str, beta2: float, comparison: Comparison) -> None:
+        self.case, self.over, self.beta2, self.comparison = case, over, beta2, comparison
+        shape, wide = case.shape, torch.promote_types(case.dtype, F)
+        of_second = shape[:2] if over == "rows" else shape
+        self.update = comparison.normal(*shape, dtype=case.dtype, shift=case.shift)
+        self.second = comparison.normal(*of_second, dtype=wide, shift=case.shift).square_()
+        self.factors = comparison.empty(*(shape[:2] if over == "rows" else (shape[0], 1)), dtype=wide)
+        self.divided = comparison.empty(*shape, dtype=wide, shift=case.shift) if over == "entries" else self.second
+        self.second[0, :1] = 0
+        if shape[0] > 1:  # a matrix of zeros, behind one without
+            self.update[-1] = 0
+            self.second[-1] = 0
+        if case.nan:
+            self.update[0, 1] = math.nan
+        self.old = self.second.clone()
+
+    def expect(self, rms: float) -> None:
+        """What must have become of them."""
+        expect, what = self.comparison.expect, f"{self.case.shape}, {self.case.dtype}, over {self.over}"
+        if self.case.refused:
+            expect(f"second moments of {what}", self.second, self.old)
+            return
+        u, old, unit = self.update.double(), self.old.double(), UNIT[self.second.dtype]
+        square = u.square().mean(-1) if self.over == "rows" else u.square()
+        second = self.beta2 * old + (1 - self.beta2) * square
+        second = torch.where(second.isnan(), old, second)
+        expect(f"second moments of {what}", self.second, second, second * unit + 1e-37)
+        scale = 1 / (second.sqrt() + EPS)
+        by_scale = u * (scale.unsqueeze(-1) if self.over == "rows" else scale)
+        before = u.flatten(1).norm(dim=-1) if rms == 0 else rms * u[0].numel() ** 0.5
+        ratio = (before / by_scale.flatten(1).norm(dim=-1)).nan_to_num(nan=0.0, posinf=0.0)
+        factors = scale * ratio[:, None] if self.over == "rows" else ratio[:, None]
+        expect(f"factors of {what}", self.factors, factors, factors * unit)
+        if self.over == "entries":
+            made, wanted = self.divided.double().nan_to_num(nan=0.0), by_scale.nan_to_num(nan=0.0)
+            expect(f"updates of {what}", made, wanted, wanted.abs() * unit)
+
+
+def _static(backend: str, device: torch.device) -> str | None:
+    from .. import backend as _backend
+
+    if backend == "cuda":
+        return _backend.cuda_reason(device.index)
+    return _backend.extension_reason
+
+
+CHECK = Check(_static, run)
