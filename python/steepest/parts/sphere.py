@@ -40,7 +40,7 @@ class Sphere:
     def norms(self, w: Tensor) -> Tensor:
         """(batch,) fp64, of matrices (batch, m, n) in fp32 or fp64."""
         if self.norm == "frobenius":
-            return torch.linalg.vector_norm(w, dim=(-2, -1)).double()
+            return torch.linalg.vector_norm(w, dim=(-2, -1), dtype=torch.float64)
         return _LEADING.dual_norm(w, _LEADING.unit(w)).flatten().double()
 
     def scales(self, radii: Tensor, norms: Tensor) -> Tensor:
