@@ -199,7 +199,7 @@ def test_schedulers_that_cycle_the_momentum_take_every_class_that_has_one(cls: M
         train(optimizer, params, range(step, step + 1))
         cycling.step()
         seen.add(tuple((g.get("momentum"), g.get("betas")) for g in optimizer.param_groups))
-    assert len(seen) == (1 if cls is steepest.Fromage else 3)
+    assert (len(seen) > 1) is (cls is not steepest.Fromage)
     assert all(p.isfinite().all() for p in params)
 
 
