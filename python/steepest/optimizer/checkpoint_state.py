@@ -90,7 +90,8 @@ def check_state(
             _check_limits(name, value, ">= 0")
         elif recipe.kronecker is not None and base in recipe.kronecker.within_one:
             _check_limits(name, value, "in [-1, 1]")
-        if not may_overflow and not _all(in_its_dtype(key, value, like, recipe), torch.isfinite):
+        here = in_its_dtype(key, value, like, recipe)
+        if here is not value and not may_overflow and not _all(here, torch.isfinite):
             raise ValueError(f"{name} has numbers beyond {like.dtype}, in which it is kept here; {_BEGIN}")
     return [key for key in may_lack if key not in tensors and fresh[key].numel()]
 
