@@ -210,6 +210,11 @@ class Recipe:
         return self.kronecker is not None or self.submatrix is not None or bool(self.transforms)
 
     @property
+    def stores_weights(self) -> bool:
+        """Whether something of the weight goes into the state or into a direction, where it has to be finite."""
+        return self.average is not None or self.reads_weight
+
+    @property
     def measures_gradients(self) -> bool:
         """Whether a step looks at whole gradients of matrices, besides what is averaged elementwise."""
         read = (transform.measures_gradients or transform.reads_gradient for transform in self.transforms)
@@ -268,7 +273,7 @@ class Recipe:
         most = torch.finfo(wide).max
         limit = most / 2
         if self.momentum is not None:
-            of_momentum = torch.finfo(self.momentum.dtype or dtype).max
+            of_momentum = torch.finfo(self.momentum.dtype_for(dtype)).max
             ball = self.momentum.kind != "ema"
             room = 1.0 if not ball else ROOM if of_momentum > 2.0**64 else ROOM_IN_FP16
             limit = min(limit, of_momentum * room)

@@ -186,6 +186,25 @@ def test_one_cycle_moves_the_momentum_of_muon_and_the_betas_of_muadam() -> None:
     assert [group["betas"][0] for group in muadam.param_groups] == [0.9, 0.9]
 
 
+@pytest.mark.parametrize("scheduler", [lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR])
+@pytest.mark.parametrize("cls", EVERY)
+def test_schedulers_that_cycle_the_momentum_take_every_class_that_has_one(cls: Maker, scheduler: Any) -> None:
+    optimizer, params = both_kinds(cls)
+    values: dict[str, Any] = {"max_lr": 0.1}
+    values |= {"total_steps": 8} if scheduler is lr_scheduler.OneCycleLR else {"base_lr": 0.01}
+    if cls is steepest.Fromage:
+        with pytest.raises(ValueError, match="with `cycle_momentum` option enabled"):
+            scheduler(optimizer, **values)
+        values["cycle_momentum"] = False
+    cycling, seen = scheduler(optimizer, **values), set()
+    for step in range(3):
+        train(optimizer, params, range(step, step + 1))
+        cycling.step()
+        seen.add(tuple((g.get("momentum"), g.get("betas")) for g in optimizer.param_groups))
+    assert (len(seen) > 1) is (cls is not steepest.Fromage)
+    assert all(p.isfinite().all() for p in params)
+
+
 @every_optimizer
 def test_ascent_is_descent_on_the_negated_gradient(cls: Maker) -> None:
     (up, a), (down, b) = both_kinds(cls, maximize=True), both_kinds(cls)

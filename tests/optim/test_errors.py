@@ -238,6 +238,17 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "should be an iterable of Tensors or dicts, but got torch.FloatTensor",
     ),
     "empty": (lambda: MUON([]), ValueError, "optimizer got an empty parameter list"),
+    "nothing": (
+        lambda: MUON(None),  # type: ignore[arg-type]
+        TypeError,
+        "Muon takes a module, named parameters, tensors or groups, but is given: None",
+    ),
+    "a group of values": (
+        lambda: MUON([{"lr": 0.1}]),
+        TypeError,
+        r"a parameter group should have 'params', a list of tensors, of \(name, tensor\) or a module, but has 'lr'",
+    ),
+    "a group of None": (lambda: MUON([{"params": None}]), TypeError, "should have 'params', .*, but has None"),
 }
 
 
@@ -258,6 +269,17 @@ def make_complex(p: nn.Parameter) -> None:
     p.grad = torch.ones_like(p)
 
 
+def make_integers(p: nn.Parameter) -> None:
+    p.requires_grad_(False)
+    p.data, p.grad = p.data.to(torch.int32), None
+    p.grad = torch.ones_like(p)
+
+
+def make_narrow(p: nn.Parameter) -> None:
+    p.data, p.grad = p.data.to(torch.float8_e4m3fn), None
+    p.grad = torch.ones_like(p)
+
+
 def make_sparse(p: nn.Parameter) -> None:
     p.grad = torch.ones_like(p.data).to_sparse()
 
@@ -266,13 +288,18 @@ def make_sparse(p: nn.Parameter) -> None:
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
-        (make_complex, r"does not support complex parameters; found parameter 1 \(group 1, shape \(4, 3\)\)"),
+        (
+            make_complex,
+            r"does not support complex parameters; found parameter 1 \(group 1, shape \(4, 3\)\): .*view_as_complex",
+        ),
+        (make_integers, r"steps floating-point parameters of 16 bits or more, and parameter 1 .* is torch.int32: keep"),
+        (make_narrow, r"steps floating-point parameters .*, and parameter 1 .* is torch.float8_e4m3fn: keep"),
         (
             make_sparse,
             r"does not support sparse gradients; found one of parameter 1 .*: make the layer with sparse=False, or",
         ),
     ],
-    ids=["complex", "sparse"],
+    ids=["complex", "integers", "8 bits", "sparse"],
 )
 def test_gradients(cls: type[MatrixOptimizer], spoil: Callable[[nn.Parameter], None], text: str) -> None:
     optimizer, params = both_kinds(cls)

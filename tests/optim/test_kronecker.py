@@ -21,7 +21,7 @@ from steepest.recipe import CLOCK, Recipe, State, step_one
 from steepest.zoo.kronecker import KroneckerOptimizer
 from support.problems import SHAPES
 from support.references import gap, gaussian, gradients, polar_by_svd, trained
-from support.training import KRONECKER
+from support.training import KRONECKER, noise
 
 Maker = type[KroneckerOptimizer]
 every_class = pytest.mark.parametrize("cls", KRONECKER)
@@ -352,3 +352,42 @@ def test_when_bases_are_refreshed(cls: Maker, monkeypatch: pytest.MonkeyPatch) -
     assert steps == ([1, 5, 9, 13] if skips else [1, 4, 8, 12])
     assert moved == list(range(2 if skips else 1, 14))
     assert optimizer.state[p][CLOCK] == 13
+
+
+SIXTEEN = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+@pytest.mark.parametrize("cls", [steepest.SOAP, steepest.KLSOAP])
+def test_what_16_bits_round_off_the_momentum_is_not_divided_by_next_to_nothing(cls: Maker, dtype: torch.dtype) -> None:
+    """Gradients that stay in one direction leave v empty in the others. In fp32 a longest step is some tens of lr."""
+    p = torch.nn.Parameter(noise((8, 5), 0, dtype))
+    optimizer = cls([p], lr=0.02, weight_decay=0.0)
+    for _ in range(15):
+        before = p.detach().clone()
+        p.grad = (noise((8, 1), 5) @ noise((1, 5), 6)).to(dtype)
+        optimizer.step()
+        assert float((p.detach() - before).float().norm()) < 2
+    assert optimizer.state[p]["momentum_buffer"].dtype is torch.float32
+
+
+def test_a_first_step_in_the_order_of_emerging_optimizers_is_usual_in_bf16() -> None:
+    p = torch.nn.Parameter(noise((8, 5), 0, torch.bfloat16))
+    options: dict[str, Any] = {"parity": "emerging-optimizers", "precondition_frequency": 1}
+    optimizer = steepest.SOAP([p], lr=0.02, weight_decay=0.0, **options)
+    before, p.grad = p.detach().clone(), noise((8, 5), 1, torch.bfloat16)
+    optimizer.step()
+    assert float((p.detach() - before).float().norm()) < 2
+    for narrow in ({"momentum_dtype": torch.bfloat16}, {"state_bits": 8}):
+        with pytest.raises(
+            ValueError, match=f"divides what {next(iter(narrow))}=.* would round off .*: keep the momentum"
+        ):
+            steepest.SOAP([p], **options, **narrow)
+
+
+def test_a_momentum_of_another_dtype_is_what_was_asked_for() -> None:
+    for asked, kept in ((torch.bfloat16, torch.bfloat16), (torch.float64, torch.float64), (None, torch.float32)):
+        p = torch.nn.Parameter(noise((8, 5), 0, torch.bfloat16))
+        p.grad, optimizer = noise((8, 5), 1, torch.bfloat16), steepest.SOAP([p], momentum_dtype=asked)
+        optimizer.step()
+        assert optimizer.state[p]["momentum_buffer"].dtype is kept

@@ -90,3 +90,51 @@ def test_a_step_that_is_not_taken_is_counted_and_changes_nothing(backend: str) -
     assert all(torch.equal(optimizer.state[params[0]][key], value) for key, value in states[0].items())
     assert not torch.equal(params[1], before[1])
     assert skipped(optimizer) == 1
+
+
+#: Those whose steps read the weights.
+WEIGHTS = (
+    *(row for row in CASES if CASES[row][0] in (steepest.Fromage, steepest.TrustRegion, steepest.OrthogonalSGDM)),
+    "Muon(constraint='frobenius', weight_decay=0.0)",
+    "MuonMax(lower_bound=0.0)",
+)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-40])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_any_size_stay_finite(name: str, size: float) -> None:
+    """Squares of 1e25 and of 1e-40 leave fp32."""
+    cls, extra = CASES[name]
+    optimizer, params = both_kinds(cls, torch.float32, lr=1e-3, **extra)
+    with torch.no_grad():
+        for p in params:
+            p.mul_(size)
+    given: dict[str, Any] = {"loss": 1.0} if "lower_bound" in extra else {}
+    for step in range(4):
+        give_gradients(params, step)
+        optimizer.step(**given)
+    expect_finite(optimizer, params)
+
+
+@pytest.mark.parametrize("gradients, weights", [(1.0, 1e25), (1e-40, 1.0), (1e30, 1e-30)])
+def test_a_step_of_fromage_is_as_long_as_the_weight_is(gradients: float, weights: float) -> None:
+    g = torch.linspace(-1, 2, 12, dtype=torch.float64).view(4, 3)
+    p = torch.nn.Parameter((g.flip(0) * weights).float())
+    before, direction = p.detach().double(), (g * gradients).float().double()
+    wanted = (before - 0.1 * before.norm() * direction / direction.norm()) / (1 + 0.1**2) ** 0.5
+    p.grad = (g * gradients).float()
+    steepest.Fromage([p], lr=0.1).step()
+    assert float((p.detach().double() - wanted).norm() / wanted.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "rows", "columns"])
+def test_the_nearest_point_of_a_ball_is_found_for_large_weights(norm: str) -> None:
+    """By weight decay inside the model the weights are the direction's input."""
+    runs = []
+    for dtype in (torch.float32, torch.float64):
+        p = torch.nn.Parameter(torch.linspace(-1e25, 2e25, 12, dtype=torch.float64).view(4, 3).to(dtype))
+        p.grad = torch.ones_like(p)
+        before = p.detach().double().clone()
+        steepest.TrustRegion([p], lr=1e24, weight_decay=0.5, norm=norm, composite="ridge").step()
+        runs.append(p.detach().double() - before)
+    assert float((runs[0] - runs[1]).norm() / runs[1].norm()) < 1e-5

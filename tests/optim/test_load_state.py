@@ -16,6 +16,7 @@ from steepest.optimizer import MatrixOptimizer
 from support.checkpoint_faults import alike, everything
 from support.training import (
     EVERY,
+    KRONECKER,
     both_kinds,
     copies,
     give_gradients,
@@ -154,6 +155,65 @@ def test_a_part_of_the_names_is_no_wrapper() -> None:
     run(optimizer, old, range(1))
     with pytest.raises(ValueError, match=r"none of the checkpoint's names \(layers.0.a, layers.0.b\)"):
         second.load_state_dict(optimizer.state_dict())
+
+
+NAMES: dict[str, tuple[Any, str]] = {
+    "twice": (["a", "a"], "parameter 1 of group 0 and parameter 0 of group 0 are both named 'a': give every"),
+    "in two groups": (["a", "c"], "parameter 0 of group 1 and parameter 1 of group 0 are both named 'c': give every"),
+    "too few": (["a"], "group 0: param_names has 1 names for the 2 parameters of its group; give every"),
+    "none": ([], "group 0: param_names has 0 names for the 2 parameters of its group; give every"),
+    "numbers": (["a", 1], "group 0: param_names should be names, and number 1 is: 1; give every"),
+    "a name": ("ab", "group 0: param_names should be a list of names, .* but is: 'ab'; give every"),
+    "missing": (None, "group 0 has no param_names, and group 1 has: give every"),
+}
+
+
+@pytest.mark.parametrize("fault", NAMES)
+def test_names_that_say_nothing_are_refused_by_their_place(fault: str) -> None:
+    """And so is the order, which would take state elsewhere in silence."""
+    names, text = NAMES[fault]
+    old, model = named("abc"), named("abc")
+
+    def made(of: nn.ParameterDict) -> MatrixOptimizer:
+        return steepest.Muon(
+            [{"params": [(k, of[k]) for k in "ab"]}, {"params": [("c", of["c"])], "use_muon": False}], lr=0.1
+        )
+
+    optimizer, second = made(old), made(model)
+    run(optimizer, old, range(2))
+    saved, before = optimizer.state_dict(), everything(second)
+    saved["param_groups"][0]["param_names"] = names
+    text = rf"the checkpoint's {text} .* take 'param_names' out of all of checkpoint\['param_groups'\]"
+    with pytest.raises((TypeError, ValueError), match=text):
+        second.load_state_dict(saved)
+    assert alike(everything(second), before)
+    for group in saved["param_groups"]:
+        del group["param_names"]
+    second.load_state_dict(saved)
+    assert torch.equal(second.state[model["b"]]["momentum_buffer"], optimizer.state[old["b"]]["momentum_buffer"])
+
+
+def test_names_twice_are_taken_where_order_and_names_say_the_same() -> None:
+    def made(of: nn.ParameterDict, names: str) -> MatrixOptimizer:
+        params = [(name, of[k]) for name, k in zip(names, "ab", strict=True)]
+        return steepest.Muon([{"params": params, "use_muon": True}])
+
+    old, model = named("ab"), named("ab")
+    optimizer, second = made(old, "ww"), made(model, "ww")
+    run(optimizer, old, range(2))
+    second.load_state_dict(optimizer.state_dict())
+    assert torch.equal(second.state[model["b"]]["momentum_buffer"], optimizer.state[old["b"]]["momentum_buffer"])
+    with pytest.raises(ValueError, match="the checkpoint's parameter 1 of group 0 and .* are both named 'w'"):
+        made(model, "wx").load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="this Muon's parameter 1 of group 0 and .* are both named 'w'"):
+        second.load_state_dict(made(old, "wx").state_dict())
+
+
+@pytest.mark.parametrize("names", ["ab", 3, ["a"], [1, 2]])
+@pytest.mark.parametrize("rule", [{"use_muon": True}, {}])
+def test_a_group_with_names_that_are_none_is_refused(names: Any, rule: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match="param_names (should be|has 1 names)"):
+        steepest.Muon([{"params": parameters([(6, 6), (6, 6)]), "param_names": names, **rule}])
 
 
 def test_names_of_another_model_are_refused_and_without_names_the_order_decides() -> None:
@@ -314,6 +374,51 @@ def test_a_root_that_was_not_taken_is_loaded() -> None:
     second, _ = both_kinds(steepest.Shampoo, inverse_root="newton")
     second.load_state_dict(saved)
     assert torch.isinf(second.state[second.param_groups[0]["params"][0]]["left_residual"]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize(
+    "cls, options", [(cls, {}) for cls in KRONECKER] + [(steepest.SOAP, {"factor_dtype": torch.bfloat16})]
+)
+def test_factors_of_another_dtype_are_taken_in_that_of_the_steps(
+    cls: type[MatrixOptimizer], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Each tensor in turn, so that one is of another dtype than those it is multiplied with."""
+    optimizer, params = both_kinds(cls, **options)
+    train(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    for key, t in saved["state"][0].items():
+        if not t.is_floating_point() or key == "step":
+            continue
+        state = {**saved["state"], 0: {**saved["state"][0], key: t.to(dtype)}}
+        second, others = both_kinds(cls, **options)
+        second.load_state_dict({**saved, "state": state})
+        kept = second.state[second.param_groups[0]["params"][0]][key].dtype
+        assert kept is (dtype if key == "momentum_buffer" or t.shape == params[0].shape else t.dtype)
+        train(second, others, range(2, 4))
+        assert all(p.isfinite().all() for p in others)
+
+
+def test_a_factor_beyond_the_dtype_of_the_steps_is_refused() -> None:
+    optimizer, params = both_kinds(steepest.SOAP)
+    train(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    saved["state"][0]["left"] = saved["state"][0]["left"].double() * 1e300
+    with pytest.raises(ValueError, match="the checkpoint's 'left' of parameter 0 has numbers beyond torch.float32"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_momo_averages_may_be_in_another_dtype(dtype: torch.dtype) -> None:
+    optimizer, params = momo()
+    steps(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    for key in ("inner_average", "loss_average", "losses"):
+        saved["state"][0][key] = saved["state"][0][key].to(dtype)
+    second, others = momo()
+    second.load_state_dict(saved)
+    steps(second, others, range(2, 4))
+    assert all(p.isfinite().all() for p in others)
 
 
 # ---- whose it is ----

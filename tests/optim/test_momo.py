@@ -346,3 +346,50 @@ def test_a_state_that_is_cleared_begins_anew(lower_bound: float | None) -> None:
         give_gradients(of, 2)
         optimizer.step(loss=1.0)
     assert all_same_bits(params, others)
+
+
+# ---- a layer whose weights are gone ----
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: MuAdamMomo(params, lr=0.02, lower_bound=0.0),
+        lambda params: MuonMax(params, lr=0.02, lower_bound=0.0, backend="torch"),
+        lambda params: steepest.ProdigyMuon(params, initial_step=0.1),
+    ],
+    ids=["Momo", "MuonMax", "Prodigy"],
+)
+def test_weights_that_are_not_finite_leave_the_other_layers_alone(make: Any, value: float) -> None:
+    """As a layer without a gradient does: it is left out of the model, and its step is counted."""
+    runs = []
+    for spoilt in (True, False):
+        params = [nn.Parameter(gaussian(5, 4, seed=i).float()) for i in range(3)]
+        optimizer = make(params)
+        for step in range(5):
+            give_gradients(params, step)
+            if step == 1 and spoilt:
+                with torch.no_grad():
+                    params[1][2, 3] = value
+            if step >= 1 and not spoilt:
+                params[1].grad = None
+            optimizer.step(loss=1.0)
+        runs.append((optimizer, params))
+    (optimizer, params), (_, others) = runs
+    assert all_same_bits(params[::2], others[::2])
+    assert sum(optimizer.skipped_updates().values()) == 4
+    assert all(t.isfinite().all() for state in optimizer.state.values() for t in state.values())
+
+
+def test_a_product_with_the_weights_that_is_beyond_fp32_is_not_stored() -> None:
+    """Both are finite; <W, G> is not."""
+    params = [nn.Parameter(torch.full((4, 3), size)) for size in (1.0, 1e25)]
+    optimizer = MuonMomo(params, lr=0.02, lower_bound=0.0)
+    for scale in (1.0, 1e20, 1.0):
+        for p in params:
+            p.grad = torch.linspace(-1, 2, 12).view(4, 3) * scale
+        optimizer.step(loss=1.0)
+    assert sum(optimizer.skipped_updates().values()) == 1
+    assert all(p.isfinite().all() for p in params)
+    assert all(t.isfinite().all() for state in optimizer.state.values() for t in state.values())

@@ -249,5 +249,104 @@ def test_what_a_configuration_file_makes_of_values_has_a_way_out(values: dict[st
 def test_what_is_not_used_is_checked_too() -> None:
     with pytest.raises(ValueError, match="preset 'nonsense' is not known"):
         build(steepest.Schattor, polar="nonsense")
-    with pytest.raises(ValueError, match="lower_bound should be a number below infinity or None but is: nan"):
+    with pytest.raises(ValueError, match="lower_bound should be a number below infinity or None but is"):
         build(steepest.MuonMax, lower_bound=float("nan"))
+
+
+#: Tensors that are no numbers for an option.
+NO_NUMBERS: dict[str, torch.Tensor] = {
+    "two": torch.ones(2),
+    "empty": torch.ones(0),
+    "bool": torch.tensor(True),
+    "complex": torch.tensor(1j),
+    "8 bits": torch.tensor(0.5).to(torch.float8_e5m2),
+    "without order": torch.tensor(1, dtype=torch.uint16),
+    "sparse": torch.ones(1).to_sparse(),
+    "meta": torch.ones((), device="meta"),
+    "NaN": torch.tensor(NAN),
+    "below 0": torch.tensor(-1.0),
+}
+NUMBERS = ("lr", "weight_decay", "momentum", "beta2", "betas", "eps", "damping", "loss_scale")
+
+
+def group_of(cls: type[MatrixOptimizer]) -> tuple[MatrixOptimizer, dict[str, Any]]:
+    """An optimizer with a gradient, after a step."""
+    optimizer = build(cls)
+    (p,) = optimizer.param_groups[0]["params"]
+    if cls is steepest.KFAC:
+        return optimizer, optimizer.param_groups[0]
+    for number in range(2):
+        p.grad = noise((4, 3), number)
+        if not number:
+            optimizer.step()
+    return optimizer, optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_tensor_that_is_no_number_is_refused_wherever_it_is_given(cls: type[MatrixOptimizer]) -> None:
+    """To the constructor, by a checkpoint and in a group, before anything is written."""
+    optimizer, group = group_of(cls)
+    weight, saved = group["params"][0].detach().clone(), optimizer.state_dict()
+    for name in (name for name in NUMBERS if name in group):
+        good = group[name]
+        for tensor in NO_NUMBERS.values():
+            value = (tensor, 0.5) if name == "betas" else tensor
+            if name in arguments(cls):
+                with pytest.raises((TypeError, ValueError), match=f"{name}|[Ll]earning rate|weight decay"):
+                    build(cls, **{name: value})
+            given = {**saved, "param_groups": [{**saved["param_groups"][0], name: value}]}
+            with pytest.raises((TypeError, ValueError), match="the checkpoint's group 0"):
+                optimizer.load_state_dict(given)
+            group[name] = value
+            with pytest.raises((TypeError, ValueError), match="group 0: "):
+                optimizer.prepare()
+        group[name] = good
+    assert torch.equal(group["params"][0], weight)
+
+
+@pytest.mark.parametrize("value", [NAN, -1.0, INF])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_tensor_on_the_host_is_looked_at_when_its_value_is_another(cls: type[MatrixOptimizer], value: float) -> None:
+    optimizer, group = group_of(cls)
+    for name in (name for name in NUMBERS if name in group):
+        good, tensor = group[name], torch.tensor(0.5)
+        group[name] = (tensor, 0.5) if name == "betas" else tensor
+        optimizer.prepare()
+        tensor.fill_(0.25)  # as a scheduler does
+        optimizer.prepare()
+        tensor.fill_(value)
+        with pytest.raises(ValueError, match="group 0: "):
+            optimizer.prepare()
+        tensor.fill_(0.25)
+        optimizer.prepare()
+        group[name] = good
+
+
+def test_a_lower_bound_on_the_host_is_looked_at_too() -> None:
+    bound = torch.tensor(0.0)
+    optimizer = steepest.MuonMax(parameters([(4, 3)]), lower_bound=bound)
+    give_gradients(optimizer.param_groups[0]["params"], 0)
+    optimizer.step(loss=1.0)
+    bound.fill_(NAN)
+    with pytest.raises(ValueError, match="lower_bound should be a number below infinity or None but is"):
+        optimizer.step(loss=1.0)
+
+
+@pytest.mark.parametrize("key", sorted(names_of_options(steepest.Muon) | {"refresh", "factor_dtype"}))
+def test_what_is_put_into_a_group_later_is_refused_by_the_groups_number(key: str) -> None:
+    """Arrays and tensors too, whose truth nobody may ask for."""
+    optimizer, group = group_of(steepest.SOAP if key in ("refresh", "factor_dtype") else steepest.Muon)
+    good, text = group[key], rf"group 0: .*{key}|group 0: (Tensor|Learning rate|weight decay)"
+    for value in (torch.ones(3), torch.ones((), device="meta"), {}, object(), *of_numpy()[:2]):
+        group[key] = value
+        with pytest.raises((TypeError, ValueError), match=text):
+            optimizer.step()
+    group[key] = good
+    optimizer.step()
+
+
+def test_a_rule_that_is_changed_without_its_numbers_is_named() -> None:
+    optimizer, group = group_of(steepest.Muon)
+    group["use_muon"] = False
+    with pytest.raises(ValueError, match=r"group 0: betas is not there any more: put it back, as group\['betas'\]"):
+        optimizer.step()

@@ -1,8 +1,17 @@
 """Rules of other packages, restated in fp64 from what they publish, for the options that stand for them here.
 
 Emerging-Optimizers fd77292   legacy_soap/soap.py, "soap"; orthogonalized_optimizers/muon.py and mixin.py
+    SOAP      L = b L + (1 - b) G G^T, R of G^T G, over 1 - b^t;  Q their bases, new in every step;  a bar: over 1 - b^t
+              M = b1 M + (1 - b1) G;  V = b2 V + (1 - b2) (Q_L^T G Q_R)^2
+              W = (1 - lr wd) W - lr Q_L (Q_L^T bar M Q_R / (sqrt(bar V) + eps)) Q_R^T
+    Muon      M = b M + (1 - b) G;  W = (1 - wd) W - .2 lr sqrt(max(m, n)) polar(M)
 timm aa4b585                  timm/optim/muon.py, algo="adamuon" with adjust_lr_fn="match_rms_adamw"
+    AdaMuon   M = b M + (1 - b) G;  O = polar(M);  V = b V + (1 - b) O o O;  H = O / (sqrt V + eps)
+              W = (1 - lr wd) W - .2 lr sqrt(m n) H / |H|
 dion 0a059a4                  dion/muon.py, dion/normuon.py
+    Muon      M = b M + G;  U = polar(b M + G);  W = W - lr wd [W o U >= 0] o W - lr sqrt(m / n) U
+    NorMuon   M = b M + G;  O = polar(M);  v_i = b2 v_i + (1 - b2) mean_j O_ij^2;  H_ij = O_ij / (sqrt v_i + eps)
+              W = (1 - lr wd) W - lr sqrt(m / n) |O| H / |H|
 
 Tables of polynomials by their names are in tests/linalg/test_polar.py.
 """

@@ -70,6 +70,7 @@ STATE: dict[str, Callable[[Checkpoint], Any]] = {
     "a number for a tensor": with_state(lambda key, t: 0.5, of_floats),
     "None for a state": lambda saved: saved["state"].update({0: None}),
     "a list for a state": lambda saved: saved["state"].update({0: [1, 2]}),
+    "a tensor for a state": lambda saved: saved["state"].update({0: torch.ones(2)}),
 }
 
 
@@ -98,6 +99,8 @@ NO_COUNTS: dict[str, Callable[[Tensor], Any]] = {
     "inf": lambda t: torch.tensor(torch.inf),
     "True": lambda t: True,
     "a string": lambda t: "3",
+    "too many": lambda t: 10**30,
+    "sparse": lambda t: torch.ones(1).to_sparse(),
 }
 #: Keys of what is >= 0 everywhere.
 NOT_NEGATIVE = ("exp_avg_sq", "sq", "values", "learned", "pending", "mass", "radius", "step_size", "losses", "passes")
@@ -116,6 +119,8 @@ def each_odd(good: Checkpoint) -> dict[str, Callable[[Checkpoint], Any]]:
             odd |= NO_COUNTS
         elif t.is_floating_point() and key.endswith(NOT_NEGATIVE):
             odd["below 0"] = lambda t: -t.abs() - 1
+        if "basis" in key:
+            odd["no basis"] = lambda t: t * 10
         if "residual" in key or key.endswith("_next"):
             del odd["NaN"]  # which it may be: it is looked at before it is taken
         for name, change in odd.items():
@@ -135,6 +140,10 @@ STRUCTURE: dict[str, Callable[[Checkpoint], Any]] = {
     "no list of parameters": lambda saved: saved["param_groups"][1].pop("params"),
     "a group that is none": lambda saved: saved["param_groups"].__setitem__(0, None),
     "strings for numbers": lambda saved: saved.update(state={str(key): value for key, value in saved["state"].items()}),
+    "a name too many": with_group(0, param_names=["a", "b"]),
+    "names that are numbers": with_group(0, param_names=[0]),
+    "names that are no list": with_group(0, param_names="a"),
+    "a parameter listed twice": lambda saved: saved["param_groups"][1].update(params=[0]),
     "groups in another order": lambda saved: saved["param_groups"].reverse(),
 }
 

@@ -141,9 +141,7 @@ def _word(run: Training, number: int, spoil: Spoil) -> str:
 
 
 def _finite(run: Training) -> bool:
-    # The residual of a root that was not taken is infinite.
-    values = [t for state in run.state() for key, t in state.items() if not key.endswith("residual")]
-    return all(bool(t.isfinite().all()) for t in (*run.weights(), *values))
+    return all(bool(t.isfinite().all()) for t in (*run.weights(), *_kept(run)))
 
 
 def spike(cls: Class, options: Options) -> Cell:
@@ -177,6 +175,31 @@ def without_gradient(cls: Class, options: Options) -> Cell:
         if run.skipped() != skipped or not {*names} <= {*left} or not alike(state[-1], run.state()[-1]):
             return Cell("changes what has no gradient")
     return Cell("left alone")
+
+
+def with_weight(value: float) -> Callable[[Class, Options], Cell]:
+    """One weight of a matrix has this value while gradients are finite: the others step, and what is kept is finite."""
+
+    def measure(cls: Class, options: Options) -> Cell:
+        run = training(cls, options, {"a": (4, 3), "b": (4, 4), "v": (4,)})
+        run.step(0)
+        run.params["a"].data.view(-1)[1] = value
+        before, skipped = run.weights(), run.skipped()
+        for number in (1, 2):
+            run.step(number)
+        others = [(w, v) for name, w, v in zip(run.params, before, run.weights(), strict=True) if name != "a"]
+        if not all(bool(v.isfinite().all()) and not same_bits(w, v) for w, v in others):
+            return Cell("spoils the others")
+        if not all(bool(t.isfinite().all()) for t in _kept(run)):
+            return Cell("keeps what is not finite")
+        return Cell({0: "the others step", 2: "skips the matrix"}.get(run.skipped() - skipped, "miscounts"))
+
+    return measure
+
+
+def _kept(run: Training) -> list[Tensor]:
+    """The state but for the residual of a root that was not taken, which is infinite."""
+    return [t for state in run.state() for key, t in state.items() if not key.endswith("residual")]
 
 
 def with_empty(cls: Class, options: Options) -> Cell:
@@ -576,6 +599,12 @@ SECTIONS = (
                 "one gradient is 1000 times the others; usual: no step after it is 15 times the longest before it",
                 ("usual", "longer"),
                 spike,
+            ),
+            Column(
+                "NaN weight",
+                "one weight of a matrix is NaN: the other parameters step, and all state stays finite",
+                ("the others step", "skips the matrix"),
+                with_weight(torch.nan),
             ),
             Column("none", "one parameter has no gradient, and then none has one", ("left alone",), without_gradient),
             Column("no entries", "a parameter of shape (0, 4) is beside the others", STEPS, with_empty),

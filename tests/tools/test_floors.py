@@ -228,7 +228,7 @@ def test_references_from_papers_know_only_the_class_they_are_of(path: Path) -> N
     `infinite_descent` is a function, and what is held against its paper is a gradient within.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert re.search(r"[=<]", ast.get_docstring(tree) or ""), "the equations are at the head"
+    assert re.search(r"[\w)] -?= ", ast.get_docstring(tree) or ""), "the equations are at the head"
     inner = {"steepest.zoo.infinite_descent"} if path.stem == "test_infinite_descent" else set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("steepest"):

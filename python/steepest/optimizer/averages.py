@@ -8,7 +8,7 @@ from ..sharding.local import local_tensor
 from ..step.modes import in_default_modes
 from .checkpoint_state import Kept
 from .checkpoints import Checkpoints
-from .group_options import Group, average_of
+from .group_options import Group
 
 __all__ = ["Averages"]
 
@@ -52,6 +52,6 @@ class Averages(Checkpoints):
 
     def _refuse_averages(self) -> None:
         """RuntimeError for a step while averages are in the place of the weights."""
-        averages = any(average_of(group) is not None for group in self.param_groups)
+        averages = any(group.get(key) is not None for group in self.param_groups for key in ("average", "average_rate"))
         if averages and any(WEIGHTS in state for state in self.state.values()):
             raise RuntimeError("the weights are averages since eval(); call train() before the next step")

@@ -294,30 +294,40 @@ class MatrixOptimizer(Reports, Constraints):
     def _check_step(self, number: int, group: Group) -> None:
         """Raises for what a step of this group would stumble over: its values may have changed since it was added."""
         name = type(self).__name__
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._check_layout(group)
+        else:
             self._check_taken(number, group)
-        requested(group["backend"])
-        self._check_devices(group)
-        self._check_state_bits(group)
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
             what = f"{parameter_name(group, i)} (group {number}, shape {tuple(p.shape)})"
             check_gradient(name, what, p)
-            self._pieces(p, group)
             if self.state.get(p):
                 check_state(self._recipe(group), what, p, self._state_here(p), self._shapes_here(p, group))
             if requested(group["backend"]) != "auto":
                 self._backend(p, group)
 
     def _check_taken(self, number: int, group: Group) -> None:
-        """ValueError, which names the group, for values that are no values of this method together."""
+        """TypeError or ValueError, which names the group, for values that are no values of this method together, or of
+        its parameters.
+        """
         try:
             self._check_weight_options(group)
             if group["use_muon"]:
                 self._check_values(group)
-        except ValueError as error:
-            raise ValueError(f"group {number}: {error}") from error
+            self._check_layout(group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"group {number}: {error}") from error
+
+    def _check_layout(self, group: Group) -> None:
+        """ValueError for values that do not go with the parameters of a group that have gradients."""
+        requested(group["backend"])
+        self._check_devices(group)
+        self._check_state_bits(group)
+        for p in group["params"]:
+            if p.grad is not None:
+                self._pieces(p, group)
 
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..routing.groups import names_of
 from .group_options import Group, frozen, name_the_rule, same
 
 __all__ = ["AUTHOR", "GIVE_NAMES", "Match", "match", "read_groups", "values_of"]
@@ -19,6 +20,10 @@ GIVE_NAMES = (
     "a module or from model.named_parameters()"
 )
 _OF_PARAMETERS = ("params", "param_names")
+_NAME_EACH = (
+    "give every parameter a name of its own there, or take 'param_names' out of all of checkpoint['param_groups'] for "
+    "the order to decide"
+)
 #: What DistributedDataParallel, torch.compile, FSDP, activation checkpoints and Lightning Fabric put into names.
 _WRAPPED = re.compile(
     r"^(?:module\.|_orig_mod\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_forward_module\."
@@ -84,6 +89,9 @@ def read_groups(checkpoint: Mapping[str, Any]) -> tuple[list[Group], Mapping[Has
     state, groups = checkpoint["state"], checkpoint["param_groups"]
     if not isinstance(state, Mapping):
         raise TypeError(f"the checkpoint's 'state' should be a dictionary but is: {state!r}")
+    for key, entry in state.items():
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"the checkpoint's state of {key!r} should be a dictionary but is: {entry!r}")
     if not isinstance(groups, list | tuple):
         raise TypeError(f"the checkpoint's 'param_groups' should be a list of dictionaries but is: {groups!r}")
     copies = []
@@ -92,6 +100,9 @@ def read_groups(checkpoint: Mapping[str, Any]) -> tuple[list[Group], Mapping[Has
             raise TypeError(
                 f"the checkpoint's group {number} should be a dictionary with a list 'params' but is: {group!r}"
             )
+        odd = next((key for key in group["params"] if isinstance(key, bool) or not isinstance(key, int | str)), None)
+        if odd is not None:
+            raise TypeError(f"the checkpoint's group {number} should list numbers in 'params' but has: {odd!r}")
         copies.append(dict(group))
         name_the_rule(copies[-1], of=f"the checkpoint's group {number}: ")
     return copies, state
@@ -99,10 +110,14 @@ def read_groups(checkpoint: Mapping[str, Any]) -> tuple[list[Group], Mapping[Has
 
 def match(optimizer: str, saved: Sequence[Group], state: Mapping[Hashable, Any], groups: Sequence[Group]) -> Match:
     """Which entry of the checkpoint belongs to which parameter; where one side has no names the order decides, as in
-    torch. ValueError, which says how to give names, where the order cannot tell, and where no name is on both sides.
+    torch. ValueError, which says how to give names, where the order cannot tell, where no name is on both sides, and
+    where one is that of two parameters, unless names and order say the same.
     """
-    theirs, ours = _saved_names(saved), _names(groups)
-    if theirs is not None and ours is not None and _distinct(theirs) and _distinct(ours):
+    theirs, ours = _saved_names(saved), _names(groups, f"this {optimizer}'s ")
+    if theirs is not None and ours is not None and theirs != ours:
+        _refuse_twice(theirs, "the checkpoint's ")
+        _refuse_twice(ours, f"this {optimizer}'s ")
+    if theirs is not None and ours is not None and _distinct(theirs):
         theirs, ours = _comparable(theirs, ours)
         if set(_flat(theirs)) & set(_flat(ours)):
             return _by_name(theirs, ours, saved, state, groups)
@@ -155,16 +170,42 @@ def _agree(values: Sequence[Any]) -> bool:
     return all(same(first, other) for other in others)
 
 
-def _names(groups: Sequence[Group]) -> list[list[str]] | None:
-    """The names of all parameters, where all have one."""
-    names = [list(group.get("param_names") or ()) for group in groups]
-    return names if all(len(n) == len(g["params"]) for n, g in zip(names, groups, strict=True)) else None
+def _names(groups: Sequence[Group], of: str) -> list[list[str]] | None:
+    """The names of all parameters; None where none has one. TypeError or ValueError for what are no names of them, and
+    where only some groups have names.
+    """
+    names = []
+    for number, group in enumerate(groups):
+        try:
+            names.append(names_of(group))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{of}group {number}: {error}; {_NAME_EACH}") from error
+    without = [number for number, each in enumerate(names) if each is None and groups[number]["params"]]
+    with_names = [number for number, each in enumerate(names) if each]
+    if without and with_names:
+        raise ValueError(
+            f"{of}group {without[0]} has no param_names, and group {with_names[0]} has: {_NAME_EACH}. {GIVE_NAMES}"
+        )
+    return None if without else [each or [] for each in names]
 
 
 def _saved_names(saved: Sequence[Group]) -> list[list[str]] | None:
     """torch.distributed.checkpoint has names in place of numbers, in the order of whoever loads."""
     keys = [list(group["params"]) for group in saved]
-    return keys if all(isinstance(key, str) for each in keys for key in each) else _names(saved)
+    if all(isinstance(key, str) for each in keys for key in each):
+        return keys
+    return _names(saved, "the checkpoint's ")
+
+
+def _refuse_twice(names: list[list[str]], of: str) -> None:
+    """ValueError for two parameters of one name."""
+    places: dict[str, str] = {}
+    for number, each in enumerate(names):
+        for i, name in enumerate(each):
+            place = f"parameter {i} of group {number}"
+            if name in places:
+                raise ValueError(f"{of}{place} and {places[name]} are both named {name!r}: {_NAME_EACH}. {GIVE_NAMES}")
+            places[name] = place
 
 
 def _comparable(theirs: list[list[str]], ours: list[list[str]]) -> tuple[list[list[str]], list[list[str]]]:

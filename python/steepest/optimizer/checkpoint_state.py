@@ -17,17 +17,21 @@ from ..sharding.local import is_sharded, local_tensor
 from .checkpoint_matching import GIVE_NAMES
 
 __all__ = [
+    "COUNTS",
     "Kept",
     "Missing",
     "check_kept",
     "check_no_meta",
     "check_state",
+    "in_its_dtype",
     "refuse_incomplete",
     "restored",
     "without_kept",
 ]
 
-_COUNTS = ("step", CLOCK)
+#: What counts steps.
+COUNTS = ("step", CLOCK)
+_MOST_STEPS = 2**63
 _BEGIN = "load an earlier checkpoint, or leave the parameter's entry out of checkpoint['state'] for it to begin anew"
 
 
@@ -67,7 +71,7 @@ def check_state(
         if key not in tensors:
             continue
         value, name = tensors[key], f"the checkpoint's {key!r} of {what}"
-        if key in _COUNTS:
+        if key in COUNTS:
             _check_count(name, value)
             continue
         base = key.partition(".")[0]
@@ -75,7 +79,7 @@ def check_state(
         _check_tensor(name, value, like.is_floating_point(), finite=not may_overflow)
         if like.dtype in (torch.int8, torch.uint8) and value.dtype != like.dtype:
             raise ValueError(f"{name} should be codes of {like.dtype} but is {value.dtype}")
-        if value.shape != like.shape and not (key in may_lack and not value.numel()):
+        if value.shape != like.shape and not (key in recipe.rounding.keys and not value.numel()):
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} and the parameter {tuple(p.shape)}: it is of another model, or "
                 f"of another order of parameters. {GIVE_NAMES}"
@@ -84,7 +88,18 @@ def check_state(
             _check_limits(name, value.diagonal(dim1=-2, dim2=-1), ">= 0")
         elif base in recipe.nonnegative:
             _check_limits(name, value, ">= 0")
+        elif recipe.kronecker is not None and base in recipe.kronecker.within_one:
+            _check_limits(name, value, "in [-1, 1]")
+        here = in_its_dtype(key, value, like, recipe)
+        if here is not value and not may_overflow and not _all(here, torch.isfinite):
+            raise ValueError(f"{name} has numbers beyond {like.dtype}, in which it is kept here; {_BEGIN}")
     return [key for key in may_lack if key not in tensors and fresh[key].numel()]
+
+
+def in_its_dtype(key: str, value: Tensor, like: Tensor, recipe: Recipe) -> Tensor:
+    """State in the dtype that a step computes with it in; what is elementwise may be in any, and stays as it is."""
+    elementwise = recipe.layouts.get(key) == "elementwise"
+    return value if elementwise or not value.is_floating_point() else value.to(like.dtype)
 
 
 def check_kept(tensors: Mapping[str, Any], what: str, kept: Mapping[str, Kept]) -> None:
@@ -107,8 +122,8 @@ def check_kept(tensors: Mapping[str, Any], what: str, kept: Mapping[str, Kept]) 
 
 def without_kept(tensors: Mapping[str, Any], kept: Mapping[str, Kept], missing: str) -> list[str]:
     """The keys that are not there, of those kinds that say so."""
-    begun = any(float(tensors[key]) > 0 for key in _COUNTS if key in tensors) or not any(
-        key in tensors for key in _COUNTS
+    begun = any(float(tensors[key]) > 0 for key in COUNTS if key in tensors) or not any(
+        key in tensors for key in COUNTS
     )
     return [
         key
@@ -150,11 +165,14 @@ def _check_count(name: str, value: Any) -> None:
     """A count of steps is a number, or a tensor of one."""
     if isinstance(value, bool) or not isinstance(value, Tensor | int | float):
         raise TypeError(f"{name} should be a number of steps but is: {value!r}")
-    if isinstance(value, Tensor) and (value.numel() != 1 or not _counts(value)):
-        raise ValueError(f"{name} should be one number of steps but has shape {tuple(value.shape)} and {value.dtype}")
-    count = float(value)
-    if not (math.isfinite(count) and count >= 0 and count == round(count)):
-        raise ValueError(f"{name} should be a whole number of steps >= 0 but is: {count}; {_BEGIN}")
+    if isinstance(value, Tensor) and (value.numel() != 1 or not _counts(value) or value.layout is not torch.strided):
+        raise ValueError(
+            f"{name} should be one number of steps but has shape {tuple(value.shape)}, {value.dtype} and {value.layout}"
+        )
+    too_large = isinstance(value, int) and abs(value) >= _MOST_STEPS
+    count = math.inf if too_large else float(value)
+    if not (0 <= count < _MOST_STEPS and count == round(count)):
+        raise ValueError(f"{name} should be a whole number of steps >= 0 but is: {value}; {_BEGIN}")
 
 
 def _counts(value: Tensor) -> bool:
@@ -164,8 +182,16 @@ def _counts(value: Tensor) -> bool:
     return not value.is_complex() and value.dtype is not torch.bool
 
 
+#: The last with room for what rounding and an iteration leave.
+_LIMITS: dict[str, Callable[[Tensor], Tensor]] = {
+    ">= 0": lambda t: t >= 0,
+    "> 0": lambda t: t > 0,
+    "in [-1, 1]": lambda t: t.abs() <= 1.1,
+}
+
+
 def _check_limits(name: str, value: Tensor, limits: str) -> None:
-    if not _all(value, lambda t: t >= 0 if limits == ">= 0" else t > 0):
+    if not _all(value, _LIMITS[limits]):
         raise ValueError(f"{name} should be {limits} everywhere and is not: it is not what was saved; {_BEGIN}")
 
 

@@ -18,9 +18,11 @@ from ..step.modes import in_default_modes
 from ..step.state_storage import stack
 from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
 from .checkpoint_state import (
+    COUNTS,
     check_kept,
     check_no_meta,
     check_state,
+    in_its_dtype,
     refuse_incomplete,
     restored,
     without_kept,
@@ -146,11 +148,17 @@ class Checkpoints(Shards):
         numbers = range(len(self.param_groups))
         groups = [self._loaded_group(number, saved, matched, author is None) for number in numbers]
         loaded: dict[Any, Any] = {}
+        taken: dict[Any, tuple[Tensor, str]] = {}
         empty = {key for key, tensors in state.items() if tensors == {}} if any(state.values()) else set()
         for number, group in enumerate(groups):
             for i, p in enumerate(group["params"]):
                 entry = matched.entries[number][i]
                 tensors = {} if entry is None else state.get(entry.key, {})
+                if entry is not None and taken.setdefault(entry.key, (p, parameter_name(group, i)))[0] is not p:
+                    raise ValueError(
+                        f"the checkpoint's groups list {entry.key!r} in 'params' for {taken[entry.key][1]} and for "
+                        f"{parameter_name(group, i)}: give each a number of its own"
+                    )
                 if entry is not None and entry.key in empty:
                     matched.begun.setdefault("everything", []).append(parameter_name(group, i))
                 loaded[p] = self._loaded_state(tensors, parameter_name(group, i), p, group, matched, author is None)
@@ -206,8 +214,6 @@ class Checkpoints(Shards):
         self, tensors: Any, what: str, p: Tensor, group: Group, matched: Match, foreign: bool
     ) -> dict[str, Any]:
         """A parameter's state as it will be, checked; without state of this optimizer it begins anew."""
-        if not isinstance(tensors, Mapping):
-            raise TypeError(f"the checkpoint's state of {what} should be a dictionary but is: {tensors!r}")
         check_no_meta(tensors, what)
         tensors, kept, owner = self._whole_state(tensors, p, group), self._kept(p, group), type(self).__name__
         fresh = self._fresh_like(tensors, p, group)
@@ -221,6 +227,9 @@ class Checkpoints(Shards):
         elif others and fresh:
             matched.begun.setdefault("everything", []).append(what)
         check_kept(tensors, what, alone)
+        recipe = self._recipe(group)
+        wide = {key: in_its_dtype(key, tensors[key], fresh[key], recipe) for key in fresh if _is_floating(tensors, key)}
+        tensors = {**tensors, **wide}
         state = {key: restored(key, value, p) for key, value in self._state_kept_here(tensors, p, group).items()}
         self._recode(p, group, state)
         return state
@@ -276,6 +285,12 @@ def _refuse_numbered(unlisted: list[Any]) -> None:
             "lost: both are the same numbers, of which JSON makes strings in the state; make them int again, or leave "
             "the entry out"
         )
+
+
+def _is_floating(tensors: Mapping[str, Any], key: str) -> bool:
+    """Whether there is such a tensor, other than a count of steps."""
+    value = tensors.get(key)
+    return key not in COUNTS and isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _is_adam(recipe: Recipe) -> bool:

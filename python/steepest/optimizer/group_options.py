@@ -21,14 +21,14 @@ from ..parts import (
     Sphere,
     VarianceReduction,
 )
-from .option_types import check_option
+from .option_types import check_option, is_on_host
 
 Group = dict[str, Any]
 
 # Group values that change from step to step and that no recipe depends on.
 CHANGING = frozenset({"params", "lr", "weight_decay", "momentum", "beta2", "betas", "initial_lr", "max_lr", "min_lr"})
-# Numbers that a step reads anew.
-NUMBERS = ("lr", "weight_decay", "momentum", "beta2", "betas", "eps")
+# Numbers that a step reads anew, and whether they are on the device, which it asks first.
+NUMBERS = ("lr", "weight_decay", "momentum", "beta2", "betas", "eps", "damping", "loss_scale", "capturable")
 # Those that `capturable` keeps on the device, where a captured step reads them.
 ON_DEVICE = ("lr", "weight_decay")
 
@@ -152,8 +152,15 @@ def _frozen(value: Any) -> Any:
 
 
 def numbers_of(group: Group) -> tuple[Any, ...]:
-    """The values of `NUMBERS`, frozen; None where there is none."""
-    return tuple(map(_frozen, map(group.get, NUMBERS)))
+    """The values of `NUMBERS`, as `as_it_is` gives them; None where there is none."""
+    return tuple(map(as_it_is, map(group.get, NUMBERS)))
+
+
+def as_it_is(value: Any) -> Any:
+    """A value that later changes do not reach, those of a tensor on the host neither; others stand for themselves."""
+    if isinstance(value, list | tuple):
+        return tuple(map(as_it_is, value))
+    return (value, value.tolist()) if isinstance(value, Tensor) and is_on_host(value) else value
 
 
 def changed(before: Group, now: Group) -> str | None:
@@ -169,7 +176,10 @@ def same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, bool | Tensor) or isinstance(b, bool | Tensor):
         return False  # of the singletons True and False too, which are equal to 1 and 0
-    return bool(a == b)
+    try:
+        return bool(a == b)
+    except ValueError:  # of arrays
+        return False
 
 
 def parameter_name(group: Group, i: int) -> str:

@@ -16,6 +16,7 @@ from ..ops.backend import requested
 from ..parts import ADJUST_LR, Hyper
 from ..parts.step_size import name_here
 from ..recipe import Recipe, State, adamw
+from ..routing.groups import names_of
 from .group_options import (
     CHANGING,
     NUMBERS,
@@ -85,7 +86,8 @@ class Groups(torch.optim.Optimizer):
         """TypeError or ValueError, which names the group, for a value that the constructor refuses or that is not there
         any more. Tensors on a device are not read.
         """
-        gone = next((key for key in self.defaults if key not in group), None)
+        wanted = self._adamw_defaults if group.get("use_muon") is False else ()
+        gone = next((key for key in (*self.defaults, *wanted) if key not in group), None)
         if gone is not None:
             raise ValueError(
                 f"{self._called(group)}{gone} is not there any more: put it back, as group[{gone!r}] = ..."
@@ -101,9 +103,11 @@ class Groups(torch.optim.Optimizer):
         """The values of these keys, checked as `_check_changed` does, and the group's recipe anew."""
         self._check_changed(group, keys)
         try:
+            if group["use_muon"]:
+                self._check_values(group)
             return frozen(group, keys), self._new_recipe(group)
-        except ValueError as error:
-            raise ValueError(f"{self._called(group)}{error}") from error
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self._called(group)}{error}") from error
 
     def _called(self, group: Group) -> str:
         """A group's name, in front of a message; of one that is not among the optimizer's there is none."""
@@ -111,10 +115,12 @@ class Groups(torch.optim.Optimizer):
         return "" if number is None else f"group {number}: "
 
     def _check_numbers(self) -> None:
-        """`_check_changed` of the numbers of every group that are others than at the last call; a tensor is another one
-        by its identity, and may be filled with what the user likes.
+        """`_check_changed` of the numbers of every group that are others than at the last call. A tensor on a device is
+        another one by its identity: what it is filled with is not read, which would wait for the device.
         """
         for group in self.param_groups:
+            if not isinstance(group.get("use_muon"), bool):
+                self._check_changed(group, ["use_muon"])
             now, known = numbers_of(group), self._numbers.get(id(group), _UNKNOWN)
             if all(map(same, known, now)):
                 continue
@@ -204,6 +210,10 @@ class Groups(torch.optim.Optimizer):
             return self._route(params)
         if isinstance(params, Tensor):
             return params  # torch says what is wrong with it
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                f"{type(self).__name__} takes a module, named parameters, tensors or groups, but is given: {params!r}"
+            )
         listed = list(params)
         if not listed or isinstance(listed[0], dict):
             return listed
@@ -235,7 +245,12 @@ class Groups(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             return super().add_param_group(param_group)
         param_group = dict(param_group)  # the caller may use his own again
-        params = param_group["params"]
+        params = param_group.get("params")
+        if params is None:
+            raise TypeError(
+                "a parameter group should have 'params', a list of tensors, of (name, tensor) or a module, but has "
+                f"{'None' if 'params' in param_group else ', '.join(map(repr, param_group)) or 'nothing'}"
+            )
         if isinstance(params, Iterator):
             params = param_group["params"] = list(params)
         parts = [param_group] if name_the_rule(param_group) or _none(params) else self._split(param_group)
@@ -276,6 +291,7 @@ class Groups(torch.optim.Optimizer):
                 group.setdefault(key, value)
 
     def _check_group(self, group: Group, *, routed: bool) -> None:
+        names_of(group)
         for i, p in enumerate(group["params"]):
             self._check_shaped(p, parameter_name(group, i))
         self._check_devices(group)

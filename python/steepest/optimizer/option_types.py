@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BELOW_ONE", "OPTION_TYPES", "OptionType", "check_option", "check_options", "check_type", "is_within"]
+__all__ = [
+    "BELOW_ONE",
+    "OPTION_TYPES",
+    "OptionType",
+    "check_option",
+    "check_options",
+    "check_type",
+    "is_on_host",
+    "is_within",
+]
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,6 @@ def check_option(name: str, value: Any, kind: OptionType | None = None, of: str 
     """
     kind = kind or OPTION_TYPES[name.removeprefix("adamw_")]
     value = check_type(name, value, kind, of)
-    if any(each.is_meta for each in _tensors(value)):
-        raise ValueError(
-            f"{of}{name} should be {kind.wanted} but is on the meta device, where it has no value: use cpu"
-        )
     if not is_within(value, kind):
         more = f"; {name} takes finite numbers {kind.limits}" if kind.finite else ""
         raise ValueError(f"{of}{kind.called or name} should be {kind.limits} but is: {_shown(value, str)}{more}")
@@ -59,6 +64,10 @@ def check_type(name: str, value: Any, kind: OptionType, of: str = "") -> Any:
         if isinstance(value, Tensor) and value.numel() != 1 and kind.accepts(0.5):
             raise ValueError(f"{of}Tensor {name} must be 1-element but has {value.numel()}")
         raise TypeError(f"{of}{name} should be {kind.wanted} but is: {_shown(value)}{_way_out(value)}")
+    if any(each.is_meta for each in _tensors(value)):
+        raise ValueError(
+            f"{of}{name} should be {kind.wanted} but is on the meta device, where it has no value: use cpu"
+        )
     return value
 
 
@@ -77,7 +86,7 @@ def check_options(
     for key in values:
         kind = (special or {}).get(key, OPTION_TYPES.get(key))
         if kind is not None:
-            elsewhere = on_host and not all(map(_is_on_host, _tensors(values[key])))
+            elsewhere = on_host and not all(map(is_on_host, _tensors(values[key])))
             check = check_type if elsewhere else check_option
             values[key] = check(prefix + key, values[key], kind, of)
 
@@ -103,6 +112,7 @@ def _plain(value: Any) -> Any:
 
 
 _TOO_LARGE = 2**63
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # what torch compares
 _LONGEST = 200  # text of a value
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
@@ -140,8 +150,10 @@ def _tensors(value: Any) -> list[Tensor]:
     return [each for each in (value if isinstance(value, list | tuple) else (value,)) if isinstance(each, Tensor)]
 
 
-def _is_on_host(t: Tensor) -> bool:
-    return t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)  # a fake tensor has no value
+def is_on_host(t: Tensor) -> bool:
+    """Whether a tensor's value can be read without waiting for a device."""
+    plain = type(t) in (Tensor, torch.nn.Parameter)  # a fake tensor has no value
+    return plain and t.device.type == "cpu" and t.layout is torch.strided
 
 
 def _is_finite(value: Any) -> bool:
@@ -157,8 +169,8 @@ def _is_real(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
-        of_numbers = value.itemsize > 1 if value.is_floating_point() else value.dtype is not torch.bool
-        return value.numel() == 1 and of_numbers and not value.is_complex()
+        of_numbers = value.itemsize > 1 if value.is_floating_point() else value.dtype in _INTEGERS
+        return value.numel() == 1 and of_numbers and value.layout is torch.strided
     return _is_real(value)
 
 
@@ -267,7 +279,12 @@ OPTION_TYPES: dict[str, OptionType] = {
     # methods
     "nesterov": BOOL,
     "constrained": BOOL,
-    "ns_coefficients": OptionType("numbers (a, b, c)", _sequence_of(_is_real)),
+    "ns_coefficients": OptionType(
+        "numbers (a, b, c)",
+        _sequence_of(_is_real),
+        "finite numbers (a, b, c)",
+        lambda value: all(abs(each) < math.inf for each in value),
+    ),
     "ns_steps": WHOLE,
     "polar": _or_none(POLAR),
     "adjust_lr_fn": _or_none(TEXT),

@@ -124,7 +124,7 @@ class Frobenius(Direction):
         return x
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
-        return _shortened(x, vector_norm(x, keepdim=True), radius)
+        return _shortened(x, length(x), radius)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Rows(Direction):
         return _of_length_one(x, -1)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
-        return _shortened(x, vector_norm(x, -1, keepdim=True), radius)
+        return _shortened(x, length(x, -1), radius)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Columns(Direction):
         return _of_length_one(x, -2)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
-        return _shortened(x, vector_norm(x, -2, keepdim=True), radius)
+        return _shortened(x, length(x, -2), radius)
 
 
 @dataclass(frozen=True)
@@ -327,9 +327,18 @@ class Nuclear(Schatten):
     p: float = 1.0
 
 
-def _shortened(x: Tensor, length: Tensor, radius: Number) -> Tensor:
-    """x / max(length, radius), 0 where both are 0."""
-    longer = length.clamp(min=radius) if isinstance(radius, Tensor) else length.clamp(min=float(radius))
+def length(x: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
+    """The Euclidean length over dim, which is kept, in x's dtype; the largest number there is where it is beyond that.
+
+    Squares are summed in fp64: those of 1e-25 and of 1e25 leave fp32.
+    """
+    norm = vector_norm(x, dim, keepdim=True, dtype=torch.float64)
+    return norm.clamp(max=torch.finfo(x.dtype).max).to(x.dtype)
+
+
+def _shortened(x: Tensor, norm: Tensor, radius: Number) -> Tensor:
+    """x / max(norm, radius), 0 where both are 0."""
+    longer = norm.clamp(min=radius) if isinstance(radius, Tensor) else norm.clamp(min=float(radius))
     return torch.where(longer > 0, x / longer, 0)
 
 

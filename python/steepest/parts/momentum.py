@@ -24,7 +24,8 @@ from .hyper import Number, bias_correction
 
 @dataclass(frozen=True)
 class Momentum:
-    """How gradients are averaged; `key` names the buffer in the state, `dtype` its type (None: the gradient's).
+    """How gradients are averaged; `key` names the buffer in the state, `dtype` its type (None: the gradient's, or with
+    `wide` fp32 where that is narrower).
 
     `observe` and `read` take tensors of any one shape. Equals `torch.optim.Muon`'s rule for kind="ema" with
     nesterov=True, and the first moment of Adam (arXiv:1412.6980, Alg. 1) for kind="ema" with bias_correction=True;
@@ -41,6 +42,7 @@ class Momentum:
     dtype: torch.dtype | None = None
     start: Literal["zero", "first"] = "zero"
     interpolated: bool = False
+    wide: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("ema", "heavy_ball", "error_feedback"):
@@ -68,8 +70,12 @@ class Momentum:
         """Whether it needs to know how many gradients there were."""
         return self.bias_correction or self.start == "first"
 
+    def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
+        """The buffer's dtype, of gradients of this dtype."""
+        return self.dtype or (torch.promote_types(dtype, torch.float32) if self.wide else dtype)
+
     def init(self, g: Tensor) -> Tensor:
-        return torch.zeros_like(g, dtype=self.dtype or g.dtype, memory_format=torch.preserve_format)
+        return torch.zeros_like(g, dtype=self.dtype_for(g.dtype), memory_format=torch.preserve_format)
 
     def observe(self, m: Tensor, g: Tensor, beta: Number) -> Tensor:
         """The buffer after gradient g, in fp32 or fp64 (the caller stores it in the buffer's own dtype)."""

@@ -41,7 +41,7 @@ class Sphere:
     def norms(self, w: Tensor) -> Tensor:
         """(batch,) fp64, of matrices (batch, m, n) in fp32 or fp64."""
         if self.norm == "frobenius":
-            return vector_norm(w).double()
+            return vector_norm(w, dtype=torch.float64)
         return _LEADING.dual_norm(w, _LEADING.unit(w)).flatten().double()
 
     def scales(self, radii: Tensor, norms: Tensor) -> Tensor:

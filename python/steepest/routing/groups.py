@@ -66,15 +66,31 @@ def split_group(group: Mapping[str, Any], *, adamw: Mapping[str, Any] | None = N
         params = [params]
     if names is not None and not isinstance(params, nn.Module):
         params = list(params)
-        if len(names) != len(params):
-            raise ValueError(f"param_names has {len(names)} names for the {len(params)} parameters of its group")
-        params = list(zip(names, params))
+        names = names_of({"params": params, "param_names": names})
+        params = list(zip(names or (), params, strict=True))
     places, named = read_places(params)
     of_adamw = {key: value for key, value in (adamw or {}).items() if key not in group}
     of_adamw |= {key: group[f"adamw_{key}"] for key in ADAMW_NUMBERS if f"adamw_{key}" in group}
     parts = _grouped(decide(places, named, None, keep_frozen=True), named, {"matrix": {}, "adamw": of_adamw})
     elsewhere = {"param_names", *(f"adamw_{key}" for key in ADAMW_NUMBERS)}
     return [{**{key: value for key, value in group.items() if key not in elsewhere}, **part} for part in parts]
+
+
+def names_of(group: Mapping[str, Any]) -> list[str] | None:
+    """The names of a group's parameters, None where it has none. TypeError or ValueError for what are no names of
+    them.
+    """
+    names, count = group.get("param_names"), len(group["params"])
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple):
+        raise TypeError(f"param_names should be a list of names, one for each parameter, but is: {names!r}")
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"param_names should be names, and number {i} is: {name!r}")
+    if len(names) != count:
+        raise ValueError(f"param_names has {len(names)} names for the {count} parameters of its group")
+    return list(names)
 
 
 def _grouped(routes: Sequence[Route], named: bool, shared: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,16 @@ def check_gradient(optimizer: str, what: str, p: Tensor) -> None:
     g = p.grad
     assert g is not None
     if torch.is_complex(p) or torch.is_complex(g):
-        raise RuntimeError(f"{optimizer} does not support complex parameters; found {what}")
+        raise RuntimeError(
+            f"{optimizer} does not support complex parameters; found {what}: make it of torch.view_as_real(...), and "
+            "take torch.view_as_complex of that where it is used"
+        )
+    narrow = next((t.dtype for t in (p, g) if not t.is_floating_point() or t.itemsize < 2), None)
+    if narrow is not None:
+        raise RuntimeError(
+            f"{optimizer} steps floating-point parameters of 16 bits or more, and {what} or its gradient is "
+            f"{narrow}: keep the weights that are trained in one of those, or the parameter out of the optimizer"
+        )
     if g.layout != torch.strided:
         raise RuntimeError(
             f"{optimizer} does not support sparse gradients; found one of {what}: make the layer with sparse=False, or "

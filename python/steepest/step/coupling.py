@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ..ops.multi_tensor import Scaling
 from ..parts import Number
 from .parameter import Parameter
 
@@ -33,7 +34,13 @@ class Directed:
 
 
 class Coupling(Protocol):
-    """What a step asks between the moments, which have taken the gradients, and the first weight that moves."""
+    """What a step asks before it is decided upon, and between the moments, which have taken the gradients, and the
+    first weight that moves.
+    """
+
+    def allowed(self, parameters: Sequence[Parameter], scaling: dict[torch.device, Scaling]) -> Sequence[Tensor] | None:
+        """For every parameter, 0-d bool, whether what the coupling keeps of it stays finite; None: whatever it is."""
+        ...
 
     def factors(self, executors: Sequence[Executor]) -> list[Number]:
         """What the step of every group is multiplied by (`Hyper.step_factor`)."""

@@ -154,6 +154,8 @@ class Eager:
         self._sums = {}
         for p, g, (most, square), scale in zip(self.parameters, grads, measured, scales, strict=True):
             finite = p.accepts(most, square)
+            if p.allowed is not None:
+                finite = finite & p.allowed
             if scale.found_inf is not None:
                 finite = finite & (scale.found_inf.reshape(()) == 0)
             p.step, p.flag = StepValues(g, finite, p.recipe.phase(p.state), hypers[p.group]), finite

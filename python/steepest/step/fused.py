@@ -172,12 +172,14 @@ class Fused:
         groups = _groups(hypers, self._group_of, self.device)
         arguments = (steps, self.table, self._packed, self._first_sums, groups, scaled)
         grads = [p.grad if p.tensor.numel() else p.grad.new_zeros(1) for p in self.parameters]  # of an empty shard
-        at_once = self._ranks is None and not self._by_torch
+        allowed = [p.allowed for p in self.parameters]
+        asked = any(flag is not None for flag in allowed)
+        at_once = self._ranks is None and not self._by_torch and not asked
         multi_tensor.grad_stats(grads, *arguments, decide=at_once, backend=self.backend)
         if self._ranks is not None:
             self._reduce(self._ranks)
         if not at_once:
-            self._refuse()
+            self._refuse(allowed if asked else [])
             multi_tensor.decide_steps(*arguments, backend=self.backend)
         flags = (self.table.column("finite") != 0).unbind() if phases else ()
         for row, phase in phases.items():
@@ -214,12 +216,18 @@ class Fused:
                 runs.append((p, slice(row, row + 1)))
         return runs
 
-    def _refuse(self) -> None:
-        """Takes no step where what torch operations make of a gradient would not stay finite."""
+    @cached_property
+    def _yes(self) -> Tensor:
+        return torch.ones((), dtype=torch.bool, device=self.device)
+
+    def _refuse(self, allowed: Sequence[Tensor | None]) -> None:
+        """Takes no step where what torch operations make of a gradient, or of a weight, would not stay finite."""
         finite, most, square = (self.table.column(name) for name in ("finite", "grad_max", "grad_sq"))
         for p, rows in self._judged_alike:
             finite[rows].mul_(p.accepts(most[rows], square[rows]))
-        if self._ranks is not None and self._by_torch:
+        if allowed:
+            finite.mul_(torch.stack([self._yes if flag is None else flag for flag in allowed]))
+        if self._ranks is not None and (self._by_torch or allowed):
             self._ranks.all_reduce(finite, "min")
 
     def observe(self) -> None:

@@ -66,7 +66,8 @@ class Parameter:
     group, index: parameter `index` of group `group` of the optimizer.
     sharding, owners: of a parameter that ranks share, and for every piece the rank that owns each matrix.
     step: what the present step goes by, between its decision and its end.   flag: 0-d, where the executor says by a
-    number that is not 0 that the last step was taken.
+    number that is not 0 that the last step was taken.   allowed: 0-d bool, whether the weight lets this step be taken,
+    or None: it is not asked.
     """
 
     source: Tensor
@@ -80,6 +81,7 @@ class Parameter:
     owners: tuple[tuple[int, ...], ...] = ()
     step: StepValues | None = field(default=None, repr=False)
     flag: Tensor | None = field(default=None, repr=False)
+    allowed: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.momentum_key = self.recipe.keys[0]

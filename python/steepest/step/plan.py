@@ -22,7 +22,7 @@ from ..ops.backend import prepare, requested
 from ..ops.multi_tensor import NOT_SCALED, Scaling
 from ..ops.program import Program
 from ..parts import Hyper
-from ..recipe import Recipe
+from ..recipe import Recipe, largest
 from .coupling import Coupling, Directed
 from .eager import Eager
 from .fused import Fused
@@ -123,6 +123,7 @@ class Plan:
         #: those whose iterates are averaged
         self.averaged = [p for p in parameters if p.recipe.average is not None]
         self._before: list[Tensor] = []
+        self._of_weights = [p for p in parameters if p.recipe.stores_weights]
         self._constrained = [p for p in parameters if p.recipe.constraint is not None]
         self._devices = list(dict.fromkeys(p.source.device for p in parameters))
         by_torch: dict[object, list[Parameter]] = {}
@@ -167,6 +168,7 @@ class Plan:
         scalings = {device: scaling_on(scaling, device) for device in self._devices}
         self._before = [_value_before(p) for p in self.averaged]
         self._notice_changed_codes()
+        self._ask_weights(scalings, coupling)
         for executor in self.executors:
             executor.decide(hypers, scalings)
         for executor, working in zip(self.executors, self._working, strict=True):
@@ -184,6 +186,16 @@ class Plan:
                 working.store([p.stepped for p in executor.parameters])
         if self._constrained:
             retract(self._constrained)
+
+    def _ask_weights(self, scalings: dict[torch.device, Scaling], coupling: Coupling | None) -> None:
+        """Lets no step be taken that would store something of a weight that is not finite."""
+        allowed = None if coupling is None else coupling.allowed(self.parameters, scalings)
+        if allowed is not None:
+            for p, flag in zip(self.parameters, allowed, strict=True):
+                p.allowed = flag
+        for p in self._of_weights:
+            finite = largest(p.value()).isfinite()
+            p.allowed = finite if allowed is None or p.allowed is None else finite & p.allowed
 
     def take_averages(self, hypers: Sequence[Hyper]) -> None:
         """The averages take the weights that have moved since `step` began, of those whose step was taken."""

@@ -363,7 +363,9 @@ class SOAP(KroneckerOptimizer):
     columns are sorted, and weight decay follows the update. The trajectory is then that of the authors' implementation
     if the first gradient has full rank; else a factor begins with a null space, every basis of which is as good, and
     which one it is depends on the eigensolver. eps is divided by sqrt(1 - beta2^t), as they have it. With identity
-    bases it is Adam, with norm="spectral" MuAdam in these bases. Source: arXiv:2409.11321.
+    bases it is Adam, with norm="spectral" MuAdam in these bases. m is in fp32 also where gradients are in 16 bits: what
+    these round off lies in directions as well that no gradient has, where v is next to 0. With momentum_dtype of 16
+    bits, or state_bits=8, gradients should not stay in a few directions. Source: arXiv:2409.11321.
 
     parity="emerging-optimizers": a gradient is in the factors before its own step and the bases are refreshed in every
     step, so precondition_frequency is to be 1: by the exact solver for the first and with refresh="eigh" (use_eigh),
@@ -404,12 +406,21 @@ class SOAP(KroneckerOptimizer):
                 "parity='emerging-optimizers' refreshes the bases in every step but precondition_frequency is: "
                 f"{group['precondition_frequency']}; pass precondition_frequency=1"
             )
+        narrow = {"momentum_dtype": group["momentum_dtype"] in (torch.bfloat16, torch.float16)}
+        narrow["state_bits"] = group["state_bits"] is not None
+        name = next((name for name, is_narrow in narrow.items() if is_narrow), None)
+        if group["parity"] == "emerging-optimizers" and name is not None:
+            raise ValueError(
+                f"parity='emerging-optimizers' divides what {name}={group[name]} would round off the momentum by next "
+                "to nothing, and steps thousands of times too far: keep the momentum in fp32 or more"
+            )
 
     def _adam_in_bases(self, group: Group, coupling: Sides | None = None, *, corrected: bool = True) -> dict[str, Any]:
         """corrected: by Adam's bias corrections."""
         inner = Diagonal(power=0.25, bias_correction=corrected)
         precondition = self.rotated(group, inner, coupling=coupling, **_first_and_refresh(group))
-        momentum = Momentum(bias_correction=corrected, dtype=group["momentum_dtype"])
+        # What 16 bits round off lies in directions that v has next to nothing of, and would be divided by that.
+        momentum = Momentum(bias_correction=corrected, dtype=group["momentum_dtype"], wide=True)
         return {"momentum": momentum, "precondition": precondition, "decay": self.decay(group)}
 
 

@@ -21,11 +21,13 @@ from ..optimizer.checkpoint_matching import Match
 from ..optimizer.checkpoint_state import Kept, Missing, refuse_incomplete
 from ..optimizer.group_options import (
     Group,
+    as_it_is,
     number,
     refuse_cautious_update,
     refuse_decay_methods,
     refuse_option,
     refuse_schedule_free,
+    same,
 )
 from ..optimizer.option_types import check_option, check_options
 from ..parts import Momentum, Number
@@ -33,7 +35,7 @@ from ..parts.product_norm import truncation
 from ..recipe import Recipe, State
 from ..sharding.local import is_sharded, local_tensor
 from ..step.coupling import Coupling, Directed, dot, inner_products
-from ..step.parameter import Matrices, Parameter
+from ..step.parameter import Matrices, Parameter, signed_gradient
 from ..step.plan import Executor, Plan
 
 Scale = Literal["lmo", "dual"]
@@ -50,12 +52,13 @@ class Layers:
 
     inner: (k,) fp64, <M, U> of every matrix times the shape's ratio of the learning rate; 0 where the step is not
     taken. That is the dual norm of a matrix whose step is of length ratio in its norm, or its square where the recipe
-    scales by it.
+    scales by it.   tangents: <W, G> of every parameter, 0-d fp64, where there is a lower bound.
     """
 
     recipe: Recipe | None
     parameters: Sequence[Parameter]
     inner: Tensor
+    tangents: Sequence[Tensor] = ()
 
     @property
     def dual_norms(self) -> Tensor:
@@ -99,7 +102,7 @@ class Momo(MatrixOptimizer):
     stale_dual: bool = True
     _loss: Number | None = None
     #: the bound that was last checked
-    _checked: Number | None = None
+    _checked: Any = None
 
     def __init__(
         self,
@@ -109,7 +112,8 @@ class Momo(MatrixOptimizer):
         reduce_loss: bool = True,
         **kwargs: Any,
     ) -> None:
-        self.lower_bound = self._checked = check_option("lower_bound", lower_bound)
+        self.lower_bound = check_option("lower_bound", lower_bound)
+        self._checked = as_it_is(self.lower_bound)
         stale_dual = type(self).stale_dual if stale_dual is None else stale_dual
         self.stale_dual = check_option("stale_dual", stale_dual)
         self.reduce_loss = check_option("reduce_loss", reduce_loss)
@@ -158,10 +162,11 @@ class Momo(MatrixOptimizer):
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
-        if self.lower_bound is not self._checked:
+        if not same(as_it_is(self.lower_bound), self._checked):
             values = {"lower_bound": self.lower_bound}
             check_options(values, on_host=True)
-            self.lower_bound = self._checked = values["lower_bound"]
+            self.lower_bound = values["lower_bound"]
+            self._checked = as_it_is(self.lower_bound)
 
     def _factors(self, layers: Sequence[Layers]) -> list[Number]:
         """What each group's step is multiplied by, but for the truncation."""
@@ -229,9 +234,10 @@ class Momo(MatrixOptimizer):
         parameters = [p for each in layers for p in each.parameters]
         value, weight, known = self._average_loss(parameters, loss)
         for each in layers:
-            value = value + self._linear_part(each.parameters)
+            value = value + self._linear_part(each.parameters, each.tangents)
         assert self.lower_bound is not None
-        return torch.where(known, truncation(value - weight * number(self.lower_bound), decrease), 1.0)
+        above = value - weight * number(self.lower_bound)
+        return torch.where(known & above.isfinite(), truncation(above, decrease), 1.0)
 
     def _average_loss(self, parameters: Sequence[Parameter], loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(average loss, sum of its weights, whether there has been a loss), all 0-d, with this one."""
@@ -246,21 +252,20 @@ class Momo(MatrixOptimizer):
         value, weight = momentum.read(average, given, hyper.beta1, count).unbind()
         return value, weight, count > 0
 
-    def _linear_part(self, parameters: Sequence[Parameter]) -> Tensor:
-        """Sum of <W, M> - (average of <W, G>) over the parameters whose gradients are finite."""
+    def _linear_part(self, parameters: Sequence[Parameter], tangents: Sequence[Tensor]) -> Tensor:
+        """Sum of <W, M> - (average of <W, G>) over the parameters that step. tangents: <W, G> of each."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         pairs = []
         for p in parameters:
-            w, g = p.value(), p.step_values.grad
-            pairs += [(p, w, g), (p, w, p.recipe.momentum_of(p.state, g, p.step_values.hyper))]
-        products = inner_products(pairs)
-        for p, now, of_momentum in zip(parameters, products[::2], products[1::2], strict=True):
+            g, hyper = p.step_values.grad, p.step_values.hyper
+            pairs.append((p, p.value(), p.recipe.momentum_of(p.state, g, hyper)))
+        for p, now, of_momentum in zip(parameters, tangents, inner_products(pairs), strict=True):
             momentum, hyper, finite, step = _momentum(p), p.step_values.hyper, p.step_values.finite, p.state.get("step")
             average, begun = p.state[INNER], hyper
             if momentum.start == "first":
                 assert step is not None
                 begun = hyper.beginning(step - 1)
-            torch.where(finite, momentum.observe(average, now, begun.beta1), average, out=average)
+            average.copy_(torch.where(finite, momentum.observe(average, now, begun.beta1), average))
             part = of_momentum - momentum.read(average, now, hyper.beta1, step)
             total = total + torch.where(finite, part, 0)
         return total
@@ -390,6 +395,19 @@ class Truncated:
     def __init__(self, optimizer: Momo, plan: Plan, loss: Number | None) -> None:
         self._optimizer, self._plan, self._loss = optimizer, plan, loss
         self._kept: dict[tuple[int, int], Directed] = {}
+        self._tangents: dict[Tensor, Tensor] = {}
+
+    def allowed(self, parameters: Sequence[Parameter], scaling: dict[torch.device, Scaling]) -> Sequence[Tensor] | None:
+        """Whether <W, G>, which is averaged, is finite."""
+        if self._optimizer.lower_bound is None:
+            return None
+        pairs = []
+        for p in parameters:
+            g = signed_gradient(p.grad, p.options.maximize, scaling[p.source.device].grad_scale)
+            pairs.append((p, p.value(), g))
+        products = inner_products(pairs)
+        self._tangents = {p.source: product for p, product in zip(parameters, products, strict=True)}
+        return [product.isfinite() for product in products]
 
     def factors(self, executors: Sequence[Executor]) -> list[Number]:
         inner: list[list[Tensor]] = [[] for _ in self._optimizer.param_groups]
@@ -403,7 +421,8 @@ class Truncated:
         for at, parts in enumerate(inner):
             parameters = [p for executor in executors for p in executor.parameters if p.group == at]
             recipe = parameters[0].recipe if parameters else None
-            layers.append(Layers(recipe, parameters, torch.cat([none, *parts])))
+            tangents = [self._tangents[p.source] for p in parameters if self._tangents]
+            layers.append(Layers(recipe, parameters, torch.cat([none, *parts]), tangents))
         return self._optimizer._share_of(layers, self._loss)
 
     def _measured(self, executor: Executor, batch: Any) -> list[tuple[Matrices, Tensor]]:
@@ -435,7 +454,7 @@ class Truncated:
             if self._optimizer._stale(item.recipe):
                 stored = self._optimizer._descent(item)
                 before = stored if item.parameter.source in self._optimizer._moved else torch.zeros_like(stored)
-                torch.where(item.finite, product.to(stored.dtype), before, out=stored)
+                stored.copy_(torch.where(item.finite, product.to(stored.dtype), before))
 
 
 def _items(executor: Executor, batch: Any) -> list[Matrices]:

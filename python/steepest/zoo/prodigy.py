@@ -15,7 +15,7 @@ from ..optimizer.group_options import Group, refuse_option, refuse_schedule_free
 from ..optimizer.option_types import BELOW_ONE, check_option
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
-from ..recipe import Recipe, State
+from ..recipe import Recipe, State, largest
 from ..sharding.local import is_sharded, local_tensor
 from ..step.coupling import Coupling as StepCoupling
 from ..step.coupling import Directed, inner_products
@@ -92,7 +92,7 @@ class ProdigyMuon(ProductNormOptimizer):
         gains = inner_products([(p, *self._gain(p)) for p in parameters])
         gain = torch.zeros((), dtype=torch.float64, device=self._device)
         for p, of_parameter in zip(parameters, gains, strict=True):
-            gain = gain + torch.where(p.step_values.finite, of_parameter, 0)
+            gain = gain + torch.where(p.step_values.finite & of_parameter.isfinite(), of_parameter, 0)
         eta = self._shared_state()[STEP_SIZE]
         eta.copy_(escalated(eta, gain, self.product.dual_norm(*self._dual_norms(layers))))
         return [eta for _ in layers]
@@ -161,7 +161,7 @@ class ProdigyMuon(ProductNormOptimizer):
             dropped, w = item.piece.view(item.parameter.state[DROPPED]), item.weight.float()
             info = torch.finfo(item.weight.dtype)
             unit = info.eps * w.abs().clamp(min=info.tiny)
-            torch.where(finite, (value - w + dropped).clamp(-unit, unit), dropped, out=dropped)
+            dropped.copy_(torch.where(finite, (value - w + dropped).clamp(-unit, unit), dropped))
         del self._led
 
 
@@ -171,6 +171,12 @@ class _Escalated(Truncated):
     def __init__(self, optimizer: ProdigyMuon, plan: Plan, loss: Number | None, led: list[Led]) -> None:
         super().__init__(optimizer, plan, loss)
         self._led = led
+
+    def allowed(self, parameters: Sequence[Parameter], scaling: dict[torch.device, Scaling]) -> Sequence[Tensor]:
+        """Whether the weight is finite too: the step size is of how far all weights have gone."""
+        finite = [largest(p.value()).isfinite() for p in parameters]
+        bounded = super().allowed(parameters, scaling)
+        return finite if bounded is None else [a & b for a, b in zip(finite, bounded, strict=True)]
 
     def moving(self, executor: Executor, batch: Any, directed: Directed) -> None:
         super().moving(executor, batch, directed)

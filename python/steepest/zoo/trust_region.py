@@ -42,6 +42,7 @@ from ..parts import (
     UpdateTransform,
     shape_ratio,
 )
+from ..parts.direction import length
 from ..recipe import Recipe, State
 from ..sharding.local import local_tensor
 from ..state_layout import StateSpec
@@ -114,9 +115,11 @@ class RelativeStep(Decay):
     elementwise: ClassVar[bool] = False
 
     def apply(self, w: Tensor, u: Tensor, decay: Number, step: Number) -> Tensor:
-        weight, update = torch.linalg.vector_norm(w), torch.linalg.vector_norm(u)
-        factor = torch.where((weight > 0) & (update > 0), weight / update, 1)
-        return (w - u * (factor * step)) * (1 + step * step) ** -0.5
+        every = tuple(range(w.ndim))
+        weight, update = length(w, every), length(u, every)
+        turns = (weight > 0) & (update > 0)
+        u = torch.where(turns, u / update, u) * torch.where(turns, weight, 1)
+        return (w - u * step) * (1 + step * step) ** -0.5
 
 
 @dataclass(frozen=True)
@@ -371,7 +374,8 @@ class Fromage(VectorOptimizer):
     authors' code is not here. Steps by torch operations.
 
     params: a module, named parameters or tensors, all by this rule, or groups.   lr: a number >= 0 or a 1-element
-    tensor. Source: arXiv:2002.03432, Algorithm 1.
+    tensor. OneCycleLR and CyclicLR are to have cycle_momentum=False: there is none to cycle. Source: arXiv:2002.03432,
+    Algorithm 1.
     """
 
     def __init__(self, params: Params, lr: Number = 1e-2, **extra: Unpack[Extras]) -> None:

@@ -150,6 +150,11 @@ class Kronecker:
         return ()
 
     @property
+    def within_one(self) -> tuple[str, ...]:
+        """Keys of the state whose entries are in [-1, 1]."""
+        return ()
+
+    @property
     def counts_steps(self) -> bool:
         return False
 

@@ -98,6 +98,10 @@ class Rotated(Kronecker):
         return (*super().nonnegative, *VALUES, *NEXT_VALUES, *inner)
 
     @property
+    def within_one(self) -> tuple[str, ...]:
+        return BASES
+
+    @property
     def counts_steps(self) -> bool:
         return self.inner.counts_steps
 
