@@ -617,7 +617,7 @@ def _has_boxes(x: Tensor, place: _Place) -> bool:
 
 
 def _boxes(x: Tensor, place: _Place, rows: int, columns: int) -> TensorDescriptor:
-    """Of matrices that are loaded by tiles of rows x columns."""
+    """The descriptor of matrices that are loaded by tiles of rows x columns."""
     stored = _stored(x, place)
     stride = place.stride or stored.shape[2]
     block = [1, rows, columns] if place.by_rows else [1, columns, rows]

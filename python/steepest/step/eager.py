@@ -252,7 +252,7 @@ class Eager:
     def apply(
         self, batch: Batch, sent: Sequence[Callable[[], Sequence[Tensor]]], norms: Sequence[Tensor | None]
     ) -> None:
-        """No norms: directions are scaled already where the recipe says so."""
+        """Moves the weights; without norms, as directions are scaled already where the recipe says so."""
         for item, u in zip(batch.parts, (u for wait in sent for u in wait()), strict=True):
             self._apply(item, u)
 

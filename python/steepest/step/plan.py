@@ -159,7 +159,7 @@ class Plan:
 
     @property
     def backends(self) -> set[str]:
-        """Those that the elementwise part runs on."""
+        """The backends that the elementwise part runs on."""
         return {executor.backend for executor in self.executors}
 
     def step(self, hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED, coupling: Coupling | None = None) -> None:
@@ -367,7 +367,7 @@ def _triton_reason(p: Parameter, packed: Program) -> str | None:
 
 
 def _reason_elsewhere(p: Parameter) -> str | None:
-    """As `_triton_reason`, of the shards of all ranks, which have to choose alike: collectives follow the choice."""
+    """`_triton_reason` of the shards of all ranks, which have to choose alike: collectives follow the choice."""
     if p.sharding is None:
         return None
     for region in dict.fromkeys(p.sharding.regions):
