@@ -82,7 +82,7 @@ def test_what_owners_are_sent_is_what_the_exchange_sends(method: str, size: int)
     for place in range(size):
         sent = received = messages = 0
         for exchange in exchanges(UNEVEN, asked, size, place):
-            away, come = exchange.elements_moved
+            away, come = (sum(sizes) - sizes[place] for sizes in (exchange.sends, exchange.receives))
             sent += away * asked.bytes_there + come * asked.bytes_back
             received += come * asked.bytes_there + away * asked.bytes_back
             to = sum(count > 0 for rank, count in enumerate(exchange.sends) if rank != place)
