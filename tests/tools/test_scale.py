@@ -28,8 +28,8 @@ from steepest.sharding.ranks import Ranks as RealRanks
 from steepest.sharding.regions import regions
 from steepest.step import shared_matrices
 from steepest.tools import cli, scale
-from steepest.tools.bench.shapes import MODELS, Model, Parameters, elements
 from steepest.tools.scale import Machine, Method, Ranks, Stack
+from steepest.tools.shapes import MODELS, Model, Parameters, elements
 from support.processes import Processes
 from support.ranks import Ranks as Threads
 

@@ -61,7 +61,7 @@ from steepest.sharding.owners import assign, imbalance
 from steepest.step.costs import matrix_work
 from steepest.step.shared_matrices import round_bytes, share_bytes
 
-from .bench import shapes
+from . import shapes
 
 HEAD = (
     "route   ranks       sent   received  messages         work  balance       state    compute     travel  elementwise"

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from steepest.linalg.coefficients import JORDAN_STEP
 
+from ...shapes import matrices, parse
 from ..case import Case, Job, Row, Settings, measure
 from ..ceilings import Ceilings
-from ..shapes import matrices, parse
 
 BASE = "torch.optim.Muon"
 
