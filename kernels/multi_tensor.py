@@ -828,7 +828,7 @@ def _bits(number: float) -> int:
 
 
 def _partials(scratch: Tensor, counters: int, chunks: int) -> Tensor:
-    """Where the chunks leave their sums: behind the counters of the compiled kernels, which stay zero."""
+    """The memory in which chunks leave their sums: behind the counters of the compiled kernels, which stay zero."""
     wanted = counters + chunks * SUMS.value
     if scratch.numel() < wanted:
         raise ValueError(f"scratch has {scratch.numel()} elements; these tensors need {wanted}")

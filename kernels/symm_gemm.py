@@ -64,20 +64,7 @@ class Configuration:
     warps: int
     tma: bool = False
 
-    def shared_bytes(self, element: int = 2, precision: Precision = "ieee", wide: bool = False) -> int:
-        """Operands of all turns in flight, or the tile on its way to memory, in fp32 with ``wide``.
 
-        "tf32x3" has a turn less in flight and of b both terms; those of a stay in registers, or in tensor memory.
-        """
-        turn = (self.block_m + self.block_n) * self.block_k * element
-        tile = self.block_m * self.block_n * 4 if wide else 0
-        if precision == "tf32x3":
-            return max((self.stages - 1) * turn + 2 * self.block_n * self.block_k * element, tile)
-        return max(self.stages * turn, tile)
-
-
-# Bytes of shared memory that a program may have: CUDA C++ Programming Guide, technical specifications by capability.
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 # One number for all tiles: whichever of them is chosen (the size of the batch has a say), an element of the output is
 # added up over k by instructions of one kind in one order, so that a matrix has the same result alone and in a batch.
 # 64 elements are 128 bytes: a cache line, and the widest swizzle of the tensor cores' operands.
@@ -617,7 +604,7 @@ def _has_boxes(x: Tensor, place: _Place) -> bool:
 
 
 def _boxes(x: Tensor, place: _Place, rows: int, columns: int) -> TensorDescriptor:
-    """Of matrices that are loaded by tiles of rows x columns."""
+    """The descriptor of matrices that are loaded by tiles of rows x columns."""
     stored = _stored(x, place)
     stride = place.stride or stored.shape[2]
     block = [1, rows, columns] if place.by_rows else [1, columns, rows]

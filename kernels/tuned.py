@@ -29,7 +29,7 @@ Choices = dict[str, dict[str, dict[str, Any]]]  # machine, question, fields of t
 
 
 def path() -> Path:
-    """Where the file is, or would be. OSError where the system knows no home folder."""
+    """The file's place, whether it is there or not. OSError where the system knows no home folder."""
     try:
         if folder := os.environ.get("STEEPEST_CACHE"):
             return Path(folder).expanduser()
@@ -104,7 +104,7 @@ def held() -> Choices:
 
 
 def fields(machine: str, question: str) -> dict[str, Any] | None:
-    """Of the configuration that won, if there is one."""
+    """The fields of the configuration that won, if there is one."""
     return held().get(machine, {}).get(question)
 
 

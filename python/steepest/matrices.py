@@ -102,7 +102,7 @@ class Piece:
         return min(group * self.of_group + min(rest, self.of_group), self.length)
 
     def place(self, number: int) -> int:
-        """Where in `dim` number `number` of `length` is."""
+        """The index along `dim` of entry `number` of `length`."""
         group, rest = divmod(number, self.of_group)
         return self.start + group * self.stride + rest
 

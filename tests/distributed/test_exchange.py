@@ -88,8 +88,8 @@ def test_there_and_back(mesh: tuple[int, ...], placements: list[Placement]) -> N
     for place, exchange in enumerate(exchanges):
         sent = [sum(part.numel() for part in exchange.ranks.sent[:place])]  # type: ignore[attr-defined]
         sent.append(sum(part.numel() for part in exchange.ranks.sent[place + 1 :]))  # type: ignore[attr-defined]
-        assert exchange.elements_moved[0] == sum(sent)
-    assert sum(exchange.elements_moved[0] for exchange in exchanges) == sum(e.elements_moved[1] for e in exchanges)
+        assert sum(exchange.sends) - exchange.sends[place] == sum(sent)
+    assert sum(sum(exchange.sends) for exchange in exchanges) == sum(sum(exchange.receives) for exchange in exchanges)
     back = everyone(exchanges, ["from_owners"] * size, found)
     for got, sent_parts in zip(back, buffers, strict=True):
         assert torch.equal(got, sent_parts)

@@ -11,10 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steepest.sharding.owners import assign, imbalance, loads_of
+from steepest.sharding.owners import assign, imbalance
 
 COSTS = st.lists(st.integers(0, 50), max_size=7)
 SOME = settings(max_examples=200, deadline=None)
+
+
+def loads_of(costs: list[int], owners: list[int], ranks: int) -> list[int]:
+    """The sum of the costs on every rank."""
+    loads: list[int] = [0] * ranks
+    for cost, owner in zip(costs, owners, strict=True):
+        loads[owner] += cost
+    return loads
 
 
 def makespan(costs: list[int], owners: list[int], ranks: int) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from steepest.linalg import coefficients as tables
 from steepest.linalg.polar import polar
-from steepest.linalg.remez import best_odd, tight_table
+from support.remez import best_odd, tight_table
 
 # name, table, l, degrees, margin of the last step, gain, where [l, 1] lands
 TIGHT = [

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steepest.linalg import roots
-from steepest.linalg.basis import eigh_refresh
 from steepest.linalg.coefficients import evaluate
-from steepest.linalg.remez import best_odd, image
-from steepest.linalg.roots import inverse_root, lifting_steps, root_of_basis, spectral_bound
+from steepest.linalg.roots import inverse_root, lifting_steps, spectral_bound
 from support.eigenvalues import on_tensor_cores, symmetric, tf32_product
-from support.singular_values import gaussian, orthogonal
+from support.remez import best_odd, image
+from support.singular_values import gaussian
 
 N = 128
 
@@ -233,20 +232,6 @@ def test_empty(shape: tuple[int, ...]) -> None:
     assert (X.shape, residual.shape, spectral_bound(X).shape) == (shape, shape[:-2], shape[:-2])
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4])
-def test_root_of_basis(p: int) -> None:
-    A = torch.stack([symmetric(spectrum("log", 1e4, 24), seed) for seed in range(2)])
-    Q, d, _, _ = eigh_refresh(A, torch.eye(24).double().expand(2, 24, 24), method="eigh")
-    X = root_of_basis(Q, d, p, ridge_rel=1e-3)
-    values, U = torch.linalg.eigh(A)
-    exact = (U * (values + 1e-3 * values[:, -1:])[:, None] ** (-1 / p)) @ U.mT
-    torch.testing.assert_close(X, exact)
-    assert torch.equal(X, X.mT)
-    assert not root_of_basis(Q, torch.zeros_like(d), p).any()
-    negative = root_of_basis(torch.eye(2), torch.tensor([1.0, -1e-7]), p, ridge_rel=0.5)
-    torch.testing.assert_close(negative, torch.tensor([1.5, 0.5]).pow(-1 / p).diag())
-
-
 def test_a_preconditioned_gradient_is_white() -> None:
     """L^-1/4 G R^-1/4 with L = G G^T and R = G^T G is the polar factor of G."""
     U, _, Vh = torch.linalg.svd(gaussian(24, 24))
@@ -274,7 +259,7 @@ def test_compiles_in_one_graph() -> None:
         (torch.eye(3).half(), 2, {}, TypeError, "takes float32 or float64, got torch.float16; convert it first"),
         (torch.ones(3, 2), 2, {}, ValueError, "takes square matrices (..., n, n), got shape (3, 2)"),
         (torch.ones(3), 2, {}, ValueError, "takes square matrices (..., n, n), got shape (3,)"),
-        (torch.eye(3), 3, {}, ValueError, "p must be one of 1, 2, 4, 8, got 3; other roots go by root_of_basis"),
+        (torch.eye(3), 3, {}, ValueError, "p must be one of 1, 2, 4, 8, got 3; eigh_refresh has a basis for others"),
         (torch.eye(3), 2, {"ridge_rel": 0.0}, ValueError, "ridge_rel must be between 1.2e-07"),
         (torch.eye(3), 2, {"ridge_rel": 2.0}, ValueError, "ridge_rel must be between 1.2e-07"),
     ],
@@ -282,14 +267,3 @@ def test_compiles_in_one_graph() -> None:
 def test_messages(A: Tensor, p: int, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message.replace("(", r"\(").replace(")", r"\)")):
         inverse_root(A, p, **options)
-
-
-def test_messages_of_root_of_basis() -> None:
-    Q = orthogonal(3)
-    for d, p, ridge_rel, message in (
-        (torch.ones(2), 2, 0.0, r"takes Q \(..., n, n\) and d \(..., n\), got \(3, 3\) and \(2,\)"),
-        (torch.ones(3), 0, 0.0, "p must be positive, got 0"),
-        (torch.ones(3), 2, -1.0, "ridge_rel must be at least 0, got -1.0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            root_of_basis(Q, d, p, ridge_rel=ridge_rel)

@@ -30,7 +30,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 NOT_DRAWN = {"__init__", "__main__", "_moved", "_version", "tools"}
 #: What each tool imports of the others; the command line imports a command's module when it is called.
 TOOLS: dict[str, set[str]] = {
-    "bench": {"compare", "machine", "planner"},
+    "bench": {"compare", "machine", "planner", "shapes"},
     "cli": set(),
     "compare": {"machine"},
     "convert": set(),
@@ -38,8 +38,9 @@ TOOLS: dict[str, set[str]] = {
     "facts": set(),
     "machine": set(),
     "planner": {"scale"},
-    "scale": {"bench"},
-    "tune": {"bench"},
+    "scale": {"shapes"},
+    "shapes": set(),
+    "tune": {"bench", "shapes"},
     "__init__": set(),
 }
 #: How high the library may be, and how many files a gradient may go through.
@@ -112,6 +113,25 @@ def test_the_picture_is_that_of_the_imports() -> None:
     assert shown[1] == picture()
 
 
+def listed(docstring: str) -> set[str]:
+    """The names that a package's docstring explains, a line each: `name   what it is`, `one, two   what they are`."""
+    entries = re.findall(r"^ *(\w+(?:, \w+)*)(?:  +\S.*)?$", docstring, re.MULTILINE)
+    return {name for entry in entries for name in entry.split(", ")}
+
+
+def test_a_package_that_lists_its_files_lists_all_of_them() -> None:
+    assert listed("Parts.\n\n    one   the first\n    two, three\n          the others\n") == {"one", "two", "three"}
+    lists = 0
+    for path in PACKAGE.rglob("__init__.py"):
+        files = {each.stem for each in path.parent.iterdir() if each.suffix == ".py" or (each / "__init__.py").exists()}
+        files -= {"__init__", "__main__"}
+        names = listed(ast.get_docstring(ast.parse(path.read_text())) or "")
+        if names & files:
+            assert names == files, path
+            lists += 1
+    assert lists > 5
+
+
 def test_the_library_has_few_floors() -> None:
     assert max(floors(rooms()).values()) <= FLOORS
     with pytest.raises(ValueError, match="a circle of imports among"):
@@ -174,12 +194,30 @@ def test_the_library_imports_no_tool() -> None:
 
 def test_a_tool_imports_only_the_tools_below_it() -> None:
     assert {room(path, PACKAGE / "tools") for path in sources() if room(path) == "tools"} == set(TOOLS)
+    assert max(floors(TOOLS).values()) <= FLOORS  # and there is no circle
     guilty = []
     for path in (PACKAGE / "tools").rglob("*.py"):
         name = room(path, PACKAGE / "tools")
         used = {imported.split(".")[2] for imported in imports(path) if imported.startswith("steepest.tools.")}
         guilty += [f"{path.relative_to(PACKAGE)} imports {other}" for other in used & set(TOOLS) - TOOLS[name] - {name}]
     assert not guilty
+
+
+#: Words that a docstring does not begin with: they hang on what the reader has to look up first.
+HANGING = re.compile(r"(As|By|For|From|It|Likewise|Of|Over|So many|The same|Those|While|With|Without)\b")
+
+
+def test_a_docstring_begins_with_its_subject() -> None:
+    guilty, count = [], 0
+    for path in [*sources(), *sorted((ROOT / "kernels").glob("*.py"))]:
+        for node in nodes(path):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node) or ""
+                count += bool(text)
+                if HANGING.match(text):
+                    guilty.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)} {text.splitlines()[0]}")
+    assert not guilty, "\n".join(guilty)
+    assert count > 1000
 
 
 def test_only_the_optimizer_knows_torch_optim() -> None:
@@ -214,10 +252,6 @@ def test_no_torch_header_below_the_door() -> None:
     assert not guilty
 
 
-if __name__ == "__main__":
-    print(picture())
-
-
 PAPERS = sorted((Path(__file__).parents[1] / "papers").glob("test_*.py"))
 
 
@@ -238,3 +272,7 @@ def test_references_from_papers_know_only_the_class_they_are_of(path: Path) -> N
             assert not re.search(r"^(from|import) steepest", source.read_text(encoding="utf-8"), re.MULTILINE), source
         elif isinstance(node, ast.Import):
             assert not [each.name for each in node.names if each.name.startswith("steepest.")]
+
+
+if __name__ == "__main__":
+    print(picture())

@@ -28,8 +28,8 @@ from steepest.sharding.ranks import Ranks as RealRanks
 from steepest.sharding.regions import regions
 from steepest.step import shared_matrices
 from steepest.tools import cli, scale
-from steepest.tools.bench.shapes import MODELS, Model, Parameters, elements
 from steepest.tools.scale import Machine, Method, Ranks, Stack
+from steepest.tools.shapes import MODELS, Model, Parameters, elements
 from support.processes import Processes
 from support.ranks import Ranks as Threads
 from support.slow import slow
@@ -83,7 +83,7 @@ def test_what_owners_are_sent_is_what_the_exchange_sends(method: str, size: int)
     for place in range(size):
         sent = received = messages = 0
         for exchange in exchanges(UNEVEN, asked, size, place):
-            away, come = exchange.elements_moved
+            away, come = (sum(sizes) - sizes[place] for sizes in (exchange.sends, exchange.receives))
             sent += away * asked.bytes_there + come * asked.bytes_back
             received += come * asked.bytes_there + away * asked.bytes_back
             to = sum(count > 0 for rank, count in enumerate(exchange.sends) if rank != place)

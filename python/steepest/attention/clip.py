@@ -201,7 +201,7 @@ class QKClip:
         maxima.copy_(torch.where(taken, -torch.inf, maxima))
 
     def _factors(self, gamma: Tensor, groups: int) -> Tensor:
-        """Those that `AttentionLayer` counts, of queries, keys, rotated queries, and 1."""
+        """The factors that `AttentionLayer` counts, of queries, keys, rotated queries, and 1."""
         of_group = gamma.view(groups, -1)
         keys = of_group.amax(1, keepdim=True) ** (1 - self.balance)
         return torch.cat([(of_group / keys).flatten(), keys.flatten(), gamma, gamma.new_ones(1)])
@@ -289,7 +289,7 @@ def _clipped_by(hook: Any) -> list[Tensor]:
 
 
 def _ranks(group: ProcessGroup | None, device: torch.device) -> Ranks | None:
-    """Those among which maxima are reduced; None where there are no others."""
+    """The ranks among which maxima are reduced; None where there are no others."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):

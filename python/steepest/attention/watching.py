@@ -65,7 +65,7 @@ class _Hooks:
 
 
 class _Calls(TorchFunctionMode):
-    """While it is entered, calls of attention are observed, after they were made."""
+    """Observes calls of attention while it is entered, after they were made."""
 
     def __init__(self, observe: Observe, name: str) -> None:
         super().__init__()

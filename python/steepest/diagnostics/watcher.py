@@ -90,7 +90,7 @@ class Watch:
 
 
 def plain(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """The same as Python numbers; one read for each device."""
+    """Metrics as Python numbers; one read for each device."""
     numbers = {key: value for key, value in metrics.items() if not isinstance(value, Tensor)}
     tensors = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
     for device in {t.device for t in tensors.values()}:

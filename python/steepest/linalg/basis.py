@@ -228,7 +228,7 @@ def _fell_back(refreshed: Refreshed) -> Refreshed:
 
 
 def _replaced(new: Refreshed, places: list[int], other: Callable[[Tensor], Refreshed]) -> Refreshed:
-    """Of the matrices in these places, what the other refresh gives."""
+    """The refresh with what another one gives of the matrices in these places."""
     if not places:
         return new
     at = torch.tensor(places)
@@ -420,7 +420,7 @@ def _iterate(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
 
 
 def _iterate_and_sort(P: Tensor, old: _Basis) -> tuple[_Basis, Tensor]:
-    """The same of the columns as they are, which are sorted by what has become of them."""
+    """`_iterate` of the columns as they are, which are sorted by what has become of them."""
     Q = _powered(old.Q, old.image)
     new = _measured(P, Q, orthonormality(Q))
     order = _descending(new)

@@ -49,7 +49,7 @@ POLAR_EXPRESS: Table = (
 )
 SAFETY = 1.01
 
-# The tables below are `steepest.linalg.remez.tight_table(l, degrees, margin=...)`: each step is the best odd
+# The tables below are `tight_table(l, degrees, margin=...)` of tests/support/remez.py: each step is the best odd
 # approximation of 1 on the interval which the steps before it leave, starting from [l, 1], with x / 1.02 in place of x
 # in every step but the last so that rounding may carry a singular value 2% beyond the interval.  In the auto and turbo
 # tables the last step is good beyond its interval as well, by 6% and 3% (margin): without it two bf16 steps in the

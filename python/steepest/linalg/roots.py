@@ -35,7 +35,7 @@ ROOTS = (1, 2, 4, 8)
 BOUND_SAFETY = 1.002
 # Where the lifting steps stop: all s within this of 1.  The steady quintic cubes the distance, the cubic squares it.
 LIFTED = 0.055
-# (l, h, step): the best quintic on [l, 1] (`steepest.linalg.remez.best_odd`), with x / 1.01 in place of x so that
+# (l, h, step): the best quintic on [l, 1] (`best_odd` of tests/support/remez.py), with x / 1.01 in place of x so that
 # rounding may carry an s beyond the interval, takes it to [l' h, h], where l' is the next row's l; the last to within
 # LIFTED.  So a composition begins at any row, every later step taking x / h.  Rounded to 7 digits.
 LIFTING = (
@@ -113,28 +113,6 @@ def inverse_root_flop(n: int, p: int, *, ridge_rel: float = 1e-6) -> int:
 
 
 @torch.no_grad()
-def root_of_basis(Q: Tensor, d: Tensor, p: int, *, ridge_rel: float = 1e-6) -> Tensor:
-    """Q (diag d + r I)^(-1/p) Q^T with r = ridge_rel max d, from an eigenbasis and its values.
-
-    Q: (..., n, n) orthonormal and d: (..., n), as `eigh_refresh` returns them -> (..., n, n) symmetric.  Negative d
-    count as 0; d = 0 gives 0.  p is any positive number.
-
-    Raises:
-        ValueError: shapes that do not fit, p not positive, ridge_rel negative.
-    """
-    if Q.ndim < 2 or Q.shape[-1] != Q.shape[-2] or d.shape != Q.shape[:-1]:
-        raise ValueError(f"root_of_basis takes Q (..., n, n) and d (..., n), got {tuple(Q.shape)} and {tuple(d.shape)}")
-    if not p > 0:
-        raise ValueError(f"p must be positive, got {p}")
-    if not ridge_rel >= 0:
-        raise ValueError(f"ridge_rel must be at least 0, got {ridge_rel}")
-    d = d.clamp_min(0)
-    shifted = d + ridge_rel * d.amax(-1, keepdim=True)
-    half = Q * torch.where(shifted == 0, 0, power(shifted, -0.5 / p))[..., None, :]
-    return product(half, half.mT, precision="tf32x3", symmetric=True)
-
-
-@torch.no_grad()
 def spectral_bound(A: Tensor) -> Tensor:
     """min(||A||_inf, ||A^4||_F^(1/4)) with a margin of .2% for rounding: never below ||A||_2.   (..., n, n) -> (...).
 
@@ -204,7 +182,7 @@ def _check(A: Tensor, p: int, ridge_rel: float) -> None:
     if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
         raise ValueError(f"inverse_root takes square matrices (..., n, n), got shape {tuple(A.shape)}")
     if p not in ROOTS:
-        raise ValueError(f"p must be one of {', '.join(map(str, ROOTS))}, got {p}; other roots go by root_of_basis")
+        raise ValueError(f"p must be one of {', '.join(map(str, ROOTS))}, got {p}; eigh_refresh has a basis for others")
     least = torch.finfo(A.dtype).eps
     if not least <= ridge_rel <= 1:
         raise ValueError(f"ridge_rel must be between {least:.1e} ({A.dtype} rounding) and 1, got {ridge_rel}")

@@ -329,8 +329,9 @@ def _compose(run: Runner, scale: Tensor, steps: Steps) -> str:
 
 
 def _gram_form(run: Runner, steps: Steps) -> str:
-    """The same with Y = Q X, so that X is touched once; not for 16 bits.   "gram": R = X X^T; "square": Q at first.
+    """The steps of `_compose` with Y = Q X, so that X is touched once; not for 16 bits.
 
+    "gram": R = X X^T; "square": Q at first.
     With C = X Y^T = Q R and A = Y Y^T a step is Q <- H Q + d I, C <- H C + d R, A <- H (H A + 2 d C) + d^2 R.  A is not
     taken as Q R Q: Q is as large as the lift of small singular values, and its rounding would be multiplied by that.
     """

@@ -35,7 +35,7 @@ class Work:
         return Work(self.narrow * number, self.wide * number, self.solver * number)
 
     def shared_out(self, number: int) -> Work:
-        """One of so many equal parts."""
+        """One part of the work, of `number` equal ones."""
         return Work(self.narrow // number, self.wide // number, self.solver // number)
 
     @property
@@ -70,7 +70,7 @@ def svd_flop(m: int, n: int) -> int:
 
 
 def flop_text(flop: float) -> str:
-    """So many operations in the unit that suits them, as in "1.23 TFLOP"."""
+    """A number of operations in the unit that suits it, as in "1.23 TFLOP"."""
     for size, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
         if flop >= size:
             return f"{flop / size:.3g} {unit}"

@@ -189,7 +189,7 @@ class MatrixOptimizer(Reports, Constraints):
         return plan
 
     def _sharded_rows(self) -> list[tuple[str, ...]]:
-        """Those of parameters and options, and of a plan what steps each parameter: collectives follow that."""
+        """The rows of parameters and options, and of a plan what steps each parameter: collectives follow that."""
         chosen = (
             [] if self._plan is None else [(p, each.backend) for each in self._plan.executors for p in each.parameters]
         )

@@ -180,7 +180,7 @@ class Groups(torch.optim.Optimizer):
         check_options(values, self._merged("_option_types"), prefix)
 
     def _options(self, group: Group) -> Group:
-        """Those values of a group that are this optimizer's, and none that a user or a scheduler has put there."""
+        """The values of a group that are this optimizer's, and none that a user or a scheduler has put there."""
         return {key: value for key, value in group.items() if self._is_option(key, group)}
 
     def _is_option(self, key: str, group: Group) -> bool:

@@ -157,7 +157,7 @@ def is_on_host(t: Tensor) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Of a number, or of what is none."""
+    """Whether a number is finite; what is no number counts as finite."""
     if isinstance(value, Tensor):
         return bool(value.isfinite())
     return not isinstance(value, float) or abs(value) <= sys.float_info.max

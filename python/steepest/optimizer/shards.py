@@ -51,7 +51,7 @@ class Shards(Groups):
             self.__dict__.setdefault(name, {})
 
     def _sharding(self, p: Any) -> Sharding | None:
-        """Where a DTensor lies, and who shares the work on a parameter that all have; None of any other."""
+        """The place of a DTensor, or who shares the work on a parameter that all ranks have; None of any other."""
         if not is_sharded(p):
             return self._shardings.get(p)
         known = self._shardings.get(p)
@@ -62,7 +62,7 @@ class Shards(Groups):
         return known
 
     def _new_sharding(self, p: Any, share_work: bool) -> Sharding:
-        """Where a DTensor lies. share_work: owners are among all ranks of its mesh, those of other copies too."""
+        """The place of a DTensor. share_work: owners are among all ranks of its mesh, those of other copies too."""
         from ..sharding.layout import Sharding
         from ..sharding.ranks import ranks_of_mesh
         from ..sharding.regions import regions, shard_dims

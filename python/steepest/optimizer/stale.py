@@ -79,7 +79,7 @@ class StaleParameters:
 
 
 def _level_of_caller() -> int:
-    """Where `warnings.warn` should point to, from the function that asks: the step of whoever called the optimizer."""
+    """The `stacklevel` for `warnings.warn`, of the function that asks: the step of whoever called the optimizer."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("steepest", "torch"):
         level, frame = level + 1, frame.f_back

@@ -15,6 +15,10 @@
     blockwise     averages in codes of 8 bits between steps
     sphere        a norm that a weight keeps
     average       of the iterates, to be evaluated
+    product_norm  what couples the steps of layers
+    hyper         the numbers of one step
+    update_transform, power
+                  what transforms of an update have in common; powers with the same bits wherever an element stands
 
 A part is a frozen dataclass: it holds the choices that fix the program (which formula), never the numbers that change
 from step to step (those are a `Hyper`) and never state (that is a dictionary of tensors owned by the caller).

@@ -155,7 +155,7 @@ _known_tables = lru_cache(maxsize=64)(_new_tables)
 
 
 def _values(kind: Codes) -> list[float]:
-    """Of the codes from 0 on."""
+    """The values of the codes from 0 on."""
     bits = 7 if kind == "signed" else 8
     values = [0.0]
     for i in range(bits):

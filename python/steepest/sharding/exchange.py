@@ -84,12 +84,6 @@ class Exchange:
         self.travels = _travels(units, lambda a, b: ranks.replica_of[a] == ranks.replica_of[b])
         self.returns = _travels(units, lambda a, b: True)
 
-    @property
-    def elements_moved(self) -> tuple[int, int]:
-        """(elements that leave this rank, elements that come to it) on the way there."""
-        here = self.ranks.place
-        return sum(self.sends) - self.sends[here], sum(self.receives) - self.receives[here]
-
     def to_owners(self, parts: Tensor) -> Callable[[], Tensor]:
         """Begins to send a buffer of parts; gives what waits for (owned matrices, rows, cols)."""
         if self.sends != self.parts:

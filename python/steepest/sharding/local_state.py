@@ -37,7 +37,7 @@ def as_shard(t: Tensor, sharding: Sharding, shape: tuple[int, ...] | None = None
 
 
 def _at_the_beginning(t: Tensor) -> Tensor:
-    """The same memory as the beginning of a storage: async_save's staging takes a DTensor's offset for an address."""
+    """A tensor's memory as the beginning of a storage: async_save's staging takes a DTensor's offset for an address."""
     if not t.storage_offset():
         return t
     memory = t.untyped_storage()[t.storage_offset() * t.itemsize :]

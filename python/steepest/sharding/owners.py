@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..matrices import Piece
 
-__all__ = ["assign", "imbalance", "loads_of", "owned_pieces"]
+__all__ = ["assign", "imbalance", "owned_pieces"]
 
 
 def assign(costs: Sequence[float], ranks: int) -> list[int]:
@@ -34,14 +34,6 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
         owners[position] = rank
         heapq.heapreplace(loads, (load + costs[position], count + 1, rank))
     return owners
-
-
-def loads_of(costs: Sequence[float], owners: Sequence[int], ranks: int) -> list[float]:
-    """The sum of the costs on every rank."""
-    loads: list[float] = [0] * ranks
-    for cost, owner in zip(costs, owners, strict=True):
-        loads[owner] += cost
-    return loads
 
 
 def imbalance(loads: Sequence[float]) -> float:

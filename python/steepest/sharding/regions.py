@@ -54,7 +54,7 @@ class Rectangle:
 
     @property
     def transposed(self) -> Rectangle:
-        """The same of the transposed matrix."""
+        """The rectangle in the transposed matrix."""
         return Rectangle(self.left, self.right, self.top, self.bottom)
 
 

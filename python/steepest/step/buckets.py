@@ -326,7 +326,7 @@ class FusedBatch:
         return factors
 
     def of_late(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Those of the items that `apply_update` moves, from a list of all items' or an empty one."""
+        """The tensors of the items that `apply_update` moves, from a list of all items' or an empty one."""
         return [tensors[i] for i in self.late] if tensors else []
 
     def stored(self, stacks: Sequence[Tensor]) -> list[Tensor]:

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..parts import Number
+from .executor import Directed, Executor
 from .parameter import Parameter
 
-if TYPE_CHECKING:
-    from .plan import Executor
-
-__all__ = ["Coupling", "Directed", "dot", "inner_products"]
-
-
-@dataclass(frozen=True)
-class Directed:
-    """The directions of a batch, ready to be stepped along.
-
-    ds: one tensor (matrices, rows, cols) for all that shares a call.   lengths: for every item what its directions are
-    yet to be multiplied by, (matrices,), or None.   inner: for every item <M, U> of its matrices, U the step's update
-    in the weight's variables: the dual norm, or its square in a "dual" step; only where it was asked for.
-    """
-
-    ds: list[Tensor]
-    lengths: Sequence[Tensor | None]
-    inner: Sequence[Tensor] | None = None
+__all__ = ["Coupling", "dot", "inner_products"]
 
 
 class Coupling(Protocol):

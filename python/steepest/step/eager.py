@@ -16,7 +16,7 @@ from ..chunking import chunk_by_bytes
 from ..ops.multi_tensor import Scaling
 from ..parts import Hyper
 from ..recipe import Recipe, largest, square_sum
-from .coupling import Directed
+from .executor import Directed
 from .factors import advance_clocks, observe_matrices, update_factors
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
 from .program import is_elementwise
@@ -116,7 +116,7 @@ class SharedBatch(Batch):
 
 
 class Eager:
-    """The executor by torch operations; see `steepest.step.plan.Executor`. skipped: the int64 counters by device."""
+    """The `Executor` (step/executor.py) by torch operations. skipped: the int64 counters by device."""
 
     backend = "torch"
 
@@ -254,7 +254,7 @@ class Eager:
     def apply(
         self, batch: Batch, sent: Sequence[Callable[[], Sequence[Tensor]]], norms: Sequence[Tensor | None]
     ) -> None:
-        """No norms: directions are scaled already where the recipe says so."""
+        """Moves the weights; without norms, as directions are scaled already where the recipe says so."""
         for item, u in zip(batch.parts, (u for wait in sent for u in wait()), strict=True):
             self._apply(item, u)
 

@@ -30,7 +30,7 @@ from ..ops.multi_tensor import Groups, Scaling, Table
 from ..ops.program import COLUMNS, Program
 from ..parts import Direction, Hyper
 from .buckets import Bucket, FusedBatch, FusedItem, batches_of, bucket_key, in_batches, items_of
-from .coupling import Directed
+from .executor import Directed
 from .factors import advance_clocks, observe_matrices, update_factors
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
 
@@ -42,7 +42,7 @@ __all__ = ["Fused"]
 
 
 class Fused:
-    """The executor by the fused ops; see `steepest.step.plan.Executor`. Parameters have elements and are on one device.
+    """The `Executor` (step/executor.py) by the fused ops. Parameters have elements and are on one device.
 
     skipped: the int64 counter of that device.   coupled: layers wait for one another, so that all moments are updated
     before the first direction is taken.

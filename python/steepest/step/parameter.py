@@ -88,7 +88,7 @@ class Parameter:
 
     @property
     def ranks(self) -> Ranks | None:
-        """Those that share it, if any do."""
+        """The ranks that share it, if any do."""
         return None if self.sharding is None else self.sharding.ranks
 
     @property
@@ -318,7 +318,7 @@ class LocalMatrices(Matrices):
 
 
 class OwnedMatrices(Matrices):
-    """Those matrices of a piece of a sharded parameter that this rank owns, with the state that only their owner has.
+    """The matrices of a piece of a sharded parameter that this rank owns, with the state that only their owner has.
 
     received: their gradients, (batch, rows, cols), while a step goes by them.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from ..ops.multi_tensor import NOT_SCALED, Scaling
 from ..ops.program import Program
 from ..parts import Hyper
 from ..recipe import Recipe, largest
-from .coupling import Coupling, Directed
+from .coupling import Coupling
 from .eager import Eager
+from .executor import Directed, Executor
 from .fused import Fused
-from .parameter import Matrices, Parameter, store_if
+from .parameter import Parameter, store_if
 from .program import program
 from .retraction import retract
 from .warm_up import warm_up
@@ -35,70 +36,7 @@ from .working_state import WorkingState, WorkingStates
 if TYPE_CHECKING:
     from ..sharding.ranks import Ranks
 
-__all__ = ["Executor", "Plan", "reason", "route", "scaling_on"]
-
-
-class Executor(Protocol):
-    """Takes the steps of some of a plan's parameters; a batch is what shares its launches.
-
-    The functions stand in the order in which `Plan.step` calls them.
-    """
-
-    backend: str
-    #: batches that travel, there and back, while another's directions are taken
-    prefetch: int
-
-    @property
-    def parameters(self) -> Sequence[Parameter]: ...
-
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
-        """Measures the gradients and says which parameters step; counts those that do not. No state is written."""
-        ...
-
-    def observe(self) -> None:
-        """State takes the gradients, as far as `send` does not do it on the way."""
-        ...
-
-    def batches(self) -> Sequence[Any]: ...
-
-    def items(self, batch: Any) -> list[list[Matrices]]:
-        """The matrices of each of a batch's inputs, in their order."""
-        ...
-
-    def send(self, batch: Any) -> list[Callable[[], Tensor]]:
-        """Gives what waits for the direction's inputs, one tensor (matrices, rows, cols) for all that shares its call.
-
-        Of matrices that ranks share the parts are on their way to the owners until then.
-        """
-        ...
-
-    def directions(self, batch: Any, xs: list[Tensor]) -> list[Tensor]:
-        """The directions of these inputs."""
-        ...
-
-    def directed(self, batch: Any, xs: list[Tensor], ds: list[Tensor], measure: bool) -> Directed:
-        """The directions of these inputs with what is to be known of them."""
-        ...
-
-    def send_back(self, batch: Any, ds: Sequence[Tensor]) -> list[Callable[[], Sequence[Tensor]]]:
-        """Gives what waits for the updates that these directions make; `send` the other way round."""
-        ...
-
-    def apply(self, batch: Any, sent: Sequence[Callable[[], Sequence[Tensor]]], norms: Sequence[Tensor | None]) -> None:
-        """Moves the weights by what `send_back` has sent, times the norms where there are any."""
-        ...
-
-    def finish(self) -> None:
-        """Factors that learn after the step take the gradients."""
-        ...
-
-    def sums_of(self, group: int) -> dict[str, Tensor]:
-        """What the last step measured of a group: sums of squares, 0-d fp64; empty where it has no parameter here."""
-        ...
-
-    def notice_changes(self) -> None:
-        """What a step does first, for a graph, which replays only what follows."""
-        ...
+__all__ = ["Plan", "reason", "route", "scaling_on"]
 
 
 class Plan:
@@ -160,7 +98,7 @@ class Plan:
 
     @property
     def backends(self) -> set[str]:
-        """Those that the elementwise part runs on."""
+        """The backends that the elementwise part runs on."""
         return {executor.backend for executor in self.executors}
 
     def step(self, hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED, coupling: Coupling | None = None) -> None:
@@ -381,7 +319,7 @@ def _triton_reason(p: Parameter, packed: Program) -> str | None:
 
 
 def _reason_elsewhere(p: Parameter) -> str | None:
-    """As `_triton_reason`, of the shards of all ranks, which have to choose alike: collectives follow the choice."""
+    """`_triton_reason` of the shards of all ranks, which have to choose alike: collectives follow the choice."""
     if p.sharding is None:
         return None
     for region in dict.fromkeys(p.sharding.regions):

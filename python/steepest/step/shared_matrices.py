@@ -138,7 +138,7 @@ class SharedMatrices:
         return self.exchange.to_owners(self.packed(tensors, dtype or self._wide))
 
     def _send_weights(self) -> Callable[[], Tensor]:
-        """Those of the owned matrices, in fp32 (fp64 for fp64)."""
+        """Sends the weights of the owned matrices, in fp32 (fp64 for fp64)."""
         values = [self.recipe.rounding.value(part.weight, part.state) for part in self.parts]
         return self._send(values, torch.promote_types(self.matrices[0].parameter.source.dtype, torch.float32))
 
@@ -148,7 +148,7 @@ class SharedMatrices:
         return [spec.key for spec in specs if spec.layout == "elementwise"]
 
     def _fetched_keys(self) -> list[str]:
-        """Those, and that of an elementwise preconditioner, which the parts here update."""
+        """`_elementwise_keys`, and the state of an elementwise preconditioner, which the parts here update."""
         second = self.recipe.precondition.keys if self.recipe.kronecker is None else ()
         return [*second, *self._elementwise_keys()]
 

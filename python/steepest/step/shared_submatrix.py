@@ -40,7 +40,7 @@ class SharedSubmatrices(SharedMatrices):
 
     @cached_property
     def _units(self) -> list[Unit]:
-        """Of the matrices as they are cut here: with chosen columns transposed."""
+        """The units of the matrices as they are cut here: with chosen columns transposed."""
         units = [unit_of(item) for item in self.matrices]
         return units if self.dim == -2 else list(map(_transposed, units))
 
@@ -106,7 +106,7 @@ class SharedSubmatrices(SharedMatrices):
         return inputs
 
     def send_back(self, d: Tensor, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
-        """As of whole matrices, with zeros beside the chosen rows; damps the momenta of these."""
+        """Sends updates as of whole matrices, with zeros beside the chosen rows; damps the momenta of these."""
         back = dtype if self.recipe.transforms else d.dtype
         updates = [d.new_empty((0, *d.shape[1:]), dtype=back)]
         for item, of_item, m, chosen in self._of_owned(d):

@@ -66,8 +66,9 @@ class WorkingState(StateView):
 
 
 class WorkingStates:
-    """Those of the parameters of one executor, which are decoded at once; flags[i] says, after a step, whether the step
-    of parameter i was taken.
+    """The states of the parameters of one executor, which are decoded at once.
+
+    flags[i] says, after a step, whether the step of parameter i was taken.
     """
 
     def __init__(self, states: Sequence[WorkingState]) -> None:

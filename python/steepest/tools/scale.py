@@ -61,7 +61,7 @@ from steepest.sharding.owners import assign, imbalance
 from steepest.step.costs import matrix_work
 from steepest.step.shared_matrices import round_bytes, share_bytes
 
-from .bench import shapes
+from . import shapes
 
 HEAD = (
     "route   ranks       sent   received  messages         work  balance       state    compute     travel  elementwise"
@@ -169,7 +169,7 @@ class Method:
         return self.input_bytes if narrow else WIDE * (1 + self._travels)
 
     def travelling(self, rows: int, cols: int) -> Fraction:
-        """Of a rows x cols matrix, the part that goes to its owner."""
+        """The part of a rows x cols matrix that goes to its owner."""
         _, m, n = self.recipe.input_shape((1, rows, cols))
         return Fraction(1) if self.recipe.submatrix is None else Fraction(m * n, rows * cols)
 
@@ -184,7 +184,7 @@ class Method:
 
     @property
     def input_bytes(self) -> int:
-        """Of an element of a direction's input: 2 on a GPU."""
+        """Bytes of an element of a direction's input: 2 on a GPU."""
         return self.input_dtype.itemsize
 
     @property
@@ -367,7 +367,7 @@ def owners_of(stacks: Sequence[Stack], method: Method, ranks: int) -> list[int]:
 
 
 def _rounds(stacks: Sequence[Stack], method: Method, ranks: int) -> list[int]:
-    """For every parameter the number of the exchange of its shape that it is in."""
+    """The number of the exchange of its shape that each parameter is in."""
     shapes = [(stack.experts, stack.rows, stack.cols) for stack in stacks for _ in range(stack.parameters)]
     shares = [share_bytes(method.recipe, shape, method.input_dtype, ranks) for shape in shapes]
     most = round_bytes(shares, WORKSPACE)
@@ -572,7 +572,7 @@ def plan(
 
 
 def _mean_step(blocks: dict[str, Any], owner: dict[str, Any], period: int) -> dict[str, Any]:
-    """Of one whole step and period - 1 of blocks."""
+    """The mean of one whole step and period - 1 of blocks."""
     if period < 1:
         raise ValueError(f"--block-period is 1 step or more, got {period}")
     mean = {key: ((period - 1) * value + owner[key]) / period for key, value in blocks.items() if key != "route"}

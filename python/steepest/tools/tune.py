@@ -28,7 +28,7 @@ from steepest.linalg.polar import PLAIN, choose, compute_dtype
 from steepest.ops import backend, tuning
 from steepest.ops.tuning import Measured, Problem, Timer
 
-from .bench import shapes
+from . import shapes
 from .bench.timing import Call, interleaved
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -101,7 +101,7 @@ def _keywords(kind: type[MatrixOptimizer]) -> Any:
 
 
 def _defaults(kind: type[MatrixOptimizer], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Those of the keyword arguments that are not None."""
+    """The defaults of shared arguments, where they are not None."""
     defaults = {**EXTRAS, "reduce_loss": True, **getattr(kind, "_bases", {})}
     if issubclass(kind, ProductNormOptimizer):
         defaults["adamw_weight_decay"] = parameters["weight_decay"].default

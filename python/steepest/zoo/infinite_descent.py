@@ -361,7 +361,7 @@ def _starts(problem: Problem) -> Iterator[tuple[Tensor, bool]]:
 
 
 def _strongest(z: Tensor, x: Tensor, y: Tensor, units: int) -> Tensor:
-    """Those exponents, `units` at most, whose parts of the least-squares fit are the largest."""
+    """The exponents, `units` at most, whose parts of the least-squares fit are the largest."""
     waves = (z * x[:, None]).exp()
     if len(z) <= units or not torch.isfinite(waves).all():
         return z[:units]

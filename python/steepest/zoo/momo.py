@@ -34,9 +34,10 @@ from ..parts import Momentum, Number
 from ..parts.product_norm import truncation
 from ..recipe import Recipe, State
 from ..sharding.local import is_sharded, local_tensor
-from ..step.coupling import Coupling, Directed, dot, inner_products
+from ..step.coupling import Coupling, dot, inner_products
+from ..step.executor import Directed, Executor
 from ..step.parameter import Matrices, Parameter, signed_gradient
-from ..step.plan import Executor, Plan
+from ..step.plan import Plan
 
 Scale = Literal["lmo", "dual"]
 

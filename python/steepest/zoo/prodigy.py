@@ -18,9 +18,10 @@ from ..parts.product_norm import ProductNorm, escalated
 from ..recipe import Recipe, State, largest
 from ..sharding.local import is_sharded, local_tensor
 from ..step.coupling import Coupling as StepCoupling
-from ..step.coupling import Directed, inner_products
+from ..step.coupling import inner_products
+from ..step.executor import Directed, Executor
 from ..step.parameter import Matrices, Parameter
-from ..step.plan import Executor, Plan
+from ..step.plan import Plan
 from .momo import Layers, Truncated
 from .product import Coupling, ProductNormOptimizer, given_values
 from .shared import Polar, polar_of

@@ -137,7 +137,10 @@ EXTRAS = Extras(
 
 
 def defaults_of(name: str, options: Group, extra: Extras) -> tuple[Group, Group]:
-    """(defaults of matrix groups, defaults of AdamW groups) from a class's own arguments and the shared ones."""
+    """(defaults of matrix groups, defaults of AdamW groups) from a class's own arguments and the shared ones.
+
+    options: a class's own arguments, `lr`, `weight_decay` and `adjust_lr_fn` always among them.
+    """
     taken = (*options, *Extras.__annotations__)
     unknown = sorted(set(extra) - set(taken))
     if unknown:

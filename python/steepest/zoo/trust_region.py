@@ -115,8 +115,7 @@ class RelativeStep(Decay):
     elementwise: ClassVar[bool] = False
 
     def apply(self, w: Tensor, u: Tensor, decay: Number, step: Number) -> Tensor:
-        every = tuple(range(w.ndim))
-        weight, update = length(w, every), length(u, every)
+        weight, update = (length(t.reshape(1, 1, -1)).reshape(()) for t in (w, u))
         turns = (weight > 0) & (update > 0)
         u = torch.where(turns, u / update, u) * torch.where(turns, weight, 1)
         return (w - u * step) * (1 + step * step) ** -0.5

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from steepest.linalg.polar import polar
-from steepest.tools import machine
+from steepest.tools import machine, shapes
 from steepest.tools.bench import case as cases
-from steepest.tools.bench import ceilings, counting, pictures, records, shapes, table, timing, truth
+from steepest.tools.bench import ceilings, counting, pictures, records, table, timing, truth
 from steepest.tools.bench.case import Case, Settings, Variant, measure
 from steepest.tools.bench.ceilings import Ceilings
 from steepest.tools.bench.timing import Call, Timing

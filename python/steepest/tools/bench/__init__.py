@@ -4,11 +4,13 @@ steepest bench --quick
 steepest bench polar step --shapes gpt2-124m --out results
 steepest bench polar --compare results/polar.json
 
-suites, shapes, optimizers, training    what is measured, a file a suite
+suites, optimizers, training            what is measured, a file a suite
 case, truth, peers                      correct first; who else is measured, and what it is called with
 timing, ceilings, counting              how: interleaved, cold, beside what the machine can do
-machine, records, regression            what a figure names; JSON and CSV; what got worse since
+records, regression                     JSON and CSV; what got worse since
 table, pictures, command                what is shown, and the whole of it
+
+What a figure names is in `steepest.tools.machine`, named models are in `steepest.tools.shapes`.
 """
 
 from .command import add_options, run

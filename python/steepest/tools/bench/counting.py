@@ -19,7 +19,7 @@ PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 
 
 class Products(TorchDispatchMode):
-    """While it is entered: floating-point operations of matrix products, 2 for a multiply and add."""
+    """Floating-point operations of matrix products while it is entered, 2 for a multiply and add."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Products(TorchDispatchMode):
 
 
 class Peak(TorchDispatchMode):
-    """While it is entered: the largest number of bytes alive at once in tensors that were made inside."""
+    """The largest number of bytes alive at once in tensors that were made while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -22,10 +22,10 @@ from steepest import zoo
 from steepest.graph import graphed
 from steepest.optimizer import MatrixOptimizer
 
+from ..shapes import Model, elements, matrices, parse
 from . import peers
 from .case import Errors, Settings, Variant
 from .peers import LR, Build, beside
-from .shapes import Model, elements, matrices, parse
 from .truth import Error, Truth
 
 BETAS = (0.9, 0.999)  # of MuAdam; at the first step its direction is that of sign(g) sqrt|g|

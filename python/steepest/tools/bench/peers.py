@@ -57,7 +57,7 @@ def known(role: str) -> list[Found]:
 
 
 def installed(role: str) -> list[Found]:
-    """Those that can be had."""
+    """The peers that can be imported."""
     return [peer for peer in known(role) if peer.status == FOUND]
 
 
@@ -79,7 +79,7 @@ def version(package: str) -> str:
 
 
 def guarded(make: Callable[[], Any]) -> Callable[[], Any]:
-    """The same, without what an import changes for everybody."""
+    """`make` without what an import changes for everybody."""
 
     def guard() -> Any:
         with _torch_as_it_is():

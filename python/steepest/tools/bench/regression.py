@@ -101,7 +101,7 @@ def check_machine(facts: Iterable[Mapping[str, str]]) -> None:
 
 
 def of_class(records: Sequence[Record], facts: Mapping[str, str]) -> Sequence[Record]:
-    """Of several runs those of the same class of CPU; all of them where there is none, or on a GPU."""
+    """The runs on the same class of CPU; all of them where there is none, or on a GPU."""
     kind = machine_class(facts["machine"])
     return [each for each in records if machine_class(str(each.machine["machine"])) == kind is not None] or records
 
@@ -123,7 +123,7 @@ def _changes(key: Key, old: Row, new: Row) -> list[Change]:
 
 
 def _changes_of_ratio(key: Key, old: Row, new: Row) -> list[Change]:
-    """Of the time over the base's, where that is somebody else's and the same in both, of bytes and of errors."""
+    """Changes of the time over the base's, if that is somebody else's and the same in both, of bytes and of errors."""
     changes = []
     if old.get("base") == new.get("base") not in (None, key[-1]) and old["ratio"] > 0 < new["ratio"]:
         times = sorted((1 / old["ratio"], 1 / new["ratio"]))

@@ -73,7 +73,7 @@ class Evidence:
 
     @property
     def grid(self) -> list[Record]:
-        """From the smallest to the largest learning rate."""
+        """The runs from the smallest to the largest learning rate."""
         first = min(run["seed"] for run in self.runs)
         return sorted((run for run in self.runs if run["seed"] == first), key=lambda run: run["lr"])
 
@@ -111,7 +111,7 @@ class Evidence:
         return {step: statistics.mean(curve[step] for curve in curves) for step in sorted(shared)}
 
     def _median(self, name: str) -> float:
-        """Over all runs that took a step, which have the same work at every rate and seed."""
+        """The median over all runs that took a step, which have the same work at every rate and seed."""
         return statistics.median(run[name] for run in self.runs if run[name] is not None)
 
     def row(self, reference: Evidence) -> Row:
@@ -149,7 +149,10 @@ class Evidence:
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """By tasks as they come, in each the lowest loss first and what never finished last; none of one without AdamW."""
+    """A row a method: by tasks as they come, in each the lowest loss first and what never finished last.
+
+    A task without AdamW has none.
+    """
     groups: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         groups.setdefault(record["task"], {}).setdefault(record["optimizer"], []).append(record)
@@ -169,7 +172,7 @@ def of(summary: Sequence[Row], task: str) -> list[Row]:
 
 
 def table(summary: Sequence[Row]) -> str:
-    """For a person: a block a task."""
+    """The rows as a person reads them: a block a task."""
     blocks = []
     for task in dict.fromkeys(row["task"] for row in summary):
         blocks.append(f"{task}\n" + aligned([SHOWN, *(_shown(row) for row in of(summary, task))], names=1))

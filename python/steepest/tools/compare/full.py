@@ -61,7 +61,7 @@ def is_good(some: float, best: float) -> bool:
 
 
 def fall(record: Record) -> float:
-    """By how much the held-out loss fell, negative where it rose; minus infinity of a run that was not done."""
+    """The fall of the held-out loss, negative where it rose; minus infinity of a run that was not done."""
     return record["first_loss"] - record["loss"] if record["status"] == "done" else -math.inf
 
 

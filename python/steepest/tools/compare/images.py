@@ -48,7 +48,7 @@ class Pictures:
 
 
 def made_up(count: int, seed: int = 0) -> Pictures:
-    """So many images; turned by at most .35 radians, scaled by .6 to 1.1, shifted by at most a fifth of the image."""
+    """Made-up images; turned by at most .35 radians, scaled by .6 to 1.1, shifted by at most a fifth of the image."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(len(SHAPES), (count,), generator=generator)
     turn, scale, across, down = (

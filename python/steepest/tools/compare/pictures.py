@@ -80,14 +80,14 @@ def draw_evidence(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _lowest_first(mean: Sequence[float]) -> tuple[float, float]:
-    """Of the axis of losses: the lowest to the upper quartile, and as much again; what is worse stands at the edge."""
+    """Limits of the axis of losses: the lowest to the upper quartile, and as much again; worse ones are at the edge."""
     low, middle = min(mean), statistics.quantiles(mean, n=4)[2] if len(mean) > 1 else max(mean)
     margin = 0.1 * (middle - low) or 0.1
     return low - margin, min(max(mean), 2 * middle - low) + margin
 
 
 def limits(first: Sequence[float], last: Sequence[float]) -> tuple[float, float]:
-    """Of the axis of losses: up to the start, or where no best run ends below it, to the highest of these."""
+    """Limits of the axis of losses: up to the start, or where no best run ends below it, to the highest of these."""
     low, high = min(*first, *last), max(first) if min(last) < max(first) else max(last)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
     return low - margin, high + margin

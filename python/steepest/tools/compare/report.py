@@ -58,14 +58,14 @@ class Summary:
 
     @property
     def sensitivity(self) -> float | None:
-        """None where nothing was trained."""
+        """The mean loss over the rates less the lowest; None where nothing was trained."""
         if self.best is None or not self.trained:
             return None
         return statistics.mean(self._loss(run) for run in self.runs) - self._loss(self.best)
 
     @property
     def spread(self) -> float | None:
-        """None where nothing was trained."""
+        """The largest loss over the rates less the lowest; None where nothing was trained."""
         if self.best is None or not self.trained:
             return None
         return max(self._loss(run) for run in self.runs) - self._loss(self.best)

@@ -9,6 +9,7 @@ fused       the elementwise part of a step
 memory      state, and what a step holds beyond it
 launch      launches, and what the host needs for a step
 train       a training run of a GPT
+common      stacks of Gaussian matrices, dtypes and names that suites share
 """
 
 from __future__ import annotations

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from steepest.linalg.coefficients import JORDAN_STEP
 
+from ...shapes import matrices, parse
 from ..case import Case, Job, Row, Settings, measure
 from ..ceilings import Ceilings
-from ..shapes import matrices, parse
 
 BASE = "torch.optim.Muon"
 
 
 def dtypes(settings: Settings) -> Sequence[torch.dtype]:
-    """Those asked for; else the 16-bit ones on a GPU and fp32 elsewhere."""
+    """The dtypes that are asked for; else the 16-bit ones on a GPU and fp32 elsewhere."""
     return settings.dtypes or ((torch.float16, torch.bfloat16) if settings.cuda else (torch.float32,))
 
 

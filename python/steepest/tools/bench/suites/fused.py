@@ -17,9 +17,9 @@ from steepest.ops import multi_tensor
 from steepest.ops.multi_tensor import Groups, Item, Items, Table
 from steepest.ops.program import Program
 
+from ...shapes import elements, parse
 from ..case import Case, Job, Settings, Variant
 from ..optimizers import LR, PARTS_BOUNDS, parameters, parts_error
-from ..shapes import elements, parse
 from .common import name_of, sizes, timed
 
 ELEMENTS = (100_000_000, 1_000_000_000)

@@ -10,11 +10,11 @@ import functools
 import statistics
 from collections.abc import Callable, Iterator
 
+from ...shapes import Model, parse
 from ..case import OK, Job, Row, Settings, failure
 from ..ceilings import Ceilings
 from ..counting import launches
 from ..optimizers import BASE, Method, Problem, muons
-from ..shapes import Model, parse
 from ..timing import Call, host_seconds, seconds
 from .common import sizes
 

@@ -11,12 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from ...shapes import elements, matrices, parse
 from ..case import OK, Job, Row, Settings, failure
 from ..ceilings import Ceilings
 from ..counting import peak_bytes, storages
 from ..optimizers import BASE, Method, Problem, muons, soaps
 from ..peers import LR
-from ..shapes import elements, matrices, parse
 from .common import sizes
 
 SHAPES = ("gpt2-124m", "llama-1b", "moe-64")

@@ -23,10 +23,10 @@ from steepest.linalg.chain import Sum, multiplication
 from steepest.ops import polar_chain
 
 from ... import planner
+from ...shapes import matrices, parse, spelled
 from .. import peers
 from ..case import Case, Errors, Job, Settings, Variant
 from ..counting import flop_of
-from ..shapes import matrices, parse, spelled
 from ..truth import Error, Truth
 from .common import BASE, dtypes, muon, name_of, one_by_one, sizes, stacks, timed
 

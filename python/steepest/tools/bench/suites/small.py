@@ -13,8 +13,8 @@ import torch
 
 from steepest.linalg.polar import polar, polars
 
+from ...shapes import matrices, parse, spelled
 from ..case import Case, Job, Settings, Variant
-from ..shapes import matrices, parse, spelled
 from .common import BASE, dtypes, name_of, sizes, stacks, timed
 from .polar import BOUNDS, Gate, flop, may_capture, references
 

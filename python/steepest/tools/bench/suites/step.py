@@ -15,10 +15,10 @@ import torch
 
 from steepest import zoo
 
+from ...shapes import Model, matrices, parse
 from ..case import Case, Errors, Job, Row, Settings
 from ..ceilings import Ceilings
 from ..optimizers import BASE, SOAP, Method, Problem, direction_errors, fitting, muons, parts_error, soaps
-from ..shapes import Model, matrices, parse
 from .common import name_of, sizes, timed
 from .memory import memory_of
 

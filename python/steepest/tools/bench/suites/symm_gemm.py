@@ -21,10 +21,10 @@ from steepest.ops import polar_chain
 from steepest.ops.grouped_gemm import grouped_gemm
 from steepest.ops.symm_gemm import gemm
 
+from ...shapes import matrices, parse, spelled
 from .. import peers
 from ..case import OK, Case, Job, Row, Settings, Variant, measure, rates
 from ..ceilings import Ceilings
-from ..shapes import matrices, parse, spelled
 from .common import dtypes, name_of, sizes, stacks
 
 SHAPES = ("32x1024x1024", "1024x1024", "8x2048x2048", "2048x2048", "4096x4096", "8192x8192")

@@ -2,7 +2,7 @@
 
 On [l, u] the odd polynomial p of degree 2k - 1 that minimises max |1 - p| touches 1 +- error at k + 1 points in turn
 (Chebyshev).  Composing such steps, each for the interval the last one leaves, is optimal over all compositions of the
-same degrees (arXiv:2505.16932, theorem 3.1).  Used offline: `steepest.linalg.coefficients` holds the results.
+same degrees (arXiv:2505.16932, theorem 3.1).  `steepest.linalg.coefficients` and `steepest.linalg.roots` hold results.
 """
 
 from __future__ import annotations
