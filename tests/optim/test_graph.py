@@ -364,10 +364,15 @@ def test_step_hooks_are_refused() -> None:
         steepest.graphed(optimizer)
 
 
-def test_numbers_elsewhere_are_refused() -> None:
+def test_numbers_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta stands for a GPU, and is refused for what it is before that."""
     optimizer, _ = both_kinds(steepest.MuAdam)
-    optimizer.param_groups[1]["eps"] = torch.tensor(1e-8, device="meta")
-    with pytest.raises(RuntimeError, match="group 1 cannot be captured .* eps is a tensor on another device than cpu"):
+    optimizer.param_groups[1]["betas"] = (torch.tensor(0.9, device="meta"), 0.95)
+    with pytest.raises(ValueError, match="group 1: betas should be .* but is on the meta device"):
+        optimizer.make_capturable()
+    monkeypatch.setattr(optimizer, "_check_numbers", lambda: None)
+    text = "group 1 cannot be captured .* betas is a tensor on another device than cpu"
+    with pytest.raises(RuntimeError, match=text):
         optimizer.make_capturable()
 
 
