@@ -341,17 +341,17 @@ def test_a_blas_that_adds_up_otherwise_multiplies_one_matrix_after_another(monke
         return torchs(a.flip(-1), b.flip(-2), **options)
 
     monkeypatch.setattr(torch, "bmm", reversed_sums)
-    products._adds_up_in_order.cache_clear()
+    products._checked.cache_clear()
     try:
         assert not products.at_once(8, 8, 8, FLOAT)
         x = noise((3, 8, 8), 1)
         assert torch.equal(matmul(x, x), torch.stack([one @ one for one in x]))
     finally:
-        products._adds_up_in_order.cache_clear()
+        products._checked.cache_clear()
 
 
 def test_which_products_are_taken_at_once() -> None:
-    there = products._adds_up_in_order(torch.get_num_threads())
+    there = products._adds_up_in_order()
     for shape, dtype, wanted in (
         ((8, 256, 8), FLOAT, there),
         ((8, 257, 8), FLOAT, False),

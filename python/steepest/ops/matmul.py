@@ -29,8 +29,12 @@ CHECKED = ((1, 2, 256), (1, 40, 7), (2, 3, 64), (2, 65, 256), (3, 16, 16), (5, 3
 
 
 def by_itself(x: Tensor) -> bool:
-    """Whether products of x depend on the batch unless care is taken; what torch.compile traces is torch's own."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether products of x depend on the batch unless care is taken; what is traced or fake is torch's own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake()
+
+
+def _is_fake() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -47,18 +51,22 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def at_once(m: int, k: int, n: int, dtype: torch.dtype) -> bool:
     """Whether products of one shape, of contiguous factors, may be taken as a batch."""
-    return dtype == torch.float32 and k <= IN_ORDER and m > 1 and n > 1 and _adds_up_in_order(torch.get_num_threads())
+    return dtype == torch.float32 and k <= IN_ORDER and m > 1 and n > 1 and _adds_up_in_order()
 
 
 def placed(x: Tensor) -> Tensor:
     """x, or a copy with its strides that begins at a boundary of memory."""
-    return x.clone() if x.data_ptr() % ALIGNMENT else x
+    return x.clone() if by_itself(x) and x.data_ptr() % ALIGNMENT else x
 
 
 @assume_constant_result
-@functools.cache
-def _adds_up_in_order(threads: int) -> bool:
+def _adds_up_in_order() -> bool:
     """Whether torch's batched fp32 products are those of our own, to the bit."""
+    return _checked(torch.get_num_threads())
+
+
+@functools.cache
+def _checked(threads: int) -> bool:
     if _backend.extension is None or not _backend.extension.cpu_products(False):
         return False
     generator = torch.Generator().manual_seed(0)
