@@ -157,10 +157,14 @@ def numbers_of(group: Group) -> tuple[Any, ...]:
 
 
 def as_it_is(value: Any) -> Any:
-    """A value that later changes do not reach, those of a tensor on the host neither; others stand for themselves."""
+    """A value that is another one once it has changed: a tensor on the host beside the number of its changes, which is
+    not counted of those made in inference mode. Others stand for themselves.
+    """
     if isinstance(value, list | tuple):
         return tuple(map(as_it_is, value))
-    return (value, value.tolist()) if isinstance(value, Tensor) and is_on_host(value) else value
+    if isinstance(value, Tensor) and is_on_host(value) and not value.is_inference():
+        return (value, value._version)
+    return value
 
 
 def changed(before: Group, now: Group) -> str | None:
