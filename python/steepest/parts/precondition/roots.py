@@ -163,9 +163,8 @@ class Roots(Kronecker):
         parts = [state[ROOTS[0]].new_ones((1,), dtype=torch.float64)]
         for side, key in enumerate(ROOTS):
             if state[key].numel():
-                root = self._root_times(
-                    state, side, torch.eye(state[key].shape[-1], dtype=state[key].dtype, device=state[key].device)
-                )
+                eye = torch.eye(state[key].shape[-1], dtype=state[key].dtype, device=state[key].device)
+                root = self._root_times(state, side, eye.expand_as(state[key]))
                 parts.append(root.double().square().sum((-2, -1)).square())
         return torch.cat(parts).amax()
 
