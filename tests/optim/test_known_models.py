@@ -196,6 +196,9 @@ def test_gains_of_two_dimensions_are_tables() -> None:
     model = nn.ModuleDict({"mixer": Raw(D=(2, 8), gamma=(2, 8), weight=(2, 8)), "norm": Raw(weight=(4, 8))})
     assert [name for name, rule in rules(model).items() if rule == "matrix"] == ["mixer.weight"]
     assert rules(nn.ModuleDict({"norm": nn.Linear(4, 4, bias=False)})) == {"norm.weight": "matrix"}
+    EfficientViMBlock = type("EfficientViMBlock", (Raw,), {})
+    found = rules(nn.ModuleDict({"block": EfficientViMBlock(alpha=(4, 8)), "layer": steepest.AION(4, 3)}))
+    assert [name for name, rule in found.items() if rule == "adamw"] == ["block.alpha", "layer.cosine", "layer.sine"]
 
 
 def test_a_linear_map_of_patches_or_tokens_is_a_matrix_whatever_its_name() -> None:

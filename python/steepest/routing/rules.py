@@ -36,6 +36,7 @@ from ..matrices import LAYOUT_KEYS, Piece, pieces
 from .architectures import (
     BIAS_WORDS,
     ELEMENTWISE,
+    ELEMENTWISE_OF_CLASSES,
     EMBEDDINGS,
     FLATTENED,
     GROUPED,
@@ -203,7 +204,8 @@ def _table_name(place: Place) -> str | None:
     is_map = isinstance(place.module, nn.Linear) or _is_conv(place)
     if not is_map and (words := NORM_WORDS & _words("_".join(layer))):
         return f"normalization, by the word {min(words)!r}"
-    return _named("elementwise table", [last], ELEMENTWISE)
+    of_class = () if place.module is None else ELEMENTWISE_OF_CLASSES.get(class_name(place.module), ())
+    return _named("elementwise table", [last], (*ELEMENTWISE, *of_class))
 
 
 def _words(name: str) -> set[str]:
