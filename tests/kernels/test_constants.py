@@ -19,6 +19,7 @@ from steepest.ops import (
     extension,
     grouped_gemm,
     multi_tensor,
+    normalize,
     polar_chain,
     small_polar,
     weight_update,
@@ -43,6 +44,7 @@ NUMBERS: list[tuple[str, str, float]] = [
     (REFRESH, "kSymmetric", basis.SYMMETRIC),
     ("eigh/iterate.cpp", "kOrthonormalOnEntry", basis.ORTHONORMAL_ON_ENTRY),
     ("multi_tensor/layout.h", "kMaxDims", multi_tensor.STRIDED_DIMS),
+    ("multi_tensor/normalize.h", "kMostOfRow", normalize.MOST),
     ("polar/params.h", "kMostTables", chain_numbers.MOST_TABLES),
     ("polar/params.h", "kMostNumbers", chain_numbers.MOST_NUMBERS),
     ("polar/params.h", "kSpreadSums", (chain_numbers.SCRATCH - 1) / 64),
@@ -85,7 +87,7 @@ def constants(file: str) -> dict[str, float]:
     numbers = {}
     for declaration in re.findall(r"\bconstexpr [\w:]+ (k\w+ = [^;]*);", source(file)):
         for name, text in re.findall(r"(k\w+) = ([^,;]+)", declaration):
-            text = text.replace("std::numeric_limits<int32_t>::max()", str(2**31 - 1))
+            text = re.sub(r"std::numeric_limits<int32_t>::max\(\)|\bINT32_MAX\b", str(2**31 - 1), text)
             text = re.sub(r"\bint64_t\{(\d+)\}", r"\1", re.sub(r"(?<=[\d.])f\b", "", text))
             if re.fullmatch(r"[-+\d.e*/<> ()]+", text):
                 numbers[name] = value(ast.parse(text.strip(), mode="eval").body)

@@ -15,7 +15,7 @@ from torch import Tensor
 import steepest
 from steepest.linalg.basis import eigh_refresh, tracked
 from steepest.linalg.polar import polar, polars
-from steepest.linalg.roots import inverse_root, root_of_basis, spectral_bound
+from steepest.linalg.roots import inverse_root, spectral_bound
 from steepest.linalg.schatten import schatten
 from steepest.ops import matmul as products
 from steepest.ops import solvers
@@ -207,7 +207,6 @@ def test_inverse_roots(p: int, dtype: torch.dtype, sizes: Sequence[int]) -> None
         P = definite(noise((batch_of(n) if n < 128 else 2, n, n), n, dtype))
         check(lambda y: inverse_root(y, p), P, f"the inverse root {p}")
         check(spectral_bound, P, "the bound")
-        check(lambda y: root_of_basis(bases(y), y.diagonal(dim1=-2, dim2=-1), p), P, "the root of a basis")
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=str)

@@ -17,8 +17,8 @@
     average       of the iterates, to be evaluated
     product_norm  what couples the steps of layers
     hyper         the numbers of one step
-    update_transform, power
-                  what transforms of an update have in common; powers with the same bits wherever an element stands
+    update_transform
+                  what transforms of an update have in common
 
 A part is a frozen dataclass: it holds the choices that fix the program (which formula), never the numbers that change
 from step to step (those are a `Hyper`) and never state (that is a dictionary of tensors owned by the caller).

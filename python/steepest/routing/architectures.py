@@ -46,11 +46,11 @@ POSITION_WORDS = frozenset({"position", "positions", "positional", "pos"})
 BIAS_WORDS = frozenset({"bias", "biases"})
 #: Own names of tables that multiply element by element: state space models, RWKV, gains.
 ELEMENTWISE = (
-    *("a_log", "a_logs", "d", "time_decay*", "time_first", "time_faaaa", "time_mix*", "time_maa*", "layer_scale*"),
+    *("a_log", "a_logs", "time_decay*", "time_first", "time_faaaa", "time_mix*", "time_maa*", "layer_scale*"),
     *("gamma", "gammas", "gain", "gains", "scale", "scales", "*_scale"),
 )
 #: Classes and own names of theirs that are such tables, and elsewhere matrices, as AION's alpha.
-ELEMENTWISE_OF_CLASSES = {"EfficientViMBlock": ("alpha",)}
+ELEMENTWISE_OF_CLASSES = {"EfficientViMBlock": ("alpha",), "ZambaMambaMixer": ("d",)}
 #: Words of a module's name which say normalization, of one that is no linear map or convolution.
 NORM_WORDS = frozenset({"norm", "norms", "ln", "bn", "layernorm", "rmsnorm", "batchnorm", "groupnorm"})
 #: Classes whose matrices are stored in x out. Hugging Face's experts say is_transposed themselves.

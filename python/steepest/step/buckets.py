@@ -316,7 +316,7 @@ class FusedBatch:
         return [item.view(item.parameter.grad) for item in self.items]
 
     def take_factors(self) -> list[Tensor]:
-        """Those of the updates that were made last, item by item; none at all where no bucket has any."""
+        """The factors of the updates that were made last, item by item; none at all where no bucket has any."""
         if not any(bucket.factors for bucket in self.buckets):
             return []
         factors = [*self.no_inputs]

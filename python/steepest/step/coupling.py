@@ -22,7 +22,7 @@ class Coupling(Protocol):
     """
 
     def allowed(self, parameters: Sequence[Parameter], scaling: dict[torch.device, Scaling]) -> Sequence[Tensor] | None:
-        """For every parameter, 0-d bool, whether what the coupling keeps of it stays finite; None: whatever it is."""
+        """Whether what the coupling keeps of each parameter stays finite, 0-d bool; None: whatever it is."""
         ...
 
     def factors(self, executors: Sequence[Executor]) -> list[Number]:
