@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .matmul import by_itself
+from .matmul import by_itself, contiguous
 
 CHUNK = 4096  # torch cuts a lone sum of 32768 numbers and more
 
@@ -33,8 +33,8 @@ def vector_norm(
 def _in_rows(x: Tensor, dim: int | tuple[int, int]) -> Tensor:
     """x with what is added up contiguous in the last dimension."""
     if dim == (-2, -1):
-        return x.contiguous().flatten(-2)
-    return (x.mT if dim == -2 else x).contiguous()
+        return contiguous(x).flatten(-2)
+    return contiguous(x.mT if dim == -2 else x)
 
 
 def _sum(x: Tensor) -> Tensor:

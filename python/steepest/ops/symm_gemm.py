@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
-from .matmul import at_once, by_itself, placed
+from .matmul import at_once, by_itself, contiguous, placed
 
 # Two cores with AVX512-BF16, torch 2.13, bf16, ratio to the time of the full product, mirroring included:
 #   768x768x768    p=2 0.84   p=3 0.74   p=4 0.73   p=6 0.75
@@ -97,7 +97,7 @@ def _each_by_itself(
 ) -> Tensor:
     _, m, k = a.shape
     if at_once(m, k, b.shape[-1], a.dtype):
-        linear(torch.bmm(a.contiguous(), b.contiguous()), c, alpha=alpha, beta=beta, out=out)
+        linear(torch.bmm(contiguous(a), contiguous(b)), c, alpha=alpha, beta=beta, out=out)
         return mirror_(out, (0, m)) if symmetric else out
     for i, target in enumerate(out.unbind()):
         whole, added = placed(target), target if c is None else c[i]
