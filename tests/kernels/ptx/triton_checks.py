@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import triton
 from torch import Tensor
@@ -122,11 +124,22 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 
 class Ops:
-    """The elementwise ops, which find their tensors in tables: each is lent those that it is given."""
+    """The elementwise ops, which find their tensors in tables: each is lent those that it is given, and the directions
+    that it multiplies by the factors of their rows.
+    """
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def call(*arguments: Any) -> None:
-            with lent(_tensors(arguments)):
+            with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+                scale = multi_tensor._scaled
+
+                def scaled(direction: Tensor, factors: Tensor) -> Tensor:
+                    product = scale(direction, factors)
+                    stack.enter_context(lent([product]))
+                    return product
+
+                patch.setattr(multi_tensor, "_scaled", scaled)
+                stack.enter_context(lent(_tensors(arguments)))
                 getattr(multi_tensor, name)(*arguments)
 
         return call
