@@ -193,8 +193,11 @@ def test_learned_inputs_are_tables_but_for_the_maps_of_attention() -> None:
 
 
 def test_gains_of_two_dimensions_are_tables() -> None:
-    model = nn.ModuleDict({"mixer": Raw(D=(2, 8), gamma=(2, 8), weight=(2, 8)), "norm": Raw(weight=(4, 8))})
-    assert [name for name, rule in rules(model).items() if rule == "matrix"] == ["mixer.weight"]
+    ZambaMambaMixer = type("ZambaMambaMixer", (Raw,), {})
+    shapes = {"D": (2, 8), "gamma": (2, 8), "weight": (2, 8)}
+    model = nn.ModuleDict({"mixer": ZambaMambaMixer(**shapes), "other": Raw(**shapes), "norm": Raw(weight=(4, 8))})
+    matrices = ["mixer.weight", "other.D", "other.weight"]  # D says nothing where the class is not known
+    assert [name for name, rule in rules(model).items() if rule == "matrix"] == matrices
     assert rules(nn.ModuleDict({"norm": nn.Linear(4, 4, bias=False)})) == {"norm.weight": "matrix"}
     EfficientViMBlock = type("EfficientViMBlock", (Raw,), {})
     found = rules(nn.ModuleDict({"block": EfficientViMBlock(alpha=(4, 8)), "layer": steepest.AION(4, 3)}))
