@@ -1,5 +1,6 @@
 # make demo | test | test-quick | test-slow | test-all | test-kernels | test-integrations | test-trainers | check
-# | check-torch | wheel | sdist | docs | bench | gpu | doctor | clean. Each sets up $(VENV) by itself; a second call starts at once.
+# | check-torch | wheel | sdist | docs | bench | gpu | doctor | clean. Each sets up $(VENV) by itself; a second call
+# starts at once.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv

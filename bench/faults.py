@@ -1,4 +1,4 @@
-"""Writes docs/faults.md: what every optimizer does about every fault, measured now (some 20 seconds on one core).
+"""Writes docs/faults.md: what every optimizer does about every fault, measured now (some minutes on one core).
 
 python bench/faults.py            writes docs/faults.md
 python bench/faults.py --check    exit status 1 if it would change

@@ -22,8 +22,6 @@ using polar::Node;
 constexpr int64_t kAlone = int64_t{1} << 18, kAloneOfMany = int64_t{1} << 28;
 constexpr int64_t kPart = int64_t{1} << 16;  // elements that are loaded or stored at once
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
-
 // The buffers of one matrix at a time, and packed factors of a product.
 class Room {
  public:

@@ -111,11 +111,17 @@ STEEPEST_HD inline double value_of(const HyperValue& number) {
 
 STEEPEST_HD inline double value_or_one(const float* at) { return at ? *at : 1.0; }
 
+// The largest finite number.
+template <class R>
+STEEPEST_HD constexpr R most() {
+  return sizeof(R) == sizeof(double) ? static_cast<R>(1.7976931348623157e308) : static_cast<R>(3.4028234663852886e38);
+}
+
 // What is measured, of a parameter's row: from its gradient's largest magnitude (infinite where an entry is not finite)
 // and sum of squares. is_double: the arithmetic that follows is fp64. What the caller says of the row is left there.
 STEEPEST_HD inline void measure(const Scaling& scaling, double grad_max, double grad_sq, bool is_double, double* row) {
   const double scale = 1 / value_or_one(scaling.grad_scale);
-  const double largest_finite = is_double ? 1.7976931348623157e308 : 3.4028234663852886e38;
+  const double largest_finite = is_double ? most<double>() : most<float>();
   const bool found_inf = scaling.found_inf != nullptr && *scaling.found_inf != 0;
   grad_max *= scale;
   row[kFinite] = !found_inf && grad_max <= (row[kLargestTaken] > 0 ? row[kLargestTaken] : largest_finite);

@@ -9,12 +9,6 @@
 namespace steepest::multi_tensor {
 inline namespace STEEPEST_ISA {
 
-// The largest finite number.
-template <class R>
-STEEPEST_HD constexpr R most() {
-  return sizeof(R) == sizeof(double) ? static_cast<R>(1.7976931348623157e308) : static_cast<R>(3.4028234663852886e38);
-}
-
 template <class R>
 struct Rates {
   R beta2, weight, eps;  // weight: of a sum of squares over so many entries

@@ -14,8 +14,6 @@ struct Part {
   int64_t matrix, number;
 };
 
-int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
 template <class R>
 void normalize_rows(const Part& part, double eps, double* lengths) {
   const Stack& stack = *part.stack;
@@ -26,7 +24,7 @@ void normalize_rows(const Part& part, double eps, double* lengths) {
   R* const factors = static_cast<R*>(stack.factors);
   lengths[kBefore] = lengths[kAfter] = 0;
   for (int64_t row = begin; row < end; ++row) {
-    const char* const at = static_cast<const char*>(stack.updates) + row * stack.columns * size_of(stack.dtype);
+    const char* const at = static_cast<const char*>(stack.updates) + row * stack.columns * bytes_of(stack.dtype);
     const bool in_double = sizeof(R) == sizeof(double);
     const R sum = static_cast<R>(best_chunks().square_sum(at, stack.dtype, stack.columns, in_double));
     seconds[row] = mean_square(rates, seconds[row], sum);

@@ -33,10 +33,6 @@ int64_t check_table(const Tensor& table, const Place& place, int64_t width, cons
   return table.size(0);
 }
 
-void check_lengths(size_t given, size_t wanted, const char* name) {
-  STD_TORCH_CHECK(given == wanted, name, " has ", given, " elements; it goes by ", wanted);
-}
-
 Ints contiguous_strides(const Ints& sizes) {
   Ints strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];

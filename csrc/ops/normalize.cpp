@@ -50,13 +50,10 @@ void normalize_updates(const Tensors& updates, const Tensors& seconds, const Ten
                        double rms) {
   const Place place(scratch);
   const size_t count = updates.size();
-  const auto check_length = [&](size_t given, const char* name) {
-    STD_TORCH_CHECK(given == count, name, " has ", given, " elements; it goes by ", count);
-  };
-  check_length(seconds.size(), "seconds"), check_length(factors.size(), "factors");
-  check_length(beta2.size(), "beta2");
-  if (!divided.empty()) check_length(divided.size(), "divided");
-  if (!taken.empty()) check_length(taken.size(), "taken");
+  check_lengths(seconds.size(), count, "seconds"), check_lengths(factors.size(), count, "factors");
+  check_lengths(beta2.size(), count, "beta2");
+  if (!divided.empty()) check_lengths(divided.size(), count, "divided");
+  if (!taken.empty()) check_lengths(taken.size(), count, "taken");
   STD_TORCH_CHECK(rms >= 0, "rms is ", rms, "; it is positive, or 0 where matrices keep their length");
 
   NormalizeParams params{};

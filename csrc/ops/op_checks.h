@@ -30,6 +30,10 @@ struct Place {
   }
 };
 
+inline void check_lengths(size_t given, size_t wanted, const char* name) {
+  STD_TORCH_CHECK(given == wanted, name, " has ", given, " elements; it goes by ", wanted);
+}
+
 // Of an element, with `i` the place of its tensor in the list `name`.
 inline Dtype element_type(const Tensor& tensor, const Place& place, const char* name, size_t i) {
   switch (tensor.scalar_type()) {

@@ -166,16 +166,10 @@ def polars(
             _by_small_kernel(jobs, choice.schedule, eps)
             continue
         products = chain_of(choice)
-        compiled: list[Job] = []
-        others: list[Job] = []
-        for job in jobs:
-            takes = cpu_chain.supports(job.x, choice.dtype, products.constants)
-            (compiled if takes else others).append(job)
-        if compiled:
-            _by_cpu_chain(compiled, choice, products, eps, max_workspace_bytes)
-        if not others:
+        if cpu_chain.supports(jobs[0].x, choice.dtype, products.constants):  # all are on one device
+            _by_cpu_chain(jobs, choice, products, eps, max_workspace_bytes)
             continue
-        chunks = [chunk for job in others for chunk in job.chunks(choice.dtype, max_workspace_bytes)]
+        chunks = [chunk for job in jobs for chunk in job.chunks(choice.dtype, max_workspace_bytes)]
         if choice.form == "plain":
             _by_plain_products(chunks, choice, eps)
         else:
