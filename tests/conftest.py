@@ -4,7 +4,7 @@ tests are quick, and a GPU that no longer answers ends a run."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,8 @@ import torch
 
 from steepest.linalg import polar
 from steepest.ops import backend
+from steepest.optimizer import MatrixOptimizer
+from support.training import KINDS
 
 if TYPE_CHECKING:
     from support.processes import Processes
@@ -96,6 +98,18 @@ def is_quick(path: Path) -> bool:
     return any(path == TESTS / name or path.parent == TESTS / name for name in QUICK)
 
 
+def of_other_classes(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """What is asked of many classes `make test` asks of one of each kind: the rest are slow, and these are they."""
+    asked: dict[str, list[tuple[pytest.Item, bool]]] = {}
+    for item in items:
+        callspec = getattr(item, "callspec", None)  # of a test with parameters
+        cls = callspec and callspec.params.get("cls")
+        if isinstance(cls, type) and issubclass(cls, MatrixOptimizer):
+            asked.setdefault(item.nodeid.partition("[")[0], []).append((item, cls in KINDS))
+    tests = [test for test in asked.values() if any(kind for _, kind in test)]
+    return [item for test in tests for item, kind in test if not kind]
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Files that `make test` or `make test-quick` take nothing of are not even imported."""
     marks = config.option.markexpr.split(" and ")
@@ -115,6 +129,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if begun:
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in begun])
         items[:] = [item for item in items if item.nodeid not in begun]
+    for item in of_other_classes(items):
+        item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

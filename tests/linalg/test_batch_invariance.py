@@ -147,7 +147,7 @@ def test_averages_of_squares(dtype: torch.dtype, sizes: Sequence[int]) -> None:
             check(average, x, f"the {side} factor")
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, slow(HALF), DOUBLE], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT, slow(HALF), slow(DOUBLE)], ids=str)
 @pytest.mark.parametrize("threads", [slow(1), 2])
 @ALL
 def test_sums_and_norms(dtype: torch.dtype, threads: int, sizes: Sequence[int]) -> None:

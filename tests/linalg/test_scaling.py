@@ -25,6 +25,7 @@ from steepest.ops.symm_gemm import Workspace
 from steepest.tools.bench.counting import Peak
 from support.eigenvalues import off_diagonal
 from support.singular_values import gaussian, polynomial_of
+from support.slow import slow
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 of_every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -199,9 +200,9 @@ def test_prescaling_takes_one_copy(dtype: torch.dtype, work: torch.dtype) -> Non
 
 @pytest.mark.parametrize(
     "work, m, n",  # what is allocated goes by the size of an entry: fp16 on one shape
-    [(torch.float16, 512, 1024)]
+    [slow(torch.float16, 512, 1024)]
     + [(torch.bfloat16, m, n) for m, n in ((512, 512), (512, 1024), (4096, 512))]
-    + [(torch.float32, m, n) for m, n in ((512, 512), (512, 1024), (4096, 512))],
+    + [slow(torch.float32, 512, 512), (torch.float32, 512, 1024), slow(torch.float32, 4096, 512)],
 )
 @pytest.mark.parametrize("form", ["standard", "gram"])
 def test_the_workspace_of_the_iteration(work: torch.dtype, m: int, n: int, form: str) -> None:
@@ -220,8 +221,8 @@ def test_the_workspace_of_the_iteration(work: torch.dtype, m: int, n: int, form:
     assert used <= len(x) * polar_module.workspace_bytes(m, n, work) + 2 * 4 * m * n  # two of one weight in fp32
 
 
-@pytest.mark.parametrize("work", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("p", [1, 4 / 3, 1.5, 2, 3, 4, 8])
+@pytest.mark.parametrize("work", [slow(torch.float16), torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("p", [1, slow(4 / 3), 1.5, 2, 3, slow(4), 8])
 def test_the_workspace_of_a_schatten_direction(p: float, work: torch.dtype) -> None:
     for m, n in ((512, 512), (512, 1024), (4096, 512)):
         x = torch.empty(4, m, n, dtype=work, device="meta")

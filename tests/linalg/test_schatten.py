@@ -20,6 +20,7 @@ from steepest.linalg.schatten import SAFETY, STEPS, by_products, compute_dtype, 
 from steepest.ops import backend
 from steepest.ops.symm_gemm import Number, Workspace
 from support.singular_values import LAYOUTS, SHAPES, SPECTRA, gaussian, orthogonal, three_shapes, with_spectrum
+from support.slow import slow
 
 INF = math.inf
 POWERS = (2, 4 / 3, 6 / 5, 8 / 7, 32 / 31)
@@ -258,7 +259,7 @@ def furthest_short(x: Tensor, p: float, d: Tensor) -> float:
 
 
 @pytest.mark.parametrize("p", STEPS)
-@pytest.mark.parametrize("m, n", [(2, 2), (3, 4), (4, 5), (8, 10), (20, 64)])
+@pytest.mark.parametrize("m, n", [slow(2, 2), (3, 4), slow(4, 5), slow(8, 10), (20, 64)])
 def test_no_small_matrix_goes_astray(p: float, m: int, n: int) -> None:
     """In bf16 one in thousands did: rounding does not average out, and the bound of the norm is sharp."""
     x = matrices(2000 // m, m, n, lambda g: 10 ** -torch.rand(m, generator=g))

@@ -19,7 +19,6 @@ from steepest.optimizer import MatrixOptimizer
 from support.training import (
     COUPLED,
     EVERY,
-    KINDS,
     KRONECKER,
     OPTIMIZERS,
     all_same_bits,
@@ -60,7 +59,7 @@ def resumed() -> Iterator[Any]:
     for cls in EVERY:
         for name, (dtypes, options) in runs.items():
             few = name not in ("fp32", "bf16, fp32 gradients", "rounded")
-            marks = [pytest.mark.slow] if cls not in KINDS or (few and cls not in OPTIMIZERS) else []
+            marks = [pytest.mark.slow] if few and cls not in OPTIMIZERS else []
             yield pytest.param(cls, DTYPES[dtypes], options, id=f"{name}-{cls.__name__}", marks=marks)
 
 

@@ -14,11 +14,9 @@ from torch.optim import lr_scheduler
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from steepest.zoo.vector import VectorOptimizer
-from support.slow import slow
 from support.training import (
     COUPLED,
     EVERY,
-    KINDS,
     MATRICES,
     OPTIMIZERS,
     all_same_bits,
@@ -334,12 +332,7 @@ OTHER_ADAMW = (steepest.Schattor, steepest.MuonAdam, *COUPLED)
 @pytest.mark.parametrize(
     ("cls", "use_muon", "name"),
     [
-        *(
-            (cls, True, name) if cls in KINDS else slow(cls, True, name)
-            for cls in EVERY
-            for name in ODD
-            if ODD[name](torch.float32).ndim >= 2
-        ),
+        *((cls, True, name) for cls in EVERY for name in ODD if ODD[name](torch.float32).ndim >= 2),
         *((cls, False, name) for cls in (steepest.MuAdam, *OTHER_ADAMW) for name in ODD),
     ],
 )

@@ -20,7 +20,6 @@ from support.training import (
     both_backends,
     both_kinds,
     build,
-    by_kind,
     check_compiled_step,
     check_resume_and_bad_gradients,
     copies,
@@ -91,7 +90,7 @@ def test_muon_on_a_sphere(constraint: str, backend: str) -> None:
 @pytest.mark.parametrize(
     "backend, constraint", [("auto", "spectral"), ("torch", "frobenius"), slow("auto", "frobenius")]
 )
-@pytest.mark.parametrize("cls", by_kind(TAKING), ids=name_of)
+@pytest.mark.parametrize("cls", TAKING, ids=name_of)
 def test_every_class_stays_and_adamw_does_not(cls: type[MatrixOptimizer], constraint: str, backend: str) -> None:
     optimizer, params = both_kinds(cls, torch.float64, backend=backend, **options(constraint))
     plain, others = both_kinds(cls, torch.float64, backend=backend, weight_decay=0.0)

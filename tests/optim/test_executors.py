@@ -13,6 +13,7 @@ import steepest
 from steepest.ops import backend
 from steepest.optimizer import MatrixOptimizer
 from support.problems import gap
+from support.slow import slow
 from support.training import EVERY, both_kinds, give_gradients
 
 pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
@@ -43,7 +44,7 @@ def run(cls: type[MatrixOptimizer], steps: int = 8, **options: Any) -> tuple[lis
     return params, [int(count) for count in optimizer.skipped_updates().values()]
 
 
-@pytest.mark.parametrize("options", [{}, {"maximize": True, "max_workspace_bytes": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, slow({"maximize": True, "max_workspace_bytes": 1})], ids=str)
 @pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)
 def test_fused_is_eager(cls: type[MatrixOptimizer], options: dict[str, Any]) -> None:
     params, skipped = run(cls, **options)

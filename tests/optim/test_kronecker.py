@@ -21,6 +21,7 @@ from steepest.recipe import CLOCK, Recipe, State, step_one
 from steepest.zoo.kronecker import KroneckerOptimizer
 from support.problems import SHAPES
 from support.references import gap, gaussian, gradients, polar_by_svd, trained
+from support.slow import slow
 from support.training import KRONECKER, noise
 
 Maker = type[KroneckerOptimizer]
@@ -63,6 +64,12 @@ SHAPES_OF_ALL = {
 }
 SHAPES_OF_A_FEW = {key: SHAPES_OF_ALL[key] for key in ("tall", "conv", "split experts", "square experts")}
 ON_ALL_SHAPES = ("shampoo, blocks", "kl-soap")
+#: Roots by both ways, bases whole and in blocks, one side, moments in a basis, an average, what waits. The others are
+#: these crossed.
+EACH_WAY = (
+    *("shampoo", "shampoo, blocks", "one-sided", "kl-shampoo, newton roots", "soap, blocks", "soap, authors, delayed"),
+    *("soap, spectral", "kl-soap, short sides", "splus, delayed"),
+)
 
 
 def own_state(state: State, recipe: Recipe, number: int, view: Callable[[Tensor], Tensor], p: Tensor) -> State:
@@ -75,7 +82,7 @@ def own_state(state: State, recipe: Recipe, number: int, view: Callable[[Tensor]
     }
 
 
-@pytest.mark.parametrize("name", HOW)
+@pytest.mark.parametrize("name", [name if name in EACH_WAY else slow(name) for name in HOW])
 def test_a_step_of_all_is_step_one_of_each(name: str) -> None:
     """A residual is a distance from the identity, all of it rounding here: its bound is absolute."""
     (cls, options), shapes = HOW[name], SHAPES_OF_ALL if name in ON_ALL_SHAPES else SHAPES_OF_A_FEW
@@ -272,7 +279,7 @@ def gap_of_rotated(cls: Maker, options: dict[str, Any], skipped: int = 0) -> flo
     return gap(left.mT @ paths[1] @ right.mT, paths[0])
 
 
-@pytest.mark.parametrize("refresh", ["eigh", "auto"])
+@pytest.mark.parametrize("refresh", [slow("eigh"), "auto"])
 @pytest.mark.parametrize("name", EQUIVARIANT)
 def test_orthogonal_equivariance(name: str, refresh: str) -> None:
     """SPlus begins with the sign of the gradient's own entries."""

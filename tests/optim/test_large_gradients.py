@@ -11,15 +11,15 @@ import steepest
 from steepest.optimizer import MatrixOptimizer
 from support.configurations import CONFIGURATIONS
 from support.slow import slow
-from support.training import both_kinds, copies, give_gradients
+from support.training import KINDS, both_kinds, copies, give_gradients
 
 #: KFAC wants a model and Momo a method: tests/optim/test_faults.py.
 CASES = {row: case for row, case in CONFIGURATIONS.items() if case[0] not in (steepest.KFAC, steepest.Momo)}
 #: Squares fit fp32 up to 1.8e19, sums of squares and what a metric makes of them earlier; the last is an entry's limit.
 SIZES = (slow(1e9), slow(1e16), slow(1e18), 1e19, slow(1e25), 5e37)
 STEPS, LARGE = 12, 2
-#: Classes, and every second of those with options: each option is a method's, or of several classes here.
-QUICK = [row for i, row in enumerate(CASES) if not CASES[row][1] or i % 2]
+#: A class of each kind, and every third row with options: each option is a method's, or of several classes here.
+QUICK = [row for i, row in enumerate(CASES) if (i % 3 == 0 if CASES[row][1] else CASES[row][0] in KINDS)]
 every_case = pytest.mark.parametrize("name", [row if row in QUICK else slow(row) for row in CASES])
 
 

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from support.checkpoint_faults import alike, everything
+from support.slow import slow
 from support.training import (
     EVERY,
     KRONECKER,
@@ -376,7 +377,7 @@ def test_a_root_that_was_not_taken_is_loaded() -> None:
     assert torch.isinf(second.state[second.param_groups[0]["params"][0]]["left_residual"]).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, slow(torch.float16)])
 @pytest.mark.parametrize(
     "cls, options", [(cls, {}) for cls in KRONECKER] + [(steepest.SOAP, {"factor_dtype": torch.bfloat16})]
 )

@@ -21,7 +21,6 @@ from support.training import (
     EVERY,
     Make,
     all_same_bits,
-    by_kind,
     check_compiled_step,
     check_resume_and_bad_gradients,
     copies,
@@ -71,13 +70,13 @@ def bytes_of(optimizer: torch.optim.Optimizer) -> int:
 
 
 @pytest.mark.parametrize("backend", ["auto", slow("torch")])
-@pytest.mark.parametrize("cls", by_kind(CODED), ids=name_of)
+@pytest.mark.parametrize("cls", CODED, ids=name_of)
 def test_resume_and_bad_gradients(cls: type[MatrixOptimizer], backend: str) -> None:
     """Exactly: codes and scales are all there is of the state between steps."""
     check_resume_and_bad_gradients(maker(cls, backend=backend))
 
 
-@pytest.mark.parametrize("cls", by_kind(CODED), ids=name_of)
+@pytest.mark.parametrize("cls", CODED, ids=name_of)
 def test_near_the_run_in_fp32(cls: type[MatrixOptimizer]) -> None:
     (coded, a), (plain, b) = maker(cls)(), maker(cls, state_bits=None)()
     start = copies(a)

@@ -13,6 +13,7 @@ from steepest.matrices import pieces
 from steepest.parts import Diagonal, Frobenius, Hyper, Momentum
 from steepest.recipe import ADAMW, Recipe, State, step_one
 from support.problems import ADAM_AVERAGE, RECIPES, SHAPES, SVD, TOLERANCE, gap, gaussian, refer
+from support.slow import slow
 from support.training import KRONECKER
 
 
@@ -62,8 +63,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("cautious_wd", [False, True])
+@pytest.mark.parametrize("cautious_wd, maximize", [(False, False), (True, True), slow(False, True), slow(True, False)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_is_its_recipe(name: str, cautious_wd: bool, maximize: bool) -> None:
     """Every layout, and parameters whose first gradient comes late or whose gradient is missing for a while."""

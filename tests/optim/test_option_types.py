@@ -16,7 +16,7 @@ from steepest.optimizer.option_types import OPTION_TYPES, check_option
 from steepest.zoo.kronecker import BasesAndExtras
 from steepest.zoo.product import Coupling
 from steepest.zoo.shared import Extras
-from support.training import EVERY, by_kind, give_gradients, noise, parameters
+from support.training import EVERY, give_gradients, noise, parameters
 
 CLASSES: tuple[type[MatrixOptimizer], ...] = (*EVERY, steepest.KFAC)
 MORE = {"Unpack[Extras]": Extras, "Unpack[BasesAndExtras]": BasesAndExtras, "Unpack[Coupling]": Coupling}
@@ -88,7 +88,7 @@ def names_of_options(cls: type[MatrixOptimizer]) -> set[str]:
     return {*build(cls).defaults, "use_muon"}
 
 
-@pytest.mark.parametrize("cls", by_kind(CLASSES))
+@pytest.mark.parametrize("cls", CLASSES)
 def test_every_argument_refuses_what_is_no_value_of_it(cls: type[MatrixOptimizer]) -> None:
     bare = []
     for name in arguments(cls):
@@ -127,7 +127,7 @@ def says(error: Exception, name: str, value: Any) -> bool:
     return name in text and (isinstance(value, torch.Tensor) or any(each in text for each in shown))
 
 
-@pytest.mark.parametrize("cls", by_kind(CLASSES))
+@pytest.mark.parametrize("cls", CLASSES)
 def test_every_argument_makes_steps_of_an_odd_value_or_names_it(cls: type[MatrixOptimizer]) -> None:
     bare = []
     for name in arguments(cls) if cls is steepest.Muon else sorted({*arguments(cls)} - OF_ALL):

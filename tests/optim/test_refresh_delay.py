@@ -19,6 +19,7 @@ from steepest.parts.precondition import rotated
 from steepest.recipe import CLOCK
 from steepest.zoo.kronecker import KroneckerOptimizer
 from support.problems import gap, gaussian
+from support.slow import slow
 from support.training import KRONECKER, all_same_bits, both_kinds, same_states, state_copies, train
 
 every_class = pytest.mark.parametrize("cls", KRONECKER)
@@ -102,9 +103,12 @@ DELAYED: dict[str, tuple[Maker, dict[str, Any]]] = {
     "shampoo, authors": (steepest.Shampoo, {"parity": "authors"}),
     "shampoo, newton roots": (steepest.Shampoo, {"inverse_root": "newton"}),
 }
+#: What waits: roots, bases with values, bases with moments, iterated roots.
+QUICK = ("Shampoo", "KLShampoo", "SOAP", "shampoo, newton roots")
+every_delayed = pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in DELAYED])
 
 
-@pytest.mark.parametrize("name", DELAYED)
+@every_delayed
 def test_a_checkpoint_between_a_refresh_and_its_use(name: str) -> None:
     """Resumed at any step, everything that follows is the same to the bit."""
     cls, options = DELAYED[name]
@@ -125,7 +129,7 @@ def test_a_checkpoint_between_a_refresh_and_its_use(name: str) -> None:
         assert same_states(state_copies(other), state_copies(whole))
 
 
-@pytest.mark.parametrize("name", DELAYED)
+@every_delayed
 def test_a_delay_changes_the_path_and_it_still_descends(name: str) -> None:
     """A quadratic; bases of some steps ago are as good as those of a longer frequency."""
     cls, options = DELAYED[name]
@@ -143,7 +147,7 @@ def test_a_delay_changes_the_path_and_it_still_descends(name: str) -> None:
     assert lengths[1] < 1.2 * lengths[0]
 
 
-@pytest.mark.parametrize("name", DELAYED)
+@every_delayed
 @pytest.mark.parametrize("at", [3, 4, 5])
 def test_a_gradient_that_is_not_finite_while_a_refresh_is_pending(name: str, at: int) -> None:
     """It leaves everything as it was; nothing that was taken once is taken again."""
@@ -169,7 +173,7 @@ def test_a_gradient_that_is_not_finite_while_a_refresh_is_pending(name: str, at:
     assert max(lengths[at:]) < 4 * max(lengths[:at])
 
 
-@pytest.mark.parametrize("name", DELAYED)
+@every_delayed
 def test_a_delay_that_is_set_in_the_middle_of_a_run(name: str) -> None:
     """What was never begun is not taken: the next steps are those without a delay."""
     cls, options = DELAYED[name]
@@ -218,7 +222,8 @@ class Late:
         self.pending = kept
 
 
-@pytest.mark.parametrize("name, delay", [*((name, 3) for name in DELAYED), *((name, 1) for name in list(DELAYED)[::3])])
+@pytest.mark.parametrize("delay", [3, slow(1)])
+@every_delayed
 def test_nothing_looks_at_what_is_still_being_made(name: str, delay: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However late the second stream is: the same path, and a checkpoint that waits for it."""
     cls, options = DELAYED[name]

@@ -20,7 +20,9 @@ from steepest.zoo.scion import Scion
 from steepest.zoo.trust_region import NIGT, Fromage, OrthogonalSGDM, TrustRegion
 from steepest.zoo.vector import MADGRAD, AdaGrad, Adam, AdamSANIA, NormalizedSGD, SignSGD
 from support.problems import SHAPES, gap, gaussian, refer
+from support.slow import slow
 from support.training import (
+    KINDS,
     all_same_bits,
     copies,
     give_gradients,
@@ -51,7 +53,11 @@ METHODS: Made = {
     "NAMO": (NAMO, {"adjust_lr_fn": "original"}),
     "MuAdam, rows": (MuAdam, {"after": "rows"}),
 }
+#: All of them, and of what is no method's concern those of a class of each kind.
 every_method = pytest.mark.parametrize("name", METHODS)
+every_kind = pytest.mark.parametrize(
+    "name", [name if cls in KINDS else slow(name) for name, (cls, _) in METHODS.items()]
+)
 MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5))
 
 
@@ -64,7 +70,7 @@ def made(name: str, dtype: torch.dtype = torch.float32, **extra: Any) -> tuple[M
 
 
 @every_method
-@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("maximize", [False, slow(True)])
 def test_an_optimizer_is_its_recipe_for_every_layout(name: str, maximize: bool) -> None:
     """And for parameters whose first gradient comes late or whose gradient is missing for a while."""
     cls, options = METHODS[name]
@@ -91,7 +97,7 @@ def test_an_optimizer_is_its_recipe_for_every_layout(name: str, maximize: bool) 
     assert max(gap(p.detach(), w) for p, w in zip(params, wanted)) < 1e-11
 
 
-@every_method
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_resumed_run_is_the_run(name: str, dtype: torch.dtype) -> None:
     options = {"keep_mantissa": True, "momentum_dtype": torch.bfloat16} if dtype is torch.bfloat16 else {}
@@ -106,7 +112,7 @@ def test_a_resumed_run_is_the_run(name: str, dtype: torch.dtype) -> None:
     assert same_states(state_copies(optimizer), state_copies(resumed))
 
 
-@every_method
+@every_kind
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_gradient_stays_where_it_is(name: str, bad: float) -> None:
     (optimizer, params), (clean, others) = (made(name) for _ in range(2))
@@ -125,7 +131,7 @@ def test_a_bad_gradient_stays_where_it_is(name: str, bad: float) -> None:
     assert int(optimizer.skipped_updates()[torch.device("cpu")]) == 1
 
 
-@every_method
+@every_kind
 def test_bf16_with_the_mantissa_kept_follows_fp32(name: str) -> None:
     (optimizer, params), (wide, others) = made(name, torch.bfloat16, keep_mantissa=True), made(name)
     for p, q in zip(params, others):

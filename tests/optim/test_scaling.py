@@ -10,6 +10,7 @@ from steepest.ops.multi_tensor import Scaling
 from steepest.optimizer import MatrixOptimizer
 from steepest.recipe import CLOCK
 from steepest.step.eager import Eager
+from support.slow import slow
 from support.training import (
     KRONECKER,
     OPTIMIZERS,
@@ -22,7 +23,7 @@ from support.training import (
 )
 
 every_optimizer = pytest.mark.parametrize("cls", (*OPTIMIZERS[:2], *KRONECKER))
-both_paths = pytest.mark.parametrize("backend", ["auto", "torch"])
+both_paths = pytest.mark.parametrize("backend", ["auto", slow("torch")])
 SCALE = 2.0**10
 
 

@@ -93,8 +93,8 @@ def paper(
 OTHERS = (("adam_2", True), ("adam_2", False), ("adam_infty", True), ("sign", False), ("euclidean", False))
 RULES = list(itertools.product(("max", "l2", "hybrid"), ("lmo", "dual"), OTHERS))
 #: A lower bound shortens the step by one number, whatever the rule: every second rule has each of its choices in it.
-EVERY_RULE = [(None, *rule) for rule in RULES] + [(0.3, *rule) for rule in RULES[::2]]
-EVERY_RULE += [slow(0.3, *rule) for rule in RULES[1::2]]
+EVERY_RULE = [(None, *rule) for rule in RULES[::2]] + [(0.3, *rule) for rule in RULES[1::4]]
+EVERY_RULE += [slow(bound, *rule) for bound in (None, 0.3) for rule in RULES if (bound, *rule) not in EVERY_RULE]
 OPTIONS: dict[str, Any] = {"betas": (0.9, 0.8), "eps": 1e-6, "polar": "svd"}
 
 

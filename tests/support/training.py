@@ -54,6 +54,7 @@ EVERY: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES)
 #: Those whose layers depend on one another.
 COUPLED = (steepest.MuonMax, steepest.ProductNormDescent, steepest.ProdigyMuon)
 #: A class for each way through a step: fused, after the direction, with factors, roots or bases, coupled, by some rows.
+#: A test with a parameter `cls` that has classes of these and others is slow for the others (conftest.py).
 KINDS: tuple[type[MatrixOptimizer], ...] = (
     *OPTIMIZERS,
     *(steepest.Shampoo, steepest.KLShampoo, steepest.SOAP, steepest.SPlus),
@@ -63,19 +64,12 @@ KINDS: tuple[type[MatrixOptimizer], ...] = (
 both_backends = pytest.mark.parametrize("backend", ["auto", "torch"])
 
 
-def by_kind(classes: Iterable[type[MatrixOptimizer]]) -> list[Any]:
-    """The classes, those that are not among KINDS marked slow: for tests of what is no class's own."""
-    return [cls if cls in KINDS else slow(cls) for cls in classes]
-
-
 def on_backends(classes: Sequence[type[MatrixOptimizer]]) -> Any:
-    """Every class on the backend that it gets and by torch's operations. Slow are those that are not among KINDS, and
-    two of three by torch's operations: what such a test is of is no class's own.
-    """
-    kinds = [cls for cls in classes if cls in KINDS]
-    quick = [(cls, "auto") for cls in kinds] + [(cls, "torch") for cls in kinds[::3]]
-    every = [(cls, backend) for backend in ("auto", "torch") for cls in classes]
-    return pytest.mark.parametrize("cls, backend", [each if each in quick else slow(*each) for each in every])
+    """Every class on the backend that it gets and by torch's operations, of which two of three kinds are slow."""
+    every = [(cls, "auto") for cls in classes]
+    by_torch = [cls for cls in classes if cls in KINDS][::3]
+    every += [(cls, "torch") if cls in by_torch else slow(cls, "torch") for cls in classes]
+    return pytest.mark.parametrize("cls, backend", every)
 
 
 MATRICES = ((8, 5), (5, 8), (6, 6), (8, 5))
