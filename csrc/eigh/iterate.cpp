@@ -19,7 +19,6 @@ namespace steepest::eigh {
 namespace {
 
 using cpu_polar::Factor;
-using cpu_polar::for_each;
 using cpu_polar::Kernels;
 using cpu_polar::kPanel;
 using cpu_polar::Product;
@@ -293,7 +292,7 @@ class Run {
 }  // namespace
 
 void iterate(const Iteration& iteration, const Kernels& kernels) {
-  const int64_t threads = cpu_polar::threads_of_torch(), n = iteration.n;
+  const int64_t threads = threads_of_torch(), n = iteration.n;
   if (n <= kAlone || iteration.matrices >= 2 * threads) {
     for_each(iteration.matrices, threads, [&](int64_t i) { Run(iteration, i, Team{kernels, 1}, Room(n))(); });
     return;

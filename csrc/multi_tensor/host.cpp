@@ -6,11 +6,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <string_view>
 #include <vector>
 
 #include "common/binary_search.h"
+#include "common/threads.h"
+#include "common/vectors.h"
 #include "multi_tensor/formulas.cuh"
 #include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
@@ -49,14 +49,15 @@ void decide_one(const Owner& owner, const float* grad_scale, const double* sums,
 const HostChunks& best_chunks() {
 #ifdef STEEPEST_HAS_X86_SETS
   static const HostChunks& best = []() -> const HostChunks& {
-    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string_view limit = capability == nullptr ? "" : capability;
-    if (limit == "default") return baseline::chunks;
-    __builtin_cpu_init();
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (wide && limit != "avx2") return avx512::chunks;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::chunks : baseline::chunks;
+    switch (widest_vectors()) {
+      case Vectors::avx512:
+        return avx512::chunks;
+      case Vectors::avx2:
+        return avx2::chunks;
+      case Vectors::baseline:
+        break;
+    }
+    return baseline::chunks;
   }();
   return best;
 #else
@@ -66,7 +67,7 @@ const HostChunks& best_chunks() {
 
 void run_on_host(Stage stage, const ItemsParams& params) {
   const auto chunks = cut(params.items, [](const Item& item) { return Extent{item.matrices, item.size}; });
-  parallel(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
+  parallel_for(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
     const auto& [index, span] = chunks[i];
     const Item& item = params.items[index];
     const double* row = params.rows + int64_t{item.row} * kColumns;
@@ -92,7 +93,7 @@ void run_on_host(Stage stage, const ItemsParams& params) {
 
 void grad_stats_on_host(const GradStatsParams& params) {
   const auto chunks = cut(params.gradients, [](const Gradient& gradient) { return Extent{1, gradient.size}; });
-  parallel(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
+  parallel_for(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
     best_chunks().grad_stats(params.gradients[chunks[i].first], chunks[i].second, params.scratch.partials + i * kSums);
   });
   for (size_t i = 0; i < chunks.size();) {

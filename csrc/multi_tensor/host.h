@@ -1,15 +1,9 @@
-// What a host op calls for every chunk, compiled for several instruction sets, and on which threads.
+// What a host op calls for every chunk, compiled for several instruction sets.
 #pragma once
-
-#include <stdexcept>
 
 #include "multi_tensor/normalize.h"
 #include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
-
-// torch's own thread pool; in libtorch_cpu since 2.10.
-extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
-                                      void (*body)(int64_t begin, int64_t end, void* context), void* context);
 
 namespace steepest::multi_tensor {
 
@@ -36,18 +30,7 @@ extern const HostChunks chunks;
 }
 #endif
 
-// The widest vectors that the processor has and ATEN_CPU_CAPABILITY, which limits those of torch, allows.
+// What is compiled for the widest vectors (common/vectors.h).
 const HostChunks& best_chunks();
-
-// body(i) for i < count, on torch's threads.
-template <class Body>
-void parallel(int64_t count, const Body& body) {
-  constexpr int64_t kGrain = 4;  // that a thread takes at least
-  const auto call = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; ++i) (*static_cast<const Body*>(context))(i);
-  };
-  if (torch_parallel_for(0, count, kGrain, call, const_cast<Body*>(&body)) != 0)
-    throw std::runtime_error("torch's thread pool refused the work");
-}
 
 }  // namespace steepest::multi_tensor

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/threads.h"
 #include "multi_tensor/host.h"
 #include "multi_tensor/normalize.cuh"
 
@@ -64,8 +65,8 @@ void normalize_on_host(const NormalizeParams& params) {
       for (int64_t number = 0; number < blocks_of(stack); ++number) parts.push_back({&stack, matrix, number});
   }
   double* const partials = params.scratch.partials;
-  parallel(static_cast<int64_t>(parts.size()),
-           [&](int64_t i) { normalize_part(parts[i], params.eps, partials + i * kLengths); });
+  parallel_for(static_cast<int64_t>(parts.size()),
+               [&](int64_t i) { normalize_part(parts[i], params.eps, partials + i * kLengths); });
   // Parts of a matrix follow one another, so that its lengths are added up in their order.
   for (size_t i = 0; i < parts.size();) {
     const Part part = parts[i];

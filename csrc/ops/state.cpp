@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu_polar/team.h"
+#include "common/threads.h"
 #include "ops/op_checks.h"
 
 namespace steepest {
@@ -35,8 +35,8 @@ void copy_if(const Tensor& flag, const std::vector<Tensor>& to, const std::vecto
                         std::min(kBytesAtOnce, bytes - begin)});
   }
   if (!*static_cast<const bool*>(flag.const_data_ptr())) return;
-  cpu_polar::for_each(static_cast<int64_t>(copies.size()), cpu_polar::threads_of_torch(),
-                      [&](int64_t i) { std::memmove(copies[i].to, copies[i].from, copies[i].bytes); });
+  for_each(static_cast<int64_t>(copies.size()), threads_of_torch(),
+           [&](int64_t i) { std::memmove(copies[i].to, copies[i].from, copies[i].bytes); });
 }
 
 }  // namespace

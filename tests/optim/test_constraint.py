@@ -100,7 +100,7 @@ def test_every_class_stays_and_adamw_does_not(cls: type[MatrixOptimizer], constr
     for p, w in list(zip(params, start, strict=True))[: len(MATRICES)]:
         assert gap(norm(p, constraint), norm(w, constraint)) < 1e-9
         assert gap(p.detach(), w) > 1e-3
-    coupled = optimizer._couples()  # where the other layers' steps depend on where the matrices are
+    coupled = optimizer.couples()  # where the other layers' steps depend on where the matrices are
     assert coupled or all_same_bits(params[len(MATRICES) :], others[len(MATRICES) :])
     assert not all_same_bits(params[:1], others[:1])
 

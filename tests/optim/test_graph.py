@@ -370,7 +370,7 @@ def test_numbers_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer.param_groups[1]["betas"] = (torch.tensor(0.9, device="meta"), 0.95)
     with pytest.raises(ValueError, match="group 1: betas should be .* but is on the meta device"):
         optimizer.make_capturable()
-    monkeypatch.setattr(optimizer, "_check_numbers", lambda: None)
+    monkeypatch.setattr(optimizer, "check_numbers", lambda: None)
     text = "group 1 cannot be captured .* betas is a tensor on another device than cpu"
     with pytest.raises(RuntimeError, match=text):
         optimizer.make_capturable()

@@ -138,6 +138,18 @@ def test_the_library_has_few_floors() -> None:
         floors({"a": {"b"}, "b": {"a"}, "c": set()})
 
 
+def test_no_module_imports_one_that_imports_it() -> None:
+    """Nor through others, nor where a function is called: what is put off until then has no circle to avoid."""
+    modules = {".".join(["steepest", *path.relative_to(PACKAGE).with_suffix("").parts]): path for path in sources()}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    # A name of a package is that of its module, or is in the package's own file.
+    asked = {
+        name: {each if each in modules else each.rpartition(".")[0] for each in imports(path)}
+        for name, path in modules.items()
+    }
+    assert max(floors({name: names & modules.keys() - {name} for name, names in asked.items()}).values()) > FLOORS
+
+
 def files_above(frame: FrameType | None) -> set[str]:
     """The files of the package that the call in this frame came through."""
     files = set()

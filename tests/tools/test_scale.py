@@ -26,7 +26,7 @@ from steepest.sharding.exchange import Exchange
 from steepest.sharding.layout import Sharding
 from steepest.sharding.ranks import Ranks as RealRanks
 from steepest.sharding.regions import regions
-from steepest.step import shared_matrices
+from steepest.step import shared_batches
 from steepest.tools import cli, scale
 from steepest.tools.scale import Machine, Method, Ranks, Stack
 from steepest.tools.shapes import MODELS, Model, Parameters, elements
@@ -118,7 +118,7 @@ class Network(nn.Module):
 
 def sent_by_gloo(name: str, room: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """(bytes that this rank sends to others in a step, messages), as gloo is asked for them; a sum goes as a ring."""
-    shared_matrices._LEAST_BYTES = min(room, shared_matrices._LEAST_BYTES)
+    shared_batches._LEAST_BYTES = min(room, shared_batches._LEAST_BYTES)
     model = Network(shapes)
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = getattr(steepest, name)(list(model.named_parameters()), max_workspace_bytes=room)
@@ -154,7 +154,7 @@ def test_what_gloo_is_asked_to_send(
     processes: Processes, name: str, ranks: int, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scale, "WORKSPACE", room)
-    monkeypatch.setattr(shared_matrices, "_LEAST_BYTES", min(room, shared_matrices._LEAST_BYTES))
+    monkeypatch.setattr(shared_batches, "_LEAST_BYTES", min(room, shared_batches._LEAST_BYTES))
     method = dataclasses.replace(METHODS[name], device="cpu", gradient=torch.float32)
     shapes = SHAPES if name in WHOLE else TALL
     model: Model = tuple(Parameters(1, shape, "matrix") for shape in shapes)

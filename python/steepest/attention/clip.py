@@ -72,7 +72,7 @@ class QKClip:
         optimizer = unwrap(optimizer)
         if not isinstance(optimizer, MatrixOptimizer):
             raise TypeError(f"QKClip takes an optimizer of steepest but got {type(optimizer).__name__}")
-        if optimizer._extrapolates:
+        if optimizer.extrapolates:
             raise TypeError(
                 f"QKClip does not take {type(optimizer).__name__}, which would go on in the direction of a clip as in "
                 "that of a step: use another optimizer"

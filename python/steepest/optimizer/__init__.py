@@ -1,5 +1,6 @@
 """The `torch.optim` shell around a step.
 
+method          what a method says to the shell, all of its names
 groups          who is a matrix, what a group may say
 option_types    what every option must be, in one table
 group_options   what a step reads from the values of a group

@@ -19,9 +19,9 @@ WEIGHTS = "weights"
 class Averages(Checkpoints):
     """Groups whose iterates may be averaged, with checkpoints."""
 
-    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+    def kept_state(self, p: Tensor, group: Group) -> dict[str, Kept]:
         averaged = self._recipe(group).average is not None
-        return {**super()._kept(p, group), WEIGHTS: Kept(p.shape, missing="together" if averaged else "leave")}
+        return {**super().kept_state(p, group), WEIGHTS: Kept(p.shape, missing="together" if averaged else "leave")}
 
     @in_default_modes
     def eval(self) -> None:

@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, cast, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ..matrices import Piece
 from ..ops.backend import requested
 from ..ops.multi_tensor import Scaling
 from ..parts import Number
 from ..parts.blockwise import scale_key
-from ..recipe import State
+from ..recipe import Recipe, State
 from ..sharding.local import is_sharded, local_tensor
 from ..step import Parameter, Plan, StepOptions
 from ..step.checks import check_gradient, check_state, refuse_capture
-from ..step.coupling import Coupling
 from ..step.modes import in_default_modes
 from ..step.plan import route
 from ..step.state_storage import stack
@@ -48,12 +48,10 @@ class MatrixOptimizer(Reports, Constraints):
     defaults: group values of the matrix method.   adamw: group values of AdamW groups (lr, betas, eps, weight_decay).
     """
 
-    _carried: tuple[str, ...] = ("_adamw_defaults", "_reasons", "_skipped")
+    carried: ClassVar[tuple[str, ...]] = ("_adamw_defaults", "_reasons", "_skipped")
     _plan_key: list[object] | None = None
     #: whether all groups are there that it was made with
     _is_made = True
-    #: whether its parameters lie ahead of the weights, by how far these moved, what hooks did included
-    _extrapolates = False
 
     def __init__(self, params: Params, defaults: Group, adamw: Group) -> None:
         self._adamw_defaults = dict(adamw)
@@ -63,11 +61,10 @@ class MatrixOptimizer(Reports, Constraints):
         self._staleness = StaleParameters(type(self).__name__, params)
         self._begin_shards()
         self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
-        check_zero(type(self).__name__, self._split)
+        check_zero(type(self).__name__, self.split_group)
         self._check_options(defaults)
         self._check_options(self._adamw_defaults, prefix="adamw_")
-        self._check_weight_options({**defaults, "use_muon": True})
-        self._check_values(defaults)
+        self._check_values({**defaults, "use_muon": True})
         self._is_made = False
         super().__init__(self._groups(params), {**defaults, "use_muon": True})
         self._is_made = True
@@ -104,10 +101,10 @@ class MatrixOptimizer(Reports, Constraints):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step. closure: re-evaluates the model and returns the loss, which is returned."""
-        return self._closed_step(closure)
+        return self.step_without_hooks(closure)
 
-    def _closed_step(self, closure: Callable[[], float] | None) -> float | None:
-        """`step` without its hooks, which torch puts around every `step` that a class or a base has."""
+    def step_without_hooks(self, closure: Callable[[], float] | None) -> float | None:
+        """`step` for a subclass whose `step` takes more: torch puts hooks around every `step` of a class or a base."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -122,30 +119,21 @@ class MatrixOptimizer(Reports, Constraints):
         if torch.compiler.is_compiling():
             self._traced_step(scaling)
         else:
-            self._take_step(scaling, loss)
+            self.take_step(scaling, loss)
 
     @torch._disable_dynamo  # of sharded parameters, which `_traced_step` refuses: their step is not compiled piecemeal
-    def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
-        """Moves everything that has a gradient; loss: what a closure returned."""
+    def take_step(self, scaling: Scaling, loss: Number | None) -> None:
         plan = self._agreed_plan() if self._has_shards else self._ready_plan()
         hypers = [self._hyper(group) for group in self.param_groups]
-        plan.step(hypers, scaling, self._layer_coupling(loss))
+        plan.step(hypers, scaling, self.coupling(plan, loss))
         self._run_weight_hooks(plan.parameters)
         plan.take_averages(hypers)
         self._staleness.count(bool(plan.parameters), self.param_groups)
 
     def _check_state_bits(self, group: Group) -> None:
-        if self._couples():
+        if self.couples():
             why = "layers wait for one another, and all state would be decoded at once: momentum_dtype=torch.bfloat16"
             refuse_option(group, "state_bits", why)
-
-    def _couples(self) -> bool:
-        """Whether layers wait for one another."""
-        return False
-
-    def _layer_coupling(self, loss: Number | None) -> Coupling | None:
-        """What this step's layers wait for, where they do."""
-        return None
 
     def register_weight_hook(self, hook: Callable[[Weights], None]) -> RemovableHandle:
         """Has hook(weights) called at the end of every step, after all weights have moved, inside a captured or a
@@ -203,7 +191,7 @@ class MatrixOptimizer(Reports, Constraints):
         """The plan of this step; every check is made, before the first write, when there is none for it yet, and that
         of numbers whenever they have changed.
         """
-        self._check_numbers()
+        self.check_numbers()
         if not all(group["capturable"] for group in self.param_groups if group["params"]):
             refuse_capture(
                 "its learning rate is a number, which the graph would repeat for ever: make the optimizer with "
@@ -226,7 +214,7 @@ class MatrixOptimizer(Reports, Constraints):
 
     def _key(self) -> list[object]:
         """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds."""
-        key: list[object] = [self._couples()]
+        key: list[object] = [self.couples(), *self.plan_depends_on()]
         for group in self.param_groups:
             key.append((id(group), self._known_recipe(group)[1]))
             for p in group["params"]:
@@ -259,7 +247,7 @@ class MatrixOptimizer(Reports, Constraints):
         return Plan(
             parameters,
             self._skipped,
-            coupled=self._couples(),
+            coupled=self.couples(),
             traced=traced,
         )
 
@@ -271,7 +259,7 @@ class MatrixOptimizer(Reports, Constraints):
             backend=group["backend"],
             max_workspace_bytes=group["max_workspace_bytes"],
             # Where layers wait for one another a factor is yet to come; of shared matrices directions travel back.
-            fuse_update=group["use_muon"] and group["fuse_update"] and sharding is None and not self._couples(),
+            fuse_update=group["use_muon"] and group["fuse_update"] and sharding is None and not self.couples(),
         )
         recipe, pieces = self._recipe(group), self._pieces(p, group)
         coded = {name: kind for name, kind in recipe.coded(p.shape, len(pieces)).items() if scale_key(name) in state}
@@ -313,9 +301,7 @@ class MatrixOptimizer(Reports, Constraints):
         its parameters.
         """
         try:
-            self._check_weight_options(group)
-            if group["use_muon"]:
-                self._check_values(group)
+            self._check_values(group)
             self._check_layout(group)
         except (TypeError, ValueError) as error:
             raise type(error)(f"group {number}: {error}") from error
@@ -325,12 +311,23 @@ class MatrixOptimizer(Reports, Constraints):
         requested(group["backend"])
         self._check_devices(group)
         self._check_state_bits(group)
+        self.check_parameters(group)
         for p in group["params"]:
             if p.grad is not None:
                 self._pieces(p, group)
 
     def _traced_step(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it: tensor operations and no plan."""
+        if self.couples():
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be part of one graph of torch.compile, its layers wait for one another: "
+                "call its step outside of the compiled function"
+            )
+        if self.extrapolates:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be traced by torch.compile: call its step outside of the compiled "
+                "function"
+            )
         if self._has_shards:
             raise RuntimeError(
                 f"{type(self).__name__} cannot be traced by torch.compile with sharded parameters, whose parts travel: "
@@ -397,7 +394,7 @@ class MatrixOptimizer(Reports, Constraints):
         state, keys = self.state[p], self._recipe(group).layouts
         added: State = {}
         if not all(key in state for key in keys):
-            fresh = self._fresh_state(p, dtype, group)  # of a sharded parameter some may be elsewhere
+            fresh = self.fresh_state(p, dtype, group)  # of a sharded parameter some may be elsewhere
             added = {key: fresh[key] for key in fresh if key not in state}
         state.update(added)
         try:
@@ -407,7 +404,9 @@ class MatrixOptimizer(Reports, Constraints):
                 del state[key]
             raise
         state.update(radii)
-        return self._recode(p, group, state) or bool(added or radii)
+        recoded = self._recode(p, group, state)
+        state.update(extra := self.extra_state(p, group))
+        return recoded or bool(added or radii or extra)
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._skipped:
@@ -417,9 +416,9 @@ class MatrixOptimizer(Reports, Constraints):
     def _backend(self, p: Tensor, group: Group) -> str:
         """The backend of everything elementwise in a parameter's step."""
         state = self._state_here(p) if p in self.state else {}
-        return route(self._parameter(self._number(group), 0, p, state), coupled=self._couples())
+        return route(self._parameter(self._number(group), 0, p, state), coupled=self.couples())
 
-    def _forget_plans(self) -> None:
+    def forget(self) -> None:
         self._recipes, self._numbers, self._plan = {}, {}, None
         self._begin_shards()
         # Of a copy: hooks stay with the original, as torch's do.
@@ -431,7 +430,7 @@ class MatrixOptimizer(Reports, Constraints):
 
         RuntimeError, with the reason, for a group whose step a CUDA graph cannot hold.
         """
-        self._check_numbers()
+        self.check_numbers()
         for number, group in enumerate(self.param_groups):
             direction, why = self._recipe(group).direction, None
             if self._has_shards:
@@ -451,6 +450,38 @@ class MatrixOptimizer(Reports, Constraints):
         for group in self.param_groups:
             group["capturable"] = True
             self._numbers_on_device(group)
+
+    # ---- what a method may ask for ----------------------------------------------------------------------------------
+
+    def recipe_of(self, group: Group) -> Recipe:
+        """The recipe of a group of any rule, the same object until a value it may depend on changes."""
+        return self._recipe(group)
+
+    def pieces_of(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
+        """The pieces that a parameter is read as; a matrix that is not cut is one."""
+        return self._pieces(p, group)
+
+    def state_here(self, p: Tensor) -> State:
+        """A parameter's state as its step sees it: of a sharded one what of it lies here."""
+        return self._state_here(p)
+
+    def state_like(self, p: Tensor, here: Tensor) -> Tensor:
+        """State of a parameter's shape from what of it lies here: of a sharded parameter a DTensor."""
+        return self._like(p, here)
+
+    def sum_over_parts(self, p: Tensor, t: Tensor) -> None:
+        """Adds up, in place, what ranks have found of their parts of a parameter; collective if it is sharded."""
+        sharding = self._sharding(p)
+        if sharding is not None:
+            sharding.ranks.sum_parts(t)
+
+    def init_state_of(self, p: Tensor, group: Group) -> None:
+        """Creates the state of a parameter now, if it has none yet."""
+        self._init_states([(p, p.dtype, group)])
+
+    def ready_plan(self) -> Plan:
+        """The plan of this step, with all state; every check is made before the first write."""
+        return self._ready_plan()
 
 
 def _place(value: object) -> int:

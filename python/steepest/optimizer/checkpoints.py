@@ -45,14 +45,6 @@ class Checkpoints(Shards):
 
     #: the state that is being loaded, and what it was matched by
     _loading: tuple[dict[Any, Any], Match] | None = None
-    #: attributes that a copy of the optimizer takes along
-    _carried: tuple[str, ...] = ()
-    #: keys of what is kept for all parameters, in the state of the first one
-    _shared: tuple[str, ...] = ()
-
-    def _forget_plans(self) -> None:
-        """Forgets what was made for the state that is about to be replaced."""
-        raise NotImplementedError
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
@@ -77,12 +69,12 @@ class Checkpoints(Shards):
 
     def __getstate__(self) -> dict[str, Any]:
         streams.join()
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in self._merged("_carried")}}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in self._merged("carried")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's base sets it, and no group here has it
-        self._forget_plans()
+        self.forget()
         if self._loading is not None:  # before the user's post-hooks
             self.state.update(self._loading[0])
             return
@@ -92,6 +84,7 @@ class Checkpoints(Shards):
             self._fill(group)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+            self.check_parameters(group)
             self._check_shards(group)
 
     # ---- loading ----------------------------------------------------------------------------------------------------
@@ -133,7 +126,7 @@ class Checkpoints(Shards):
         finally:
             handle.remove()
             self._loading = None
-            self._forget_plans()
+            self.forget()
         stack([state for state in self.state.values() if state])
         return matched
 
@@ -215,9 +208,9 @@ class Checkpoints(Shards):
     ) -> dict[str, Any]:
         """A parameter's state as it will be, checked; without state of this optimizer it begins anew."""
         check_no_meta(tensors, what)
-        tensors, kept, owner = self._whole_state(tensors, p, group), self._kept(p, group), type(self).__name__
+        tensors, kept, owner = self._whole_state(tensors, p, group), self.kept_state(p, group), type(self).__name__
         fresh = self._fresh_like(tensors, p, group)
-        alone = {key: kind for key, kind in kept.items() if key not in self._merged("_shared")}
+        alone = {key: kind for key, kind in kept.items() if key not in self._merged("common_state")}
         others = [key for key in tensors if key not in kept]
         if any(key in tensors for key in (*fresh, *alone)) or (foreign and others):
             begun = check_state(tensors, what, p, fresh, self._recipe(group), owner)
@@ -236,7 +229,7 @@ class Checkpoints(Shards):
 
     def _fresh_like(self, tensors: Mapping[str, Any], p: Tensor, group: Group) -> State:
         """The state before a first gradient, without memory; in codes where the checkpoint has codes."""
-        fresh = self._fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
+        fresh = self.fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.dtype, group)
         for name, kind in self._recipe(group).names_of_averages(len(self._pieces(p, group))).items():
             value = tensors.get(name)
             integers = isinstance(value, Tensor) and not value.is_floating_point()
@@ -248,7 +241,8 @@ class Checkpoints(Shards):
         """Puts what belongs to all parameters into the state of the one that is the first now. ValueError where it is
         not there and should be.
         """
-        shared = self._merged("_shared")
+        self.check_loaded(state)
+        shared = self._merged("common_state")
         states = [tensors for tensors in state.values() if isinstance(tensors, Mapping)]
         values = {key: tensors[key] for tensors in states for key in shared if key in tensors}
         if not shared or not any(loaded.values()):
@@ -257,7 +251,7 @@ class Checkpoints(Shards):
             for key in values:
                 of_parameter.pop(key, None)
         group, first = next((group, p) for group in groups for p in group["params"])
-        kept = {key: kind for key, kind in self._kept(first, group).items() if key in shared}
+        kept = {key: kind for key, kind in self.kept_state(first, group).items() if key in shared}
         refuse_incomplete(values, "all parameters", without_kept(values, kept, "refuse"), type(self).__name__)
         for key in without_kept(values, kept, "begin"):
             matched.begun.setdefault(key, []).append("all parameters")
@@ -270,7 +264,9 @@ class Checkpoints(Shards):
         there = {key for of_parameter in loaded.values() for key in of_parameter}
         for group in groups:
             for i, p in enumerate(group["params"]):
-                lacking = [key for key in without_kept(loaded[p], self._kept(p, group), "together") if key in there]
+                lacking = [
+                    key for key in without_kept(loaded[p], self.kept_state(p, group), "together") if key in there
+                ]
                 begun = all(key in loaded[p] for key in self._recipe(group).layouts)
                 if lacking and begun and loaded[p]:
                     refuse_incomplete(loaded[p], parameter_name(group, i), lacking, type(self).__name__)

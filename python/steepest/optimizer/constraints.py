@@ -20,11 +20,11 @@ RADIUS = Sphere.key
 class Constraints(Averages):
     """Groups whose weights may be constrained, with checkpoints."""
 
-    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+    def kept_state(self, p: Tensor, group: Group) -> dict[str, Kept]:
         """The radii too. A parameter that has none yet begins with the norms of its matrices as they are."""
         count, constrained = sum(piece.batch for piece in self._pieces(p, group)), self._recipe(group).constraint
         radii = Kept((count,), "> 0" if p.numel() else None, missing="leave" if constrained is None else "begin")
-        return {**super()._kept(p, group), RADIUS: radii}
+        return {**super().kept_state(p, group), RADIUS: radii}
 
     def _parameter(self, number: int, index: int, p: Tensor, state: State) -> Parameter:
         raise NotImplementedError

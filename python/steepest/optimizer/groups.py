@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,14 @@ from ..matrices import Piece, pieces
 from ..ops.backend import requested
 from ..parts import ADJUST_LR, Hyper
 from ..parts.step_size import name_here
-from ..recipe import Recipe, State, adamw
+from ..recipe import Recipe, State
 from ..routing.groups import names_of
 from .group_options import (
     CHANGING,
     NUMBERS,
     ON_DEVICE,
     Group,
-    adam_hyper,
     changed,
-    finish,
     frozen,
     name_the_rule,
     number_on,
@@ -33,15 +31,16 @@ from .group_options import (
     read_switches,
     same,
 )
-from .option_types import OPTION_TYPES, OptionType, check_options, is_within
+from .method import Method
+from .option_types import OPTION_TYPES, check_options, is_within
 
-__all__ = ["Groups", "Params"]
+__all__ = ["Groups", "Params", "check_shaped"]
 
 _UNKNOWN = (object(),) * len(NUMBERS)
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Any]
 
 
-class Groups(torch.optim.Optimizer):
+class Groups(Method):
     """A `torch.optim.Optimizer` with two kinds of group, which parameters without groups are routed to.
 
     Groups with use_muon=True take the class's own recipe, those with use_muon=False AdamW.
@@ -53,16 +52,6 @@ class Groups(torch.optim.Optimizer):
     _recipes: dict[int, tuple[Group, Recipe, int]]
     #: by the identity of a group: the numbers of its steps, as they were when they were last checked
     _numbers: dict[int, tuple[Any, ...]]
-    #: options whose type is another one than in every other optimizer; of all classes in the order of resolution
-    _option_types: ClassVar[dict[str, OptionType]] = {}
-
-    def recipe(self, group: Group) -> Recipe:
-        """The method of a matrix group."""
-        raise NotImplementedError
-
-    def hyper(self, group: Group) -> Hyper:
-        """The numbers of this step for a matrix group, read from the group."""
-        raise NotImplementedError
 
     # ---- recipes and numbers of any group ---------------------------------------------------------------------------
 
@@ -94,7 +83,7 @@ class Groups(torch.optim.Optimizer):
             )
         values = {key: group[key] for key in keys}
         try:
-            check_options(values, self._merged("_option_types"), on_host=True)
+            check_options(values, self._merged("option_types"), on_host=True)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self._called(group)}{error}") from error
         group.update(values)
@@ -103,8 +92,7 @@ class Groups(torch.optim.Optimizer):
         """The values of these keys, checked as `_check_changed` does, and the group's recipe anew."""
         self._check_changed(group, keys)
         try:
-            if group["use_muon"]:
-                self._check_values(group)
+            self._check_values(group)
             return frozen(group, keys), self._new_recipe(group)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self._called(group)}{error}") from error
@@ -114,7 +102,7 @@ class Groups(torch.optim.Optimizer):
         number = next((i for i, other in enumerate(self.param_groups) if other is group), None)
         return "" if number is None else f"group {number}: "
 
-    def _check_numbers(self) -> None:
+    def check_numbers(self) -> None:
         """`_check_changed` of the numbers of every group that are others than at the last call. A tensor on a device is
         another one by its identity: what it is filled with is not read, which would wait for the device.
         """
@@ -132,37 +120,38 @@ class Groups(torch.optim.Optimizer):
         """`_check_changed` of what is no tensor while torch.compile traces: the comparisons become guards of the graph,
         so that a value which fails one is traced anew, and raises.
         """
-        special = self._merged("_option_types")
+        special = self._merged("option_types")
         for key in group:
             kind = special.get(key, OPTION_TYPES.get(key)) if self._is_option(key, group) else None
             if kind is not None and not _has_tensor(group[key]) and not is_within(group[key], kind):
                 raise ValueError(f"{self._called(group)}{key} should be {kind.wanted}, and is not")
 
     def _new_recipe(self, group: Group) -> Recipe:
-        return self.recipe(group) if group["use_muon"] else adamw(group["momentum_dtype"], **finish(group))
+        return self.recipe(group) if group["use_muon"] else self.recipe_of_others(group)
 
     def _hyper(self, group: Group) -> Hyper:
-        return self.hyper(group) if group["use_muon"] else adam_hyper(group)
+        return self.hyper(group) if group["use_muon"] else self.hyper_of_others(group)
 
-    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
+    def fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
         """State before the first gradient, which has this dtype."""
         g = torch.empty_like(p, dtype=dtype, requires_grad=False)
         return self._recipe(group).init(p.detach(), g, self._pieces(p, group))
 
-    # ---- what a subclass may check or route otherwise ---------------------------------------------------------------
+    # ---- checks -----------------------------------------------------------------------------------------------------
 
     def _check_values(self, group: Group) -> None:
-        """ValueError for a value the matrix method cannot take; each has been found to be what `OPTION_TYPES` says."""
+        """ValueError for a value that a group's method cannot take; each has been found to be what its type says."""
+        if not group["use_muon"]:
+            return self.check_values_of_others(group)
         if group["adjust_lr_fn"] is not None and group["adjust_lr_fn"] not in ADJUST_LR:
             raise ValueError(
                 f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; use one of "
                 f"{', '.join(ADJUST_LR)} or None (original) as adjust_lr_fn{name_here(group['adjust_lr_fn'])}"
             )
         requested(group["backend"])
+        self.check_values(group)
         self.recipe(group)
-
-    def _check_weight_options(self, group: Group) -> None:
-        """ValueError for an average or a decay that this method cannot have, of a group of any rule."""
+        return None
 
     def _check_state_bits(self, group: Group) -> None:
         """ValueError where the state of a group cannot be stored in codes and the group wants it to be."""
@@ -177,7 +166,7 @@ class Groups(torch.optim.Optimizer):
 
     def _check_options(self, values: Group, prefix: str = "") -> None:
         """`check_options` with the types of this class; prefix: of the names in messages."""
-        check_options(values, self._merged("_option_types"), prefix)
+        check_options(values, self._merged("option_types"), prefix)
 
     def _options(self, group: Group) -> Group:
         """The values of a group that are this optimizer's, and none that a user or a scheduler has put there."""
@@ -188,6 +177,8 @@ class Groups(torch.optim.Optimizer):
 
     def _check_shape(self, p: Tensor, group: Group) -> None:
         """ValueError for a parameter that cannot be read as matrices."""
+        if self.takes_any_shape:
+            return
         if p.ndim < 2:
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} is not a matrix: put it in a group with use_muon=False, "
@@ -199,15 +190,11 @@ class Groups(torch.optim.Optimizer):
                 "say batch_dims=1 or batch_dims=0 in its group"
             )
 
-    def _bare_groups(self, params: list[Any]) -> list[Any]:
-        """Groups for parameters that came without names or a module."""
-        return self._route(params)
-
     # ---- groups ---------------------------------------------------------------------------------------------------
 
     def _groups(self, params: Params) -> Any:
         if isinstance(params, (nn.Module, Mapping)):
-            return self._route(params)
+            return self.route(params)
         if isinstance(params, Tensor):
             return params  # torch says what is wrong with it
         if not isinstance(params, Iterable):
@@ -217,14 +204,13 @@ class Groups(torch.optim.Optimizer):
         listed = list(params)
         if not listed or isinstance(listed[0], dict):
             return listed
-        return self._route(listed) if isinstance(listed[0], tuple) else self._bare_groups(listed)
+        return self.route(listed) if isinstance(listed[0], tuple) else self.route_tensors(listed)
 
-    def _route(self, params: Any) -> list[Group]:
+    def route(self, params: Any) -> list[Group]:
         """Routed groups; AdamW does not decay parameters with fewer than two dimensions (gains, biases)."""
         return routing.param_groups(params, adamw=self._decay_of_others())
 
-    def _split(self, group: Group) -> list[Group]:
-        """The groups of one that does not say its rule, which keep its values; itself if all is of the class's rule."""
+    def split_group(self, group: Group) -> list[Group]:
         if routing.says_how(group):
             return [group]
         return routing.split_group(group, adamw=self._decay_of_others())
@@ -253,7 +239,7 @@ class Groups(torch.optim.Optimizer):
             )
         if isinstance(params, Iterator):
             params = param_group["params"] = list(params)
-        parts = [param_group] if name_the_rule(param_group) or _none(params) else self._split(param_group)
+        parts = [param_group] if name_the_rule(param_group) or _none(params) else self.split_group(param_group)
         before = len(self.param_groups)
         try:
             for part in parts:
@@ -293,29 +279,22 @@ class Groups(torch.optim.Optimizer):
     def _check_group(self, group: Group, *, routed: bool) -> None:
         names_of(group)
         for i, p in enumerate(group["params"]):
-            self._check_shaped(p, parameter_name(group, i))
+            check_shaped(p, parameter_name(group, i))
         self._check_devices(group)
         self._check_options(values := self._options(group))
         group.update(values)
-        self._check_weight_options(group)
+        self._check_values(group)
         self._check_state_bits(group)
         if not group["use_muon"]:
             requested(group["backend"])
             self._new_recipe(group)
         else:
-            self._check_values(group)
             for p in group["params"]:
                 if not routed:
                     self._check_shape(p, group)
                 self._pieces(p, group)
+        self.check_parameters(group)
         self._check_shards(group)
-
-    @staticmethod
-    def _check_shaped(p: Tensor, what: str) -> None:
-        """ValueError or RuntimeError for a parameter without a shape of its own; what: names it."""
-        if is_lazy(p):
-            raise ValueError("a parameter has no shape yet (lazy module): run the model once before this")
-        routing.check_not_flattened(p, what)
 
     def _check_shards(self, group: Group) -> None:
         """ValueError for a parameter that lies on several ranks in a way that cannot be stepped."""
@@ -338,6 +317,8 @@ class Groups(torch.optim.Optimizer):
     def _pieces(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
         if not group["use_muon"]:
             return (Piece(0, p.shape[0] if p.ndim else 1, 1, 1, p.numel()),)
+        if self.takes_any_shape and p.ndim < 2:
+            return (Piece(0, p.numel(), 1, p.numel(), 1),)
         return pieces(
             p.shape,
             split_sizes=group["split_sizes"],
@@ -347,6 +328,13 @@ class Groups(torch.optim.Optimizer):
             split_columns=group.get("split_columns", False),
             interleaved=group.get("interleaved", 1),
         )
+
+
+def check_shaped(p: Tensor, what: str) -> None:
+    """ValueError or RuntimeError for a parameter without a shape of its own; what: names it."""
+    if is_lazy(p):
+        raise ValueError("a parameter has no shape yet (lazy module): run the model once before this")
+    routing.check_not_flattened(p, what)
 
 
 @cache

@@ -30,10 +30,6 @@ class Reports(Shards):
     def _backend(self, p: Tensor, group: Group) -> str:
         raise NotImplementedError
 
-    def _others(self, group: Group) -> str:
-        """The rule of groups that are no matrices."""
-        return "AdamW"
-
     def skipped_updates(self) -> dict[torch.device, Tensor]:
         """Counts, per device, the parameter updates that were left out for their gradients (0-d int64 tensors)."""
         return dict(self._skipped)
@@ -84,7 +80,7 @@ class Reports(Shards):
             (
                 name,
                 "x".join(map(str, p.shape)) or "scalar",
-                (type(self).__name__ if group["use_muon"] else self._others(group))
+                (type(self).__name__ if group["use_muon"] else self.rule_of_others)
                 + (", 8-bit state" if self._coded(p, group) else ""),
                 self._reasons.get(p, f"use_muon={group['use_muon']} in its group"),
                 _effective_lr(lr, recipe, self._pieces(p, group)),

@@ -17,7 +17,6 @@ from ..sharding.local import is_sharded, local_tensor, whole_tensor
 from ..sharding.owners import owned_pieces
 from ..state_layout import Codes
 from ..step.program import is_elementwise
-from .checkpoint_state import Kept
 from .group_options import Group, parameter_name
 from .groups import Groups
 
@@ -246,11 +245,11 @@ class Shards(Groups):
 
         return as_shard(here, sharding)
 
-    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
+    def fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
         """State before the first gradient, which has this dtype."""
         sharding = self._sharding(p)
         if sharding is None:
-            return super()._fresh_state(p, dtype, group)
+            return super().fresh_state(p, dtype, group)
         from ..sharding.local_state import as_shard
 
         recipe, here = self._recipe(group), local_tensor(p.detach())
@@ -291,10 +290,6 @@ class Shards(Groups):
                 state[name] = _as_shard(Blockwise().decode(here, local_tensor(state.pop(scale))), like)
         return len(state) != before
 
-    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
-        """What is kept of a parameter besides its recipe's state, by key."""
-        return {}
-
     # ---- state in checkpoints ----------------------------------------------------------------------------------------
 
     def _saved_state(self, p: Tensor, group: Group) -> dict[str, Any]:
@@ -317,7 +312,7 @@ class Shards(Groups):
         from .owned_state import whole
 
         elementwise = _elementwise(self._recipe(group), p)
-        kept = set(self._kept(p, group))
+        kept = set(self.kept_state(p, group))
         return whole(tensors, sharding, elementwise | kept, {scale_key(key) for key in elementwise})
 
     def _state_kept_here(self, tensors: Mapping[str, Any], p: Tensor, group: Group) -> dict[str, Any]:

@@ -16,8 +16,9 @@ modes              what torch is set to while a step computes
 warm_up            directions are tried out before the first step
 routes, costs      how the direction of a sharded matrix is taken, and what it costs
 shared_matrices    matrices whose parts lie on several ranks, at their owners
-shared_bucket, shared_submatrix
-                   those of a fused step; those of which chosen rows or columns travel
+shared_submatrix   those of which chosen rows or columns travel
+shared_batches     which of them travel together
+shared_bucket      their bucket in a fused step
 """
 
 from .parameter import Parameter, StepOptions

@@ -174,7 +174,7 @@ class Eager:
 
     def _shared(self, parameters: Sequence[Parameter]) -> list[SharedMatrices]:
         """The matrices of these parameters as ranks take their directions together."""
-        from .shared_matrices import shared_buckets
+        from .shared_batches import shared_buckets
 
         places = tuple((p.group, p.index) for p in parameters)
         if places not in self._known:

@@ -108,8 +108,8 @@ class Fused:
         return self._shared_batches(items, waiting)
 
     def _shared_batches(self, items: Sequence[FusedItem], waiting: set[int]) -> list[FusedBatch]:
+        from .shared_batches import bytes_at_once
         from .shared_bucket import SharedBucket
-        from .shared_matrices import bytes_at_once
 
         rows = {(p.group, p.index): row for row, p in enumerate(self.parameters)}
         whole = [item for item in items if item.matrices is None]
@@ -127,7 +127,7 @@ class Fused:
 
     def _shared(self, parameters: Sequence[Parameter]) -> Iterator[SharedMatrices]:
         """The matrices of these parameters as ranks take their directions together."""
-        from .shared_matrices import shared_buckets
+        from .shared_batches import shared_buckets
 
         parts = [item.matrices for item in self._items if isinstance(item.matrices, LocalMatrices)]
         return shared_buckets(parameters, parts, self._owned, bucket_key, self._max_bytes)

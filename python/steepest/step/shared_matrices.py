@@ -9,34 +9,22 @@ preconditioner before them, whole tensors of that, which travel likewise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate, product
 
 import torch
 from torch import Tensor
 
-from ..chunking import chunk_by_bytes
 from ..recipe import Recipe, State
 from ..sharding.exchange import Exchange
 from ..sharding.layout import Unit
-from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter
-from .routes import EVERYONE, gram_dim
+from .parameter import LocalMatrices, Matrices, OwnedMatrices
+from .routes import gram_dim
 
-__all__ = [
-    "SharedMatrices",
-    "SplitMatrices",
-    "bytes_at_once",
-    "place_of",
-    "round_bytes",
-    "share_bytes",
-    "shared_buckets",
-    "unit_of",
-]
+__all__ = ["Place", "SharedMatrices", "SplitMatrices", "place_of", "share_bytes", "share_of", "unit_of"]
 
 Place = tuple[int, int, int]
-#: less is not worth launches and messages of its own
-_LEAST_BYTES = 32 << 20
 
 
 class SharedMatrices:
@@ -79,7 +67,7 @@ class SharedMatrices:
     @property
     def input_bytes(self) -> int:
         """About what a rank's share of the directions' inputs and of the directions takes; the same on all ranks."""
-        return sum(map(_share_bytes, self.matrices))
+        return sum(map(share_of, self.matrices))
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -269,73 +257,6 @@ class SplitMatrices(SharedMatrices):
         return each, each if self.parts else []
 
 
-def bytes_at_once(parameters: Sequence[Parameter], max_bytes: int) -> int:
-    """How much of a rank's share of these parameters' matrices travels together."""
-    return round_bytes((_share_bytes(item) for p in parameters for item in p.matrices()), max_bytes)
-
-
-def round_bytes(shares: Iterable[int], max_bytes: int) -> int:
-    """How much of these bytes, a rank's share of each item, makes a round: two have room, and some four follow."""
-    return min(max_bytes // 2, max(sum(shares) // 4, _LEAST_BYTES))
-
-
-def share_bytes(recipe: Recipe, shape: tuple[int, int, int], dtype: torch.dtype, ranks: int) -> int:
-    """A rank's share of the memory of matrices' inputs, directions and what they need."""
-    batch, rows, cols = shape
-    return (
-        batch * (rows * cols * (4 * dtype.itemsize + 8) + recipe.direction.workspace_bytes(rows, cols, dtype)) // ranks
-    )
-
-
-def shared_buckets(
-    parameters: Sequence[Parameter],
-    parts: Sequence[LocalMatrices],
-    owned: Sequence[OwnedMatrices],
-    key: Callable[[Matrices], object],
-    max_bytes: int,
-) -> Iterator[SharedMatrices]:
-    """The matrices of these parameters by shape and recipe, as many together as `bytes_at_once` says.
-
-    The same on all ranks, so that their collectives follow one another in one order.
-    """
-    buckets: dict[tuple[object, object], list[Matrices]] = {}
-    for item in (item for p in parameters for item in p.matrices()):
-        buckets.setdefault((key(item), _way(item)), []).append(item)
-    here: dict[Place, list[LocalMatrices]] = {}
-    for part in parts:
-        here.setdefault(place_of(part), []).append(part)
-    mine = {item.place: item for item in owned}
-    most = bytes_at_once(parameters, max_bytes)
-    for (_, way), bucket in buckets.items():
-        for some in chunk_by_bytes(bucket, _share_bytes, most):
-            order = [
-                (part.run.owner, i, part.run.matrices.start, part)
-                for i, item in enumerate(some)
-                for part in here.get(item.place, ())
-            ]
-            ordered = [part for *_, part in sorted(order, key=lambda each: each[:3])]
-            if way is not None:
-                yield SplitMatrices(some, ordered)
-                continue
-            kind = _kind(some[0].recipe)
-            yield kind(some, ordered, [mine[item.place] for item in some if item.place in mine])
-
-
-def _kind(recipe: Recipe) -> type[SharedMatrices]:
-    if recipe.submatrix is None:
-        return SharedMatrices
-    from .shared_submatrix import SharedSubmatrices
-
-    return SharedSubmatrices
-
-
-def _way(item: Matrices) -> object:
-    """How those are cut whose directions all ranks take together; None of those that have owners."""
-    p = item.parameter
-    assert p.sharding is not None
-    return p.sharding.placements if p.owners[item.number][0] == EVERYONE else None
-
-
 def place_of(part: LocalMatrices) -> Place:
     return part.parameter.group, part.parameter.index, part.run.piece
 
@@ -346,7 +267,16 @@ def unit_of(item: Matrices) -> Unit:
     return sharding.unit(item.piece, item.parameter.owners[item.number])
 
 
-def _share_bytes(item: Matrices) -> int:
+def share_of(item: Matrices) -> int:
+    """The `share_bytes` of an item."""
     p = item.parameter
     assert p.sharding is not None
     return share_bytes(p.recipe, item.shape, p.input_dtype, p.sharding.ranks.size)
+
+
+def share_bytes(recipe: Recipe, shape: tuple[int, int, int], dtype: torch.dtype, ranks: int) -> int:
+    """A rank's share of the memory of matrices' inputs, directions and what they need."""
+    batch, rows, cols = shape
+    return (
+        batch * (rows * cols * (4 * dtype.itemsize + 8) + recipe.direction.workspace_bytes(rows, cols, dtype)) // ranks
+    )

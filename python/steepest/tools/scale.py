@@ -59,7 +59,8 @@ from steepest.parts import Spectral
 from steepest.recipe import ADAMW, CLOCK, Recipe
 from steepest.sharding.owners import assign, imbalance
 from steepest.step.costs import matrix_work
-from steepest.step.shared_matrices import round_bytes, share_bytes
+from steepest.step.shared_batches import round_bytes
+from steepest.step.shared_matrices import share_bytes
 
 from . import shapes
 

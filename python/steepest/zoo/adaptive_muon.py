@@ -154,7 +154,7 @@ class NAMO(AdaptiveMuon):
     Source: arXiv:2602.17080, Algorithm 1.
     """
 
-    _option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     _transform = NormRatio()
     _ratio = "none"
     _corrects = True

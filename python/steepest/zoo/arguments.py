@@ -1,6 +1,7 @@
 """What `help` of a class shows: a signature with all arguments, and a line for each below the docstring.
 
-The lines of what many classes take are the first ones in the docstrings of `Extras` and its kin; the others are here.
+The lines of what all classes take are the first ones in the docstrings of `Extras` and its kin, those of what several
+take are here, and what no other has a class says itself (`argument_lines`).
 """
 
 from __future__ import annotations
@@ -21,43 +22,22 @@ WIDTH = 30
 #: An argument of a class's own, in a line. What it is to one method in particular is in that class's docstring.
 LINES: dict[str, str] = {
     "params": "a module, named parameters, tensors or groups; see `steepest.param_groups`",
-    "model": "a module, whose Linear and Conv2d layers are watched",
     "lr": "learning rate, a number >= 0 or a tensor of one element",
     "weight_decay": "how much of lr times the weight a step takes away",
     "momentum": "decay rate of the average of gradients",
-    "fraction": "of the rows or columns that a step takes, in (0, 1]",
     "beta2": "decay rate of the second moment",
     "after": '"rows" or "elements" of the update are normalized; None: they are not',
     "nesterov": "the gradient is weighted once more, as in Nesterov's method",
     "betas": "decay rates of the average of gradients and of the preconditioner",
     "eps": "keeps what is divided by from being 0",
-    "damping": "added to the Fisher matrix",
-    "loss_scale": 'what the mean of the samples\' losses is multiplied by; "sum": their number',
     "adjust_lr_fn": '"original", "match_rms_adamw", "spectral_unclamped", "none"; None: the method\'s',
     "polar": "a preset of `steepest.polar` or a coefficient table",
-    "ns_coefficients": "a, b, c of the polynomial a x + b x^3 + c x^5, where polar is None",
-    "ns_steps": "how often the polynomial is applied, where polar is None",
-    "graft": '"adam": steps have the length of Adam\'s; None: their own',
     "inverse_root": '"basis": by eigenvalues; "newton": by products alone',
     "first_step": '"skip": the first gradient makes the bases; "move": it makes a step too',
-    "max_update_rms": "bound on the root mean square of an update; None: no bound",
     "parity": "the package whose arithmetic is followed; None: the paper's",
-    "average_rate": "decay rate of the average of iterates; 0: no average",
     "norm": "the base norm, by its name",
-    "composite": '"decay" or "ridge": what weight_decay is in the model of the loss',
-    "radius": "radius of a layer's ball; a step is lr times as long",
-    "constrained": "weights stay in the ball",
-    "product": 'norm over the layers: "max", "l2" or "hybrid"',
     "scale": '"lmo": steps of length lr; "dual": times the dual norm',
     "matrix_scale": 'weight of the matrices in product="hybrid"',
-    "others": 'norm of what is no matrix: "adam_2", "adam_infty", "sign" or "euclidean"',
-    "initial_step": "the first step size, far below any good one",
-    "p": "of the Schatten norm, 1 to inf",
-    "block_norm": 'norm over the layers: "max" or "l2"',
-    "start": '"zero": the average begins with 0; "first": with the first gradient',
-    "method": "how the direction is computed; see `steepest.linalg.schatten.schatten`",
-    "args": "of the method that stands beside this class",
-    "kwargs": "of the method that stands beside this class",
     "lower_bound": "of the loss, for the truncation of the step; None: none",
     "stale_dual": "dual norms are those of the step before; None: as the class has it",
     "reduce_loss": "the loss is averaged over all processes",
@@ -86,7 +66,7 @@ def whole_signature(kind: type[MatrixOptimizer]) -> inspect.Signature:
     parameters = {p.name: p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD}
     defaults = _defaults(kind, parameters)
     for name, annotation in keywords.__annotations__.items():
-        if name not in parameters and name not in getattr(kind, "_refused_options", ()):
+        if name not in parameters and name not in kind.refused_options:
             text = getattr(annotation, "__forward_arg__", annotation)
             more = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=text)
             parameters[name] = more
@@ -111,10 +91,17 @@ def _defaults(kind: type[MatrixOptimizer], parameters: Mapping[str, inspect.Para
 def _listed(kind: type[MatrixOptimizer]) -> str:
     """A line for each argument: its name, its default, what it is."""
     lines = {**LINES, **_lines(Extras)}
+    for each in reversed(kind.__mro__):
+        lines |= vars(each).get("argument_lines", {})
     if issubclass(kind, KroneckerOptimizer):
         lines |= _lines(Bases)
     if issubclass(kind, ProductNormOptimizer):
         lines |= _lines(Coupling)
+    lacking = next((p.name for p in _arguments(kind) if p.name not in lines), None)
+    if lacking is not None:
+        raise TypeError(
+            f"{kind.__name__} says nothing about its argument {lacking!r}: give it a line in argument_lines"
+        )
     shown = {str(p.replace(annotation=p.empty)): lines[p.name] for p in _arguments(kind)}
     return "\n".join(f"    {argument:{WIDTH}}  {line}" for argument, line in shown.items())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, number
@@ -36,6 +36,10 @@ class Dion2(MatrixOptimizer):
 
     Source: arXiv:2512.16928 and the authors' code, microsoft/dion (dion2.py, nordion2.py).
     """
+
+    argument_lines: ClassVar[dict[str, str]] = {
+        "fraction": "of the rows or columns that a step takes, in (0, 1]",
+    }
 
     def __init__(
         self,

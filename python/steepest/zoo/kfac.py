@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -63,11 +63,16 @@ class KFAC(KroneckerOptimizer):
     outputs, but for the damping. Source: arXiv:1503.05671.
     """
 
-    _carried: tuple[str, ...] = ("_handles", "_batches")
-    _refused_options = tuple(NOT_TAKEN)
+    carried: ClassVar[tuple[str, ...]] = ("_handles", "_batches")
+    refused_options = tuple(NOT_TAKEN)
     _ranks: Any = None
     #: of this step
     _scaler: torch.amp.GradScaler | None = None
+    argument_lines: ClassVar[dict[str, str]] = {
+        "model": "a module, whose Linear and Conv2d layers are watched",
+        "damping": "added to the Fisher matrix",
+        "loss_scale": 'what the mean of the samples\' losses is multiplied by; "sum": their number',
+    }
 
     def __init__(
         self,
@@ -81,7 +86,7 @@ class KFAC(KroneckerOptimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"KFAC takes a module, whose layers it watches, but is given: {type(model).__name__}")
-        for name in self._refused_options:
+        for name in self.refused_options:
             if name in extra:
                 raise TypeError(f"KFAC does not take {name}: {NOT_TAKEN[name]}")
         layers = [layer for layer in model.modules() if _is_supported(layer)]
@@ -94,7 +99,7 @@ class KFAC(KroneckerOptimizer):
         if isinstance(model, DistributedDataParallel):
             self._ranks = model.process_group
 
-    def _check_shards(self, group: Group) -> None:
+    def check_parameters(self, group: Group) -> None:
         """RuntimeError for sharded parameters: a layer's factors are collected where its inputs are, on every rank."""
         if group["share_work"] or any(is_sharded(p) for p in group["params"]):
             what = "share_work" if group["share_work"] else "sharded parameters (DTensor)"
@@ -102,10 +107,11 @@ class KFAC(KroneckerOptimizer):
                 f"KFAC does not take {what}: its hooks average whole factors on every rank; use "
                 "DistributedDataParallel, which keeps every matrix whole"
             )
+        super().check_parameters(group)
 
-    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+    def kept_state(self, p: Tensor, group: Group) -> dict[str, Kept]:
         passes = {PASSES: Kept((), ">= 0", whole=True, missing="refuse", later=True)} if group["use_muon"] else {}
-        return {**super()._kept(p, group), **passes}
+        return {**super().kept_state(p, group), **passes}
 
     def parts(self, group: Group) -> dict[str, Any]:
         sides = Sides(exponent=1.0, damping="factored")
@@ -131,7 +137,7 @@ class KFAC(KroneckerOptimizer):
         self._batches.clear()
         super().zero_grad(set_to_none)
 
-    def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
+    def take_step(self, scaling: Scaling, loss: Number | None) -> None:
         """RuntimeError for a weight whose layer was not watched, before anything moves."""
         matrices = [(p, group) for group in self.param_groups if group["use_muon"] for p in group["params"]]
         stepping = [(p, group) for p, group in matrices if p.grad is not None]
@@ -141,12 +147,12 @@ class KFAC(KroneckerOptimizer):
                     f"a weight of shape {tuple(p.shape)} has a gradient and no factors: no backward pass went through "
                     "its layer in training mode since the hooks were set"
                 )
-        self._ready_plan()  # whose checks come before the averages take anything
+        self.ready_plan()  # whose checks come before the averages take anything
         for p, group in stepping:
             self._average(p, group, scaling)
         self._batches.clear()
         self._scaler = None
-        super()._take_step(scaling, loss)
+        super().take_step(scaling, loss)
 
     def _average(self, p: Tensor, group: Group, scaling: Scaling) -> None:
         """The averages of p take what was collected since the last step, and are shared among ranks."""
@@ -166,7 +172,7 @@ class KFAC(KroneckerOptimizer):
         elif self._scaler is not None and group["loss_scale"] != self._scaler.get_scale():
             scale = self._scaler.get_scale() * scale  # the hooks saw what unscale_ has divided since
         if PASSES not in self.state[p]:
-            self._init_states([(p, p.dtype, group)])
+            self.init_state_of(p, group)
             self.state[p][PASSES] = torch.zeros((), dtype=torch.float64, device=p.device)
         state = self.state[p]
         passes, uses = state[PASSES], max(1, batch.uses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 
@@ -161,7 +161,7 @@ class KroneckerOptimizer(MatrixOptimizer):
             "dtype": group["factor_dtype"],
         }
 
-    def _check_values(self, group: Group) -> None:
+    def check_values(self, group: Group) -> None:
         if group["refresh_delay"] > group["precondition_frequency"]:
             raise ValueError(
                 f"refresh_delay should be at most precondition_frequency, {group['precondition_frequency']}, but is: "
@@ -180,7 +180,7 @@ class KroneckerOptimizer(MatrixOptimizer):
         _check_choice("inverse_root", group.get("inverse_root", "basis"), INVERSE_ROOTS)
         _check_choice("first_step", group.get("first_step"), (*FIRST_STEPS, None))
         polar_of(group)
-        super()._check_values(group)
+        super().check_values(group)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
@@ -219,6 +219,9 @@ class Shampoo(KroneckerOptimizer):
             "block_preconditioner": True,
         }
     )
+    argument_lines: ClassVar[dict[str, str]] = {
+        "graft": '"adam": steps have the length of Adam\'s; None: their own',
+    }
 
     def __init__(
         self,
@@ -316,6 +319,9 @@ class KLShampoo(KroneckerOptimizer):
     """
 
     _parities = (None, "authors")
+    argument_lines: ClassVar[dict[str, str]] = {
+        "max_update_rms": "bound on the root mean square of an update; None: no bound",
+    }
 
     def __init__(
         self,
@@ -399,8 +405,8 @@ class SOAP(KroneckerOptimizer):
             parts["precondition"] = self.rotated(group, Diagonal(power=0.25, eps_inside=False), **order)
         return parts
 
-    def _check_values(self, group: Group) -> None:
-        super()._check_values(group)
+    def check_values(self, group: Group) -> None:
+        super().check_values(group)
         if group["parity"] == "emerging-optimizers" and group["precondition_frequency"] != 1:
             raise ValueError(
                 "parity='emerging-optimizers' refreshes the bases in every step but precondition_frequency is: "
@@ -475,6 +481,9 @@ class SPlus(KroneckerOptimizer):
     _norm = "sign"
     _ratio = "splus"
     _parities = (None, "authors")
+    argument_lines: ClassVar[dict[str, str]] = {
+        "average_rate": "decay rate of the average of iterates; 0: no average",
+    }
 
     def __init__(
         self,
@@ -497,10 +506,10 @@ class SPlus(KroneckerOptimizer):
             "decay": self.decay(group, scaled=True),
         }
 
-    def _check_values(self, group: Group) -> None:
+    def check_values(self, group: Group) -> None:
         if group["average"] is not None and group["average_rate"]:
             raise ValueError(
                 f"average={group['average']!r} and average_rate={group['average_rate']} are two answers to one "
                 "question: choose one of them, average_rate=0 or average=None"
             )
-        super()._check_values(group)
+        super().check_values(group)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..ops.multi_tensor import Scaling
 from ..optimizer import MatrixOptimizer
-from ..optimizer.checkpoint_matching import Match
 from ..optimizer.checkpoint_state import Kept, Missing, refuse_incomplete
 from ..optimizer.group_options import (
     Group,
@@ -96,14 +95,18 @@ class Momo(MatrixOptimizer):
     Source: arXiv:2510.09827, whose code this follows but for (.)_+, without which a step may ascend.
     """
 
-    _carried: tuple[str, ...] = ("lower_bound", "stale_dual", "reduce_loss", "_told")
-    _shared: tuple[str, ...] = (LOSS, LOSSES)
+    carried: ClassVar[tuple[str, ...]] = ("lower_bound", "stale_dual", "reduce_loss", "_told")
+    common_state: ClassVar[tuple[str, ...]] = (LOSS, LOSSES)
     lower_bound: Number | None = None
     #: what stale_dual=None means for a class
     stale_dual: bool = True
     _loss: Number | None = None
     #: the bound that was last checked
     _checked: Any = None
+    argument_lines: ClassVar[dict[str, str]] = {
+        "args": "of the method that stands beside this class",
+        "kwargs": "of the method that stands beside this class",
+    }
 
     def __init__(
         self,
@@ -139,7 +142,7 @@ class Momo(MatrixOptimizer):
             loss = sum(self._told) / len(self._told)
         self._told.clear()
         if closure is None and loss is None and self.lower_bound is not None:
-            self._check_numbers()
+            self.check_numbers()
             if any(float(group["lr"]) != 0 for group in self.param_groups):
                 raise RuntimeError(
                     f"{type(self).__name__} has a lower bound and needs the loss: step(loss=loss), step(closure), "
@@ -150,7 +153,7 @@ class Momo(MatrixOptimizer):
             raise ValueError(f"the loss should have one element but has {loss.numel()}: give its mean")
         self._loss = loss
         try:
-            return self._closed_step(closure)
+            return self.step_without_hooks(closure)
         finally:
             self._loss = None
 
@@ -158,11 +161,11 @@ class Momo(MatrixOptimizer):
         """Has the next step take this loss, where a wrapper's step takes none; of several micro-batches, their mean."""
         self._told.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
-    def _couples(self) -> bool:
+    def couples(self) -> bool:
         return self.lower_bound is not None
 
-    def _check_numbers(self) -> None:
-        super()._check_numbers()
+    def check_numbers(self) -> None:
+        super().check_numbers()
         if not same(as_it_is(self.lower_bound), self._checked):
             values = {"lower_bound": self.lower_bound}
             check_options(values, on_host=True)
@@ -178,22 +181,21 @@ class Momo(MatrixOptimizer):
         return self.stale_dual and recipe.direction.batched
 
     @torch._disable_dynamo
-    def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
-        if self._couples():
+    def take_step(self, scaling: Scaling, loss: Number | None) -> None:
+        if self.couples():
             loss = loss if self._loss is None else self._loss
             if loss is None and self.lower_bound is not None:
                 raise RuntimeError("the closure returned None: let it return the loss")
             if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
-                self._ready_plan()
+                self.ready_plan()
                 return None
-        return super()._take_step(scaling, loss)
+        return super().take_step(scaling, loss)
 
-    def _key(self) -> list[object]:
-        return [*super()._key(), self.lower_bound is None]
+    def plan_depends_on(self) -> Sequence[object]:
+        return [*super().plan_depends_on(), self.lower_bound is None]
 
-    def _layer_coupling(self, loss: Number | None) -> Coupling | None:
-        assert self._plan is not None
-        return Truncated(self, self._plan, loss) if self._couples() else None
+    def coupling(self, plan: Plan, loss: Number | None) -> Coupling | None:
+        return Truncated(self, plan, loss) if self.couples() else None
 
     def _share_of(self, layers: Sequence[Layers], loss: Number | None) -> list[Number]:
         """What each group's step is multiplied by."""
@@ -293,26 +295,26 @@ class Momo(MatrixOptimizer):
     def _first(self) -> Tensor:
         return next(p for group in self.param_groups for p in group["params"])
 
-    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+    def kept_state(self, p: Tensor, group: Group) -> dict[str, Kept]:
         """What the model of the loss and the coupling keep; both may have been turned on since the checkpoint."""
-        recipe = self._recipe(group)
-        count = sum(recipe.input_shape(piece.shape)[0] for piece in self._pieces(p, group))
+        recipe = self.recipe_of(group)
+        count = sum(recipe.input_shape(piece.shape)[0] for piece in self.pieces_of(p, group))
         bounded: Missing = "leave" if self.lower_bound is None else "begin"
-        stale: Missing = "begin" if self._couples() and self._stale(recipe) else "leave"
+        stale: Missing = "begin" if self.couples() and self._stale(recipe) else "leave"
         return {
-            **super()._kept(p, group),
+            **super().kept_state(p, group),
             DESCENT: Kept((count,), missing=stale, later=True),
             INNER: Kept((), missing=bounded),
             LOSS: Kept((2,), missing=bounded),
             LOSSES: Kept((), ">= 0", whole=True, missing=bounded),
         }
 
-    def _share(self, loaded: dict[Any, Any], state: Mapping[Any, Any], matched: Match, groups: list[Group]) -> None:
-        """ValueError for a part of the model of the loss too."""
+    def check_loaded(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
+        """ValueError for a part of the model of the loss."""
         there = {key for tensors in state.values() for key in (LOSS, LOSSES, INNER) if key in tensors}
         lacking = [key for key in (LOSS, LOSSES) if there and key not in there]
         refuse_incomplete(dict.fromkeys(sorted(there)), "all parameters", lacking, type(self).__name__)
-        super()._share(loaded, state, matched, groups)
+        super().check_loaded(state)
 
     def _shared_state(self) -> State:
         """What belongs to all parameters, in the state of the first one."""
@@ -331,25 +333,23 @@ class Momo(MatrixOptimizer):
         """What a parameter's state has besides its recipe's, when it begins; its momentum may have begun before."""
         if self.lower_bound is None or INNER in self.state[p]:
             return {}
-        state, sharding = self._state_here(p), self._sharding(p)
-        inner = dot(local_tensor(p.detach()), state[self._recipe(group).keys[0]])
-        if sharding is not None:
-            sharding.ranks.sum_parts(inner)
+        inner = dot(local_tensor(p.detach()), self.state_here(p)[self.recipe_of(group).keys[0]])
+        self.sum_over_parts(p, inner)
         return {INNER: inner}
 
-    def _init_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> bool:
-        added = super()._init_state(p, dtype, group)
-        fresh, recipe = self._new_state(p, group), self._recipe(group)
-        if is_sharded(p) and self._couples() and self._stale(recipe) and DESCENT not in self.state[p]:
-            count = sum(recipe.input_shape(piece.shape)[0] for piece in self._pieces(p, group))
+    def extra_state(self, p: Tensor, group: Group) -> State:
+        fresh, recipe = self._new_state(p, group), self.recipe_of(group)
+        if is_sharded(p) and self.couples() and self._stale(recipe) and DESCENT not in self.state[p]:
+            count = sum(recipe.input_shape(piece.shape)[0] for piece in self.pieces_of(p, group))
             fresh[DESCENT] = _unknown(count, p)
-        self.state[p].update(fresh)
-        if fresh or p is self._first:
+        if p is self._first:
+            return {**fresh, **{key: t for key, t in self._fresh_shared_state().items() if key not in self.state[p]}}
+        if fresh:
             self._shared_state()
-        return added or bool(fresh)
+        return fresh
 
-    def _check_devices(self, group: Group) -> None:
-        super()._check_devices(group)
+    def check_parameters(self, group: Group) -> None:
+        super().check_parameters(group)
         devices = list(dict.fromkeys(p.device for each in self.param_groups for p in each["params"]))
         if len(devices) > 1:
             raise ValueError(
@@ -357,8 +357,9 @@ class Momo(MatrixOptimizer):
                 f"{' and '.join(map(str, devices))}: make one optimizer for each device"
             )
 
-    def _check_values(self, group: Group) -> None:
-        super()._check_values(group)
+    def check_values(self, group: Group) -> None:
+        super().check_values(group)
+        self.check_values_of_others(group)
         if group["maximize"] and self.lower_bound is not None:
             raise ValueError("maximize=True has no lower bound: minimize the negative loss")
         recipe = self.recipe(group)
@@ -370,24 +371,17 @@ class Momo(MatrixOptimizer):
                 "take other ones"
             )
 
-    def _check_weight_options(self, group: Group) -> None:
+    def check_values_of_others(self, group: Group) -> None:
+        super().check_values_of_others(group)
         refuse_cautious_update(group, "it couples layers by steps along their whole directions")
         if self.lower_bound is not None:
             refuse_schedule_free(group, "Momo's model of the loss is of steps from the weights themselves")
             refuse_option(group, "variance_reduction", "Momo's model of the loss is of its gradients")
             refuse_decay_methods(group, "Momo's model of the loss knows no penalty", "l2")
 
-    def _forget_plans(self) -> None:
-        super()._forget_plans()
+    def forget(self) -> None:
+        super().forget()
         self._moved = set()
-
-    def _traced_step(self, scaling: Scaling) -> None:
-        if self._couples():
-            raise RuntimeError(
-                f"{type(self).__name__} cannot be part of one graph of torch.compile, its layers wait for one another: "
-                "call its step outside of the compiled function"
-            )
-        super()._traced_step(scaling)
 
 
 class Truncated:

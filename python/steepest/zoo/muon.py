@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -10,6 +10,7 @@ from .. import routing
 from ..linalg.coefficients import JORDAN_STEP
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, number
+from ..optimizer.groups import check_shaped
 from ..parts import Hyper, Identity, Momentum, Number
 from ..recipe import Recipe
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of, spectral
@@ -41,6 +42,11 @@ class Muon(MatrixOptimizer):
     Raises ValueError or TypeError naming the value; the texts of torch's own checks are torch's.
     Source: kellerjordan.github.io/posts/muon. Equals MuAdam with a constant preconditioner.
     """
+
+    argument_lines: ClassVar[dict[str, str]] = {
+        "ns_coefficients": "a, b, c of the polynomial a x + b x^3 + c x^5, where polar is None",
+        "ns_steps": "how often the polynomial is applied, where polar is None",
+    }
 
     def __init__(
         self,
@@ -85,7 +91,7 @@ class Muon(MatrixOptimizer):
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
 
-    def _check_values(self, group: Group) -> None:
+    def check_values(self, group: Group) -> None:
         if len(group["ns_coefficients"]) != 3:
             raise ValueError(
                 f"Coefficients must be a tuple of exactly 3 values but is: {group['ns_coefficients']}; ns_coefficients "
@@ -96,13 +102,13 @@ class Muon(MatrixOptimizer):
                 f"Number of steps must be less than 100 for computational efficiency but is: {group['ns_steps']}; "
                 "ns_steps is at least 1, and 5 by default"
             )
-        super()._check_values(group)
+        super().check_values(group)
 
-    def _bare_groups(self, params: list[Any]) -> list[Any]:
+    def route_tensors(self, params: list[Any]) -> list[Any]:
         """Matrices, as in torch; what is no tensor torch finds itself."""
         for i, p in enumerate(params):
             if isinstance(p, torch.Tensor):
-                self._check_shaped(p, f"parameter {i}")
+                check_shaped(p, f"parameter {i}")
                 if p.ndim != 2:
                     raise ValueError(
                         f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}; "
@@ -110,12 +116,12 @@ class Muon(MatrixOptimizer):
                     )
         return params
 
-    def _split(self, group: Group) -> list[Group]:
+    def split_group(self, group: Group) -> list[Group]:
         """Matrices without names are a group of torch.optim.Muon's."""
         params = group["params"]
         is_bare = isinstance(params, list) and "param_names" not in group
         if not is_bare or not all(isinstance(p, torch.Tensor) and p.ndim == 2 for p in params):
-            return super()._split(group)
+            return super().split_group(group)
         routes = [routing.Route(f"param_{i}", p, "matrix", "a plain iterable") for i, p in enumerate(params)]
         routing.warn_if_embedding_like(routes, named=False)
         return [group]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,9 +55,12 @@ class ProdigyMuon(ProductNormOptimizer):
     place of it, in fp32 too. This is not all of Prodigy, whose averages weight gradients by eta.
     """
 
-    _carried: tuple[str, ...] = ("norm", "initial_step")
+    carried: ClassVar[tuple[str, ...]] = ("norm", "initial_step")
     _led: list[Led]
-    _shared: tuple[str, ...] = (STEP_SIZE,)
+    common_state: ClassVar[tuple[str, ...]] = (STEP_SIZE,)
+    argument_lines: ClassVar[dict[str, str]] = {
+        "initial_step": "the first step size, far below any good one",
+    }
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class ProdigyMuon(ProductNormOptimizer):
     def direction(self, group: Group) -> Direction:
         return polar_of(group) if self.norm == "spectral" else Sign()
 
-    def _couples(self) -> bool:
+    def couples(self) -> bool:
         return True
 
     def _stale(self, recipe: Recipe) -> bool:
@@ -108,16 +111,16 @@ class ProdigyMuon(ProductNormOptimizer):
         return {**super()._fresh_shared_state(), STEP_SIZE: size}
 
     def _new_state(self, p: Tensor, group: Group) -> State:
-        state, rounding, fresh = self._state_here(p), self._recipe(group).rounding, super()._new_state(p, group)
+        state, rounding, fresh = self.state_here(p), self.recipe_of(group).rounding, super()._new_state(p, group)
         if START not in state:
-            fresh[START] = self._like(p, rounding.value(local_tensor(p.detach()), state).clone())
+            fresh[START] = self.state_like(p, rounding.value(local_tensor(p.detach()), state).clone())
         if self._is_lossy(p, group) and DROPPED not in state:
             fresh[DROPPED] = torch.zeros_like(p, dtype=torch.float32)
         return fresh
 
-    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+    def kept_state(self, p: Tensor, group: Group) -> dict[str, Kept]:
         return {
-            **super()._kept(p, group),
+            **super().kept_state(p, group),
             START: Kept(p.shape, missing="refuse"),
             DROPPED: Kept(p.shape, missing="begin" if self._is_lossy(p, group) else "leave"),
             STEP_SIZE: Kept((), "> 0", missing="refuse"),
@@ -125,17 +128,17 @@ class ProdigyMuon(ProductNormOptimizer):
 
     def _is_lossy(self, p: Tensor, group: Group) -> bool:
         """Whether the weight's dtype drops bits that nobody keeps."""
-        mode = self._recipe(group).rounding.mode
+        mode = self.recipe_of(group).rounding.mode
         return p.dtype == torch.float16 or (p.dtype == torch.bfloat16 and mode != "mantissa")
 
-    def _check_weight_options(self, group: Group) -> None:
-        super()._check_weight_options(group)
+    def check_values_of_others(self, group: Group) -> None:
+        super().check_values_of_others(group)
         refuse_option(group, "variance_reduction", "ProdigyMuon's step size is of gradients as they are")
         refuse_option(group, "constraint", "ProdigyMuon measures how far steps lead from the start")
         refuse_schedule_free(group, "ProdigyMuon measures how far the weights themselves are from their start")
 
-    def _check_shards(self, group: Group) -> None:
-        super()._check_shards(group)
+    def check_parameters(self, group: Group) -> None:
+        super().check_parameters(group)
         lossy = [p for p in group["params"] if is_sharded(p) and self._is_lossy(p, group)]
         if lossy:
             raise ValueError(
@@ -151,13 +154,12 @@ class ProdigyMuon(ProductNormOptimizer):
         dropped = p.state.get(DROPPED)
         return value if dropped is None else value + dropped
 
-    def _layer_coupling(self, loss: Number | None) -> StepCoupling | None:
-        assert self._plan is not None
-        return _Escalated(self, self._plan, loss, self._led)
+    def coupling(self, plan: Plan, loss: Number | None) -> StepCoupling | None:
+        return _Escalated(self, plan, loss, self._led)
 
-    def _take_step(self, scaling: Scaling, loss: Number | None) -> None:
+    def take_step(self, scaling: Scaling, loss: Number | None) -> None:
         self._led = []
-        super()._take_step(scaling, loss)
+        super().take_step(scaling, loss)
         for item, value, finite in self._led:
             dropped, w = item.piece.view(item.parameter.state[DROPPED]), item.weight.float()
             info = torch.finfo(item.weight.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -65,8 +65,8 @@ class ProductNormOptimizer(Momo):
     the same kind of step. ValueError for an unknown rule, TypeError for AdamW's own numbers.
     """
 
-    _carried: tuple[str, ...] = ("product", "scale", "others")
-    _refused_options = ("adamw_lr", "adamw_betas", "adamw_eps")
+    carried: ClassVar[tuple[str, ...]] = ("product", "scale", "others")
+    refused_options = ("adamw_lr", "adamw_betas", "adamw_eps")
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class ProductNormOptimizer(Momo):
                 f"others={others!r} is not known, a norm of what is no matrix; use one of {', '.join(OTHERS)}"
             )
         name = type(self).__name__
-        for key in self._refused_options:
+        for key in self.refused_options:
             if key in extra:
                 raise TypeError(
                     f"{name} does not take {key}: parameters that are not matrices belong to the same rule; give "
@@ -122,20 +122,19 @@ class ProductNormOptimizer(Momo):
     def hyper(self, group: Group) -> Hyper:
         return adam_hyper(group)
 
-    def _hyper(self, group: Group) -> Hyper:
+    def hyper_of_others(self, group: Group) -> Hyper:
         return self.hyper(group)
 
-    def _others(self, group: Group) -> str:
+    @property
+    def rule_of_others(self) -> str:
         return self.others
 
-    def _new_recipe(self, group: Group) -> Recipe:
-        if group["use_muon"]:
-            return self.recipe(group)
+    def recipe_of_others(self, group: Group) -> Recipe:
         return self._recipe_of(group, self.product.follows(False), *OTHERS[self.others])
 
     # ---- the rule -------------------------------------------------------------------------------------------------
 
-    def _couples(self) -> bool:
+    def couples(self) -> bool:
         return self.lower_bound is not None or self.product.couples(self.scale)
 
     def _stale(self, recipe: Recipe) -> bool:
@@ -184,6 +183,10 @@ class ProductNormDescent(ProductNormOptimizer):
     """
 
     stale_dual = False
+    argument_lines: ClassVar[dict[str, str]] = {
+        "product": 'norm over the layers: "max", "l2" or "hybrid"',
+        "others": 'norm of what is no matrix: "adam_2", "adam_infty", "sign" or "euclidean"',
+    }
 
     def __init__(
         self,

@@ -53,7 +53,13 @@ class Schattor(ProductNormOptimizer):
     """
 
     stale_dual = False
-    _option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    argument_lines: ClassVar[dict[str, str]] = {
+        "p": "of the Schatten norm, 1 to inf",
+        "block_norm": 'norm over the layers: "max" or "l2"',
+        "start": '"zero": the average begins with 0; "first": with the first gradient',
+        "method": "how the direction is computed; see `steepest.linalg.schatten.schatten`",
+    }
 
     def __init__(
         self,

@@ -77,7 +77,11 @@ class Scion(VectorOptimizer):
     adjust_lr_fn="spectral_unclamped". Source: arXiv:2502.07529, Algorithms 1 and 2; norms and defaults of its code.
     """
 
-    _option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    argument_lines: ClassVar[dict[str, str]] = {
+        "radius": "radius of a layer's ball; a step is lr times as long",
+        "constrained": "weights stay in the ball",
+    }
 
     def __init__(
         self,
@@ -128,29 +132,27 @@ class Scion(VectorOptimizer):
         for group in self.param_groups:
             for p in group["params"] if group["use_muon"] else ():
                 recipe, reach = self.recipe(group), group["radius"] / _taps(group) ** 0.5
-                for piece in self._pieces(p, group) if p.numel() else ():
+                for piece in self.pieces_of(p, group) if p.numel() else ():
                     w = piece.view(p)
                     wide = w.reshape(piece.shape).to(torch.promote_types(p.dtype, torch.float32))
                     length = reach * shape_ratio(recipe.adjust_lr, piece.rows, piece.cols)
                     w.copy_((recipe.direction.unit(wide) * length).reshape(w.shape))
 
-    def _route(self, params: Any) -> list[Group]:
+    def route(self, params: Any) -> list[Group]:
         return scion_groups(params, radius=self._radius)
 
-    def _check_values(self, group: Group) -> None:
+    def check_values(self, group: Group) -> None:
         if group["norm"] not in NORMS:
             raise ValueError(f"norm {group['norm']!r} is not known; use one of {', '.join(NORMS)}")
-        super()._check_values(group)
-
-    def _check_weight_options(self, group: Group) -> None:
-        if group["use_muon"] and group["constrained"]:
+        if group["constrained"]:
             refuse_schedule_free(group, "its decay keeps no iterate in Scion's ball: constrained=False")
             refuse_option(group, "constraint", "Scion has its ball: constrained=False")
             refuse_cautious_update(group, "an update that is made longer leaves Scion's ball: constrained=False")
             refuse_decay_methods(group, "the decay is Scion's constraint", "independent", "l2")
+        super().check_values(group)
 
-    def _check_group(self, group: Group, *, routed: bool) -> None:
-        super()._check_group(group, routed=routed)
+    def check_parameters(self, group: Group) -> None:
+        super().check_parameters(group)
         for i, p in enumerate(group["params"] if group["use_muon"] else ()):
             if group["norm"] == "bias" and p.ndim > 1:
                 raise ValueError(

@@ -179,8 +179,11 @@ class TrustRegion(VectorOptimizer):
     Source: arXiv:2503.12645, Algorithm 1.
     """
 
-    _option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
-    _route = MatrixOptimizer._route
+    option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    route = MatrixOptimizer.route
+    argument_lines: ClassVar[dict[str, str]] = {
+        "composite": '"decay" or "ridge": what weight_decay is in the model of the loss',
+    }
 
     def __init__(
         self,
@@ -221,19 +224,16 @@ class TrustRegion(VectorOptimizer):
     def hyper(self, group: Group) -> Hyper:
         return Hyper(*map(number, (group["lr"], group["weight_decay"], group["momentum"])))
 
-    def _check_weight_options(self, group: Group) -> None:
-        if group["use_muon"]:
-            refuse_cautious_update(group, "an update that is made longer leaves the trust region")
-            refuse_schedule_free(group, "the trust region is around the weights themselves")
-
-    def _check_values(self, group: Group) -> None:
+    def check_values(self, group: Group) -> None:
+        refuse_cautious_update(group, "an update that is made longer leaves the trust region")
+        refuse_schedule_free(group, "the trust region is around the weights themselves")
         if group["norm"] not in NORMS:
             raise ValueError(f"norm {group['norm']!r} is not known; use one of {', '.join(NORMS)}")
         if group["composite"] not in ("decay", "ridge"):
             raise ValueError(f"composite {group['composite']!r} is not known; use 'decay' or 'ridge'")
         if group["composite"] == "ridge" and group["norm"] not in _NEAREST:
             raise ValueError(f"composite 'ridge' with norm {group['norm']!r} has no closed form; use composite='decay'")
-        super()._check_values(group)
+        super().check_values(group)
 
 
 class OrthogonalSGDM(MatrixOptimizer):
@@ -301,30 +301,32 @@ class NIGT(MomentumOptimizer):
     Source: arXiv:2002.03305, Algorithm 1.
     """
 
-    _option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
+    option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     _direction = Frobenius()
-    _extrapolates = True
+    extrapolates = True
 
-    def _kept(self, p: Tensor, group: Group) -> dict[str, Kept]:
+    def kept_state(self, p: Tensor, group: Group) -> dict[str, Kept]:
         """During eval() the points ahead too."""
-        return {**super()._kept(p, group), AHEAD: Kept(p.shape, missing="together" if group["use_muon"] else "leave")}
+        return {
+            **super().kept_state(p, group),
+            AHEAD: Kept(p.shape, missing="together" if group["use_muon"] else "leave"),
+        }
 
-    def _fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
+    def fresh_state(self, p: Tensor, dtype: torch.dtype, group: Group) -> State:
         weights = {WEIGHTS: p.detach().clone()} if group["use_muon"] else {}
-        return {**super()._fresh_state(p, dtype, group), **weights}
+        return {**super().fresh_state(p, dtype, group), **weights}
 
-    def _take_step(self, scaling: Any, loss: Number | None) -> None:
+    def take_step(self, scaling: Any, loss: Number | None) -> None:
         if any(AHEAD in state for state in self.state.values()):
             raise RuntimeError("the weights are iterates since eval(); call train() before the next step")
-        self._ready_plan()
+        plan = self.ready_plan()
         stepping = [(p, g) for g in self.param_groups if g["use_muon"] for p in g["params"] if p.grad is not None]
         ahead = [local_tensor(p).clone() for p, _ in stepping]
-        before = [self._iterate(self._state_here(p)[WEIGHTS], p, group) for p, group in stepping]
+        before = [self._iterate(self.state_here(p)[WEIGHTS], p, group) for p, group in stepping]
         for p, _ in stepping:
             p.copy_(self.state[p][WEIGHTS])
-        super()._take_step(scaling, loss)
-        assert self._plan is not None
-        stepped = {parameter.source: parameter.stepped for parameter in self._plan.parameters}
+        super().take_step(scaling, loss)
+        stepped = {parameter.source: parameter.stepped for parameter in plan.parameters}
         for (p, group), x, w in zip(stepping, ahead, before, strict=True):
             here = local_tensor(p)
             beta, after = number(group["momentum"]), self._iterate(here, p, group)
@@ -332,19 +334,20 @@ class NIGT(MomentumOptimizer):
             self.state[p][WEIGHTS].copy_(p)  # as it was where no step was taken
             here.copy_(torch.where(stepped[p], further.to(p.dtype), x))
 
-    def _check_weight_options(self, group: Group) -> None:
+    def check_values(self, group: Group) -> None:
+        super().check_values(group)
+        self.check_values_of_others(group)
+        refuse_option(group, "variance_reduction", "NIGT has one of its own")
+        refuse_decay_methods(group, "NIGT's gradients are of a point ahead of the weights", "l2")
+
+    def check_values_of_others(self, group: Group) -> None:
+        super().check_values_of_others(group)
         if group["average"] is not None:
             raise ValueError(f"NIGT has eval() and train() of its own: leave out average={group['average']!r}")
-        if group["use_muon"]:
-            refuse_option(group, "variance_reduction", "NIGT has one of its own")
-            refuse_decay_methods(group, "NIGT's gradients are of a point ahead of the weights", "l2")
 
     def _iterate(self, stored: Tensor, p: Tensor, group: Group) -> Tensor:
         """W with the bits that its dtype drops, where they are kept."""
-        return self._recipe(group).rounding.value(stored, self._state_here(p))
-
-    def _traced_step(self, scaling: Any) -> None:
-        raise RuntimeError("NIGT cannot be traced by torch.compile: call its step outside of the compiled function")
+        return self.recipe_of(group).rounding.value(stored, self.state_here(p))
 
     @in_default_modes
     def eval(self) -> None:
@@ -393,12 +396,9 @@ class Fromage(VectorOptimizer):
     def hyper(self, group: Group) -> Hyper:
         return Hyper(number(group["lr"]), beta1=0.0)
 
-    def _check_weight_options(self, group: Group) -> None:
-        if group["use_muon"]:
-            refuse_option(group, "constraint", "Fromage has a rule of its own for norms")
-            refuse_schedule_free(group, "a step of Fromage is as long as the weights themselves")
-
-    def _check_values(self, group: Group) -> None:
+    def check_values(self, group: Group) -> None:
+        refuse_option(group, "constraint", "Fromage has a rule of its own for norms")
+        refuse_schedule_free(group, "a step of Fromage is as long as the weights themselves")
         taken = [key for key in LAYOUT_KEYS if group[key] not in (None, 0, 1)]
         if taken:
             raise ValueError(f"Fromage's length is that of a whole tensor: leave out {taken[0]}={group[taken[0]]!r}")
@@ -406,4 +406,4 @@ class Fromage(VectorOptimizer):
             raise ValueError(f"Fromage's step has no ratio of a shape but adjust_lr_fn is: {group['adjust_lr_fn']!r}")
         if not isinstance(group["weight_decay"], Tensor) and group["weight_decay"] != 0:
             raise ValueError(f"Fromage has no weight decay, its norm is its own, but is given: {group['weight_decay']}")
-        super()._check_values(group)
+        super().check_values(group)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from ..matrices import Piece
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, adam_hyper, number
 from ..parts import Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Sign
@@ -39,7 +38,9 @@ class VectorOptimizer(MatrixOptimizer):
     unless the group says otherwise.
     """
 
-    def _route(self, params: Any) -> list[Group]:
+    takes_any_shape = True
+
+    def route(self, params: Any) -> list[Group]:
         parameters, named = read_places(params)
         chosen = [places[0] for places in parameters if places[0].param.requires_grad or not named]
         if not chosen:
@@ -48,16 +49,8 @@ class VectorOptimizer(MatrixOptimizer):
         reasons = [f"{type(self).__name__} takes every shape"] * len(chosen)
         return [{"params": given, "use_muon": True, "param_reasons": reasons}]
 
-    def _split(self, group: Group) -> list[Group]:
+    def split_group(self, group: Group) -> list[Group]:
         return [group]
-
-    def _check_shape(self, p: Tensor, group: Group) -> None:
-        """Every shape will do."""
-
-    def _pieces(self, p: Tensor, group: Group) -> tuple[Piece, ...]:
-        if group["use_muon"] and p.ndim < 2:
-            return (Piece(0, p.numel(), 1, p.numel(), 1),)
-        return super()._pieces(p, group)
 
 
 class MomentumOptimizer(VectorOptimizer):
@@ -172,9 +165,9 @@ class Lion(VectorOptimizer):
             raise ValueError("betas[1] should be above 0 but is: 0; with SignSGD(momentum=0) nothing is kept")
         return Hyper(number(group["lr"]), number(group["weight_decay"]), beta2, beta1)
 
-    def _check_values(self, group: Group) -> None:
+    def check_values(self, group: Group) -> None:
         self.hyper(group)
-        super()._check_values(group)
+        super().check_values(group)
 
 
 class AdaGrad(VectorOptimizer):
