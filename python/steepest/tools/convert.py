@@ -4,7 +4,8 @@
     kellerjordan          Muon, MuonWithAuxAdam and their single-device forms (github.com/KellerJordan/Muon)
     moonlight             Muon of Moonlight's toy_train.py (github.com/MoonshotAI/Moonlight)
     dion                  Muon of dion, with its AdamW groups (github.com/microsoft/dion)
-    emerging-optimizers   Muon of Emerging-Optimizers (github.com/NVIDIA-NeMo/Emerging-Optimizers)
+    emerging-optimizers   Muon of Emerging-Optimizers (github.com/NVIDIA-NeMo/Emerging-Optimizers), and its SOAP
+                          (legacy_soap) as SOAP(parity="emerging-optimizers")
     heavyball             SOAP of HeavyBall 3, as SOAP(parity="authors") (github.com/HomebrewML/HeavyBall)
 
 A heavy ball (moonlight, dion), m <- mu m + g, is 1 / (1 - mu) times the average that is kept here, and becomes it. What
@@ -18,8 +19,11 @@ is a binary fraction, else a step before or after at times: HeavyBall adds it up
 update, not after it (lr weight_decay of an update), takes the larger of sqrt(v) and eps, and iterates a factor with
 64 n machine epsilons of its largest eigenvalue added; its clipping is not in the checkpoint.
 
-Emerging-Optimizers' SOAP is refused: checkpoints say neither how its averages are to be corrected nor whether factors
-are KL-Shampoo's. A new run has its rule by SOAP(parity="emerging-optimizers").
+Checkpoints of Emerging-Optimizers' SOAP do not say with which arguments it was made. Those that change what its
+averages are of (use_kl_shampoo, and correct_shampoo_beta_bias=False of a short run) are seen in the averages and
+refused; the others stay the optimizer's: refresh="eigh" for use_eigh, weight_decay_method. Of correct_bias=False,
+nesterov, max_update_rms and power_iter_steps there is no counterpart: the run goes on without them. Until factors have
+full rank rounding has a say in its steps, there and here.
 
 Layouts are those of the public code; keys of another version are a ValueError.
 
@@ -54,7 +58,8 @@ _OF_ALL = ("param_names", "initial_lr", "maximize")
 
 
 def convert(source: str, *checkpoints: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
-    """A checkpoint that `load_state_dict` of `steepest.Muon` (heavyball: `steepest.SOAP`) takes, of those of another.
+    """A checkpoint that `load_state_dict` of `steepest.Muon` (or, of those of SOAP, `steepest.SOAP`) takes, of those of
+    another.
 
     source: whose they are, a name of `SOURCES`.   checkpoints: their state_dicts, whose groups follow one another.
     names: of all parameters, in that order; those that are there already stay without it.
@@ -76,7 +81,10 @@ def convert(source: str, *checkpoints: Mapping[str, Any], names: Sequence[str] |
                 group["param_names"] = [next(coming) for _ in group["params"]]
             states = [dict(state.get(key, {})) for key in group["params"]]
             parts += [part for part in SOURCES[source]({**beside, **group}, states) if part[1]]
-    return {**_numbered(parts), AUTHOR: "SOAP" if source == "heavyball" else "Muon"}
+    soaps = ["parity" in values for values, _ in parts if values.get("use_muon")]
+    if any(soaps) and not all(soaps):
+        raise ValueError("some groups are Muon's and some are SOAP's: convert each optimizer's checkpoint by itself")
+    return {**_numbered(parts), AUTHOR: "SOAP" if any(soaps) or source == "heavyball" else "Muon"}
 
 
 def _numbered(parts: Sequence[Part]) -> dict[str, Any]:
@@ -159,17 +167,76 @@ def _dion(group: Group, states: list[State]) -> Iterator[Part]:
 
 
 def _emerging(group: Group, states: list[State]) -> Iterator[Part]:
-    if "shampoo_beta" in group or any("Q_L" in state for state in states):
-        raise ValueError(
-            "it is Emerging-Optimizers' SOAP, whose checkpoint does not say how to read it (bias corrections, whether "
-            "factors are KL-Shampoo's): begin steepest.SOAP anew, with parity='emerging-optimizers' for the same rule"
-        )
+    if "shampoo_beta" in group:
+        yield _emerging_soap(group, states)
+        return
     _want(group, ("lr", "weight_decay", "momentum_beta", "use_nesterov"))
     decoupled = group.get("use_decoupled_wd", group.get("use_decoupled_weight_decay"))
     method = "independent" if group.get("use_independent_wd") else "decoupled" if decoupled else "l2"
     values = {**group, "momentum": group["momentum_beta"], "nesterov": group["use_nesterov"]}
     values["weight_decay_method"] = method if group["weight_decay"] else "decoupled"
     yield _muon(values, states, ("lr", "weight_decay", "momentum", "nesterov", "weight_decay_method"))
+
+
+# ---- Emerging-Optimizers' SOAP ---------------------------------------------------------------------------------------
+
+
+def _emerging_soap(group: Group, states: list[State]) -> Part:
+    """Averages of matrices lie in the eigenbases there, corrected for their bias as they are used; factors are so as
+    they are kept.
+    """
+    keys = ("lr", "weight_decay", "betas", "shampoo_beta", "eps")
+    _want(group, keys)
+    values = {key: group[key] for key in (*_OF_ALL, *keys) if key in group}
+    values |= {"betas": tuple(group["betas"]), "use_muon": True}
+    values |= {"parity": "emerging-optimizers", "precondition_frequency": 1}
+    converted = [_of_emerging_soap(state, values) for state in states]
+    longest = max((side for state in converted if state for side in state["momentum_buffer"].shape), default=0)
+    return {**values, "max_preconditioner_dim": max(_NO_LIMIT, longest)}, converted
+
+
+_NO_LIMIT = 10000  # the default here; every side has a factor there
+
+
+def _of_emerging_soap(state: State, group: Group) -> State:
+    """Our state of a matrix; {} of one that has not been stepped."""
+    if not state or not _take(state, "step"):
+        return {}
+    m, v, *factors = (_take(state, key) for key in ("exp_avg", "exp_avg_sq", "L", "R"))
+    bases = [_take(state, key) for key in ("Q_L", "Q_R")]
+    shapes = [(side, side) for side in m.shape]
+    if m.ndim != 2 or v.shape != m.shape or any([tuple(t.shape) for t in pair] != shapes for pair in (factors, bases)):
+        raise ValueError(
+            f"a parameter's averages have the shapes {tuple(m.shape)} and {tuple(v.shape)}, and its factors "
+            f"{', '.join(str(tuple(t.shape)) for t in factors)}: they are of no matrix"
+        )
+    t = int(state["step"])
+    _check_averages(v, factors, t, group)
+    count = torch.tensor(float(t))
+    sides = {"left": factors[0], "right": factors[1], "left_basis": bases[0], "right_basis": bases[1]}
+    counts = {"step": count, "clock": torch.tensor(t), "learned": count.clone()}
+    ours = {"momentum_buffer": bases[0] @ m @ bases[1].mT, "exp_avg_sq": v[None]}
+    return {**ours, **{key: factor[None] for key, factor in sides.items()}, **counts}
+
+
+def _check_averages(v: torch.Tensor, factors: Sequence[torch.Tensor], t: int, group: Group) -> None:
+    """ValueError unless factors are averages of G G^T and G^T G: their traces are one average of |G|^2 then, and so is
+    the sum of v, which no rotation changes, where it has the same decay rate.
+    """
+    beta2, shampoo_beta = group["betas"][1], group["shampoo_beta"]
+    squares = [float(factor.double().trace()) for factor in factors]
+    if beta2 == shampoo_beta:
+        squares.append(float(v.double().sum()) / (1 - beta2**t))
+    if max(squares) - min(squares) > _APART * max(squares):
+        raise ValueError(
+            "a matrix has factors whose traces and the sum of exp_avg_sq should be one average of |G|^2, but are "
+            f"{', '.join(f'{square:.6g}' for square in squares)}: they are KL-Shampoo's (use_kl_shampoo=True, REKLS, "
+            "StackedSoap), not corrected (correct_shampoo_beta_bias=False), or without a weight decay that is in the "
+            "gradient ('l2'), and this rule is none of these: begin steepest.SOAP or steepest.KLSOAP anew"
+        )
+
+
+_APART = 1e-2  # what products in 16 bits leave of one average
 
 
 # ---- HeavyBall's SOAP ------------------------------------------------------------------------------------------------
