@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -511,6 +513,79 @@ def test_the_next_refresh_is_in_the_step_that_heavyball_would_have_made_it(every
         assert late == 0 or (every in (3, 10) and late == 1 and refreshes["theirs"] == steps + every)
 
 
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to everything that a checkpoint holds, the containers included."""
+    yield path
+    if isinstance(value, dict | list | tuple):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from leaves(value[key], (*path, key))
+
+
+def changed(value: Any, path: tuple[Any, ...], other: Any) -> Any:
+    """A copy in which something else is at the end of the way."""
+    if not path:
+        return other
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[path[0]] = changed(value[path[0]], path[1:], other)
+    return copied
+
+
+ANYTHING = (
+    None,
+    "text",
+    -1,
+    2.5,
+    math.nan,
+    [],
+    {},
+    (1, 2, 3),
+    True,
+    torch.ones(()),
+    torch.ones(2, 2, 2),
+    torch.ones(0),
+)
+
+
+def of_emerging_soap(params: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    theirs = EmergingSOAP(params[: len(SHAPES)])
+    together([theirs], params[: len(SHAPES)], range(2))
+    return [theirs]
+
+
+class RefusedError(Exception):
+    """An error that this package raises, and not something that it calls."""
+
+
+def converted(source: str, saved: list[Any]) -> dict[str, Any]:
+    """What comes of it; a TypeError or ValueError of the package's becomes a `RefusedError`, any other stays."""
+    try:
+        return convert(source, *saved)
+    except (TypeError, ValueError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if "steepest" in last.filename and (last.line or "").startswith("raise"):
+            raise RefusedError from error
+        raise
+
+
+@pytest.mark.parametrize("source", [*MAKERS, "soap of emerging-optimizers"])
+def test_whatever_a_checkpoint_holds_is_taken_or_refused_in_words(source: str) -> None:
+    if source in MAKERS:
+        _, optimizers = trained(source)
+    else:
+        source, optimizers = "emerging-optimizers", of_emerging_soap(parameters(SHAPES, torch.float64))
+    saved = [optimizer.state_dict() for optimizer in optimizers]
+    refused = 0
+    for number, one in enumerate(saved):
+        for path in leaves(one):
+            for other in ANYTHING:
+                given = [*saved[:number], changed(one, path, other), *saved[number + 1 :]]
+                with contextlib.suppress(RefusedError):
+                    refused += 1
+                    converted(source, given)
+                    refused -= 1
+    assert refused > 20 * len(saved)
+
+
 def test_other_errors() -> None:
     params, optimizers = trained("torch")
     saved = [optimizer.state_dict() for optimizer in optimizers]
@@ -551,3 +626,47 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         cli.main([*command, "--key", "optimizer"])
     assert "has no 'optimizer': pass --key" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_wrong_with_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, (optimizer, _) = trained("torch")
+    good = tmp_path / "good.pt"
+    torch.save(optimizer.state_dict(), good)
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:700])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00")
+    torch.save({"model": Path("elsewhere")}, tmp_path / "objects.pt")
+    torch.save({"state": {}, "param_groups": "none"}, tmp_path / "groups.pt")
+    torch.save({}, tmp_path / "nothing.pt")
+
+    def told(file: str, *more: str, out: str = "out.pt") -> str:
+        options = ["--source", "torch", "--out", str(tmp_path / out), *more]
+        with pytest.raises(SystemExit):
+            cli.main(["convert", str(tmp_path / file), *options])
+        return capsys.readouterr().err
+
+    assert "missing.pt cannot be read: No such file" in told("missing.pt")
+    assert "folder cannot be read: Is a directory" in told("folder")
+    for file in ("text.pt", "empty.pt", "cut.pt", "objects.pt"):
+        assert f"{file} is no file of torch.save, is cut off, or holds objects of other classes" in told(file)
+    assert "'param_groups' should be a list of dictionaries but is: 'none'" in told("groups.pt")
+    assert "has no 'state', only nothing: give what state_dict() gives" in told("nothing.pt")
+    assert "gone.txt cannot be read as names" in told("good.pt", "--names", str(tmp_path / "gone.txt"))
+    assert "names.txt cannot be read as names" in told("good.pt", "--names", str(tmp_path / "names.txt"))
+    assert "out.pt cannot be written: pass --out with a file in a folder" in told("good.pt", out="gone/out.pt")
+    assert "folder cannot be written: pass --out with a file" in told("good.pt", out="folder")
+    assert sorted(tmp_path.glob("*.new")) == []
+    assert cli.main(["convert", str(good), "--source", "torch", "--out", str(good)]) == 0
+    assert torch.load(good, weights_only=True)["optimizer"] == "Muon"
+
+
+def test_names_of_the_command_may_have_spaces(tmp_path: Path) -> None:
+    _, (optimizer, _) = trained("torch")
+    torch.save(optimizer.state_dict(), tmp_path / "muon.pt")
+    (tmp_path / "names.txt").write_text("first layer.weight\n\nsecond layer.weight\n")
+    command = ["convert", str(tmp_path / "muon.pt"), "--source", "torch", "--names", str(tmp_path / "names.txt")]
+    assert cli.main([*command, "--out", str(tmp_path / "out.pt")]) == 0
+    (group,) = torch.load(tmp_path / "out.pt", weights_only=True)["param_groups"]
+    assert group["param_names"] == ["first layer.weight", "second layer.weight"]
