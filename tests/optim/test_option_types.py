@@ -345,6 +345,22 @@ def test_what_is_put_into_a_group_later_is_refused_by_the_groups_number(key: str
     optimizer.step()
 
 
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "betas", "eps"])
+def test_a_value_of_another_type_that_is_equal_to_the_one_before_is_refused(key: str) -> None:
+    """As 1 + 0j and an array of a 1 are to 1."""
+    np = pytest.importorskip("numpy")
+    optimizer, group = group_of(steepest.MuAdam)
+    good = group[key]
+    number = good[0] if key == "betas" else good
+    for value in (complex(number), np.array([number]), *([np.bool_(number)] if number in (0, 1) else [])):
+        group[key] = (value, good[1]) if key == "betas" else value
+        with pytest.raises(TypeError, match=f"group 0: {key} should be .* but is: "):
+            optimizer.step()
+    group[key] = np.float64(number) if key != "betas" else tuple(map(np.float64, good))
+    optimizer.step()
+    assert group[key] == good
+
+
 def test_a_rule_that_is_changed_without_its_numbers_is_named() -> None:
     optimizer, group = group_of(steepest.Muon)
     group["use_muon"] = False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -368,14 +370,124 @@ def test_what_soap_cannot_continue_is_refused(spoil: Callable[[dict[str, Any]], 
         convert("heavyball", saved)
 
 
-def test_soap_of_emerging_optimizers_is_refused() -> None:
-    """Its layout: emerging_optimizers/legacy_soap/soap.py."""
-    m, n = SHAPES[0]
-    shapes = {"exp_avg": (m, n), "exp_avg_sq": (m, n), "L": (m, m), "R": (n, n), "Q_L": (m, m), "Q_R": (n, n)}
-    state = {"step": 3, **{key: torch.ones(shape) for key, shape in shapes.items()}}
-    group = {"lr": 0.01, "betas": (0.9, 0.95), "shampoo_beta": 0.95, "eps": 1e-8, "weight_decay": 0.01, "params": [0]}
-    with pytest.raises(ValueError, match="Emerging-Optimizers' SOAP, whose checkpoint .*: begin steepest.SOAP anew"):
-        convert("emerging-optimizers", {"state": {0: state}, "param_groups": [group]})
+class EmergingSOAP(torch.optim.Optimizer):
+    """SOAP of Emerging-Optimizers (legacy_soap/soap.py at fd77292), with its state; coupled: with use_kl_shampoo.
+
+    A gradient is in the factors before the bases are refreshed, which is before its step. Averages are kept as they
+    are and corrected where they are read; the second moment stays in its places.
+    """
+
+    def __init__(self, params: list[nn.Parameter], *, coupled: bool = False, corrected: bool = True, **values: Any):
+        defaults = {"lr": 0.01, "betas": (0.9, 0.95), "shampoo_beta": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+        super().__init__(params, defaults | values)
+        self.coupled, self.corrected = coupled, corrected
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.by_soap(p, p.grad, self.state[p], group)
+
+    def by_soap(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            for side, n in zip("LR", p.shape, strict=True):
+                state |= {side: p.new_zeros(n, n), f"Q_{side}": torch.eye(n, dtype=p.dtype)}
+                state[f"eigvals_{side}"] = p.new_zeros(n)
+        t, beta = state["step"] + 1, group["shampoo_beta"]
+        weight = (1 - beta) / (1 - beta**t if self.corrected else 1)
+        m = state["Q_L"] @ state["exp_avg"] @ state["Q_R"].mT
+        products = self.products(g, state, group["eps"])
+        for side, product in zip("LR", products, strict=True):
+            factor = state[side].lerp_(product, weight)
+            q = torch.linalg.eigh(factor)[1] if t == 1 else torch.linalg.qr(factor @ state[f"Q_{side}"])[0]
+            values = (factor @ q * q).sum(0)
+            order = values.argsort(descending=True)
+            state[f"Q_{side}"], state[f"eigvals_{side}"] = q[:, order], values[order]
+        left, right = state["Q_L"], state["Q_R"]
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        x, (b1, b2) = left.mT @ g @ right, group["betas"]
+        m = state["exp_avg"] = (left.mT @ m @ right).lerp_(x, 1 - b1)
+        v = state["exp_avg_sq"].lerp_(x.square(), 1 - b2)
+        u = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + group["eps"])
+        p.sub_(group["lr"] * left @ u @ right.mT)
+        state["step"] = t
+
+    def products(self, g: Tensor, state: dict[str, Any], eps: float) -> tuple[Tensor, Tensor]:
+        if not self.coupled:
+            return g @ g.mT, g.mT @ g
+        left, right = (
+            state[f"Q_{side}"] / state[f"eigvals_{side}"].clamp(min=eps) @ state[f"Q_{side}"].mT for side in "LR"
+        )
+        return g @ right @ g.mT / g.shape[1], g.mT @ left @ g / g.shape[0]
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("named", [False, True], ids=["by order", "by name"])
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.8, 0.9)], ids=str)
+def test_soap_of_emerging_optimizers_goes_on(betas: tuple[float, float], named: bool, steps: int) -> None:
+    params = parameters([*SHAPES, (6, 6), (1, 4)], torch.float64)
+    names = ["a", "b", "c", "d"]
+    theirs = EmergingSOAP(params, betas=betas)
+    together([theirs], params, range(steps))
+    ours = [nn.Parameter(t) for t in copies(params)]
+    given: Any = dict(reversed(list(zip(names, ours, strict=True)))) if named else ours
+    optimizer = steepest.SOAP([{"params": list(given.items()) if named else ours, "use_muon": True}], lr=1.0)
+    saved = convert("emerging-optimizers", copy.deepcopy(theirs.state_dict()), names=names if named else None)
+    assert saved["optimizer"] == "SOAP"
+    optimizer.load_state_dict(saved)
+    start = copies(params)
+    together([theirs], params, range(steps, steps + 6))
+    together([optimizer], ours, range(steps, steps + 6))
+    for p, q, s in zip(params, ours, start, strict=True):
+        assert relative(q.detach() - s, p.detach() - s) < 1e-7
+
+
+def test_a_matrix_that_soap_of_emerging_optimizers_has_not_stepped_begins_anew() -> None:
+    """Megatron makes its state of zeros before the first gradient; another has no state yet."""
+    params = parameters(SHAPES, torch.float64)
+    theirs = EmergingSOAP(params)
+    params[0].grad = noise(SHAPES[0], 0, torch.float64)
+    theirs.step()
+    theirs.state[params[1]] = {key: value * 0 for key, value in theirs.state[params[0]].items()}
+    assert list(convert("emerging-optimizers", theirs.state_dict())["state"]) == [0]
+    del theirs.state[params[1]]
+    assert list(convert("emerging-optimizers", theirs.state_dict())["state"]) == [0]
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (6, 6)], ids=str)
+@pytest.mark.parametrize("kind", [{"coupled": True}, {"corrected": False}], ids=str)
+def test_factors_that_are_no_averages_of_products_are_refused(kind: dict[str, bool], shape: tuple[int, int]) -> None:
+    """KL-Shampoo's of a square matrix have equal traces for long: its first gradient is divided by eps."""
+    for steps in (1, 2, 5):
+        params = parameters([shape], torch.float64)
+        theirs = EmergingSOAP(params, **kind)
+        together([theirs], params, range(steps))
+        with pytest.raises(ValueError, match="should be one average .*use_kl_shampoo.* begin steepest.SOAP or"):
+            convert("emerging-optimizers", theirs.state_dict())
+
+
+def test_what_else_emerging_optimizers_calls_soap_is_refused() -> None:
+    params = parameters(SHAPES, torch.float64)
+    theirs = EmergingSOAP(params)
+    together([theirs], params, range(2))
+    saved = theirs.state_dict()
+    for key in ("eps", "betas"):  # SOAP v3, MOSO
+        group = {name: value for name, value in saved["param_groups"][0].items() if name != key}
+        with pytest.raises(ValueError, match=f"a group lacks {key} and has"):
+            convert("emerging-optimizers", {**saved, "param_groups": [group]})
+    for key in ("step", "exp_avg", "L", "Q_R"):
+        state = {name: value for name, value in saved["state"][0].items() if name != key}
+        with pytest.raises(ValueError, match=f"state lacks '{key}'"):
+            convert("emerging-optimizers", {**saved, "state": {**saved["state"], 0: state}})
+    sharded = {**saved["state"][0], "exp_avg": torch.zeros(4, 5)}
+    with pytest.raises(ValueError, match=r"averages have the shapes \(4, 5\) and \(8, 5\), and its factors \(8, 8\)"):
+        convert("emerging-optimizers", {**saved, "state": {**saved["state"], 0: sharded}})
+    (of_muon,) = emerging(params)
+    together([of_muon], params, range(1))
+    with pytest.raises(ValueError, match="some groups are Muon's and some are SOAP's: convert each"):
+        convert("emerging-optimizers", saved, of_muon.state_dict())
 
 
 @pytest.mark.parametrize("every", [1, 2, 4, 3, 10])
@@ -399,6 +511,79 @@ def test_the_next_refresh_is_in_the_step_that_heavyball_would_have_made_it(every
                 refreshes.setdefault("ours", step)
         late = refreshes["theirs"] - refreshes["ours"]
         assert late == 0 or (every in (3, 10) and late == 1 and refreshes["theirs"] == steps + every)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to everything that a checkpoint holds, the containers included."""
+    yield path
+    if isinstance(value, dict | list | tuple):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from leaves(value[key], (*path, key))
+
+
+def changed(value: Any, path: tuple[Any, ...], other: Any) -> Any:
+    """A copy in which something else is at the end of the way."""
+    if not path:
+        return other
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[path[0]] = changed(value[path[0]], path[1:], other)
+    return copied
+
+
+ANYTHING = (
+    None,
+    "text",
+    -1,
+    2.5,
+    math.nan,
+    [],
+    {},
+    (1, 2, 3),
+    True,
+    torch.ones(()),
+    torch.ones(2, 2, 2),
+    torch.ones(0),
+)
+
+
+def of_emerging_soap(params: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    theirs = EmergingSOAP(params[: len(SHAPES)])
+    together([theirs], params[: len(SHAPES)], range(2))
+    return [theirs]
+
+
+class RefusedError(Exception):
+    """An error that this package raises, and not something that it calls."""
+
+
+def converted(source: str, saved: list[Any]) -> dict[str, Any]:
+    """What comes of it; a TypeError or ValueError of the package's becomes a `RefusedError`, any other stays."""
+    try:
+        return convert(source, *saved)
+    except (TypeError, ValueError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if "steepest" in last.filename and (last.line or "").startswith("raise"):
+            raise RefusedError from error
+        raise
+
+
+@pytest.mark.parametrize("source", [*MAKERS, "soap of emerging-optimizers"])
+def test_whatever_a_checkpoint_holds_is_taken_or_refused_in_words(source: str) -> None:
+    if source in MAKERS:
+        _, optimizers = trained(source)
+    else:
+        source, optimizers = "emerging-optimizers", of_emerging_soap(parameters(SHAPES, torch.float64))
+    saved = [optimizer.state_dict() for optimizer in optimizers]
+    refused = 0
+    for number, one in enumerate(saved):
+        for path in leaves(one):
+            for other in ANYTHING:
+                given = [*saved[:number], changed(one, path, other), *saved[number + 1 :]]
+                with contextlib.suppress(RefusedError):
+                    refused += 1
+                    converted(source, given)
+                    refused -= 1
+    assert refused > 20 * len(saved)
 
 
 def test_other_errors() -> None:
@@ -441,3 +626,47 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         cli.main([*command, "--key", "optimizer"])
     assert "has no 'optimizer': pass --key" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_wrong_with_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, (optimizer, _) = trained("torch")
+    good = tmp_path / "good.pt"
+    torch.save(optimizer.state_dict(), good)
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:700])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00")
+    torch.save({"model": Path("elsewhere")}, tmp_path / "objects.pt")
+    torch.save({"state": {}, "param_groups": "none"}, tmp_path / "groups.pt")
+    torch.save({}, tmp_path / "nothing.pt")
+
+    def told(file: str, *more: str, out: str = "out.pt") -> str:
+        options = ["--source", "torch", "--out", str(tmp_path / out), *more]
+        with pytest.raises(SystemExit):
+            cli.main(["convert", str(tmp_path / file), *options])
+        return capsys.readouterr().err
+
+    assert "missing.pt cannot be read: No such file" in told("missing.pt")
+    assert "folder cannot be read: Is a directory" in told("folder")
+    for file in ("text.pt", "empty.pt", "cut.pt", "objects.pt"):
+        assert f"{file} is no file of torch.save, is cut off, or holds objects of other classes" in told(file)
+    assert "'param_groups' should be a list of dictionaries but is: 'none'" in told("groups.pt")
+    assert "has no 'state', only nothing: give what state_dict() gives" in told("nothing.pt")
+    assert "gone.txt cannot be read as names" in told("good.pt", "--names", str(tmp_path / "gone.txt"))
+    assert "names.txt cannot be read as names" in told("good.pt", "--names", str(tmp_path / "names.txt"))
+    assert "out.pt cannot be written: pass --out with a file in a folder" in told("good.pt", out="gone/out.pt")
+    assert "folder cannot be written: pass --out with a file" in told("good.pt", out="folder")
+    assert sorted(tmp_path.glob("*.new")) == []
+    assert cli.main(["convert", str(good), "--source", "torch", "--out", str(good)]) == 0
+    assert torch.load(good, weights_only=True)["optimizer"] == "Muon"
+
+
+def test_names_of_the_command_may_have_spaces(tmp_path: Path) -> None:
+    _, (optimizer, _) = trained("torch")
+    torch.save(optimizer.state_dict(), tmp_path / "muon.pt")
+    (tmp_path / "names.txt").write_text("first layer.weight\n\nsecond layer.weight\n")
+    command = ["convert", str(tmp_path / "muon.pt"), "--source", "torch", "--names", str(tmp_path / "names.txt")]
+    assert cli.main([*command, "--out", str(tmp_path / "out.pt")]) == 0
+    (group,) = torch.load(tmp_path / "out.pt", weights_only=True)["param_groups"]
+    assert group["param_names"] == ["first layer.weight", "second layer.weight"]

@@ -180,6 +180,8 @@ def same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, bool | Tensor) or isinstance(b, bool | Tensor):
         return False  # of the singletons True and False too, which are equal to 1 and 0
+    if type(a) is not type(b) and not (isinstance(a, int | float) and isinstance(b, int | float)):
+        return False  # as 1, 1 + 0j and an array of a 1, which are equal too
     try:
         return bool(a == b)
     except ValueError:  # of arrays

@@ -6,7 +6,8 @@
     grad and inference mode      neither, so that state made in one step can be written in another
     `torch.func` transforms      none: a step is not part of the function that is transformed
 
-Deterministic algorithms stay as they are asked for; what a step computes does not depend on them.
+Deterministic algorithms stay as they are asked for; what a step computes does not depend on them. Numbers below the
+normal ones that torch.set_flush_denormal makes 0 are 0 in a step too, for torch does not tell whether it was called.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ COMMANDS = {
     "doctor": ("doctor", "what this machine can run, what to do about the rest, and whether it is right"),
     "plan": ("planner", "products and launches of a polar call on Hopper, or a step on many ranks; needs no GPU"),
     "tune": ("tune", "time Triton's products of some shapes on this GPU and keep the fastest tiles"),
-    "convert": ("convert", "checkpoints of other optimizers as those of Muon and SOAP"),
+    "convert": ("convert.command", "checkpoints of other optimizers as those of Muon and SOAP"),
     "compare": ("compare", "all optimizers on a small GPT and a classifier, over learning rates"),
     "bench": ("bench", "how fast: suites beside torch and peers, as a table, data and pictures"),
 }
