@@ -320,6 +320,12 @@ class Recipe:
         """A gradient as `penalized` gives it, corrected by the one before, and yet to be clipped."""
         return g if self.variance_reduction is None else self.variance_reduction.corrected(state, g, hyper)
 
+    def square(self, g: Tensor) -> Tensor:
+        """0-d fp64, the sum of squares of what `corrected` gives. In fp64 where `clipped` divides by it: sums of shards
+        are then so near that of the whole that fp32 does not tell them apart.
+        """
+        return square_sum(g, torch.float64 if self.variance_reduction is not None else None)
+
     def clipped(self, g: Tensor, square: Tensor) -> Tensor:
         """The gradient that a step goes by, from what `corrected` gives and the sum of squares of all of it."""
         return g if self.variance_reduction is None else self.variance_reduction.clipped(g, square)
@@ -467,9 +473,10 @@ def largest(g: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(g)).abs().amax() if g.numel() else g.new_zeros(())
 
 
-def square_sum(t: Tensor) -> Tensor:
-    """0-d fp64, the sum of squares; inf where those do not fit fp32 (fp64 for fp64)."""
-    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double().square()
+def square_sum(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """0-d fp64, the sum of squares; inf where those do not fit the dtype, by default fp32 (fp64 for fp64)."""
+    dtype = dtype or torch.promote_types(t.dtype, torch.float32)
+    return torch.linalg.vector_norm(t, dtype=dtype).double().square()
 
 
 def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
@@ -496,7 +503,7 @@ def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> t
     value, dtype = recipe.rounding.value(w, state), g.dtype
     plain = recipe.penalized(g, value, hyper)
     g = recipe.corrected(state, plain, hyper)
-    square = square_sum(g)
+    square = recipe.square(g)
     finite = recipe.accepts(largest(g), square, state, (recipe.names(0),), dtype)
     g = recipe.clipped(g, square)
     fresh, stored = dict(state), w
