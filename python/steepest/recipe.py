@@ -238,7 +238,7 @@ class Recipe:
         """State of weight w before its first gradient, whose dtype g has (None: that of w); `step` is 0-d fp32.
 
         pieces: how w is read as matrices; None: it is (..., m, n), or where it has fewer dimensions one row. Of a part
-        of a weight these are the matrices that have state here, and those without any have none.
+        of a weight these are the matrices that have state here; factors of none are empty, so that names are the same.
         """
         g = w if g is None else g
         pieces = (_whole(w),) if pieces is None else pieces
@@ -252,8 +252,6 @@ class Recipe:
         else:
             state[CLOCK] = torch.zeros((), dtype=torch.int64, device="cpu")
             for number, piece in enumerate(pieces):
-                if not piece.batch:
-                    continue
                 factors = self.kronecker.init(g.new_empty(()).expand(piece.shape))
                 state |= {name: factors[key] for key, name in self.names(number).items()}
         if self.counts_steps:
