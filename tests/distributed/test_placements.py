@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
@@ -153,6 +159,35 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def of_sequences(cls: type[MatrixOptimizer], parallel: bool) -> dict[str, Tensor]:
+    """Layers whose norms see parts of the sequences: gradients that are yet to be summed over the ranks."""
+    model: nn.Module = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)).double()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+    if parallel:
+        up, down = ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+        parallelize_module(model, mesh, {"0": SequenceParallel(), "1": up, "3": down})
+    made = cls(model, **{key: value for key, value in options_of(cls).items() if key != "adamw_lr"})
+    for step in range(STEPS):
+        made.zero_grad()
+        model(noise((4, 6, 8), step, torch.float64).chunk(ranks, 1)[rank]).square().sum().backward()
+        if parallel:
+            assert model[0].weight.grad.placements[0].is_partial()  # type: ignore[index, union-attr]
+        made.step()
+    return {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("cls", [steepest.Muon, slow(steepest.MuAdam)], ids=lambda cls: cls.__name__)
+def test_gradients_of_parts_of_sequences_are_summed(processes: Processes, cls: type[MatrixOptimizer]) -> None:
+    [wanted] = processes.run(of_sequences, cls, False, ranks=1)
+    for found in processes.run(of_sequences, cls, True, ranks=2):
+        for name, t in found.items():
+            torch.testing.assert_close(t, wanted[name], rtol=1e-8, atol=1e-10)
 
 
 def trained(cls: type[MatrixOptimizer], sizes: tuple[int, ...]) -> dict[str, Tensor]:
