@@ -141,7 +141,7 @@ QUICK = ("columns over 2", "replicas of rows")
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in PLACEMENTS])
 def test_placements_do_not_change_a_bit(processes: Processes, name: str) -> None:
-    [wanted] = processes.run(alone, CLASSES, ranks=1)
+    wanted = processes.alone(alone, CLASSES)
     for found in processes.run(placed, CLASSES, name, ranks=prod(PLACEMENTS[name][0])):
         for number, cls in enumerate(CLASSES):
             check(found[number], wanted[number], cls.__name__)
@@ -184,7 +184,7 @@ def of_sequences(cls: type[MatrixOptimizer], parallel: bool) -> dict[str, Tensor
 
 @pytest.mark.parametrize("cls", [steepest.Muon, slow(steepest.MuAdam)], ids=lambda cls: cls.__name__)
 def test_gradients_of_parts_of_sequences_are_summed(processes: Processes, cls: type[MatrixOptimizer]) -> None:
-    [wanted] = processes.run(of_sequences, cls, False, ranks=1)
+    wanted = processes.alone(of_sequences, cls, False)
     for found in processes.run(of_sequences, cls, True, ranks=2):
         for name, t in found.items():
             torch.testing.assert_close(t, wanted[name], rtol=1e-8, atol=1e-10)
@@ -215,7 +215,7 @@ def test_tensor_parallelism_trains_as_one_process(
     processes: Processes, cls: type[MatrixOptimizer], sizes: tuple[int, ...]
 ) -> None:
     """Sums of the layers' products are cut, so that the gradients are others in the last bits."""
-    [wanted] = processes.run(trained, cls, (), ranks=1)
+    wanted = processes.alone(trained, cls, ())
     for found in processes.run(trained, cls, sizes, ranks=prod(sizes)):
         for name, t in found.items():
             torch.testing.assert_close(

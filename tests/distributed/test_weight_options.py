@@ -58,7 +58,7 @@ def trained(cls: type[MatrixOptimizer], sharded: bool, values: dict[str, Any]) -
 @pytest.mark.parametrize("values", OPTIONS, ids=str)
 @pytest.mark.parametrize("cls", [steepest.MuAdam, slow(steepest.Muon), slow(steepest.SOAP)])
 def test_with_the_bits_of_one_process(processes: Processes, cls: type[MatrixOptimizer], values: dict[str, Any]) -> None:
-    [wanted] = processes.run(trained, cls, False, values, ranks=1)
+    wanted = processes.alone(trained, cls, False, values)
     for found in processes.run(trained, cls, True, values, ranks=3):
         for some, others in zip(found, wanted, strict=True):
             assert not different(some, others)
@@ -100,7 +100,7 @@ def alone(values: dict[str, Any]) -> Weights:
 
 @pytest.mark.parametrize("values", [FREE, {**EMA, **FROBENIUS}, slow(REDUCED), slow(SPECTRAL)], ids=str)
 def test_checkpoints_for_other_ranks(processes: Processes, values: dict[str, Any], tmp_path: Path) -> None:
-    [wanted] = processes.run(alone, values, ranks=1)
+    wanted = processes.alone(alone, values)
     for number, (kind, ranks) in enumerate((("fsdp", 2), ("fsdp", 1))):
         results = processes.run(resumed, kind, number, tmp_path, values, ranks=ranks)
     for found in results:

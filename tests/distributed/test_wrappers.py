@@ -104,19 +104,19 @@ def _made(params: Any, cls: type[Any], **values: Any) -> Any:
 @pytest.mark.parametrize("as_bucket_views", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_trains_as_one_process(processes: Processes, method: str, as_bucket_views: bool) -> None:
-    [wanted] = processes.run(alone, method, ranks=1)
+    wanted = processes.alone(alone, method)
     for weights in processes.run(zero, method, as_bucket_views, ranks=2):
         assert all(map(torch.equal, weights, wanted))
 
 
 def test_zero_resumes(processes: Processes) -> None:
-    [wanted] = processes.run(alone, "MuAdam", ranks=1)
+    wanted = processes.alone(alone, "MuAdam")
     for weights in processes.run(zero_resumed, "MuAdam", ranks=2):
         assert all(map(torch.equal, weights, wanted))
 
 
 def test_zero_takes_matrices_alone(processes: Processes) -> None:
-    [wanted] = processes.run(zero_of_tensors, "Muon", "matrices", ranks=1)
+    wanted = processes.alone(zero_of_tensors, "Muon", "matrices")
     for weights in processes.run(zero_of_tensors, "Muon", "matrices", ranks=2):
         assert all(map(torch.equal, weights, wanted))
 
@@ -244,7 +244,7 @@ def stepped_in_backward(sharded: bool) -> list[Tensor]:
 
 
 def test_hooks_step_sharded_parameters(processes: Processes) -> None:
-    [wanted] = processes.run(stepped_in_backward, False, ranks=1)
+    wanted = processes.alone(stepped_in_backward, False)
     for weights in processes.run(stepped_in_backward, True, ranks=2):
         assert all(map(torch.equal, weights, wanted))
 
