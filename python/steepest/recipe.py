@@ -238,7 +238,7 @@ class Recipe:
         """State of weight w before its first gradient, whose dtype g has (None: that of w); `step` is 0-d fp32.
 
         pieces: how w is read as matrices; None: it is (..., m, n), or where it has fewer dimensions one row. Of a part
-        of a weight these are the matrices that have state here, and those without any have none.
+        of a weight these are the matrices that have state here; factors of none are empty, so that names are the same.
         """
         g = w if g is None else g
         pieces = (_whole(w),) if pieces is None else pieces
@@ -252,8 +252,6 @@ class Recipe:
         else:
             state[CLOCK] = torch.zeros((), dtype=torch.int64, device="cpu")
             for number, piece in enumerate(pieces):
-                if not piece.batch:
-                    continue
                 factors = self.kronecker.init(g.new_empty(()).expand(piece.shape))
                 state |= {name: factors[key] for key, name in self.names(number).items()}
         if self.counts_steps:
@@ -319,6 +317,12 @@ class Recipe:
     def corrected(self, state: State, g: Tensor, hyper: Hyper) -> Tensor:
         """A gradient as `penalized` gives it, corrected by the one before, and yet to be clipped."""
         return g if self.variance_reduction is None else self.variance_reduction.corrected(state, g, hyper)
+
+    def square(self, g: Tensor) -> Tensor:
+        """0-d fp64, the sum of squares of what `corrected` gives. In fp64 where `clipped` divides by it: sums of shards
+        are then so near that of the whole that fp32 does not tell them apart.
+        """
+        return square_sum(g, torch.float64 if self.variance_reduction is not None else None)
 
     def clipped(self, g: Tensor, square: Tensor) -> Tensor:
         """The gradient that a step goes by, from what `corrected` gives and the sum of squares of all of it."""
@@ -467,9 +471,10 @@ def largest(g: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(g)).abs().amax() if g.numel() else g.new_zeros(())
 
 
-def square_sum(t: Tensor) -> Tensor:
-    """0-d fp64, the sum of squares; inf where those do not fit fp32 (fp64 for fp64)."""
-    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double().square()
+def square_sum(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """0-d fp64, the sum of squares; inf where those do not fit the dtype, by default fp32 (fp64 for fp64)."""
+    dtype = dtype or torch.promote_types(t.dtype, torch.float32)
+    return torch.linalg.vector_norm(t, dtype=dtype).double().square()
 
 
 def step_one(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
@@ -496,7 +501,7 @@ def _step(recipe: Recipe, w: Tensor, g: Tensor, state: State, hyper: Hyper) -> t
     value, dtype = recipe.rounding.value(w, state), g.dtype
     plain = recipe.penalized(g, value, hyper)
     g = recipe.corrected(state, plain, hyper)
-    square = square_sum(g)
+    square = recipe.square(g)
     finite = recipe.accepts(largest(g), square, state, (recipe.names(0),), dtype)
     g = recipe.clipped(g, square)
     fresh, stored = dict(state), w

@@ -71,12 +71,13 @@ def part(cls: type[MatrixOptimizer], kind: str, number: int, folder: Path, how: 
     """Loads what part number - 1 has saved, trains on, saves; the weights at the end."""
     model = wrapped(kind)
     made = optimizer(cls, model, **options_of(cls))
+    names = {"flatten_optimizer_state_dict": how == "flat"}
     if number:
-        state = state_of(model, made)
+        state = state_of(model, made, **names)
         dcp.load(state, checkpoint_id=folder / str(number - 1))
-        load_state(model, made, state)
+        load_state(model, made, state, **names)
     train(model, made, range(STEPS * number, STEPS * (number + 1)))
-    state = state_of(model, made)
+    state = state_of(model, made, **names)
     if how == "async":
         group = dist.new_group(backend="gloo")  # its thread must not meet the collectives of training
         saved = dcp.async_save(state, checkpoint_id=folder / str(number), process_group=group)
@@ -102,7 +103,7 @@ def test_training_goes_on_with_other_ranks(
     processes: Processes, cls: type[MatrixOptimizer], ways: tuple[tuple[str, int], ...], tmp_path: Path
 ) -> None:
     for number, (kind, ranks) in enumerate(ways):
-        [wanted] = processes.run(alone, cls, STEPS * (number + 1), ranks=1)
+        wanted = processes.alone(alone, cls, STEPS * (number + 1))
         for weights in processes.run(part, cls, kind, number, tmp_path, "at once", ranks=ranks):
             assert digest(weights) == digest(wanted), f"{kind} on {ranks}: {different(weights, wanted)}"
 
@@ -112,8 +113,21 @@ def test_a_checkpoint_that_is_written_meanwhile(
     processes: Processes, cls: type[MatrixOptimizer], tmp_path: Path
 ) -> None:
     processes.run(part, cls, "fsdp", 0, tmp_path, "async", ranks=2)
-    [wanted] = processes.run(alone, cls, 2 * STEPS, ranks=1)
+    wanted = processes.alone(alone, cls, 2 * STEPS)
     for weights in processes.run(part, cls, "fsdp", 1, tmp_path, "at once", ranks=2):
+        assert digest(weights) == digest(wanted), different(weights, wanted)
+
+
+@pytest.mark.parametrize("first, then", [(("fsdp", 1), ("fsdp", 2)), slow(("ddp", 2), ("fsdp", 4))], ids=str)
+@pytest.mark.parametrize("cls", SOME, ids=lambda cls: cls.__name__)
+def test_flat_names(
+    processes: Processes, cls: type[MatrixOptimizer], first: tuple[str, int], then: tuple[str, int], tmp_path: Path
+) -> None:
+    """As torchtitan saves them. Each rank loads what its own state has names of, so it has those of other owners."""
+    wanted = processes.alone(alone, cls, 2 * STEPS)
+    for number, (kind, ranks) in enumerate((first, then)):
+        found = processes.run(part, cls, kind, number, tmp_path, "flat", ranks=ranks)
+    for weights in found:
         assert digest(weights) == digest(wanted), different(weights, wanted)
 
 
@@ -160,7 +174,7 @@ def test_a_full_state_dict(
     tmp_path: Path,
 ) -> None:
     processes.run(saved_whole, cls, first[0], tmp_path / "state.pt", ranks=first[1])
-    [wanted] = processes.run(alone, cls, 2 * STEPS, ranks=1)
+    wanted = processes.alone(alone, cls, 2 * STEPS)
     for weights in processes.run(loaded_whole, cls, then[0], tmp_path / "state.pt", ranks=then[1]):
         assert digest(weights) == digest(wanted), different(weights, wanted)
 
@@ -181,6 +195,6 @@ def by_itself(cls: type[MatrixOptimizer]) -> Weights:
 
 @pytest.mark.parametrize("cls", SOME, ids=lambda cls: cls.__name__)
 def test_state_dict(processes: Processes, cls: type[MatrixOptimizer]) -> None:
-    [wanted] = processes.run(alone, cls, 2 * STEPS, ranks=1)
+    wanted = processes.alone(alone, cls, 2 * STEPS)
     for weights in processes.run(by_itself, cls, ranks=2):
         assert digest(weights) == digest(wanted), different(weights, wanted)

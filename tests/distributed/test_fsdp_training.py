@@ -33,7 +33,7 @@ def losses(cls: type[MatrixOptimizer], sharded: bool, steps: int, **values: Any)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("cls", [steepest.Muon, steepest.SOAP], ids=lambda cls: cls.__name__)
 def test_a_hundred_steps_are_those_of_one_process(processes: Processes, cls: type[MatrixOptimizer], ranks: int) -> None:
-    [wanted] = processes.run(losses, cls, False, 100, ranks=1)
+    wanted = processes.alone(losses, cls, False, 100)
     assert processes.run(losses, cls, True, 100, ranks=ranks, timeout=300) == [wanted] * ranks
 
 

@@ -92,7 +92,7 @@ def trained(cls: type[MatrixOptimizer], kind: str, values: dict[str, Any]) -> tu
 def test_the_bits_of_one_process(
     processes: Processes, cls: type[MatrixOptimizer], kind: str, ranks: int, values: dict[str, Any]
 ) -> None:
-    [(wanted, coded)] = processes.run(trained, cls, "plain", values, ranks=1)
+    wanted, coded = processes.alone(trained, cls, "plain", values)
     assert coded >= 5
     for found, here in processes.run(trained, cls, kind, values, ranks=ranks):
         assert not different(found, wanted)
@@ -133,7 +133,7 @@ def alone(cls: type[MatrixOptimizer], steps: int) -> Weights:
 def test_training_goes_on_with_other_ranks(
     processes: Processes, cls: type[MatrixOptimizer], ways: tuple[tuple[str, int], ...], tmp_path: Path
 ) -> None:
-    [wanted] = processes.run(alone, cls, 2 * len(ways), ranks=1)
+    wanted = processes.alone(alone, cls, 2 * len(ways))
     for number, (kind, ranks) in enumerate(ways):
         found = processes.run(part, cls, kind, number, tmp_path, ranks=ranks)
     for weights in found:
@@ -158,7 +158,7 @@ def whole_file(cls: type[MatrixOptimizer], kind: str, file: Path, save: bool) ->
 @pytest.mark.parametrize(("first", "then"), [("fsdp", "plain"), slow("plain", "fsdp")])
 def test_full_state_dicts(processes: Processes, first: str, then: str, tmp_path: Path) -> None:
     for cls in (steepest.MuAdam, steepest.SOAP):
-        [wanted] = processes.run(alone, cls, 4, ranks=1)
+        wanted = processes.alone(alone, cls, 4)
         file = tmp_path / f"{cls.__name__}.pt"
         processes.run(whole_file, cls, first, file, True, ranks=1 if first == "plain" else 2)
         for weights in processes.run(whole_file, cls, then, file, False, ranks=1 if then == "plain" else 2):

@@ -65,7 +65,7 @@ def in_one_process() -> list[Tensor]:
 @pytest.fixture(scope="module")
 def alone(processes: Processes) -> list[Tensor]:
     """Of a process with as many threads as a rank."""
-    [found] = processes.run(in_one_process, ranks=1)
+    found = processes.alone(in_one_process)
     return list(found)
 
 

@@ -42,7 +42,7 @@ def weights_of(name: str, sharded: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in CASES])
 def test_many_rounds_give_the_bits_of_one_process(processes: Processes, name: str) -> None:
-    [alone] = processes.run(weights_of, name, False, ranks=1)
+    alone = processes.alone(weights_of, name, False)
     for weights in processes.run(weights_of, name, True, ranks=2):
         assert digest(weights) == digest(alone), different(weights, alone)
 

@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
@@ -135,7 +141,7 @@ QUICK = ("columns over 2", "replicas of rows")
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in PLACEMENTS])
 def test_placements_do_not_change_a_bit(processes: Processes, name: str) -> None:
-    [wanted] = processes.run(alone, CLASSES, ranks=1)
+    wanted = processes.alone(alone, CLASSES)
     for found in processes.run(placed, CLASSES, name, ranks=prod(PLACEMENTS[name][0])):
         for number, cls in enumerate(CLASSES):
             check(found[number], wanted[number], cls.__name__)
@@ -153,6 +159,35 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def of_sequences(cls: type[MatrixOptimizer], parallel: bool) -> dict[str, Tensor]:
+    """Layers whose norms see parts of the sequences: gradients that are yet to be summed over the ranks."""
+    model: nn.Module = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)).double()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+    if parallel:
+        up, down = ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+        parallelize_module(model, mesh, {"0": SequenceParallel(), "1": up, "3": down})
+    made = cls(model, **{key: value for key, value in options_of(cls).items() if key != "adamw_lr"})
+    for step in range(STEPS):
+        made.zero_grad()
+        model(noise((4, 6, 8), step, torch.float64).chunk(ranks, 1)[rank]).square().sum().backward()
+        if parallel:
+            assert model[0].weight.grad.placements[0].is_partial()  # type: ignore[index, union-attr]
+        made.step()
+    return {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("cls", [steepest.Muon, slow(steepest.MuAdam)], ids=lambda cls: cls.__name__)
+def test_gradients_of_parts_of_sequences_are_summed(processes: Processes, cls: type[MatrixOptimizer]) -> None:
+    wanted = processes.alone(of_sequences, cls, False)
+    for found in processes.run(of_sequences, cls, True, ranks=2):
+        for name, t in found.items():
+            torch.testing.assert_close(t, wanted[name], rtol=1e-8, atol=1e-10)
 
 
 def trained(cls: type[MatrixOptimizer], sizes: tuple[int, ...]) -> dict[str, Tensor]:
@@ -180,7 +215,7 @@ def test_tensor_parallelism_trains_as_one_process(
     processes: Processes, cls: type[MatrixOptimizer], sizes: tuple[int, ...]
 ) -> None:
     """Sums of the layers' products are cut, so that the gradients are others in the last bits."""
-    [wanted] = processes.run(trained, cls, (), ranks=1)
+    wanted = processes.alone(trained, cls, ())
     for found in processes.run(trained, cls, sizes, ranks=prod(sizes)):
         for name, t in found.items():
             torch.testing.assert_close(

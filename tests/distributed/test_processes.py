@@ -55,6 +55,10 @@ def process_id() -> int:
     return os.getpid()
 
 
+def process_of(name: str, *, number: int) -> tuple[str, int, int]:
+    return name, number, os.getpid()
+
+
 def one_raises(rank: int) -> None:
     if dist.get_rank() == rank:
         raise KeyError(f"nothing on rank {rank}")
@@ -112,6 +116,19 @@ def test_results_larger_than_a_pipe(processes: Processes) -> None:
 def test_cases_leave_nothing_behind(processes: Processes) -> None:
     for _ in range(2):
         assert processes.run(leaves_something_behind, ranks=2) == [(0, 1, False)] * 2
+
+
+def test_a_case_alone_runs_once(processes: Processes) -> None:
+    """And again with other arguments, or after one that failed."""
+    first = processes.alone(process_of, "a", number=1)
+    assert first[:2] == ("a", 1)
+    assert processes.alone(process_of, "a", number=1) == first
+    others = [processes.alone(process_of, "b", number=1), processes.alone(process_of, "a", number=2)]
+    assert [each[:2] for each in others] == [("b", 1), ("a", 2)]
+    assert len({each[2] for each in (first, *others)}) == 3
+    for _ in range(2):
+        with pytest.raises(RankError, match="nothing on rank 0"):
+            processes.alone(one_raises, 0)
 
 
 def test_a_rank_that_raises_ends_the_case_for_all(processes: Processes) -> None:

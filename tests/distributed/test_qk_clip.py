@@ -54,13 +54,13 @@ def weights(sharded: bool, options: dict[str, Any], rows: bool = True, alone: bo
 )
 def test_the_bits_of_one_process(processes: Processes, sharded: bool, ranks: int, rows: bool) -> None:
     """Shards that end inside of a head, shards of columns, and whole weights, as under DistributedDataParallel."""
-    [wanted] = processes.run(weights, False, {}, alone=True, ranks=1)
+    wanted = processes.alone(weights, False, {}, alone=True)
     for rank, found in enumerate(processes.run(weights, sharded, {}, rows, ranks=ranks)):
         assert digest(found) == digest(wanted), f"rank {rank}: {different(found, wanted)}"
 
 
 def test_kept_mantissas_of_shards(processes: Processes) -> None:
-    [wanted] = processes.run(of_bf16, False, ranks=1)
+    wanted = processes.alone(of_bf16, False)
     for found in processes.run(of_bf16, True, ranks=2):
         assert digest(found) == digest(wanted), different(found, wanted)
 
@@ -86,7 +86,7 @@ def of_watched(sharded: bool) -> tuple[dict[str, Tensor], int]:
 
 
 def test_a_sharded_model_is_watched(processes: Processes) -> None:
-    [(wanted, clipped)] = processes.run(of_watched, False, ranks=1)
+    wanted, clipped = processes.alone(of_watched, False)
     assert clipped
     for found, count in processes.run(of_watched, True, ranks=2):
         assert digest(found) == digest(wanted), different(found, wanted)
@@ -115,7 +115,7 @@ def of_tensor_parallel(alone: bool) -> list[Tensor]:
 
 
 def test_heads_of_tensor_parallel_ranks(processes: Processes) -> None:
-    [wanted] = processes.run(of_tensor_parallel, True, ranks=1)
+    wanted = processes.alone(of_tensor_parallel, True)
     for found in processes.run(of_tensor_parallel, False, ranks=2):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 

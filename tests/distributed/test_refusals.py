@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 import steepest
@@ -43,6 +44,12 @@ def refused() -> dict[str, str]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     partial = torch.distributed.tensor.DTensor.from_local(torch.randn(4, 4), mesh, [Partial()], run_check=False)
     refuses("Partial", lambda: steepest.Muon([nn.Parameter(partial)]), ValueError)
+    with torch.device("meta"):
+        model = nn.Linear(4, 8)
+    fully_shard(model)
+    refuses("meta", lambda: steepest.SOAP(model), ValueError)
+    model.to_empty(device="cpu")
+    steepest.SOAP(model)
     return said
 
 
@@ -54,3 +61,5 @@ def test_by_name(processes: Processes) -> None:
         assert "DistributedDataParallel" in said["K-FAC"]
         assert "keep_mantissa=True" in said["Prodigy"]
         assert "is Partial" in said["Partial"]
+        assert "parameter 'weight' of shape (8, 4)" in said["meta"]
+        assert "call model.to_empty(device=...) and initialize its weights before" in said["meta"]

@@ -52,7 +52,7 @@ def trained(cls: type[MatrixOptimizer], **values: object) -> tuple[list[Tensor],
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_the_bits_of_one_process(processes: Processes, cls: type[MatrixOptimizer], backend: str) -> None:
-    (alone,) = processes.run(trained, cls, backend=backend, ranks=1)
+    alone = processes.alone(trained, cls, backend=backend)
     together = processes.run(trained, cls, share_work=True, backend=backend, ranks=3)
     for weights, state, _ in together:
         assert all(torch.equal(a, b) for a, b in zip(weights, alone[0], strict=True))
@@ -96,7 +96,7 @@ def of_copies(cls: type[MatrixOptimizer], share_work: bool | None) -> tuple[list
 @pytest.mark.parametrize("cls", [steepest.MuAdam, steepest.SOAP], ids=lambda cls: cls.__name__)
 def test_copies_of_shards(processes: Processes, cls: type[MatrixOptimizer]) -> None:
     """HSDP: without share_work each copy has an owner for every matrix, with it there is one for all."""
-    (alone,) = processes.run(of_copies, cls, None, ranks=1)
+    alone = processes.alone(of_copies, cls, None)
     for share_work, owners in ((False, 2), (True, 1)):
         together = processes.run(of_copies, cls, share_work, ranks=4)
         for weights, _ in together:

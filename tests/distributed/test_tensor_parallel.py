@@ -45,7 +45,7 @@ def test_the_long_side(processes: Processes, dim: int, by_gram: tuple[int, ...],
     values = {"polar": CONVERGED, "backend": backend, "lr": 0.1, "weight_decay": 0.0}
     for name in ("tp", "shards"):
         together = processes.run(steps, steepest.Muon, name, Shard(dim), ranks=3, **values)
-        (alone,) = processes.run(steps, steepest.Muon, name, None, ranks=1, **values)
+        alone = processes.alone(steps, steepest.Muon, name, None, **values)
         for rank in together[1:]:
             assert all(torch.equal(a, b) for a, b in zip(rank, together[0], strict=True))
         for i, (p, wanted, shape) in enumerate(zip(together[0], alone, SHAPES, strict=True)):

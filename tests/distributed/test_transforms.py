@@ -51,7 +51,7 @@ def steps(name: str, dim: int | None, backend: str, **values: object) -> tuple[l
 @pytest.mark.parametrize("name", ["NorMuon", "AdaMuon", "NAMO", "Dion2"])
 def test_updates_are_remembered_by_owners(processes: Processes, name: str, dim: int, backend: str) -> None:
     values = {"after": "rows", "cautious_update": backend == "torch"} if name == "Dion2" else {}
-    (alone,) = processes.run(steps, name, None, backend, **values, ranks=1)
+    alone = processes.alone(steps, name, None, backend, **values)
     for together in processes.run(steps, name, dim, backend, **values, ranks=3):
         for found, wanted in zip(together, alone, strict=True):
             for t, other in zip(found, wanted, strict=True):

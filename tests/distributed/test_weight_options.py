@@ -28,10 +28,11 @@ CAUTIOUS: dict[str, Any] = {"cautious_update": True}
 FROBENIUS: dict[str, Any] = {"constraint": "frobenius", "weight_decay": 0.0}
 REDUCED: dict[str, Any] = {"variance_reduction": 0.05}
 SPECTRAL: dict[str, Any] = {"constraint": "spectral", "weight_decay": 0.0}
-#: Their weights have the bits of one process.
-EXACT = [EMA, FREE, INDEPENDENT, slow(L2), slow({**EMA, "backend": "torch"}), slow({**FREE, "keep_mantissa": True})]
-#: Numbers of matrices are sums over ranks, or masks that a rounding can turn.
-NEAR = [FROBENIUS, SPECTRAL, CAUTIOUS, slow({**FROBENIUS, "backend": "torch"}), slow({**FROBENIUS, **EMA})]
+OPTIONS = [
+    *(EMA, FREE, INDEPENDENT, CAUTIOUS, FROBENIUS, SPECTRAL, REDUCED),
+    *(slow(L2), slow({**EMA, "backend": "torch"}), slow({**FREE, "keep_mantissa": True})),
+    *(slow({**FROBENIUS, "backend": "torch"}), slow({**FROBENIUS, **REDUCED, **EMA, **CAUTIOUS})),
+]
 
 
 def noisy(model: nn.Module, step: int) -> None:
@@ -54,35 +55,13 @@ def trained(cls: type[MatrixOptimizer], sharded: bool, values: dict[str, Any]) -
     return weights, shown
 
 
-@pytest.mark.parametrize("values", EXACT, ids=str)
-@pytest.mark.parametrize("cls", [steepest.MuAdam, slow(steepest.SOAP)])
+@pytest.mark.parametrize("values", OPTIONS, ids=str)
+@pytest.mark.parametrize("cls", [steepest.MuAdam, slow(steepest.Muon), slow(steepest.SOAP)])
 def test_with_the_bits_of_one_process(processes: Processes, cls: type[MatrixOptimizer], values: dict[str, Any]) -> None:
-    [wanted] = processes.run(trained, cls, False, values, ranks=1)
-    for found in processes.run(trained, cls, True, values, ranks=2):
+    wanted = processes.alone(trained, cls, False, values)
+    for found in processes.run(trained, cls, True, values, ranks=3):
         for some, others in zip(found, wanted, strict=True):
             assert not different(some, others)
-
-
-@pytest.mark.parametrize("values", NEAR, ids=str)
-@pytest.mark.parametrize("cls", [steepest.Muon, slow(steepest.SOAP)])
-def test_within_rounding_of_one_process(
-    processes: Processes, cls: type[MatrixOptimizer], values: dict[str, Any]
-) -> None:
-    [(wanted, _)] = processes.run(trained, cls, False, values, ranks=1)
-    for found, _ in processes.run(trained, cls, True, values, ranks=3):
-        for name, t in found.items():
-            torch.testing.assert_close(t, wanted[name], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("cls", [steepest.Muon, slow(steepest.MuAdam)])
-def test_corrected_gradients_are_cut_by_the_norm_of_all_shards(
-    processes: Processes, cls: type[MatrixOptimizer]
-) -> None:
-    """Of classes without bases, which rounding would choose in null spaces."""
-    [(wanted, _)] = processes.run(trained, cls, False, REDUCED, ranks=1)
-    for found, _ in processes.run(trained, cls, True, REDUCED, ranks=3):
-        for name, t in found.items():
-            torch.testing.assert_close(t, wanted[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("values", [FROBENIUS, slow(SPECTRAL)], ids=str)
@@ -121,9 +100,8 @@ def alone(values: dict[str, Any]) -> Weights:
 
 @pytest.mark.parametrize("values", [FREE, {**EMA, **FROBENIUS}, slow(REDUCED), slow(SPECTRAL)], ids=str)
 def test_checkpoints_for_other_ranks(processes: Processes, values: dict[str, Any], tmp_path: Path) -> None:
-    [wanted] = processes.run(alone, values, ranks=1)
+    wanted = processes.alone(alone, values)
     for number, (kind, ranks) in enumerate((("fsdp", 2), ("fsdp", 1))):
         results = processes.run(resumed, kind, number, tmp_path, values, ranks=ranks)
     for found in results:
-        for name, t in found.items():
-            torch.testing.assert_close(t, wanted[name], rtol=1e-3, atol=1e-4)
+        assert not different(found, wanted)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel
 
 import steepest
@@ -104,19 +104,19 @@ def _made(params: Any, cls: type[Any], **values: Any) -> Any:
 @pytest.mark.parametrize("as_bucket_views", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_trains_as_one_process(processes: Processes, method: str, as_bucket_views: bool) -> None:
-    [wanted] = processes.run(alone, method, ranks=1)
+    wanted = processes.alone(alone, method)
     for weights in processes.run(zero, method, as_bucket_views, ranks=2):
         assert all(map(torch.equal, weights, wanted))
 
 
 def test_zero_resumes(processes: Processes) -> None:
-    [wanted] = processes.run(alone, "MuAdam", ranks=1)
+    wanted = processes.alone(alone, "MuAdam")
     for weights in processes.run(zero_resumed, "MuAdam", ranks=2):
         assert all(map(torch.equal, weights, wanted))
 
 
 def test_zero_takes_matrices_alone(processes: Processes) -> None:
-    [wanted] = processes.run(zero_of_tensors, "Muon", "matrices", ranks=1)
+    wanted = processes.alone(zero_of_tensors, "Muon", "matrices")
     for weights in processes.run(zero_of_tensors, "Muon", "matrices", ranks=2):
         assert all(map(torch.equal, weights, wanted))
 
@@ -213,3 +213,49 @@ def test_an_optimizer_made_from_names_before_sharding_says_so_after_three_steps(
         [text] = said
         assert text.startswith("2: none of the 9 parameters of this Muon (0.weight, 1.weight, 3.weight, ...) has")
         assert "it trains nothing" in text
+
+
+# ---- steps in backward ----------------------------------------------------------------------------------------------
+
+
+def layers(sharded: bool) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 5, bias=False)).double()
+    if sharded:
+        for layer in (model[0], model[2], model):
+            fully_shard(layer)
+    return model
+
+
+def stepped_in_backward(sharded: bool) -> list[Tensor]:
+    """An optimizer a parameter, as torch's tutorial on steps in backward has them."""
+    model = layers(sharded)
+    optimizers = {p: steepest.Muon([p], lr=0.05) for p in model.parameters()}
+
+    def step(p: Tensor) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    for seed in range(STEPS):
+        model(noise((16, 6), seed, torch.float64)).square().mean().backward()
+    return [p.full_tensor().detach() if sharded else p.detach() for p in model.parameters()]  # type: ignore[attr-defined]
+
+
+def test_hooks_step_sharded_parameters(processes: Processes) -> None:
+    wanted = processes.alone(stepped_in_backward, False)
+    for weights in processes.run(stepped_in_backward, True, ranks=2):
+        assert all(map(torch.equal, weights, wanted))
+
+
+def applied_in_backward() -> str:
+    with pytest.raises(ValueError, match="_apply_optimizer_in_backward waits for autograd") as error:
+        _apply_optimizer_in_backward(steepest.Muon, layers(True).parameters(), {"lr": 0.05})
+    return str(error.value)
+
+
+def test_hooks_of_autograd_are_refused_where_it_has_no_gradients(processes: Processes) -> None:
+    for text in processes.run(applied_in_backward, ranks=2):
+        assert "found parameter 0 of shape (8, 6) with placements (Shard(dim=0),)" in text
+        assert "p.register_post_accumulate_grad_hook" in text

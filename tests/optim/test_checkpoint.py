@@ -23,6 +23,7 @@ from support.training import (
     OPTIMIZERS,
     all_same_bits,
     both_kinds,
+    by_kind,
     copies,
     noise,
     same_states,
@@ -190,6 +191,33 @@ def test_distributed_checkpoint_dictionaries_round_trip(cls: type[MatrixOptimize
         backward(m, 9)
         o.step()
     assert all_same_bits(model.parameters(), other.parameters())
+
+
+@pytest.mark.parametrize("cls", by_kind(EVERY))
+def test_a_checkpoint_before_the_first_step_is_no_step(cls: type[MatrixOptimizer]) -> None:
+    """torch.distributed.checkpoint has an optimizer without state make it by a step: weights and clocks stay."""
+    (model, optimizer), (other, second) = ((m := network(), cls(m)) for _ in range(2))
+    start = copies(model.parameters())
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert set(saved["state"]) == {name for name, _ in model.named_parameters()}
+    assert all_same_bits(model.parameters(), start)
+    for m, o in ((model, optimizer), (other, second)):
+        for seed in range(3):
+            backward(m, seed)
+            o.step()
+    assert all_same_bits(model.parameters(), other.parameters())
+
+
+def test_a_checkpoint_before_the_first_step_decays_nothing() -> None:
+    """A decay that is independent of the learning rate, which torch sets to 0. What is frozen has no state."""
+    model = network()
+    model[0].weight.requires_grad_(False)
+    weights = [model[0].weight, model[2].weight]
+    optimizer = steepest.Muon(weights, weight_decay=0.1, weight_decay_method="independent")
+    start = copies(weights)
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert all_same_bits(weights, start)
+    assert list(saved["state"]) == ["2.weight"]
 
 
 def test_state_may_be_shared_between_processes() -> None:

@@ -386,6 +386,18 @@ def test_groups_of_a_model() -> None:
     torch.optim.SGD(groups)  # the group format of torch.optim
 
 
+def test_a_group_may_be_split() -> None:
+    """By whoever gives one half another learning rate; a half has no reasons, which were given for all."""
+    groups = steepest.param_groups(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 4)))
+    matrices, vectors = groups
+    halves = [{**matrices, "params": matrices["params"][:1], "lr": 0.1}, {**matrices, "params": matrices["params"][1:]}]
+    optimizer = steepest.Muon([*halves, vectors])
+    assert [group["lr"] for group in optimizer.param_groups[:2]] == [0.1, optimizer.defaults["lr"]]
+    text = optimizer.describe()
+    assert text.count("use_muon=True in its group") == 3
+    assert text.count("1-D of Linear") == 3
+
+
 def test_groups_without_a_weight_decay_or_with_one_of_an_override() -> None:
     assert len(param_groups(GPT(), adamw={"lr": 1e-3})) == 2
     overrides = {"*.ln_1.bias": {"rule": "adamw", "weight_decay": 0.3}}

@@ -2,6 +2,7 @@
 
     def case(width: int) -> float: ...                      # torch.distributed is initialized
     one, two = processes.run(case, 8, ranks=2)              # the fixture `processes` of tests/conftest.py
+    wanted = processes.alone(case, 8)                       # on one rank, once for all tests that ask
 
 One process imports torch once and forks the ranks of every case: a case costs a few milliseconds a rank, begins in a
 new process with a group of its own, and leaves nothing behind for the next. A rank that raises, dies or does not come
@@ -90,6 +91,7 @@ class Processes:
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._cases = 0
+        self._alone: dict[bytes, Any] = {}
 
     def close(self) -> None:
         """Ends the process that forks, and any rank with it."""
@@ -119,6 +121,15 @@ class Processes:
         if any(outcome.kind != "returned" for outcome in outcomes):
             raise RankError(case.__qualname__, outcomes, time.monotonic() - begun)
         return [outcome.value for outcome in outcomes]
+
+    def alone(self, case: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a case returns on one rank, where it is the same in every run: it runs once for all tests of a worker,
+        which do not change what they get.
+        """
+        key = _packed(case, args, kwargs, 0)
+        if key not in self._alone:
+            [self._alone[key]] = self.run(case, *args, ranks=1, **kwargs)
+        return self._alone[key]
 
     def outcomes(
         self,

@@ -116,12 +116,16 @@ class Network(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(cols, rows, bias=False) for rows, cols in shapes])
 
 
-def sent_by_gloo(name: str, room: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(bytes that this rank sends to others in a step, messages), as gloo is asked for them; a sum goes as a ring."""
+def sent_by_gloo(name: str, room: int, shapes: Sequence[tuple[int, int]], copies: int = 1) -> tuple[int, int]:
+    """(bytes that this rank sends to others in a step, messages), as gloo is asked for them; a sum goes as a ring.
+    copies: of the shards, which share the work.
+    """
     shared_batches._LEAST_BYTES = min(room, shared_batches._LEAST_BYTES)
     model = Network(shapes)
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = getattr(steepest, name)(list(model.named_parameters()), max_workspace_bytes=room)
+    mesh = (dist.get_world_size(),) if copies == 1 else (copies, dist.get_world_size() // copies)
+    fully_shard(model, mesh=init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :]))
+    options = {"max_workspace_bytes": room, "share_work": copies > 1}
+    optimizer = getattr(steepest, name)(list(model.named_parameters()), **options)
     sent = messages = 0
     plain, plain_sum = RealRanks.all_to_all, RealRanks.sum_parts
 
@@ -134,8 +138,9 @@ def sent_by_gloo(name: str, room: int, shapes: Sequence[tuple[int, int]]) -> tup
 
     def counted_sum(self: RealRanks, t: torch.Tensor) -> None:
         nonlocal sent, messages
-        sent += 2 * (self.size - 1) * t.numel() * t.itemsize // self.size
-        messages += 2 * (self.size - 1)
+        size = self.shards.size
+        sent += 2 * (size - 1) * t.numel() * t.itemsize // size
+        messages += 2 * (size - 1)
         plain_sum(self, t)
 
     for p in model.parameters():
@@ -148,19 +153,36 @@ def sent_by_gloo(name: str, room: int, shapes: Sequence[tuple[int, int]]) -> tup
     return sent, messages
 
 
-@pytest.mark.parametrize("ranks, room", [(2, 1 << 30), slow(3, 1 << 30), (3, 1 << 12)])
+@pytest.mark.parametrize(
+    "ranks, copies, room",
+    [(2, 1, 1 << 30), slow(3, 1, 1 << 30), (3, 1, 1 << 12), (4, 2, 1 << 30), slow(4, 2, 1 << 12), slow(4, 4, 1 << 30)],
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_what_gloo_is_asked_to_send(
-    processes: Processes, name: str, ranks: int, room: int, monkeypatch: pytest.MonkeyPatch
+    processes: Processes, name: str, ranks: int, copies: int, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scale, "WORKSPACE", room)
     monkeypatch.setattr(shared_batches, "_LEAST_BYTES", min(room, shared_batches._LEAST_BYTES))
     method = dataclasses.replace(METHODS[name], device="cpu", gradient=torch.float32)
     shapes = SHAPES if name in WHOLE else TALL
     model: Model = tuple(Parameters(1, shape, "matrix") for shape in shapes)
-    found = scale.of_route("owner", model, method, ranks)
+    found = scale.of_route("owner" if copies == 1 else "hybrid", model, method, ranks, copies)
     assert found is not None
-    assert processes.run(sent_by_gloo, name, room, shapes, ranks=ranks) == list(zip(found.sent, found.messages))
+    sent = processes.run(sent_by_gloo, name, room, shapes, copies, ranks=ranks)
+    assert sent == list(zip(found.sent, found.messages))
+    assert sum(found.sent) == sum(found.received)
+
+
+def test_owners_of_all_copies_share_the_work_of_one() -> None:
+    """On two copies of four ranks, half of the work each, and shards and state of factors as they are."""
+    model = (Parameters(16, (64, 32), "matrix"), Parameters(1, (8, 4), "other"))
+    one = of("owner", model, "SOAP", 4)
+    both = scale.of_route("hybrid", model, METHODS["SOAP"], 8, 2)
+    assert both is not None
+    assert [2 * work.flop for work in both.work] == [work.flop for work in one.work] * 2
+    assert both.passes == one.passes * 2
+    owned = METHODS["SOAP"].state(64, 32)[1]
+    assert both.state == [state - 2 * owned for state in one.state] * 2
 
 
 def test_of_a_submatrix_its_share_travels() -> None:
@@ -320,6 +342,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[:2] for line in text.splitlines()[4:]] == [
         ["local", "64"],
         ["owner", "8"],
+        ["hybrid", "64"],
         ["gram", "8"],
         ["share", "64"],
     ]

@@ -34,7 +34,7 @@ from .groups import Params
 from .reports import Reports
 from .stale import StaleParameters
 from .weights import Weights
-from .wrappers import asking_scaler
+from .wrappers import asking_scaler, is_asked_for_state
 from .zero import check_zero
 
 __all__ = ["MatrixOptimizer"]
@@ -118,6 +118,10 @@ class MatrixOptimizer(Reports, Constraints):
         scaling = Scaling(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
         if torch.compiler.is_compiling():
             self._traced_step(scaling)
+        elif not self.state and is_asked_for_state():
+            self._init_states(
+                [(p, p.dtype, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+            )
         else:
             self.take_step(scaling, loss)
 
@@ -167,6 +171,7 @@ class MatrixOptimizer(Reports, Constraints):
         refuse_capture("its parameters are sharded, and ranks agree on the host")
         before = self._plan
         self._name_collectives("the step")
+        self._sum_partial_gradients()
         try:
             plan = self._ready_plan()
         except Exception as error:

@@ -257,7 +257,7 @@ class Groups(Method):
         self._check_group(group, routed=reasons is not None)
         self._numbers_on_device(group)
         self._numbers[id(group)] = numbers_of(group)
-        if reasons is not None:
+        if reasons is not None and len(reasons) == len(group["params"]):  # as many, unless a routed group was split
             self._reasons.update(zip(group["params"], reasons, strict=True))
 
     def group_lrs(self, lr: float) -> list[float]:

@@ -114,9 +114,7 @@ def owned_part(
                 blocks = view.reshape(pieces[number].batch, -1, *view.shape[1:])
                 view = blocks[mine].flatten(0, 1)
             parts.append((mine, view))
-        if layout == "factor" and not parts[0][0]:
-            del kept[name]
-        elif t.ndim and t.numel():
+        if t.ndim and t.numel():
             kept[name] = torch.cat([view.reshape(-1, *t.shape[1:]) for mine, view in parts if mine] or [t[:0]])
     return kept
 

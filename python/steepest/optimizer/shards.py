@@ -19,6 +19,7 @@ from ..state_layout import Codes
 from ..step.program import is_elementwise
 from .group_options import Group, parameter_name
 from .groups import Groups
+from .wrappers import is_made_in_backward
 
 if TYPE_CHECKING:
     from ..sharding.layout import Sharding
@@ -153,6 +154,17 @@ class Shards(Groups):
                     f"{type(self).__name__} measures whole weights and updates and does not take sharded parameters; "
                     f"found {what}: use DistributedDataParallel, which keeps every parameter whole"
                 )
+            if is_made_in_backward():
+                raise ValueError(
+                    "_apply_optimizer_in_backward waits for autograd to accumulate gradients, which fully_shard does "
+                    f"itself, so that sharded parameters would never be stepped; found {what}: make an optimizer for "
+                    "each parameter and call its step() in p.register_post_accumulate_grad_hook(...)"
+                )
+            if p.is_meta:
+                raise ValueError(
+                    f"{type(self).__name__} makes the state of sharded parameters at once, and {what} is on the meta "
+                    "device, without values: call model.to_empty(device=...) and initialize its weights before"
+                )
             self._check_blocks(p, group, what)
             sharding = self._sharding(p)
             assert sharding is not None
@@ -220,6 +232,16 @@ class Shards(Groups):
                     name = f"{parameter_name(group, i)} (group {number})"
                     rows.append((name, f"of shape {sharding.shape}", f"as {sharding.placements}", f"with {has}"))
         return rows + options
+
+    def _sum_partial_gradients(self) -> None:
+        """Sums gradients that are `Partial`, as those of `SequenceParallel` layers are, and places them as their
+        parameters. Collective among the ranks of such parameters.
+        """
+        partial = [p for group in self.param_groups for p in group["params"] if _is_partial(p)]
+        if partial and all(ranks.device.type == "cpu" for ranks in self._meshes.values()):
+            self._check_agreement((len(partial), self._gradients_there()))
+        for p in partial:
+            p.grad = cast(Any, p.grad).redistribute(placements=cast(Any, p).placements)
 
     def _gradients_there(self) -> str:
         """Which parameters have a gradient: a digit for each."""
@@ -332,6 +354,14 @@ def _as_shard(here: Tensor, sharding: Sharding | None, shape: tuple[int, ...] | 
     from ..sharding.local_state import as_shard
 
     return as_shard(here, sharding, shape)
+
+
+def _is_partial(p: Tensor) -> bool:
+    """Whether a DTensor has a gradient on its mesh that is a sum of what ranks have."""
+    g: Any = p.grad
+    if g is None or not is_sharded(p) or not is_sharded(g) or g.device_mesh != cast(Any, p).device_mesh:
+        return False
+    return any(placement.is_partial() for placement in g.placements)
 
 
 def _shares(group: Group, recipe: Recipe) -> bool:

@@ -146,7 +146,7 @@ class Eager:
         for i, p in self._corrected.items():
             self._plain[i] = p.recipe.penalized(grads[i], p.value(), hypers[p.group])
             grads[i] = p.recipe.corrected(p.state, self._plain[i], hypers[p.group])
-        measured = [(largest(g).double(), square_sum(g)) for g in grads]
+        measured = [(largest(g).double(), p.recipe.square(g)) for p, g in zip(self.parameters, grads, strict=True)]
         if self._ranks is not None:
             measured = _reduced(measured, self._ranks)
         for i, p in self._corrected.items():

@@ -9,6 +9,9 @@ The routes by which a matrix' direction may be had, for P ranks of a mesh; c_r: 
                  sent = received = (sum over not owned c_r + sum over owned (mn - c_r)) times 2 bytes
              A matrix that lies on one rank stays there. Recipes with factors also send gradients; those with
              transforms what these keep, and both take fp32 for 16 bits.
+    hybrid   parameters lie as on the route owner, and a matrix has one owner among all ranks of the mesh (HSDP with
+             share_work=True). An owner gets the parts of its copy of the parameters, and sends to all R copies:
+                 sent = (sum over owned elsewhere in this copy c_r + sum over owned (R mn - c_r)) times 2 bytes
     gram     parameters are cut along the mesh's last dimension by tensor parallelism. Where that is the long side: a
              ring's all_reduce, 2 (P - 1) / P of 8 bytes and then 1 + restarts times 4 bytes of each `gram_elements`, a
              matrix; where it is the short side the parts first go to a cut of the long one, and back, as (P - 1) / P of
@@ -270,13 +273,17 @@ def stacks_of(model: shapes.Model, ranks: int) -> list[Stack]:
     ]
 
 
-def of_route(route: str, model: shapes.Model, method: Method, size: int) -> Ranks | None:
-    """Every rank's part of a step on this route; None where the recipe has none of it."""
+def of_route(route: str, model: shapes.Model, method: Method, size: int, copies: int = 1) -> Ranks | None:
+    """Every rank's part of a step on this route; None where the recipe has none of it. copies: of the parameters, on
+    the route hybrid.
+    """
     ranks = Ranks(route, size)
     if route == "local":
         _add_local(ranks, model, method)
     elif route == "owner":
         _add_owner(ranks, stacks_of(model, size), method)
+    elif route == "hybrid":
+        _add_hybrid(ranks, stacks_of(model, size // copies), method, copies)
     elif route == "blocks":
         _add_blocks(ranks, stacks_of(model, size), method)
     elif route == "gram":
@@ -285,7 +292,8 @@ def of_route(route: str, model: shapes.Model, method: Method, size: int) -> Rank
         _add_gram(ranks, model, method)
     else:
         _add_share(ranks, model, method)
-    _add_others(ranks, model, method, sharded=route in ("owner", "gram", "blocks"))
+    shards = {"local": 1, "share": 1, "hybrid": size // copies}.get(route, size)
+    _add_others(ranks, model, method, shards)
     return ranks
 
 
@@ -332,12 +340,56 @@ def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
         messages = bucket.messages(method.collectives)
         ranks.messages = [a + b for a, b in zip(ranks.messages, messages, strict=True)]
         ranks.stages += method.collectives if any(messages) else 0
+    _add_norms(ranks, stacks, method, ranks.size)
+
+
+def _add_hybrid(ranks: Ranks, stacks: Sequence[Stack], method: Method, copies: int) -> None:
+    """Owners among all ranks, of which those of one copy of the parameters follow one another."""
+    costs = [method.work(s.rows, s.cols).cost for s in stacks for _ in range(s.parameters * s.experts)]
+    owners, rounds = iter(assign(costs, ranks.size)), iter(_rounds(stacks, method, ranks.size))
+    places = ranks.size // copies
+    sent: list[Fraction] = [Fraction()] * ranks.size
+    received = list(sent)
+    messages: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
+    for stack in stacks:
+        work, share = method.work(stack.rows, stack.cols), method.travelling(stack.rows, stack.cols)
+        element, of_owner = method.state(stack.rows, stack.cols)
+        for k, group in enumerate(stack.matrices()):
+            if k % stack.experts == 0:
+                bucket = stack.rows, stack.cols, next(rounds)
+            owner, holders = next(owners), stack.holders(group)
+            first = owner // places * places
+            there = [(first + place, owner, part) for place, part in holders]
+            back = [(owner, at + place, part) for at in range(0, ranks.size, places) for place, part in holders]
+            for way, each, size in (("there", there, method.bytes_there), ("back", back, method.bytes_back)):
+                for a, b, part in each:
+                    if a != b:
+                        sent[a] += share * part * size
+                        received[b] += share * part * size
+                        messages.setdefault((way, *bucket), set()).add((a, b))
+            ranks.work[owner] += work
+            ranks.state[owner] += of_owner
+            for _, r, part in back:
+                ranks.state[r] += part * element
+                ranks.passes[r] += part * method.passes(stack.rows, stack.cols)
+    ranks.sent, ranks.received = list(map(int, sent)), list(map(int, received))
+    half = method.collectives // 2
+    for (way, *_), pairs in messages.items():
+        count = half if way == "back" else method.collectives - half
+        ranks.stages += count
+        for a, _ in pairs:
+            ranks.messages[a] += count
+    _add_norms(ranks, stacks, method, places)
+
+
+def _add_norms(ranks: Ranks, stacks: Sequence[Stack], method: Method, shards: int) -> None:
+    """The sum of norms among the ranks of one copy, before what travels is chosen."""
     norms = sum(s.parameters * s.experts * method.norms(s.rows, s.cols) for s in stacks)
-    if norms and ranks.size > 1:
-        ranks.sent = [sent + 2 * (ranks.size - 1) * SIZE * norms // ranks.size for sent in ranks.sent]
-        ranks.received = [got + 2 * (ranks.size - 1) * SIZE * norms // ranks.size for got in ranks.received]
-        ranks.messages = [number + 2 * (ranks.size - 1) for number in ranks.messages]
-        ranks.stages += 2 * math.ceil(math.log2(ranks.size))
+    if norms and shards > 1:
+        ranks.sent = [sent + 2 * (shards - 1) * SIZE * norms // shards for sent in ranks.sent]
+        ranks.received = [got + 2 * (shards - 1) * SIZE * norms // shards for got in ranks.received]
+        ranks.messages = [number + 2 * (shards - 1) for number in ranks.messages]
+        ranks.stages += 2 * math.ceil(math.log2(shards))
 
 
 def _add_blocks(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
@@ -492,13 +544,13 @@ def _add_share(ranks: Ranks, model: shapes.Model, method: Method) -> None:
     ranks.stages += math.ceil(math.log2(ranks.size)) * exchanges
 
 
-def _add_others(ranks: Ranks, model: shapes.Model, method: Method, *, sharded: bool) -> None:
-    """What goes to AdamW: elementwise, where it lies."""
+def _add_others(ranks: Ranks, model: shapes.Model, method: Method, shards: int) -> None:
+    """What goes to AdamW: elementwise, where it lies; shards: of a parameter."""
     element = sum(1 for layout in ADAMW.layouts.values() if layout == "elementwise") * WIDE
     passes = method.gradient.itemsize + 2 * element + 2 * WIDE
     for p in (p for p in model if p.kind == "other"):
         rest = p.count * math.prod(p.shape[1:])
-        here = shard_rows(p.shape[0], ranks.size) if sharded else [p.shape[0]] * ranks.size
+        here = shard_rows(p.shape[0], shards) * (ranks.size // shards)
         for r, rows in enumerate(here):
             ranks.state[r] += rows * rest * element
             ranks.passes[r] += rows * rest * passes
@@ -561,8 +613,10 @@ def plan(
     if name not in shapes.MODELS:
         raise ValueError(f"model {name!r} is not known; choose one of {', '.join(shapes.MODELS)}")
     world, model = math.prod(mesh), shapes.MODELS[name]
-    sizes = {"local": world, "owner": mesh[-1], "gram": mesh[-1], "share": world}
-    every = (of_route(route, model, method, size) for route, size in sizes.items())
+    sizes = {"local": world, "owner": mesh[-1], "hybrid": world, "gram": mesh[-1], "share": world}
+    if world == mesh[-1]:
+        del sizes["hybrid"]
+    every = (of_route(route, model, method, size, world // mesh[-1]) for route, size in sizes.items())
     routes = [{**ranks.summary(machine), "ranks": ranks.size} for ranks in every if ranks is not None]
     if block_period is not None:
         blocks = of_route("blocks", model, method, mesh[-1])
