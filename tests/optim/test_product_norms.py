@@ -577,3 +577,32 @@ def test_a_dual_norm_beyond_fp32_moves_weights_no_further_than_that(product: Any
         optimizer.step()
         assert weight.isfinite().all()
         assert weight.any()
+
+
+@pytest.mark.parametrize("product", ["max", "hybrid"])
+@pytest.mark.parametrize("size", [1e-200, 1e155, 1e300])
+def test_constrained_steps_in_fp64_do_not_depend_on_the_size_of_gradients(product: Any, size: float) -> None:
+    """Squares of dual norms are no fp64 number there, and the steps were 0 for good."""
+    moved = []
+    for scale in (1.0, size):
+        weights = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in ((4, 3), (3, 5))]
+        optimizer = ProductNormDescent(weights, lr=0.1, product=product, scale="lmo", polar="svd")
+        for step in range(3):
+            for number, p in enumerate(weights):
+                generator = torch.Generator().manual_seed(10 * step + number)
+                p.grad = torch.rand(p.shape, dtype=torch.float64, generator=generator) * scale
+            optimizer.step()
+        moved.append(torch.cat([p.detach().flatten() for p in weights]))
+    assert moved[0].norm() > 0.1
+    assert torch.allclose(moved[1], moved[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("product", ["max", "l2", "hybrid"])
+def test_a_dual_norm_beyond_fp64_moves_weights_no_further_than_that(product: Any) -> None:
+    weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
+    optimizer = ProductNormDescent([weight], product=product)
+    for _ in range(3):
+        weight.grad = torch.full_like(weight, 1.5e307)
+        optimizer.step()
+        assert weight.isfinite().all()
+    assert weight.any()

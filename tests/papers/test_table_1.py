@@ -74,6 +74,20 @@ RULES: dict[str, tuple[Any, dict[str, Any], Update]] = {
 }
 
 
+@pytest.mark.parametrize(("cls", "p"), [(MuAdam, 1 / 2), (MuAdamSANIA, 1)])
+def test_an_entry_without_gradient_moves_by_what_eps_allows(cls: Any, p: float) -> None:
+    """V is 0 there and polar(bar M / D) is not; with eps = 0 the weight stays."""
+    start, g = gaussian(6, 5, seed=1), gaussian(6, 5, seed=2)
+    g[::2, ::2] = 0
+    moved = {}
+    for eps in (1e-8, 1e-6, 0.0):
+        options = {"lr": LR, "betas": (B1, B2), "eps": eps, "polar": "svd", "adjust_lr_fn": "none"}
+        moved[eps] = float((trained(cls, iter([g]), start, **options) - start)[::2, ::2].abs().max())
+        bound = LR * (1 - B2) ** (p / 2) / eps**0.5 if eps else 0.0
+        assert bound / 20 <= moved[eps] <= bound
+    assert abs(moved[1e-8] / moved[1e-6] / 10 - 1) < 0.1
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_torchs(momentum: float, nesterov: bool) -> None:

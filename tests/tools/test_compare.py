@@ -574,6 +574,14 @@ def test_a_stop_while_records_are_mended_loses_none(tmp_path: Path, monkeypatch:
     assert path.read_text() == text[: text.rindex("{")]
 
 
+@pytest.mark.parametrize("line", ["", "[1]", "text", "[" * 100_000], ids=["empty", "list", "text", "deep"])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text(f'{{"task": "a"}}\n{line}\n{{"task": "b"}}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*runs.jsonl is no record of a run: take it out, or choose"):
+        records.read(path)
+
+
 def test_without_matplotlib_there_are_no_pictures(
     compare: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

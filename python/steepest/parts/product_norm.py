@@ -70,9 +70,9 @@ class ProductNorm:
     def dual_norm(self, matrices: Tensor, others: Tensor) -> Tensor:
         """The dual of psi of the layers' dual norms, 0-d."""
         if self.kind == "hybrid":
-            return (self.s * matrices.sum().square() + others.square().sum()).sqrt()
+            return _length(torch.cat([self.s**0.5 * matrices.sum().reshape(1), others]))
         norms = torch.cat([matrices, others])
-        return norms.sum() if self.kind == "max" else torch.linalg.vector_norm(norms)
+        return norms.sum() if self.kind == "max" else _length(norms)
 
     def factors(self, matrices: Tensor, others: Tensor, scale: Literal["lmo", "dual"]) -> tuple[Number, Number]:
         """What the weights of all matrices and of all others share: w_l, or w_l / d_l where the weight `follows` d_l.
@@ -81,11 +81,11 @@ class ProductNorm:
         """
         if not self.couples(scale):
             return 1.0, 1.0
-        dual = self.dual_norm(matrices, others)
+        dual = _bounded(self.dual_norm(matrices, others))
         if self.kind == "max":
             return dual, dual
         inverse = torch.where(dual > 0, 1 / dual, 0) if scale == "lmo" else torch.ones_like(dual)
-        return (self.s * matrices.sum() * inverse if self.kind == "hybrid" else inverse), inverse
+        return (_bounded(self.s * matrices.sum()) * inverse if self.kind == "hybrid" else inverse), inverse
 
     def weights(self, matrices: Tensor, others: Tensor, scale: Literal["lmo", "dual"]) -> tuple[Tensor, Tensor]:
         """w_l of every matrix and of every other layer, from their dual norms. Identities: the step w_l dz_l has
@@ -129,6 +129,17 @@ class Box(Direction):
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
         return x
+
+
+def _length(norms: Tensor) -> Tensor:
+    """The 2-norm, 0-d, of numbers of any size, whose squares may be none of their dtype."""
+    most = _largest(norms)
+    return most * torch.linalg.vector_norm(norms / torch.where(most > 0, most, 1))
+
+
+def _bounded(norm: Tensor) -> Tensor:
+    """The largest number of its dtype where a norm is beyond it: what is multiplied by it stays finite."""
+    return norm.clamp(max=torch.finfo(norm.dtype).max)
 
 
 def _largest(norms: Tensor) -> Tensor:

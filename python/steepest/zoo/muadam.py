@@ -25,7 +25,11 @@ class MuAdam(MatrixOptimizer):
     params: a module, named parameters, an iterable of tensors (routed by shape) or groups; see `steepest.param_groups`.
     lr: a number >= 0 or a 1-element tensor. The update grows as the square root of one over the gradient's scale, so a
         loss multiplied by c wants lr multiplied by sqrt(c).
-    betas: decay rates of the two averages.     eps: added to sqrt(v).
+    betas: decay rates of the two averages.
+    eps: added to sqrt(v). It is all that D has where the gradient was always 0, as behind a ReLU that no sample of a
+        small batch passes, and polar(m / D) is not 0 there: such a weight moves by up to lr ratio eps^-1/2
+        (1 - beta2^t)^1/4, 1.8 in the first step with the default values. The rule has it so. Where batches are that
+        small pass eps=1e-6, a tenth of that, or 0, with which such weights stay.
     polar: a preset of `steepest.polar` or a coefficient table.
     after: "rows" or "elements" divides those of the update by a running root mean square of theirs, with decay rate
         betas[1], and keeps the length of the matrix (see `NorMuon`); None does not.

@@ -17,14 +17,26 @@ Key = tuple[str, str, float, int]
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file, without a last line that a stop has cut off; none if the file is not there."""
+    """The records of a file, without a last line that a stop has cut off; none if the file is not there. ValueError for
+    a line that is no record.
+    """
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
         replace(path, "".join(lines))
-    return [json.loads(line) for line in lines]
+    return [_record(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _record(path: Path, number: int, line: str) -> Record:
+    try:
+        record: object = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"line {number} of {path} is no record of a run: take it out, or choose another --out")
+    return record
 
 
 def append(path: Path, record: Record) -> None:
