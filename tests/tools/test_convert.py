@@ -441,3 +441,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         cli.main([*command, "--key", "optimizer"])
     assert "has no 'optimizer': pass --key" in capsys.readouterr().err
+    for path, text in ((tmp_path, "is a folder, as torch.distributed.checkpoint"), (tmp_path / "no.pt", "no file")):
+        with pytest.raises(SystemExit):
+            cli.main(["convert", str(path), "--source", "torch", "--out", str(tmp_path / "out.pt")])
+        assert text in capsys.readouterr().err

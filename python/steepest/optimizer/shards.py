@@ -382,5 +382,5 @@ def _is_on_host(value: object) -> bool:
 def _elementwise(recipe: Recipe, p: Tensor) -> set[str]:
     """The keys of state that has a number for every element of the parameter."""
     like = torch.empty(p.shape, dtype=p.dtype, device="meta")
-    shapes = {key: t.shape for key, t in recipe.init(like).items()} if p.numel() else {}
+    shapes = {key: t.shape for key, t in recipe.init(like).items()}
     return {key for key, layout in recipe.layouts.items() if layout == "elementwise" and shapes.get(key) == p.shape}

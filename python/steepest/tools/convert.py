@@ -358,6 +358,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _read(path: Path, key: str) -> Mapping[str, Any]:
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, as torch.distributed.checkpoint writes them: have it made one file by "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE"
+        )
+    if not path.exists():
+        raise ValueError(f"there is no file {path}")
     value = torch.load(path, map_location="cpu", weights_only=True)
     for part in key.split(".") if key else ():
         if not isinstance(value, Mapping) or part not in value:
