@@ -347,35 +347,41 @@ def _add_hybrid(ranks: Ranks, stacks: Sequence[Stack], method: Method, copies: i
     costs = [method.work(s.rows, s.cols).cost for s in stacks for _ in range(s.parameters * s.experts)]
     owners, rounds = iter(assign(costs, ranks.size)), iter(_rounds(stacks, method, ranks.size))
     places = ranks.size // copies
-    sent: list[Fraction] = [Fraction()] * ranks.size
-    received = list(sent)
+    sizes = {"there": method.bytes_there, "back": method.bytes_back}
     messages: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
     for stack in stacks:
         work, share = method.work(stack.rows, stack.cols), method.travelling(stack.rows, stack.cols)
         element, of_owner = method.state(stack.rows, stack.cols)
+        here, sent, received = ([0] * ranks.size for _ in range(3))
         for k, group in enumerate(stack.matrices()):
             if k % stack.experts == 0:
                 bucket = stack.rows, stack.cols, next(rounds)
             owner, holders = next(owners), stack.holders(group)
             first = owner // places * places
-            there = [(first + place, owner, part) for place, part in holders]
-            back = [(owner, at + place, part) for at in range(0, ranks.size, places) for place, part in holders]
-            for way, each, size in (("there", there, method.bytes_there), ("back", back, method.bytes_back)):
-                for a, b, part in each:
+            ways = {
+                "there": [(first + place, owner, part) for place, part in holders],
+                "back": [(owner, at + place, part) for at in range(0, ranks.size, places) for place, part in holders],
+            }
+            for way, parts in ways.items():
+                pairs = messages.setdefault((way, *bucket), set())
+                for a, b, part in parts:
                     if a != b:
-                        sent[a] += share * part * size
-                        received[b] += share * part * size
-                        messages.setdefault((way, *bucket), set()).add((a, b))
+                        sent[a] += part * sizes[way]
+                        received[b] += part * sizes[way]
+                        pairs.add((a, b))
+            for _, r, part in ways["back"]:
+                here[r] += part
             ranks.work[owner] += work
             ranks.state[owner] += of_owner
-            for _, r, part in back:
-                ranks.state[r] += part * element
-                ranks.passes[r] += part * method.passes(stack.rows, stack.cols)
-    ranks.sent, ranks.received = list(map(int, sent)), list(map(int, received))
+        for r in range(ranks.size):
+            ranks.sent[r] += int(share * sent[r])
+            ranks.received[r] += int(share * received[r])
+            ranks.state[r] += here[r] * element
+            ranks.passes[r] += here[r] * method.passes(stack.rows, stack.cols)
     half = method.collectives // 2
     for (way, *_), pairs in messages.items():
         count = half if way == "back" else method.collectives - half
-        ranks.stages += count
+        ranks.stages += count if pairs else 0
         for a, _ in pairs:
             ranks.messages[a] += count
     _add_norms(ranks, stacks, method, places)
