@@ -10,7 +10,8 @@ The routes by which a matrix' direction may be had, for P ranks of a mesh; c_r: 
              A matrix that lies on one rank stays there. Recipes with factors also send gradients; those with
              transforms what these keep, and both take fp32 for 16 bits.
     hybrid   parameters lie as on the route owner, and a matrix has one owner among all ranks of the mesh (HSDP with
-             share_work=True). An owner gets the parts of its copy of the parameters, and sends to all R copies:
+             share_work=True), one that no shard cuts among those that have it. An owner gets the parts of its copy of
+             the parameters, and sends to all R copies:
                  sent = (sum over owned elsewhere in this copy c_r + sum over owned (R mn - c_r)) times 2 bytes
     gram     parameters are cut along the mesh's last dimension by tensor parallelism. Where that is the long side: a
              ring's all_reduce, 2 (P - 1) / P of 8 bytes and then 1 + restarts times 4 bytes of each `gram_elements`, a
@@ -345,8 +346,9 @@ def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
 def _add_hybrid(ranks: Ranks, stacks: Sequence[Stack], method: Method, copies: int) -> None:
     """Owners among all ranks, of which those of one copy of the parameters follow one another."""
     costs = [method.work(s.rows, s.cols).cost for s in stacks for _ in range(s.parameters * s.experts)]
-    owners, rounds = iter(assign(costs, ranks.size)), iter(_rounds(stacks, method, ranks.size))
     places = ranks.size // copies
+    among = [_holders(s, group, copies, places) for s in stacks for group in s.matrices()]
+    owners, rounds = iter(assign(costs, ranks.size, among)), iter(_rounds(stacks, method, ranks.size))
     sizes = {"there": method.bytes_there, "back": method.bytes_back}
     messages: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
     for stack in stacks:
@@ -385,6 +387,12 @@ def _add_hybrid(ranks: Ranks, stacks: Sequence[Stack], method: Method, copies: i
         for a, _ in pairs:
             ranks.messages[a] += count
     _add_norms(ranks, stacks, method, places)
+
+
+def _holders(stack: Stack, group: int, copies: int, places: int) -> list[int] | None:
+    """The ranks of all copies that have a matrix of the group whole; None where it is cut."""
+    holders = stack.holders(group)
+    return [holders[0][0] + places * copy for copy in range(copies)] if len(holders) == 1 else None
 
 
 def _add_norms(ranks: Ranks, stacks: Sequence[Stack], method: Method, shards: int) -> None:
