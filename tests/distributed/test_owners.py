@@ -62,6 +62,14 @@ def test_ties_go_to_the_rank_with_fewer_matrices_then_the_lower_one() -> None:
     assert assign([4, 2, 2, 4], 2) == [0, 0, 1, 1]
 
 
+def test_matrices_that_only_some_ranks_may_have() -> None:
+    """The largest first, each to the rank with the least to do of those it may go to."""
+    assert assign([5, 5, 5, 4], 4, [(0, 2), (0, 2), (0, 2), None]) == [0, 2, 0, 1]
+    assert assign([1, 9, 2], 3, [(2,), None, (2,)]) == [2, 0, 2]
+    for costs in ([4, 2, 2, 4], [3, 1, 7, 7, 2]):  # any rank is as without a word
+        assert assign(costs, 3, [(0, 1, 2)] * len(costs)) == assign(costs, 3)
+
+
 def test_large_whole_numbers_are_exact() -> None:
     """A float holds no difference of 1 here."""
     large = 10**18

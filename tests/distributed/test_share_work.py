@@ -102,3 +102,28 @@ def test_copies_of_shards(processes: Processes, cls: type[MatrixOptimizer]) -> N
         for weights, _ in together:
             assert all(torch.equal(a, b) for a, b in zip(weights, alone[0], strict=True))
         assert [sum(counts) for counts in zip(*(owned for _, owned in together), strict=True)] == [owners] * 5
+
+
+def of_expert_copies(sharded: bool) -> tuple[Tensor, tuple[int, ...]]:
+    """(four experts after three steps, the owner of each): two copies of two ranks that have two experts each."""
+    mesh = init_device_mesh("cpu", (2, 2)) if sharded else None
+
+    def made(t: Tensor) -> Tensor:
+        return t if mesh is None else distribute_tensor(t, mesh, [Replicate(), Shard(0)])
+
+    p = nn.Parameter(made(noise((4, 6, 5), 0)))
+    optimizer = steepest.SOAP([{"params": [p], "batch_dims": 1}], share_work=sharded)
+    for step in range(3):
+        p.grad = made(noise((4, 6, 5), 10 + step))
+        optimizer.step()
+    owners = optimizer._owners_of(p, optimizer.param_groups[0])[0] if sharded else ()
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach(), owners
+
+
+def test_copies_of_experts_stay_where_they_are(processes: Processes) -> None:
+    """Of the copies of an expert that no shard cuts one has the work, and no gradient leaves it."""
+    wanted, _ = processes.alone(of_expert_copies, False)
+    for weights, owners in processes.run(of_expert_copies, True, ranks=4):
+        assert torch.equal(weights, wanted)
+        assert [owner % 2 for owner in owners] == [0, 0, 1, 1]
+        assert sorted(owners) == [0, 1, 2, 3]

@@ -648,7 +648,7 @@ def test_the_command_says_what_is_wrong_with_a_file(tmp_path: Path, capsys: pyte
         return capsys.readouterr().err
 
     assert "missing.pt cannot be read: No such file" in told("missing.pt")
-    assert "folder cannot be read: Is a directory" in told("folder")
+    assert "folder is a folder, as torch.distributed.checkpoint writes them" in told("folder")
     for file in ("text.pt", "empty.pt", "cut.pt", "objects.pt"):
         assert f"{file} is no file of torch.save, is cut off, or holds objects of other classes" in told(file)
     assert "'param_groups' should be a list of dictionaries but is: 'none'" in told("groups.pt")

@@ -94,14 +94,15 @@ class Shards(Groups):
         return self._owners[p][1]
 
     def _assign_owners(self) -> None:
-        """Owners for the matrices of all parameters that have none: the holder of one that is not cut, of the others
-        the rank with the least work (`steepest.sharding.owners`), or all ranks (`steepest.step.routes`).
+        """Owners for the matrices of all parameters that have none: the holder of one that is not cut, where several
+        copies have it one of these, of the others the rank with the least work (`steepest.sharding.owners`), or all
+        ranks (`steepest.step.routes`).
         """
         from ..sharding.owners import assign
         from ..step.costs import cost
         from ..step.routes import EVERYONE, route
 
-        cut: dict[Ranks, list[tuple[Tensor, int, int, float]]] = {}
+        cut: dict[Ranks, list[tuple[Tensor, int, int, float, tuple[int, ...] | None]]] = {}
         fresh: dict[Tensor, list[list[int]]] = {}
         for group in self.param_groups:
             recipe = self._recipe(group)
@@ -114,15 +115,17 @@ class Shards(Groups):
                     if route(recipe, sharding, piece) == "gram":
                         fresh[p].append([EVERYONE] * piece.batch)
                         continue
-                    holders = sharding.uncut(piece)
+                    holders, copies = sharding.uncut(piece), sharding.copies(piece)
                     fresh[p].append([0 if holder is None else holder for holder in holders])
                     for k, holder in enumerate(holders):
                         if holder is None:
                             jobs = cut.setdefault(sharding.ranks, [])
-                            jobs.append((p, number, k, cost(recipe, piece.rows, piece.cols, device=p.device.type)))
+                            of_job = cost(recipe, piece.rows, piece.cols, device=p.device.type)
+                            jobs.append((p, number, k, of_job, copies[k]))
                 self._owners[p] = (pieces, ())
         for ranks, jobs in cut.items():
-            for (p, number, k, _), owner in zip(jobs, assign([job[3] for job in jobs], ranks.size), strict=True):
+            assigned = assign([job[3] for job in jobs], ranks.size, [job[4] for job in jobs])
+            for (p, number, k, *_), owner in zip(jobs, assigned, strict=True):
                 fresh[p][number][k] = owner
         for p, owners in fresh.items():
             self._owners[p] = (self._owners[p][0], tuple(map(tuple, owners)))
@@ -377,5 +380,5 @@ def _is_on_host(value: object) -> bool:
 def _elementwise(recipe: Recipe, p: Tensor) -> set[str]:
     """The keys of state that has a number for every element of the parameter."""
     like = torch.empty(p.shape, dtype=p.dtype, device="meta")
-    shapes = {key: t.shape for key, t in recipe.init(like).items()} if p.numel() else {}
+    shapes = {key: t.shape for key, t in recipe.init(like).items()}
     return {key for key, layout in recipe.layouts.items() if layout == "elementwise" and shapes.get(key) == p.shape}

@@ -96,6 +96,17 @@ class Sharding:
             alone.append(holders[0] if len(holders) == 1 else None)
         return alone
 
+    def copies(self, piece: Piece) -> list[tuple[int, ...] | None]:
+        """The ranks that have all of a matrix, where several copies of the shards have it and none cuts it."""
+        whole: list[tuple[int, ...] | None] = []
+        for matrix in zip(*self.rectangles(piece), strict=True):
+            holders = tuple(place for place, part in enumerate(matrix) if part is not None)
+            uncut = len(holders) > 1 and all(
+                part.numel == piece.rows * piece.cols for part in matrix if part is not None
+            )
+            whole.append(holders if uncut else None)
+        return whole
+
     def blocks(self, block: int) -> tuple[Region, ...] | None:
         """The shards of a tensor (rows, blocks of a row): a row is what one index of dimension 0 holds, a block so many
         elements of it. None where shards cut blocks, or where a DTensor of that shape and these placements has others.

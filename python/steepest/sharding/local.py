@@ -19,4 +19,8 @@ def local_tensor(t: Tensor) -> Tensor:
 
 def whole_tensor(t: Tensor) -> Tensor:
     """All of a DTensor, which its ranks gather together; another tensor itself."""
-    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined,no-any-return]
+    if not is_sharded(t):
+        return t
+    if not t.numel():  # torch gathers (0, n) cut by columns as the columns that are here
+        return local_tensor(t).new_empty(t.shape)
+    return t.full_tensor()  # type: ignore[attr-defined,no-any-return]

@@ -12,10 +12,13 @@ from ..matrices import Piece
 __all__ = ["assign", "imbalance", "owned_pieces"]
 
 
-def assign(costs: Sequence[float], ranks: int) -> list[int]:
+def assign(costs: Sequence[float], ranks: int, among: Sequence[Sequence[int] | None] = ()) -> list[int]:
     """The rank, 0 .. ranks - 1, of every matrix, by its cost: deterministic, so that ranks agree without a word.
 
-    The largest sum of costs on a rank is at most 4/3 - 1 / (3 ranks) times the least possible. Of equal costs the
+    among: for every matrix the ranks that it may go to, None: to any; () where all may go to any.
+
+    The largest sum of costs on a rank is at most 4/3 - 1 / (3 ranks) times the least possible, where all may go to any.
+    Of equal costs the
     first is placed first, and of ranks with equal sums that with fewer matrices, then the lower one, gets it. Whole
     numbers are summed and compared exactly; floats in one order, alike wherever sums are those of IEEE 754.
 
@@ -27,9 +30,20 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
     for position, cost in enumerate(costs):
         if not 0 <= cost < math.inf:
             raise ValueError(f"a cost is finite and not negative, got {cost} at position {position}")
+    order = sorted(range(len(costs)), key=lambda i: -costs[i])
     owners = [0] * len(costs)
+    if any(some is not None for some in among):
+        sums: list[float] = [0] * ranks
+        counts = [0] * ranks
+        for position in order:
+            some = among[position]
+            rank = min(range(ranks) if some is None else some, key=lambda r: (sums[r], counts[r], r))
+            owners[position] = rank
+            sums[rank] += costs[position]
+            counts[rank] += 1
+        return owners
     loads: list[tuple[float, int, int]] = [(0, 0, rank) for rank in range(ranks)]
-    for position in sorted(range(len(costs)), key=lambda i: -costs[i]):
+    for position in order:
         load, count, rank = loads[0]
         owners[position] = rank
         heapq.heapreplace(loads, (load + costs[position], count + 1, rank))

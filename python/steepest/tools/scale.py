@@ -10,7 +10,8 @@ The routes by which a matrix' direction may be had, for P ranks of a mesh; c_r: 
              A matrix that lies on one rank stays there. Recipes with factors also send gradients; those with
              transforms what these keep, and both take fp32 for 16 bits.
     hybrid   parameters lie as on the route owner, and a matrix has one owner among all ranks of the mesh (HSDP with
-             share_work=True). An owner gets the parts of its copy of the parameters, and sends to all R copies:
+             share_work=True), one that no shard cuts among those that have it. An owner gets the parts of its copy of
+             the parameters, and sends to all R copies:
                  sent = (sum over owned elsewhere in this copy c_r + sum over owned (R mn - c_r)) times 2 bytes
     gram     parameters are cut along the mesh's last dimension by tensor parallelism. Where that is the long side: a
              ring's all_reduce, 2 (P - 1) / P of 8 bytes and then 1 + restarts times 4 bytes of each `gram_elements`, a
@@ -346,40 +347,53 @@ def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
 def _add_hybrid(ranks: Ranks, stacks: Sequence[Stack], method: Method, copies: int) -> None:
     """Owners among all ranks, of which those of one copy of the parameters follow one another."""
     costs = [method.work(s.rows, s.cols).cost for s in stacks for _ in range(s.parameters * s.experts)]
-    owners, rounds = iter(assign(costs, ranks.size)), iter(_rounds(stacks, method, ranks.size))
     places = ranks.size // copies
-    sent: list[Fraction] = [Fraction()] * ranks.size
-    received = list(sent)
+    among = [_holders(s, group, copies, places) for s in stacks for group in s.matrices()]
+    owners, rounds = iter(assign(costs, ranks.size, among)), iter(_rounds(stacks, method, ranks.size))
+    sizes = {"there": method.bytes_there, "back": method.bytes_back}
     messages: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
     for stack in stacks:
         work, share = method.work(stack.rows, stack.cols), method.travelling(stack.rows, stack.cols)
         element, of_owner = method.state(stack.rows, stack.cols)
+        here, sent, received = ([0] * ranks.size for _ in range(3))
         for k, group in enumerate(stack.matrices()):
             if k % stack.experts == 0:
                 bucket = stack.rows, stack.cols, next(rounds)
             owner, holders = next(owners), stack.holders(group)
             first = owner // places * places
-            there = [(first + place, owner, part) for place, part in holders]
-            back = [(owner, at + place, part) for at in range(0, ranks.size, places) for place, part in holders]
-            for way, each, size in (("there", there, method.bytes_there), ("back", back, method.bytes_back)):
-                for a, b, part in each:
+            ways = {
+                "there": [(first + place, owner, part) for place, part in holders],
+                "back": [(owner, at + place, part) for at in range(0, ranks.size, places) for place, part in holders],
+            }
+            for way, parts in ways.items():
+                pairs = messages.setdefault((way, *bucket), set())
+                for a, b, part in parts:
                     if a != b:
-                        sent[a] += share * part * size
-                        received[b] += share * part * size
-                        messages.setdefault((way, *bucket), set()).add((a, b))
+                        sent[a] += part * sizes[way]
+                        received[b] += part * sizes[way]
+                        pairs.add((a, b))
+            for _, r, part in ways["back"]:
+                here[r] += part
             ranks.work[owner] += work
             ranks.state[owner] += of_owner
-            for _, r, part in back:
-                ranks.state[r] += part * element
-                ranks.passes[r] += part * method.passes(stack.rows, stack.cols)
-    ranks.sent, ranks.received = list(map(int, sent)), list(map(int, received))
+        for r in range(ranks.size):
+            ranks.sent[r] += int(share * sent[r])
+            ranks.received[r] += int(share * received[r])
+            ranks.state[r] += here[r] * element
+            ranks.passes[r] += here[r] * method.passes(stack.rows, stack.cols)
     half = method.collectives // 2
     for (way, *_), pairs in messages.items():
         count = half if way == "back" else method.collectives - half
-        ranks.stages += count
+        ranks.stages += count if pairs else 0
         for a, _ in pairs:
             ranks.messages[a] += count
     _add_norms(ranks, stacks, method, places)
+
+
+def _holders(stack: Stack, group: int, copies: int, places: int) -> list[int] | None:
+    """The ranks of all copies that have a matrix of the group whole; None where it is cut."""
+    holders = stack.holders(group)
+    return [holders[0][0] + places * copy for copy in range(copies)] if len(holders) == 1 else None
 
 
 def _add_norms(ranks: Ranks, stacks: Sequence[Stack], method: Method, shards: int) -> None:

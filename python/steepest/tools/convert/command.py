@@ -53,6 +53,11 @@ def _names(path: Path) -> list[str]:
 
 
 def _read(path: Path, key: str) -> Mapping[str, Any]:
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, as torch.distributed.checkpoint writes them: have it made one file by "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE"
+        )
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
