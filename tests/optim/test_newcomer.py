@@ -36,7 +36,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = Path(steepest.__file__).parent
     ignored = shutil.ignore_patterns("__pycache__", "_build", "build")
     shutil.copytree(package, root / "python" / "steepest", ignore=ignored)
-    for name in ("tests", "docs", "bench", "kernels"):
+    for name in ("tests", "docs", "bench", "kernels", "csrc"):
         shutil.copytree(ROOT / name, root / name, ignore=ignored)
     for name in ("CONTRIBUTING.md", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, root)
