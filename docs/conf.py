@@ -15,8 +15,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT / "python"))
 
+import torch  # noqa: E402
+
 import steepest  # noqa: E402
 from steepest.optimizer import MatrixOptimizer  # noqa: E402
+from steepest.parts import Diagonal  # noqa: E402
 
 project = "steepest"
 author = "the authors of steepest"
@@ -140,8 +143,43 @@ def link_notebooks(app: Any, page: str, source: list[str]) -> None:
     source[0] = source[0].replace(f"]({up}../examples/notebooks/", f"]({up}notebooks/")
 
 
+# ---- the classes of a page ---------------------------------------------------------------------------------------
+
+LISTED = re.compile(r"^<!-- optimizers: (\w+) -->$", re.MULTILINE)
+
+
+def kind(cls: type[MatrixOptimizer]) -> str:
+    """What its default recipe is made of."""
+    if issubclass(cls, steepest.Momo):
+        return "coupled"
+    optimizer = cls(torch.nn.Linear(2, 2))
+    recipe = optimizer.recipe(optimizer.param_groups[0])
+    if recipe.kronecker is not None:
+        return "kronecker"
+    return "diagonal" if isinstance(recipe.precondition, Diagonal) else "plain"
+
+
+def with_optimizers(text: str) -> str:
+    """The page with the classes of the package where it asks for those of a kind, in the order of the table of all."""
+    rows = re.findall(r"^\| `(\w+)`", (HERE / "optimizers.md").read_text(encoding="utf-8"), re.MULTILINE)
+    classes = [value for value in map(vars(steepest.zoo).get, steepest.zoo.__all__) if isinstance(value, type)]
+    kinds = {cls.__name__: kind(cls) for cls in classes if issubclass(cls, MatrixOptimizer)}
+    names = sorted(kinds, key=[*rows, *kinds].index)
+
+    def listed(match: re.Match[str]) -> str:
+        some = [name for name in names if kinds[name] == match[1]]
+        return "\n\n".join(f"```{{eval-rst}}\n.. autoclass:: steepest.{name}\n```" for name in some)
+
+    return LISTED.sub(listed, text)
+
+
+def list_optimizers(app: Any, page: str, source: list[str]) -> None:
+    source[0] = with_optimizers(source[0])
+
+
 def setup(app: Any) -> None:
     app.connect("config-inited", copy_notebooks)
     app.connect("source-read", link_notebooks)
+    app.connect("source-read", list_optimizers)
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-signature", process_signature)

@@ -90,9 +90,9 @@ def names_of_options(cls: type[MatrixOptimizer]) -> set[str]:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_argument_refuses_what_is_no_value_of_it(cls: type[MatrixOptimizer]) -> None:
-    bare = []
+    bare, types = [], {**cls.option_types, **OPTION_TYPES}  # those of a class alone, too
     for name in arguments(cls):
-        kind = OPTION_TYPES[name.removeprefix("adamw_")]
+        kind = types[name.removeprefix("adamw_")]
         for value in WRONG:
             if kind.accepts(value) or (name == "adamw_lr" and value is None):
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,10 +11,6 @@ from torch import Tensor
 import steepest
 from steepest.optimizer import MatrixOptimizer
 from steepest.optimizer.weights import Weights
-from steepest.parts import Hyper, Momentum, Spectral, UpdateTransform
-from steepest.recipe import Recipe
-from steepest.state_layout import StateSpec
-from steepest.zoo.shared import defaults_of, recipe_of
 from support.training import (
     all_same_bits,
     both_backends,
@@ -38,67 +33,6 @@ def test_a_transform_resumes_and_leaves_out_bad_gradients(cls: type[MatrixOptimi
 
 def test_a_transform_goes_by_the_fused_ops() -> None:
     optimizer, params = both_kinds(steepest.NorMuon)
-    give_gradients(params, 0)
-    assert optimizer.prepare() == steepest.MuAdam(params).prepare()
-
-
-# ---- what a stranger writes: a part and a class ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RowScales(UpdateTransform):
-    """NorMuon's rows, as CONTRIBUTING.md has a newcomer write them: v <- b v + (1 - b) mean_j u_ij^2; u / sqrt(v)."""
-
-    @property
-    def specs(self) -> tuple[StateSpec, ...]:
-        return (StateSpec("row_scales", "row"),)
-
-    def apply(self, state: dict[str, Tensor], u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, dict[str, Tensor]]:
-        v = hyper.beta2 * state["row_scales"] + (1 - hyper.beta2) * u.square().mean(-1).to(state["row_scales"].dtype)
-        rows = u / v.sqrt().clamp_min(1e-20).unsqueeze(-1).to(u.dtype)
-        return rows * (u.norm(dim=(-2, -1)) / rows.norm(dim=(-2, -1)))[:, None, None].nan_to_num(), {"row_scales": v}
-
-
-class Newcomer(MatrixOptimizer):
-    """A class outside of the package: signature, recipe, numbers."""
-
-    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, **extra: Any) -> None:
-        options = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": None}
-        super().__init__(params, *defaults_of(type(self).__name__, options, extra))
-
-    def recipe(self, group: dict[str, Any]) -> Recipe:
-        return recipe_of(group, ratio="none", momentum=Momentum(), direction=Spectral("svd"), transforms=(RowScales(),))
-
-    def hyper(self, group: dict[str, Any]) -> Hyper:
-        return Hyper(group["lr"], group["weight_decay"], 0.9, 0.8)
-
-
-def test_a_newcomers_optimizer_is_its_equation() -> None:
-    """Of a matrix and of the matrices of a split parameter, in fp64."""
-    p = parameters([(9, 4)], torch.float64)[0]
-    optimizer = Newcomer([{"params": [p], "split_sizes": (4, 5)}], weight_decay=0.1)
-    w = [t.clone() for t in p.detach().split((4, 5))]
-    m, v = [torch.zeros_like(t) for t in w], [t.new_zeros(len(t)) for t in w]
-    for step in range(20):
-        give_gradients([p], step)
-        assert p.grad is not None
-        for k, g in enumerate(p.grad.split((4, 5))):
-            m[k] = 0.9 * m[k] + 0.1 * g
-            u, _, vh = torch.linalg.svd(m[k], full_matrices=False)
-            o = u @ vh
-            for row in range(len(o)):
-                v[k][row] = 0.8 * v[k][row] + 0.2 * sum(float(x) ** 2 for x in o[row]) / len(o[row])
-            scaled = torch.stack([o[row] / v[k][row] ** 0.5 for row in range(len(o))])
-            w[k] = (1 - 0.1 * 0.1) * w[k] - 0.1 * scaled * (o.norm() / scaled.norm())
-        optimizer.step()
-    torch.testing.assert_close(p.detach(), torch.cat(w), rtol=0, atol=1e-10)
-
-
-@both_backends
-def test_a_newcomers_optimizer_has_what_all_have(backend: str) -> None:
-    """Checkpoints, bad gradients, AdamW beside it and the fused ops, without a line about any of them."""
-    check_resume_and_bad_gradients(lambda: both_kinds(Newcomer, backend=backend))
-    optimizer, params = both_kinds(Newcomer)
     give_gradients(params, 0)
     assert optimizer.prepare() == steepest.MuAdam(params).prepare()
 

@@ -25,29 +25,12 @@ KRONECKER: tuple[type[MatrixOptimizer], ...] = (
     steepest.SPlus,
 )
 #: The rest of the zoo, less its functions, Momo (a part of one) and KFAC, which wants a module.
-RELATIVES: tuple[type[MatrixOptimizer], ...] = (
-    steepest.SGD,
-    steepest.NormalizedSGD,
-    steepest.Lion,
-    steepest.SignSGD,
-    steepest.AdaGrad,
-    steepest.Adam,
-    steepest.MADGRAD,
-    steepest.AdamSANIA,
-    steepest.Scion,
-    steepest.TrustRegion,
-    steepest.OrthogonalSGDM,
-    steepest.NIGT,
-    steepest.Fromage,
-    steepest.Schattor,
-    steepest.MuonMax,
-    steepest.MuonAdam,
-    steepest.ProductNormDescent,
-    steepest.ProdigyMuon,
-    steepest.NorMuon,
-    steepest.AdaMuon,
-    steepest.NAMO,
-    steepest.Dion2,
+RELATIVES: tuple[type[MatrixOptimizer], ...] = tuple(
+    cls
+    for cls in map(vars(steepest.zoo).get, steepest.zoo.__all__)
+    if isinstance(cls, type)
+    and issubclass(cls, MatrixOptimizer)
+    and cls not in (*OPTIMIZERS, *KRONECKER, steepest.Momo, steepest.KFAC)
 )
 #: Every class that takes groups and no module.
 EVERY: tuple[type[MatrixOptimizer], ...] = (*OPTIMIZERS, *KRONECKER, *RELATIVES)

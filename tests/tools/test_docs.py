@@ -87,8 +87,12 @@ def test_the_site_leads_to_every_page() -> None:
     assert {*SITE, *notebooks} - listed == {ROOT / "docs" / "index.md"}
 
 
-def test_the_site_describes_every_public_name() -> None:
-    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+def test_the_site_describes_every_public_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes of the zoo each once, by themselves (docs/conf.py)."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    filled = importlib.import_module("conf").with_optimizers
+    text = "\n".join(filled(page.read_text(encoding="utf-8")) for page in (ROOT / "docs" / "api").glob("*.md"))
+    assert all(text.count(f":: steepest.{name}\n") == 1 for name in steepest.zoo.__all__)
     described = set(re.findall(r"^\.\. auto\w+:: (\S+)$", text, re.MULTILINE))
     assert {f"steepest.{name}" for name in steepest.__all__} - described == {"steepest.__version__"}
     constants = {"Number", "ADJUST_LR", "NORMS"}  # no class and no function
@@ -96,6 +100,13 @@ def test_the_site_describes_every_public_name() -> None:
         assert {f"{room.__name__}.{name}" for name in {*room.__all__} - constants} - described <= {
             "steepest.diagnostics.watch"
         }
+
+
+def test_the_table_has_a_row_for_every_optimizer() -> None:
+    text = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    kinds = {name: getattr(steepest, name) for name in steepest.zoo.__all__}
+    optimizers = {name for name, kind in kinds.items() if isinstance(kind, type)}
+    assert optimizers - set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE)) == {"Momo", "ProductNormDescent"}
 
 
 @pytest.mark.slow

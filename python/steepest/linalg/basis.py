@@ -186,7 +186,7 @@ def _refresh(P: Tensor, Q: Tensor, method: Method, sweeps: int, exact: bool | No
     accepted = accepted & ~nothing
     basis = torch.where(nothing[:, None, None], old.Q, new.Q)
     order = torch.where(accepted[:, None], order, slots)
-    values = torch.where(nothing[:, None], 0, problem.scale.divide(_diagonal(new.B)[:, None])[:, 0])
+    values = torch.where(nothing[:, None], 0, problem.prescale.divide(_diagonal(new.B)[:, None])[:, 0])
     status = torch.where(nothing, 0, bits | _bits((accepted, ACCEPTED))) | problem.status
     return _shaped(P, basis, values, status, order)
 
@@ -320,7 +320,7 @@ class _Basis(NamedTuple):
 
 class _Problem(NamedTuple):
     P: Tensor  # symmetric, finite, scaled by a power of two to entries of order 1
-    scale: PowerOfTwo  # that power of two
+    prescale: PowerOfTwo  # that power of two
     nothing: Tensor  # whether P is zero, or not finite and counts as zero
     old: _Basis
     status: Tensor
@@ -329,15 +329,15 @@ class _Problem(NamedTuple):
 def _problem(P: Tensor, Q: Tensor) -> _Problem:
     largest = largest_entry(P)
     finite, nothing = (flag[:, 0, 0] for flag in (largest.isfinite(), ~largest.isfinite() | (largest == 0)))
-    scale = inverse_power_of_two(torch.where(largest.isfinite(), largest, 0))
-    P = scale.times(torch.where(finite[:, None, None], P, 0))
+    prescale = inverse_power_of_two(torch.where(largest.isfinite(), largest, 0))
+    P = prescale.times(torch.where(finite[:, None, None], P, 0))
     skew = (P - P.mT).abs().amax((-2, -1)) > SYMMETRIC * P.abs().amax((-2, -1))
     P = symmetrize(P)
     residual = orthonormality(Q)
     orthonormal = residual <= ORTHONORMAL_ON_ENTRY
     Q = torch.where(orthonormal[:, None, None], Q, torch.eye(P.shape[-1], dtype=P.dtype, device=P.device))
     status = _bits((~finite, NOT_FINITE), (~orthonormal, NOT_ORTHONORMAL), (skew, NOT_SYMMETRIC))
-    return _Problem(P, scale, nothing, _measured(P, Q, torch.where(orthonormal, residual, 0)), status)
+    return _Problem(P, prescale, nothing, _measured(P, Q, torch.where(orthonormal, residual, 0)), status)
 
 
 def _measured(P: Tensor, Q: Tensor, residual: Tensor) -> _Basis:

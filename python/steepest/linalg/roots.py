@@ -83,8 +83,8 @@ def inverse_root(A: Tensor, p: int, *, ridge_rel: float = 1e-6) -> tuple[Tensor,
     # The identity stands in for what has no root.
     regular = largest.isfinite() & (largest != 0)
     eye = torch.eye(n, dtype=A.dtype, device=A.device)
-    scale = inverse_power_of_two(torch.where(regular, largest, 0))
-    scaled = symmetrize(scale.times(torch.where(regular, A, eye)))
+    prescale = inverse_power_of_two(torch.where(regular, largest, 0))
+    scaled = symmetrize(prescale.times(torch.where(regular, A, eye)))
     bound = _bound(scaled)[..., None, None]
     unit = (scaled / bound + ridge_rel * eye) / (1 + ridge_rel)
     low = ridge_rel / (1 + ridge_rel)
@@ -95,7 +95,7 @@ def inverse_root(A: Tensor, p: int, *, ridge_rel: float = 1e-6) -> tuple[Tensor,
             Y, Z = _coupled(Y, eye, low)
     Z = symmetrize(_exact(Z, Z) if p == 1 else Z)
     residual = vector_norm(_whitened(unit, Z, p) - eye) / math.sqrt(n)
-    X = Z / power(bound * (1 + ridge_rel), 1 / p) * power(scale.first, 1 / p) * power(scale.second, 1 / p)
+    X = Z / power(bound * (1 + ridge_rel), 1 / p) * power(prescale.first, 1 / p) * power(prescale.second, 1 / p)
     largest = largest[..., 0, 0]
     residual = torch.where(largest.isfinite(), torch.where(largest == 0, 0, residual), torch.inf)
     return torch.where(regular, X, 0), residual
@@ -123,8 +123,8 @@ def spectral_bound(A: Tensor) -> Tensor:
         return A.new_zeros(A.shape[:-2])
     largest = largest_entry(A)
     regular = largest.isfinite()
-    scale = inverse_power_of_two(torch.where(regular, largest, 0))
-    bound = scale.divide(_bound(symmetrize(scale.times(torch.where(regular, A, 0))))[..., None, None])
+    prescale = inverse_power_of_two(torch.where(regular, largest, 0))
+    bound = prescale.divide(_bound(symmetrize(prescale.times(torch.where(regular, A, 0))))[..., None, None])
     return torch.where(regular, bound, torch.inf)[..., 0, 0]
 
 

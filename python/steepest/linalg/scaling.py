@@ -76,17 +76,17 @@ def prescaled(x: Tensor, dtype: torch.dtype) -> Tensor:
     half = x if x.dtype == torch.float16 else narrowed(x, torch.float16)
     # fp32 holds the squares, and torch reads fp16 into it without a copy.
     norm = torch.linalg.vector_norm(half, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    scale = inverse_power_of_two(norm / math.sqrt(min(x.shape[-2:])))
-    return _scaled(half, scale, _like(x, dtype) if half is x else half)
+    prescale = inverse_power_of_two(norm / math.sqrt(min(x.shape[-2:])))
+    return _scaled(half, prescale, _like(x, dtype) if half is x else half)
 
 
 def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _scaled(x: Tensor, scale: PowerOfTwo, out: Tensor) -> Tensor:
-    """``scale x`` into ``out``, which may be x."""
-    first, second = (factor.flatten() for factor in scale)
+def _scaled(x: Tensor, prescale: PowerOfTwo, out: Tensor) -> Tensor:
+    """``prescale x`` into ``out``, which may be x."""
+    first, second = (factor.flatten() for factor in prescale)
     if x.dtype == torch.float16:  # for whose range one number is enough
         return times(x, first * second, out=out)
     return times(times(x, first, out=out), second, out=out)

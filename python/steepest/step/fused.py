@@ -94,7 +94,7 @@ class Fused:
         for p, flag in zip(parameters, self.table.column("finite").unbind(), strict=True):
             p.flag = flag
         measuring = [p for p in self._by_torch.values() if p.recipe.measures_gradients]
-        self._learning = list(self._shared(measuring)) if self._ranks else []
+        self._measuring = list(self._shared(measuring)) if self._ranks else []
         self._watched = [p.momentum for p in parameters if p.input_dtype is torch.float16]
         self._versions: list[int] = []
         self._rows = {group: self._span(group) for group in set(self._group_of)}
@@ -232,7 +232,7 @@ class Fused:
 
     def observe(self) -> None:
         self._present = self._new_batches(self._waiting) if self._waiting else self._batches
-        for shared in self._learning:
+        for shared in self._measuring:
             shared.receive_gradients()
         update_factors([item for item in self._matrices if item.phase.before])
         for p in self._by_torch.values():

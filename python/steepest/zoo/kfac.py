@@ -166,18 +166,18 @@ class KFAC(KroneckerOptimizer):
                 state[key].div_(dist.get_world_size(self._ranks))
 
     def _fold(self, p: Tensor, group: Group, batch: _Batch, scaling: Scaling) -> None:
-        scale: Number = batch.rows if group["loss_scale"] == "sum" else number(group["loss_scale"])
+        loss_scale: Number = batch.rows if group["loss_scale"] == "sum" else number(group["loss_scale"])
         if scaling.grad_scale is not None:
-            scale = scaling.grad_scale.to(p.device, torch.float64).reshape(()) * scale
+            loss_scale = scaling.grad_scale.to(p.device, torch.float64).reshape(()) * loss_scale
         elif self._scaler is not None and group["loss_scale"] != self._scaler.get_scale():
-            scale = self._scaler.get_scale() * scale  # the hooks saw what unscale_ has divided since
+            loss_scale = self._scaler.get_scale() * loss_scale  # the hooks saw what unscale_ has divided since
         if PASSES not in self.state[p]:
             self.init_state_of(p, group)
             self.state[p][PASSES] = torch.zeros((), dtype=torch.float64, device=p.device)
         state = self.state[p]
         passes, uses = state[PASSES], max(1, batch.uses)
         # d is that of the loss's mean over all rows, times the scale.
-        outputs = batch.outputs / scale * (batch.rows**2 / uses) / scale
+        outputs = batch.outputs / loss_scale * (batch.rows**2 / uses) / loss_scale
         # A product is symmetric up to rounding, and which refresh takes a factor must not depend on that.
         both = (symmetrize(outputs), symmetrize(batch.inputs / uses))
         products = [t.to(state[key].dtype) for t, key in zip(both, FACTORS, strict=True)]
