@@ -21,10 +21,14 @@ HEAD_DEPTH = 4
 TOP_LEVEL_HEADS = ("fc", "output", "decoder")
 #: Matched with the end of the module's path: BERT's map to the vocabulary, and its next sentence.
 HEAD_PATHS = ("predictions.decoder", "seq_relationship")
-#: Classes of whole networks, and their last layer, which keeps its role inside of another model.
+#: Classes of whole networks and of Ultralytics' detectors, and their last layers, which keep their role inside of another
+#: model: patterns of the names of modules in them.
 HEADS_OF_CLASSES = {
     **dict.fromkeys(("ResNet", "GoogLeNet", "Inception3", "ShuffleNetV2", "RegNet", "Xception"), ("fc",)),
     "DenseNet": ("classifier",),
+    "Classify": ("linear",),
+    "Detect": ("cv?.*.2", "one2one_cv?.*.2"),
+    "RTDETRDecoder": ("dec_score_head.*", "enc_bbox_head.layers.2", "dec_bbox_head.*.layers.2"),
 }
 #: Classes that are heads as a whole: torch's, and the loss of speaker verification.
 HEAD_CLASSES = frozenset({"AdaptiveLogSoftmaxWithLoss", "AMSoftmaxLoss"})

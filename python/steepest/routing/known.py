@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
@@ -75,9 +76,10 @@ def _said(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
         is_table = not is_a(part, nn.Linear, _ConvNd) and not list(part.children())
         if part is not module and is_table:
             yield part, "embedding", f"get_input_embeddings of {name}"
-    for child in next((HEADS_OF_CLASSES[each] for each in class_names(module) if each in HEADS_OF_CLASSES), ()):
-        for part in _modules(getattr(module, child, None)):
-            yield part, "head", f"{child} of {name}"
+    for pattern in next((HEADS_OF_CLASSES[each] for each in class_names(module) if each in HEADS_OF_CLASSES), ()):
+        for path, part in module.named_modules():
+            if fnmatchcase(path, pattern):
+                yield part, "head", f"{path} of {name}"
 
 
 def _result_of(module: nn.Module, method: str) -> Any:
