@@ -11,14 +11,14 @@ from torch import Tensor
 
 pytest.importorskip("ultralytics", reason="ultralytics is not installed (make test-trainers)")
 
-import torchvision  # noqa: E402
-from PIL import Image  # noqa: E402
-from ultralytics import YOLO  # noqa: E402
-from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
-from ultralytics.nn import tasks  # noqa: E402
+import torchvision
+from PIL import Image
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn import tasks
 
-import steepest  # noqa: E402
-from steepest.routing import route  # noqa: E402
+import steepest
+from steepest.routing import route
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -62,19 +62,19 @@ def test_a_run_is_stopped_and_resumed(name: str, data: Path, monkeypatch: pytest
         def build_optimizer(self, model: Any, name_: str = "auto", lr: float = 0.001, **values: Any) -> Any:
             return getattr(steepest, name)(model, lr=lr, weight_decay=values["decay"])
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(trainer: Any) -> None:
         if trainer.epoch == 1:
-            raise Stopped
+            raise StoppedError
 
     monkeypatch.chdir(data.parent)
     options: dict[str, Any] = {"imgsz": 64, "batch": 4, "device": "cpu", "workers": 0, "plots": False, "amp": False}
     model = YOLO("yolo11n.yaml")
     start = {key: p.detach().clone() for key, p in model.model.named_parameters()}
     model.add_callback("on_model_save", stop)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         model.train(
             trainer=Trainer, data=str(data), epochs=3, project=str(data.parent), name="run", lr0=0.01, **options
         )

@@ -21,8 +21,8 @@ HEAD_DEPTH = 4
 TOP_LEVEL_HEADS = ("fc", "output", "decoder")
 #: Matched with the end of the module's path: BERT's map to the vocabulary, and its next sentence.
 HEAD_PATHS = ("predictions.decoder", "seq_relationship")
-#: Classes of whole networks and of Ultralytics' detectors, and their last layers, which keep their role inside of another
-#: model: patterns of the names of modules in them.
+#: Classes of whole networks and of Ultralytics' detectors, and their last layers, which keep their role inside of
+#: another model: patterns of the names of modules in them.
 HEADS_OF_CLASSES = {
     **dict.fromkeys(("ResNet", "GoogLeNet", "Inception3", "ShuffleNetV2", "RegNet", "Xception"), ("fc",)),
     "DenseNet": ("classifier",),
