@@ -340,6 +340,35 @@ def test_the_ratio_of_a_transposed_convolution_is_that_of_outputs_by_inputs() ->
     assert "ConvTranspose2d read as (16, 64), transposed" in steepest.Muon(model).describe()
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "rule"),
+    [
+        ("model.embed_tokens.trainable_tokens_delta.default", (2, 32), "adamw"),
+        ("lm_head.trainable_tokens_delta.default", (2, 32), "adamw"),
+        ("layers.0.q_proj.c3a_kernel.default", (4, 4, 8), "adamw"),
+        ("layers.0.q_proj.randlora_lambda.default", (4, 8), "adamw"),
+        ("layers.0.q_proj.randlora_gamma.default", (8, 32), "adamw"),
+        ("layers.0.q_proj.hada_w1_a.default", (32, 4), "matrix"),
+        ("layers.0.q_proj.lora_A.default", (4, 32), "matrix"),
+    ],
+)
+def test_parts_of_adapters_by_their_names(name: str, shape: tuple[int, ...], rule: str) -> None:
+    assert rules({name: nn.Parameter(torch.zeros(shape))}) == {name: rule}
+
+
+def test_angles_of_rotations_are_no_matrices() -> None:
+    class OFTRotationModule(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 6))
+
+    assert rules(Around(q_proj=nn.Linear(8, 8), oft_R=nn.ModuleDict({"default": OFTRotationModule()}))) == {
+        "q_proj.weight": "matrix",
+        "q_proj.bias": "adamw",
+        "oft_R.default.weight": "adamw",
+    }
+
+
 @pytest.mark.parametrize("make", [parametrizations.weight_norm, parametrizations.spectral_norm], ids=name_of)
 def test_a_parametrized_weight_lies_as_its_layer_stores_it(make: Any) -> None:
     transposed = make(nn.ConvTranspose1d(4, 6, 3, groups=2))

@@ -52,18 +52,20 @@ PROJECTION_WORDS = frozenset({"pos", "rel"})
 #: Words of a parameter's own name which say that it is added, one number an output; of stacked biases too: GPT-OSS's
 #: gate_up_proj_bias, LeViT's attention_biases, those of a stacked ensemble; Dinat's rpb, of relative positions.
 BIAS_WORDS = frozenset({"bias", "biases", "rpb"})
-#: Own names of tables that multiply element by element: state space models, RWKV, gains.
+#: Own names of tables that multiply element by element: state space models, RWKV, gains; PEFT's circulants, diagonals.
 ELEMENTWISE = (
     *("a_log", "a_logs", "time_decay*", "time_first", "time_faaaa", "time_mix*", "time_maa*", "layer_scale*"),
     *("gamma", "gammas", "gain", "gains", "scale", "scales", "*_scale"),
+    *("c3a_kernel", "randlora_lambda", "randlora_gamma"),
 )
 #: Classes and own names of theirs that are such tables, and elsewhere matrices, as AION's alpha; kernels that are mixed
-#: for every sample, a row each, and those of a depthwise convolution, a column each.
+#: for every sample, a row each, those of a depthwise convolution, a column each, and PEFT's angles of rotations.
 ELEMENTWISE_OF_CLASSES = {
     "EfficientViMBlock": ("alpha",),
     "ZambaMambaMixer": ("d",),
     "CondConv2d": ("weight",),
     "Inkling2DynamicShortConvolution": ("static_weight",),
+    "OFTRotationModule": ("weight",),
 }
 #: Words of a module's name which say normalization, of one that is no linear map or convolution.
 NORM_WORDS = frozenset({"norm", "norms", "ln", "bn", "layernorm", "rmsnorm", "batchnorm", "groupnorm"})
@@ -88,7 +90,8 @@ WRAPPERS = frozenset(
 )
 #: Components after which the name of a PEFT adapter follows; the first stand for their layer, the others are parts.
 ADAPTED = {"modules_to_save": True, "lora_a": False, "lora_b": False, "lora_embedding_a": False}
-ADAPTED |= {"lora_embedding_b": False, "lora_magnitude_vector": False}
+ADAPTED |= {"lora_embedding_b": False, "lora_magnitude_vector": False, "trainable_tokens_delta": False}
+ADAPTED |= {"c3a_kernel": False, "randlora_lambda": False, "randlora_gamma": False}
 
 #: Fused projections by the name of their module, or their own: what they hold, one under the other.
 FUSED = {
