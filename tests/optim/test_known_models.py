@@ -369,6 +369,40 @@ def test_angles_of_rotations_are_no_matrices() -> None:
     }
 
 
+class EinMix(nn.Module):
+    """As that of einops: the pattern says what the axes of the weight are."""
+
+    def __init__(self, pattern: str, weight_shape: str, **lengths: int) -> None:
+        super().__init__()
+        self.pattern, self.weight_shape = pattern, weight_shape
+        self.weight = nn.Parameter(torch.zeros(*map(lengths.__getitem__, weight_shape.split())))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "axes", "read"),
+    [
+        ("b t c -> b t d", "c d", (1, 6, 4)),
+        ("b t c -> b t d", "d c", (1, 6, 4)),
+        ("b t c -> b s c", "t s", (1, 7, 5)),
+        ("b (h c) -> b h d", "h c d", (2, 6, 4)),
+        ("b (h c) -> b h d", "h d c", (2, 6, 4)),
+        ("b t c -> b (d s)", "t d s", (1, 42, 5)),
+        ("b (h c) -> b d", "d h c", (1, 6, 8)),
+    ],
+)
+def test_the_pattern_of_an_einsum_says_what_is_an_output(pattern: str, axes: str, read: tuple[int, int, int]) -> None:
+    layer = EinMix(pattern, axes, h=2, c=4, t=5, d=6, s=7)
+    (r,) = route(layer)
+    (piece,) = pieces(layer.weight.shape, **r.values)
+    assert piece.shape == read
+    steepest.Muon(layer)
+
+
+def test_an_einsum_without_such_a_view_is_read_as_it_lies() -> None:
+    (r,) = route(EinMix("b t c -> b d s", "d s c t", c=4, t=5, d=6, s=7))
+    assert r.reason == "EinMix read as (6, 140)"
+
+
 @pytest.mark.parametrize("make", [parametrizations.weight_norm, parametrizations.spectral_norm], ids=name_of)
 def test_a_parametrized_weight_lies_as_its_layer_stores_it(make: Any) -> None:
     transposed = make(nn.ConvTranspose1d(4, 6, 3, groups=2))

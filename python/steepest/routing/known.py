@@ -38,11 +38,12 @@ def class_names(module: nn.Module) -> tuple[str, ...]:
     """The class of a module and those it derives from: parametrizations and FSDP2 put one of theirs before its own."""
     if isinstance(module, torch.jit.ScriptModule):
         return (class_name(module),)
-    return _names_of(type(module))
+    kind: Any = type(module)
+    return _names_of(kind)
 
 
 @lru_cache(maxsize=1024)
-def _names_of(kind: type[nn.Module]) -> tuple[str, ...]:
+def _names_of(kind: type[Any]) -> tuple[str, ...]:
     return tuple(cls.__name__ for cls in kind.__mro__)
 
 

@@ -54,6 +54,7 @@ from .architectures import (
     TRANSPOSED_NAMES,
     TRANSPOSED_OF_CLASSES,
 )
+from .einsums import einmix_layout
 from .known import class_name, class_names, is_a
 from .places import Place
 
@@ -85,6 +86,8 @@ def layout(place: Place) -> dict[str, Any]:
         groups = _number(place, "groups")
         groups = groups if shape[0] % groups == 0 else 1
         return _one_under_the_other(groups, _is_transposed_conv(place))
+    if place.module is not None and "EinMix" in _classes(place) and (axes := einmix_layout(place.module)) is not None:
+        return axes
     for name in _classes(place):
         if name in GROUPED:
             return _one_under_the_other(_number(place, GROUPED[name]), _is_transposed(place))
