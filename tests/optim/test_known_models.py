@@ -369,6 +369,23 @@ def test_angles_of_rotations_are_no_matrices() -> None:
     }
 
 
+def test_the_last_layers_of_a_detector_are_heads_and_those_before_are_matrices() -> None:
+    class Detect(Around):
+        pass
+
+    class Segment(Detect):
+        pass
+
+    def branch() -> nn.Module:
+        return nn.ModuleList([nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))])
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Segment(cv2=branch(), cv3=branch(), one2one_cv3=branch()))
+    found = {name: rule for name, rule in rules(model).items() if name.endswith("weight")}
+    heads = {f"1.{name}.0.2.weight" for name in ("cv2", "cv3", "one2one_cv3")}
+    assert {name for name, rule in found.items() if rule == "adamw"} == heads
+    assert len(found) == 10
+
+
 class EinMix(nn.Module):
     """As that of einops: the pattern says what the axes of the weight are."""
 
