@@ -67,13 +67,13 @@ $(integrations)/.ready: $(VENV)/.built pyproject.toml
 	echo "$(abspath python)" > "$$($(integrations)/bin/python -c 'import site; print(site.getsitepackages()[0])')/steepest.pth"
 	touch $@
 
-# TorchTune, axolotl, LLaMA-Factory and TRL, each with the versions of other packages that it wants and on top of those above.
-# Not among what must pass: they download for minutes.
-trainers := torchtune axolotl llamafactory trl
+# TorchTune, axolotl, LLaMA-Factory, TRL and Ultralytics, each with the versions of other packages that it wants and on top
+# of those above. Not among what must pass: they download for minutes.
+trainers := torchtune axolotl llamafactory trl ultralytics
 test-trainers: $(trainers:%=build/trainers/%/.ready)
-	@echo "== The tests with TorchTune, axolotl, LLaMA-Factory and TRL: 2 minutes on two cores"
-	for name in $(trainers); do HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 build/trainers/$$name/bin/python -m pytest \
-	    tests/integrations/test_$$name.py tests/integrations/test_pages.py -k $$name $(ARGS) || exit; done
+	@echo "== The tests with $(trainers): 3 minutes on two cores"
+	for name in $(trainers); do HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 YOLO_OFFLINE=1 YOLO_AUTOINSTALL=0 \
+	    build/trainers/$$name/bin/python -m pytest tests/integrations/test_$$name.py tests/integrations/test_pages.py -k $$name $(ARGS) || exit; done
 
 build/trainers/%/.ready: $(integrations)/.ready
 	@echo "== $*, into $(@D): downloads"

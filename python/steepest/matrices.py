@@ -14,6 +14,12 @@ counts rows: splits, heads, and the shape's ratio of the learning rate.
 
     (64, 3 * 64), split_sizes=(64, 64, 64), transposed   three pieces, each 1 matrix   64 x 64
 
+A transposed convolution stores (in, out, *kernel) and sends every input to out * kernel outputs: `transposed` reads it
+as (out * kernel) x in. Groups are heads along its columns.
+
+    (16, 8, 2, 2), transposed                            one piece of 1 matrix         32 x 16
+    (16, 8, 2, 2), transposed, num_heads=2, split_columns  one piece of 2 matrices     32 x 8
+
 Some layers store q, k and v group by group, as GPT-NeoX each head's and Megatron those of each key head: `interleaved`
 is the number of groups. Every split has as many rows in each, and its matrix is all of them, one below the other.
 
@@ -44,9 +50,10 @@ LAYOUT_KEYS = ("split_sizes", "num_heads", "batch_dims", "transposed", "split_co
 class Piece:
     """Rows [start, start + length) of dimension `dim`, read as `batch` matrices of `rows` x `cols`.
 
-    transposed: rows are what the tensor has as columns, so that `dim` is the last one.   by_columns: [start, start +
-    length) are columns, and `dim` is theirs.   groups, stride: its rows are length / groups ones from start on, as many
-    from start + stride on, and so on, so that the view has a dimension more. `dim` then has groups * stride or more.
+    transposed: rows are what the tensor has as columns, so that `dim` is the one after those.   by_columns: [start,
+    start + length) are columns, and `dim` is theirs, as in every transposed convolution.   groups, stride: its rows are
+    length / groups ones from start on, as many from start + stride on, and so on, so that the view has a dimension
+    more. `dim` then has groups * stride or more.
 
     `piece.view(t).reshape(piece.shape)` are the matrices; `d.reshape(piece.view(t).shape)` goes back.
     The pieces of one parameter are disjoint and cover it.
@@ -76,7 +83,9 @@ class Piece:
 
     @property
     def row_dim(self) -> int:
-        """The dimension along which rows follow one another, the first of a matrix; columns follow along `col_dim`."""
+        """The dimension along which rows follow one another; columns follow along `col_dim`. Those of a kernel come
+        after both, and belong to the columns, or to the rows of what is transposed.
+        """
         return self.batch_dims + self.transposed
 
     @property
@@ -111,8 +120,10 @@ class Piece:
         if self.groups > 1:
             return self._view_of_groups(t)
         part = t.narrow(self.dim, self.start, self.length) if t.ndim else t
-        part = part.mT if self.transposed else part
-        return part.unflatten(-1, (self.heads, self.cols)).movedim(-2, -3) if self.by_columns else part
+        part = part.movedim(self.batch_dims, -1) if self.transposed else part
+        if not self.by_columns:
+            return part
+        return part.unflatten(-1, (self.heads, self.cols)).movedim(-2, self.batch_dims)
 
     def _view_of_groups(self, t: Tensor) -> Tensor:
         rows = t.mT if self.transposed else t
@@ -137,9 +148,9 @@ def pieces(
     shape: at least `batch_dims + 2` dimensions.
     split_sizes: rows of each piece along dimension `batch_dims`; they sum to `shape[batch_dims]`. None: one piece.
     transposed: the matrices lie as cols x rows, so that splits and heads are along the last dimension, which is
-        `batch_dims + 1`.
+        `batch_dims + 1`; of a transposed convolution they are along its inputs, with split_columns.
     num_heads: heads in each piece, one number for all or one per split (grouped-query attention: (32, 8, 8)).
-    split_columns: splits and heads are along the columns, of a parameter that is no convolution.
+    split_columns: splits and heads are along the columns, of a parameter that is no convolution but a transposed one.
     interleaved: the groups of rows that each hold an equal part of every split, one below the other; heads are counted
         in the rows of a split as they are gathered. Not with split_columns.
     Raises TypeError or ValueError that names the values. Cached: cheap enough to call in every step.
@@ -161,10 +172,13 @@ def _pieces(
     split_columns: bool,
     interleaved: int,
 ) -> tuple[Piece, ...]:
-    _check_dimensions(shape, batch_dims, "transposed" if transposed else "split_columns" if split_columns else None)
+    _check_dimensions(shape, batch_dims, split_columns and not transposed)
     batch, rows, cols = math.prod(shape[:batch_dims]), shape[batch_dims], math.prod(shape[batch_dims + 1 :])
     if transposed:
         rows, cols = cols, rows
+        if len(shape) > batch_dims + 2 and not split_columns:
+            _check_transposed_convolution(shape, splits, heads)
+            split_columns = True
     dim, along = batch_dims + (transposed != split_columns), cols if split_columns else rows
     lengths = _lengths(shape, splits, dim, along)
     _check_groups(interleaved, splits, split_columns)
@@ -187,8 +201,7 @@ def _integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _check_dimensions(shape: tuple[int, ...], batch_dims: int, option: str | None) -> None:
-    """option: one that a convolution cannot have."""
+def _check_dimensions(shape: tuple[int, ...], batch_dims: int, split_columns: bool) -> None:
     if not isinstance(batch_dims, int) or batch_dims < 0:
         raise ValueError(f"batch_dims must be an integer >= 0 but is: {batch_dims!r}")
     if len(shape) < batch_dims + 2:
@@ -196,10 +209,21 @@ def _check_dimensions(shape: tuple[int, ...], batch_dims: int, option: str | Non
             f"shape {shape} has {len(shape)} dimensions, but a matrix needs {batch_dims + 2} "
             f"with batch_dims={batch_dims}: send the parameter to AdamW, or lower batch_dims"
         )
-    if option is not None and len(shape) > batch_dims + 2:
+    if split_columns and len(shape) > batch_dims + 2:
         raise ValueError(
-            f"shape {shape} has {len(shape)} dimensions, of which {option}=True takes {batch_dims + 2} with "
-            f"batch_dims={batch_dims}: it is not for a convolution"
+            f"shape {shape} has {len(shape)} dimensions, of which split_columns=True takes {batch_dims + 2} with "
+            f"batch_dims={batch_dims}: it is not for a convolution, unless for a transposed one (transposed=True)"
+        )
+
+
+def _check_transposed_convolution(
+    shape: tuple[int, ...], splits: tuple[int, ...] | None, heads: int | tuple[int, ...]
+) -> None:
+    if splits is not None or heads not in (1, (1,)):
+        option = f"num_heads={heads}" if splits is None else f"split_sizes={splits}"
+        raise ValueError(
+            f"{option} would cut the kernels of shape {shape}, a transposed convolution with transposed=True; its "
+            "splits and heads go along its inputs: say split_columns=True as well, or batch_dims=1 for a stack"
         )
 
 

@@ -53,6 +53,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "uneven experts": ((3, 4, 6), {"batch_dims": 1}),
     "experts with heads": ((4, 8, 3), {"batch_dims": 1, "split_sizes": (4, 4), "num_heads": 2}),
     "convolution": ((6, 4, 3), {"batch_dims": 0}),
+    "transposed convolution": ((7, 4, 2), {"batch_dims": 0, "transposed": True}),
+    "transposed convolution of groups": ((8, 3, 2, 2), {"transposed": True, "num_heads": 2, "split_columns": True}),
     "empty": ((0, 4), {}),
 }
 VECTORS = ((9,), (1,), (5, 3), ())

@@ -78,6 +78,9 @@ LAYOUTS = [
     ((4, 20, 6), {"batch_dims": 1, "split_sizes": (10, 10), "interleaved": 5}),
     ((4, 6, 20), {"batch_dims": 1, "split_sizes": (15, 5), "interleaved": 5, "num_heads": 5, "transposed": True}),
     ((24, 3, 2), {"split_sizes": (16, 8), "interleaved": 8}),
+    ((10, 6, 2, 3), {"transposed": True}),
+    ((12, 5, 3), {"transposed": True, "num_heads": 3, "split_columns": True}),
+    ((2, 12, 4, 3, 2), {"batch_dims": 1, "transposed": True, "split_sizes": (8, 4), "split_columns": True}),
 ]
 CUTS = [
     ((4,), [Shard(0)]),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 PAGES = sorted((Path(__file__).parents[2] / "docs" / "integrations").glob("*.md"))
-TRAINERS = ("axolotl", "llamafactory", "torchtune")
+TRAINERS = ("axolotl", "llamafactory", "torchtune", "ultralytics")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

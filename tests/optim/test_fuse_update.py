@@ -118,3 +118,25 @@ def test_where_layers_wait_the_update_goes_by_itself(cls: Any) -> None:
     off, _ = run(cls)
     on, _ = run(cls, fuse_update=True)
     assert all(torch.equal(a, b) for a, b in zip(off, on, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape, layout",
+    [
+        ((12, 8), {"transposed": True}),
+        ((12, 8), {"transposed": True, "num_heads": 2, "split_columns": True}),
+        ((8, 6, 2, 2), {"transposed": True}),
+    ],
+)
+def test_weights_that_lie_by_columns_move_as_ever(shape: tuple[int, ...], layout: dict[str, Any]) -> None:
+    def moved(fuse_update: bool) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        p = nn.Parameter(torch.randn(shape, generator=generator))
+        groups = [{"params": [p], "use_muon": True, **layout}]
+        optimizer = steepest.Muon(groups, lr=0.1, polar="auto", backend="cpu", fuse_update=fuse_update)
+        for _ in range(2):
+            p.grad = torch.randn(shape, generator=generator)
+            optimizer.step()
+        return p.detach()
+
+    assert torch.equal(moved(True), moved(False))

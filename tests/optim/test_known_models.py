@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import parametrizations
 
 import steepest
 from steepest.matrices import pieces
 from steepest.routing import fused_layouts, param_groups, route
+from support.training import name_of
 
 
 def rules(params: Any) -> dict[str, str]:
@@ -285,8 +288,199 @@ def test_splits_and_heads_of_a_transposed_weight_are_columns() -> None:
         assert a.shape == b.shape
         assert torch.equal(a.view(w).reshape(a.shape), b.view(w.mT.contiguous()).reshape(b.shape))
         assert a.view(w).data_ptr() == w[:, a.start :].data_ptr()
-    with pytest.raises(ValueError, match="transposed=True takes 2 with batch_dims=0: it is not for a convolution"):
-        pieces((4, 6, 3), transposed=True)
+
+
+def test_a_transposed_convolution_is_the_map_of_a_pixel_to_the_patch_that_it_makes() -> None:
+    """Where stride and kernel agree, patches do not overlap, and the layer is a linear map of every pixel."""
+    for groups in (1, 2):
+        layer = nn.ConvTranspose2d(4, 6, (3, 2), stride=(3, 2), groups=groups, bias=False)
+        (r,) = route(layer)
+        (piece,) = pieces(layer.weight.shape, **r.values)
+        matrices = piece.view(layer.weight).reshape(piece.shape)
+        x = torch.randn(1, 4, 5, 7)
+        pixels = x.unflatten(1, (groups, -1)).flatten(3)  # (1, groups, in, 35)
+        patches = (matrices @ pixels).unflatten(2, (-1, 6)).unflatten(-1, (5, 7))
+        patches = patches.unflatten(3, (3, 2)).permute(0, 1, 2, 5, 3, 6, 4).reshape(1, 6, 15, 14)
+        torch.testing.assert_close(layer(x), patches)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("shape, groups", [((4, 6, 2, 2), 1), ((4, 3, 2, 2), 2), ((6, 4, 3), 1), ((4, 3, 2, 2, 2), 2)])
+@pytest.mark.parametrize(
+    "cls", [steepest.Muon, steepest.MuAdam, steepest.NorMuon, steepest.OneSidedShampoo, steepest.Dion2], ids=name_of
+)
+def test_a_transposed_convolution_steps_as_the_matrices_it_is_read_as(
+    cls: Any, shape: tuple[int, ...], groups: int, backend: str
+) -> None:
+    def matrices(t: Tensor) -> Tensor:
+        return t.reshape(groups, shape[0] // groups, -1).mT.contiguous()
+
+    torch.manual_seed(0)
+    module = {3: nn.ConvTranspose1d, 4: nn.ConvTranspose2d, 5: nn.ConvTranspose3d}[len(shape)]
+    layer = module(shape[0], shape[1] * groups, shape[2:], groups=groups, bias=False)
+    memory = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape), torch.contiguous_format)
+    layer = layer.to(memory_format=memory) if groups > 1 else layer
+    plain = nn.Parameter(matrices(layer.weight.detach()))
+    first = cls(layer, lr=0.1, backend=backend)
+    second = cls([{"params": [plain], "use_muon": True, "batch_dims": 1}], lr=0.1, backend=backend)
+    for _ in range(3):
+        layer.weight.grad = torch.randn(shape).to(memory_format=memory)
+        plain.grad = matrices(layer.weight.grad)
+        first.step()
+        second.step()
+    torch.testing.assert_close(matrices(layer.weight.detach()), plain.detach(), rtol=1e-4, atol=1e-5)
+    first.load_state_dict(first.state_dict())
+
+
+def test_the_ratio_of_a_transposed_convolution_is_that_of_outputs_by_inputs() -> None:
+    model = Around(up=nn.ConvTranspose2d(4, 4, 2, 2), wide=nn.ConvTranspose2d(64, 4, 2, 2), last=nn.Linear(4, 4))
+    rows = [line.split() for line in steepest.Muon(model, lr=1.0).describe().splitlines()]
+    rates = {row[0]: row[-2] for row in rows if row[0].endswith("weight")}
+    assert (rates["up.weight"], rates["wide.weight"]) == ("2", "1")
+    assert "ConvTranspose2d read as (16, 64), transposed" in steepest.Muon(model).describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "rule"),
+    [
+        ("model.embed_tokens.trainable_tokens_delta.default", (2, 32), "adamw"),
+        ("lm_head.trainable_tokens_delta.default", (2, 32), "adamw"),
+        ("layers.0.q_proj.c3a_kernel.default", (4, 4, 8), "adamw"),
+        ("layers.0.q_proj.randlora_lambda.default", (4, 8), "adamw"),
+        ("layers.0.q_proj.randlora_gamma.default", (8, 32), "adamw"),
+        ("layers.0.q_proj.hada_w1_a.default", (32, 4), "matrix"),
+        ("layers.0.q_proj.lora_A.default", (4, 32), "matrix"),
+    ],
+)
+def test_parts_of_adapters_by_their_names(name: str, shape: tuple[int, ...], rule: str) -> None:
+    assert rules({name: nn.Parameter(torch.zeros(shape))}) == {name: rule}
+
+
+def test_angles_of_rotations_are_no_matrices() -> None:
+    class OFTRotationModule(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 6))
+
+    assert rules(Around(q_proj=nn.Linear(8, 8), oft_R=nn.ModuleDict({"default": OFTRotationModule()}))) == {
+        "q_proj.weight": "matrix",
+        "q_proj.bias": "adamw",
+        "oft_R.default.weight": "adamw",
+    }
+
+
+def test_the_last_layers_of_a_detector_are_heads_and_those_before_are_matrices() -> None:
+    class Detect(Around):
+        pass
+
+    class Segment(Detect):
+        pass
+
+    def branch() -> nn.Module:
+        return nn.ModuleList([nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))])
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Segment(cv2=branch(), cv3=branch(), one2one_cv3=branch()))
+    found = {name: rule for name, rule in rules(model).items() if name.endswith("weight")}
+    heads = {f"1.{name}.0.2.weight" for name in ("cv2", "cv3", "one2one_cv3")}
+    assert {name for name, rule in found.items() if rule == "adamw"} == heads
+    assert len(found) == 10
+
+
+class EinMix(nn.Module):
+    """As that of einops: the pattern says what the axes of the weight are."""
+
+    def __init__(self, pattern: str, weight_shape: str, **lengths: int) -> None:
+        super().__init__()
+        self.pattern, self.weight_shape = pattern, weight_shape
+        self.weight = nn.Parameter(torch.zeros(*map(lengths.__getitem__, weight_shape.split())))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "axes", "read"),
+    [
+        ("b t c -> b t d", "c d", (1, 6, 4)),
+        ("b t c -> b t d", "d c", (1, 6, 4)),
+        ("b t c -> b s c", "t s", (1, 7, 5)),
+        ("b (h c) -> b h d", "h c d", (2, 6, 4)),
+        ("b (h c) -> b h d", "h d c", (2, 6, 4)),
+        ("b t c -> b (d s)", "t d s", (1, 42, 5)),
+        ("b (h c) -> b d", "d h c", (1, 6, 8)),
+    ],
+)
+def test_the_pattern_of_an_einsum_says_what_is_an_output(pattern: str, axes: str, read: tuple[int, int, int]) -> None:
+    layer = EinMix(pattern, axes, h=2, c=4, t=5, d=6, s=7)
+    (r,) = route(layer)
+    (piece,) = pieces(layer.weight.shape, **r.values)
+    assert piece.shape == read
+    steepest.Muon(layer)
+
+
+def test_an_einsum_without_such_a_view_is_read_as_it_lies() -> None:
+    (r,) = route(EinMix("b t c -> b d s", "d s c t", c=4, t=5, d=6, s=7))
+    assert r.reason == "EinMix read as (6, 140)"
+
+
+@pytest.mark.parametrize("make", [parametrizations.weight_norm, parametrizations.spectral_norm], ids=name_of)
+def test_a_parametrized_weight_lies_as_its_layer_stores_it(make: Any) -> None:
+    transposed = make(nn.ConvTranspose1d(4, 6, 3, groups=2))
+    found = {r.name: r for r in route(Around(up=transposed, gpt=make(Conv1D(4, 8))))}
+    values = {name: dict(r.values) for name, r in found.items() if r.rule == "matrix"}
+    weight = "original1" if make is parametrizations.weight_norm else "original"
+    assert values == {
+        f"up.parametrizations.weight.{weight}": {"transposed": True, "num_heads": 2, "split_columns": True},
+        f"gpt.parametrizations.weight.{weight}": {"transposed": True},
+    }
+
+
+def test_a_class_that_derives_from_a_known_one_is_known() -> None:
+    class Mine(Conv1D):
+        pass
+
+    fully_sharded = type("FSDPConv1D", (FSDPModule, Conv1D), {})  # as fully_shard makes it
+    layer = Conv1D(4, 8)
+    layer.__class__ = fully_sharded
+    for module in (Mine(4, 8), layer):
+        assert [dict(r.values) for r in route(Around(up=module))] == [{"transposed": True}]
+
+
+def test_scripted_and_traced_layers_are_read_as_what_they_were() -> None:
+    layers: dict[str, nn.Module] = {
+        "conv": nn.ConvTranspose2d(4, 6, 2, groups=2),
+        "lstm": nn.LSTM(3, 4),
+        "mha": nn.MultiheadAttention(8, 2),
+        "gru": nn.GRUCell(3, 4),
+    }
+    plain = {r.name: (r.rule, dict(r.values)) for r in route(nn.ModuleDict(layers))}
+    scripted = nn.ModuleDict({name: torch.jit.script(layer) for name, layer in layers.items()})
+    assert {r.name: (r.rule, dict(r.values)) for r in route(scripted)} == plain
+    traced = torch.jit.trace(nn.Sequential(nn.Conv2d(4, 4, 2, groups=4), nn.Conv2d(4, 6, 2)), torch.randn(1, 4, 4, 4))
+    found = {r.name: r.reason for r in route(traced) if r.param.ndim > 1}
+    assert found == {"0.weight": "depthwise by its shape (4, 1, 2, 2)", "1.weight": "Conv2d read as (6, 16)"}
+
+
+def test_layers_of_torch_whose_weights_are_no_plain_matrices() -> None:
+    model = Around(
+        body=nn.Linear(4, 4),
+        bilinear=nn.Bilinear(3, 4, 5),
+        pair=nn.Bilinear(3, 4, 1),
+        softmax=nn.AdaptiveLogSoftmaxWithLoss(8, 40, [10, 20], div_value=2.0),
+    )
+    found = {r.name: (r.rule, r.reason) for r in route(model)}
+    assert found["bilinear.weight"] == ("matrix", "Bilinear read as (5, 12)")
+    assert found["pair.weight"] == ("adamw", "a vector in disguise, shape (1, 3, 4)")
+    assert found["softmax.tail.0.1.weight"] == ("adamw", "head, by AdaptiveLogSoftmaxWithLoss")
+
+
+def test_experts_one_under_the_other_of_which_one_weight_is_transposed() -> None:
+    class DbrxExpertGLU(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe_num_experts = 3
+            self.w1, self.w2 = (nn.Parameter(torch.zeros(3 * 8, 4)) for _ in range(2))
+
+    found = {r.name: r.reason for r in route(DbrxExpertGLU())}
+    assert found["w1"] == "DbrxExpertGLU read as 3 matrices (8, 4)"
+    assert found["w2"] == "DbrxExpertGLU read as 3 matrices (4, 8), transposed"
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])

@@ -395,9 +395,41 @@ def test_factors_of_another_dtype_are_taken_in_that_of_the_steps(
         second, others = both_kinds(cls, **options)
         second.load_state_dict({**saved, "state": state})
         kept = second.state[second.param_groups[0]["params"][0]][key].dtype
-        assert kept is (dtype if key == "momentum_buffer" or t.shape == params[0].shape else t.dtype)
+        elementwise = key == "momentum_buffer" or t.shape == params[0].shape
+        assert kept is (dtype if elementwise and dtype == torch.float64 else t.dtype)
         train(second, others, range(2, 4))
         assert all(p.isfinite().all() for p in others)
+
+
+@pytest.mark.parametrize("cls", [steepest.Muon, steepest.MuAdam, steepest.SOAP, steepest.NAMO, steepest.AdaMuon])
+def test_state_that_was_halved_on_the_way_is_widened(cls: type[MatrixOptimizer]) -> None:
+    """As Ultralytics stores it. The squares of small gradients are 0 in fp16, and would stay so."""
+    optimizer, params = both_kinds(cls)
+    train(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    wanted = {i: {key: t.dtype for key, t in state.items()} for i, state in saved["state"].items()}
+    halved = {
+        i: {key: t.half() if t.dtype == torch.float32 else t for key, t in state.items()}
+        for i, state in saved["state"].items()
+    }
+    second, others = both_kinds(cls)
+    second.load_state_dict({**saved, "state": halved})
+    found = second.state_dict()["state"]
+    assert {i: {key: t.dtype for key, t in state.items()} for i, state in found.items()} == wanted
+    train(second, others, range(2, 4))
+    assert all(p.isfinite().all() for p in others)
+
+
+def test_bf16_averages_of_gradients_stay_bf16_and_squares_do_not() -> None:
+    optimizer, params = both_kinds(steepest.MuAdam)
+    train(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    for key in ("momentum_buffer", "exp_avg_sq"):
+        saved["state"][0][key] = saved["state"][0][key].bfloat16()
+    second, _ = both_kinds(steepest.MuAdam)
+    second.load_state_dict(saved)
+    state = second.state_dict()["state"][0]
+    assert (state["momentum_buffer"].dtype, state["exp_avg_sq"].dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_a_factor_beyond_the_dtype_of_the_steps_is_refused() -> None:

@@ -28,6 +28,9 @@ SHAPES = [
     ((4, 12), {"split_sizes": (8, 4), "num_heads": (4, 1), "split_columns": True}, [(4, 4, 2), (1, 4, 4)]),
     ((3, 4, 10), {"batch_dims": 1, "num_heads": 2, "split_columns": True}, [(6, 4, 5)]),
     ((12, 4), {"num_heads": 3, "split_columns": True, "transposed": True}, [(3, 4, 4)]),
+    ((12, 4, 3, 2), {"transposed": True}, [(1, 24, 12)]),
+    ((12, 4, 3, 2), {"transposed": True, "num_heads": 3, "split_columns": True}, [(3, 24, 4)]),
+    ((2, 12, 4, 3), {"transposed": True, "batch_dims": 1}, [(2, 12, 12)]),
     ((24, 4), {"split_sizes": (12, 6, 6), "interleaved": 3}, [(1, 12, 4), (1, 6, 4), (1, 6, 4)]),
     (
         (2, 4, 12),
@@ -148,6 +151,8 @@ def test_traced_without_a_graph_break_or_a_warning() -> None:
         ((12, 4), {"split_sizes": (4, 8), "num_heads": (1, 2, 2)}, ValueError, "has 3 entries for 2 splits (4, 8)"),
         ((4, 12), {"num_heads": 5, "split_columns": True}, ValueError, "num_heads=5 does not divide the 12 columns"),
         ((4, 3, 2, 2), {"split_columns": True}, ValueError, "split_columns=True takes 2 with batch_dims=0: it is not"),
+        ((4, 3, 2), {"transposed": True, "num_heads": 2}, ValueError, "num_heads=2 would cut the kernels of shape"),
+        ((4, 6, 2), {"transposed": True, "split_sizes": (6, 6)}, ValueError, "split_sizes=(6, 6) would cut the kernel"),
         ((4, 12), {"split_sizes": (4,), "split_columns": True}, ValueError, "dimension 1 of shape (4, 12) is 12"),
         ((12,), {}, ValueError, "shape (12,) has 1 dimensions, but a matrix needs 2 with batch_dims=0"),
         ((2, 12), {"batch_dims": 1}, ValueError, "a matrix needs 3 with batch_dims=1"),

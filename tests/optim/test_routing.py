@@ -167,8 +167,8 @@ def test_resnet() -> None:
         (nn.Conv1d(6, 4, 3), (1, 4, 18)),
         (nn.Conv1d(1, 4, 5), (1, 4, 5)),
         (nn.Conv3d(2, 4, 3), (1, 4, 54)),
-        (nn.ConvTranspose2d(4, 6, 3), (1, 4, 54)),
-        (nn.ConvTranspose1d(4, 6, 3, groups=2), (2, 2, 9)),
+        (nn.ConvTranspose2d(4, 6, 3), (1, 54, 4)),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), (2, 9, 2)),
     ],
 )
 def test_convolutions_are_flattened_group_by_group(conv: nn.Module, shape: tuple[int, int, int]) -> None:

@@ -21,7 +21,7 @@ from ..routing.architectures import (
     QUERY_KEY_NORMS,
     ROPE_SIZES,
 )
-from ..routing.known import class_name
+from ..routing.known import class_name, class_names
 from .layers import AttentionLayer, Rows, read_projection
 
 __all__ = ["attention_layers"]
@@ -91,7 +91,9 @@ def _separate(module: nn.Module, query: nn.Module, key: nn.Module) -> AttentionL
 def _fused(module: nn.Module, projection: nn.Module, interleaved: bool) -> AttentionLayer | None:
     heads = _number(module, HEAD_COUNTS)
     groups = _number(module, KEY_VALUE_COUNTS) or heads
-    if not heads or not groups or class_name(module) in OTHER_ORDER or _outputs(projection) % (heads + 2 * groups):
+    if not heads or not groups or _outputs(projection) % (heads + 2 * groups):
+        return None
+    if not OTHER_ORDER.keys().isdisjoint(class_names(module)):
         return None
     return AttentionLayer.fused(projection, heads, groups, interleaved=interleaved)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing.architectures import TRANSPOSED
-from ..routing.known import class_name
+from ..routing.known import class_names
 
 __all__ = ["AttentionLayer", "Projection", "ProjectionRows", "Rows", "read_projection"]
 
@@ -163,7 +163,7 @@ def read_projection(name: str, projection: Projection, transposed: bool | None =
     """The parameters of a projection. name: which it is, for messages. TypeError or ValueError where it is none."""
     if isinstance(projection, nn.Module):
         tensors = [getattr(projection, leaf, None) for leaf in ("weight", "bias")]
-        transposed = class_name(projection) in TRANSPOSED if transposed is None else transposed
+        transposed = not TRANSPOSED.isdisjoint(class_names(projection)) if transposed is None else transposed
     else:
         tensors = [projection] if isinstance(projection, Tensor) else list(projection)
     given = [t for t in tensors if t is not None]

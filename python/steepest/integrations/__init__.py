@@ -2,7 +2,7 @@
 
 transformers   what `Trainer(optimizer_cls_and_kwargs=...)` takes
 timm           names for `create_optimizer_v2`
-llamafactory   its trainers of every stage make the optimizer
+llamafactory   its trainers of every stage make the optimizer, those of USE_V1 by a plugin
 axolotl        a plugin with a section of the configuration; it is imported with axolotl
 torchtitan     an `OptimizersContainer` that knows the names; it is imported with torchtitan
 configuration  names and values as files have them

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from ..optimizer import MatrixOptimizer
+from .configuration import named, values
 from .transformers import of_arguments
 
-__all__ = ["use"]
+__all__ = ["register", "use"]
 
 STAGES = ("pt", "sft", "rm", "ppo", "dpo", "kto")
 #: Other optimizers by options of its own.
@@ -38,3 +39,26 @@ def use(cls: Callable[..., MatrixOptimizer], **kwargs: Any) -> None:
 
     for stage in STAGES:
         import_module(f"llamafactory.train.{stage}.trainer").create_custom_optimizer = create  # type: ignore[attr-defined]
+
+
+def register() -> None:
+    """Makes these optimizers the plugin "steepest" of LLaMA-Factory's trainers of USE_V1=1.
+
+        register()
+        run_sft()
+
+        optim_config: {name: steepest, optimizer: MuAdam, lr: 0.002, adamw_lr: 0.0003}     in the configuration
+
+    optimizer: the name of any optimizer of this package.   The rest are its arguments; lr is that of the matrices.
+    ValueError for a section without a known name; learning_rate of the configuration does not reach a plugin.
+    """
+    plugins = import_module("llamafactory.v1.plugins.trainer_plugins.optimizer")
+    plugins.OptimizerPlugin("steepest").register()(_of_section)
+
+
+def _of_section(model: nn.Module, section: Mapping[str, Any]) -> MatrixOptimizer:
+    """The optimizer that optim_config says, of the model that is trained, sharded or not."""
+    arguments = {key: value for key, value in section.items() if key not in ("name", "optimizer")}
+    if not isinstance(section.get("optimizer"), str):
+        raise ValueError("name the optimizer, as in optim_config: {name: steepest, optimizer: MuAdam, lr: 0.002}")
+    return named(section["optimizer"])(model, **values(arguments))

@@ -97,9 +97,17 @@ def check_state(
 
 
 def in_its_dtype(key: str, value: Tensor, like: Tensor, recipe: Recipe) -> Tensor:
-    """State in the dtype that a step computes with it in; what is elementwise may be in any, and stays as it is."""
-    elementwise = recipe.layouts.get(key) == "elementwise"
-    return value if elementwise or not value.is_floating_point() else value.to(like.dtype)
+    """State in the dtype that a step computes with it in; what is elementwise may be wider, and stays as it is.
+
+    Narrower state is of what halves checkpoints, and squares of gradients vanish in it: bf16 alone stays, of averages
+    that may be of gradients in bf16.
+    """
+    if not value.is_floating_point():
+        return value
+    base, narrower = key.partition(".")[0], value.dtype.itemsize < like.dtype.itemsize
+    of_gradients = value.dtype == torch.bfloat16 and base not in recipe.nonnegative
+    stays = recipe.layouts.get(key) == "elementwise" and (of_gradients or not narrower)
+    return value if stays else value.to(like.dtype)
 
 
 def check_kept(tensors: Mapping[str, Any], what: str, kept: Mapping[str, Kept]) -> None:

@@ -100,7 +100,8 @@ class Checkpoints(Shards):
         which they differ stays what it is. A parameter whose entry is empty begins anew, as the warning says; one
         without an entry had no gradient yet. Without names the order decides, and sizes and shapes must agree.
 
-        State keeps the dtype it was saved in: torch's own loader would cast fp32 averages of bf16 parameters to bf16.
+        State keeps the dtype it was saved in, torch's own loader would cast fp32 averages of bf16 parameters to bf16;
+        what a trainer has halved on the way is widened again.
         TypeError or ValueError, with nothing changed, for another optimizer's checkpoint, for a group value that the
         constructor refuses, and for state that lacks a tensor or has one of another shape or kind, or not finite.
         """

@@ -21,11 +21,17 @@ HEAD_DEPTH = 4
 TOP_LEVEL_HEADS = ("fc", "output", "decoder")
 #: Matched with the end of the module's path: BERT's map to the vocabulary, and its next sentence.
 HEAD_PATHS = ("predictions.decoder", "seq_relationship")
-#: Classes of whole networks, and their last layer, which keeps its role inside of another model.
+#: Classes of whole networks and of Ultralytics' detectors, and their last layers, which keep their role inside of
+#: another model: patterns of the names of modules in them.
 HEADS_OF_CLASSES = {
     **dict.fromkeys(("ResNet", "GoogLeNet", "Inception3", "ShuffleNetV2", "RegNet", "Xception"), ("fc",)),
     "DenseNet": ("classifier",),
+    "Classify": ("linear",),
+    "Detect": ("cv?.*.2", "one2one_cv?.*.2"),
+    "RTDETRDecoder": ("dec_score_head.*", "enc_bbox_head.layers.2", "dec_bbox_head.*.layers.2"),
 }
+#: Classes that are heads as a whole: torch's, and the loss of speaker verification.
+HEAD_CLASSES = frozenset({"AdaptiveLogSoftmaxWithLoss", "AMSoftmaxLoss"})
 #: Matched with the parameter's own name and with the last component of its module's path; patterns not with an
 #: nn.Linear, which maps what it is given: patches, ResMLP's linear_tokens, ELECTRA's embeddings_project. embed_in is
 #: NeoX's.
@@ -39,29 +45,44 @@ TOP_LEVEL_EMBEDDINGS = ("shared",)
 #: are names of maps.
 LEARNED_INPUTS = ("query", "queries", "*_query", "*_queries", "latent", "latents", "latents_*", "prompt", "prompts")
 #: Words of a parameter's own name, between underscores, which say that it is a table of positions: Swin's
-#: relative_position_bias_table, rel_pos_h of SAM and MViTv2, GPT-J's positions.
-POSITION_WORDS = frozenset({"position", "positions", "positional", "pos"})
+#: relative_position_bias_table, rel_pos_h of SAM and MViTv2, GPT-J's positions, height_rel of bottleneck attention.
+POSITION_WORDS = frozenset({"position", "positions", "positional", "pos", "rel", "ape"})
+#: Those of them that name projections, too, where they are words of a module's name.
+PROJECTION_WORDS = frozenset({"pos", "rel"})
 #: Words of a parameter's own name which say that it is added, one number an output; of stacked biases too: GPT-OSS's
-#: gate_up_proj_bias, LeViT's attention_biases, those of a stacked ensemble.
-BIAS_WORDS = frozenset({"bias", "biases"})
-#: Own names of tables that multiply element by element: state space models, RWKV, gains.
+#: gate_up_proj_bias, LeViT's attention_biases, those of a stacked ensemble; Dinat's rpb, of relative positions.
+BIAS_WORDS = frozenset({"bias", "biases", "rpb"})
+#: Own names of tables that multiply element by element: state space models, RWKV, gains; PEFT's circulants, diagonals.
 ELEMENTWISE = (
     *("a_log", "a_logs", "time_decay*", "time_first", "time_faaaa", "time_mix*", "time_maa*", "layer_scale*"),
     *("gamma", "gammas", "gain", "gains", "scale", "scales", "*_scale"),
+    *("c3a_kernel", "randlora_lambda", "randlora_gamma"),
 )
-#: Classes and own names of theirs that are such tables, and elsewhere matrices, as AION's alpha.
-ELEMENTWISE_OF_CLASSES = {"EfficientViMBlock": ("alpha",), "ZambaMambaMixer": ("d",)}
+#: Classes and own names of theirs that are such tables, and elsewhere matrices, as AION's alpha; kernels that are mixed
+#: for every sample, a row each, those of a depthwise convolution, a column each, and PEFT's angles of rotations.
+ELEMENTWISE_OF_CLASSES = {
+    "EfficientViMBlock": ("alpha",),
+    "ZambaMambaMixer": ("d",),
+    "CondConv2d": ("weight",),
+    "Inkling2DynamicShortConvolution": ("static_weight",),
+    "OFTRotationModule": ("weight",),
+}
 #: Words of a module's name which say normalization, of one that is no linear map or convolution.
 NORM_WORDS = frozenset({"norm", "norms", "ln", "bn", "layernorm", "rmsnorm", "batchnorm", "groupnorm"})
 #: Classes whose matrices are stored in x out. Hugging Face's experts say is_transposed themselves.
-TRANSPOSED = frozenset({"Conv1D", "Llama4TextExperts", "GptOssExperts", "RecurrentGemmaRglru"})
+TRANSPOSED = frozenset({"Conv1D", "Llama4TextExperts", "GptOssExperts", "RecurrentGemmaRglru", "GroupedLinearLayer"})
+#: Classes of which some weights are, by their own names.
+TRANSPOSED_OF_CLASSES = {"DbrxExpertGLU": ("w2",)}
 #: Own names of matrices without a layer of theirs, which are stored so too: CLIP's proj and text_projection, Gemma 3's
 #: mm_input_projection_weight.
 TRANSPOSED_NAMES = ("proj", "*_projection", "*_projection_weight")
-#: Classes whose three-dimensional weights are one matrix each, (width, heads x size), and no stack.
-FLATTENED = frozenset({"XLNetRelativeAttention", "FunnelRelMultiheadAttention"})
-#: Classes of linear maps in groups, each of inputs of its own, and how they call the number of groups.
-GROUPED = {"DeepseekV4GroupedLinear": "n_groups"}
+#: Convolutions of others, (out, in / groups, *kernel).
+CONVOLUTIONS = frozenset({"DeformConv2d"})
+#: Classes whose three-dimensional weights are one matrix each and no stack: (width, heads x size), and of torch's
+#: Bilinear, which maps the products of its inputs, (out, in x in).
+FLATTENED = frozenset({"XLNetRelativeAttention", "FunnelRelMultiheadAttention", "Bilinear"})
+#: Classes whose matrices lie one under the other, of groups of inputs or of experts, and how they call their number.
+GROUPED = {"DeepseekV4GroupedLinear": "n_groups", "DbrxExpertGLU": "moe_num_experts"}
 #: Path components that wrappers add and which say nothing of the layer.
 WRAPPERS = frozenset(
     {"module", "model", "net", "base_model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -69,7 +90,8 @@ WRAPPERS = frozenset(
 )
 #: Components after which the name of a PEFT adapter follows; the first stand for their layer, the others are parts.
 ADAPTED = {"modules_to_save": True, "lora_a": False, "lora_b": False, "lora_embedding_a": False}
-ADAPTED |= {"lora_embedding_b": False, "lora_magnitude_vector": False}
+ADAPTED |= {"lora_embedding_b": False, "lora_magnitude_vector": False, "trainable_tokens_delta": False}
+ADAPTED |= {"c3a_kernel": False, "randlora_lambda": False, "randlora_gamma": False}
 
 #: Fused projections by the name of their module, or their own: what they hold, one under the other.
 FUSED = {

@@ -19,7 +19,7 @@ from .architectures import (
     OTHER_ORDER,
     VALUE_SIZES,
 )
-from .known import class_name
+from .known import class_names
 from .places import Place
 
 __all__ = ["fused_layout"]
@@ -33,7 +33,9 @@ def fused_layout(place: Place, rows: int) -> dict[str, Any]:
     """
     known = (*FUSED, *INTERLEAVED, *LATENT_KEYS)
     name = next((name for name in place.path[-2:] if name in known), None)
-    if name is None or place.parent is None or (place.module is not None and class_name(place.module) in ALTERNATING):
+    if name is None or place.parent is None:
+        return {}
+    if place.module is not None and not ALTERNATING.isdisjoint(class_names(place.module)):
         return {}
     if len(FUSED.get(name, ())) == 2:
         return {"split_sizes": (rows // 2,) * 2} if rows % 2 == 0 else {}
@@ -50,7 +52,8 @@ def fused_layout(place: Place, rows: int) -> dict[str, Any]:
     if _count(place.parent, HEAD_SIZES) not in (None, size):  # Falcon's config counts key heads that it does not have
         return {}
     repeats = name in INTERLEAVED or getattr(place.parent, "head_first", False) is True
-    blocks = OTHER_ORDER.get(class_name(place.parent), groups if repeats else 1)  # of values and keys, which are alike
+    other = (OTHER_ORDER[each] for each in class_names(place.parent) if each in OTHER_ORDER)
+    blocks = next(other, groups if repeats else 1)  # of values and keys, which are alike
     splits = {"split_sizes": (heads * size, groups * size, groups * size)}
     return {**splits, "interleaved": blocks} if blocks > 1 else splits
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .architectures import HEADS_OF_CLASSES
+from .architectures import HEAD_CLASSES, HEADS_OF_CLASSES
 
-__all__ = ["Known", "class_name", "known_roles", "network_prefix"]
+__all__ = ["Known", "class_name", "class_names", "is_a", "known_roles", "network_prefix"]
 
 
 _LAYER_CLASS = re.compile(r"(Block|Layer|Attention|MLP|Mlp|FeedForward)$")
@@ -32,6 +34,26 @@ def class_name(module: nn.Module) -> str:
     return str(module.original_name) if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
 
 
+def class_names(module: nn.Module) -> tuple[str, ...]:
+    """The class of a module and those it derives from: parametrizations and FSDP2 put one of theirs before its own."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return (class_name(module),)
+    kind: Any = type(module)
+    return _names_of(kind)
+
+
+@lru_cache(maxsize=1024)
+def _names_of(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(cls.__name__ for cls in kind.__mro__)
+
+
+def is_a(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
+    """Whether a module is one of torch's of these classes, or was one before it was scripted or traced."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return issubclass(getattr(nn, class_name(module), nn.Module), classes)
+    return isinstance(module, classes)
+
+
 def known_roles(modules: Mapping[str, nn.Module]) -> dict[nn.Module, Known]:
     """The role of every module of which a model says one. The first word counts."""
     roles: dict[nn.Module, Known] = {}
@@ -44,18 +66,21 @@ def known_roles(modules: Mapping[str, nn.Module]) -> dict[nn.Module, Known]:
 
 def _said(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     name = class_name(module)
+    if not HEAD_CLASSES.isdisjoint(class_names(module)):
+        yield module, "head", name
     for method in ("get_output_embeddings", "get_classifier"):
         for part in _modules(_result_of(module, method)):
             if part is not module:
                 yield part, "head", f"{method} of {name}"
     for part in _modules(_result_of(module, "get_input_embeddings")):
         # Of images and sound it is a linear map, which is a matrix like any other.
-        is_table = not isinstance(part, (nn.Linear, _ConvNd)) and not list(part.children())
+        is_table = not is_a(part, nn.Linear, _ConvNd) and not list(part.children())
         if part is not module and is_table:
             yield part, "embedding", f"get_input_embeddings of {name}"
-    for child in HEADS_OF_CLASSES.get(name, ()):
-        for part in _modules(getattr(module, child, None)):
-            yield part, "head", f"{child} of {name}"
+    for pattern in next((HEADS_OF_CLASSES[each] for each in class_names(module) if each in HEADS_OF_CLASSES), ()):
+        for path, part in module.named_modules():
+            if fnmatchcase(path, pattern):
+                yield part, "head", f"{path} of {name}"
 
 
 def _result_of(module: nn.Module, method: str) -> Any:

@@ -27,7 +27,6 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase, translate
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -35,6 +34,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..matrices import LAYOUT_KEYS, Piece, pieces
 from .architectures import (
     BIAS_WORDS,
+    CONVOLUTIONS,
     ELEMENTWISE,
     ELEMENTWISE_OF_CLASSES,
     EMBEDDINGS,
@@ -47,19 +47,21 @@ from .architectures import (
     NO_HEADS,
     NORM_WORDS,
     POSITION_WORDS,
+    PROJECTION_WORDS,
     TOP_LEVEL_EMBEDDINGS,
     TOP_LEVEL_HEADS,
     TRANSPOSED,
     TRANSPOSED_NAMES,
+    TRANSPOSED_OF_CLASSES,
 )
-from .known import class_name
+from .einsums import einmix_layout
+from .known import class_name, class_names, is_a
 from .places import Place
 
 _EMBEDDING_CLASS = re.compile(r"Embed(ding)?s?(Bag)?$")
 _NORM_CLASS = re.compile(r"Norm(\dd)?$")
 _ATTENTION_CLASS = re.compile(r"(Attention|Attn)(\dd)?$")
 _FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-_CONV_CLASS = re.compile(r"^Conv(Transpose)?[123]d$")
 
 
 def send_to_adamw(place: Place) -> str | None:
@@ -79,33 +81,59 @@ def layout(place: Place) -> dict[str, Any]:
     if (splits := _fused_rows(place)) is not None:
         return {"split_sizes": splits}
     shape = place.param.shape
-    if _is_conv(place):
+    if is_convolution(place):
         # The groups of a convolution are rows over inputs of their own: as many matrices, one under the other.
         groups = _number(place, "groups")
-        return {"num_heads": groups} if groups > 1 and shape[0] % groups == 0 else {}
-    if place.module is not None and (name := GROUPED.get(class_name(place.module))) is not None:
-        return {"num_heads": _number(place, name)}
-    is_stack = len(shape) == 3 and (place.module is None or class_name(place.module) not in FLATTENED)
-    values: dict[str, Any] = {"batch_dims": 1} if is_stack else {}
+        groups = groups if shape[0] % groups == 0 else 1
+        return _one_under_the_other(groups, _is_transposed_conv(place))
+    if place.module is not None and "EinMix" in _classes(place) and (axes := einmix_layout(place.module)) is not None:
+        return axes
+    for name in _classes(place):
+        if name in GROUPED:
+            return _one_under_the_other(_number(place, GROUPED[name]), _is_transposed(place))
+    values: dict[str, Any] = {"batch_dims": 1} if _is_stack(place) else {}
     return {**values, "transposed": True} if _is_transposed(place) and len(shape) in (2, 3) else values
 
 
-def _is_conv(place: Place) -> bool:
-    """Whether the module is a convolution of torch, or was one before it was scripted."""
-    module = place.module
-    if isinstance(module, torch.jit.ScriptModule):
-        return _CONV_CLASS.search(class_name(module)) is not None
-    return isinstance(module, _ConvNd)
+def _one_under_the_other(count: int, transposed: bool) -> dict[str, Any]:
+    """The layout of so many matrices in one tensor; in x out, their rows are columns."""
+    if not transposed:
+        return {"num_heads": count} if count > 1 else {}
+    return {"transposed": True, **({"num_heads": count, "split_columns": True} if count > 1 else {})}
+
+
+def is_convolution(place: Place) -> bool:
+    """Whether the module is a convolution, or was one before it was scripted."""
+    return is_a(place.module, _ConvNd) or not CONVOLUTIONS.isdisjoint(_classes(place))
+
+
+def _is_stack(place: Place) -> bool:
+    """Whether it is a stack of matrices: of three dimensions, and of no module that says otherwise."""
+    return place.param.ndim == 3 and not is_convolution(place) and FLATTENED.isdisjoint(_classes(place))
+
+
+def _classes(place: Place) -> tuple[str, ...]:
+    """The class of the module and those that it derives from; none where it is not known."""
+    return () if place.module is None else class_names(place.module)
+
+
+def _is_transposed_conv(place: Place) -> bool:
+    """Whether it is a weight of a transposed convolution, (in, out / groups, *kernel), and no matrix that makes one."""
+    is_transposed = is_a(place.module, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return is_transposed and place.param.ndim > 2
 
 
 def _number(place: Place, name: str) -> int:
-    return int(getattr(place.module, name))
+    """A number of the module; 1 of one that was traced, which has none."""
+    return int(getattr(place.module, name, 1))
 
 
 def _is_transposed(place: Place) -> bool:
     """Whether the matrix is stored in x out."""
     module = place.module
-    if module is not None and (getattr(module, "is_transposed", False) is True or class_name(module) in TRANSPOSED):
+    if getattr(module, "is_transposed", False) is True or not TRANSPOSED.isdisjoint(_classes(place)):
+        return True
+    if place.path[-1] in _of_class(TRANSPOSED_OF_CLASSES, place):
         return True
     return place.param.ndim == 2 and _any_of(TRANSPOSED_NAMES).match(place.path[-1]) is not None
 
@@ -130,10 +158,10 @@ def read_pieces(param: Tensor, values: Mapping[str, Any]) -> tuple[Piece, ...]:
 def _fused_rows(place: Place) -> tuple[int, ...] | None:
     """Rows of each matrix in the fused weights of torch's own layers: q, k, v; the gates of a recurrent layer."""
     rows, leaf = place.param.shape[0], place.path[-1]
-    if isinstance(place.module, nn.MultiheadAttention) and leaf.startswith("in_proj") and rows % 3 == 0:
+    if is_a(place.module, nn.MultiheadAttention) and leaf.startswith("in_proj") and rows % 3 == 0:
         return (rows // 3,) * 3
-    if isinstance(place.module, nn.RNNBase | nn.RNNCellBase) and leaf.startswith(("weight_ih", "weight_hh")):
-        hidden = int(place.module.hidden_size)
+    if is_a(place.module, nn.RNNBase, nn.RNNCellBase) and leaf.startswith(("weight_ih", "weight_hh")):
+        hidden = int(getattr(place.module, "hidden_size", rows))
         return (hidden,) * (rows // hidden) if rows > hidden and rows % hidden == 0 else None
     return None
 
@@ -145,12 +173,12 @@ def _vector(place: Place) -> str | None:
 
 
 def _embedding_module(place: Place) -> str | None:
-    is_embedding = isinstance(place.module, nn.Embedding | nn.EmbeddingBag) or _class_matches(place, _EMBEDDING_CLASS)
+    is_embedding = is_a(place.module, nn.Embedding, nn.EmbeddingBag) or _class_matches(place, _EMBEDDING_CLASS)
     return place.kind if is_embedding else None
 
 
 def _normalization(place: Place) -> str | None:
-    is_normalization = isinstance(place.module, _NormBase) or _class_matches(place, _NORM_CLASS)
+    is_normalization = is_a(place.module, _NormBase) or _class_matches(place, _NORM_CLASS)
     return f"normalization ({place.kind})" if is_normalization else None
 
 
@@ -163,7 +191,7 @@ def _known_role(place: Place) -> str | None:
 
 
 def _head_name(place: Place) -> str | None:
-    if isinstance(place.module, _FUSED) or isinstance(place.parent, nn.MultiheadAttention):
+    if is_a(place.module, *_FUSED) or is_a(place.parent, nn.MultiheadAttention):
         return None  # a layer called multi_head holds hidden matrices
     path = place.path
     if path[-2:-1] and path[-2] in NO_HEADS:
@@ -176,17 +204,17 @@ def _head_name(place: Place) -> str | None:
 
 
 def _embedding_name(place: Place) -> str | None:
-    if _is_conv(place):
+    if is_convolution(place):
         return None  # a patch embedding is a linear map of pixels
     path = place.path
     top = path[:1] if len(path) <= 2 and place.module is None else []
-    patterns = tuple(p for p in EMBEDDINGS if not isinstance(place.module, nn.Linear) or "*" not in p)
+    patterns = tuple(p for p in EMBEDDINGS if not is_a(place.module, nn.Linear) or "*" not in p)
     named = _named("embedding", path[-2:], patterns) or _named("embedding", top, TOP_LEVEL_EMBEDDINGS)
     if not _is_attention(place):
         named = named or _named("learned input", path[-1:], LEARNED_INPUTS)
     words = POSITION_WORDS & _words(path[-1])
-    if place.module is None:  # a module known by its name alone; pos is one of a projection, too
-        words |= (POSITION_WORDS - {"pos"}) & _words("_".join(path[-2:-1]))
+    if place.module is None:  # a module known by its name alone
+        words |= (POSITION_WORDS - PROJECTION_WORDS) & _words("_".join(path[-2:-1]))
     return named or (f"embedding, by the word {min(words)!r}" if words else None)
 
 
@@ -201,11 +229,16 @@ def _table_name(place: Place) -> str | None:
     last, layer = place.path[-1], place.path[-2:-1]
     if words := BIAS_WORDS & _words(last):
         return f"bias, by the word {min(words)!r}"
-    is_map = isinstance(place.module, nn.Linear) or _is_conv(place)
+    is_map = is_a(place.module, nn.Linear) or is_convolution(place)
     if not is_map and (words := NORM_WORDS & _words("_".join(layer))):
         return f"normalization, by the word {min(words)!r}"
-    of_class = () if place.module is None else ELEMENTWISE_OF_CLASSES.get(class_name(place.module), ())
+    of_class = _of_class(ELEMENTWISE_OF_CLASSES, place)
     return _named("elementwise table", [last], (*ELEMENTWISE, *of_class))
+
+
+def _of_class(names: Mapping[str, tuple[str, ...]], place: Place) -> tuple[str, ...]:
+    """What a table by classes says of the module's; nothing where it has none of them."""
+    return next((names[each] for each in _classes(place) if each in names), ())
 
 
 def _words(name: str) -> set[str]:
@@ -229,15 +262,15 @@ def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 def _depthwise(place: Place) -> str | None:
     shape = tuple(place.param.shape)
-    if _is_conv(place):
-        return f"depthwise {place.kind}" if 1 < _number(place, "in_channels") == _number(place, "groups") else None
+    if is_convolution(place) and hasattr(place.module, "in_channels"):
+        depthwise = 1 < _number(place, "in_channels") == _number(place, "groups")
+        return f"depthwise {place.kind}" if depthwise else None
     return f"depthwise by its shape {shape}" if len(shape) > 3 and shape[1] == 1 else None
 
 
 def _leading_one(place: Place) -> str | None:
     shape = tuple(place.param.shape)
-    is_table = len(shape) == 3 and shape[0] == 1 and not _is_conv(place)
-    return f"a table, by the leading 1 of its shape {shape}" if is_table else None
+    return f"a table, by the leading 1 of its shape {shape}" if shape[0] == 1 and _is_stack(place) else None
 
 
 def _side_of_one(place: Place) -> str | None:

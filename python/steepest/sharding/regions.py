@@ -95,6 +95,7 @@ def rectangle(region: Region, shape: Sequence[int], piece: Piece, matrix: int) -
         batch, at = divmod(batch, shape[d])
         if not region.start[d] <= at < region.stop[d]:
             return None
+    # What a kernel has of a column, or of a row of what is transposed.
     inner, kernel = prod(shape[piece.batch_dims + 2 :]), range(piece.batch_dims + 2, len(shape))
     for d in kernel:
         if (region.start[d], region.stop[d]) != (0, shape[d]):
@@ -106,6 +107,7 @@ def rectangle(region: Region, shape: Sequence[int], piece: Piece, matrix: int) -
     left, right = (0, piece.cols) if col_dim >= len(shape) else (region.start[col_dim], region.stop[col_dim])
     if piece.by_columns:
         left, right = _within(piece.before(left), piece.before(right), head * piece.cols, piece.cols)
+        top, bottom = top * inner, bottom * inner
     else:
         top, bottom = _within(piece.before(top), piece.before(bottom), head * piece.rows, piece.rows)
         left, right = left * inner, right * inner

@@ -79,7 +79,7 @@ class FusedItem:
             and isinstance(recipe.precondition, Identity)
             and not recipe.transforms
             and p.tensor.is_contiguous()
-            and all(piece.dim == 0 and piece.groups == 1 for piece in p.pieces)
+            and all(piece.dim == 0 and piece.groups == 1 and not piece.transposed for piece in p.pieces)
         )
 
     @property

@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
 
 from ..optimizer import Params
 from ..optimizer.group_options import (
@@ -23,7 +22,7 @@ from ..parts import Columns, Direction, Hyper, Identity, Momentum, Number, Rows,
 from ..recipe import Recipe
 from ..routing.overrides import Overrides, find, read_overrides
 from ..routing.places import Place, Routable, read_places
-from ..routing.rules import layout, role
+from ..routing.rules import is_convolution, layout, role
 from ..step.modes import in_default_modes
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
 from .vector import VectorOptimizer
@@ -60,6 +59,7 @@ class Scion(VectorOptimizer):
     "spectral"                 sqrt(d_out / d_in) polar(m)                      hidden matrices
     "first"                    max(1, sqrt(d_out / d_in)) polar(m)              first layers, of one-hot inputs
     "conv"                     sqrt(d_out / d_in) / taps polar(m)               kernels, m as (d_out, d_in taps)
+                               sqrt(d_out / d_in) polar(m)                      transposed, m as (d_out taps, d_in)
     "sign"                     sign(m) / d_in                                   heads
     "rows"                     rows of length 1 / sqrt(d_in)                    heads
     "embedding"                rows of length sqrt(d_in)                        tables with a row a token (nn.Embedding)
@@ -226,8 +226,7 @@ def _norm(places: list[Place]) -> str:
         return "sign"
     if roles[0] in _OF_ROLE:
         return "columns" if roles[0] == "normalization" and places[0].param.ndim > 1 else _OF_ROLE[roles[0]]
-    is_kernel = isinstance(places[0].module, nn.modules.conv._ConvNd) or places[0].param.ndim > 3
-    return "conv" if is_kernel else "spectral"
+    return "conv" if is_convolution(places[0]) or places[0].param.ndim > 3 else "spectral"
 
 
 def _reason(places: list[Place]) -> str:
