@@ -28,7 +28,7 @@ from .checkpoint_state import (
     without_kept,
 )
 from .group_options import Group, name_the_rule, parameter_name
-from .option_types import OPTION_TYPES
+from .option_types import OPTION_TYPES, plain_numbers
 from .shards import Shards
 
 __all__ = ["Checkpoints"]
@@ -64,6 +64,10 @@ class Checkpoints(Shards):
         """
         streams.join()
         saved = {**super().state_dict(), AUTHOR: type(self).__name__}
+        # A scheduler puts what its function gives into groups, and torch.load refuses numbers of numpy.
+        saved["param_groups"] = [
+            {key: plain_numbers(value) for key, value in group.items()} for group in saved["param_groups"]
+        ]
         # An entry is there once somebody has looked at `optimizer.state[p]`.
         saved["state"] = {key: entry for key, entry in saved["state"].items() if entry != {}}
         if not self._has_shards:
