@@ -16,7 +16,7 @@ from ..parts.blockwise import scale_key
 from ..recipe import ADAMW, Recipe, State
 from ..step.modes import in_default_modes
 from ..step.state_storage import stack
-from .checkpoint_matching import AUTHOR, Match, mapping_of, match, read_groups, values_of
+from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
 from .checkpoint_state import (
     COUNTS,
     check_kept,
@@ -131,7 +131,7 @@ class Checkpoints(Shards):
         self._name_collectives("load_state_dict()")
         handle = self.register_load_state_dict_pre_hook(self._read)  # after the user's hooks
         try:
-            super().load_state_dict(mapping_of(state_dict))
+            super().load_state_dict(dict(state_dict))
             assert self._loading is not None
             matched = self._loading[1]
         finally:
