@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -565,3 +566,23 @@ def test_state_that_no_group_lists_is_not_lost_in_silence(key: Any) -> None:
     with pytest.raises(ValueError, match="which no group lists in 'params', .* JSON makes strings"):
         second.load_state_dict(saved)
     assert not second.state
+
+
+def test_what_a_schedule_in_numpy_leaves_in_a_group_is_saved_as_plain_numbers(tmp_path: Path) -> None:
+    """A checkpoint that is written after scheduler.step(), as most are, and read by torch.load as it is by default."""
+    np = pytest.importorskip("numpy")
+    model = named("ab")
+    optimizer = steepest.MuAdam(model, lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: np.cos(np.float32(t) / 10))
+    run(optimizer, model, range(1))
+    schedule.step()
+    group = optimizer.param_groups[0]
+    group["betas"], group["note"] = (np.float64(0.8), 0.9), {"of": "a framework"}
+    assert isinstance(group["lr"], np.floating)
+    torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt")["param_groups"][0]
+    assert [type(saved["lr"]), *map(type, saved["betas"])] == [float, float, float]
+    assert (saved["lr"], saved["betas"], saved["note"]) == (group["lr"], (0.8, 0.9), {"of": "a framework"})
+    second = steepest.MuAdam(named("ab"))
+    second.load_state_dict(torch.load(tmp_path / "saved.pt"))
+    assert second.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]

@@ -597,10 +597,10 @@ def test_constrained_steps_in_fp64_do_not_depend_on_the_size_of_gradients(produc
     assert torch.allclose(moved[1], moved[0], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("product", ["max", "l2", "hybrid"])
-def test_a_dual_norm_beyond_fp64_moves_weights_no_further_than_that(product: Any) -> None:
+@pytest.mark.parametrize(("product", "scale"), [("max", "dual"), ("l2", "dual"), ("hybrid", "dual"), ("hybrid", "lmo")])
+def test_a_dual_norm_beyond_fp64_moves_weights_no_further_than_that(product: Any, scale: Any) -> None:
     weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
-    optimizer = ProductNormDescent([weight], product=product)
+    optimizer = ProductNormDescent([weight], product=product, scale=scale)
     for _ in range(3):
         weight.grad = torch.full_like(weight, 1.5e307)
         optimizer.step()

@@ -10,7 +10,7 @@ from typing import Any
 from ..routing.groups import names_of
 from .group_options import Group, frozen, name_the_rule, same
 
-__all__ = ["AUTHOR", "GIVE_NAMES", "Match", "mapping_of", "match", "read_groups", "values_of"]
+__all__ = ["AUTHOR", "GIVE_NAMES", "Match", "match", "read_groups", "values_of"]
 
 #: The key under which a checkpoint names the class that wrote it.
 AUTHOR = "optimizer"
@@ -76,20 +76,14 @@ class Match:
         return "; ".join(f"{what}: {', '.join(names)}" for what, names in said if names)
 
 
-def mapping_of(checkpoint: Any) -> dict[str, Any]:
-    """A copy of a checkpoint, or TypeError for what is no dictionary."""
-    if not isinstance(checkpoint, Mapping):
-        what = type(checkpoint).__name__
-        raise TypeError(f"the checkpoint should be a dictionary, as state_dict() gives, but is of type {what}")
-    return dict(checkpoint)
-
-
 def read_groups(checkpoint: Mapping[str, Any]) -> tuple[list[Group], Mapping[Hashable, Any]]:
     """Copies of the groups, each saying use_muon where it says its rule at all, and the state by parameter.
 
     TypeError or ValueError for what is no state_dict.
     """
-    checkpoint = mapping_of(checkpoint)
+    if not isinstance(checkpoint, Mapping):
+        what = type(checkpoint).__name__
+        raise TypeError(f"the checkpoint should be a dictionary, as state_dict() gives, but is of type {what}")
     for key in ("state", "param_groups"):
         if key not in checkpoint:
             raise ValueError(

@@ -16,7 +16,7 @@ from ..parts.blockwise import scale_key
 from ..recipe import ADAMW, Recipe, State
 from ..step.modes import in_default_modes
 from ..step.state_storage import stack
-from .checkpoint_matching import AUTHOR, Match, mapping_of, match, read_groups, values_of
+from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
 from .checkpoint_state import (
     COUNTS,
     check_kept,
@@ -28,7 +28,7 @@ from .checkpoint_state import (
     without_kept,
 )
 from .group_options import Group, name_the_rule, parameter_name
-from .option_types import OPTION_TYPES
+from .option_types import OPTION_TYPES, plain_numbers
 from .shards import Shards
 
 __all__ = ["Checkpoints"]
@@ -56,6 +56,10 @@ class Checkpoints(Shards):
         """
         streams.join()
         saved = {**super().state_dict(), AUTHOR: type(self).__name__}
+        # A scheduler puts what its function gives into groups, and torch.load refuses numbers of numpy.
+        saved["param_groups"] = [
+            {key: plain_numbers(value) for key, value in group.items()} for group in saved["param_groups"]
+        ]
         # An entry is there once somebody has looked at `optimizer.state[p]`.
         saved["state"] = {key: entry for key, entry in saved["state"].items() if entry != {}}
         if not self._has_shards:
@@ -121,7 +125,7 @@ class Checkpoints(Shards):
         self._name_collectives("load_state_dict()")
         handle = self.register_load_state_dict_pre_hook(self._read)  # after the user's hooks
         try:
-            super().load_state_dict(mapping_of(state_dict))
+            super().load_state_dict(dict(state_dict))
             assert self._loading is not None
             matched = self._loading[1]
         finally:

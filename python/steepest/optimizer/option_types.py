@@ -25,6 +25,7 @@ __all__ = [
     "check_type",
     "is_on_host",
     "is_within",
+    "plain_numbers",
 ]
 
 
@@ -109,6 +110,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return tuple(map(_plain, value)) if isinstance(value, Sequence) else value
+
+
+def plain_numbers(value: Any) -> Any:
+    """The value with numpy's numbers, alone or in lists and tuples, as Python's; all else stays what it is."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain_numbers, value))
+    if isinstance(value, Tensor) or getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    return value.item()
 
 
 _TOO_LARGE = 2**63

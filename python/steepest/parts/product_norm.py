@@ -133,8 +133,8 @@ class Box(Direction):
 
 def _length(norms: Tensor) -> Tensor:
     """The 2-norm, 0-d, of numbers of any size, whose squares may be none of their dtype."""
-    most = _largest(norms)
-    return most * torch.linalg.vector_norm(norms / torch.where(most > 0, most, 1))
+    most = _bounded(_largest(norms))
+    return most * torch.linalg.vector_norm(_bounded(norms) / torch.where(most > 0, most, 1))
 
 
 def _bounded(norm: Tensor) -> Tensor:
