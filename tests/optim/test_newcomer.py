@@ -69,6 +69,7 @@ def test_contributing_names_these_files() -> None:
     assert said == set(re.findall(r"^\d\. `([\w/.]+)`", section, re.MULTILINE))
 
 
+@pytest.mark.slow
 def test_the_package_and_its_pages_know_the_newcomer(tree: Path) -> None:
     """Its equations hold, and it is exported, described, compared and in `help`."""
     one = {
