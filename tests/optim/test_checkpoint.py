@@ -23,7 +23,6 @@ from support.training import (
     OPTIMIZERS,
     all_same_bits,
     both_kinds,
-    by_kind,
     copies,
     noise,
     same_states,
@@ -193,7 +192,7 @@ def test_distributed_checkpoint_dictionaries_round_trip(cls: type[MatrixOptimize
     assert all_same_bits(model.parameters(), other.parameters())
 
 
-@pytest.mark.parametrize("cls", by_kind(EVERY))
+@pytest.mark.parametrize("cls", EVERY)
 def test_a_checkpoint_before_the_first_step_is_no_step(cls: type[MatrixOptimizer]) -> None:
     """torch.distributed.checkpoint has an optimizer without state make it by a step: weights and clocks stay."""
     (model, optimizer), (other, second) = ((m := network(), cls(m)) for _ in range(2))
