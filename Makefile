@@ -40,11 +40,12 @@ test-slow: tests := slow and not kernels
 test-slow: takes := 10 minutes
 test-all: tests := not kernels
 test-all: takes := 15 minutes
-# Two dozen processes import the package, and two workers all tests: each is compiled once.
+# Two dozen processes import the package, and three workers all tests: each is compiled once. On two cores a third worker has
+# what the others leave while they wait for processes.
 test-quick test test-slow test-all: export PYTHONDONTWRITEBYTECODE :=
 test-quick test test-slow test-all: $(VENV)/.built $(VENV)/.test
 	@echo "== $@, which needs no nvcc: $(takes) on two cores"
-	$(bin)/python -m pytest -n 2 -m "$(tests)" $(ARGS)
+	$(bin)/python -m pytest -n 3 -m "$(tests)" $(ARGS)
 
 # Every kernel for every architecture: its machine code is read, and its PTX executed.
 test-kernels: $(VENV)/.built-all $(VENV)/.test $(tritons)

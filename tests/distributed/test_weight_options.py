@@ -29,7 +29,7 @@ FROBENIUS: dict[str, Any] = {"constraint": "frobenius", "weight_decay": 0.0}
 REDUCED: dict[str, Any] = {"variance_reduction": 0.05}
 SPECTRAL: dict[str, Any] = {"constraint": "spectral", "weight_decay": 0.0}
 OPTIONS = [
-    *(EMA, FREE, INDEPENDENT, CAUTIOUS, FROBENIUS, SPECTRAL, REDUCED),
+    *(FREE, SPECTRAL, REDUCED, slow(EMA), slow(INDEPENDENT), slow(CAUTIOUS), slow(FROBENIUS)),
     *(slow(L2), slow({**EMA, "backend": "torch"}), slow({**FREE, "keep_mantissa": True})),
     *(slow({**FROBENIUS, "backend": "torch"}), slow({**FROBENIUS, **REDUCED, **EMA, **CAUTIOUS})),
 ]

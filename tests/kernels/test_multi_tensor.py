@@ -1243,7 +1243,7 @@ def moved(given: dict[str, Arguments], device: str) -> dict[str, Arguments]:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("op", ["grad_stats", "decide_steps", "update_moments", "apply_update"])
+@pytest.mark.parametrize("op", ["grad_stats", slow("decide_steps"), slow("update_moments"), "apply_update"])
 @pytest.mark.parametrize("types", [TYPES[1], *map(slow, TYPES[2:5])], ids=ids)
 def test_opcheck(types: Types, op: str, device: str) -> None:
     works = list(every_program(types).values())

@@ -14,8 +14,8 @@ from support.training import KINDS
 pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection")
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
-#: The rows of a class of each kind as it is, and all others.
-FEW = [row for row, (cls, options) in CONFIGURATIONS.items() if cls in KINDS and not options]
+#: A class of each kind as it is, every second one, and all others.
+FEW = [row for row, (cls, options) in CONFIGURATIONS.items() if cls in KINDS[::2] and not options]
 REST = [row for row in CONFIGURATIONS if row not in FEW]
 
 

@@ -21,6 +21,7 @@ import steepest
 from steepest import diagnostics, parts
 from steepest.tools.compare import methods
 from support.processes import Processes
+from support.slow import slow
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,7 +42,12 @@ def run_blocks(page: Path) -> None:
         exec(compile(source, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != ON_RANKS], ids=lambda page: page.name)
+#: step.md compiles.
+@pytest.mark.parametrize(
+    "page",
+    [slow(page) if page.name == "step.md" else page for page in PAGES if page != ON_RANKS],
+    ids=lambda page: page.name,
+)
 def test_code_blocks_run(page: Path) -> None:
     run_blocks(page)
 
