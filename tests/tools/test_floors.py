@@ -32,10 +32,11 @@ NOT_DRAWN = {"__init__", "__main__", "_moved", "_version", "tools"}
 TOOLS: dict[str, set[str]] = {
     "bench": {"compare", "machine", "planner", "shapes"},
     "cli": set(),
-    "compare": {"machine"},
-    "convert": set(),
+    "compare": {"files", "machine"},
+    "convert": {"files"},
     "doctor": {"facts"},
     "facts": set(),
+    "files": set(),
     "machine": set(),
     "planner": {"scale"},
     "scale": {"shapes"},

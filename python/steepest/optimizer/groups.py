@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from .group_options import (
     read_switches,
     same,
 )
-from .method import Method
+from .method import Method, merged
 from .option_types import OPTION_TYPES, check_options, is_within
 
 __all__ = ["Groups", "Params", "check_shaped"]
@@ -161,8 +160,8 @@ class Groups(Method):
         return next(i for i, other in enumerate(self.param_groups) if other is group)
 
     def _merged(self, name: str) -> dict[str, Any]:
-        """A class attribute of this name, of this class and its bases: dictionaries as one, tuples as their keys."""
-        return _merged(type(self), name)  # type: ignore[arg-type]  # mypy looks at the instances' __hash__
+        """`merged` of this class."""
+        return merged(type(self), name)  # type: ignore[arg-type]  # mypy looks at the instances' __hash__
 
     def _check_options(self, values: Group, prefix: str = "") -> None:
         """`check_options` with the types of this class; prefix: of the names in messages."""
@@ -335,14 +334,6 @@ def check_shaped(p: Tensor, what: str) -> None:
     if is_lazy(p):
         raise ValueError("a parameter has no shape yet (lazy module): run the model once before this")
     routing.check_not_flattened(p, what)
-
-
-@cache
-def _merged(kind: type, name: str) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        merged |= dict.fromkeys(value) if isinstance(value := vars(base).get(name, {}), tuple) else value
-    return merged
 
 
 def _has_tensor(value: Any) -> bool:

@@ -19,6 +19,7 @@ method may ask for is at the end of `MatrixOptimizer`. Names with an underscore 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from ..step.coupling import Coupling
     from .checkpoint_state import Kept
 
-__all__ = ["Method"]
+__all__ = ["Method", "merged"]
 
 
 class Method(torch.optim.Optimizer):
@@ -158,3 +159,12 @@ class Method(torch.optim.Optimizer):
     def plan_depends_on(self) -> Sequence[object]:
         """What a plan is made for besides tensors and group values: where it has changed, there is a new plan."""
         return ()
+
+
+@cache
+def merged(kind: type, name: str) -> dict[str, Any]:
+    """A class attribute of this name, of a class and its bases: dictionaries as one, tuples as their keys."""
+    both: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        both |= dict.fromkeys(value) if isinstance(value := vars(base).get(name, {}), tuple) else value
+    return both

@@ -105,7 +105,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, int) and abs(value) >= _TOO_LARGE:
         return float(value) if abs(value) < 2**1023 else math.inf if value > 0 else -math.inf
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+    if _is_number_of_numpy(value):
         return value.item()
     if isinstance(value, list):
         return [_plain(each) for each in value]
@@ -116,9 +116,11 @@ def plain_numbers(value: Any) -> Any:
     """The value with numpy's numbers, alone or in lists and tuples, as Python's; all else stays what it is."""
     if type(value) in (list, tuple):
         return type(value)(map(plain_numbers, value))
-    if isinstance(value, Tensor) or getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
-        return value
-    return value.item()
+    return value.item() if _is_number_of_numpy(value) else value
+
+
+def _is_number_of_numpy(value: Any) -> bool:
+    return not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0 and hasattr(value, "item")
 
 
 _TOO_LARGE = 2**63

@@ -115,13 +115,13 @@ class Shards(Groups):
                     if route(recipe, sharding, piece) == "gram":
                         fresh[p].append([EVERYONE] * piece.batch)
                         continue
-                    holders, copies = sharding.uncut(piece), sharding.copies(piece)
-                    fresh[p].append([0 if holder is None else holder for holder in holders])
-                    for k, holder in enumerate(holders):
-                        if holder is None:
+                    holders = sharding.holders(piece)
+                    fresh[p].append([some[0] if len(some) == 1 else 0 for some in holders])
+                    for k, some in enumerate(holders):
+                        if len(some) != 1:
                             jobs = cut.setdefault(sharding.ranks, [])
                             of_job = cost(recipe, piece.rows, piece.cols, device=p.device.type)
-                            jobs.append((p, number, k, of_job, copies[k]))
+                            jobs.append((p, number, k, of_job, some or None))
                 self._owners[p] = (pieces, ())
         for ranks, jobs in cut.items():
             assigned = assign([job[3] for job in jobs], ranks.size, [job[4] for job in jobs])
@@ -138,6 +138,7 @@ class Shards(Groups):
     def _check_shards(self, group: Group) -> None:
         """Notes who shares parameters. ValueError for a DTensor whose directions cannot be taken."""
         shares = bool(group["params"]) and _shares(group, self._recipe(group))
+        in_backward = any(map(is_sharded, group["params"])) and is_made_in_backward()
         for i, p in enumerate(group["params"]):
             if not is_sharded(p):
                 if shares:
@@ -157,7 +158,7 @@ class Shards(Groups):
                     f"{type(self).__name__} measures whole weights and updates and does not take sharded parameters; "
                     f"found {what}: use DistributedDataParallel, which keeps every parameter whole"
                 )
-            if is_made_in_backward():
+            if in_backward:
                 raise ValueError(
                     "_apply_optimizer_in_backward waits for autograd to accumulate gradients, which fully_shard does "
                     f"itself, so that sharded parameters would never be stepped; found {what}: make an optimizer for "

@@ -88,24 +88,13 @@ class Sharding:
             for region in self.regions
         )
 
-    def uncut(self, piece: Piece) -> list[int | None]:
-        """The rank that has all of a matrix, where exactly one has."""
-        alone: list[int | None] = []
+    def holders(self, piece: Piece) -> list[tuple[int, ...]]:
+        """The ranks that have all of a matrix, one for each copy of the shards; () of one that shards cut."""
+        whole, holders = piece.rows * piece.cols, []
         for matrix in zip(*self.rectangles(piece), strict=True):
-            holders = [place for place, part in enumerate(matrix) if part is not None]
-            alone.append(holders[0] if len(holders) == 1 else None)
-        return alone
-
-    def copies(self, piece: Piece) -> list[tuple[int, ...] | None]:
-        """The ranks that have all of a matrix, where several copies of the shards have it and none cuts it."""
-        whole: list[tuple[int, ...] | None] = []
-        for matrix in zip(*self.rectangles(piece), strict=True):
-            holders = tuple(place for place, part in enumerate(matrix) if part is not None)
-            uncut = len(holders) > 1 and all(
-                part.numel == piece.rows * piece.cols for part in matrix if part is not None
-            )
-            whole.append(holders if uncut else None)
-        return whole
+            parts = {place: part.numel for place, part in enumerate(matrix) if part is not None}
+            holders.append(tuple(parts) if all(numel == whole for numel in parts.values()) else ())
+        return holders
 
     def blocks(self, block: int) -> tuple[Region, ...] | None:
         """The shards of a tensor (rows, blocks of a row): a row is what one index of dimension 0 holds, a block so many

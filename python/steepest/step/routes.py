@@ -33,7 +33,7 @@ Route = Literal["local", "gram", "owner"]
 
 def route(recipe: Recipe, sharding: Sharding, piece: Piece) -> Route:
     """The way of the matrices of a piece; "owner" where only some of them are cut."""
-    if all(holder is not None for holder in sharding.uncut(piece)):
+    if all(len(holders) == 1 for holders in sharding.holders(piece)):
         return "local"
     return "owner" if gram_dim(recipe, sharding, piece) is None else "gram"
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..optimizer import MatrixOptimizer
+from ..optimizer.method import merged
 from .kronecker import Bases, KroneckerOptimizer
 from .product import Coupling, ProductNormOptimizer
 from .shared import EXTRAS, Extras
@@ -90,9 +91,8 @@ def _defaults(kind: type[MatrixOptimizer], parameters: Mapping[str, inspect.Para
 
 def _listed(kind: type[MatrixOptimizer]) -> str:
     """A line for each argument: its name, its default, what it is."""
-    lines = {**LINES, **_lines(Extras)}
-    for each in reversed(kind.__mro__):
-        lines |= vars(each).get("argument_lines", {})
+    of_class = merged(kind, "argument_lines")  # type: ignore[arg-type]  # as in `Groups._merged`
+    lines = {**LINES, **_lines(Extras), **of_class}
     if issubclass(kind, KroneckerOptimizer):
         lines |= _lines(Bases)
     if issubclass(kind, ProductNormOptimizer):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..machine import machine
-from . import records
 from .tasks import Task
 
 
@@ -20,4 +20,4 @@ def write(path: Path, tasks: Sequence[tuple[Task, int]]) -> None:
     if here not in known["machines"]:
         known["machines"].append(here)
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.replace(path, json.dumps(known, indent=1) + "\n")
+    files.replace(path, lambda beside: beside.write_text(json.dumps(known, indent=1) + "\n"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import files
 from .training import Record
 
 #: What must be alike for records of one file to be compared, besides the task.
@@ -25,7 +25,7 @@ def read(path: Path) -> list[Record]:
     lines = path.read_text().splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-        replace(path, "".join(lines))
+        files.replace(path, lambda beside: beside.write_text("".join(lines)))
     return [_record(path, number, line) for number, line in enumerate(lines, 1)]
 
 
@@ -44,13 +44,6 @@ def append(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes the file anew, so that whoever is stopped in the middle leaves it as it was or as it will be."""
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def key(record: Record) -> Key:

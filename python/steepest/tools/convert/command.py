@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from steepest.optimizer.checkpoint_matching import AUTHOR
 
+from .. import files
 from . import SOURCES, convert
 
 
@@ -83,10 +83,7 @@ _LONGEST = 100  # text of another's error
 
 def _write(path: Path, converted: Mapping[str, Any]) -> None:
     """Writes the file as a whole: it may be one of those that were read."""
-    beside = path.with_name(f"{path.name}.new")
     try:
-        torch.save(converted, beside)
-        os.replace(beside, path)
+        files.replace(path, lambda beside: torch.save(converted, beside))
     except (OSError, RuntimeError) as error:  # torch's file of archives has RuntimeErrors
-        beside.unlink(missing_ok=True)
         raise ValueError(f"{path} cannot be written: {error}") from error
