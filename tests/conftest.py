@@ -14,8 +14,6 @@ import torch
 
 from steepest.linalg import polar
 from steepest.ops import backend
-from steepest.optimizer import MatrixOptimizer
-from support.training import KINDS
 
 if TYPE_CHECKING:
     from support.processes import Processes
@@ -104,8 +102,12 @@ def of_other_classes(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     for item in items:
         callspec = getattr(item, "callspec", None)  # of a test with parameters
         cls = callspec and callspec.params.get("cls")
-        if isinstance(cls, type) and issubclass(cls, MatrixOptimizer):
-            asked.setdefault(item.nodeid.partition("[")[0], []).append((item, cls in KINDS))
+        if isinstance(cls, type):
+            from steepest.optimizer import MatrixOptimizer  # which most processes of bench/gpu.py do without
+            from support.training import KINDS
+
+            if issubclass(cls, MatrixOptimizer):
+                asked.setdefault(item.nodeid.partition("[")[0], []).append((item, cls in KINDS))
     tests = [test for test in asked.values() if any(kind for _, kind in test)]
     return [item for test in tests for item, kind in test if not kind]
 
