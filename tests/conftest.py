@@ -4,6 +4,7 @@ tests are quick, and a GPU that no longer answers ends a run."""
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -75,6 +76,10 @@ def processes() -> Iterator[Processes]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     told = "a file with tests, a line each: they are left out, and those that begin are added to it"
     parser.addoption("--begun", type=Path, metavar="FILE", help=told)
+    told = (
+        "of the slow cases of a test one in N, at least one: of different tests different ones, in every run the same"
+    )
+    parser.addoption("--one-in", type=int, choices=range(1, 11), default=1, metavar="N", help=told)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -112,6 +117,19 @@ def of_other_classes(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     return [item for test in tests for item, kind in test if not kind]
 
 
+def one_in(n: int, items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """What `--one-in` leaves out of slow tests. Each begins elsewhere, so that all classes are taken by some tests."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left = []
+    for name, of_test in cases.items():
+        first = zlib.crc32(name.encode()) % min(n, len(of_test))
+        left += [item for i, item in enumerate(of_test) if i % n != first]
+    return left
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Files that `make test` or `make test-quick` take nothing of are not even imported."""
     marks = config.option.markexpr.split(" and ")
@@ -133,6 +151,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item.nodeid not in begun]
     for item in of_other_classes(items):
         item.add_marker(pytest.mark.slow)
+    left = {*one_in(config.getoption("--one-in"), items)}
+    if left:
+        config.hook.pytest_deselected(items=[*left])
+        items[:] = [item for item in items if item not in left]
     if torch.cuda.is_available():
         return
     for item in items:
