@@ -325,6 +325,54 @@ def test_what_the_host_reads_is_yaml(path: Path) -> None:
         assert job["runs-on"]
 
 
+def workflow_jobs() -> dict[str, Any]:
+    """The jobs of all workflows, by their file and name."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    return {f"{f.name} {name}": job for f in files for name, job in yaml.safe_load(f.read_text())["jobs"].items()}
+
+
+def test_workflows_name_targets_and_files_that_there_are() -> None:
+    jobs = workflow_jobs()
+    commands = "\n".join(step["run"] for job in jobs.values() for step in job["steps"] if "run" in step)
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][\w-]*)(?=:|(?: [\w-]+)+:)", makefile, re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z][\w-]*)", commands)) - {"g"}
+    assert {"check", "docs", "sdist", "test-all", "test-integrations", "check-torch"} <= named
+    assert named <= targets, named - targets
+    files = re.findall(r"(?:bash|python3?) (\.?[\w/]+(?:\.py)?)|(python/\S+\.py)", commands)
+    assert len(files) > 3
+    for name in filter(None, itertools.chain(*files)):
+        assert (ROOT / name).exists(), name
+
+
+def test_groups_that_are_installed_are_those_of_the_project() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    table = project.split("[dependency-groups]")[1].split("\n[")[0]
+    groups = set(re.findall(r"^([a-z]\w*) = \[", table, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    trainers = re.search(r"^trainers := (.+)$", makefile, re.MULTILINE)
+    assert trainers
+    installed = set(re.findall(r"--group (\w+)", makefile)) | set(trainers[1].split())
+    assert len(installed) > 8
+    assert installed <= groups, installed - groups
+
+
+def test_the_pythons_of_the_metadata_are_those_of_the_workflows() -> None:
+    """A wheel is for every Python that a classifier names, and each is tried."""
+    project = (ROOT / "pyproject.toml").read_text()
+    named = re.findall(r"Python :: (3\.\d+)\"", project)
+    tried = {
+        name: job["strategy"]["matrix"]["python"]
+        for name, job in workflow_jobs().items()
+        if "python" in job.get("strategy", {}).get("matrix", {})
+    }
+    assert len(tried) == 2
+    for name, pythons in tried.items():
+        assert pythons == named, name
+    assert f'requires-python = ">={named[0]}"' in project
+
+
 def test_the_conda_recipe_reads_the_version() -> None:
     """The call in its head, as conda build makes it, and the requirements of pyproject.toml."""
     recipe = (ROOT / "conda" / "meta.yaml").read_text()
