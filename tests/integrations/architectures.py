@@ -1,8 +1,9 @@
-"""Known networks from configs, on the meta device: 80 and more, of transformers, timm and torchvision."""
+"""Known networks from configs, on the meta device: 90 and more, of transformers, timm and torchvision."""
 
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 import warnings
 from collections import Counter
@@ -137,6 +138,14 @@ WHOLE_SIZE: dict[str, dict[str, Any]] = {
     "ConvNextV2ForImageClassification": AS_IT_IS,
     "YolosForObjectDetection": TWO,
     "XCLIPModel": AS_IT_IS,
+    "LayoutLMv3ForTokenClassification": TWO,
+    "MobileBertForPreTraining": TWO,
+    "DeiTForImageClassificationWithTeacher": TWO,
+    "PerceiverForImageClassificationLearned": AS_IT_IS,
+    "RTDetrForObjectDetection": AS_IT_IS,
+    "Mask2FormerForUniversalSegmentation": AS_IT_IS,
+    "FSMTForConditionalGeneration": AS_IT_IS,
+    "SpeechT5ForTextToSpeech": AS_IT_IS,
 }
 #: What a config refuses.
 NOT_TAKEN = {"FalconForCausalLM": ("head_dim",), "XLNetLMHeadModel": ("max_position_embeddings",)}
@@ -158,9 +167,13 @@ TIMM: dict[str, dict[str, Any]] = {
     "eca_nfnet_l0": {"num_classes": 5},
     "sequencer2d_s": {"num_classes": 5},
     "volo_d1_224": {"num_classes": 5},
+    "tnt_s_patch16_224": {"num_classes": 5, "depth": 1},
     "samvit_base_patch16": {"depth": 1, "embed_dim": 32, "num_heads": 4, "global_attn_indexes": (0,)},
 }
-TORCHVISION = ("resnet18", "vgg11", "mobilenet_v2", "resnext50_32x4d", "vit_b_32", "swin_t", "googlenet")
+TORCHVISION = (
+    *("resnet18", "vgg11", "mobilenet_v2", "resnext50_32x4d", "vit_b_32", "swin_t", "googlenet", "maxvit_t"),
+    *("detection.maskrcnn_resnet50_fpn", "detection.ssdlite320_mobilenet_v3_large"),
+)
 
 
 def of_transformers(name: str) -> nn.Module:
@@ -218,8 +231,10 @@ def of_timm(name: str) -> nn.Module:
 def of_torchvision(name: str) -> nn.Module:
     import torchvision
 
-    extra = {"init_weights": False} if name in ("vgg11", "googlenet") else {}
-    return getattr(torchvision.models, name)(num_classes=5, **extra)
+    extra: dict[str, Any] = {"init_weights": False} if name in ("vgg11", "googlenet") else {}
+    if name.startswith("detection."):
+        extra = {"weights_backbone": None}
+    return operator.attrgetter(name)(torchvision.models)(num_classes=5, **extra)
 
 
 PACKAGES: dict[str, tuple[Callable[[str], nn.Module], tuple[str, ...]]] = {

@@ -112,6 +112,79 @@ def test_a_network_keeps_its_head_in_a_wrapper_of_any_name() -> None:
     assert rules(Around(block=MLPBlock(fc=nn.Linear(4, 4), proj=nn.Linear(4, 4))))["block.fc.weight"] == "matrix"
 
 
+def test_a_head_in_a_list_is_known_by_the_name_of_the_list() -> None:
+    """As RT-DETR's class embeddings, one for each layer; the parts of an nn.Sequential are layers of other names."""
+    heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
+    decoder = Around(fc1=nn.Linear(8, 8), class_embed=heads, enc_class_embed=nn.ModuleList([nn.Linear(8, 3)]))
+    saved = Around(modules_to_save=nn.ModuleDict({"default": nn.Linear(8, 3)}))  # a head that PEFT trains
+    decoder.last_class_embed = nn.ModuleList([saved])
+    inner = Around(score=nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+    model = Around(encoder=nn.Linear(8, 8), a=Around(b=Around(decoder=decoder)), c=Around(d=Around(e=inner)))
+    kinds = rules(model)
+    assert {name for name, rule in kinds.items() if rule == "adamw" and name.endswith("weight")} == {
+        "a.b.decoder.class_embed.0.weight",
+        "a.b.decoder.class_embed.1.weight",
+        "a.b.decoder.enc_class_embed.0.weight",
+        "a.b.decoder.last_class_embed.0.modules_to_save.default.weight",
+    }
+
+
+def test_the_last_layer_of_a_box_is_a_head() -> None:
+    boxes = Around(layers=nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)]))
+    for model in (
+        Around(body=nn.Linear(8, 8), bbox_predictor=boxes),
+        Around(body=nn.Linear(8, 8), decoder=Around(bbox_embed=nn.ModuleList([boxes, boxes]))),
+    ):
+        kinds = {name.split("layers.")[1]: rule for name, rule in rules(model).items() if "layers." in name}
+        assert {name: kinds[name] for name in kinds if "weight" in name} == {
+            "0.weight": "matrix",
+            "1.weight": "matrix",
+            "2.weight": "adamw",
+        }
+
+
+def test_the_regions_of_a_detector_are_a_network_and_its_predictors_heads() -> None:
+    regions = Around(
+        box_head=Around(fc6=nn.Linear(12, 8), fc7=nn.Linear(8, 8)),
+        box_predictor=Around(cls_score=nn.Linear(8, 5), bbox_pred=nn.Linear(8, 20)),
+        keypoint_head=nn.Sequential(nn.Conv2d(8, 8, 3)),
+    )
+
+    class SSDScoringHead(Around):
+        pass
+
+    scores = SSDScoringHead(module_list=nn.ModuleList([nn.Conv2d(8, 6, 3)]))
+    kinds = rules(Around(backbone=nn.Linear(8, 8), roi_heads=regions, head=Around(a=Around(b=Around(scores=scores)))))
+    assert {name.removesuffix(".weight") for name, rule in kinds.items() if rule == "matrix"} == {
+        "backbone",
+        "roi_heads.box_head.fc6",
+        "roi_heads.box_head.fc7",
+        "roi_heads.keypoint_head.0",
+    }
+
+
+def test_a_linear_layer_that_is_a_table_of_relative_positions() -> None:
+    """LayoutLM looks up columns of the weight of nn.Linear(buckets, heads)."""
+    layers = {"rel_pos_bias": nn.Linear(32, 4), "rel_pos_x_bias": nn.Linear(32, 4), "rel_proj": nn.Linear(8, 8)}
+    layers |= {"pos_bias_mlp": nn.Linear(8, 8), "bias": nn.Linear(8, 8)}
+    model = Around(body=nn.Linear(8, 8), encoder=Around(**layers))
+    tables = {"encoder.rel_pos_bias.weight", "encoder.rel_pos_x_bias.weight"}
+    for params in (model, dict(model.named_parameters())):
+        sent = {name for name, rule in rules(params).items() if rule == "adamw" and name.endswith("weight")}
+        assert sent == tables
+    assert reasons(model)["encoder.rel_pos_bias.weight"] == "embedding, by the word 'pos'"
+
+
+@pytest.mark.parametrize(
+    "name", ["cls_classifier", "distillation_classifier", "classifier_distill", "class_predictor", "output_projection"]
+)
+def test_names_of_last_layers(name: str) -> None:
+    decoder = Around(layers=nn.ModuleList([Around(output_projection=nn.Linear(8, 8))]), **{name: nn.Linear(8, 5)})
+    model = Around(encoder=nn.Linear(8, 8), decoder=decoder)
+    assert rules(model)[f"decoder.{name}.weight"] == "adamw"
+    assert rules(model)["decoder.layers.0.output_projection.weight"] == "matrix"
+
+
 def test_tensors_that_are_one_in_memory_have_one_role() -> None:
     model = Around(tok=nn.Embedding(20, 8), body=nn.Linear(8, 8), out=nn.Linear(8, 20, bias=False))
     model.out.weight = nn.Parameter(model.tok.weight.data)
@@ -345,6 +418,36 @@ def test_the_ratio_of_a_transposed_convolution_is_that_of_outputs_by_inputs() ->
     rates = {row[0]: row[-2] for row in rows if row[0].endswith("weight")}
     assert (rates["up.weight"], rates["wide.weight"]) == ("2", "1")
     assert "ConvTranspose2d read as (16, 64), transposed" in steepest.Muon(model).describe()
+
+
+@pytest.mark.parametrize("kernel, stride", [(2, 2), (4, 2), (6, 2), (3, 1)])
+def test_overlapping_patches_multiply_the_norm_of_a_transposed_convolution(kernel: int, stride: int) -> None:
+    """The largest RMS of outputs by that of inputs, around a circle, when the weight is a step of sqrt(rows / cols) in
+    the spectral norm: kernel / stride for a transposed convolution, 1 for a convolution. All entries alike attain it.
+    """
+
+    def norm(layer: nn.Module) -> float:
+        (r,) = route(layer)
+        (piece,) = pieces(r.param.shape, **r.values)
+        with torch.no_grad():
+            scale = (piece.rows / piece.cols) ** 0.5 / (piece.rows * piece.cols) ** 0.5
+            r.param.copy_(torch.ones_like(r.param) * scale)
+
+        def around(x: Tensor) -> Tensor:
+            if isinstance(layer, nn.Conv1d):
+                return layer(torch.cat([x, x[..., : kernel - stride]], -1))
+            y = layer(x)
+            whole, beyond = y.split([12 * stride, kernel - stride], -1)
+            return whole + nn.functional.pad(beyond, (0, 12 * stride - beyond.shape[-1]))
+
+        x = torch.zeros(1, 6, 12, dtype=torch.double)
+        jacobian = torch.autograd.functional.jacobian(around, x)
+        jacobian = jacobian.reshape(-1, x.numel())
+        return float(torch.linalg.matrix_norm(jacobian, 2)) * (jacobian.shape[1] / jacobian.shape[0]) ** 0.5
+
+    numbers = {"kernel_size": kernel, "stride": stride, "bias": False, "dtype": torch.double}
+    assert norm(nn.ConvTranspose1d(6, 4, **numbers)) == pytest.approx(kernel / stride)
+    assert norm(nn.Conv1d(6, 4, **numbers)) == pytest.approx(1)
 
 
 def test_angles_of_rotations_are_no_matrices() -> None:

@@ -5,30 +5,41 @@ Names are in small letters, as in `Place.path`, and patterns are fnmatch's.
 
 from __future__ import annotations
 
-#: Matched with the last component of the module's path, with the parameter's own name, and with the first where the
-#: parameter is not deep inside (head.fc, classifier.6). qa_outputs: BERT and its kin; head_dist: DeiT and LeViT,
-#: distilled; class_embed, class_labels_classifier: DETR and its kin; head_linear: Ovis 2.
+#: Matched with the last component of the module's path (of a module in a list, with the list's), with the parameter's
+#: own name, and with the first where the parameter is not deep inside (head.fc, classifier.6). qa_outputs: BERT and its
+#: kin; head_dist, classifier_distill: DeiT and LeViT, distilled; class_embed: DETR and its kin; class_predictor:
+#: MaskFormer and its kin; cls_score to kps_score_lowres: detectors of torchvision and Detectron2; head_linear: Ovis 2.
 HEADS = (
-    *("lm_head", "head", "*_head", "*_heads", "classifier", "embed_out", "unembed*", "logits*", "score"),
-    *("qa_outputs", "head_dist", "head_linear", "class_embed", "class_labels_classifier"),
+    *("lm_head", "head", "*_head", "*_heads", "classifier", "*_classifier", "embed_out", "unembed*", "logits*"),
+    *("score", "qa_outputs", "head_dist", "classifier_distill", "head_linear", "*class_embed", "class_predictor"),
+    *("cls_score", "cls_logits", "objectness_logits", "mask_fcn_logits", "bbox_pred", "kps_score_lowres"),
 )
-#: Names of hidden layers which a pattern of HEADS takes: Funnel's projections, the last convolution of EfficientNets.
-NO_HEADS = frozenset({"q_head", "k_head", "v_head", "conv_head"})
+#: Names of hidden layers which a pattern of HEADS takes: Funnel's projections, the last convolution of EfficientNets;
+#: and of a network that is no head, torchvision's of regions.
+NO_HEADS = frozenset({"q_head", "k_head", "v_head", "conv_head", "roi_heads"})
 #: With more components than this a parameter is deep inside of what its first component names: ESMFold 2's
 #: structure_head and VibeVoice's diffusion_head are networks.
 HEAD_DEPTH = 4
 #: Heads only where the module stands at the top of the model; inside a block these are common names of hidden layers.
 TOP_LEVEL_HEADS = ("fc", "output", "decoder")
-#: Matched with the end of the module's path: BERT's map to the vocabulary, and its next sentence.
-HEAD_PATHS = ("predictions.decoder", "seq_relationship")
-#: Classes of whole networks and of Ultralytics' detectors, and their last layers, which keep their role inside of
-#: another model: patterns of the names of modules in them.
+#: Patterns of the end of the module's path: BERT's map to the vocabulary, and its next sentence; fairseq's; the last of
+#: the layers that give DETR and its kin a box.
+HEAD_PATHS = (
+    *("predictions.decoder", "seq_relationship", "decoder.output_projection"),
+    *("bbox_predictor.layers.2", "bbox_embed.layers.2", "bbox_embed.*.layers.2"),
+)
+#: Classes of whole networks, of Ultralytics' and torchvision's detectors and of transformers' heads, and their last
+#: layers, which keep their role inside of another model: patterns of the names of modules in them.
 HEADS_OF_CLASSES = {
     **dict.fromkeys(("ResNet", "GoogLeNet", "Inception3", "ShuffleNetV2", "RegNet", "Xception"), ("fc",)),
     "DenseNet": ("classifier",),
     "Classify": ("linear",),
     "Detect": ("cv?.*.2", "one2one_cv?.*.2"),
     "RTDETRDecoder": ("dec_score_head.*", "enc_bbox_head.layers.2", "dec_bbox_head.*.layers.2"),
+    "SSDScoringHead": ("module_list.*",),
+    "MobileBertLMPredictionHead": ("dense",),
+    "PerceiverBasicDecoder": ("final_layer",),
+    "SpeechT5SpeechDecoderPostnet": ("feat_out", "prob_out"),
 }
 #: Classes that are heads as a whole: torch's, and the loss of speaker verification.
 HEAD_CLASSES = frozenset({"AdaptiveLogSoftmaxWithLoss", "AMSoftmaxLoss"})
@@ -50,7 +61,8 @@ POSITION_WORDS = frozenset({"position", "positions", "positional", "pos", "rel",
 #: Those of them that name projections, too, where they are words of a module's name.
 PROJECTION_WORDS = frozenset({"pos", "rel"})
 #: Words of a parameter's own name which say that it is added, one number an output; of stacked biases too: GPT-OSS's
-#: gate_up_proj_bias, LeViT's attention_biases, those of a stacked ensemble; Dinat's rpb, of relative positions.
+#: gate_up_proj_bias, LeViT's attention_biases, those of a stacked ensemble; Dinat's rpb, of relative positions. As the
+#: last word of an nn.Linear's name, beside one of positions, a table that is looked up: LayoutLMv3's rel_pos_x_bias.
 BIAS_WORDS = frozenset({"bias", "biases", "rpb"})
 #: Own names of tables that multiply element by element: state space models, RWKV, gains; PEFT's circulants, diagonals.
 ELEMENTWISE = (
@@ -64,7 +76,7 @@ ELEMENTWISE_OF_CLASSES = {
     "EfficientViMBlock": ("alpha",),
     "ZambaMambaMixer": ("d",),
     "CondConv2d": ("weight",),
-    "Inkling2DynamicShortConvolution": ("static_weight",),
+    **dict.fromkeys(("Inkling2DynamicShortConvolution", "Inkling2LoopDynamicShortConvolution"), ("static_weight",)),
     "OFTRotationModule": ("weight",),
 }
 #: Words of a module's name which say normalization, of one that is no linear map or convolution.
@@ -95,7 +107,8 @@ ADAPTED |= {"c3a_kernel": False, "randlora_lambda": False, "randlora_gamma": Fal
 
 #: Fused projections by the name of their module, or their own: what they hold, one under the other.
 FUSED = {
-    **dict.fromkeys(("qkv", "qkv_proj", "wqkv", "c_attn", "in_proj_qkv"), ("q", "k", "v")),
+    **dict.fromkeys(("qkv", "to_qkv", "qkv_proj", "wqkv", "c_attn", "in_proj_qkv"), ("q", "k", "v")),
+    "qk": ("q", "k"),
     **dict.fromkeys(("gate_up_proj", "gate_up", "w12", "weights_in"), ("gate", "up")),
     **dict.fromkeys(("kv", "to_kv"), ("k", "v")),
 }

@@ -61,6 +61,7 @@ from .places import Place
 _EMBEDDING_CLASS = re.compile(r"Embed(ding)?s?(Bag)?$")
 _NORM_CLASS = re.compile(r"Norm(\dd)?$")
 _ATTENTION_CLASS = re.compile(r"(Attention|Attn)(\dd)?$")
+_HEAD_ENDS = tuple(f"*{end}" for end in HEAD_PATHS)
 _FUSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
@@ -196,11 +197,15 @@ def _head_name(place: Place) -> str | None:
     path = place.path
     if path[-2:-1] and path[-2] in NO_HEADS:
         return None
-    if (end := next((end for end in HEAD_PATHS if ".".join(path[:-1]).endswith(end)), None)) is not None:
+    layer = ".".join(path[:-1])
+    if _any_of(_HEAD_ENDS).match(layer):
+        end = next(end for end in HEAD_PATHS if fnmatchcase(layer, f"*{end}"))
         return f"head, by the name {end!r}"
     top = path[:1] if len(path) <= 2 else []
-    first = path[:1] if len(path) <= HEAD_DEPTH else []
-    return _named("head", [*path[-2:], *first], HEADS) or _named("head", top, TOP_LEVEL_HEADS)
+    first = path[:1] if len(path) <= HEAD_DEPTH and path[0] not in NO_HEADS else []
+    is_in_list = "".join(path[-2:-1]).isdigit() and place.module is not None and not is_a(place.parent, nn.Sequential)
+    of_list = path[-3:-2] if is_in_list else []
+    return _named("head", [*path[-2:], *of_list, *first], HEADS) or _named("head", top, TOP_LEVEL_HEADS)
 
 
 def _embedding_name(place: Place) -> str | None:
@@ -213,8 +218,11 @@ def _embedding_name(place: Place) -> str | None:
     if not _is_attention(place):
         named = named or _named("learned input", path[-1:], LEARNED_INPUTS)
     words = POSITION_WORDS & _words(path[-1])
+    layer = "_".join(path[-2:-1])
     if place.module is None:  # a module known by its name alone
-        words |= (POSITION_WORDS - PROJECTION_WORDS) & _words("_".join(path[-2:-1]))
+        words |= (POSITION_WORDS - PROJECTION_WORDS) & _words(layer)
+    if layer.split("_")[-1] in BIAS_WORDS and (place.module is None or is_a(place.module, nn.Linear)):
+        words |= POSITION_WORDS & _words(layer)
     return named or (f"embedding, by the word {min(words)!r}" if words else None)
 
 
