@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 import steepest
-from steepest.integrations.configuration import named, pairs, values
+from steepest.integrations.configuration import check_class, named, pairs, values
 
 
 def test_names() -> None:
@@ -19,6 +21,26 @@ def test_names() -> None:
         named("Momo")
     with pytest.raises(ValueError, match="no optimizer is called 'xyz': there are Ada"):
         named("xyz")
+
+
+@pytest.mark.parametrize(
+    ("cls", "error"),
+    [
+        ("MuAdam", "'MuAdam' is a name: pass the class, as in steepest.MuAdam"),
+        (torch.optim.AdamW, "AdamW is no optimizer of this package: pass one that is, as steepest.MuAdam"),
+        (
+            steepest.Muon(torch.nn.Linear(2, 2)),
+            "this Muon is made already: pass its class, as steepest.MuAdam, and arguments",
+        ),
+        (None, "None makes no optimizer: pass a class"),
+    ],
+    ids=["name", "torchs", "made", "none"],
+)
+def test_what_makes_no_optimizer(cls: Any, error: str) -> None:
+    with pytest.raises(TypeError, match=error):
+        check_class(cls)
+    check_class(steepest.MuAdam)
+    check_class(partial(steepest.Muon, momentum=0.9))
 
 
 @pytest.mark.parametrize(

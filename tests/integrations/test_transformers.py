@@ -12,10 +12,18 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (make test-integrations)")
 pytest.importorskip("accelerate", reason="accelerate is not installed (make test-integrations)")
 
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+from transformers import (  # noqa: E402
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import steepest  # noqa: E402
 from steepest.integrations.transformers import optimizer_cls_and_kwargs  # noqa: E402
+from steepest.routing import fused_layouts  # noqa: E402
 
 DATA = [{"input_ids": (ids := [(3 * i + j) % 40 for j in range(8)]), "labels": ids} for i in range(16)]
 
@@ -60,6 +68,24 @@ def test_the_helper_takes_the_arguments(tmp_path: Path) -> None:
     assert optimizer.param_groups[1]["betas"] == (0.9, 0.9)
     assert "model.embed_tokens.weight" in optimizer.param_groups[1]["param_names"]
     assert "layers.0.mlp.up_proj.weight" in optimizer.describe()
+
+
+def test_overrides_split_a_fused_weight(tmp_path: Path) -> None:
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, **sizes))
+    args = arguments(tmp_path, weight_decay=0.1, learning_rate=2e-3)
+    how = optimizer_cls_and_kwargs(steepest.MuAdam, args, lr=1e-2, overrides=fused_layouts(model))
+    trainer = Trainer(model, args, train_dataset=DATA, optimizer_cls_and_kwargs=how)
+    trainer.create_optimizer()
+    groups = steepest.unwrap(trainer.optimizer).param_groups
+    assert groups[0]["split_sizes"] == (16, 16, 16)
+    found = [(g["use_muon"], g["lr"], g["weight_decay"]) for g in groups]
+    assert found == [(True, 1e-2, 0.1)] * 2 + [(False, 2e-3, 0.1), (False, 2e-3, 0.0)]
+    factory, kwargs = optimizer_cls_and_kwargs(steepest.KFAC, args, overrides={})
+    with pytest.raises(TypeError, match="KFAC takes a module, whose layers it watches: leave out overrides"):
+        factory()(model, **kwargs)
+    with pytest.raises(TypeError, match=r"'MuAdam' is a name: pass the class, as in steepest\.MuAdam"):
+        optimizer_cls_and_kwargs("MuAdam", args)  # type: ignore[arg-type]
 
 
 def test_optim_args_win_over_the_arguments_and_what_is_named_over_them(tmp_path: Path) -> None:

@@ -48,3 +48,21 @@ def test_lora_with_a_module_to_save(tmp_path: Path) -> None:
     kinds = {name: group["use_muon"] for group in groups for name in group["param_names"]}
     assert {kind for name, kind in kinds.items() if "lora_" in name} == {True}
     assert {kind for name, kind in kinds.items() if "lm_head" in name} == {False}
+
+
+def test_a_trainer_that_does_not_pass_it_on_is_told_afterwards(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    rows = [{"prompt": each["instruction"], "chosen": each["output"], "rejected": "no"} for each in EXAMPLES]
+
+    def preferred(name: str, resume: str | None = None) -> Any:
+        steps = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
+        args = trl.DPOConfig(str(tmp_path / name), report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, **steps)
+        trainer = trl.DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=Dataset.from_list(rows))
+        trainer.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs(steepest.MuAdam, args, lr=2e-3)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = preferred("whole")
+    again = preferred("again", str(tmp_path / "whole" / "checkpoint-2"))
+    assert isinstance(steepest.unwrap(whole.optimizer), steepest.MuAdam)
+    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True))

@@ -121,6 +121,11 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "MuAdam got an unexpected argument 'warmup'; it takes lr, weight_decay, betas, .*adamw_lr",
     ),
+    "argument of routing": (
+        lambda: MUADAM(matrix(), overrides={"head": "adamw"}),  # type: ignore[call-arg]
+        TypeError,
+        r"'overrides': give it to steepest.param_groups, as in MuAdam\(steepest.param_groups\(model, overrides=...\)\)",
+    ),
     "algorithm": (
         lambda: MUON(matrix(algorithm="lion")),
         ValueError,

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+
 from .. import zoo
 from ..optimizer import MatrixOptimizer
 
-__all__ = ["named", "pairs", "values"]
+__all__ = ["check_class", "named", "pairs", "values"]
 
 _WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
 
@@ -24,6 +26,18 @@ def named(name: str) -> Callable[..., MatrixOptimizer]:
         hint = f"did you mean {', '.join(names)}?" if close else f"there are {', '.join(names)}"
         raise ValueError(f"no optimizer is called {name!r}: {hint}")
     return classes[name.lower()]
+
+
+def check_class(cls: Any) -> None:
+    """TypeError for what is no class of an optimizer here, and no function that makes one."""
+    if isinstance(cls, str):
+        raise TypeError(f"{cls!r} is a name: pass the class, as in steepest.MuAdam")
+    if isinstance(cls, torch.optim.Optimizer):
+        raise TypeError(f"this {type(cls).__name__} is made already: pass its class, as steepest.MuAdam, and arguments")
+    if isinstance(cls, type) and not issubclass(cls, MatrixOptimizer):
+        raise TypeError(f"{cls.__name__} is no optimizer of this package: pass one that is, as steepest.MuAdam")
+    if not callable(cls):
+        raise TypeError(f"{cls!r} makes no optimizer: pass a class, as in steepest.MuAdam")
 
 
 def pairs(text: str) -> dict[str, Any]:

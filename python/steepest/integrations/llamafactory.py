@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..optimizer import MatrixOptimizer
-from .configuration import named, values
-from .transformers import of_arguments
+from .configuration import check_class, named, values
+from .transformers import OfModel, of_arguments
 
 __all__ = ["register", "use"]
 
@@ -30,12 +30,13 @@ def use(cls: Callable[..., MatrixOptimizer], **kwargs: Any) -> None:
     biases; kwargs win.
     A training whose configuration asks for another optimizer, as with use_galore or loraplus_lr_ratio, is a ValueError.
     """
+    check_class(cls)
 
     def create(model: nn.Module, training_args: Any, finetuning_args: Any) -> MatrixOptimizer:
         asked = [name for name in OTHERS if getattr(finetuning_args, name, None)]
         if asked:
             raise ValueError(f"{asked[0]} asks for another optimizer than {cls.__name__} of steepest: leave out one")
-        return cls(model, **{**of_arguments(training_args), **kwargs})
+        return OfModel(cls)(model, **{**of_arguments(training_args), **kwargs})
 
     for stage in STAGES:
         import_module(f"llamafactory.train.{stage}.trainer").create_custom_optimizer = create  # type: ignore[attr-defined]
@@ -61,4 +62,4 @@ def _of_section(model: nn.Module, section: Mapping[str, Any]) -> MatrixOptimizer
     arguments = {key: value for key, value in section.items() if key not in ("name", "optimizer")}
     if not isinstance(section.get("optimizer"), str):
         raise ValueError("name the optimizer, as in optim_config: {name: steepest, optimizer: MuAdam, lr: 0.002}")
-    return named(section["optimizer"])(model, **values(arguments))
+    return OfModel(named(section["optimizer"]))(model, **values(arguments))

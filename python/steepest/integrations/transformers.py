@@ -10,7 +10,10 @@ from torch import nn
 
 from ..attention import QKClip
 from ..optimizer import MatrixOptimizer
-from .configuration import pairs
+from ..routing import ADAMW_NUMBERS, param_groups
+from ..routing.overrides import Overrides
+from ..zoo import KFAC
+from .configuration import check_class, pairs
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
@@ -25,12 +28,14 @@ def optimizer_cls_and_kwargs(
 
         Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(steepest.MuAdam, args, lr=2e-3))
 
-    cls: an optimizer of this package, KFAC too.   kwargs: its arguments; lr is that of the matrices.
+    cls: an optimizer of this package, KFAC too.   kwargs: its arguments; lr is that of the matrices. Also overrides, as
+        `steepest.param_groups` takes them, but for KFAC.
     args: whose weight_decay all groups take, but for gains and biases, and whose learning_rate, adam_beta1, adam_beta2
         and adam_epsilon are AdamW's; optim_args, as in "lr=0.02,momentum=0.9", win over these, and kwargs over all.
         None: the class's own.
-    Needs transformers 5, whose Trainer hands the model over; ImportError with an older one.
+    Needs transformers 5, whose Trainer hands the model over; ImportError with an older one. TypeError for another cls.
     """
+    check_class(cls)
     try:
         from transformers.trainer_optimizer import is_optimizer_factory  # noqa: F401
     except ImportError as error:
@@ -45,9 +50,17 @@ class OfModel:
     def __init__(self, cls: Callable[..., MatrixOptimizer]) -> None:
         self.cls = cls
 
-    def __call__(self, model: nn.Module, _args: Any = None, **kwargs: Any) -> MatrixOptimizer:
+    def __call__(
+        self, model: nn.Module, _args: Any = None, *, overrides: Overrides | None = None, **kwargs: Any
+    ) -> MatrixOptimizer:
         """_args: axolotl's trainers hand over their arguments too, which `optimizer_cls_and_kwargs` has read."""
-        return self.cls(model, **kwargs)
+        if overrides is None:
+            return self.cls(model, **kwargs)
+        cls: Any = self.cls
+        if isinstance(cls, type) and issubclass(cls, KFAC):
+            raise TypeError(f"{cls.__name__} takes a module, whose layers it watches: leave out overrides")
+        adamw = {"weight_decay": kwargs.get("adamw_weight_decay", ADAMW_NUMBERS["weight_decay"])}  # not of gains
+        return cls(param_groups(model, overrides=overrides, adamw=adamw), **kwargs)
 
 
 def qk_clip(threshold: float = 100.0, balance: float = 0.5) -> TrainerCallback:

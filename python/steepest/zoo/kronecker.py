@@ -136,7 +136,7 @@ class KroneckerOptimizer(MatrixOptimizer):
         return Frobenius() if norm == "frobenius" else Sign()
 
     def rotated(self, group: Group, inner: Identity | Diagonal | Sides = Identity(), **others: Any) -> Rotated:
-        """The preconditioner in eigenbases with the group's values, but for what `own` says."""
+        """The preconditioner in eigenbases with the group's values, but for what `others` say."""
         values = {"inner": inner, "method": group["refresh"], "exact": group["exact_refreshes"]}
         return Rotated(**{**self._of_factors(group), **values, **others})
 

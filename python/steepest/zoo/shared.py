@@ -144,7 +144,9 @@ def defaults_of(name: str, options: Group, extra: Extras) -> tuple[Group, Group]
     taken = (*options, *Extras.__annotations__)
     unknown = sorted(set(extra) - set(taken))
     if unknown:
-        raise TypeError(f"{name} got an unexpected argument {unknown[0]!r}; it takes {', '.join(taken)}")
+        routing = f": give it to steepest.param_groups, as in {name}(steepest.param_groups(model, {unknown[0]}=...))"
+        hint = routing if unknown[0] in ("overrides", "matrix", "adamw") else f"; it takes {', '.join(taken)}"
+        raise TypeError(f"{name} got an unexpected argument {unknown[0]!r}{hint}")
     given: Group = dict(extra)
     read_switches(given)
     values: Group = {**options, **EXTRAS, **given}
