@@ -340,8 +340,10 @@ def in_bf16(cls: type[MatrixOptimizer], sharded: bool, reduce: torch.dtype) -> W
 @pytest.mark.parametrize(
     "cls, reduce",
     [
-        *((steepest.MuAdam, torch.bfloat16), (steepest.SOAP, torch.float32)),
-        *(slow(steepest.MuAdam, torch.float32), slow(steepest.SOAP, torch.bfloat16)),
+        (steepest.MuAdam, torch.bfloat16),
+        slow(steepest.MuAdam, torch.float32),
+        slow(steepest.SOAP, torch.float32),
+        slow(steepest.SOAP, torch.bfloat16),
     ],
 )
 def test_mixed_precision(processes: Processes, cls: type[MatrixOptimizer], reduce: torch.dtype) -> None:
@@ -359,8 +361,10 @@ def of_bf16(cls: type[MatrixOptimizer], sharded: bool, values: dict[str, Any], s
 @pytest.mark.parametrize(
     "cls, values",
     [
-        *((steepest.MuAdam, {"keep_mantissa": True}), (steepest.SOAP, {})),
-        *(slow(steepest.MuAdam, {}), slow(steepest.SOAP, {"keep_mantissa": True})),
+        (steepest.MuAdam, {"keep_mantissa": True}),
+        slow(steepest.MuAdam, {}),
+        slow(steepest.SOAP, {}),
+        slow(steepest.SOAP, {"keep_mantissa": True}),
     ],
 )
 def test_parameters_in_bf16(processes: Processes, cls: type[MatrixOptimizer], values: dict[str, Any]) -> None:

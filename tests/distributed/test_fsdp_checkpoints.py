@@ -108,7 +108,8 @@ def test_training_goes_on_with_other_ranks(
             assert digest(weights) == digest(wanted), f"{kind} on {ranks}: {different(weights, wanted)}"
 
 
-@pytest.mark.parametrize("cls", [slow(steepest.MuAdam), steepest.SOAP], ids=lambda cls: cls.__name__)
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [steepest.MuAdam, steepest.SOAP], ids=lambda cls: cls.__name__)
 def test_a_checkpoint_that_is_written_meanwhile(
     processes: Processes, cls: type[MatrixOptimizer], tmp_path: Path
 ) -> None:
@@ -118,7 +119,8 @@ def test_a_checkpoint_that_is_written_meanwhile(
         assert digest(weights) == digest(wanted), different(weights, wanted)
 
 
-@pytest.mark.parametrize("first, then", [(("fsdp", 1), ("fsdp", 2)), slow(("ddp", 2), ("fsdp", 4))], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [(("fsdp", 1), ("fsdp", 2)), (("ddp", 2), ("fsdp", 4))], ids=str)
 @pytest.mark.parametrize("cls", SOME, ids=lambda cls: cls.__name__)
 def test_flat_names(
     processes: Processes, cls: type[MatrixOptimizer], first: tuple[str, int], then: tuple[str, int], tmp_path: Path

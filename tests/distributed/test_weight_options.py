@@ -98,7 +98,7 @@ def alone(values: dict[str, Any]) -> Weights:
     return full(model)
 
 
-@pytest.mark.parametrize("values", [FREE, {**EMA, **FROBENIUS}, slow(REDUCED), slow(SPECTRAL)], ids=str)
+@pytest.mark.parametrize("values", [FREE, *map(slow, ({**EMA, **FROBENIUS}, REDUCED, SPECTRAL))], ids=str)
 def test_checkpoints_for_other_ranks(processes: Processes, values: dict[str, Any], tmp_path: Path) -> None:
     wanted = processes.alone(alone, values)
     for number, (kind, ranks) in enumerate((("fsdp", 2), ("fsdp", 1))):

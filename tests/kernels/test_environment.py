@@ -9,7 +9,6 @@ import sys
 import pytest
 
 from steepest.ops.environment import switch
-from support.slow import slow
 
 SWITCHES = {"STEEPEST_BATCH_INVARIANT": False, "STEEPEST_HOPPER": True, "STEEPEST_SELFCHECK": True}
 
@@ -23,7 +22,8 @@ def test_a_switch(default: bool, value: str | None, wanted: bool | None, monkeyp
     assert switch("SWITCH", default) is (default if wanted is None else wanted)
 
 
-@pytest.mark.parametrize("name", [*list(SWITCHES)[:1], *map(slow, list(SWITCHES)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWITCHES)
 def test_another_value_is_an_error(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import steepest"], env={**os.environ, name: "off"}, capture_output=True, text=True

@@ -743,6 +743,7 @@ def test_a_warm_up_goes_by_no_default_dtype(weights: torch.dtype | None, monkeyp
     assert len(warming._warm) == 1
 
 
+@pytest.mark.slow
 def test_switches_are_read_at_import() -> None:
     text = "from steepest.ops import selfcheck, polar_chain as p; import torch;"
     text += "print(selfcheck.enabled, p.device_reason(torch.device('cuda', 0)))"

@@ -287,6 +287,7 @@ def test_narrower_vectors(capability: str, tmp_path: Path) -> None:
     not (cpu_chain.compiled(HALF) and torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported()),
     reason="no tiles (AMX) beside vectors for bf16 here",
 )
+@pytest.mark.slow
 def test_bf16_without_tiles(tmp_path: Path) -> None:
     """Tiles and vectors round the same sums, taken in another order."""
     xs = [noise((2, m, n)) for m, n in SHAPES]

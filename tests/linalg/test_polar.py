@@ -294,6 +294,7 @@ def test_a_cpu_counts_as_the_environment_says(switch: str, dtype: torch.dtype, m
         assert compute_dtype("auto", torch.float32, "cpu") == (torch.bfloat16 if detected else torch.float32)
 
 
+@pytest.mark.slow
 def test_what_the_environment_may_say_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     command = "from steepest.linalg import polar; print(repr(polar.cpu_bf16))"
     environment = {**os.environ, "STEEPEST_CPU_BF16": "no"}

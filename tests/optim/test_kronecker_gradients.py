@@ -16,7 +16,6 @@ import steepest
 from steepest.recipe import CLOCK
 from steepest.zoo.kronecker import KroneckerOptimizer
 from support.problems import gap, gaussian
-from support.slow import slow
 from support.training import KRONECKER
 
 Maker = type[KroneckerOptimizer]
@@ -76,7 +75,8 @@ def test_a_spike(cls: Maker) -> None:
     assert all(length < 10 * max(lengths[:15]) for length in lengths if UNSCALED[cls])
 
 
-@pytest.mark.parametrize("options", [{}, slow({"parity": "authors"}), slow({"inverse_root": "newton"})], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"parity": "authors"}, {"inverse_root": "newton"}], ids=str)
 def test_a_spike_goes_straight_into_kl_shampoos_step_unless_that_is_bounded(options: dict[str, Any]) -> None:
     """Its rule whitens by values from before: about s sqrt(1 - beta1^2) times the usual step, 436 here."""
     ratios = {}

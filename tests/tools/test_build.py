@@ -185,6 +185,7 @@ def check_wheel() -> types.ModuleType:
 
 
 @needs_extension
+@pytest.mark.slow
 def test_a_wheel_is_for_every_python(compilerless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the library and the package, not with what an earlier wheel had or what only developers look into."""
     old = compilerless / "python" / "steepest" / "old.py"
@@ -1006,6 +1007,7 @@ def test_doctor_says_what_a_forced_backend_does() -> None:
         assert f"STEEPEST_BACKEND={name} is set: {then}" in facts.describe({**machine, "forced": name})
 
 
+@pytest.mark.slow
 def test_backends_and_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     states = steepest.backends()
     assert list(states) == ["cuda", "triton", "cpu", "torch"]

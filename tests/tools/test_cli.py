@@ -335,6 +335,7 @@ def test_without_a_gpu_the_reason_is_said(family: str) -> None:
     assert outcome.first_ms is None
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command = [sys.executable, "-m", "steepest", "plan", "--shape", "64x64"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -531,6 +531,7 @@ def test_the_axis_of_losses_points_up_whatever_the_runs_did() -> None:
         assert high > (max(first) if min(last) < max(first) else max(last))
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_stopped_goes_on(
     compare: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
