@@ -87,6 +87,16 @@ class Direction:
         d = self.unit(x)
         return d * self.dual_norm(x, d).clamp(max=torch.finfo(d.dtype).max).to(d.dtype)
 
+    def dual_norm_of_scaled(self, x: Tensor, s: Tensor) -> Tensor:
+        """The dual norm of x from s = scaled(x): the root of <x, s>, a square that may be no number of its dtype."""
+        if not x.shape[-2:].numel():
+            return self.dual_norm(x, s)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, s = x.to(wide), s.to(wide)
+        of_x, of_s = (t.abs().amax((-2, -1), keepdim=True) for t in (x, s))
+        share = total(x / torch.where(of_x > 0, of_x, 1) * (s / torch.where(of_s > 0, of_s, 1)), keepdim=True)
+        return (of_x.sqrt() * of_s.sqrt() * share.clamp(min=0).sqrt()).clamp(max=torch.finfo(wide).max)
+
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
         """The point of the unit ball nearest to x / radius, a float or 0-d and >= 0. Of most norms not known here."""
         raise NotImplementedError(f"{type(self).__name__} has no closed form for the nearest point of its ball")

@@ -84,7 +84,7 @@ class ProductNorm:
         dual = _bounded(self.dual_norm(matrices, others))
         if self.kind == "max":
             return dual, dual
-        inverse = torch.where(dual > 0, 1 / dual, 0) if scale == "lmo" else torch.ones_like(dual)
+        inverse = torch.where(dual > 0, _bounded(1 / dual), 0) if scale == "lmo" else torch.ones_like(dual)
         return (_bounded(self.s * matrices.sum()) * inverse if self.kind == "hybrid" else inverse), inverse
 
     def weights(self, matrices: Tensor, others: Tensor, scale: Literal["lmo", "dual"]) -> tuple[Tensor, Tensor]:

@@ -239,14 +239,16 @@ class Bucket:
         return [item.matrices for item in self.items if item.matrices is not None]
 
     def measured(self, x: Tensor, d: Tensor, table: Table) -> tuple[list[Tensor], list[Tensor]]:
-        """<x, d>, (n,) fp64, of the directions of each of `matrices`, and of each item; d: as `Direction.units` gives
-        it, x: as the direction took it.
+        """The dual norms, (n,) fp64, of each of `matrices`, and of each item; x: as the direction took it, d: what it
+        gave.
         """
         norms = list(self.dual_norm(x, d, table).split(self.sizes))
         return norms, norms
 
     def dual_norm(self, x: Tensor, d: Tensor, table: Table) -> Tensor:
-        norm = self.recipe.direction.dual_norm(x, d).flatten().double()
+        direction = self.recipe.direction
+        is_scaled = self.by_torch and self.recipe.scale == "dual"
+        norm = (direction.dual_norm_of_scaled if is_scaled else direction.dual_norm)(x, d).flatten().double()
         # An fp16 x was multiplied by a power of two.
         return norm / self._numbers(table, "input_scale") if self.dtype is torch.float16 else norm
 

@@ -60,8 +60,13 @@ class Batch:
         return self.recipe.descent_direction(x, self.hyper)
 
     def measured(self, x: Tensor, d: Tensor) -> Sequence[Tensor]:
-        """<x, d> of the directions of each of `matrices`."""
-        return self.recipe.direction.dual_norm(x, d).flatten().split(self._sizes)
+        """The dual norms of the inputs of each of `matrices`, from their directions."""
+        return self._dual_norms(x, d).split(self._sizes)
+
+    def _dual_norms(self, x: Tensor, d: Tensor) -> Tensor:
+        direction = self.recipe.direction
+        of_directions = direction.dual_norm_of_scaled if self.recipe.scale == "dual" else direction.dual_norm
+        return of_directions(x, d).flatten().double()
 
     def updates(self, d: Tensor) -> list[Tensor]:
         """The update of every part."""
@@ -99,7 +104,7 @@ class SharedBatch(Batch):
         return super().directions(x) if len(x) else x  # a rank may own nothing
 
     def measured(self, x: Tensor, d: Tensor) -> Sequence[Tensor]:
-        return self._shared.of_all(self.recipe.direction.dual_norm(x, d).flatten().double())[0]
+        return self._shared.of_all(self._dual_norms(x, d))[0]
 
     def send_back(self, d: Tensor) -> Callable[[], list[Tensor]]:
         wide = self.matrices[0].parameter.wide_dtype

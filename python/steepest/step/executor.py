@@ -21,13 +21,13 @@ class Directed:
     """The directions of a batch, ready to be stepped along.
 
     ds: one tensor (matrices, rows, cols) for all that shares a call.   lengths: for every item what its directions are
-    yet to be multiplied by, (matrices,), or None.   inner: for every item <M, U> of its matrices, U the step's update
-    in the weight's variables: the dual norm, or its square in a "dual" step; only where it was asked for.
+    yet to be multiplied by, (matrices,), or None.   norms: for every item the dual norms of its matrices, only where
+    they were asked for: with U the step's update in the weight's variables, <M, U>, and in a "dual" step its root.
     """
 
     ds: list[Tensor]
     lengths: Sequence[Tensor | None]
-    inner: Sequence[Tensor] | None = None
+    norms: Sequence[Tensor] | None = None
 
 
 class Executor(Protocol):

@@ -311,13 +311,13 @@ class Fused:
 
     def directed(self, batch: FusedBatch, xs: list[Tensor], ds: list[Tensor], measure: bool) -> Directed:
         lengths: list[Tensor | None] = []
-        inner: list[Tensor] = []
+        norms: list[Tensor] = []
         for bucket, x, d in zip(batch.buckets, xs, ds, strict=True):
             scales = bucket.recipe.scale == "dual" and not bucket.by_torch
             of_matrices, of_items = bucket.measured(x, d, self.table) if measure or scales else ([], [])
-            inner += [norm.square() if scales else norm for norm in of_matrices]
+            norms += of_matrices
             lengths += of_items if scales else [None] * len(bucket.items)
-        return Directed(ds, lengths, inner if measure else None)
+        return Directed(ds, lengths, norms if measure else None)
 
     def send_back(self, batch: FusedBatch, ds: Sequence[Tensor]) -> list[Callable[[], Sequence[Tensor]]]:
         return [bucket.send_back(d) for bucket, d in zip(batch.buckets, ds, strict=True)]

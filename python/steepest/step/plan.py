@@ -186,7 +186,7 @@ class Plan:
         return None if not sent else lambda: _directed(executor, batch, sent, coupling is not None)
 
     def directed(self, executor: Executor, batch: Any) -> Directed:
-        """The directions of a batch, with their inner products."""
+        """The directions of a batch, with their dual norms."""
         return _directed(executor, batch, executor.send(batch), measure=True)
 
     def _share(self, factors: Sequence[Any]) -> None:

@@ -40,7 +40,7 @@ from ..step.plan import Plan
 
 Scale = Literal["lmo", "dual"]
 
-# State of every parameter: <M, U> of its matrices when they last moved; the average of <W, G>.
+# State of every parameter: the dual norms of its matrices when they last moved; the average of <W, G>.
 DESCENT, INNER = "descent", "inner_average"
 # State of the first parameter, for all of them: the average of the loss and its weights' sum; how many losses.
 LOSS, LOSSES = "loss_average", "losses"
@@ -50,19 +50,21 @@ LOSS, LOSSES = "loss_average", "losses"
 class Layers:
     """What the matrices of a group say before they move.
 
-    inner: (k,) fp64, <M, U> of every matrix times the shape's ratio of the learning rate; 0 where the step is not
-    taken. That is the dual norm of a matrix whose step is of length ratio in its norm, or its square where the recipe
-    scales by it.   tangents: <W, G> of every parameter, 0-d fp64, where there is a lower bound.
+    dual_norms: (k,) fp64, of every matrix in the norm in which its step is as the recipe says with the shape's ratio of
+    the learning rate; 0 where the step is not taken.   tangents: <W, G> of every parameter, 0-d fp64, where there is a
+    lower bound.
     """
 
     recipe: Recipe | None
     parameters: Sequence[Parameter]
-    inner: Tensor
+    dual_norms: Tensor
     tangents: Sequence[Tensor] = ()
 
-    @property
-    def dual_norms(self) -> Tensor:
-        return self.inner if self.recipe is None or self.recipe.scale == "lmo" else self.inner.clamp(min=0).sqrt()
+    def decrease(self, factor: Number) -> Tensor:
+        """Sum of <M, U> over the matrices, U the step of each times factor: 0-d."""
+        if self.recipe is None or self.recipe.scale == "lmo":
+            return self.dual_norms.sum() * factor
+        return (self.dual_norms * factor * self.dual_norms).sum()  # a square may be no number
 
 
 class Momo(MatrixOptimizer):
@@ -177,7 +179,7 @@ class Momo(MatrixOptimizer):
         return [1.0 for _ in layers]
 
     def _stale(self, recipe: Recipe) -> bool:
-        """Whether <M, U> may be that of the previous step."""
+        """Whether dual norms may be those of the previous step."""
         return self.stale_dual and recipe.direction.batched
 
     @torch._disable_dynamo
@@ -207,7 +209,7 @@ class Momo(MatrixOptimizer):
         return [factor * t for factor in factors]
 
     def _descent(self, item: Matrices) -> Tensor:
-        """A view of <M, U> of an item's matrices in the state of its parameter."""
+        """A view of the dual norms of an item's matrices in the state of its parameter."""
         p = item.parameter
         sizes = [p.recipe.input_shape(piece.shape)[0] for piece in p.pieces]
         if DESCENT not in p.state:
@@ -216,8 +218,8 @@ class Momo(MatrixOptimizer):
         return p.state[DESCENT][first : first + sizes[item.number]]
 
     def _has_moved(self, p: Parameter) -> bool:
-        """Whether <M, U> of a step before is known. Sharded parameters have it from the beginning on, negative until it
-        is known; that is read from the device.
+        """Whether the dual norms of a step before are known. Sharded parameters have them from the beginning on,
+        negative until they are known; that is read from the device.
         """
         if DESCENT not in p.state:
             self._moved.discard(p.source)  # whose state somebody has cleared
@@ -233,7 +235,7 @@ class Momo(MatrixOptimizer):
         decrease = torch.zeros_like(loss)
         for each, factor in zip(layers, factors, strict=True):
             for p in each.parameters[:1]:
-                decrease = decrease + each.inner.sum() * p.step_values.hyper.lr * factor
+                decrease = decrease + each.decrease(factor) * p.step_values.hyper.lr
         parameters = [p for each in layers for p in each.parameters]
         value, weight, known = self._average_loss(parameters, loss)
         for each in layers:
@@ -405,15 +407,15 @@ class Truncated:
         return [product.isfinite() for product in products]
 
     def factors(self, executors: Sequence[Executor]) -> list[Number]:
-        inner: list[list[Tensor]] = [[] for _ in self._optimizer.param_groups]
+        norms: list[list[Tensor]] = [[] for _ in self._optimizer.param_groups]
         for executor in executors:
             for batch in executor.batches():
-                for item, product in self._measured(executor, batch):
-                    wide = product.double() * item.ratio
-                    inner[item.parameter.group].append(torch.where(item.finite, wide, 0))
+                for item, norm in self._measured(executor, batch):
+                    wide = norm.double() * (item.ratio if item.recipe.scale == "lmo" else math.sqrt(item.ratio))
+                    norms[item.parameter.group].append(torch.where(item.finite, wide, 0))
         none = torch.zeros(0, dtype=torch.float64, device=self._optimizer._device)
         layers = []
-        for at, parts in enumerate(inner):
+        for at, parts in enumerate(norms):
             parameters = [p for executor in executors for p in executor.parameters if p.group == at]
             recipe = parameters[0].recipe if parameters else None
             tangents = [self._tangents[p.source] for p in parameters if self._tangents]
@@ -421,35 +423,35 @@ class Truncated:
         return self._optimizer._share_of(layers, self._loss)
 
     def _measured(self, executor: Executor, batch: Any) -> list[tuple[Matrices, Tensor]]:
-        """Every item of a batch with <M, U> of its matrices: of the step before where that is there and will do."""
+        """Every item of a batch with its dual norms: of the step before where those are there and will do."""
         items = _items(executor, batch)
         optimizer = self._optimizer
         stale = [
             optimizer._descent(item) if optimizer._stale(item.recipe) and optimizer._has_moved(item.parameter) else None
             for item in items
         ]
-        known = [(item, product) for item, product in zip(items, stale, strict=True) if product is not None]
+        known = [(item, norm) for item, norm in zip(items, stale, strict=True) if norm is not None]
         if len(known) == len(items):
             return known
         directed = self._plan.directed(executor, batch)
-        assert directed.inner is not None
+        assert directed.norms is not None
         # Directions that are not batched are cheaper made twice than kept.
         if any(item.recipe.direction.batched for item in items):
             self._kept[id(executor), id(batch)] = directed
         return [
-            (item, new if old is None else old) for item, old, new in zip(items, stale, directed.inner, strict=True)
+            (item, new if old is None else old) for item, old, new in zip(items, stale, directed.norms, strict=True)
         ]
 
     def directed(self, executor: Executor, batch: Any) -> Directed | None:
         return self._kept.pop((id(executor), id(batch)), None)
 
     def moving(self, executor: Executor, batch: Any, directed: Directed) -> None:
-        assert directed.inner is not None
-        for item, product in zip(_items(executor, batch), directed.inner, strict=True):
+        assert directed.norms is not None
+        for item, norm in zip(_items(executor, batch), directed.norms, strict=True):
             if self._optimizer._stale(item.recipe):
                 stored = self._optimizer._descent(item)
                 before = stored if item.parameter.source in self._optimizer._moved else torch.zeros_like(stored)
-                stored.copy_(torch.where(item.finite, product.to(stored.dtype), before))
+                stored.copy_(torch.where(item.finite, norm.to(stored.dtype), before))
 
 
 def _items(executor: Executor, batch: Any) -> list[Matrices]:

@@ -147,7 +147,7 @@ class ProductNormOptimizer(Momo):
 
     def _dual_norms(self, layers: Sequence[Layers]) -> tuple[Tensor, Tensor]:
         """The dual norms of all matrices, and those of all other layers."""
-        norms: dict[bool, list[Tensor]] = {True: [layers[0].inner[:0]], False: [layers[0].inner[:0]]}
+        norms: dict[bool, list[Tensor]] = {True: [layers[0].dual_norms[:0]], False: [layers[0].dual_norms[:0]]}
         for group, each in zip(self.param_groups, layers, strict=True):
             norms[group["use_muon"]].append(each.dual_norms)
         return torch.cat(norms[True]), torch.cat(norms[False])
