@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -228,6 +229,12 @@ def test_chunks_do_not_change_the_result(preset: str) -> None:
 def test_same_input_same_bits(preset: str) -> None:
     x = gaussian(300, 420).float()
     assert torch.equal(polar(x, preset), polar(x.clone(), preset))
+
+
+@pytest.mark.parametrize("coefficients", [(1, 2, 3), (0.9, 0.9), [(1.5, -0.5)] * 4 + [(3.0, 98.0)]])
+def test_own_coefficients_that_diverge_are_refused(coefficients: Any) -> None:
+    with pytest.raises(ValueError, match="coefficients take a singular value of .* the result is not finite"):
+        polar(torch.eye(4), coefficients=coefficients)
 
 
 @pytest.mark.parametrize("coefficients", [(1.5, -0.5), (1.875, -1.25, 0.375), (2.1875, -2.1875, 1.3125, -0.3125)])

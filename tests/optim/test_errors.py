@@ -50,7 +50,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "lr of a group": (lambda: MUADAM(matrix(lr=-1)), ValueError, "Learning rate should be >= 0 but is: -1"),
     "lr of AdamW": (lambda: MUON(adamw(lr=-1.0)), ValueError, "Learning rate should be >= 0 but is: -1.0"),
     "adamw_lr": (lambda: MUON(matrix(), adamw_lr=-2.0), ValueError, "Learning rate should be >= 0 but is: -2.0"),
-    "momentum": (lambda: MUON(matrix(), momentum=-0.1), ValueError, "momentum should be >= 0 but is: -0.1"),
+    "momentum": (lambda: MUON(matrix(), momentum=-0.1), ValueError, r"momentum should be in \[0, 1\) but is: -0.1"),
     "weight_decay": (lambda: SANIA(matrix(), weight_decay=-1), ValueError, "weight decay should be >= 0 but is: -1"),
     "adamw_weight_decay": (
         lambda: MUADAM(matrix(), adamw_weight_decay=-1),
@@ -105,6 +105,16 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: MUON(matrix(), ns_coefficients=(0.0, 1.0, 0.5)),
         ValueError,
         r"must not begin with 0 or hold one term alone, got \(\(0.0, 1.0, 0.5\),\)",
+    ),
+    "coefficients that diverge": (
+        lambda: MUON(matrix(), ns_coefficients=(1.0, 2.0, 3.0)),
+        ValueError,
+        r"ns_coefficients=.*: coefficients take a singular value of .* not finite, got \(1.0, 2.0, 3.0\)",
+    ),
+    "a table that diverges": (
+        lambda: MUADAM(matrix(), polar=[(2.0, -1.5, 0.5), (9.0, 95.0)]),
+        ValueError,
+        r"polar=.*: coefficients take a singular value of .* times the norm to .*: choose some that keep",
     ),
     "momentum_dtype": (
         lambda: MUADAM(matrix(), momentum_dtype="bfloat16"),  # type: ignore[arg-type]

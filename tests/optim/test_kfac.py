@@ -567,6 +567,12 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "KFAC does not take block_preconditioner",
     ),
+    "heads": (
+        lambda: steepest.KFAC(nn.Linear(2, 2), num_heads=2),
+        ValueError,
+        "KFAC does not take num_heads=2: its factors are those of whole layers",
+    ),
+    "transposed": (lambda: steepest.KFAC(nn.Linear(2, 2), transposed=True), ValueError, "not take transposed=True"),
     "parity": (lambda: steepest.KFAC(nn.Linear(2, 2), parity="authors"), ValueError, "parity 'authors' is not known"),
     "eps": (
         lambda: steepest.KFAC(nn.Linear(2, 2), eps=1.0),

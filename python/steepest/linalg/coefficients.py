@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 Step = tuple[float, ...]
@@ -241,6 +242,9 @@ def check_preset(preset: str) -> None:
         raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(presets())}")
 
 
+_STARTS, _LARGEST = 64, 100.0
+
+
 def _table_of(coefficients: Coefficients, steps: int | None) -> Table:
     rows: list[Any] = list(coefficients)
     if rows and not isinstance(rows[0], Sequence):
@@ -253,10 +257,26 @@ def _table_of(coefficients: Coefficients, steps: int | None) -> Table:
     if not all(math.isfinite(v) for step in table for v in step):
         raise ValueError(f"coefficients must be finite, got {coefficients!r}")
     if len(table) == 1:
-        return table * (5 if steps is None else steps)
-    if steps is not None and steps != len(table):
+        table *= 5 if steps is None else steps
+    elif steps is not None and steps != len(table):
         raise ValueError(f"coefficients hold {len(table)} steps, got steps={steps}; leave steps out or pass one tuple")
+    _check_bounded(table)
     return table
+
+
+@cache
+def _check_bounded(table: Table) -> None:
+    """ValueError for a table that takes singular values, which begin between 0 and 1, to where no dtype holds them."""
+    for i in range(1, _STARTS + 1):
+        s = i / _STARTS
+        for step in table:
+            s = sum(c * s ** (2 * k + 1) for k, c in enumerate(step))
+            if abs(s) > _LARGEST:
+                raise ValueError(
+                    f"coefficients take a singular value of {i / _STARTS:.3g} times the norm to {s:.3g}, and the "
+                    f"result is not finite, got {table[0]!r}: choose some that keep numbers from 0 to 1 near 1, as "
+                    "(2, -1.5, 0.5)"
+                )
 
 
 def _without_zeros_at_the_end(step: Step) -> Step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,6 +13,7 @@ from torch.nn.functional import unfold
 from torch.nn.parallel import DistributedDataParallel
 
 from ..linalg.basis import symmetrize
+from ..matrices import LAYOUT_KEYS
 from ..ops.multi_tensor import Scaling
 from ..optimizer.checkpoint_state import Kept
 from ..optimizer.group_options import Group, adam_hyper, number
@@ -22,6 +23,7 @@ from ..parts.precondition.kronecker import FACTORS
 from ..sharding.local import is_sharded
 from ..step.modes import in_default_modes
 from .kronecker import BasesAndExtras, KroneckerOptimizer
+from .shared import EXTRAS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,7 +52,8 @@ class KFAC(KroneckerOptimizer):
     is not finite is left out. Where no step follows, zero_grad() forgets what was collected. With the labels of the
     data these are the factors of the empirical Fisher matrix, with labels sampled from the model those of the true
     one. A convolution's A sums over positions and its S averages over them (arXiv:1602.01407). The inverses are of the
-    factors' diagonals in the bases of the last refresh, which comes before its own step.
+    factors' diagonals in the bases of the last refresh, which comes before its own step; of directions that no sample
+    had until then rounding chooses the basis, and runs agree there with precondition_frequency=1 alone.
 
     model: its Linear and Conv2d weights (groups=1) are stepped by this rule, everything else by AdamW. A bias is not
         part of its layer's matrix. The ranks of a DistributedDataParallel model share their factors before every step.
@@ -98,6 +101,16 @@ class KFAC(KroneckerOptimizer):
         self._handles = [layer.register_forward_hook(self._watch, with_kwargs=True) for layer in layers]
         if isinstance(model, DistributedDataParallel):
             self._ranks = model.process_group
+
+    def check_values(self, group: Group) -> None:
+        defaults: Mapping[str, Any] = EXTRAS
+        cut = next((key for key in LAYOUT_KEYS if group[key] not in (defaults[key], 0)), None)
+        if cut is not None:
+            raise ValueError(
+                f"KFAC does not take {cut}={group[cut]!r}: its factors are those of whole layers as they are called; "
+                "leave it out"
+            )
+        super().check_values(group)
 
     def check_parameters(self, group: Group) -> None:
         """RuntimeError for sharded parameters: a layer's factors are collected where its inputs are, on every rank."""
