@@ -302,7 +302,7 @@ def test_a_vector_is_one_column(cls: type[MatrixOptimizer]) -> None:
 @pytest.mark.parametrize(
     "make, text",
     [
-        (lambda p: SignSGD(p, momentum=-1.0), "momentum should be >= 0 but is: -1.0"),
+        (lambda p: SignSGD(p, momentum=-1.0), r"momentum should be in \[0, 1\) but is: -1.0"),
         (lambda p: NormalizedSGD(p, lr=-1.0), "Learning rate should be >= 0"),
         (lambda p: AdaGrad(p, eps=-1.0), "eps should be >= 0 but is: -1.0"),
         (lambda p: Adam(p, betas=(0.9, 1.0)), "betas should be two numbers"),

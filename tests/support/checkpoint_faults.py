@@ -56,6 +56,8 @@ VALUES: dict[str, Callable[[Checkpoint], Any]] = {
     "use_muon": with_group(1, use_muon="false"),
     "adjust_lr_fn": with_group(0, adjust_lr_fn="spectral"),
     "num_heads": with_group(0, num_heads=5),
+    "share_work": with_group(0, share_work="yes"),
+    "lr beyond the dtype": with_group(1, lr=1e38),
 }
 STATE: dict[str, Callable[[Checkpoint], Any]] = {
     "step or another tensor missing": without_step,

@@ -569,7 +569,9 @@ SECTIONS = (
         "Gradients",
         "**skips**: weight and state stay as they are bit for bit, and `skipped_updates()` counts it. **steps**: the "
         "step is taken, and weights and state are finite, at once and after the steps that follow. What would be "
-        "stored must be finite: a finite gradient is skipped where its square, or what a metric makes of it, is not.",
+        "stored must be finite: a finite gradient is skipped where its square, or what a metric makes of it, is not. "
+        "How far a learning rate leads is not looked at in a step, which would read the weights once more: rates and "
+        "decays with which weights become infinite whatever the gradients are, are refused as options.",
         (
             Column("NaN", "one entry is NaN", SKIPS, after_gradients(one_entry(torch.nan))),
             Column("inf", "one entry is infinite", SKIPS, after_gradients(one_entry(torch.inf))),
@@ -666,9 +668,11 @@ SECTIONS = (
         (
             Column("lr=-1", "", REFUSES, refused_value("lr", value=-1.0)),
             Column("lr=nan", "", REFUSES, refused_value("lr", value=float("nan"))),
+            Column("lr=1e38", "", REFUSES, refused_value("lr", value=1e38)),
             Column('lr="1e-4"', "as YAML reads it", REFUSES, refused_value("lr", value="1e-4")),
             Column("lr of numpy", "`np.float32`", ("a number",), of_numpy),
             Column("weight_decay=-1", "", (*REFUSES, NOT_THERE), refused_value("weight_decay", value=-1.0)),
+            Column("momentum=1.5", "", (*REFUSES, NOT_THERE), refused_value("momentum", value=1.5)),
             Column("betas=(2, 5)", "", (*REFUSES, NOT_THERE), refused_value("betas", value=(2, 5))),
             Column("betas=0.9", "", (*REFUSES, NOT_THERE), refused_value("betas", value=0.9)),
             Column("eps=-1", "", (*REFUSES, NOT_THERE), refused_value("eps", value=-1.0)),

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..matrices import Piece
@@ -296,6 +297,11 @@ class MatrixOptimizer(Reports, Constraints):
                 continue
             what = f"{parameter_name(group, i)} (group {number}, shape {tuple(p.shape)})"
             check_gradient(name, what, p)
+            if isinstance(p, FakeTensor) and self._recipe(group).kronecker is not None:
+                raise RuntimeError(
+                    f"{name} does not step fake tensors, and {what} is one: the host reads when its bases are "
+                    "refreshed; take the step with real tensors, for its state alone init_state() will do"
+                )
             if self.state.get(p):
                 check_state(self._recipe(group), what, p, self._state_here(p), self._shapes_here(p, group))
             if requested(group["backend"]) != "auto":

@@ -183,9 +183,11 @@ class Checkpoints(Shards):
     def _loaded_group(self, number: int, saved: list[Group], matched: Match, foreign: bool) -> Group:
         """This optimizer's group with the checkpoint's values, checked, and its own names and parameters."""
         present = self.param_groups[number]
-        group = {**self._options(present), **values_of(number, saved, matched, self.param_groups)}
+        loaded = values_of(number, saved, matched, self.param_groups)
+        group = {**self._options(present), **loaded}
         group |= {key: present[key] for key in ("params", "param_names", "use_muon", "share_work") if key in present}
         try:
+            self._check_options({key: loaded[key] for key in ("share_work",) if key in loaded})  # and not taken
             if foreign:
                 self._check_keys(group)
             self._check_group(group, routed=True)

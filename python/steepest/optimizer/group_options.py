@@ -29,8 +29,10 @@ Group = dict[str, Any]
 CHANGING = frozenset({"params", "lr", "weight_decay", "momentum", "beta2", "betas", "initial_lr", "max_lr", "min_lr"})
 # Numbers that a step reads anew, and whether they are on the device, which it asks first.
 NUMBERS = ("lr", "weight_decay", "momentum", "beta2", "betas", "eps", "damping", "loss_scale", "capturable")
+# Those that say how far weights move.
+LENGTHS = ("lr", "weight_decay")
 # Those that `capturable` keeps on the device, where a captured step reads them.
-ON_DEVICE = ("lr", "weight_decay")
+ON_DEVICE = LENGTHS
 
 
 def number(value: Number) -> Number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch.nn.parameter import is_lazy
 from .. import routing
 from ..matrices import Piece, pieces
 from ..ops.backend import requested
-from ..parts import ADJUST_LR, Hyper
-from ..parts.step_size import name_here
-from ..recipe import Recipe, State
+from ..parts import ADJUST_LR, Hyper, Number
+from ..parts.step_size import name_here, shape_ratio
+from ..recipe import ROOM, Recipe, State
 from ..routing.groups import names_of
 from .group_options import (
     CHANGING,
+    LENGTHS,
     NUMBERS,
     ON_DEVICE,
     Group,
@@ -31,11 +33,13 @@ from .group_options import (
     same,
 )
 from .method import Method, merged
-from .option_types import OPTION_TYPES, check_options, is_within
+from .option_types import OPTION_TYPES, check_options, is_on_host, is_within
 
 __all__ = ["Groups", "Params", "check_shaped"]
 
 _UNKNOWN = (object(),) * len(NUMBERS)
+# A decay of more than twice the weight leaves one that is larger.
+_MOST_DECAY = 2.0
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Any]
 
 
@@ -92,9 +96,11 @@ class Groups(Method):
         self._check_changed(group, keys)
         try:
             self._check_values(group)
-            return frozen(group, keys), self._new_recipe(group)
+            recipe = self._new_recipe(group)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self._called(group)}{error}") from error
+        self._check_lengths(group, recipe)
+        return frozen(group, keys), recipe
 
     def _called(self, group: Group) -> str:
         """A group's name, in front of a message; of one that is not among the optimizer's there is none."""
@@ -113,7 +119,37 @@ class Groups(Method):
                 continue
             others = [key for key, old, new in zip(NUMBERS, known, now, strict=True) if not same(old, new)]
             self._check_changed(group, [key for key in others if self._is_option(key, group)])
+            if not set(LENGTHS).isdisjoint(others):
+                read = self._recipes.get(id(group))
+                self._check_lengths(group, self._new_recipe(group) if read is None else read[1])
             self._numbers[id(group)] = numbers_of(group)
+
+    def _check_lengths(self, group: Group, recipe: Recipe) -> None:
+        """ValueError for a learning rate or a weight decay that makes weights infinite whatever the gradients are.
+        Tensors on a device are not read.
+        """
+        dtypes = [dtype for dtype in {p.dtype for p in group["params"]} if dtype.is_floating_point]
+        narrowest = min(dtypes, key=lambda dtype: torch.finfo(dtype).max, default=torch.float64)
+        most = torch.finfo(narrowest).max * (1.0 if narrowest is torch.float16 else ROOM)
+        for key in LENGTHS:
+            if _is_above(group[key], most):
+                raise ValueError(
+                    f"{self._called(group)}{key} should be at most {most:.3g} but is: {float(group[key])}; weights in "
+                    f"{narrowest} do not stay finite with it"
+                )
+        hyper, ratio = self._hyper(group), 1.0
+        if recipe.decay.scaled and group["params"]:
+            ratio = math.sqrt(max(p.numel() for p in group["params"]))  # none is larger
+            if _is_above(recipe.decay.length(hyper.lr, hyper.weight_decay, ratio), _MOST_DECAY):
+                pieces_of_all = [piece for p in group["params"] for piece in self._pieces(p, group)]
+                ratio = max(shape_ratio(recipe.adjust_lr, piece.rows, piece.cols) for piece in pieces_of_all)
+        decay = recipe.decay.length(hyper.lr, hyper.weight_decay, ratio)
+        if _is_above(decay, _MOST_DECAY):
+            raise ValueError(
+                f"{self._called(group)}lr={float(group['lr'])} and weight_decay={float(group['weight_decay'])} "
+                f"multiply weights by 1 - {float(decay):.4g} in every step, which makes them larger whatever the "
+                "gradients are: choose smaller ones"
+            )
 
     def _check_traced(self, group: Group) -> None:
         """`_check_changed` of what is no tensor while torch.compile traces: the comparisons become guards of the graph,
@@ -293,6 +329,7 @@ class Groups(Method):
                     self._check_shape(p, group)
                 self._pieces(p, group)
         self.check_parameters(group)
+        self._check_lengths(group, self._new_recipe(group))
         self._check_shards(group)
 
     def _check_shards(self, group: Group) -> None:
@@ -334,6 +371,11 @@ def check_shaped(p: Tensor, what: str) -> None:
     if is_lazy(p):
         raise ValueError("a parameter has no shape yet (lazy module): run the model once before this")
     routing.check_not_flattened(p, what)
+
+
+def _is_above(value: Number, limit: float) -> bool:
+    """Whether a number is larger than a limit, as far as it can be read."""
+    return (not isinstance(value, Tensor) or is_on_host(value)) and bool(value > limit)
 
 
 def _has_tensor(value: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "BELOW_ONE",
+    "HEAVY_BALL",
     "OPTION_TYPES",
     "OptionType",
     "check_option",
@@ -35,7 +36,7 @@ class OptionType:
 
     wanted: what the option should be.   accepts: whether a value is of the type.   limits: what its value should be, ""
     for no limits.   fits: whether a value of the type is within them.   called: its name in torch's messages.
-    finite: whether an infinite number is beyond the limits too.
+    finite: whether an infinite number is beyond the limits too.   advice: what to take instead of a value beyond them.
     """
 
     wanted: str
@@ -44,6 +45,7 @@ class OptionType:
     fits: Callable[[Any], bool] = lambda value: True
     called: str | None = None
     finite: bool = False
+    advice: str = ""
 
 
 def check_option(name: str, value: Any, kind: OptionType | None = None, of: str = "") -> Any:
@@ -53,7 +55,7 @@ def check_option(name: str, value: Any, kind: OptionType | None = None, of: str 
     kind = kind or OPTION_TYPES[name.removeprefix("adamw_")]
     value = check_type(name, value, kind, of)
     if not is_within(value, kind):
-        more = f"; {name} takes finite numbers {kind.limits}" if kind.finite else ""
+        more = f"; {name} takes finite numbers {kind.limits}" if kind.finite else kind.advice and f"; {kind.advice}"
         raise ValueError(f"{of}{kind.called or name} should be {kind.limits} but is: {_shown(value, str)}{more}")
     return value
 
@@ -234,6 +236,17 @@ AT_LEAST_ZERO = OptionType(
 )
 #: A decay rate that the authors keep below 1.
 BELOW_ONE = OptionType("a number in [0, 1)", _is_number, "in [0, 1)", lambda value: 0 <= value < 1)
+_COMMON = "0.9 and 0.95 are common, and 0 is none"
+#: The momentum of an average.
+MOMENTUM = replace(BELOW_ONE, advice=f"with 1 an average takes in no gradient, beyond 1 it only grows: {_COMMON}")
+#: The momentum of a sum.
+HEAVY_BALL = OptionType(
+    "a number in [0, 1]",
+    _is_number,
+    "in [0, 1]",
+    lambda value: 0 <= value <= 1,
+    advice=f"beyond 1 a sum of gradients only grows: {_COMMON}",
+)
 REAL = OptionType("a number", _is_real)
 POSITIVE = _positive(OptionType("a number > 0", _is_real))
 POSITIVE_NUMBER = _positive(OptionType("a number > 0 or a tensor of one element", _is_number))
@@ -266,7 +279,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     # numbers of a step
     "lr": replace(AT_LEAST_ZERO, called="Learning rate"),
     "weight_decay": replace(AT_LEAST_ZERO, called="weight decay"),
-    "momentum": AT_LEAST_ZERO,
+    "momentum": MOMENTUM,
     "betas": BETAS,
     "beta2": BELOW_ONE,
     "eps": AT_LEAST_ZERO,

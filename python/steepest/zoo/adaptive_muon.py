@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, number
-from ..optimizer.option_types import BELOW_ONE, OptionType, check_option
+from ..optimizer.option_types import check_option
 from ..parts import Hyper, Identity, Momentum, Normalize, NormRatio, Number, SpectralOfSign, UpdateTransform
 from ..recipe import Recipe
 from .shared import Extras, Polar, defaults_of, polar_of, recipe_of
@@ -154,7 +154,6 @@ class NAMO(AdaptiveMuon):
     Source: arXiv:2602.17080, Algorithm 1.
     """
 
-    option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     _transform = NormRatio()
     _ratio = "none"
     _corrects = True
@@ -176,5 +175,5 @@ class NAMO(AdaptiveMuon):
         super().__init__(params, lr, weight_decay, momentum, beta2, **values)  # type: ignore[arg-type]
 
     def hyper(self, group: Group) -> Hyper:
-        check_option("momentum", group["momentum"], BELOW_ONE)  # which a schedule may have set since
+        check_option("momentum", group["momentum"])  # which a schedule may have set since
         return super().hyper(group)

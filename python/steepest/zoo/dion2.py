@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, number
+from ..optimizer.option_types import HEAVY_BALL, OptionType
 from ..parts import Hyper, Identity, Momentum, Number, Submatrix
 from ..recipe import Recipe
 from .shared import Extras, Polar, defaults_of, normalization, polar_of, recipe_of
@@ -21,8 +22,8 @@ class Dion2(MatrixOptimizer):
         W <- (1 - lr weight_decay) W;   W_K <- W_K - lr ratio(rows, cols) polar(m_K)
 
     params, lr, weight_decay: as in `Muon`.
-    momentum: what the stepped rows keep; the others keep all, so that about 1 / (fraction (1 - momentum)) steps are
-        remembered: 80 by default, where a Muon of this momentum remembers 20.
+    momentum: what the stepped rows keep, in [0, 1]; the others keep all, so that about 1 / (fraction (1 - momentum))
+        steps are remembered: 80 by default, where a Muon of this momentum remembers 20.
     fraction: of the shorter side, rows of a square matrix, in (0, 1]; at least one row, rounded up.
     beta2, after: after="rows" divides the rows of the update by a running root mean square of theirs, as `NorMuon` does
         and with its state, and steps rows of every matrix: Dion3, which its authors also call NorDion2.
@@ -37,6 +38,7 @@ class Dion2(MatrixOptimizer):
     Source: arXiv:2512.16928 and the authors' code, microsoft/dion (dion2.py, nordion2.py).
     """
 
+    option_types: ClassVar[dict[str, OptionType]] = {"momentum": HEAVY_BALL}
     argument_lines: ClassVar[dict[str, str]] = {
         "fraction": "of the rows or columns that a step takes, in (0, 1]",
     }

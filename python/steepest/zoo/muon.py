@@ -33,7 +33,7 @@ class Muon(MatrixOptimizer):
     params: a module or named parameters are routed (`steepest.param_groups`); a plain iterable must hold matrices, as
         in torch; groups may say use_muon=False for AdamW (the format of KellerJordan's MuonWithAuxAdam), and one that
         says nothing and has names, or more than matrices, is routed.
-    lr, weight_decay, momentum: numbers >= 0; lr may be a 1-element tensor.
+    lr, weight_decay: numbers >= 0; lr may be a 1-element tensor.   momentum: in [0, 1).
     ns_coefficients, ns_steps: the odd polynomial a x + b x^3 + c x^5 and how often, used when polar is None.
     eps: as in `steepest.polar`, relative to the matrix's largest entry; torch's is absolute.
     adjust_lr_fn: "original" (None), "match_rms_adamw", "spectral_unclamped" or "none"; see `steepest.parts.step_size`.

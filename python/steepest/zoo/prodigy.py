@@ -12,7 +12,7 @@ from ..ops.multi_tensor import Scaling
 from ..optimizer import Params
 from ..optimizer.checkpoint_state import Kept
 from ..optimizer.group_options import Group, refuse_option, refuse_schedule_free
-from ..optimizer.option_types import BELOW_ONE, check_option
+from ..optimizer.option_types import check_option
 from ..parts import Direction, Number, Sign
 from ..parts.product_norm import ProductNorm, escalated
 from ..recipe import Recipe, State, largest
@@ -78,7 +78,7 @@ class ProdigyMuon(ProductNormOptimizer):
         if check_option("norm", norm) not in ("spectral", "sign"):
             raise ValueError(f"norm {norm!r} is not known; use 'spectral' or 'sign'")
         self.norm, self.initial_step = norm, check_option("initial_step", initial_step)
-        momentum = check_option("momentum", momentum, BELOW_ONE)
+        momentum = check_option("momentum", momentum)
         options = given_values(lr, weight_decay, (momentum, 0.0), 0.0, adjust_lr_fn, polar)
         super().__init__(params, options, extra, product=ProductNorm("max"), scale="lmo", others="sign")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..optimizer import Params
 from ..optimizer.group_options import Group, number
-from ..optimizer.option_types import BELOW_ONE, OptionType, check_option
+from ..optimizer.option_types import check_option
 from ..parts import Direction, Frobenius, Hyper, Momentum, Number
 from ..parts.direction import Schatten
 from ..parts.product_norm import ProductNorm
@@ -53,7 +53,6 @@ class Schattor(ProductNormOptimizer):
     """
 
     stale_dual = False
-    option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     argument_lines: ClassVar[dict[str, str]] = {
         "p": "of the Schatten norm, 1 to inf",
         "block_norm": 'norm over the layers: "max" or "l2"',

@@ -17,7 +17,7 @@ from ..optimizer.group_options import (
     refuse_option,
     refuse_schedule_free,
 )
-from ..optimizer.option_types import BELOW_ONE, OptionType, check_option
+from ..optimizer.option_types import check_option
 from ..parts import Columns, Direction, Hyper, Identity, Momentum, Number, Rows, Sign, shape_ratio
 from ..recipe import Recipe
 from ..routing.overrides import Overrides, find, read_overrides
@@ -77,7 +77,6 @@ class Scion(VectorOptimizer):
     adjust_lr_fn="spectral_unclamped". Source: arXiv:2502.07529, Algorithms 1 and 2; norms and defaults of its code.
     """
 
-    option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     argument_lines: ClassVar[dict[str, str]] = {
         "radius": "radius of a layer's ball; a step is lr times as long",
         "constrained": "weights stay in the ball",

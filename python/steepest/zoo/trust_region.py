@@ -25,7 +25,7 @@ from ..optimizer.group_options import (
     refuse_option,
     refuse_schedule_free,
 )
-from ..optimizer.option_types import BELOW_ONE, OptionType
+from ..optimizer.option_types import HEAVY_BALL, OptionType
 from ..parts import (
     Columns,
     Decay,
@@ -100,6 +100,9 @@ class NoDecay(Decay):
 
     fused: ClassVar[bool] = False
 
+    def length(self, lr: Number, weight_decay: Number, ratio: float) -> Number:
+        return 0.0
+
     def apply(self, w: Tensor, u: Tensor, decay: Number, step: Number) -> Tensor:
         return w - u * step
 
@@ -113,6 +116,9 @@ class RelativeStep(Decay):
 
     fused: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
+
+    def length(self, lr: Number, weight_decay: Number, ratio: float) -> Number:
+        return 0.0
 
     def apply(self, w: Tensor, u: Tensor, decay: Number, step: Number) -> Tensor:
         weight, update = (length(t.reshape(1, 1, -1)).reshape(()) for t in (w, u))
@@ -179,7 +185,6 @@ class TrustRegion(VectorOptimizer):
     Source: arXiv:2503.12645, Algorithm 1.
     """
 
-    option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     route = MatrixOptimizer.route
     argument_lines: ClassVar[dict[str, str]] = {
         "composite": '"decay" or "ridge": what weight_decay is in the model of the loss',
@@ -244,11 +249,13 @@ class OrthogonalSGDM(MatrixOptimizer):
     What the momentum averages are directions: noise that hides the gradient is not averaged before it is orthogonalized
     (so arXiv:2503.12645 on why the other order is better). A step is up to lr / (1 - momentum) long.
 
-    Arguments as in `steepest.MuAdam`; adjust_lr_fn=None is "none" here. With momentum=0 and no decay it equals
-    `steepest.Muon(momentum=0)` without its ratio. Steps by torch operations.
+    Arguments as in `steepest.MuAdam`, momentum in [0, 1]; adjust_lr_fn=None is "none" here. With momentum=0 and no
+    decay it equals `steepest.Muon(momentum=0)` without its ratio. Steps by torch operations.
 
     Source: Tuddenham, Prugel-Bennett and Hare, Orthogonalising gradients to speed up neural network optimisation, 2022.
     """
+
+    option_types: ClassVar[dict[str, OptionType]] = {"momentum": HEAVY_BALL}
 
     def __init__(
         self,
@@ -301,7 +308,6 @@ class NIGT(MomentumOptimizer):
     Source: arXiv:2002.03305, Algorithm 1.
     """
 
-    option_types: ClassVar[dict[str, OptionType]] = {"momentum": BELOW_ONE}
     _direction = Frobenius()
     extrapolates = True
 

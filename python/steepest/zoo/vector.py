@@ -15,12 +15,13 @@ A model given to one of them goes whole by its rule, biases, gains and embedding
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
 from ..optimizer import MatrixOptimizer, Params
 from ..optimizer.group_options import Group, adam_hyper, number
+from ..optimizer.option_types import HEAVY_BALL, OptionType
 from ..parts import Diagonal, Direction, Frobenius, Hyper, Identity, Momentum, Number, Sign
 from ..recipe import Recipe
 from ..routing.places import read_places
@@ -95,10 +96,12 @@ class SGD(MomentumOptimizer):
         m <- momentum m + g;   W <- (1 - lr weight_decay) W - lr m
 
     Equals `torch.optim.SGD` with weight_decay=0, with and without nesterov, within rounding; weight decay is decoupled
-    here, added to the gradient there. Arguments as in `NormalizedSGD`; momentum=0 is plain gradient descent. Source:
-    arXiv:2510.10777 (row SGD of Table 1, whose m averages gradients: there lr is larger by 1 / (1 - momentum)).
+    here, added to the gradient there. Arguments as in `NormalizedSGD`, momentum in [0, 1]; momentum=0 is plain gradient
+    descent. Source: arXiv:2510.10777 (row SGD of Table 1, whose m averages gradients: there lr is larger by
+    1 / (1 - momentum)).
     """
 
+    option_types: ClassVar[dict[str, OptionType]] = {"momentum": HEAVY_BALL}
     _direction = Frobenius()
     _scale = "dual"
     _kind = "heavy_ball"
@@ -110,7 +113,7 @@ class NormalizedSGD(MomentumOptimizer):
         m <- momentum m + (1 - momentum) g;   W <- (1 - lr weight_decay) W - lr m / ||m||_F
 
     params: a module, named parameters or tensors, all by this rule, or groups (`VectorOptimizer`).   lr: a number >= 0
-    or a 1-element tensor.   momentum: >= 0.   nesterov: as in `steepest.Muon`.   adjust_lr_fn: of the shapes of
+    or a 1-element tensor.   momentum: in [0, 1).   nesterov: as in `steepest.Muon`.   adjust_lr_fn: of the shapes of
     matrices, a name of `steepest.parts.step_size`; None is "none".
 
     The norm is that of a parameter, of each of its matrices where num_heads, split_sizes or batch_dims say so; m = 0 is
