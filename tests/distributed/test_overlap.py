@@ -29,6 +29,8 @@ CASES = {
     "SOAP": (steepest.SOAP, {"precondition_frequency": 2}),
     "KLShampoo by torch operations": (steepest.KLShampoo, {"backend": "torch"}),
     "MuonMax": (steepest.MuonMax, {}),
+    "l2": (steepest.ProductNormDescent, {"product": "l2", "scale": "lmo"}),
+    "l2 by torch operations": (steepest.ProductNormDescent, {"product": "l2", "scale": "lmo", "backend": "torch"}),
 }
 QUICK = ("Muon", "SOAP", "MuonMax")
 
