@@ -67,6 +67,13 @@ STABLE_TORCH_LIBRARY(steepest, m) {
       "eigh_refresh(Tensor P, Tensor Q, Tensor(a!) basis, Tensor(b!) values, Tensor(c!) status, Tensor(d!) order, "
       "int method, int sweeps) -> ()");
   m.def("eigh_iterate(Tensor P, Tensor Q, Tensor(a!) basis, Tensor(b!) order, Tensor(c!) measured) -> ()");
+  m.def("learn_factors(Tensor[] grads, Tensor(a!)[] factors, Tensor(b!)[] counts, Tensor[] flags, float beta) -> ()");
+  m.def(
+      "track_bases(Tensor[] factors, Tensor(a!)[] bases, Tensor(b!)[] statuses, Tensor(c!)[] seconds, "
+      "Tensor[] flags, int[] shapes, float[] limits, int accepted, Tensor(d!) left) -> ()");
+  m.def(
+      "rotate(Tensor[] xs, Tensor[] bases, Tensor[] seconds, Tensor[] steps, int way, float beta, float eps, "
+      "bool inside, Tensor[] flags, Tensor(a!)[] outs) -> ()");
   m.def("eigh_batched(Tensor(a!) A, Tensor(b!) W, Tensor(c!) info) -> ()");
 }
 

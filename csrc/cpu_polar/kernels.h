@@ -72,6 +72,10 @@ struct Kernels {
   // fp32 rows made orthonormal one after the other (modified Gram-Schmidt), and their lengths when it was their turn; a
   // row of length 0 stays.
   void (*orthonormalize)(float* rows, int64_t count, int64_t length, float* lengths);
+  // Of `count` fp32 elements: v beta + (1 - beta) x^2 into v; and x over the root of sqrt(v) over + eps, or 0 where
+  // that is 0, into x.
+  void (*mix_squares)(const float* x, int64_t count, float beta, float* v);
+  void (*over_roots)(const float* v, int64_t count, float over, float eps, float* x);
 };
 
 // Words of a factor that is packed; element: bytes of a number.

@@ -495,10 +495,24 @@ inline void orthonormalize(float* rows, int64_t count, int64_t length, float* le
   }
 }
 
+// ---- second moments ------------------------------------------------------------------------------------------------
+
+inline void mix_squares(const float* __restrict x, int64_t count, float beta, float* __restrict v) {
+  const float rest = 1 - beta;
+  for (int64_t i = 0; i < count; ++i) v[i] = v[i] * beta + rest * x[i] * x[i];
+}
+
+inline void over_roots(const float* __restrict v, int64_t count, float over, float eps, float* __restrict x) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float root = std::sqrt(std::sqrt(v[i]) * over + eps);
+    x[i] = root == 0 ? 0.0f : x[i] / root;
+  }
+}
+
 template <class E>
-constexpr Kernels kernels{E::kDepth,    3,         true,     pack<E>,   pack<E>,   multiply<E>,
-                          sum<E>,       spread<E>, largest,  load<E>,   square<E>, divide<E>,
-                          store_all<E>, fill,      round<E>, symmetric, transpose, orthonormalize};
+constexpr Kernels kernels{E::kDepth, 3,         true,      pack<E>,        pack<E>,     multiply<E>,  sum<E>,
+                          spread<E>, largest,   load<E>,   square<E>,      divide<E>,   store_all<E>, fill,
+                          round<E>,  symmetric, transpose, orthonormalize, mix_squares, over_roots};
 
 }  // namespace
 }  // namespace steepest::cpu_polar::STEEPEST_ISA

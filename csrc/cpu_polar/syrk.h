@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu_polar/kernels.h"
 
@@ -20,6 +21,6 @@ struct Averages {
 };
 
 // A matrix has the same bits whatever else is in the call and however many threads there are.
-void average(const Averages& averages, const Kernels& kernels);
+void average(const std::vector<Averages>& averages, const Kernels& kernels);
 
 }  // namespace steepest::cpu_polar

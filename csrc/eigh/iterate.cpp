@@ -9,7 +9,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cpu_polar/team.h"
@@ -18,7 +20,6 @@
 namespace steepest::eigh {
 namespace {
 
-using cpu_polar::Factor;
 using cpu_polar::Kernels;
 using cpu_polar::kPanel;
 using cpu_polar::Product;
@@ -62,37 +63,39 @@ class Room {
   cpu_polar::Words memory_;
 };
 
+// A step of one matrix: whether it is done, and then what writes its basis, which may take the place of the old one.
 class Run {
  public:
-  Run(const Iteration& iteration, int64_t matrix, const Team& team, const Room& room)
-      : n_(iteration.n),
-        p_(iteration.p + matrix * n_ * n_),
-        q_(iteration.q + matrix * n_ * n_),
-        basis_(iteration.basis + matrix * n_ * n_),
-        order_(iteration.order + matrix * n_),
-        measured_(iteration.measured + matrix * kMeasured),
+  Run(int64_t n, const float* p, const float* q, int64_t* order, float* measured, const Team& team, const Room& room)
+      : n_(n),
+        p_(p),
+        q_(q),
+        order_(order),
+        measured_(measured),
         team_(team),
         room_(room),
         v_(room.rows()),
         values_(n_),
         lengths_(n_) {}
 
-  void operator()() {
+  bool operator()() {
     std::fill_n(measured_, kMeasured, 0.0f);
     const double largest = team_.kernels.largest({p_, Dtype::f32, 0}, 0, n_ * n_);
-    if (!std::isfinite(largest) || largest == 0 || !team_.kernels.symmetric(p_, n_)) return;
+    if (!std::isfinite(largest) || largest == 0 || !team_.kernels.symmetric(p_, n_)) return false;
     int exponent = 0;
     std::frexp(largest, &exponent);
     scale_ = std::ldexp(1.0f, std::min(-exponent, 126));
     multiply_by_p();
-    if (!(residual_of_old() <= kOrthonormalOnEntry)) return;
+    if (!(residual_of_old() <= kOrthonormalOnEntry)) return false;
     measured_[kRounding] = rounding();
     sort();
-    if (!orthonormalize()) return;
+    if (!orthonormalize()) return false;
     measured_[kErrorAfter] = error_of_new();
-    team_.kernels.transpose(v_, n_, basis_);
     measured_[kDone] = 1;
+    return true;
   }
+
+  void store(float* basis) const { team_.kernels.transpose(v_, n_, basis); }
 
  private:
   // D = alpha A B + D (adds) or alpha A B, of factors that are packed.
@@ -278,7 +281,6 @@ class Run {
 
   const int64_t n_;
   const float *const p_, *const q_;
-  float* const basis_;
   int64_t* const order_;
   float* const measured_;
   const Team& team_;
@@ -289,16 +291,100 @@ class Run {
   float scale_ = 1;
 };
 
+// body(i, team, room) for matrices of side(i) rows: small ones, or many, on a thread each.
+template <class Side, class Body>
+void each_matrix(int64_t matrices, const Kernels& kernels, const Side& side, const Body& body) {
+  const int64_t threads = threads_of_torch();
+  const auto alone = [&](int64_t i) { return side(i) <= kAlone || matrices >= 2 * threads; };
+  for_each(matrices, threads, [&](int64_t i) {
+    if (alone(i)) body(i, Team{kernels, 1}, Room(side(i)));
+  });
+  std::unique_ptr<Room> room;
+  for (int64_t i = 0, last = 0; i < matrices; ++i) {
+    if (alone(i)) continue;
+    if (last != side(i)) room = std::make_unique<Room>(last = side(i));
+    body(i, Team{kernels, threads}, *room);
+  }
+}
+
+// A factor of one matrix of a stack, and where the columns of its new basis were; empty where the old one stays.
+struct Job {
+  const Tracked& stack;
+  int64_t side, matrix;
+  std::vector<int64_t>& order;
+};
+
+bool lowered(const float* measured, const Limits& limits) {
+  const double before = measured[kErrorBefore], after = measured[kErrorAfter];
+  const double rounding = measured[kRounding];
+  const bool fell = after <= limits.progress * before || after <= limits.settled || after <= 2 * rounding;
+  return before <= limits.near && fell;
+}
+
+// One step, taken or left.
+void track_one(const Job& job, const Limits& limits, const Team& team, const Room& room) {
+  const int64_t n = job.stack.length(job.side), first = job.matrix * n * n;
+  const Side& side = job.stack.sides[job.side];
+  std::vector<int64_t> order(n);
+  float measured[kMeasured];
+  Run run(n, side.p + first, side.basis + first, order.data(), measured, team, room);
+  const bool taken = run() && lowered(measured, limits);
+  side.left[job.matrix] = !taken;
+  if (!taken) return;
+  run.store(side.basis + first);
+  side.status[job.matrix] = limits.accepted;
+  job.order = std::move(order);
+}
+
+// Row i of what is rows x columns comes from row from_row[i], column j from column from_column[j]; empty: they stay.
+void reorder(float* x, int64_t rows, int64_t columns, const std::vector<int64_t>& from_row,
+             const std::vector<int64_t>& from_column) {
+  if (x == nullptr || (from_row.empty() && from_column.empty())) return;
+  const std::vector<float> before(x, x + rows * columns);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* const from = before.data() + (from_row.empty() ? i : from_row[i]) * columns;
+    float* const to = x + i * columns;
+    if (from_column.empty())
+      std::copy_n(from, columns, to);
+    else
+      for (int64_t j = 0; j < columns; ++j) to[j] = from[from_column[j]];
+  }
+}
+
 }  // namespace
 
 void iterate(const Iteration& iteration, const Kernels& kernels) {
-  const int64_t threads = threads_of_torch(), n = iteration.n;
-  if (n <= kAlone || iteration.matrices >= 2 * threads) {
-    for_each(iteration.matrices, threads, [&](int64_t i) { Run(iteration, i, Team{kernels, 1}, Room(n))(); });
-    return;
-  }
-  const Room room(n);
-  for (int64_t i = 0; i < iteration.matrices; ++i) Run(iteration, i, Team{kernels, threads}, room)();
+  const int64_t n = iteration.n, size = n * n;
+  const auto side = [&](int64_t) { return n; };
+  each_matrix(iteration.matrices, kernels, side, [&](int64_t i, const Team& team, const Room& room) {
+    Run run(n, iteration.p + i * size, iteration.q + i * size, iteration.order + i * n,
+            iteration.measured + i * kMeasured, team, room);
+    if (run()) run.store(iteration.basis + i * size);
+  });
+}
+
+void track(const std::vector<Tracked>& stacks, const Limits& limits, const Kernels& kernels) {
+  struct Orders {
+    const Tracked& stack;
+    int64_t matrix;
+    std::vector<int64_t> of[2];
+  };
+  std::vector<Orders> orders;
+  for (const Tracked& stack : stacks)
+    for (int64_t matrix = 0; matrix < stack.matrices; ++matrix) orders.push_back({stack, matrix, {}});
+  std::vector<Job> jobs;
+  for (Orders& each : orders)
+    for (int64_t side = 0; side < 2; ++side)
+      if (each.stack.sides[side].p != nullptr) jobs.push_back({each.stack, side, each.matrix, each.of[side]});
+  const auto length = [&](int64_t i) { return jobs[i].stack.length(jobs[i].side); };
+  each_matrix(static_cast<int64_t>(jobs.size()), kernels, length,
+              [&](int64_t i, const Team& team, const Room& room) { track_one(jobs[i], limits, team, room); });
+  for_each(static_cast<int64_t>(orders.size()), threads_of_torch(), [&](int64_t i) {
+    const Orders& each = orders[i];
+    const int64_t rows = each.stack.rows, columns = each.stack.columns;
+    float* const second = each.stack.second == nullptr ? nullptr : each.stack.second + each.matrix * rows * columns;
+    reorder(second, rows, columns, each.of[0], each.of[1]);
+  });
 }
 
 }  // namespace steepest::eigh

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu_polar/kernels.h"
 
@@ -26,5 +27,33 @@ struct Iteration {
 
 // A matrix has the same bits whatever else is in the call and however many threads there are.
 void iterate(const Iteration& iteration, const cpu_polar::Kernels& kernels);
+
+// Factors of one side of a stack of matrices, (matrices, n, n), with their bases, (matrices, n, n), and statuses, which
+// the step overwrites where it is taken; p is nullptr of a side without a factor.   left: 1 where it is not.
+struct Side {
+  const float* p;
+  float* basis;
+  int32_t *status, *left;
+};
+
+// Factors of both sides of a stack of rows x columns matrices, and second moments in their bases, nullptr where there
+// are none. Of a side with columns that are sorted anew the second moments are sorted with them.
+struct Tracked {
+  int64_t matrices, rows, columns;
+  Side sides[2];
+  float* second;
+
+  int64_t length(int64_t side) const { return side == 0 ? rows : columns; }
+};
+
+// When a step is taken: the error was at most `near`, and fell by the factor `progress`, to `settled` or to what
+// rounding makes. accepted: the status of its basis then.
+struct Limits {
+  double near, progress, settled;
+  int32_t accepted;
+};
+
+// Steps of all of these, in place.
+void track(const std::vector<Tracked>& stacks, const Limits& limits, const cpu_polar::Kernels& kernels);
 
 }  // namespace steepest::eigh

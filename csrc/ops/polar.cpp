@@ -319,9 +319,9 @@ void cpu_syrk(const Tensor& x, const Tensor& c, const Tensor& out, const Tensor&
   }
   check_floats(alpha, place, matrices, "alpha"), check_floats(beta, place, matrices, "beta");
   cpu_polar::average(
-      {matrices, m, k, static_cast<const float*>(x.const_data_ptr()), rows,
-       static_cast<const float*>(c.const_data_ptr()), pointer<float>(out),
-       static_cast<const float*>(alpha.const_data_ptr()), static_cast<const float*>(beta.const_data_ptr())},
+      {{matrices, m, k, static_cast<const float*>(x.const_data_ptr()), rows,
+        static_cast<const float*>(c.const_data_ptr()), pointer<float>(out),
+        static_cast<const float*>(alpha.const_data_ptr()), static_cast<const float*>(beta.const_data_ptr())}},
       *kernels);
 }
 

@@ -19,6 +19,7 @@ nothing in place. `steepest.step` does the same for all parameters at once and m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -280,28 +281,43 @@ class Recipe:
             limit = min(limit, (most * room) ** 0.5)
         return limit
 
+    def limits(self, dtype: torch.dtype) -> tuple[float, float]:
+        """The largest magnitude of an entry, and the largest sum of squares, of a gradient of this dtype that `accepts`
+        takes, of a state that is not asked.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        square = math.inf if self.variance_reduction is None else torch.finfo(torch.float64).max
+        if self.by_matrix:
+            of_factors = None if self.kronecker is None else self.kronecker.dtype
+            square = min(square, torch.finfo(of_factors or wide).max / 4)
+        return self.largest_gradient(dtype), square
+
     def accepts(
         self, largest: Tensor, square: Tensor, state: State, names: Sequence[Mapping[str, str]], dtype: torch.dtype
     ) -> Tensor:
         """0-d bool: whether what a gradient of this dtype leaves in the state is finite.
 
         largest, square: 0-d, the magnitude of its largest entry and the sum of its squares, infinite or NaN where an
-        entry is not finite.   names: of the keys of factors, for each piece (`Recipe.names`). Without factors several
-        gradients may be asked about at once, a number each.
+        entry is not finite.   names: of the keys of factors, for each piece (`Recipe.names`). Where the state is not
+        asked (`accepts_by_state`) several gradients may be asked about at once, a number each.
         """
-        accepted = largest <= self.largest_gradient(dtype)
-        if self.variance_reduction is not None:
-            accepted = accepted & square.isfinite()
-        if not self.by_matrix:
+        most, most_square = self.limits(dtype)
+        accepted = largest <= most
+        if most_square < math.inf:
+            accepted = accepted & (square <= most_square)
+        if self.kronecker is None or not self.accepts_by_state:
             return accepted
-        wide = torch.promote_types(dtype, torch.float32)
-        if self.kronecker is None:
-            return accepted & (square <= torch.finfo(wide).max / 4)
-        room = torch.finfo(self.kronecker.dtype or wide).max / 4
         for of_piece in names:
             factors = {key: state[name] for key, name in of_piece.items()}
-            accepted = accepted & (square * self.kronecker.gain(factors) + self.kronecker.summed(factors) <= room)
+            accepted = accepted & (
+                square * self.kronecker.gain(factors) + self.kronecker.summed(factors) <= most_square
+            )
         return accepted
+
+    @property
+    def accepts_by_state(self) -> bool:
+        """Whether `accepts` asks the state."""
+        return self.kronecker is not None and self.kronecker.bounds_read_state
 
     # ---- a step, in its order ---------------------------------------------------------------------------------------
 

@@ -65,6 +65,8 @@ PROGRESS = 0.95
 SETTLED = 1e-2
 # Beyond this whitening error a basis is not tracked but made anew: what else lives in it would be far from the new one.
 NEAR = 0.5
+#: when `tracked` takes a step of orthogonal iteration; see `steepest.ops.rotated.track`
+LIMITS = (NEAR, PROGRESS, SETTLED)
 SHIFTED_PASSES, PASSES = 3, 5
 
 

@@ -22,6 +22,7 @@ from ..ops.multi_tensor import Item, Items, Table
 from ..ops.normalize import scratch_for
 from ..ops.polar_chain import Update
 from ..ops.program import Program
+from ..ops.rotated import Way
 from ..parts import Identity, Normalize
 from .parameter import Matrices, Parameter
 
@@ -159,12 +160,28 @@ class Bucket:
         self._momenta = stored
         if isinstance(self.recipe.precondition, Identity):
             return stored.to(self.dtype)
+        together = self._turned_together("into", stored, self.counts, self.shape, self.sizes)
+        if together is not None:
+            return together
         parts = []
         for item, m in zip(self.items, stored.split(self.counts), strict=True):
             assert item.matrices is not None
             state, taken = item.matrices.recipe_state(), item.parameter.step_values
             parts.append(self.recipe.precondition.into(state, m, taken.hyper, state.get("step")).to(self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _turned_together(
+        self, way: Way, x: Tensor, counts: Sequence[int], shape: Sequence[int], sizes: Sequence[int]
+    ) -> Tensor | None:
+        """`into` or `back` of all items by one call, where there is one for them; x: in parts of `counts`, as the
+        result, of this shape, in `sizes`.
+        """
+        part, items = self.recipe.kronecker, self.matrices()
+        if part is None or self.dtype is not x.dtype or len({item.parameter.group for item in items}) > 1:
+            return None
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        states, hyper = [item.state for item in items], items[0].parameter.step_values.hyper
+        return out if part.turn_all(way, states, x.split(counts), hyper, out.split(sizes)) else None
 
     def parts(self, t: Tensor) -> Sequence[Tensor]:
         """Each item's part of what `update_moments` stores."""
@@ -180,6 +197,11 @@ class Bucket:
             return normalized
         if self._at_once:
             return self._transformed(d, momenta)
+        together = None
+        if not self.recipe.transforms and self.dtype is self.stored_dtype:
+            together = self._turned_together("back", d.contiguous(), self.sizes, self.stored_shape, self.counts)
+        if together is not None:
+            return list(together.split(self.counts))
         updates = []
         for item, part, m in zip(self.items, parts, momenta.split(self.counts), strict=True):
             assert item.matrices is not None
@@ -309,9 +331,11 @@ class FusedBatch:
         self.seconds = _present([item.state(_second(item)) for item in self.items])
         self.remainders = _present([item.state(item.parameter.recipe.rounding.keys) for item in self.items])
 
-    def weights(self) -> list[Tensor]:
-        """Views of the weights, new ones in every step: a parameter's `data` may have been exchanged."""
-        return [item.view(item.parameter.tensor) for item in self.items]
+    def weights(self, count: int | None = None) -> list[Tensor]:
+        """Views of the weights, of all items or of the first so many; new ones in every step: a parameter's `data` may
+        have been exchanged.
+        """
+        return [item.view(item.parameter.tensor) for item in self.items[:count]]
 
     def grads(self) -> list[Tensor]:
         """The gradients as they are stored."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..chunking import chunk_by_bytes
 from ..ops import streams
 from ..parts.precondition import PENDING, Gathered, Kronecker, Phase, refresh_bytes
-from ..recipe import CLOCK, Recipe
+from ..recipe import CLOCK, State
 from .parameter import Matrices, Parameter
 
 __all__ = ["advance_clocks", "observe_matrices", "update_factors"]
@@ -18,30 +18,62 @@ __all__ = ["advance_clocks", "observe_matrices", "update_factors"]
 
 def update_factors(matrices: Sequence[Matrices]) -> None:
     """Factors take the gradients of these matrices, in place, and what is due is refreshed."""
-    due: dict[tuple[int, Recipe, Phase], list[Matrices]] = {}
+    due: dict[tuple[int, Phase], list[Matrices]] = {}
     for each in matrices:
-        due.setdefault((each.parameter.group, each.recipe, each.phase), []).append(each)
-    for (_, recipe, phase), some in due.items():
-        part = recipe.kronecker
+        due.setdefault((each.parameter.group, each.phase), []).append(each)
+    for (_, phase), some in due.items():
+        part = some[0].recipe.kronecker
         assert part is not None
-        for each in some:
-            each.keep(part.update_factors(each.state, each.by_matrices(each.grad), each.parameter.step_values.hyper))
+        _learn(part, some)
         if phase.commits:
             streams.join(each.state[PENDING] for each in some)
             for each in some:
                 each.keep(part.commit(each.state))
+        if phase.refreshes and phase.at_once and phase.exact is None and _refreshed_in_place(part, some):
+            continue
         if phase.refreshes:
             max_bytes = some[0].parameter.options.max_workspace_bytes
             for run in chunk_by_bytes(some, lambda each: refresh_bytes(each.state), max_bytes):
                 _refresh(part, phase, run)
 
 
+def _learn(part: Kronecker, matrices: Sequence[Matrices]) -> None:
+    """Factors of one group take the gradients, all in one call where there is one for them."""
+    hyper = matrices[0].parameter.step_values.hyper
+    for some, states, grads, flags in _with_gradients(matrices):
+        if not part.learn_in_place(states, grads, hyper, flags):
+            for each, g in zip(some, grads, strict=True):
+                each.keep(part.update_factors(each.state, g, hyper))
+
+
+def _with_gradients(
+    matrices: Sequence[Matrices],
+) -> Iterator[tuple[list[Matrices], list[State], list[Tensor], list[Tensor]]]:
+    """Runs of these with their states, gradients, which may be copies, and flags."""
+    max_bytes = matrices[0].parameter.options.max_workspace_bytes
+    for some in chunk_by_bytes(matrices, lambda each: each.grad.nbytes, max_bytes):
+        grads = [each.by_matrices(each.grad) for each in some]
+        yield some, [each.state for each in some], grads, [each.finite for each in some]
+
+
+def _refreshed_in_place(part: Kronecker, matrices: Sequence[Matrices]) -> bool:
+    states, flags = [each.state for each in matrices], [each.finite for each in matrices]
+    return part.refresh_in_place(states, [each.shape for each in matrices], flags)
+
+
 def observe_matrices(matrices: Sequence[Matrices]) -> None:
     """Statistics that every gradient adds to, such as SOAP's second moment in the present metric."""
+    groups: dict[int, list[Matrices]] = {}
     for each in matrices:
         if each.recipe.measures_gradients:
-            g, hyper = each.by_matrices(each.grad), each.parameter.step_values.hyper
-            each.keep(each.recipe.observe_matrices(each.state, g, hyper))
+            groups.setdefault(each.parameter.group, []).append(each)
+    for of_group in groups.values():
+        recipe, hyper = of_group[0].recipe, of_group[0].parameter.step_values.hyper
+        alone = None if recipe.transforms else recipe.kronecker
+        for some, states, grads, flags in _with_gradients(of_group):
+            if alone is None or not alone.observe_in_place(states, grads, hyper, flags):
+                for each, g in zip(some, grads, strict=True):
+                    each.keep(recipe.observe_matrices(each.state, g, hyper))
 
 
 def advance_clocks(parameters: Sequence[Parameter]) -> None:

@@ -17,6 +17,7 @@ direction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -204,17 +205,22 @@ class Fused:
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
     @cached_property
-    def _judged_alike(self) -> list[tuple[Parameter, slice]]:
-        """Runs of rows of which one question is asked; each of those with factors, whose state answers, is alone."""
-        runs: list[tuple[Parameter, slice]] = []
-        for row, p in self._by_torch.items():
-            first, rows = runs[-1] if runs else (p, slice(row, row))
-            alike = (first.recipe, first.grad_dtype, rows.stop) == (p.recipe, p.grad_dtype, row)
-            if runs and alike and p.recipe.kronecker is None:
-                runs[-1] = first, slice(rows.start, row + 1)
-            else:
-                runs.append((p, slice(row, row + 1)))
-        return runs
+    def _limits(self) -> tuple[Tensor, Tensor]:
+        """The largest entry and sum of squares of a gradient that torch operations take, for every row."""
+        limits = [
+            p.recipe.limits(p.grad_dtype) if row in self._by_torch else (math.inf, math.inf)
+            for row, p in enumerate(self.parameters)
+        ]
+        most, square = zip(*limits, strict=True)
+        return (
+            torch.tensor(most, dtype=torch.float64, device=self.device),
+            torch.tensor(square, dtype=torch.float64, device=self.device),
+        )
+
+    @cached_property
+    def _asked(self) -> list[tuple[Parameter, int]]:
+        """Parameters whose state is asked too, and their rows."""
+        return [(p, row) for row, p in self._by_torch.items() if p.recipe.accepts_by_state]
 
     @cached_property
     def _yes(self) -> Tensor:
@@ -223,8 +229,11 @@ class Fused:
     def _refuse(self, allowed: Sequence[Tensor | None]) -> None:
         """Takes no step where what torch operations make of a gradient, or of a weight, would not stay finite."""
         finite, most, square = (self.table.column(name) for name in ("finite", "grad_max", "grad_sq"))
-        for p, rows in self._judged_alike:
-            finite[rows].mul_(p.accepts(most[rows], square[rows]))
+        if self._by_torch:
+            largest, largest_square = self._limits
+            finite.mul_((most <= largest) & (square <= largest_square))
+        for p, row in self._asked:
+            finite[row].mul_(p.accepts(most[row], square[row]))
         if allowed:
             finite.mul_(torch.stack([self._yes if flag is None else flag for flag in allowed]))
         if self._ranks is not None and (self._by_torch or allowed):
@@ -270,8 +279,8 @@ class Fused:
                 batch.grads(),
                 batch.momenta,
                 batch.seconds,
-                batch.no_inputs + batch.stored(stacks),
-                batch.weights()[:whole] + batch.no_params,
+                batch.no_inputs + batch.stored(stacks) if stacks else [],
+                batch.weights(whole) + batch.no_params if whole else [],
                 batch.remainders[:whole] + batch.no_remainders if whole and batch.remainders else [],
                 self.table,
                 batch.read,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -257,7 +258,8 @@ class Matrices:
     @property
     def grad(self) -> Tensor:
         """The piece of this step's gradient, in its natural shape."""
-        return self.piece.view(self.parameter.step_values.grad)
+        grad = self.parameter.step_values.grad
+        return self.piece.view(grad) if self.piece.narrow else grad
 
     @property
     def finite(self) -> Tensor:
@@ -281,11 +283,12 @@ class Matrices:
         """The state as the recipe reads it: elementwise tensors as `elementwise` has them."""
         if not self.by_matrix:
             return self.state
-        layouts = self.recipe.layouts
-        return {
-            key: self.by_matrices(t) if layouts[key] == "elementwise" and t.numel() else t
-            for key, t in self.state.items()
-        }
+        elementwise = self._elementwise
+        return {key: self.by_matrices(t) if key in elementwise and t.numel() else t for key, t in self.state.items()}
+
+    @cached_property
+    def _elementwise(self) -> frozenset[str]:
+        return frozenset(key for key, layout in self.recipe.layouts.items() if layout == "elementwise")
 
     def keep(self, fresh: State) -> None:
         """Takes these tensors into the state, unless the step is not taken."""

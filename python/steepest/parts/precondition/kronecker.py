@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ...linalg.blocks import block_length, from_blocks, parts, to_blocks
 from ...linalg.work import Work
+from ...ops import rotated
 from ...ops.products import syrk_ema
 from ..hyper import Hyper, Number, bias_correction
 from ..rounding import Rounding
@@ -170,6 +171,26 @@ class Kronecker:
         """(batch * blocks, rows, cols), the same; `unblock` makes it the matrix's."""
         raise NotImplementedError
 
+    def turn_all(
+        self,
+        way: rotated.Way,
+        states: Sequence[State],
+        xs: Sequence[Tensor],
+        hyper: Hyper,
+        outs: Sequence[Tensor],
+        flags: Sequence[Tensor] = (),
+    ) -> bool:
+        """What `into` or `back` gives, or the second moments of `observe`, for all of these by one call into outs, of
+        flags where theirs are true; False where there is no such call for them, and nothing is written.
+        """
+        return False
+
+    def observe_in_place(
+        self, states: Sequence[State], grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
+    ) -> bool:
+        """What `observe` gives, as `learn_in_place` writes what `update_factors` gives."""
+        return False
+
     def init_side(self, side: int, count: int, n: int, like: Tensor) -> State:
         """State of one side of length n, 0 without a factor, but for the factor; like: of its dtype and device."""
         raise NotImplementedError
@@ -186,6 +207,11 @@ class Kronecker:
         """(for each factor a Y, of which Y Y^T goes into it; what else is new)."""
         x = self.to_blocks(g)  # products of narrow numbers are exact in wide sums
         return {"left": x, "right": x.mT}, {}
+
+    @property
+    def bounds_read_state(self) -> bool:
+        """Whether `gain` and `summed` ask the state."""
+        return self.beta == 1
 
     def gain(self, state: State) -> Tensor | float:
         """A bound, 0-d: the sum of squares of what a gradient adds to a factor, over that of the gradient."""
@@ -295,6 +321,33 @@ class Kronecker:
                     y = y.to(factor.dtype)
                 fresh[key] = self.stored(syrk_ema(factor, y, weight), count, side)
         return fresh | more
+
+    @property
+    def _learns_factors_alone(self) -> bool:
+        """Whether `update_factors` is averages of G G^T and G^T G in full precision, and nothing besides."""
+        return not (self.external or self.blocks or self.dtype is not None)
+
+    def learn_in_place(
+        self, states: Sequence[State], grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
+    ) -> bool:
+        """What `update_factors` gives, written by one call for all of these where their flags are true; False where
+        there is no such call for them, and nothing is written.
+        """
+        beta, factors = self.rate(hyper), [state[key] for state in states for key in FACTORS]
+        if not self._learns_factors_alone or not isinstance(beta, float) or not 0 <= beta < 1:
+            return False
+        if not rotated.supports(*grads, *factors):
+            return False
+        rotated.learn(grads, factors, [state[LEARNED] for state in states], flags, beta)
+        return True
+
+    def refresh_in_place(
+        self, states: Sequence[State], shapes: Sequence[tuple[int, int, int]], flags: Sequence[Tensor]
+    ) -> bool:
+        """A refresh of all of these that is taken at once, written where their flags are true; False where `gather`,
+        `refresh` and `commit` are the only one, and nothing is written.   shapes: of their matrices.
+        """
+        return False
 
     def rate(self, hyper: Hyper) -> Number:
         return hyper.beta2 if self.beta is None else self.beta

@@ -142,6 +142,10 @@ class Roots(Kronecker):
             fresh[key] = torch.where(begun[:, None, None], fresh[key], first)
         return fresh
 
+    @property
+    def _learns_factors_alone(self) -> bool:
+        return super()._learns_factors_alone and not self.coupling
+
     def weight(self, hyper: Hyper, count: Tensor) -> Number | None:
         return 1 - self.rate(hyper) if self.coupling else super().weight(hyper, count)
 
@@ -156,6 +160,10 @@ class Roots(Kronecker):
             return self._root_times(state, side, self._root_times(state, side, y))
 
         return {"left": measured(1, x.mT).mT / max(1, n) ** 0.5, "right": measured(0, x).mT / max(1, m) ** 0.5}, {}
+
+    @property
+    def bounds_read_state(self) -> bool:
+        return super().bounds_read_state or self.coupling
 
     def gain(self, state: State) -> Tensor | float:
         if not self.coupling:

@@ -24,15 +24,26 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ...linalg.basis import FELL_BACK, WANTS_EXACT, Method, Refreshed, eigh_refresh, refresh_work, tracked
+from ...linalg.basis import (
+    ACCEPTED,
+    FELL_BACK,
+    LIMITS,
+    WANTS_EXACT,
+    Method,
+    Refreshed,
+    eigh_refresh,
+    refresh_work,
+    tracked,
+)
 from ...linalg.work import Work
-from ...ops import streams
-from ...ops.matmul import matmul
+from ...ops import rotated, streams
+from ...ops.matmul import IN_ORDER, matmul
 from ...ops.reductions import total
+from ...ops.state import copy_if
 from ..hyper import Hyper, Number
 from .base import State
 from .diagonal import Diagonal
-from .kronecker import FACTORS, NEXT, Gathered, Kronecker, Pair, Phase, check_whole, shape_of, turn_flop, wide
+from .kronecker import FACTORS, LEARNED, NEXT, Gathered, Kronecker, Pair, Phase, check_whole, shape_of, turn_flop, wide
 from .none import Identity
 from .sides import LEFT, RIGHT, Sides
 
@@ -143,17 +154,78 @@ class Rotated(Kronecker):
         """Statistics of the inner part, in the present bases."""
         if not isinstance(self.inner, Diagonal):
             return {}
+        fused = self._in_one_call(state, g, hyper, None, "observe")
+        if fused is not None:
+            return {self.inner.key: fused}
         return self.inner.observe(state, self._rotate(state, g), hyper)
 
     def into(self, state: State, x: Tensor, hyper: Hyper, step: Tensor | None) -> Tensor:
-        return self.inner.into(state, self._rotate(state, x), hyper, step)
+        fused = self._in_one_call(state, x, hyper, step, "into")
+        return self.inner.into(state, self._rotate(state, x), hyper, step) if fused is None else fused
 
     def back(self, state: State, d: Tensor, hyper: Hyper, step: Tensor | None) -> Tensor:
+        fused = self._in_one_call(state, d, hyper, step, "back")
+        if fused is not None:
+            return fused
         u = self.inner.back(state, d, hyper, step)
         left, right = self._bases(state)
         u = u.to(left.dtype)
         u = matmul(left, u) if left.numel() else u
         return matmul(u, right.mT) if right.numel() else u
+
+    def _in_one_call(
+        self, state: State, x: Tensor, hyper: Hyper, step: Tensor | None, way: rotated.Way
+    ) -> Tensor | None:
+        """What `observe`, `into` and `back` give, by one call; None where there is none for this."""
+        numbers = self._numbers_of_call(hyper)
+        if numbers is None or not isinstance(self.inner, Diagonal):
+            return None
+        left, right, second = state[BASES[0]], state[BASES[1]], state[self.inner.key]
+        if not rotated.supports(x, left, right, second):
+            return None
+        beta, eps, inside = numbers
+        count = self._count(step, second)
+        return rotated.rotate(x, left, right, second, count, way, beta=beta, eps=eps, inside=inside)
+
+    def turn_all(
+        self,
+        way: rotated.Way,
+        states: Sequence[State],
+        xs: Sequence[Tensor],
+        hyper: Hyper,
+        outs: Sequence[Tensor],
+        flags: Sequence[Tensor] = (),
+    ) -> bool:
+        numbers = self._numbers_of_call(hyper)
+        if numbers is None or not isinstance(self.inner, Diagonal) or any(max(x.shape[-2:]) > IN_ORDER for x in xs):
+            return False
+        bases = [state[key] for state in states for key in BASES]
+        seconds = [state[self.inner.key] for state in states]
+        if not rotated.supports(*xs, *bases, *seconds, *outs):
+            return False
+        beta, eps, inside = numbers
+        counts = [self._count(state.get("step"), second) for state, second in zip(states, seconds, strict=True)]
+        rotated.rotate_all(xs, bases, seconds, counts, way, outs, flags, beta=beta, eps=eps, inside=inside)
+        return True
+
+    def observe_in_place(
+        self, states: Sequence[State], grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
+    ) -> bool:
+        if not isinstance(self.inner, Diagonal):
+            return False
+        return self.turn_all("observe", states, grads, hyper, [state[self.inner.key] for state in states], flags)
+
+    def _numbers_of_call(self, hyper: Hyper) -> tuple[float, float, bool] | None:
+        """beta2, eps and where eps is, for a recipe that `steepest.ops.rotated.rotate` is for."""
+        inner, beta, eps = self.inner, hyper.beta2, hyper.eps
+        if not isinstance(inner, Diagonal) or inner.power != 0.25 or inner.average != "ema" or self.blocks:
+            return None
+        return (beta, eps, inner.eps_inside) if isinstance(beta, float) and isinstance(eps, float) else None
+
+    def _count(self, step: Tensor | None, like: Tensor) -> Tensor:
+        """The steps that the inner part corrects by; without elements where it does not."""
+        corrects = isinstance(self.inner, Diagonal) and self.inner.bias_correction
+        return step if step is not None and corrects else like.new_empty(0)
 
     def _bases(self, state: State) -> tuple[Tensor, Tensor]:
         return wide(state[BASES[0]]), wide(state[BASES[1]])
@@ -209,6 +281,10 @@ class Rotated(Kronecker):
         values = self._values(state, images, self.coupling, self.rate(hyper), started)
         return self._measured(state, images, self.coupling, started), values
 
+    @property
+    def bounds_read_state(self) -> bool:
+        return super().bounds_read_state or self.coupling is not None
+
     def gain(self, state: State) -> Tensor | float:
         if self.coupling is None:
             return super().gain(state)
@@ -253,7 +329,45 @@ class Rotated(Kronecker):
                 fresh[key] = torch.where(started, mixed.to(state[key].dtype), state[key])
         return fresh
 
+    @property
+    def _learns_factors_alone(self) -> bool:
+        present = self.sides is not None and self.sides.values == "present"
+        return super()._learns_factors_alone and self.coupling is None and not present
+
     # ---- the refresh ------------------------------------------------------------------------------------------------
+
+    def refresh_in_place(
+        self, states: Sequence[State], shapes: Sequence[tuple[int, int, int]], flags: Sequence[Tensor]
+    ) -> bool:
+        """One call tracks all bases; those that it gets no hold of are solved exactly."""
+        plain = self.method == "auto" and self.transport != "fixed" and self.sides is None
+        if not plain or self.delay or self.blocks or self.dtype is not None:
+            return False
+        if not _tracks(states[0][FACTORS[0]].device):
+            return False
+        key = self.inner.key if isinstance(self.inner, Diagonal) else None
+        factors, bases, statuses = (
+            [state[name] for state in states for name in pair] for pair in (FACTORS, BASES, STATUS)
+        )
+        none = states[0][LEARNED].new_empty(0)
+        seconds = [none if key is None else state[key] for state in states]
+        if not rotated.supports(*factors, *bases, *seconds):
+            return False
+        left = rotated.track(factors, bases, statuses, seconds, flags, shapes, LIMITS, ACCEPTED)
+        for i, side, matrix in left:
+            self._solve_in_place(states[i], side, matrix, flags[i])
+        return True
+
+    def _solve_in_place(self, state: State, side: int, matrix: int, flag: Tensor) -> None:
+        """The exact basis of one matrix, and all that goes with it."""
+        keys = [FACTORS[side], BASES[side], STATUS[side]]
+        keys += [self.inner.key] if isinstance(self.inner, Diagonal) else []
+        one = {key: state[key][matrix : matrix + 1] for key in keys}
+        solved = _solved(one[FACTORS[side]], one[BASES[side]])
+        fresh: State = {STATUS[side]: solved.status}
+        made = {NEXT[side]: solved.basis, ORDERS[side]: solved.order, STATUS[side]: solved.status}
+        self._turn({**one, **made}, fresh, side)
+        copy_if(flag, [one[key] for key in fresh], [t.contiguous() for t in fresh.values()])
 
     def needs_exact(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
         first, side = owners[0]

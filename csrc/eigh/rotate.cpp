@@ -1,0 +1,123 @@
+#include "eigh/rotate.h"
+
+#include <algorithm>
+
+#include "cpu_polar/team.h"
+#include "cpu_polar/words.h"
+
+namespace steepest::eigh {
+namespace {
+
+using cpu_polar::Kernels;
+using cpu_polar::packed_words;
+using cpu_polar::Product;
+using cpu_polar::Team;
+using cpu_polar::Words;
+
+constexpr int64_t kAlone = int64_t{1} << 14;  // elements up to which a thread takes a matrix
+
+// Room for two packed factors and a matrix.
+class Room {
+ public:
+  Room(const Kernels& kernels, int64_t rows, int64_t columns)
+      : packed_(packed_words(kernels, sizeof(float), std::max(rows, columns), std::max(rows, columns))),
+        words_(cpu_polar::make_words(2 * packed_ + rows * columns)) {}
+
+  uint32_t* first() const { return words_.get(); }
+  uint32_t* second() const { return words_.get() + packed_; }
+  float* matrix() const { return reinterpret_cast<float*>(words_.get() + 2 * packed_); }
+
+ private:
+  int64_t packed_;
+  Words words_;
+};
+
+class Run {
+ public:
+  Run(const Rotation& all, int64_t i, Way way, float beta, const Team& team)
+      : rows_(all.rows),
+        columns_(all.columns),
+        size_(all.rows * all.columns),
+        way_(way),
+        team_(team),
+        room_(team.kernels, all.rows, all.columns) {
+    const auto part = [&](const float* from, int64_t size) { return from == nullptr ? from : from + i * size; };
+    const float* const x = part(all.x, size_);
+    const float *const left = part(all.left, rows_ * rows_), *const right = part(all.right, columns_ * columns_);
+    const float* const second = part(all.second, size_);
+    float* const out = all.out + i * size_;
+    if (way == Way::kBack) {
+      divide(copied(x, out), second, all);
+      multiply(out, left, right, out);
+    } else if (way == Way::kInto) {
+      multiply(x, left, right, out);
+      divide(out, second, all);
+    } else {
+      if (second != out) std::copy_n(second, size_, out);
+      multiply(x, left, right, room_.matrix());
+      team_.kernels.mix_squares(room_.matrix(), size_, beta, out);
+    }
+  }
+
+ private:
+  float* copied(const float* x, float* out) const {
+    std::copy_n(x, size_, out);
+    return out;
+  }
+
+  void divide(float* x, const float* second, const Rotation& all) const {
+    if (second != nullptr) team_.kernels.over_roots(second, size_, all.over, all.eps, x);
+  }
+
+  // L^T X R, or back L X R^T.
+  void multiply(const float* x, const float* left, const float* right, float* out) const {
+    const bool back = way_ == Way::kBack;
+    if (left != nullptr) {
+      team_.pack_rows({left, rows_, rows_, back}, room_.first());
+      team_.pack({x, columns_, rows_, false}, room_.second());
+      x = multiply(rows_, right == nullptr ? out : room_.matrix());
+    }
+    if (right != nullptr) {
+      team_.pack_rows({x, rows_, columns_, true}, room_.first());
+      team_.pack({right, columns_, columns_, back}, room_.second());
+      x = multiply(columns_, out);
+    }
+    if (x != out) std::copy_n(x, size_, out);
+  }
+
+  const float* multiply(int64_t k, float* out) const {
+    Product product{};
+    product.a = room_.first(), product.b = room_.second(), product.m = rows_, product.n = columns_, product.k = k;
+    product.d = out, product.alpha = 1;
+    team_.multiply(product);
+    return out;
+  }
+
+  const int64_t rows_, columns_, size_;
+  const Way way_;
+  const Team& team_;
+  const Room room_;
+};
+
+}  // namespace
+
+void rotate(const std::vector<Rotation>& rotations, Way way, float beta, const Kernels& kernels) {
+  struct Job {
+    const Rotation& stack;
+    int64_t matrix;
+  };
+  std::vector<Job> jobs, large;
+  const int64_t threads = threads_of_torch();
+  for (const Rotation& each : rotations) {
+    const bool alone = each.rows * each.columns <= kAlone || each.matrices >= 2 * threads;
+    for (int64_t i = 0; i < each.matrices; ++i) (alone ? jobs : large).push_back({each, i});
+  }
+  const auto run = [&](const Job& job, int64_t team) {
+    const Team of{kernels, team};
+    const Run done(job.stack, job.matrix, way, beta, of);
+  };
+  for_each(static_cast<int64_t>(jobs.size()), threads, [&](int64_t i) { run(jobs[i], 1); });
+  for (const Job& job : large) run(job, threads);
+}
+
+}  // namespace steepest::eigh

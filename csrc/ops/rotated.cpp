@@ -1,0 +1,149 @@
+// The ops of matrices that are stepped in eigenbases of their factors, on a CPU: check -> pointers -> loops.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "cpu_polar/kernels.h"
+#include "cpu_polar/syrk.h"
+#include "eigh/iterate.h"
+#include "eigh/rotate.h"
+#include "ops/op_checks.h"
+
+namespace steepest {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+const cpu_polar::Kernels& kernels_of(const char* op) {
+  const cpu_polar::Kernels* const kernels = cpu_polar::kernels_for(Dtype::f32);
+  STD_TORCH_CHECK(kernels != nullptr, op, " has no products for this processor");
+  return *kernels;
+}
+
+// A contiguous tensor of so many elements; nullptr for one without elements where that is allowed.
+template <class T>
+T* data_of(const Tensor& tensor, int64_t elements, const char* name, size_t i, bool may_be_absent = false) {
+  constexpr ScalarType type = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Int;
+  if (may_be_absent && tensor.numel() == 0) return nullptr;
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && tensor.scalar_type() == type && tensor.is_contiguous() && tensor.numel() == elements, name,
+      "[", i, "] must be a contiguous tensor of ", torch::headeronly::toString(type), " on the CPU with ", elements,
+      " elements");
+  return pointer<T>(tensor);
+}
+
+bool taken(const Tensor& flag, size_t i) {
+  STD_TORCH_CHECK(flag.is_cpu() && flag.scalar_type() == ScalarType::Bool && flag.numel() == 1, "flags[", i,
+                  "] must be one bool on the CPU");
+  return *static_cast<const bool*>(flag.const_data_ptr());
+}
+
+void check_stack(const Tensor& x, const char* name, size_t i) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && x.scalar_type() == ScalarType::Float && x.is_contiguous(), name, "[", i,
+                  "] must be a contiguous float32 stack of matrices on the CPU");
+}
+
+void learn_factors(const Tensors& grads, const Tensors& factors, const Tensors& counts, const Tensors& flags,
+                   double beta) {
+  const size_t count = grads.size();
+  check_lengths(factors.size(), 2 * count, "factors"), check_lengths(counts.size(), count, "counts");
+  check_lengths(flags.size(), count, "flags");
+  STD_TORCH_CHECK(beta >= 0 && beta < 1, "beta is ", beta, "; it is at least 0 and below 1");
+  std::vector<cpu_polar::Averages> averages;
+  std::vector<float*> seen;
+  std::vector<std::vector<float>> weights;
+  for (size_t i = 0; i < count; ++i) {
+    check_stack(grads[i], "grads", i);
+    const int64_t matrices = grads[i].size(0), m = grads[i].size(1), n = grads[i].size(2);
+    const auto* const g = static_cast<const float*>(grads[i].const_data_ptr());
+    float* const learned = data_of<float>(counts[i], 1, "counts", i);
+    float* const left = data_of<float>(factors[2 * i], matrices * m * m, "factors", 2 * i, true);
+    float* const right = data_of<float>(factors[2 * i + 1], matrices * n * n, "factors", 2 * i + 1, true);
+    if (!taken(flags[i], i)) continue;
+    const auto weight = static_cast<float>((1 - beta) / (1 - std::pow(beta, double{*learned} + 1)));
+    weights.emplace_back(matrices, weight), weights.emplace_back(matrices, 1 - weight);
+    seen.push_back(learned);
+    const float *const alpha = weights[weights.size() - 2].data(), *const rest = weights.back().data();
+    if (left != nullptr) averages.push_back({matrices, m, n, g, true, left, left, alpha, rest});
+    if (right != nullptr) averages.push_back({matrices, n, m, g, false, right, right, alpha, rest});
+  }
+  cpu_polar::average(averages, kernels_of("learn_factors"));
+  for (float* const learned : seen) *learned += 1;
+}
+
+eigh::Side make_side(const Tensor& factor, const Tensor& basis, const Tensor& status, int64_t matrices, int64_t n,
+                     int32_t* left, size_t i) {
+  eigh::Side side{};
+  side.p = data_of<float>(factor, matrices * n * n, "factors", i, true);
+  if (side.p == nullptr) return side;
+  side.basis = data_of<float>(basis, matrices * n * n, "bases", i);
+  side.status = data_of<int32_t>(status, matrices, "statuses", i), side.left = left;
+  return side;
+}
+
+void track_bases(const Tensors& factors, const Tensors& bases, const Tensors& statuses, const Tensors& seconds,
+                 const Tensors& flags, const std::vector<int64_t>& shapes, const std::vector<double>& limits,
+                 int64_t accepted, const Tensor& left) {
+  const size_t count = flags.size();
+  check_lengths(factors.size(), 2 * count, "factors"), check_lengths(bases.size(), 2 * count, "bases");
+  check_lengths(statuses.size(), 2 * count, "statuses"), check_lengths(seconds.size(), count, "seconds");
+  check_lengths(shapes.size(), 3 * count, "shapes"), check_lengths(limits.size(), 3, "limits");
+  int64_t lines = 0;
+  for (size_t i = 0; i < count; ++i) lines += 2 * shapes[3 * i];
+  auto* line = data_of<int32_t>(left, lines, "left", 0, lines == 0);
+  std::vector<eigh::Tracked> stacks;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t matrices = shapes[3 * i], sizes[] = {shapes[3 * i + 1], shapes[3 * i + 2]};
+    eigh::Tracked stack{matrices, sizes[0], sizes[1], {}, nullptr};
+    for (size_t side = 0; side < 2; ++side, line += matrices) {
+      const size_t k = 2 * i + side;
+      stack.sides[side] = make_side(factors[k], bases[k], statuses[k], matrices, sizes[side], line, k);
+      std::fill_n(line, matrices, 0);
+    }
+    stack.second = data_of<float>(seconds[i], matrices * sizes[0] * sizes[1], "seconds", i, true);
+    if (taken(flags[i], i)) stacks.push_back(stack);
+  }
+  eigh::track(stacks, {limits[0], limits[1], limits[2], static_cast<int32_t>(accepted)}, kernels_of("track_bases"));
+}
+
+void rotate(const Tensors& xs, const Tensors& bases, const Tensors& seconds, const Tensors& steps, int64_t way,
+            double beta, double eps, bool inside, const Tensors& flags, const Tensors& outs) {
+  const size_t count = xs.size();
+  check_lengths(bases.size(), 2 * count, "bases"), check_lengths(seconds.size(), count, "seconds");
+  check_lengths(steps.size(), count, "steps"), check_lengths(outs.size(), count, "outs");
+  if (!flags.empty()) check_lengths(flags.size(), count, "flags");
+  STD_TORCH_CHECK(way >= 0 && way <= static_cast<int64_t>(eigh::Way::kObserve), "way is ", way, "; it is 0, 1 or 2");
+  const bool observes = way == static_cast<int64_t>(eigh::Way::kObserve);
+  std::vector<eigh::Rotation> rotations;
+  for (size_t i = 0; i < count; ++i) {
+    check_stack(xs[i], "xs", i);
+    const int64_t matrices = xs[i].size(0), m = xs[i].size(1), n = xs[i].size(2), all = matrices * m * n;
+    eigh::Rotation rotation{matrices, m,
+                            n,        static_cast<const float*>(xs[i].const_data_ptr()),
+                            nullptr,  nullptr,
+                            nullptr,  1,
+                            0,        data_of<float>(outs[i], all, "outs", i)};
+    rotation.left = data_of<float>(bases[2 * i], matrices * m * m, "bases", 2 * i, true);
+    rotation.right = data_of<float>(bases[2 * i + 1], matrices * n * n, "bases", 2 * i + 1, true);
+    rotation.second = data_of<float>(seconds[i], all, "seconds", i, !observes);
+    double over = 1;
+    if (const float* const step = data_of<float>(steps[i], 1, "steps", i, true))
+      over = 1 / std::sqrt(1 - std::pow(beta, double{*step}));
+    rotation.over = static_cast<float>(over), rotation.eps = static_cast<float>(inside ? eps * over : eps);
+    if (flags.empty() || taken(flags[i], i)) rotations.push_back(rotation);
+  }
+  eigh::rotate(rotations, static_cast<eigh::Way>(way), static_cast<float>(beta), kernels_of("rotate"));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
+  m.impl("learn_factors", TORCH_BOX(&learn_factors));
+  m.impl("track_bases", TORCH_BOX(&track_bases));
+  m.impl("rotate", TORCH_BOX(&rotate));
+}
+
+}  // namespace steepest
