@@ -6,8 +6,9 @@ use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler f
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast, overload
 
@@ -50,7 +51,7 @@ class MatrixOptimizer(Reports, Constraints):
     """
 
     carried: ClassVar[tuple[str, ...]] = ("_adamw_defaults", "_reasons", "_skipped")
-    _plan_key: list[object] | None = None
+    _plan_key: Sequence[object] = ()
     #: whether all groups are there that it was made with
     _is_made = True
 
@@ -205,36 +206,37 @@ class MatrixOptimizer(Reports, Constraints):
             )
         for group in self.param_groups:
             self._numbers_on_device(group)
-        key = self._key()
-        if self._plan is None or self._plan_key != key:
+        # Compared entry by entry: tuples that live on would set off garbage collections.
+        if self._plan is None or not all(map(operator.eq, self._plan_key, self._key())):
             refuse_capture("what it steps has changed since the last step: take one with these gradients first")
             self._plan = None
             self._staleness.compare(self.param_groups)
             for number, group in enumerate(self.param_groups):
                 self._check_step(number, group)
             self._plan = self._new_plan()
-            self._plan_key = self._key()
+            self._plan_key = list(self._key())
         if any(recipe.kronecker is not None for recipe in self._plan.recipes):
             refuse_capture("the host decides when its bases are refreshed")
         return self._plan
 
-    def _key(self) -> list[object]:
-        """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds."""
-        key: list[object] = [self.couples(), *self.plan_depends_on()]
+    def _key(self) -> Iterator[object]:
+        """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds. Of two keys of
+        different lengths some entry differs before the shorter one ends.
+        """
+        yield (self.couples(), *self.plan_depends_on(), len(self.param_groups))
         for group in self.param_groups:
-            key.append((id(group), self._known_recipe(group)[1]))
+            yield (id(group), self._known_recipe(group)[1], len(group["params"]))
             for p in group["params"]:
                 g = p.grad
                 if g is None:
-                    key.append(None)
+                    yield None
                     continue
                 kept = self.state.get(p)
                 state = None if kept is None else tuple([_place(value) for value in kept.values()])
                 # Few layouts of five dimensions and more, and of Triton's tensors, can be walked.
                 strides = None if g.is_contiguous() and p.is_contiguous() else (p.stride(), g.stride())
                 shard = local_tensor(p).data_ptr() if is_sharded(p) else None
-                key.append((id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state, shard))
-        return key
+                yield (id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state, shard)
 
     def _new_plan(self) -> Plan:
         stepping = [

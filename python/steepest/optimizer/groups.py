@@ -25,6 +25,7 @@ from .group_options import (
     Group,
     changed,
     frozen,
+    is_as_it_was,
     name_the_rule,
     number_on,
     numbers_of,
@@ -66,8 +67,10 @@ class Groups(Method):
 
     def _known_recipe(self, group: Group) -> tuple[Recipe, int]:
         """A group's recipe, and a number that is another one whenever its values have changed."""
-        values = frozen(group, (key for key in self.defaults if key not in CHANGING))
         known = self._recipes.get(id(group))
+        if known is not None and is_as_it_was(known[0], group, self.defaults):
+            return known[1:]
+        values = frozen(group, (key for key in self.defaults if key not in CHANGING))
         if known is None or changed(known[0], values) is not None:
             values, recipe = self._check_recipe(group, values)
             version = 1 + max((version for _, _, version in self._recipes.values()), default=0)
