@@ -177,7 +177,9 @@ class Bucket:
         result, of this shape, in `sizes`.
         """
         part, items = self.recipe.kronecker, self.matrices()
-        if part is None or self.dtype is not x.dtype or len({item.parameter.group for item in items}) > 1:
+        if part is None or not x.is_cpu or self.dtype is not x.dtype:
+            return None
+        if len({item.parameter.group for item in items}) > 1:
             return None
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
         states, hyper = [item.state for item in items], items[0].parameter.step_values.hyper

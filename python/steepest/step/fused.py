@@ -85,6 +85,7 @@ class Fused:
         self._present, self._waiting = self._batches, set[int]()
         #: parameters with torch operations around the direction, by their rows, and their matrices
         self._by_torch = {row: p for row, p in enumerate(parameters) if p.recipe.by_matrix}
+        self._limits = self._limits_of_rows()  # now, as a CUDA graph may not bring numbers to the device
         #: rows of those whose gradients and decisions are looked at outside of the ops
         self._valued = list(range(len(parameters)) if coupled else self._by_torch)
         here = [item.matrices for item in self._items if item.matrices is not None]
@@ -204,18 +205,14 @@ class Fused:
         rows = [item.row for item in self._items for _ in range(item.count)]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
-    @cached_property
-    def _limits(self) -> tuple[Tensor, Tensor]:
+    def _limits_of_rows(self) -> tuple[Tensor, Tensor]:
         """The largest entry and sum of squares of a gradient that torch operations take, for every row."""
         limits = [
             p.recipe.limits(p.grad_dtype) if row in self._by_torch else (math.inf, math.inf)
             for row, p in enumerate(self.parameters)
         ]
-        most, square = zip(*limits, strict=True)
-        return (
-            torch.tensor(most, dtype=torch.float64, device=self.device),
-            torch.tensor(square, dtype=torch.float64, device=self.device),
-        )
+        most, square = torch.tensor(limits, dtype=torch.float64, device=self.device).unbind(1)
+        return most, square
 
     @cached_property
     def _asked(self) -> list[tuple[Parameter, int]]:
