@@ -89,6 +89,6 @@ def test_new_gradients_and_numbers_and_equal_lists_make_none() -> None:
     made.param_groups[0]["ns_coefficients"] = list(made.param_groups[0]["ns_coefficients"])
     made.step()
     assert made._plan is before
-    made.param_groups[0]["ns_coefficients"][0] += 0.1
+    made.param_groups[0]["ns_coefficients"][0] -= 0.01
     made.step()
     assert made._plan is not before
