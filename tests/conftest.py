@@ -3,6 +3,7 @@ tests are quick, and a GPU that no longer answers ends a run."""
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # Two workers with a thread pool as large as the machine each spend their time waiting for one another.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """The garbage collector leaves the tests alone, which stay to the end: a tenth of the time of all of them."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 def pytest_report_header() -> str:

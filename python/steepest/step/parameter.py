@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -216,6 +215,7 @@ class Matrices:
         self.place = (parameter.group, parameter.index, number)
         self.ratio = shape_ratio(recipe.adjust_lr, self.piece.rows, self.piece.cols)
         self.by_matrix = recipe.by_matrix
+        self._elementwise = frozenset(key for key, layout in recipe.layouts.items() if layout == "elementwise")
         self.chosen: Tensor | None = None
         self._state: State | None = None
 
@@ -283,12 +283,9 @@ class Matrices:
         """The state as the recipe reads it: elementwise tensors as `elementwise` has them."""
         if not self.by_matrix:
             return self.state
-        elementwise = self._elementwise
-        return {key: self.by_matrices(t) if key in elementwise and t.numel() else t for key, t in self.state.items()}
-
-    @cached_property
-    def _elementwise(self) -> frozenset[str]:
-        return frozenset(key for key, layout in self.recipe.layouts.items() if layout == "elementwise")
+        return {
+            key: self.by_matrices(t) if key in self._elementwise and t.numel() else t for key, t in self.state.items()
+        }
 
     def keep(self, fresh: State) -> None:
         """Takes these tensors into the state, unless the step is not taken."""
