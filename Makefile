@@ -35,11 +35,11 @@ demo: $(VENV)/.built
 test-quick: tests := quick and not slow and not kernels
 test-quick: takes := half a minute
 test: tests := not slow and not kernels
-test: takes := 4 to 5 minutes
+test: takes := 4 minutes
 test-slow: tests := slow and not kernels
-test-slow: takes := 12 minutes
+test-slow: takes := 20 minutes
 test-all: tests := not kernels
-test-all: takes := 16 minutes
+test-all: takes := 25 minutes
 # Two dozen processes import the package, and three workers all tests: each is compiled once. On two cores a third worker has
 # what the others leave while they wait for processes.
 test-quick test test-slow test-all: export PYTHONDONTWRITEBYTECODE :=
