@@ -157,12 +157,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.quick)
     file = config.getoption("--begun")
     begun = set(file.read_text().splitlines()) if file is not None and file.exists() else set()
-    if begun:
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in begun])
-        items[:] = [item for item in items if item.nodeid not in begun]
     for item in of_other_classes(items):
         item.add_marker(pytest.mark.slow)
-    left = {*one_in(config.getoption("--one-in"), items)}
+    left = {*one_in(config.getoption("--one-in"), items), *(item for item in items if item.nodeid in begun)}
     if left:
         config.hook.pytest_deselected(items=[*left])
         items[:] = [item for item in items if item not in left]

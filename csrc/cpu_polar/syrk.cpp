@@ -24,19 +24,8 @@ void average_one(const Averages& averages, int64_t i, const Team& team) {
 }  // namespace
 
 void average(const std::vector<Averages>& averages, const Kernels& kernels) {
-  struct Job {
-    const Averages& stack;
-    int64_t matrix;
-  };
-  std::vector<Job> jobs, large;
-  const int64_t threads = threads_of_torch();
-  for (const Averages& each : averages) {
-    const bool alone = each.m * std::max(each.m, each.k) <= kAlone || each.matrices >= 2 * threads;
-    for (int64_t i = 0; i < each.matrices; ++i) (alone ? jobs : large).push_back({each, i});
-  }
-  for_each(static_cast<int64_t>(jobs.size()), threads,
-           [&](int64_t i) { average_one(jobs[i].stack, jobs[i].matrix, {kernels, 1}); });
-  for (const Job& job : large) average_one(job.stack, job.matrix, {kernels, threads});
+  const auto small = [](const Averages& each) { return each.m * std::max(each.m, each.k) <= kAlone; };
+  each_matrix(averages, kernels, small, average_one);
 }
 
 }  // namespace steepest::cpu_polar

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "common/threads.h"
 #include "cpu_polar/kernels.h"
@@ -36,5 +37,24 @@ struct Team {
              [&](int64_t i) { kernel(factor, i * part, std::min(panels, (i + 1) * part), to); });
   }
 };
+
+// body(stack, i, team) for the matrices i of these stacks: of one that is small(stack), and of many, a thread takes
+// each by itself; of the others all threads take one after another.
+template <class Stack, class Small, class Body>
+void each_matrix(const std::vector<Stack>& stacks, const Kernels& kernels, const Small& small, const Body& body) {
+  struct Job {
+    const Stack& stack;
+    int64_t matrix;
+  };
+  std::vector<Job> alone, large;
+  const int64_t threads = threads_of_torch();
+  for (const Stack& each : stacks) {
+    std::vector<Job>& jobs = small(each) || each.matrices >= 2 * threads ? alone : large;
+    for (int64_t i = 0; i < each.matrices; ++i) jobs.push_back({each, i});
+  }
+  for_each(static_cast<int64_t>(alone.size()), threads,
+           [&](int64_t i) { body(alone[i].stack, alone[i].matrix, Team{kernels, 1}); });
+  for (const Job& job : large) body(job.stack, job.matrix, Team{kernels, threads});
+}
 
 }  // namespace steepest::cpu_polar

@@ -102,22 +102,10 @@ class Run {
 }  // namespace
 
 void rotate(const std::vector<Rotation>& rotations, Way way, float beta, const Kernels& kernels) {
-  struct Job {
-    const Rotation& stack;
-    int64_t matrix;
-  };
-  std::vector<Job> jobs, large;
-  const int64_t threads = threads_of_torch();
-  for (const Rotation& each : rotations) {
-    const bool alone = each.rows * each.columns <= kAlone || each.matrices >= 2 * threads;
-    for (int64_t i = 0; i < each.matrices; ++i) (alone ? jobs : large).push_back({each, i});
-  }
-  const auto run = [&](const Job& job, int64_t team) {
-    const Team of{kernels, team};
-    const Run done(job.stack, job.matrix, way, beta, of);
-  };
-  for_each(static_cast<int64_t>(jobs.size()), threads, [&](int64_t i) { run(jobs[i], 1); });
-  for (const Job& job : large) run(job, threads);
+  const auto small = [](const Rotation& each) { return each.rows * each.columns <= kAlone; };
+  cpu_polar::each_matrix(rotations, kernels, small, [&](const Rotation& stack, int64_t i, const Team& team) {
+    const Run done(stack, i, way, beta, team);
+  });
 }
 
 }  // namespace steepest::eigh

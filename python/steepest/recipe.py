@@ -406,6 +406,10 @@ class Recipe:
         """The step in the preconditioner's variables, before the learning rate."""
         return self.direction.unit(x) if self.scale == "lmo" else self.direction.scaled(x)
 
+    def dual_norm(self, x: Tensor, d: Tensor) -> Tensor:
+        """The dual norms of x from d, its `descent_direction`."""
+        return (self.direction.dual_norm if self.scale == "lmo" else self.direction.dual_norm_of_scaled)(x, d)
+
     def update(
         self, state: State, d: Tensor, m: Tensor, hyper: Hyper, g: Tensor | None = None, chosen: Tensor | None = None
     ) -> tuple[Tensor, State]:

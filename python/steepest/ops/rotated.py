@@ -51,32 +51,22 @@ def rotate(
     c: sqrt(1 - beta^step), or 1 where the step has no elements; D is 1 where second has none. Products of sides beyond
     256 are torch's, one matrix after another.
     """
+
+    def called(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        rotate_all([x], [left, right], [second], [step], way, [out], beta=beta, eps=eps, inside=inside)
+        return out
+
     if max(x.shape[-2:]) <= IN_ORDER or not (left.numel() or right.numel()):
-        return _rotated(x, left, right, second, step, way, beta, eps, inside)
+        return called(x, left, right)
     none = left.new_empty(0)
     if way == "back":
-        x = _rotated(x, none, none, second, step, way, beta, eps, inside) if second.numel() else x
+        x = called(x, none, none) if second.numel() else x
         x = matmul(left, x) if left.numel() else x
         return matmul(x, right.mT) if right.numel() else x
     x = matmul(left.mT, x) if left.numel() else x
     x = matmul(x, right) if right.numel() else x
-    return _rotated(x, none, none, second, step, way, beta, eps, inside) if second.numel() else x
-
-
-def _rotated(
-    x: Tensor,
-    left: Tensor,
-    right: Tensor,
-    second: Tensor,
-    step: Tensor,
-    way: Way,
-    beta: float,
-    eps: float,
-    inside: bool,
-) -> Tensor:
-    out = torch.empty_like(x)
-    torch.ops.steepest.rotate([x], [left, right], [second], [step], _WAYS.index(way), beta, eps, inside, [], [out])
-    return out
+    return called(x, none, none) if second.numel() else x
 
 
 def rotate_all(

@@ -183,7 +183,7 @@ class Bucket:
             return None
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
         states, hyper = [item.state for item in items], items[0].parameter.step_values.hyper
-        return out if part.turn_all(way, states, x.split(counts), hyper, out.split(sizes)) else None
+        return out if part.turn_all(way, states, x.contiguous().split(counts), hyper, out.split(sizes)) else None
 
     def parts(self, t: Tensor) -> Sequence[Tensor]:
         """Each item's part of what `update_moments` stores."""
@@ -201,7 +201,7 @@ class Bucket:
             return self._transformed(d, momenta)
         together = None
         if not self.recipe.transforms and self.dtype is self.stored_dtype:
-            together = self._turned_together("back", d.contiguous(), self.sizes, self.stored_shape, self.counts)
+            together = self._turned_together("back", d, self.sizes, self.stored_shape, self.counts)
         if together is not None:
             return list(together.split(self.counts))
         updates = []
@@ -270,9 +270,8 @@ class Bucket:
         return norms, norms
 
     def dual_norm(self, x: Tensor, d: Tensor, table: Table) -> Tensor:
-        direction = self.recipe.direction
-        is_scaled = self.by_torch and self.recipe.scale == "dual"
-        norm = (direction.dual_norm_of_scaled if is_scaled else direction.dual_norm)(x, d).flatten().double()
+        of = self.recipe if self.by_torch else self.recipe.direction  # of steps, or of `Direction.units`
+        norm = of.dual_norm(x, d).flatten().double()
         # An fp16 x was multiplied by a power of two.
         return norm / self._numbers(table, "input_scale") if self.dtype is torch.float16 else norm
 

@@ -64,9 +64,7 @@ class Batch:
         return self._dual_norms(x, d).split(self._sizes)
 
     def _dual_norms(self, x: Tensor, d: Tensor) -> Tensor:
-        direction = self.recipe.direction
-        of_directions = direction.dual_norm_of_scaled if self.recipe.scale == "dual" else direction.dual_norm
-        return of_directions(x, d).flatten().double()
+        return self.recipe.dual_norm(x, d).flatten().double()
 
     def updates(self, d: Tensor) -> list[Tensor]:
         """The update of every part."""

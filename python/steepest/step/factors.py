@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 from torch import Tensor
 
 from ..chunking import chunk_by_bytes
 from ..ops import streams
+from ..parts import Hyper
 from ..parts.precondition import PENDING, Gathered, Kronecker, Phase, refresh_bytes
 from ..recipe import CLOCK, State
 from .parameter import Matrices, Parameter
@@ -24,7 +25,7 @@ def update_factors(matrices: Sequence[Matrices]) -> None:
     for (_, phase), some in due.items():
         part = some[0].recipe.kronecker
         assert part is not None
-        _learn(part, some)
+        _store(some, part.learn_in_place, part.update_factors)
         if phase.commits:
             streams.join(each.state[PENDING] for each in some)
             for each in some:
@@ -37,23 +38,20 @@ def update_factors(matrices: Sequence[Matrices]) -> None:
                 _refresh(part, phase, run)
 
 
-def _learn(part: Kronecker, matrices: Sequence[Matrices]) -> None:
-    """Factors of one group take the gradients, all in one call where there is one for them."""
-    hyper = matrices[0].parameter.step_values.hyper
-    for some, states, grads, flags in _with_gradients(matrices):
-        if not part.learn_in_place(states, grads, hyper, flags):
-            for each, g in zip(some, grads, strict=True):
-                each.keep(part.update_factors(each.state, g, hyper))
-
-
-def _with_gradients(
+def _store(
     matrices: Sequence[Matrices],
-) -> Iterator[tuple[list[Matrices], list[State], list[Tensor], list[Tensor]]]:
-    """Runs of these with their states, gradients, which may be copies, and flags."""
-    max_bytes = matrices[0].parameter.options.max_workspace_bytes
-    for some in chunk_by_bytes(matrices, lambda each: each.grad.nbytes, max_bytes):
-        grads = [each.by_matrices(each.grad) for each in some]
-        yield some, [each.state for each in some], grads, [each.finite for each in some]
+    together: Callable[[list[State], list[Tensor], Hyper, list[Tensor]], bool],
+    alone: Callable[[State, Tensor, Hyper], State],
+) -> None:
+    """What `alone` gives of the gradients of one group goes into their states, in one call of `together` where that
+    says that it did it.
+    """
+    options, hyper = matrices[0].parameter.options, matrices[0].parameter.step_values.hyper
+    for some in chunk_by_bytes(matrices, lambda each: each.grad.nbytes, options.max_workspace_bytes):
+        grads = [each.by_matrices(each.grad) for each in some]  # which may be copies
+        if not together([each.state for each in some], grads, hyper, [each.finite for each in some]):
+            for each, g in zip(some, grads, strict=True):
+                each.keep(alone(each.state, g, hyper))
 
 
 def _refreshed_in_place(part: Kronecker, matrices: Sequence[Matrices]) -> bool:
@@ -68,12 +66,13 @@ def observe_matrices(matrices: Sequence[Matrices]) -> None:
         if each.recipe.measures_gradients:
             groups.setdefault(each.parameter.group, []).append(each)
     for of_group in groups.values():
-        recipe, hyper = of_group[0].recipe, of_group[0].parameter.step_values.hyper
-        alone = None if recipe.transforms else recipe.kronecker
-        for some, states, grads, flags in _with_gradients(of_group):
-            if alone is None or not alone.observe_in_place(states, grads, hyper, flags):
-                for each, g in zip(some, grads, strict=True):
-                    each.keep(recipe.observe_matrices(each.state, g, hyper))
+        recipe = of_group[0].recipe
+        part = None if recipe.transforms else recipe.kronecker
+        _store(of_group, _never if part is None else part.observe_in_place, recipe.observe_matrices)
+
+
+def _never(*arguments: object) -> bool:
+    return False
 
 
 def advance_clocks(parameters: Sequence[Parameter]) -> None:

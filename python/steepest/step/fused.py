@@ -85,7 +85,8 @@ class Fused:
         self._present, self._waiting = self._batches, set[int]()
         #: parameters with torch operations around the direction, by their rows, and their matrices
         self._by_torch = {row: p for row, p in enumerate(parameters) if p.recipe.by_matrix}
-        self._limits = self._limits_of_rows()  # now, as a CUDA graph may not bring numbers to the device
+        # Now, as a CUDA graph may not bring numbers to the device.
+        self._limits = self._limits_of_rows() if self._by_torch else None
         #: rows of those whose gradients and decisions are looked at outside of the ops
         self._valued = list(range(len(parameters)) if coupled else self._by_torch)
         here = [item.matrices for item in self._items if item.matrices is not None]
@@ -226,7 +227,7 @@ class Fused:
     def _refuse(self, allowed: Sequence[Tensor | None]) -> None:
         """Takes no step where what torch operations make of a gradient, or of a weight, would not stay finite."""
         finite, most, square = (self.table.column(name) for name in ("finite", "grad_max", "grad_sq"))
-        if self._by_torch:
+        if self._limits is not None:
             largest, largest_square = self._limits
             finite.mul_((most <= largest) & (square <= largest_square))
         for p, row in self._asked:

@@ -39,7 +39,6 @@ from ...linalg.work import Work
 from ...ops import rotated, streams
 from ...ops.matmul import IN_ORDER, matmul
 from ...ops.reductions import total
-from ...ops.state import copy_if
 from ..hyper import Hyper, Number
 from .base import State
 from .diagonal import Diagonal
@@ -177,14 +176,13 @@ class Rotated(Kronecker):
         self, state: State, x: Tensor, hyper: Hyper, step: Tensor | None, way: rotated.Way
     ) -> Tensor | None:
         """What `observe`, `into` and `back` give, by one call; None where there is none for this."""
-        numbers = self._numbers_of_call(hyper)
-        if numbers is None or not isinstance(self.inner, Diagonal):
+        if (call := self._of_call(hyper)) is None:
             return None
-        left, right, second = state[BASES[0]], state[BASES[1]], state[self.inner.key]
+        inner, beta, eps = call
+        left, right, second = state[BASES[0]], state[BASES[1]], state[inner.key]
         if not rotated.supports(x, left, right, second):
             return None
-        beta, eps, inside = numbers
-        count = self._count(step, second)
+        count, inside = _count(inner, step, second), inner.eps_inside
         return rotated.rotate(x, left, right, second, count, way, beta=beta, eps=eps, inside=inside)
 
     def turn_all(
@@ -196,16 +194,16 @@ class Rotated(Kronecker):
         outs: Sequence[Tensor],
         flags: Sequence[Tensor] = (),
     ) -> bool:
-        numbers = self._numbers_of_call(hyper)
-        if numbers is None or not isinstance(self.inner, Diagonal) or any(max(x.shape[-2:]) > IN_ORDER for x in xs):
+        call = self._of_call(hyper)
+        if call is None or any(max(x.shape[-2:]) > IN_ORDER for x in xs):
             return False
+        inner, beta, eps = call
         bases = [state[key] for state in states for key in BASES]
-        seconds = [state[self.inner.key] for state in states]
+        seconds = [state[inner.key] for state in states]
         if not rotated.supports(*xs, *bases, *seconds, *outs):
             return False
-        beta, eps, inside = numbers
-        counts = [self._count(state.get("step"), second) for state, second in zip(states, seconds, strict=True)]
-        rotated.rotate_all(xs, bases, seconds, counts, way, outs, flags, beta=beta, eps=eps, inside=inside)
+        counts = [_count(inner, state.get("step"), second) for state, second in zip(states, seconds, strict=True)]
+        rotated.rotate_all(xs, bases, seconds, counts, way, outs, flags, beta=beta, eps=eps, inside=inner.eps_inside)
         return True
 
     def observe_in_place(
@@ -215,17 +213,12 @@ class Rotated(Kronecker):
             return False
         return self.turn_all("observe", states, grads, hyper, [state[self.inner.key] for state in states], flags)
 
-    def _numbers_of_call(self, hyper: Hyper) -> tuple[float, float, bool] | None:
-        """beta2, eps and where eps is, for a recipe that `steepest.ops.rotated.rotate` is for."""
+    def _of_call(self, hyper: Hyper) -> tuple[Diagonal, float, float] | None:
+        """The inner part, beta2 and eps, where `steepest.ops.rotated.rotate` is for them."""
         inner, beta, eps = self.inner, hyper.beta2, hyper.eps
         if not isinstance(inner, Diagonal) or inner.power != 0.25 or inner.average != "ema" or self.blocks:
             return None
-        return (beta, eps, inner.eps_inside) if isinstance(beta, float) and isinstance(eps, float) else None
-
-    def _count(self, step: Tensor | None, like: Tensor) -> Tensor:
-        """The steps that the inner part corrects by; without elements where it does not."""
-        corrects = isinstance(self.inner, Diagonal) and self.inner.bias_correction
-        return step if step is not None and corrects else like.new_empty(0)
+        return (inner, beta, eps) if isinstance(beta, float) and isinstance(eps, float) else None
 
     def _bases(self, state: State) -> tuple[Tensor, Tensor]:
         return wide(state[BASES[0]]), wide(state[BASES[1]])
@@ -355,10 +348,10 @@ class Rotated(Kronecker):
             return False
         left = rotated.track(factors, bases, statuses, seconds, flags, shapes, LIMITS, ACCEPTED)
         for i, side, matrix in left:
-            self._solve_in_place(states[i], side, matrix, flags[i])
+            self._solve_in_place(states[i], side, matrix)
         return True
 
-    def _solve_in_place(self, state: State, side: int, matrix: int, flag: Tensor) -> None:
+    def _solve_in_place(self, state: State, side: int, matrix: int) -> None:
         """The exact basis of one matrix, and all that goes with it."""
         keys = [FACTORS[side], BASES[side], STATUS[side]]
         keys += [self.inner.key] if isinstance(self.inner, Diagonal) else []
@@ -367,7 +360,8 @@ class Rotated(Kronecker):
         fresh: State = {STATUS[side]: solved.status}
         made = {NEXT[side]: solved.basis, ORDERS[side]: solved.order, STATUS[side]: solved.status}
         self._turn({**one, **made}, fresh, side)
-        copy_if(flag, [one[key] for key in fresh], [t.contiguous() for t in fresh.values()])
+        for name, t in fresh.items():
+            one[name].copy_(t)
 
     def needs_exact(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
         first, side = owners[0]
@@ -431,6 +425,11 @@ class Rotated(Kronecker):
         if isinstance(self.inner, Diagonal):
             v = fresh.get(self.inner.key, state[self.inner.key])
             fresh[self.inner.key] = moved(v, side - 2)
+
+
+def _count(inner: Diagonal, step: Tensor | None, like: Tensor) -> Tensor:
+    """The steps that the inner part corrects by; without elements where it does not."""
+    return step if step is not None and inner.bias_correction else like.new_empty(0)
 
 
 def _reordered(v: Tensor, order: Tensor, dim: int) -> Tensor:
