@@ -6,18 +6,12 @@ from __future__ import annotations
 import copy
 import io
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -512,58 +506,7 @@ def test_what_is_refused(make: Callable[[list[nn.Parameter]], object], error: An
         make([p])
 
 
-# ---- several processes ---------------------------------------------------------------------------------------------
-
-RANKS, STEPS = 2, 4
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)).double()
-
-
-def fit(model: nn.Module, rank: int | None) -> None:
-    """rank None: the whole batch; otherwise its share, and the loss of that share."""
-    optimizer = MuonMax(model, lr=0.5, lower_bound=0.1, polar="svd")
-    for step in range(STEPS):
-        x = gaussian(8, 6, seed=100 + step)
-        x = x if rank is None else x.chunk(RANKS)[rank]
-        optimizer.zero_grad()
-        loss = (model(x) - x).square().mean()
-        loss.backward()
-        optimizer.step(loss=loss)
-
-
-def worker(rank: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    model = nn.parallel.DistributedDataParallel(network())
-    fit(model, rank)
-    torch.save(model.module.state_dict(), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend")
-@pytest.mark.slow
-def test_ranks_agree_though_their_losses_differ(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(RANKS)
-    ]
-    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * RANKS, errors
-    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
-    whole = network()
-    fit(whole, None)
-    for key, wanted in whole.state_dict().items():
-        assert torch.equal(states[0][key], states[1][key])
-        assert gap(states[0][key], wanted) < 1e-12
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), Path(sys.argv[2]))
+# ---- numbers beyond a dtype -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("product", ["max", "l2", "hybrid"])
