@@ -19,6 +19,7 @@ titan = pytest.importorskip(
 
 import steepest  # noqa: E402
 from steepest.integrations.torchtitan import OptimizersContainer  # noqa: E402
+from support.processes import GLOO  # noqa: E402
 
 
 class Network(nn.Module):
@@ -35,7 +36,9 @@ class Network(nn.Module):
 
 
 @pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
+def process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in GLOO.items():
+        monkeypatch.setenv(name, value)
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -38,12 +38,14 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-__all__ = ["GRACE", "TIMEOUT", "Outcome", "Processes", "RankError"]
+__all__ = ["GLOO", "GRACE", "TIMEOUT", "Outcome", "Processes", "RankError"]
 
 #: Seconds a case may take, on a machine that is busy with other things.
 TIMEOUT = 120.0
 #: Seconds the other ranks have to come back after one that failed, which they may be waiting for.
 GRACE = 5.0
+#: Of the environment: ranks of one machine need no name of it, nor any interface but this.
+GLOO = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 #: What ranks use, imported before they are forked.
 _PRELOADED = (
     *("pytest", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"),
@@ -172,8 +174,7 @@ class Processes:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         path = os.pathsep.join([str(_TESTS), *filter(None, sys.path)])
-        gloo = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-        environment = {**os.environ, **threads, **gloo, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+        environment = {**os.environ, **threads, **GLOO, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
         with theirs:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "support.processes", str(theirs.fileno())],
