@@ -5,6 +5,11 @@
 // (steepest/ops/extension.py). Nothing here knows Python, so one binary serves every version of it.
 #include <torch/csrc/stable/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -17,6 +22,7 @@
 #include "cpu_polar/kernels.h"
 #include "eigh/cusolver.h"
 #include "eigh/params.h"
+#include "multi_tensor/whole_steps.h"
 #include "polar/chain.h"
 #include "polar/chunks.h"
 #include "small_polar/params.h"
@@ -175,6 +181,34 @@ STEEPEST_EXPORT int64_t steepest_eigh_rows(int32_t capability) {
 
 STEEPEST_EXPORT int32_t steepest_cpu_products(int32_t bf16) {
   return steepest::cpu_polar::kernels_for(bf16 != 0 ? steepest::Dtype::bf16 : steepest::Dtype::f32) != nullptr;
+}
+
+// Memory that is yet to be written is to lie in huge pages, where the system has them.
+STEEPEST_EXPORT void steepest_advise_huge_pages(void* begin, int64_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = address / page * page;
+  madvise(reinterpret_cast<void*>(first), address + static_cast<uintptr_t>(size) - first, MADV_HUGEPAGE);
+#else
+  (void)begin, (void)size;
+#endif
+}
+
+// Steps of parameters on the host, of which `steps` says everything but the addresses of this step's gradients and
+// weights (multi_tensor/whole_steps.h); scaling: found_inf and grad_scale. Null, or what went wrong, no JSON.
+STEEPEST_EXPORT const char* steepest_whole_steps(const void* steps, int64_t count, const int64_t* grads,
+                                                 const int64_t* params, const double* hypers, const float* scaling,
+                                                 double* rows, double* sums, int64_t* skipped) {
+  namespace mt = steepest::multi_tensor;
+  thread_local std::string error;
+  try {
+    const auto* table = static_cast<const mt::WholeStep*>(steps);
+    mt::whole_steps_on_host({table, count, grads, params, hypers, {scaling, scaling + 1}, rows, sums, skipped});
+  } catch (const std::exception& thrown) {
+    error = thrown.what();
+    return error.c_str();
+  }
+  return nullptr;
 }
 
 // Why none of these libraries, a name on each line, can be loaded; null where one is.

@@ -79,10 +79,9 @@ STEEPEST_HD inline double input_scale(double bound) {
   return ldexp(1.0, 15 - exponent);
 }
 
-// The rest of a row that `measure` began, from the step count before this gradient and the largest magnitude of the
-// old momentum.
-STEEPEST_HD inline void decide_row(double* row, const Program& program, const double* hyper, double step,
-                                   double momentum_max, double grad_scale) {
+// The rest of a row that `measure` began but for the input's scale, from the step count before this gradient.
+STEEPEST_HD inline void decide_numbers(double* row, const Program& program, const double* hyper, double step,
+                                       double grad_scale) {
   const double scale = 1 / grad_scale;
   const bool begins = program.start_first && step == 0;
   const double beta1 = begins ? 0.0 : hyper[kHyperBeta1], beta2 = begins ? 0.0 : hyper[kHyperBeta2];
@@ -101,6 +100,12 @@ STEEPEST_HD inline void decide_row(double* row, const Program& program, const do
                                  : 1;
   row[kDecay] = (program.decay_independent ? 1.0 : hyper[kHyperLr]) * hyper[kHyperWeightDecay];
   row[kLr] = hyper[kHyperLr];
+}
+
+// And that scale, from the largest magnitude of the old momentum.
+STEEPEST_HD inline void decide_row(double* row, const Program& program, const double* hyper, double step,
+                                   double momentum_max, double grad_scale) {
+  decide_numbers(row, program, hyper, step, grad_scale);
   row[kInputScale] = row[kFinite] != 0 ? input_scale(input_bound(program, row, momentum_max)) : 1;
 }
 

@@ -182,34 +182,96 @@ T* part_of(const Item& item, Slot slot, int64_t start) {
   return static_cast<T*>(item.at[slot]) + start;
 }
 
+bool is_bf16(const Item& item, Slot slot) { return item.at[slot] != nullptr && item.dtype[slot] == Dtype::bf16; }
+
 // AdamW: u = y / (sqrt(v) / sqrt(1 - beta2^t) + eps).
 bool is_adamw(const Item& item) {
   const Program& p = item.program;
   return item.flat && p.direction == Program::kIdentity && p.power == Program::kQuarter && !p.heavy_ball &&
          !p.nesterov && !p.sum && !p.eps_inside && !p.cautious && !p.decay_after && !p.frozen_moments &&
-         is_f32(item, kGrad) && is_f32(item, kMomentum) && is_f32(item, kSecond) && is_f32(item, kParam) &&
-         item.at[kDirection] == nullptr;
+         is_f32(item, kSecond) && item.at[kDirection] == nullptr;
 }
 
-void adamw_part(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums) {
-  const float* __restrict g = part_of<const float>(item, kGrad, start);
-  float* __restrict m = part_of<float>(item, kMomentum, start);
-  float* __restrict v = part_of<float>(item, kSecond, start);
-  float* __restrict p = part_of<float>(item, kParam, start);
-  float grad_dot = 0, momentum_sq = 0, momentum_max = 0, update_sq = 0, param_sq = 0;
-#pragma omp simd reduction(+ : grad_dot, momentum_sq, update_sq, param_sq) reduction(max : momentum_max)
+bool is_f32_adamw(const Item& item) {
+  return is_adamw(item) && is_f32(item, kGrad) && is_f32(item, kMomentum) && is_f32(item, kParam);
+}
+
+bool is_bf16_adamw(const Item& item) {
+  return is_adamw(item) && is_bf16(item, kGrad) && is_bf16(item, kMomentum) && is_bf16(item, kParam) &&
+         item.program.rounding == Program::kNearest;
+}
+
+float get(float x) { return x; }
+float get(uint16_t x) { return from_bf16(x); }
+
+// A number as T stores it.
+template <class T>
+T stored(float x) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return x;
+  else
+    return to_bf16(x);
+}
+
+// Elements of the widest vector, and of a line of the cache.
+template <class T>
+constexpr int kLanes = 64 / sizeof(T);
+// Bytes that are asked for ahead. The processor's own prefetching ends where a page does: with pages of 4 KiB a step on
+// 12 x 2.4 million elements took a tenth longer without, and 512 bytes to a page ahead were alike.
+constexpr int kAhead = 2048;
+
+template <class T>
+void fetch_ahead(const T* at) {
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
+}
+
+template <int N>
+struct AdamwSums {
+  float grad_dot[N]{}, momentum_sq[N]{}, momentum_max[N]{}, update_sq[N]{}, param_sq[N]{};
+};
+
+// At most kLanes elements.
+template <class T>
+[[gnu::always_inline]] inline void adamw_vector(const T* __restrict g, T* __restrict m, float* __restrict v,
+                                                T* __restrict p, const Numbers<float>& n, int count,
+                                                AdamwSums<kLanes<T>>& sums) {
+#pragma omp simd
   for (int j = 0; j < count; ++j) {
-    const float gradient = g[j] * n.grad_scale;
-    const float momentum = lerp(m[j], gradient, n.one_minus_beta1, n.beta1);
+    const float gradient = get(g[j]) * n.grad_scale;
+    const T kept = stored<T>(lerp(get(m[j]), gradient, n.one_minus_beta1, n.beta1));
+    const float momentum = get(kept);
     const float second = v[j] * n.beta2 + gradient * gradient * n.one_minus_beta2;
     const float squared = square_root(second) * n.inverse_correction2 + n.eps;
     const float read = momentum * n.inverse_correction1;
     const float update = squared > 0.0f ? read / squared : 0.0f;
-    const float param = p[j] * n.keep - update * n.step;
-    m[j] = momentum, v[j] = second, p[j] = param;
-    grad_dot += gradient * momentum, momentum_sq += momentum * momentum;
-    momentum_max = larger(magnitude(momentum), momentum_max);
-    update_sq += update * update, param_sq += param * param;
+    const float param = get(p[j]) * n.keep - update * n.step;
+    m[j] = kept, v[j] = second, p[j] = stored<T>(param);
+    sums.grad_dot[j] += gradient * momentum, sums.momentum_sq[j] += momentum * momentum;
+    sums.momentum_max[j] = larger(magnitude(momentum), sums.momentum_max[j]);
+    sums.update_sq[j] += update * update, sums.param_sq[j] += param * param;
+  }
+}
+
+template <class T>
+void adamw_part(const Item& item, const Numbers<float>& n, int64_t start, int count, Sums<float>& sums) {
+  const T* g = part_of<const T>(item, kGrad, start);
+  T* m = part_of<T>(item, kMomentum, start);
+  float* v = part_of<float>(item, kSecond, start);
+  T* p = part_of<T>(item, kParam, start);
+  AdamwSums<kLanes<T>> lanes;
+  int done = 0;
+  for (; done + kLanes<T> <= count; done += kLanes<T>) {
+    fetch_ahead(g + done), fetch_ahead(m + done), fetch_ahead(p + done);
+    for (int j = 0; j < kLanes<T>; j += kLanes<float>) fetch_ahead(v + done + j);
+    adamw_vector(g + done, m + done, v + done, p + done, n, kLanes<T>, lanes);
+  }
+  if (done < count) adamw_vector(g + done, m + done, v + done, p + done, n, count - done, lanes);
+  float grad_dot = 0, momentum_sq = 0, momentum_max = 0, update_sq = 0, param_sq = 0;
+#pragma omp simd reduction(+ : grad_dot, momentum_sq, update_sq, param_sq) reduction(max : momentum_max)
+  for (int j = 0; j < kLanes<T>; ++j) {
+    grad_dot += lanes.grad_dot[j], momentum_sq += lanes.momentum_sq[j];
+    momentum_max = larger(lanes.momentum_max[j], momentum_max);
+    update_sq += lanes.update_sq[j], param_sq += lanes.param_sq[j];
   }
   sums.at[kGradDot] = grad_dot, sums.at[kMomentumSq] = momentum_sq, sums.at[kMomentumMax] = momentum_max;
   sums.at[kUpdateSq] = update_sq * (n.step * n.step), sums.at[kParamSq] = param_sq;
@@ -265,9 +327,6 @@ bool is_plain_move(const Item& item) {
          (item.dtype[kDirection] == Dtype::f32 || item.dtype[kDirection] == Dtype::bf16);
 }
 
-float get(float x) { return x; }
-float get(uint16_t x) { return from_bf16(x); }
-
 // Compiled once for all callers, so that products and sums are joined in one way and a direction has the same bits
 // whether its rows were multiplied here or before.
 template <class D>
@@ -304,7 +363,8 @@ PartInOne in_one(Stage stage, const Item& item) {
   const bool bf16 = item.dtype[kDirection] == Dtype::bf16;
   if (stage == Stage::apply_update)
     return !is_plain_move(item) ? nullptr : bf16 ? plain_move_part<uint16_t> : plain_move_part<float>;
-  if (is_adamw(item)) return adamw_part;
+  if (is_f32_adamw(item)) return adamw_part<float>;
+  if (is_bf16_adamw(item)) return adamw_part<uint16_t>;
   return is_plain_momentum(item) ? plain_momentum_part : nullptr;
 }
 
@@ -408,28 +468,71 @@ void grad_stats_tiles(const Gradient& gradient, const Span& span, double* partia
   partial[0] = most, partial[1] = square;
 }
 
-// Magnitudes are ordered as their bits are, and what is not finite is the largest.
+// Magnitudes are ordered as their bits are, and what is not finite is the largest. Four parts of a chunk are read side
+// by side: one stream leaves a core waiting at the end of every page, .48 ns an element beside .29 to .32 of tensors
+// that are in no cache.
+template <int N>
+struct LargestAndSquares {
+  uint32_t most[N]{};
+  float square[N]{};
+};
+
+[[gnu::always_inline]] inline void look_at(const float* g, int count, LargestAndSquares<kLanes<float>>& lanes) {
+#pragma omp simd
+  for (int j = 0; j < count; ++j) {
+    const uint32_t bits = bits_of(g[j]) & 0x7fffffff;
+    lanes.most[j] = bits > lanes.most[j] ? bits : lanes.most[j];
+    lanes.square[j] += g[j] * g[j];
+  }
+}
+
+[[gnu::always_inline]] inline void look_at(const uint16_t* g, int count, LargestAndSquares<kLanes<uint16_t>>& lanes) {
+#pragma omp simd
+  for (int j = 0; j < count; ++j) {
+    const uint32_t bits = static_cast<uint32_t>(g[j] & 0x7fff) << 16;
+    const float x = float_of(bits);
+    lanes.most[j] = bits > lanes.most[j] ? bits : lanes.most[j];
+    lanes.square[j] += x * x;
+  }
+}
+
+// T is float, or uint16_t for bf16.
+template <class T>
 void grad_stats_flat(const Gradient& gradient, const Span& span, double* partial) {
-  const float* const g = static_cast<const float*>(gradient.at) + span.start;
+  using Lanes = LargestAndSquares<kLanes<T>>;
+  constexpr int kStreams = 4, kInARow = 1024;  // elements of a stream that are added up in fp32
+  const T* const g = static_cast<const T*>(gradient.at) + span.start;
   uint32_t most = 0;
   double square = 0;
-  for (int64_t done = 0; done < span.length; done += kRun) {
-    const int64_t end = done + tile_count(span, done, kRun);
+  const auto add_up = [&](const Lanes& lanes) {
     float part = 0;
 #pragma omp simd reduction(+ : part) reduction(max : most)
-    for (int64_t j = done; j < end; ++j) {
-      const uint32_t bits = bits_of(g[j]) & 0x7fffffff;
-      most = bits > most ? bits : most;
-      part += g[j] * g[j];
-    }
+    for (int j = 0; j < kLanes<T>; ++j) most = lanes.most[j] > most ? lanes.most[j] : most, part += lanes.square[j];
     square += part;
+  };
+  const int64_t stride = span.length / kStreams / kLanes<T> * kLanes<T>;
+  for (int64_t done = 0; done < stride; done += kInARow) {
+    const int64_t end = done + kInARow < stride ? done + kInARow : stride;
+    Lanes lanes[kStreams];
+    for (int64_t j = done; j < end; j += kLanes<T>)
+      for (int s = 0; s < kStreams; ++s) {
+        const T* const at = g + s * stride + j;
+        fetch_ahead(at);
+        look_at(at, kLanes<T>, lanes[s]);
+      }
+    for (const Lanes& each : lanes) add_up(each);
   }
+  Lanes rest;
+  for (int64_t done = kStreams * stride; done < span.length; done += kLanes<T>)
+    look_at(g + done, tile_count(span, done, kLanes<T>), rest);
+  add_up(rest);
   const bool finite = most < 0x7f800000;
   partial[0] = finite ? float_of(most) : INFINITY, partial[1] = finite ? square : INFINITY;
 }
 
 void grad_stats(const Gradient& gradient, const Span& span, double* partial) {
-  if (gradient.flat && gradient.dtype == Dtype::f32) return grad_stats_flat(gradient, span, partial);
+  if (gradient.flat && gradient.dtype == Dtype::f32) return grad_stats_flat<float>(gradient, span, partial);
+  if (gradient.flat && gradient.dtype == Dtype::bf16) return grad_stats_flat<uint16_t>(gradient, span, partial);
   gradient.dtype == Dtype::f64 ? grad_stats_tiles<double>(gradient, span, partial)
                                : grad_stats_tiles<float>(gradient, span, partial);
 }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from steepest.ops.backend import extension, extension_reason
 from steepest.recipe import State
 from steepest.step.state_storage import ALIGNMENT, stack
 from support.training import noise, same_bits
@@ -120,3 +122,37 @@ def test_counters_lie_apart() -> None:
     assert [float(state["step"]) for state in states] == [0, 2, 2, 3]
     offsets = [state["step"].storage_offset() for state in states]
     assert offsets == [i * ALIGNMENT // 4 for i in range(4)]
+
+
+@pytest.mark.skipif(extension is None, reason=f"{extension_reason}")
+def test_a_large_state_asks_for_huge_pages() -> None:
+    """What the system was asked for stands among the flags of its memory, granted or not."""
+    alone: State = {"m": noise((1 << 21,), 0)}
+    several: list[State] = [{"m": noise((3, 1 << 18), i)} for i in range(2)]
+    small: list[State] = [{"m": noise((1 << 10,), i)} for i in range(2)]
+    before = [state["m"].clone() for state in (alone, *several)]
+    stack([alone, *several, *small])
+    for state, value in zip((alone, *several), before, strict=True):
+        t = state["m"]
+        assert same_bits(t, value)
+        flags = flags_of_memory(t.data_ptr() + t.nbytes // 2)
+        if flags is None or not Path("/sys/kernel/mm/transparent_hugepage").exists():
+            pytest.skip("this system has no huge pages, or does not say how memory is mapped")
+        assert "hg" in flags
+    assert alone["m"].untyped_storage().nbytes() == alone["m"].nbytes
+
+
+def flags_of_memory(address: int) -> list[str] | None:
+    try:
+        with open("/proc/self/smaps") as lines:
+            inside = False
+            for line in lines:
+                first = line.split()[0]
+                if "-" in first and not first.endswith(":"):
+                    begin, end = (int(number, 16) for number in first.split("-"))
+                    inside = begin <= address < end
+                elif inside and first == "VmFlags:":
+                    return line.split()[1:]
+    except OSError:
+        pass
+    return None

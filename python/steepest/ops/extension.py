@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "small_polar_refusal": (c_char_p, _FLOATS, _INTS, _INTS, c_int64, _FLOATS, c_int64),
     "chain_product": (c_char_p, c_int32, c_int64, c_int64, c_int64),
     "symm_gemm_plan": (c_char_p, _INTS, c_int64, c_int32),
+    "advise_huge_pages": (None, c_void_p, c_int64),
+    "whole_steps": (c_char_p, c_void_p, c_int64, *[c_void_p] * 7),
     "polar_chunks": (c_char_p, _INTS, _FLOATS, c_int64, _INTS, c_int64, c_int32, c_int64),
 }
 
@@ -134,6 +137,28 @@ class Extension:
         chunking: dict[str, Any] = self._text("polar_chunks", *nodes, sizes, len(shapes), multiprocessors, l2_bytes)
         chunking["chunks"] = [[tuple(part) for part in chunk] for chunk in chunking["chunks"]]
         return chunking
+
+    def advise_huge_pages(self, address: int, size: int) -> None:
+        """Asks the system to put memory into huge pages when it is first written, which is not always granted."""
+        self._library.steepest_advise_huge_pages(address, size)
+
+    def whole_steps(
+        self,
+        steps: array[int],
+        grads: array[int],
+        params: array[int],
+        hypers: array[float],
+        scaling: array[float],
+        *memory: int,
+    ) -> None:
+        """Steps of len(grads) parameters by addresses (`steepest.ops.whole_steps`).
+
+        memory: the addresses of the table's rows and sums, and of the counter of steps not taken.
+        """
+        numbers, *rest = [values.buffer_info()[0] for values in (steps, grads, params, hypers, scaling)]
+        error = self._library.steepest_whole_steps(numbers, len(grads), *rest, *memory)
+        if error is not None:
+            raise ValueError(error.decode())
 
     def _text(self, name: str, *arguments: Any) -> Any:
         value = json.loads(getattr(self._library, f"steepest_{name}")(*arguments))

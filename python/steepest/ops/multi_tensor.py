@@ -201,7 +201,7 @@ def update_moments(
     name = route("update_moments", grads, backend)
     lists = (grads, momenta, seconds, inputs, params, mantissas)
     _op("update_moments", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
-    _written(params)
+    count_writes(params)
 
 
 def apply_update(
@@ -228,7 +228,7 @@ def apply_update(
     name = route("apply_update", params, backend)
     lists = (directions, seconds, params, mantissas, lengths, factors)
     _op("apply_update", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
-    _written(params)
+    count_writes(params)
 
 
 def _op(name: str, backend: str) -> Callable[..., None]:
@@ -241,7 +241,7 @@ def _op(name: str, backend: str) -> Callable[..., None]:
     return op
 
 
-def _written(params: Sequence[Tensor]) -> None:
+def count_writes(params: Sequence[Tensor]) -> None:
     """Kernels write through addresses; autograd, which saves parameters and no state, must see that they changed."""
     if torch.compiler.is_compiling():
         return

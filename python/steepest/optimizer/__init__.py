@@ -5,6 +5,7 @@ groups          who is a matrix, what a group may say
 option_types    what every option must be, in one table
 group_options   what a step reads from the values of a group
 base            recipes, numbers, state and the plan: `MatrixOptimizer`
+plan_key        when the plan serves once more
 shards          parameters that ranks share: where they lie, who owns their matrices
 owned_state     state that only the owners of matrices have, in checkpoints
 stale           parameters that are no longer the model's

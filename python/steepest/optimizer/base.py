@@ -10,6 +10,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -23,7 +24,6 @@ from ..ops.multi_tensor import Scaling
 from ..parts import Number
 from ..parts.blockwise import scale_key
 from ..recipe import Recipe, State
-from ..sharding.local import is_sharded, local_tensor
 from ..step import Parameter, Plan, StepOptions
 from ..step.checks import check_gradient, check_state, refuse_capture
 from ..step.modes import in_default_modes
@@ -33,6 +33,7 @@ from ..step.working_state import WorkingState
 from .constraints import RADIUS, Constraints
 from .group_options import Group, parameter_name, refuse_option
 from .groups import Params
+from .plan_key import entries
 from .reports import Reports
 from .stale import StaleParameters
 from .weights import Weights
@@ -206,7 +207,6 @@ class MatrixOptimizer(Reports, Constraints):
             )
         for group in self.param_groups:
             self._numbers_on_device(group)
-        # Compared entry by entry: tuples that live on would set off garbage collections.
         if self._plan is None or not all(map(operator.eq, self._plan_key, self._key())):
             refuse_capture("what it steps has changed since the last step: take one with these gradients first")
             self._plan = None
@@ -220,23 +220,12 @@ class MatrixOptimizer(Reports, Constraints):
         return self._plan
 
     def _key(self) -> Iterator[object]:
-        """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds. Of two keys of
-        different lengths some entry differs before the shorter one ends.
-        """
-        yield (self.couples(), *self.plan_depends_on(), len(self.param_groups))
-        for group in self.param_groups:
-            yield (id(group), self._known_recipe(group)[1], len(group["params"]))
-            for p in group["params"]:
-                g = p.grad
-                if g is None:
-                    yield None
-                    continue
-                kept = self.state.get(p)
-                state = None if kept is None else tuple([_place(value) for value in kept.values()])
-                # Few layouts of five dimensions and more, and of Triton's tensors, can be walked.
-                strides = None if g.is_contiguous() and p.is_contiguous() else (p.stride(), g.stride())
-                shard = local_tensor(p).data_ptr() if is_sharded(p) else None
-                yield (id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state, shard)
+        """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds."""
+        groups = [
+            chain((id(group), self._known_recipe(group)[1]), entries(group["params"], self.state))
+            for group in self.param_groups
+        ]
+        return chain((self.couples(), *self.plan_depends_on(), len(groups)), *groups)
 
     def _new_plan(self) -> Plan:
         stepping = [
@@ -495,11 +484,6 @@ class MatrixOptimizer(Reports, Constraints):
     def ready_plan(self) -> Plan:
         """The plan of this step, with all state; every check is made before the first write."""
         return self._ready_plan()
-
-
-def _place(value: object) -> int:
-    """The address of a tensor of the state. A plan's views keep the memory, so that no other tensor comes there."""
-    return value.data_ptr() if type(value) is Tensor else id(value)  # a fake tensor has no address
 
 
 def _elsewhere(value: Any, device: torch.device | None) -> bool:

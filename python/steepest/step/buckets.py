@@ -109,6 +109,16 @@ class FusedItem:
         """The item's part of the elementwise state under the first key; without elements where there is none."""
         return self.view(self.parameter.state[keys[0]]) if keys else self.parameter.tensor.new_empty(0)
 
+    @property
+    def second(self) -> Tensor:
+        """An elementwise second moment that the fused ops keep."""
+        return self.state(() if self.by_torch else self.parameter.recipe.precondition.keys)
+
+    @property
+    def remainder(self) -> Tensor:
+        """What the weight's dtype drops of it, where it is kept."""
+        return self.state(self.parameter.recipe.rounding.keys)
+
     def item(self, program: Program) -> Item:
         ratio = 1.0 if self.matrices is None else self.matrices.ratio
         return Item(program, self.row, self.count, self.line, self.place, ratio)
@@ -329,8 +339,8 @@ class FusedBatch:
         self.no_inputs, self.no_params = [absent] * self.whole, [absent] * rest
         self.no_remainders = [absent.to(torch.int16)] * rest
         self.momenta = [item.view(item.parameter.momentum) for item in self.items]
-        self.seconds = _present([item.state(_second(item)) for item in self.items])
-        self.remainders = _present([item.state(item.parameter.recipe.rounding.keys) for item in self.items])
+        self.seconds = _present([item.second for item in self.items])
+        self.remainders = _present([item.remainder for item in self.items])
 
     def weights(self, count: int | None = None) -> list[Tensor]:
         """Views of the weights, of all items or of the first so many; new ones in every step: a parameter's `data` may
@@ -359,11 +369,6 @@ class FusedBatch:
     def stored(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Each item's part of what its bucket stores."""
         return [part for t, bucket in zip(stacks, self.buckets, strict=True) for part in bucket.parts(t)]
-
-
-def _second(item: FusedItem) -> tuple[str, ...]:
-    """The key of an elementwise second moment that the fused ops keep."""
-    return () if item.by_torch else item.parameter.recipe.precondition.keys
 
 
 def _present(tensors: list[Tensor]) -> list[Tensor]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..sharding.ranks import Ranks
     from .shared_matrices import SharedMatrices
 
-__all__ = ["Fused"]
+__all__ = ["Fused", "groups_of"]
 
 
 class Fused:
@@ -172,7 +172,7 @@ class Fused:
         if waiting:
             steps = [self._absent if row in waiting else step for row, step in enumerate(steps)]
         scaled = scaling[self.device]
-        groups = _groups(hypers, self._group_of, self.device)
+        groups = groups_of(hypers, self._group_of, self.device)
         arguments = (steps, self.table, self._packed, self._first_sums, groups, scaled)
         grads = [p.grad if p.tensor.numel() else p.grad.new_zeros(1) for p in self.parameters]  # of an empty shard
         allowed = [p.allowed for p in self.parameters]
@@ -389,7 +389,7 @@ def _length(item: FusedItem, norm: Tensor | None) -> Tensor | None:
     return norm * factor
 
 
-def _groups(hypers: Sequence[Hyper], of: list[int], device: torch.device) -> Groups:
+def groups_of(hypers: Sequence[Hyper], of: list[int], device: torch.device) -> Groups:
     values: list[float] = []
     tensors: list[Tensor] = []
     at: list[int] = []

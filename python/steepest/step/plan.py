@@ -31,6 +31,7 @@ from .parameter import Parameter, store_if
 from .program import program
 from .retraction import retract
 from .warm_up import warm_up
+from .whole import Whole, steps_whole
 from .working_state import WorkingState, WorkingStates
 
 if TYPE_CHECKING:
@@ -65,24 +66,26 @@ class Plan:
         self._constrained = [p for p in parameters if p.recipe.constraint is not None]
         self._devices = list(dict.fromkeys(p.source.device for p in parameters))
         by_torch: dict[object, list[Parameter]] = {}
-        fused: dict[tuple[torch.device, str, int, object, bool], list[tuple[Parameter, Program]]] = {}
+        fused: dict[tuple[torch.device, str, int, object, bool, bool], list[tuple[Parameter, Program]]] = {}
         for p in parameters:
             packed = program(p.recipe, maximize=p.options.maximize, coupled=coupled)
             backend = "torch" if traced else _backend(p, packed)
             if backend == "torch" or isinstance(packed, str):
                 by_torch.setdefault((p.ranks, p.is_coded), []).append(p)
             else:
-                key = (p.source.device, backend, p.options.max_workspace_bytes, p.ranks, p.is_coded)
+                whole = not coupled and steps_whole(p, packed, backend)
+                key = (p.source.device, backend, p.options.max_workspace_bytes, p.ranks, p.is_coded, whole)
                 fused.setdefault(key, []).append((p, packed))
         self.executors: list[Executor] = []
         #: for every executor the states that are decoded while it is at work
         self._working: list[WorkingStates | None] = []
-        for (device, backend, max_bytes, _, _), pairs in fused.items():
+        for (device, backend, max_bytes, _, _, whole), pairs in fused.items():
             programs = {id(p): packed for p, packed in pairs}
             options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_bytes, "coupled": coupled}
             for run in _runs([p for p, _ in pairs]):
                 working = _decoded(run)
-                self._add(Fused(run, [programs[id(p)] for p in run], skipped[device], **options), working)
+                kind = Whole if whole else Fused
+                self._add(kind(run, [programs[id(p)] for p in run], skipped[device], **options), working)
         for some in by_torch.values():
             for run in _runs(some):
                 working = _decoded(run)

@@ -1,0 +1,84 @@
+"""Whole steps of many parameters on a CPU: each gradient is looked at, and taken while it is in the cache.
+
+What `grad_stats` and then `update_moments` do to contiguous tensors whose program is whole, with their bits, in one
+call of the library that is no op (csrc/multi_tensor/whole_steps.h). An op takes lists of tensors, which cost .4 us each
+to hand over; here their addresses are written down once, and of a step only those of gradients and weights are new.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+from .multi_tensor import Table, count_writes
+from .program import Program
+
+#: `Dtype` in csrc/common/dtype.h
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int16: 4}
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A parameter's step but for its gradient and weight, of which `numel` and the dtypes stay.
+
+    Absent tensors are without elements. place: tells its random bits from another's.
+    """
+
+    program: Program
+    numel: int
+    grad_dtype: torch.dtype
+    param_dtype: torch.dtype
+    momentum: Tensor
+    second: Tensor
+    mantissa: Tensor
+    step: Tensor
+    group: int
+    place: tuple[int, int, int]
+
+    def numbers(self) -> list[int]:
+        """`WholeStep` in csrc/multi_tensor/whole_steps.h."""
+        dtypes = (self.grad_dtype, self.param_dtype, self.momentum.dtype, self.second.dtype)
+        state = (self.momentum, self.second, self.mantissa, self.step)
+        addresses = [t.data_ptr() if t.numel() else 0 for t in state]
+        rest = [self.program.packed(), self.group, *self.place]
+        return [self.numel, *[_CODES[dtype] for dtype in dtypes], *addresses, *rest]
+
+
+class WholeSteps:
+    """Steps of parameters whose state stays where it is; the i-th has row i and line i of `table`."""
+
+    def __init__(self, steps: Sequence[Step], table: Table) -> None:
+        self._steps, self._table = steps, table
+        self._numbers = array("q", [number for step in steps for number in step.numbers()])
+
+    def take(
+        self, grads: Sequence[Tensor], params: Sequence[Tensor], hypers: Sequence[float], scaling: tuple[float, float]
+    ) -> None:
+        """One step, as `grad_stats` and `update_moments` take it; the tensors are contiguous.
+
+        hypers: those of `program.HYPERS` for each group.   scaling: found_inf and grad_scale.
+        """
+        assert _backend.extension is not None
+        of_grads, of_params = (array("q", map(Tensor.data_ptr, some)) for some in (grads, params))
+        memory = [t.data_ptr() for t in (self._table.rows, self._table.sums, self._table.skipped)]
+        numbers = (array("d", hypers), array("f", scaling))
+        _backend.extension.whole_steps(self._numbers, of_grads, of_params, *numbers, *memory)
+        count_writes(params)
+
+
+def by_address(tensors: Sequence[Tensor]) -> bool:
+    """Whether what is at these tensors' addresses are their numbers: no class of its own, no sign yet to be turned."""
+    return _PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
+
+
+def takes(tensors: Sequence[Tensor]) -> bool:
+    """Whether a parameter of these tensors, its state's among them, may be stepped by their addresses."""
+    laid_out = all(t.device.type == "cpu" and t.is_contiguous() and t.dtype in _CODES for t in tensors)
+    return by_address(tensors) and laid_out

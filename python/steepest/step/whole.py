@@ -1,0 +1,79 @@
+"""Steps that are elementwise as a whole (AdamW's), on a CPU: parameter by parameter, each by its own gradient.
+
+    take    for every parameter: whether its gradient is finite, then moments and weight
+
+Beside the two passes of `Fused` the second look at a gradient is into the cache, and no list of tensors is handed over.
+What stays: bits, tables, and that a parameter steps or does not by its own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..ops.multi_tensor import NOT_SCALED, Scaling
+from ..ops.program import Program
+from ..ops.whole_steps import Step, WholeSteps, by_address, takes
+from ..parts import Hyper
+from .buckets import FusedBatch, FusedItem
+from .fused import Fused, groups_of
+from .parameter import Parameter
+
+__all__ = ["Whole", "steps_whole"]
+
+
+def steps_whole(p: Parameter, program: Program, backend: str) -> bool:
+    """Whether `Whole` takes a parameter, whose step no other's gradient has a say in."""
+    if backend != "cpu" or not program.whole or p.ranks is not None or p.is_coded or p.recipe.stores_weights:
+        return False
+    state = [t for t in p.state.values() if isinstance(t, Tensor)]
+    return takes([p.source, p.grad, *state])
+
+
+class Whole(Fused):
+    """`Fused` for parameters that `steps_whole` takes, which do not wait for one another.
+
+    Gradients without an address, and modes that look at every operation, get the ops of `Fused`.
+    """
+
+    _hypers: Sequence[Hyper] = ()
+    _scaling: Scaling = NOT_SCALED
+    #: of the step that is being taken by addresses
+    _grads: Sequence[Tensor] = ()
+
+    @cached_property
+    def _steps_by_address(self) -> WholeSteps:
+        return WholeSteps([self._step_of(item) for item in self._items], self.table)
+
+    def _step_of(self, item: FusedItem) -> Step:
+        p, tensor = item.parameter, item.parameter.tensor
+        dtypes = (p.grad_dtype, tensor.dtype)
+        state = (p.momentum, item.second, item.remainder, p.state.get("step", self._absent))
+        return Step(item.program, tensor.numel(), *dtypes, *state, p.group, item.place)
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return [p.source for p in self.parameters]
+
+    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
+        grads = [p.grad for p in self._weights if p.grad is not None]
+        self._grads = grads if by_address(grads) and not torch._C._len_torch_dispatch_stack() else ()
+        if not self._grads:
+            return super().decide(hypers, scaling)
+        self._hypers, self._scaling = hypers, scaling[self.device]
+        return None
+
+    def send(self, batch: FusedBatch) -> list[Callable[[], Tensor]]:
+        if not self._grads:
+            return super().send(batch)
+        groups = groups_of(self._hypers, self._group_of, self.device)
+        for at, number in zip(groups.at, groups.tensors, strict=True):
+            groups.values[at] = number.item()
+        found_inf, grad_scale = self._scaling.found_inf, self._scaling.grad_scale
+        numbers = (0.0 if found_inf is None else found_inf.item(), 1.0 if grad_scale is None else grad_scale.item())
+        self._steps_by_address.take(self._grads, self._weights, groups.values, numbers)
+        self._grads = ()
+        return []
