@@ -75,11 +75,18 @@ STABLE_TORCH_LIBRARY(steepest, m) {
   m.def("eigh_iterate(Tensor P, Tensor Q, Tensor(a!) basis, Tensor(b!) order, Tensor(c!) measured) -> ()");
   m.def("learn_factors(Tensor[] grads, Tensor(a!)[] factors, Tensor(b!)[] counts, Tensor[] flags, float beta) -> ()");
   m.def(
+      "learn_coupled(Tensor[] grads, Tensor[] bases, Tensor(a!)[] factors, Tensor(b!)[] values, Tensor(c!)[] counts, "
+      "Tensor[] flags, float beta, bool limited) -> ()");
+  m.def(
       "track_bases(Tensor[] factors, Tensor(a!)[] bases, Tensor(b!)[] statuses, Tensor(c!)[] seconds, "
-      "Tensor[] flags, int[] shapes, float[] limits, int accepted, Tensor(d!) left) -> ()");
+      "Tensor(e!)[] values, Tensor[] flags, int[] shapes, float[] limits, int accepted, int steps, Tensor(d!) left) -> "
+      "()");
   m.def(
       "rotate(Tensor[] xs, Tensor[] bases, Tensor[] seconds, Tensor[] steps, int way, float beta, float eps, "
       "bool inside, Tensor[] flags, Tensor(a!)[] outs) -> ()");
+  m.def(
+      "adam_in_bases(Tensor[] grads, Tensor[] xs, Tensor[] bases, Tensor(a!)[] seconds, Tensor[] steps, float beta, "
+      "float eps, bool inside, Tensor[] flags, Tensor(b!)[] outs) -> ()");
   m.def("eigh_batched(Tensor(a!) A, Tensor(b!) W, Tensor(c!) info) -> ()");
 }
 

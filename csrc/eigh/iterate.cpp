@@ -307,6 +307,13 @@ void each_matrix(int64_t matrices, const Kernels& kernels, const Side& side, con
   }
 }
 
+// Where the columns were before two steps.
+std::vector<int64_t> composed(const std::vector<int64_t>& first, const std::vector<int64_t>& second) {
+  std::vector<int64_t> both(second.size());
+  for (size_t i = 0; i < both.size(); ++i) both[i] = first[second[i]];
+  return both;
+}
+
 // A factor of one matrix of a stack, and where the columns of its new basis were; empty where the old one stays.
 struct Job {
   const Tracked& stack;
@@ -321,19 +328,31 @@ bool lowered(const float* measured, const Limits& limits) {
   return before <= limits.near && fell;
 }
 
-// One step, taken or left.
+// One step, or several where one alone lowers the error too little, taken or left.
 void track_one(const Job& job, const Limits& limits, const Team& team, const Room& room) {
   const int64_t n = job.stack.length(job.side), first = job.matrix * n * n;
   const Side& side = job.stack.sides[job.side];
   std::vector<int64_t> order(n);
-  float measured[kMeasured];
-  Run run(n, side.p + first, side.basis + first, order.data(), measured, team, room);
-  const bool taken = run() && lowered(measured, limits);
-  side.left[job.matrix] = !taken;
-  if (!taken) return;
-  run.store(side.basis + first);
-  side.status[job.matrix] = limits.accepted;
-  job.order = std::move(order);
+  std::vector<float> between;  // the basis between two steps
+  float before = 0;
+  side.left[job.matrix] = 1;
+  for (int64_t step = 0; step < limits.steps; ++step) {
+    float measured[kMeasured];
+    Run run(n, side.p + first, step == 0 ? side.basis + first : between.data(), order.data(), measured, team, room);
+    if (!run()) break;
+    if (step == 0) before = measured[kErrorBefore];
+    measured[kErrorBefore] = before;
+    job.order = step == 0 ? order : composed(job.order, order);
+    if (lowered(measured, limits)) {
+      run.store(side.basis + first);
+      side.status[job.matrix] = limits.accepted, side.left[job.matrix] = 0;
+      return;
+    }
+    if (!(before <= limits.near)) break;
+    between.resize(n * n);
+    run.store(between.data());
+  }
+  job.order.clear();
 }
 
 // Row i of what is rows x columns comes from row from_row[i], column j from column from_column[j]; empty: they stay.
@@ -384,6 +403,11 @@ void track(const std::vector<Tracked>& stacks, const Limits& limits, const Kerne
     const int64_t rows = each.stack.rows, columns = each.stack.columns;
     float* const second = each.stack.second == nullptr ? nullptr : each.stack.second + each.matrix * rows * columns;
     reorder(second, rows, columns, each.of[0], each.of[1]);
+    for (int64_t side = 0; side < 2; ++side) {
+      const int64_t n = each.stack.length(side);
+      float* const values = each.stack.sides[side].values;
+      reorder(values == nullptr ? nullptr : values + each.matrix * n, 1, n, {}, each.of[side]);
+    }
   });
 }
 

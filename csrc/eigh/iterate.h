@@ -34,10 +34,11 @@ struct Side {
   const float* p;
   float* basis;
   int32_t *status, *left;
+  float* values;  // (matrices, n), one for a column; nullptr where there are none
 };
 
 // Factors of both sides of a stack of rows x columns matrices, and second moments in their bases, nullptr where there
-// are none. Of a side with columns that are sorted anew the second moments are sorted with them.
+// are none. Of a side with columns that are sorted anew values and second moments are sorted with them.
 struct Tracked {
   int64_t matrices, rows, columns;
   Side sides[2];
@@ -46,11 +47,13 @@ struct Tracked {
   int64_t length(int64_t side) const { return side == 0 ? rows : columns; }
 };
 
-// When a step is taken: the error was at most `near`, and fell by the factor `progress`, to `settled` or to what
-// rounding makes. accepted: the status of its basis then.
+// When steps are taken: the error was at most `near`, and fell by the factor `progress`, to `settled` or to what
+// rounding makes, in so many steps at most, of which no more are taken than that needs. accepted: the status of the
+// basis then.
 struct Limits {
   double near, progress, settled;
   int32_t accepted;
+  int64_t steps;
 };
 
 // Steps of all of these, in place.

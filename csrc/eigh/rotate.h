@@ -28,4 +28,13 @@ struct Rotation {
 // the first to the last of k.
 void rotate(const std::vector<Rotation>& rotations, Way way, float beta, const cpu_polar::Kernels& kernels);
 
+// kObserve of gradients into V, which is `learned`, nullptr where it stays, and with it kInto and kBack of X. The bits
+// are those of the three one after another. out may be X.
+struct AdamStep : Rotation {
+  const float* grads;
+  float* learned;
+};
+
+void adam(const std::vector<AdamStep>& steps, float beta, const cpu_polar::Kernels& kernels);
+
 }  // namespace steepest::eigh

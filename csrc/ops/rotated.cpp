@@ -8,6 +8,7 @@
 
 #include "cpu_polar/kernels.h"
 #include "cpu_polar/syrk.h"
+#include "eigh/coupled.h"
 #include "eigh/iterate.h"
 #include "eigh/rotate.h"
 #include "ops/op_checks.h"
@@ -46,6 +47,11 @@ void check_stack(const Tensor& x, const char* name, size_t i) {
                   "] must be a contiguous float32 stack of matrices on the CPU");
 }
 
+// The weight of the newest of the terms of an average, of which so many are in it.
+float weight_after(float learned, double beta) {
+  return static_cast<float>((1 - beta) / (1 - std::pow(beta, double{learned} + 1)));
+}
+
 void learn_factors(const Tensors& grads, const Tensors& factors, const Tensors& counts, const Tensors& flags,
                    double beta) {
   const size_t count = grads.size();
@@ -63,7 +69,7 @@ void learn_factors(const Tensors& grads, const Tensors& factors, const Tensors& 
     float* const left = data_of<float>(factors[2 * i], matrices * m * m, "factors", 2 * i, true);
     float* const right = data_of<float>(factors[2 * i + 1], matrices * n * n, "factors", 2 * i + 1, true);
     if (!taken(flags[i], i)) continue;
-    const auto weight = static_cast<float>((1 - beta) / (1 - std::pow(beta, double{*learned} + 1)));
+    const float weight = weight_after(*learned, beta);
     weights.emplace_back(matrices, weight), weights.emplace_back(matrices, 1 - weight);
     seen.push_back(learned);
     const float *const alpha = weights[weights.size() - 2].data(), *const rest = weights.back().data();
@@ -71,6 +77,39 @@ void learn_factors(const Tensors& grads, const Tensors& factors, const Tensors& 
     if (right != nullptr) averages.push_back({matrices, n, m, g, false, right, right, alpha, rest});
   }
   cpu_polar::average(averages, kernels_of("learn_factors"));
+  for (float* const learned : seen) *learned += 1;
+}
+
+void learn_coupled(const Tensors& grads, const Tensors& bases, const Tensors& factors, const Tensors& values,
+                   const Tensors& counts, const Tensors& flags, double beta, bool limited) {
+  const size_t count = grads.size();
+  check_lengths(bases.size(), 2 * count, "bases"), check_lengths(factors.size(), 2 * count, "factors");
+  check_lengths(values.size(), 2 * count, "values"), check_lengths(counts.size(), count, "counts");
+  check_lengths(flags.size(), count, "flags");
+  STD_TORCH_CHECK(beta >= 0 && beta < 1, "beta is ", beta, "; it is at least 0 and below 1");
+  std::vector<eigh::Coupled> stacks;
+  std::vector<float*> seen;
+  for (size_t i = 0; i < count; ++i) {
+    check_stack(grads[i], "grads", i);
+    const int64_t matrices = grads[i].size(0), sizes[] = {grads[i].size(1), grads[i].size(2)};
+    eigh::Coupled stack{};
+    stack.matrices = matrices, stack.rows = sizes[0], stack.columns = sizes[1];
+    stack.grads = static_cast<const float*>(grads[i].const_data_ptr());
+    for (size_t side = 0; side < 2; ++side) {
+      const size_t k = 2 * i + side;
+      const int64_t n = sizes[side];
+      stack.factors[side] = data_of<float>(factors[k], matrices * n * n, "factors", k, true);
+      if (stack.factors[side] == nullptr) continue;
+      stack.bases[side] = data_of<float>(bases[k], matrices * n * n, "bases", k);
+      stack.values[side] = data_of<float>(values[k], matrices * n, "values", k);
+    }
+    float* const learned = data_of<float>(counts[i], 1, "counts", i);
+    if (!taken(flags[i], i)) continue;
+    stack.weight = weight_after(*learned, beta), stack.beta = static_cast<float>(beta);
+    stack.started = *learned > 0, stack.limited = limited;
+    stacks.push_back(stack), seen.push_back(learned);
+  }
+  eigh::learn_coupled(stacks, kernels_of("learn_coupled"));
   for (float* const learned : seen) *learned += 1;
 }
 
@@ -85,11 +124,12 @@ eigh::Side make_side(const Tensor& factor, const Tensor& basis, const Tensor& st
 }
 
 void track_bases(const Tensors& factors, const Tensors& bases, const Tensors& statuses, const Tensors& seconds,
-                 const Tensors& flags, const std::vector<int64_t>& shapes, const std::vector<double>& limits,
-                 int64_t accepted, const Tensor& left) {
+                 const Tensors& values, const Tensors& flags, const std::vector<int64_t>& shapes,
+                 const std::vector<double>& limits, int64_t accepted, int64_t steps, const Tensor& left) {
   const size_t count = flags.size();
   check_lengths(factors.size(), 2 * count, "factors"), check_lengths(bases.size(), 2 * count, "bases");
   check_lengths(statuses.size(), 2 * count, "statuses"), check_lengths(seconds.size(), count, "seconds");
+  check_lengths(values.size(), 2 * count, "values");
   check_lengths(shapes.size(), 3 * count, "shapes"), check_lengths(limits.size(), 3, "limits");
   int64_t lines = 0;
   for (size_t i = 0; i < count; ++i) lines += 2 * shapes[3 * i];
@@ -101,38 +141,70 @@ void track_bases(const Tensors& factors, const Tensors& bases, const Tensors& st
     for (size_t side = 0; side < 2; ++side, line += matrices) {
       const size_t k = 2 * i + side;
       stack.sides[side] = make_side(factors[k], bases[k], statuses[k], matrices, sizes[side], line, k);
+      stack.sides[side].values = data_of<float>(values[k], matrices * sizes[side], "values", k, true);
       std::fill_n(line, matrices, 0);
     }
     stack.second = data_of<float>(seconds[i], matrices * sizes[0] * sizes[1], "seconds", i, true);
     if (taken(flags[i], i)) stacks.push_back(stack);
   }
-  eigh::track(stacks, {limits[0], limits[1], limits[2], static_cast<int32_t>(accepted)}, kernels_of("track_bases"));
+  STD_TORCH_CHECK(steps > 0, "steps is ", steps, "; it is at least 1");
+  const eigh::Limits given{limits[0], limits[1], limits[2], static_cast<int32_t>(accepted), steps};
+  eigh::track(stacks, given, kernels_of("track_bases"));
+}
+
+void check_rotations(size_t count, const Tensors& bases, const Tensors& seconds, const Tensors& steps,
+                     const Tensors& outs) {
+  check_lengths(bases.size(), 2 * count, "bases"), check_lengths(seconds.size(), count, "seconds");
+  check_lengths(steps.size(), count, "steps"), check_lengths(outs.size(), count, "outs");
+}
+
+// Stack i, whose second moments may be absent.
+eigh::Rotation make_rotation(const Tensors& xs, const Tensors& bases, const Tensors& seconds, const Tensors& steps,
+                             const Tensors& outs, double beta, double eps, bool inside, bool may_be_absent, size_t i) {
+  check_stack(xs[i], "xs", i);
+  const int64_t matrices = xs[i].size(0), m = xs[i].size(1), n = xs[i].size(2), all = matrices * m * n;
+  eigh::Rotation rotation{matrices, m,
+                          n,        static_cast<const float*>(xs[i].const_data_ptr()),
+                          nullptr,  nullptr,
+                          nullptr,  1,
+                          0,        data_of<float>(outs[i], all, "outs", i)};
+  rotation.left = data_of<float>(bases[2 * i], matrices * m * m, "bases", 2 * i, true);
+  rotation.right = data_of<float>(bases[2 * i + 1], matrices * n * n, "bases", 2 * i + 1, true);
+  rotation.second = data_of<float>(seconds[i], all, "seconds", i, may_be_absent);
+  double over = 1;
+  if (const float* const step = data_of<float>(steps[i], 1, "steps", i, true))
+    over = 1 / std::sqrt(1 - std::pow(beta, double{*step}));
+  rotation.over = static_cast<float>(over), rotation.eps = static_cast<float>(inside ? eps * over : eps);
+  return rotation;
+}
+
+void adam_in_bases(const Tensors& grads, const Tensors& xs, const Tensors& bases, const Tensors& seconds,
+                   const Tensors& steps, double beta, double eps, bool inside, const Tensors& flags,
+                   const Tensors& outs) {
+  const size_t count = xs.size();
+  check_rotations(count, bases, seconds, steps, outs);
+  check_lengths(grads.size(), count, "grads"), check_lengths(flags.size(), count, "flags");
+  std::vector<eigh::AdamStep> all;
+  for (size_t i = 0; i < count; ++i) {
+    const eigh::Rotation rotation = make_rotation(xs, bases, seconds, steps, outs, beta, eps, inside, false, i);
+    const int64_t elements = rotation.matrices * rotation.rows * rotation.columns;
+    const float* const grad = data_of<float>(grads[i], elements, "grads", i);
+    float* const learned = taken(flags[i], i) ? data_of<float>(seconds[i], elements, "seconds", i) : nullptr;
+    all.push_back({rotation, grad, learned});
+  }
+  eigh::adam(all, static_cast<float>(beta), kernels_of("adam_in_bases"));
 }
 
 void rotate(const Tensors& xs, const Tensors& bases, const Tensors& seconds, const Tensors& steps, int64_t way,
             double beta, double eps, bool inside, const Tensors& flags, const Tensors& outs) {
   const size_t count = xs.size();
-  check_lengths(bases.size(), 2 * count, "bases"), check_lengths(seconds.size(), count, "seconds");
-  check_lengths(steps.size(), count, "steps"), check_lengths(outs.size(), count, "outs");
+  check_rotations(count, bases, seconds, steps, outs);
   if (!flags.empty()) check_lengths(flags.size(), count, "flags");
   STD_TORCH_CHECK(way >= 0 && way <= static_cast<int64_t>(eigh::Way::kObserve), "way is ", way, "; it is 0, 1 or 2");
   const bool observes = way == static_cast<int64_t>(eigh::Way::kObserve);
   std::vector<eigh::Rotation> rotations;
   for (size_t i = 0; i < count; ++i) {
-    check_stack(xs[i], "xs", i);
-    const int64_t matrices = xs[i].size(0), m = xs[i].size(1), n = xs[i].size(2), all = matrices * m * n;
-    eigh::Rotation rotation{matrices, m,
-                            n,        static_cast<const float*>(xs[i].const_data_ptr()),
-                            nullptr,  nullptr,
-                            nullptr,  1,
-                            0,        data_of<float>(outs[i], all, "outs", i)};
-    rotation.left = data_of<float>(bases[2 * i], matrices * m * m, "bases", 2 * i, true);
-    rotation.right = data_of<float>(bases[2 * i + 1], matrices * n * n, "bases", 2 * i + 1, true);
-    rotation.second = data_of<float>(seconds[i], all, "seconds", i, !observes);
-    double over = 1;
-    if (const float* const step = data_of<float>(steps[i], 1, "steps", i, true))
-      over = 1 / std::sqrt(1 - std::pow(beta, double{*step}));
-    rotation.over = static_cast<float>(over), rotation.eps = static_cast<float>(inside ? eps * over : eps);
+    const eigh::Rotation rotation = make_rotation(xs, bases, seconds, steps, outs, beta, eps, inside, !observes, i);
     if (flags.empty() || taken(flags[i], i)) rotations.push_back(rotation);
   }
   eigh::rotate(rotations, static_cast<eigh::Way>(way), static_cast<float>(beta), kernels_of("rotate"));
@@ -142,8 +214,10 @@ void rotate(const Tensors& xs, const Tensors& bases, const Tensors& seconds, con
 
 STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
   m.impl("learn_factors", TORCH_BOX(&learn_factors));
+  m.impl("learn_coupled", TORCH_BOX(&learn_coupled));
   m.impl("track_bases", TORCH_BOX(&track_bases));
   m.impl("rotate", TORCH_BOX(&rotate));
+  m.impl("adam_in_bases", TORCH_BOX(&adam_in_bases));
 }
 
 }  // namespace steepest

@@ -221,6 +221,12 @@ class Recipe:
         read = (transform.measures_gradients or transform.reads_gradient for transform in self.transforms)
         return self.kronecker is not None or any(read)
 
+    @property
+    def leaves_directions(self) -> bool:
+        """Whether the update is what the preconditioner makes of the momentum, and nothing comes between or after."""
+        plain = isinstance(self.direction, Frobenius) and self.scale == "dual"
+        return plain and self.submatrix is None and not self.transforms
+
     def input_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """The shape of the direction's input for matrices (batch, m, n)."""
         if self.submatrix is not None:

@@ -47,6 +47,7 @@ class Table:
     sums: Tensor
     scratch: Tensor
     skipped: Tensor
+    _columns: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def empty(skipped: Tensor, grads: Sequence[int], items: Sequence[tuple[int, int]]) -> Table:
@@ -59,7 +60,10 @@ class Table:
 
     def column(self, name: str) -> Tensor:
         """A column of rows or of sums, by its name."""
-        return self.rows[:, COLUMNS.index(name)] if name in COLUMNS else self.sums[:, SUMS.index(name)]
+        if name not in self._columns:
+            of = (self.rows, COLUMNS) if name in COLUMNS else (self.sums, SUMS)
+            self._columns[name] = of[0][:, of[1].index(name)]
+        return self._columns[name]
 
 
 def _chunks(size: int) -> int:
@@ -254,6 +258,9 @@ def count_writes(params: Sequence[Tensor]) -> None:
 def route(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> str:
     """The backend of a call; RuntimeError where there is none, or a forced one cannot run, with the reasons."""
     device = tensors[0].device if tensors else torch.device("cpu")
+    of_cpu = backend == device.type == "cpu" and _backend.extension_reason is None
+    if of_cpu and selfcheck.reason(FAMILY, backend, device) is None:  # in every call of a step on a CPU
+        return backend
     why = reasons(device)
     chosen = choose(op, backend, why, device, FAMILY)
     if chosen == "torch":

@@ -1,16 +1,22 @@
 """Steps in eigenbases of Kronecker factors on a CPU, each as one call for many stacks of fp32 matrices (batch, m, n).
 
     rotate    (L^T x R) / D;   back L (x / D) R^T;   and second moments v beta + (1 - beta) (L^T x R)^2
+    adam      second moments of g as above, and with these L ((L^T x R) / D^2) R^T
     learn     factors <- factors + w (g g^T - factors), w = (1 - beta) / (1 - beta^t), and likewise of g^T g
-    track     a step of orthogonal iteration of every basis, taken where it helps, and second moments sorted with it
+    coupled   factors and values that are measured in the metric of each other, `csrc/eigh/coupled.h`
+    track     steps of orthogonal iteration of every basis, where they help, and second moments sorted with it
 
-A side without a factor has tensors without elements. `rotate` writes nothing else; `learn` and `track` write where the
-flag of a stack is true. In all of them a matrix has the same bits in any call and on any number of threads.
+A side without a factor has tensors without elements. `rotate` writes nothing else; `adam`, `learn` and `track` write to
+state where the flag of a stack is true. In all of them a matrix has the same bits in any call and on any number of
+threads.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -26,12 +32,76 @@ _WAYS = ("into", "back", "observe")  # `Way` in csrc/eigh/rotate.h
 
 def supports(*tensors: Tensor) -> bool:
     """Whether the calls are for these tensors, which are fp32 and contiguous; what is traced goes by torch's ops."""
-    if _backend.extension is None or not by_itself(tensors[0]) or _backend.requested("auto") not in ("auto", "cpu"):
+    return _wanted(tensors[0]) and _take(tensors)
+
+
+def _wanted(one: Tensor) -> bool:
+    """Whether the calls are there and nothing says at present that torch's ops are to do it."""
+    if _backend.extension is None or not by_itself(one):
         return False
-    for t in tensors:
-        if t.dtype is not torch.float32 or not t.is_contiguous() or not t.is_cpu:
-            return False
-    return _backend.extension.cpu_products(False)
+    return _backend.requested("auto") in ("auto", "cpu") and _products()
+
+
+@functools.cache
+def _products() -> bool:
+    return _backend.extension is not None and _backend.extension.cpu_products(False)
+
+
+def _take(tensors: Sequence[Tensor]) -> bool:
+    """Whether the calls take tensors that lie like these."""
+    return all(t.dtype is torch.float32 and t.is_contiguous() and t.is_cpu for t in tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Stacks:
+    """The state of stacks of matrices as the calls take it; how it lies is looked at once.
+
+    shapes: (batch, m, n) of each.   counts: of the gradients in the factors; 0-d.   Of each the left and the right one
+    of factors, bases, statuses, (batch,) int32, and values, (batch, n). Of each one of seconds and steps; one without
+    elements of a step that nobody counts. A list that is empty is not there.
+    """
+
+    shapes: Sequence[tuple[int, int, int]]
+    factors: Sequence[Tensor]
+    counts: Sequence[Tensor]
+    bases: Sequence[Tensor] = ()
+    statuses: Sequence[Tensor] = ()
+    seconds: Sequence[Tensor] = ()
+    steps: Sequence[Tensor] = ()
+    values: Sequence[Tensor] = ()
+
+    def learn(self, grads: Sequence[Tensor]) -> bool:
+        """Whether `learn` is for these gradients."""
+        return _wanted(grads[0]) and self._factors_are_taken and _take(grads)
+
+    def learn_coupled(self, grads: Sequence[Tensor]) -> bool:
+        """Whether `coupled` is for these gradients."""
+        return self.learn(grads) and self._bases_are_taken
+
+    def track(self) -> bool:
+        """Whether `track` is for them."""
+        return _wanted(self.factors[0]) and self._factors_are_taken and self._bases_are_taken
+
+    def rotate(self, xs: Sequence[Tensor]) -> bool:
+        """Whether `rotate_all` is for these."""
+        return _wanted(xs[0]) and self._short and self._bases_are_taken and _take(xs)
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """The shapes one after another."""
+        return [n for shape in self.shapes for n in shape]
+
+    @cached_property
+    def _short(self) -> bool:
+        return all(max(m, n) <= IN_ORDER for _, m, n in self.shapes)
+
+    @cached_property
+    def _factors_are_taken(self) -> bool:
+        return _take(self.factors)
+
+    @cached_property
+    def _bases_are_taken(self) -> bool:
+        return _take([*self.bases, *self.seconds, *self.values])
 
 
 def rotate(
@@ -54,7 +124,8 @@ def rotate(
 
     def called(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         out = torch.empty_like(x)
-        rotate_all([x], [left, right], [second], [step], way, [out], beta=beta, eps=eps, inside=inside)
+        numbers = (_WAYS.index(way), beta, eps, inside)
+        torch.ops.steepest.rotate([x], [left, right], [second], [step], *numbers, [], [out])
         return out
 
     if max(x.shape[-2:]) <= IN_ORDER or not (left.numel() or right.numel()):
@@ -71,9 +142,7 @@ def rotate(
 
 def rotate_all(
     xs: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    seconds: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    stacks: Stacks,
     way: Way,
     outs: Sequence[Tensor],
     flags: Sequence[Tensor] = (),
@@ -82,49 +151,67 @@ def rotate_all(
     eps: float,
     inside: bool,
 ) -> None:
-    """`rotate` of several stacks without sides beyond 256, into outs; bases: the left one and the right one of each.
+    """`rotate` of several stacks without sides beyond 256, into outs.
 
     flags: 0-d bool, whether a stack's out is written; without them all are. Outs of "observe" may be seconds.
     """
-    torch.ops.steepest.rotate(xs, bases, seconds, steps, _WAYS.index(way), beta, eps, inside, flags, outs)
+    lists = (xs, stacks.bases, stacks.seconds, stacks.steps)
+    torch.ops.steepest.rotate(*lists, _WAYS.index(way), beta, eps, inside, flags, outs)
 
 
-def learn(
-    grads: Sequence[Tensor], factors: Sequence[Tensor], counts: Sequence[Tensor], flags: Sequence[Tensor], beta: float
+def adam(
+    grads: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    stacks: Stacks,
+    outs: Sequence[Tensor],
+    flags: Sequence[Tensor],
+    *,
+    beta: float,
+    eps: float,
+    inside: bool,
 ) -> None:
-    """Factors take gradients, in place; factors: the left one and the right one of each gradient.
+    """What "observe" gives of the gradients, then "into" and "back" of the xs, into outs; bits as by `rotate_all`.
 
-    counts: 0-d, t before the gradient, which is counted up.   flags: 0-d bool.
+    flags: 0-d bool, whether second moments are written. Outs all are.
     """
-    torch.ops.steepest.learn_factors(grads, factors, counts, flags, beta)
+    lists = (grads, xs, stacks.bases, stacks.seconds, stacks.steps)
+    torch.ops.steepest.adam_in_bases(*lists, beta, eps, inside, flags, outs)
+
+
+def learn(grads: Sequence[Tensor], stacks: Stacks, flags: Sequence[Tensor], beta: float) -> None:
+    """Factors take gradients, in place, which are counted.   flags: 0-d bool."""
+    torch.ops.steepest.learn_factors(grads, stacks.factors, stacks.counts, flags, beta)
+
+
+def coupled(grads: Sequence[Tensor], stacks: Stacks, flags: Sequence[Tensor], beta: float, limited: bool) -> None:
+    """Factors and values take gradients, in place, which are counted; the first makes factors in no metric.
+
+    flags: 0-d bool.   limited: as of `steepest.parts.Sides`.
+    """
+    lists = (grads, stacks.bases, stacks.factors, stacks.values, stacks.counts)
+    torch.ops.steepest.learn_coupled(*lists, flags, beta, limited)
 
 
 def track(
-    factors: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    statuses: Sequence[Tensor],
-    seconds: Sequence[Tensor],
-    flags: Sequence[Tensor],
-    shapes: Sequence[tuple[int, int, int]],
-    limits: tuple[float, float, float],
-    accepted: int,
+    stacks: Stacks, flags: Sequence[Tensor], limits: tuple[float, float, float], accepted: int, steps: int
 ) -> list[tuple[int, int, int]]:
-    """One step of `steepest.ops.eigh.iterate` of every basis, in place, where limits say it helps; which did not.
+    """A step of `steepest.ops.eigh.iterate` of every basis, in place, where limits say it helps; which stay.
 
-    Two factors, bases and statuses, (batch,) int32, for each of the shapes (batch, m, n); seconds: of that shape, or
-    without elements. limits: (near, progress, settled): a step is taken where the whitening error was at most `near`
-    and fell by the factor `progress`, to `settled` or to what rounding makes. The status is then `accepted`.
+    limits: (near, progress, settled): a step is taken where the whitening error was at most `near` and fell by the
+    factor `progress`, to `settled` or to what rounding makes. The status is then `accepted`. Where one step is not
+    enough for that there are more, at most so many.
 
     Returns:
         (stack, side, matrix) of every matrix that stays as it was although its flag is true.
     """
-    left = torch.empty(sum(2 * batch for batch, _, _ in shapes), dtype=torch.int32)
-    numbers = [n for shape in shapes for n in shape]
-    torch.ops.steepest.track_bases(factors, bases, statuses, seconds, flags, numbers, list(limits), accepted, left)
+    left = torch.empty(2 * sum(stacks.numbers[::3]), dtype=torch.int32)
+    values = stacks.values or [left[:0].float()] * len(stacks.bases)
+    lists = (stacks.factors, stacks.bases, stacks.statuses, stacks.seconds, values)
+    torch.ops.steepest.track_bases(*lists, flags, stacks.numbers, limits, accepted, steps, left)
     flagged = left.tolist()
     if not any(flagged):
         return []
-    places = [(i, side, k) for i, (batch, _, _) in enumerate(shapes) for side in (0, 1) for k in range(batch)]
+    places = [(i, side, k) for i, (batch, _, _) in enumerate(stacks.shapes) for side in (0, 1) for k in range(batch)]
     return [place for place, flag in zip(places, flagged, strict=True) if flag]
 
 
@@ -134,10 +221,18 @@ if _backend.extension is not None:
     def _(*arguments: object) -> None:
         """Mutates outs; no metadata changes."""
 
+    @register_fake("adam_in_bases")
+    def _(*arguments: object) -> None:
+        """Mutates seconds and outs; no metadata changes."""
+
     @register_fake("learn_factors")
     def _(*arguments: object) -> None:
         """Mutates factors and counts; no metadata changes."""
 
+    @register_fake("learn_coupled")
+    def _(*arguments: object) -> None:
+        """Mutates factors, values and counts; no metadata changes."""
+
     @register_fake("track_bases")
     def _(*arguments: object) -> None:
-        """Mutates bases, statuses, seconds and left; no metadata changes."""
+        """Mutates bases, statuses, seconds, values and left; no metadata changes."""

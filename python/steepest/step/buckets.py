@@ -22,7 +22,7 @@ from ..ops.multi_tensor import Item, Items, Table
 from ..ops.normalize import scratch_for
 from ..ops.polar_chain import Update
 from ..ops.program import Program
-from ..ops.rotated import Way
+from ..ops.rotated import Stacks, Way
 from ..parts import Identity, Normalize
 from .parameter import Matrices, Parameter
 
@@ -147,6 +147,8 @@ class Bucket:
 
     #: the dimension of its matrices that ranks share where all of them take the directions together
     sharded_dim: int | None = None
+    #: whether the updates of this step are made and stand where momenta did
+    _is_stepped = False
     #: what `update_moments` stored of a step whose updates are yet to be made
     _momenta = torch.empty(0)
     #: what rows or matrices of each item's update are yet to be multiplied by; none where they are as they should be
@@ -165,7 +167,7 @@ class Bucket:
 
     def direction_input(self, stored: Tensor) -> Tensor:
         """What the direction is asked about, made from what `update_moments` has stored."""
-        if not self.by_torch:
+        if not self.by_torch or self._is_stepped:
             return stored
         self._momenta = stored
         if isinstance(self.recipe.precondition, Identity):
@@ -180,29 +182,52 @@ class Bucket:
             parts.append(self.recipe.precondition.into(state, m, taken.hyper, state.get("step")).to(self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def precondition(self, stored: Tensor) -> bool:
+        """Has matrices whose direction leaves its input as it is take their whole way at once, statistics of their
+        gradients included: stored, their momenta, becomes their updates. False where no call does that, and nothing is
+        written.
+        """
+        self._is_stepped = False
+        part, stacks, items = self.recipe.kronecker, self._stacks, self.matrices()
+        if part is None or stacks is None or self.dtype is not stored.dtype:
+            return False
+        grads, flags = [item.by_matrices(item.grad) for item in items], [item.finite for item in items]
+        xs, hyper = _parts(stored, self.counts), items[0].parameter.step_values.hyper
+        self._is_stepped = part.step_in_place(stacks, grads, xs, hyper, xs, flags)
+        return self._is_stepped
+
     def _turned_together(
         self, way: Way, x: Tensor, counts: Sequence[int], shape: Sequence[int], sizes: Sequence[int]
     ) -> Tensor | None:
         """`into` or `back` of all items by one call, where there is one for them; x: in parts of `counts`, as the
         result, of this shape, in `sizes`.
         """
-        part, items = self.recipe.kronecker, self.matrices()
-        if part is None or not x.is_cpu or self.dtype is not x.dtype:
-            return None
-        if len({item.parameter.group for item in items}) > 1:
+        part, stacks = self.recipe.kronecker, self._stacks
+        if part is None or stacks is None or self.dtype is not x.dtype:
             return None
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        states, hyper = [item.state for item in items], items[0].parameter.step_values.hyper
-        return out if part.turn_all(way, states, x.contiguous().split(counts), hyper, out.split(sizes)) else None
+        xs, hyper = _parts(x.contiguous(), counts), self.items[0].parameter.step_values.hyper
+        return out if part.turn_all(way, stacks, xs, hyper, _parts(out, sizes)) else None
+
+    @cached_property
+    def _stacks(self) -> Stacks | None:
+        """What the state of its matrices gives the calls that take all of them; None where none are for them."""
+        part, items = self.recipe.kronecker, self.matrices()
+        if part is None or self.device.type != "cpu" or len({item.parameter.group for item in items}) > 1:
+            return None
+        return part.stacks([item.state for item in items], [item.shape for item in items])
 
     def parts(self, t: Tensor) -> Sequence[Tensor]:
         """Each item's part of what `update_moments` stores."""
-        return t.split(self.counts)
+        return _parts(t, self.counts)
 
     def updates(self, d: Tensor) -> list[Tensor]:
         """The update of every item."""
-        parts = list(d.split(self.sizes))
+        parts = list(_parts(d, self.sizes))
         if not self.by_torch:
+            return parts
+        if self._is_stepped:
+            self._is_stepped = False
             return parts
         momenta, self._momenta = self._momenta, self._momenta[:0]
         if self._normalization is not None and (normalized := self._normalized(self._normalization, d, momenta)):
@@ -369,6 +394,11 @@ class FusedBatch:
     def stored(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Each item's part of what its bucket stores."""
         return [part for t, bucket in zip(stacks, self.buckets, strict=True) for part in bucket.parts(t)]
+
+
+def _parts(t: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    """`t.split(counts)`, which takes as long as a whole op where there is one."""
+    return [t] if len(counts) == 1 else t.split(counts)
 
 
 def _present(tensors: list[Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ..ops.multi_tensor import Scaling
 from ..parts import Hyper
 from ..recipe import Recipe, largest, square_sum
 from .executor import Directed
-from .factors import advance_clocks, observe_matrices, update_factors
+from .factors import Factors, advance_clocks
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
 from .program import is_elementwise
 
@@ -131,6 +131,7 @@ class Eager:
         self._ranks = parameters[0].ranks
         self.prefetch = 0 if self._ranks is None else 1
         self._matrices = [item for parameter in parameters for item in parameter.owned_matrices()]
+        self._factors = Factors(self._matrices)
         self._parts = [item for p in parameters if self._ranks for item in p.local_matrices()]
         self._known: dict[tuple[tuple[int, int], ...], list[SharedMatrices]] = {}
         self._batches: list[Batch] = []
@@ -191,7 +192,7 @@ class Eager:
         if self._ranks is not None:
             for shared in self._shared([p for p in self.parameters if p.recipe.measures_gradients]):
                 shared.receive_gradients()
-        update_factors([item for item in self._matrices if item.phase.before])
+        self._factors.update(after=False)
         for p in self.parameters:
             if p.step_values.phase.steps:
                 store_if(
@@ -203,7 +204,7 @@ class Eager:
             if p.step_values.phase.steps:
                 store_if(p.step_values.finite, p.state, p.recipe.remembered_gradient(self._plain[i]))
         self._plain = {}
-        observe_matrices([item for item in self._matrices if item.phase.steps])
+        self._factors.observe(self._matrices)
         self._batches = self._new_batches()
 
     def batches(self) -> list[Batch]:
@@ -278,7 +279,7 @@ class Eager:
         self._add(p, "update", square_sum(u * (hyper.lr * item.ratio * hyper.step_factor)))
 
     def finish(self) -> None:
-        update_factors([item for item in self._matrices if item.phase.after])
+        self._factors.update(after=True)
         advance_clocks(self.parameters)
         for p in self.parameters:
             self._add(p, "update", torch.zeros((), dtype=torch.float64, device=p.tensor.device))

@@ -4,75 +4,96 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import chain
 
+import torch
 from torch import Tensor
 
 from ..chunking import chunk_by_bytes
 from ..ops import streams
+from ..ops.rotated import Stacks
 from ..parts import Hyper
 from ..parts.precondition import PENDING, Gathered, Kronecker, Phase, refresh_bytes
 from ..recipe import CLOCK, State
 from .parameter import Matrices, Parameter
 
-__all__ = ["advance_clocks", "observe_matrices", "update_factors"]
+__all__ = ["Factors", "advance_clocks"]
 
 
-def update_factors(matrices: Sequence[Matrices]) -> None:
-    """Factors take the gradients of these matrices, in place, and what is due is refreshed."""
-    due: dict[tuple[int, Phase], list[Matrices]] = {}
-    for each in matrices:
-        due.setdefault((each.parameter.group, each.phase), []).append(each)
-    for (_, phase), some in due.items():
-        part = some[0].recipe.kronecker
-        assert part is not None
-        _store(some, part.learn_in_place, part.update_factors)
-        if phase.commits:
-            streams.join(each.state[PENDING] for each in some)
-            for each in some:
-                each.keep(part.commit(each.state))
-        if phase.refreshes and phase.at_once and phase.exact is None and _refreshed_in_place(part, some):
-            continue
-        if phase.refreshes:
-            max_bytes = some[0].parameter.options.max_workspace_bytes
-            for run in chunk_by_bytes(some, lambda each: refresh_bytes(each.state), max_bytes):
-                _refresh(part, phase, run)
-
-
-def _store(
-    matrices: Sequence[Matrices],
-    together: Callable[[list[State], list[Tensor], Hyper, list[Tensor]], bool],
-    alone: Callable[[State, Tensor, Hyper], State],
-) -> None:
-    """What `alone` gives of the gradients of one group goes into their states, in one call of `together` where that
-    says that it did it.
+class Factors:
+    """The factors of these matrices. What state gives the calls that take many at once is gathered once for all those
+    that come together: it stays where it is.
     """
-    options, hyper = matrices[0].parameter.options, matrices[0].parameter.step_values.hyper
-    for some in chunk_by_bytes(matrices, lambda each: each.grad.nbytes, options.max_workspace_bytes):
-        grads = [each.by_matrices(each.grad) for each in some]  # which may be copies
-        if not together([each.state for each in some], grads, hyper, [each.finite for each in some]):
-            for each, g in zip(some, grads, strict=True):
-                each.keep(alone(each.state, g, hyper))
 
+    def __init__(self, matrices: Sequence[Matrices]) -> None:
+        self._matrices = matrices
+        self._known: dict[tuple[int, ...], Stacks] = {}
 
-def _refreshed_in_place(part: Kronecker, matrices: Sequence[Matrices]) -> bool:
-    states, flags = [each.state for each in matrices], [each.finite for each in matrices]
-    return part.refresh_in_place(states, [each.shape for each in matrices], flags)
+    def update(self, *, after: bool) -> None:
+        """Factors that learn before the step, or after it, take the gradients, in place; what is due is refreshed."""
+        due: dict[tuple[int, Phase], list[Matrices]] = {}
+        for each in self._matrices:
+            phase = each.phase
+            if phase.after if after else phase.before:
+                due.setdefault((each.parameter.group, phase), []).append(each)
+        for (_, phase), some in due.items():
+            part = some[0].recipe.kronecker
+            assert part is not None
+            self._store(some, part.learn_in_place, part.update_factors)
+            if phase.commits:
+                streams.join(each.state[PENDING] for each in some)
+                for each in some:
+                    each.keep(part.commit(each.state))
+            if phase.refreshes and phase.at_once and phase.exact is None and self._refreshed_in_place(part, some):
+                continue
+            if phase.refreshes:
+                max_bytes = some[0].parameter.options.max_workspace_bytes
+                for run in chunk_by_bytes(some, lambda each: refresh_bytes(each.state), max_bytes):
+                    _refresh(part, phase, run)
 
+    def observe(self, matrices: Sequence[Matrices]) -> None:
+        """Statistics that every gradient of these adds to, such as SOAP's second moment in the present metric."""
+        groups: dict[int, list[Matrices]] = {}
+        for each in matrices:
+            if each.phase.steps and each.recipe.measures_gradients:
+                groups.setdefault(each.parameter.group, []).append(each)
+        for of_group in groups.values():
+            recipe = of_group[0].recipe
+            part = None if recipe.transforms else recipe.kronecker
+            self._store(of_group, None if part is None else part.observe_in_place, recipe.observe_matrices)
 
-def observe_matrices(matrices: Sequence[Matrices]) -> None:
-    """Statistics that every gradient adds to, such as SOAP's second moment in the present metric."""
-    groups: dict[int, list[Matrices]] = {}
-    for each in matrices:
-        if each.recipe.measures_gradients:
-            groups.setdefault(each.parameter.group, []).append(each)
-    for of_group in groups.values():
-        recipe = of_group[0].recipe
-        part = None if recipe.transforms else recipe.kronecker
-        _store(of_group, _never if part is None else part.observe_in_place, recipe.observe_matrices)
+    def _store(
+        self,
+        matrices: Sequence[Matrices],
+        together: Callable[[Stacks, list[Tensor], Hyper, list[Tensor]], bool] | None,
+        alone: Callable[[State, Tensor, Hyper], State],
+    ) -> None:
+        """What `alone` gives of the gradients of one group goes into their states, in one call of `together` where that
+        says that it did it.
+        """
+        options, hyper = matrices[0].parameter.options, matrices[0].parameter.step_values.hyper
+        alike: dict[torch.dtype, list[Matrices]] = {}  # so that none goes another way for what is beside it
+        for each in matrices:
+            alike.setdefault(each.grad.dtype, []).append(each)
+        runs = (chunk_by_bytes(of, lambda each: each.grad.nbytes, options.max_workspace_bytes) for of in alike.values())
+        for some in chain.from_iterable(runs):
+            grads = [each.by_matrices(each.grad) for each in some]  # which may be copies
+            if together is None or not together(self._stacks(some), grads, hyper, [each.finite for each in some]):
+                for each, g in zip(some, grads, strict=True):
+                    each.keep(alone(each.state, g, hyper))
 
+    def _refreshed_in_place(self, part: Kronecker, matrices: Sequence[Matrices]) -> bool:
+        flags = [each.finite for each in matrices]
+        return part.refresh_in_place(self._stacks(matrices), [each.state for each in matrices], flags)
 
-def _never(*arguments: object) -> bool:
-    return False
+    def _stacks(self, matrices: Sequence[Matrices]) -> Stacks:
+        """What the state of these matrices, of one recipe, gives the calls."""
+        key = tuple(map(id, matrices))
+        if key not in self._known:
+            part = matrices[0].recipe.kronecker
+            assert part is not None
+            self._known[key] = part.stacks([each.state for each in matrices], [each.shape for each in matrices])
+        return self._known[key]
 
 
 def advance_clocks(parameters: Sequence[Parameter]) -> None:

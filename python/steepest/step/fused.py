@@ -30,9 +30,10 @@ from ..ops import multi_tensor
 from ..ops.multi_tensor import Groups, Scaling, Table
 from ..ops.program import COLUMNS, Program
 from ..parts import Direction, Hyper
+from ..recipe import Recipe
 from .buckets import Bucket, FusedBatch, FusedItem, batches_of, bucket_key, in_batches, items_of
 from .executor import Directed
-from .factors import advance_clocks, observe_matrices, update_factors
+from .factors import Factors, advance_clocks
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
 
 if TYPE_CHECKING:
@@ -91,7 +92,11 @@ class Fused:
         self._valued = list(range(len(parameters)) if coupled else self._by_torch)
         here = [item.matrices for item in self._items if item.matrices is not None]
         ours: Sequence[Matrices] = self._owned if self._ranks else here
-        self._matrices = [item for item in ours if item.by_matrix]
+        by_matrix = [item for item in ours if item.by_matrix]
+        self._factors = Factors(by_matrix)
+        #: those whose statistics are not left to their bucket
+        self._at_once = {recipe for recipe in {p.recipe for p in parameters} if self._is_stepped_at_once(recipe)}
+        self._observed = [item for item in by_matrix if item.recipe not in self._at_once]
         limits = [p.recipe.largest_gradient(p.grad_dtype) for p in parameters]
         self.table.column("largest_taken").copy_(torch.tensor(limits, dtype=torch.float64, device=self.device))
         for p, flag in zip(parameters, self.table.column("finite").unbind(), strict=True):
@@ -206,14 +211,19 @@ class Fused:
         rows = [item.row for item in self._items for _ in range(item.count)]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
-    def _limits_of_rows(self) -> tuple[Tensor, Tensor]:
-        """The largest entry and sum of squares of a gradient that torch operations take, for every row."""
+    def _limits_of_rows(self) -> Tensor:
+        """The largest sum of squares and entry of a gradient that torch operations take, (rows, 2)."""
         limits = [
-            p.recipe.limits(p.grad_dtype) if row in self._by_torch else (math.inf, math.inf)
+            p.recipe.limits(p.grad_dtype)[::-1] if row in self._by_torch else (math.inf, math.inf)
             for row, p in enumerate(self.parameters)
         ]
-        most, square = torch.tensor(limits, dtype=torch.float64, device=self.device).unbind(1)
-        return most, square
+        return torch.tensor(limits, dtype=torch.float64, device=self.device)
+
+    @cached_property
+    def _measured(self) -> Tensor:
+        """The sums of squares and the largest entries of gradients, (rows, 2)."""
+        first = COLUMNS.index("grad_sq")
+        return self.table.rows[:, first : first + 2]
 
     @cached_property
     def _asked(self) -> list[tuple[Parameter, int]]:
@@ -226,10 +236,10 @@ class Fused:
 
     def _refuse(self, allowed: Sequence[Tensor | None]) -> None:
         """Takes no step where what torch operations make of a gradient, or of a weight, would not stay finite."""
-        finite, most, square = (self.table.column(name) for name in ("finite", "grad_max", "grad_sq"))
+        finite = self.table.column("finite")
         if self._limits is not None:
-            largest, largest_square = self._limits
-            finite.mul_((most <= largest) & (square <= largest_square))
+            finite.mul_((self._measured <= self._limits).all(1))
+        square, most = self._measured.unbind(1) if self._asked else ((), ())
         for p, row in self._asked:
             finite[row].mul_(p.accepts(most[row], square[row]))
         if allowed:
@@ -241,13 +251,13 @@ class Fused:
         self._present = self._new_batches(self._waiting) if self._waiting else self._batches
         for shared in self._measuring:
             shared.receive_gradients()
-        update_factors([item for item in self._matrices if item.phase.before])
+        self._factors.update(after=False)
         for p in self._by_torch.values():
             taken = p.step_values
             hyper = taken.hyper.beginning(p.state["step"] - taken.finite) if p.recipe.starts_first else taken.hyper
             if taken.phase.steps:
                 store_if(taken.finite, p.state, p.recipe.observe(p.state, taken.grad, hyper))
-        observe_matrices([item for item in self._matrices if item.phase.steps])
+        self._factors.observe(self._observed)
         for batch in self._present if self._coupled else ():
             if not batch.items:  # nothing of it lies here
                 continue
@@ -284,7 +294,16 @@ class Fused:
                 batch.read,
                 backend=self.backend,
             )
+        for bucket, t in zip(batch.buckets, stacks, strict=True):
+            if bucket.recipe in self._at_once and not bucket.precondition(t):
+                self._factors.observe(bucket.matrices())
         return [bucket.send(t) for bucket, t in zip(batch.buckets, stacks, strict=True)]
+
+    def _is_stepped_at_once(self, recipe: Recipe) -> bool:
+        """Whether a bucket of this recipe observes its gradients with its step, as nothing comes between them."""
+        alone = self.device.type == "cpu" and self._ranks is None and not self._coupled
+        part = recipe.kronecker
+        return alone and part is not None and part.steps_at_once and recipe.leaves_directions
 
     def directions(self, batch: FusedBatch, xs: list[Tensor]) -> list[Tensor]:
         """The directions, of length 1 but where torch operations go on with them.
@@ -353,7 +372,7 @@ class Fused:
         )
 
     def finish(self) -> None:
-        update_factors([item for item in self._matrices if item.phase.after])
+        self._factors.update(after=True)
         advance_clocks(list(self._by_torch.values()))
         for row in self._valued:
             self.parameters[row].step = None

@@ -171,10 +171,15 @@ class Kronecker:
         """(batch * blocks, rows, cols), the same; `unblock` makes it the matrix's."""
         raise NotImplementedError
 
+    def stacks(self, states: Sequence[State], shapes: Sequence[tuple[int, int, int]]) -> rotated.Stacks:
+        """The state of matrices of these shapes for the calls that take all of them; good as long as it stays there."""
+        factors = [state[key] for state in states for key in FACTORS]
+        return rotated.Stacks(shapes, factors, [state[LEARNED] for state in states])
+
     def turn_all(
         self,
         way: rotated.Way,
-        states: Sequence[State],
+        stacks: rotated.Stacks,
         xs: Sequence[Tensor],
         hyper: Hyper,
         outs: Sequence[Tensor],
@@ -186,9 +191,26 @@ class Kronecker:
         return False
 
     def observe_in_place(
-        self, states: Sequence[State], grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
+        self, stacks: rotated.Stacks, grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
     ) -> bool:
         """What `observe` gives, as `learn_in_place` writes what `update_factors` gives."""
+        return False
+
+    @property
+    def steps_at_once(self) -> bool:
+        """Whether there is a call for `step_in_place` at all."""
+        return False
+
+    def step_in_place(
+        self,
+        stacks: rotated.Stacks,
+        grads: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        hyper: Hyper,
+        outs: Sequence[Tensor],
+        flags: Sequence[Tensor],
+    ) -> bool:
+        """What `observe_in_place` does, and into outs what `back` gives of `into`, by one call; False as there."""
         return False
 
     def init_side(self, side: int, count: int, n: int, like: Tensor) -> State:
@@ -328,24 +350,22 @@ class Kronecker:
         return not (self.external or self.blocks or self.dtype is not None)
 
     def learn_in_place(
-        self, states: Sequence[State], grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
+        self, stacks: rotated.Stacks, grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
     ) -> bool:
         """What `update_factors` gives, written by one call for all of these where their flags are true; False where
         there is no such call for them, and nothing is written.
         """
-        beta, factors = self.rate(hyper), [state[key] for state in states for key in FACTORS]
+        beta = self.rate(hyper)
         if not self._learns_factors_alone or not isinstance(beta, float) or not 0 <= beta < 1:
             return False
-        if not rotated.supports(*grads, *factors):
+        if not stacks.learn(grads):
             return False
-        rotated.learn(grads, factors, [state[LEARNED] for state in states], flags, beta)
+        rotated.learn(grads, stacks, flags, beta)
         return True
 
-    def refresh_in_place(
-        self, states: Sequence[State], shapes: Sequence[tuple[int, int, int]], flags: Sequence[Tensor]
-    ) -> bool:
+    def refresh_in_place(self, stacks: rotated.Stacks, states: Sequence[State], flags: Sequence[Tensor]) -> bool:
         """A refresh of all of these that is taken at once, written where their flags are true; False where `gather`,
-        `refresh` and `commit` are the only one, and nothing is written.   shapes: of their matrices.
+        `refresh` and `commit` are the only one, and nothing is written.   states: those of the stacks.
         """
         return False
 

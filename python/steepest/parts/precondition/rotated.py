@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -28,6 +28,7 @@ from ...linalg.basis import (
     ACCEPTED,
     FELL_BACK,
     LIMITS,
+    TRIES,
     WANTS_EXACT,
     Method,
     Refreshed,
@@ -37,7 +38,7 @@ from ...linalg.basis import (
 )
 from ...linalg.work import Work
 from ...ops import rotated, streams
-from ...ops.matmul import IN_ORDER, matmul
+from ...ops.matmul import matmul
 from ...ops.reductions import total
 from ..hyper import Hyper, Number
 from .base import State
@@ -185,40 +186,73 @@ class Rotated(Kronecker):
         count, inside = _count(inner, step, second), inner.eps_inside
         return rotated.rotate(x, left, right, second, count, way, beta=beta, eps=eps, inside=inside)
 
+    def stacks(self, states: Sequence[State], shapes: Sequence[tuple[int, int, int]]) -> rotated.Stacks:
+        given, none = super().stacks(states, shapes), states[0][LEARNED].new_empty(0)
+        if self.sides is not None:
+            given = replace(given, values=[state[key] for state in states for key in VALUES])
+        bases = [state[key] for state in states for key in BASES]
+        statuses = [state[key] for state in states for key in STATUS] if self.method == "auto" else []
+        if not isinstance(self.inner, Diagonal):
+            return replace(given, bases=bases, statuses=statuses, seconds=[none] * len(states))
+        seconds = [state[self.inner.key] for state in states]
+        steps = [_count(self.inner, state.get("step"), none) for state in states]
+        return replace(given, bases=bases, statuses=statuses, seconds=seconds, steps=steps)
+
     def turn_all(
         self,
         way: rotated.Way,
-        states: Sequence[State],
+        stacks: rotated.Stacks,
         xs: Sequence[Tensor],
         hyper: Hyper,
         outs: Sequence[Tensor],
         flags: Sequence[Tensor] = (),
     ) -> bool:
         call = self._of_call(hyper)
-        if call is None or any(max(x.shape[-2:]) > IN_ORDER for x in xs):
+        if call is None or not stacks.rotate(xs):
             return False
         inner, beta, eps = call
-        bases = [state[key] for state in states for key in BASES]
-        seconds = [state[inner.key] for state in states]
-        if not rotated.supports(*xs, *bases, *seconds, *outs):
-            return False
-        counts = [_count(inner, state.get("step"), second) for state, second in zip(states, seconds, strict=True)]
-        rotated.rotate_all(xs, bases, seconds, counts, way, outs, flags, beta=beta, eps=eps, inside=inner.eps_inside)
+        rotated.rotate_all(xs, stacks, way, outs, flags, beta=beta, eps=eps, inside=inner.eps_inside)
         return True
 
     def observe_in_place(
-        self, states: Sequence[State], grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
+        self, stacks: rotated.Stacks, grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
     ) -> bool:
         if not isinstance(self.inner, Diagonal):
             return False
-        return self.turn_all("observe", states, grads, hyper, [state[self.inner.key] for state in states], flags)
+        return self.turn_all("observe", stacks, grads, hyper, stacks.seconds, flags)
+
+    @property
+    def steps_at_once(self) -> bool:
+        return self._divides_by_roots
+
+    def step_in_place(
+        self,
+        stacks: rotated.Stacks,
+        grads: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        hyper: Hyper,
+        outs: Sequence[Tensor],
+        flags: Sequence[Tensor],
+    ) -> bool:
+        call = self._of_call(hyper)
+        if call is None or not stacks.rotate([*grads, *xs]):
+            return False
+        inner, beta, eps = call
+        rotated.adam(grads, xs, stacks, outs, flags, beta=beta, eps=eps, inside=inner.eps_inside)
+        return True
 
     def _of_call(self, hyper: Hyper) -> tuple[Diagonal, float, float] | None:
         """The inner part, beta2 and eps, where `steepest.ops.rotated.rotate` is for them."""
         inner, beta, eps = self.inner, hyper.beta2, hyper.eps
-        if not isinstance(inner, Diagonal) or inner.power != 0.25 or inner.average != "ema" or self.blocks:
+        if not isinstance(inner, Diagonal) or not self._divides_by_roots:
             return None
         return (inner, beta, eps) if isinstance(beta, float) and isinstance(eps, float) else None
+
+    @property
+    def _divides_by_roots(self) -> bool:
+        """Whether the division is that of the calls."""
+        inner = self.inner
+        return isinstance(inner, Diagonal) and inner.power == 0.25 and inner.average == "ema" and not self.blocks
 
     def _bases(self, state: State) -> tuple[Tensor, Tensor]:
         return wide(state[BASES[0]]), wide(state[BASES[1]])
@@ -322,6 +356,23 @@ class Rotated(Kronecker):
                 fresh[key] = torch.where(started, mixed.to(state[key].dtype), state[key])
         return fresh
 
+    def learn_in_place(
+        self, stacks: rotated.Stacks, grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
+    ) -> bool:
+        if self.coupling is None:
+            return super().learn_in_place(stacks, grads, hyper, flags)
+        beta = self.rate(hyper)
+        if not super()._learns_factors_alone or not self._averages_values or not isinstance(beta, float):
+            return False
+        if not 0 <= beta < 1 or not stacks.learn_coupled(grads):
+            return False
+        rotated.coupled(grads, stacks, flags, beta, self.coupling.limited)
+        return True
+
+    @property
+    def _averages_values(self) -> bool:
+        return self.sides is not None and self.sides.values == "average"
+
     @property
     def _learns_factors_alone(self) -> bool:
         present = self.sides is not None and self.sides.values == "present"
@@ -329,25 +380,14 @@ class Rotated(Kronecker):
 
     # ---- the refresh ------------------------------------------------------------------------------------------------
 
-    def refresh_in_place(
-        self, states: Sequence[State], shapes: Sequence[tuple[int, int, int]], flags: Sequence[Tensor]
-    ) -> bool:
+    def refresh_in_place(self, stacks: rotated.Stacks, states: Sequence[State], flags: Sequence[Tensor]) -> bool:
         """One call tracks all bases; those that it gets no hold of are solved exactly."""
-        plain = self.method == "auto" and self.transport != "fixed" and self.sides is None
+        plain = self.method == "auto" and self.transport != "fixed" and (self.sides is None or self._averages_values)
         if not plain or self.delay or self.blocks or self.dtype is not None:
             return False
-        if not _tracks(states[0][FACTORS[0]].device):
+        if not _tracks(stacks.factors[0].device) or not stacks.track():
             return False
-        key = self.inner.key if isinstance(self.inner, Diagonal) else None
-        factors, bases, statuses = (
-            [state[name] for state in states for name in pair] for pair in (FACTORS, BASES, STATUS)
-        )
-        none = states[0][LEARNED].new_empty(0)
-        seconds = [none if key is None else state[key] for state in states]
-        if not rotated.supports(*factors, *bases, *seconds):
-            return False
-        left = rotated.track(factors, bases, statuses, seconds, flags, shapes, LIMITS, ACCEPTED)
-        for i, side, matrix in left:
+        for i, side, matrix in rotated.track(stacks, flags, LIMITS, ACCEPTED, TRIES):
             self._solve_in_place(states[i], side, matrix)
         return True
 
@@ -355,6 +395,7 @@ class Rotated(Kronecker):
         """The exact basis of one matrix, and all that goes with it."""
         keys = [FACTORS[side], BASES[side], STATUS[side]]
         keys += [self.inner.key] if isinstance(self.inner, Diagonal) else []
+        keys += [] if self.sides is None else [VALUES[side]]
         one = {key: state[key][matrix : matrix + 1] for key in keys}
         solved = _solved(one[FACTORS[side]], one[BASES[side]])
         fresh: State = {STATUS[side]: solved.status}
