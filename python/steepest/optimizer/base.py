@@ -243,7 +243,13 @@ class MatrixOptimizer(Reports, Constraints):
                 state = None if kept is None else tuple([_place(value) for value in kept.values()])
                 # Few layouts of five dimensions and more, and of Triton's tensors, can be walked.
                 strides = None if g.is_contiguous() and p.is_contiguous() else (p.stride(), g.stride())
-                shard = local_tensor(p).data_ptr() if is_sharded(p) else None
+                shard = None
+                if is_sharded(p):
+                    shard = (
+                        local_tensor(p).data_ptr(),
+                        getattr(g, "device_mesh", None),
+                        getattr(g, "placements", None),
+                    )
                 yield (id(p), p.shape, p.dtype, p.device, g.shape, g.dtype, g.layout, strides, state, shard)
 
     def _new_plan(self) -> Plan:
