@@ -74,7 +74,7 @@ def one_rank_cannot() -> tuple[str, bool]:
 def test_a_rank_that_cannot_go_on(processes: Processes) -> None:
     for text, kept in processes.run(one_rank_cannot, ranks=2):
         assert "nothing" in text
-        assert "rank 1 cannot take this step" in text
+        assert "rank 1 cannot go on with the step" in text
         assert kept
 
 

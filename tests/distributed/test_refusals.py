@@ -36,6 +36,13 @@ def refused() -> dict[str, str]:
     refuses("placements", optimizer.step, RuntimeError)
     p.grad = None
     assert torch.equal(before, p.full_tensor())  # type: ignore[attr-defined]
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    p.grad = torch.ones_like(p).redistribute(placements=[Shard(1)])  # type: ignore[attr-defined]
+    before = p.full_tensor().clone()  # type: ignore[attr-defined]
+    refuses("other placements later", optimizer.step, RuntimeError)
+    p.grad = None
+    assert torch.equal(before, p.full_tensor())  # type: ignore[attr-defined]
     model = nn.Linear(4, 8, bias=False)
     model.weight = p
     refuses("K-FAC", lambda: steepest.KFAC(model), RuntimeError)
@@ -58,6 +65,7 @@ def test_by_name(processes: Processes) -> None:
         assert "measures whole weights" in said["Fromage"]
         assert "ranks share its parameters" in said["graph"]
         assert "redistribute the gradient to the parameter's placements" in said["placements"]
+        assert "redistribute the gradient to the parameter's placements" in said["other placements later"]
         assert "DistributedDataParallel" in said["K-FAC"]
         assert "keep_mantissa=True" in said["Prodigy"]
         assert "is Partial" in said["Partial"]

@@ -76,6 +76,23 @@ def test_norms_are_those_of_the_start(processes: Processes, values: dict[str, An
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
 
+def radii(sharded: bool) -> list[Tensor]:
+    model = GPT()
+    for i, p in enumerate(model.parameters()):
+        p.data.copy_(noise(tuple(p.shape), i))
+    made = optimizer(steepest.Muon, shard(model) if sharded else model, **FROBENIUS)
+    made.init_state()
+    return [made.state[p]["radius"] for p in model.parameters() if "radius" in made.state[p]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_radii_are_those_of_one_process(processes: Processes, ranks: int) -> None:
+    wanted = processes.alone(radii, False)
+    assert sum(map(len, wanted)) > 30
+    for found in processes.run(radii, True, ranks=ranks):
+        assert all(map(torch.equal, found, wanted))
+
+
 def resumed(kind: str, number: int, folder: Path, values: dict[str, Any]) -> Weights:
     """Loads what number - 1 has saved, trains on, saves; the weights at the end."""
     model = shard(GPT()) if kind == "fsdp" else GPT()

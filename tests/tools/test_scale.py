@@ -352,11 +352,25 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["routes"][1]["sent_bytes"] == max(of("owner", MODELS["gpt2-124m"], "SOAP", 4).sent)
 
 
+@pytest.mark.parametrize(("optimizer", "routes"), [("KFAC", ["local"]), ("Fromage", ["local", "share"])])
+def test_ways_that_a_class_does_not_take(optimizer: str, routes: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--world", "8", "--mesh", "2x4", "--model", "tiny", "--optimizer", optimizer]) == 0
+    *rows, last = capsys.readouterr().out.splitlines()[4:]
+    assert [row.split()[0] for row in rows] == routes
+    assert last == f"{optimizer} takes no sharded parameters: use DistributedDataParallel"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--world", "64", "--mesh", "8x4"], "a mesh of 8x4 does not have the 64 ranks of --world"),
-        (["--world", "0"], "a mesh of 0 does not have the 0 ranks"),
+        (["--world", "0"], "--world is 1 rank or more, got 0"),
+        (["--world", "-4"], "--world is 1 rank or more, got -4"),
+        (["--world", "8", "--optimizer", "KFAC", "--simulate"], "which KFAC does not take: leave it out"),
+        (
+            ["--world", "8", "--optimizer", "Fromage", "--block-period", "4"],
+            "which Fromage does not take",
+        ),
         (["--world", "8", "--mesh", "2by4"], "mesh '2by4' is not lengths such as 8x8"),
         (["--world", "8", "--model", "gpt9"], "model 'gpt9' is not known; choose one of tiny"),
         (["--world", "8", "--optimizer", "Sgd"], "optimizer 'Sgd' is no class of steepest; say one as it is imported"),

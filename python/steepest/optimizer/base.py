@@ -57,6 +57,8 @@ class MatrixOptimizer(Reports, Constraints):
     _is_made = True
 
     def __init__(self, params: Params, defaults: Group, adamw: Group) -> None:
+        if isinstance(params, Iterator):
+            params = list(params)
         self._adamw_defaults = dict(adamw)
         self._reasons: dict[Tensor, str] = {}
         self._skipped: dict[torch.device, Tensor] = {}
@@ -64,24 +66,28 @@ class MatrixOptimizer(Reports, Constraints):
         self._staleness = StaleParameters(type(self).__name__, params)
         self._begin_shards()
         self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
-        check_zero(type(self).__name__, self.split_group)
-        self._check_options(defaults)
-        self._check_options(self._adamw_defaults, prefix="adamw_")
-        self._check_values({**defaults, "use_muon": True})
         self._is_made = False
-        super().__init__(self._groups(params), {**defaults, "use_muon": True})
+        with self._telling("the constructor", params, defaults.get("share_work")):
+            check_zero(type(self).__name__, self.split_group)
+            self._check_options(defaults)
+            self._check_options(self._adamw_defaults, prefix="adamw_")
+            self._check_values({**defaults, "use_muon": True})
+            super().__init__(self._groups(params), {**defaults, "use_muon": True})
         self._is_made = True
         self._begin_state("the constructor")
 
     def add_param_group(self, param_group: Group) -> None:
+        if not self._is_made:
+            super().add_param_group(param_group)
+            return
         before = len(self.param_groups)
-        super().add_param_group(param_group)
-        if self._is_made:
-            try:
-                self._begin_state("add_param_group()")
-            except Exception:
-                del self.param_groups[before:]
-                raise
+        with self._telling("add_param_group()", param_group):
+            super().add_param_group(param_group)
+        try:
+            self._begin_state("add_param_group()")
+        except Exception:
+            del self.param_groups[before:]
+            raise
 
     def _begin_state(self, call: str) -> None:
         """Makes the state of sharded parameters, so that every rank has, and names, the same in a checkpoint."""
@@ -130,7 +136,7 @@ class MatrixOptimizer(Reports, Constraints):
 
     @torch._disable_dynamo  # of sharded parameters, which `_traced_step` refuses: their step is not compiled piecemeal
     def take_step(self, scaling: Scaling, loss: Number | None) -> None:
-        plan = self._agreed_plan() if self._has_shards else self._ready_plan()
+        plan = self.ready_plan()
         hypers = [self._hyper(group) for group in self.param_groups]
         plan.step(hypers, scaling, self.coupling(plan, loss))
         self._run_weight_hooks(plan.parameters)
@@ -163,8 +169,10 @@ class MatrixOptimizer(Reports, Constraints):
 
     @in_default_modes
     def prepare(self) -> set[str]:
-        """Makes state and plan for the gradients there are, without a step; the backends it will run on."""
-        return self._ready_plan().backends
+        """Makes state and plan for the gradients there are, without a step; the backends it will run on. With sharded
+        parameters all ranks call this together.
+        """
+        return self.ready_plan().backends
 
     def _agreed_plan(self) -> Plan:
         """`_ready_plan` of sharded parameters: no rank goes on where one cannot, or is about to do something else.
@@ -482,8 +490,10 @@ class MatrixOptimizer(Reports, Constraints):
         self._init_states([(p, p.dtype, group)])
 
     def ready_plan(self) -> Plan:
-        """The plan of this step, with all state; every check is made before the first write."""
-        return self._ready_plan()
+        """The plan of this step, with all state; every check is made before the first write. With sharded parameters
+        all ranks call this together.
+        """
+        return self._agreed_plan() if self._has_shards else self._ready_plan()
 
 
 def _elsewhere(value: Any, device: torch.device | None) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..parts.precondition.kronecker import FACTORS
 from ..recipe import CLOCK, Recipe
-from ..sharding.local import is_sharded, local_tensor
+from ..sharding.local import local_tensor
 from .checkpoint_matching import GIVE_NAMES
 
 __all__ = [
@@ -217,13 +217,5 @@ def _check_tensor(name: str, value: Any, floating: bool, finite: bool = True) ->
 
 
 def _all(value: Tensor, holds: Callable[[Tensor], Tensor]) -> bool:
-    """Whether something holds of every entry, on all ranks that have some of them."""
-    true = holds(local_tensor(value)).all()
-    if is_sharded(value):
-        import torch.distributed as dist
-
-        flag = true.to(torch.int32)
-        for group in value.device_mesh.get_all_groups():  # type: ignore[attr-defined]
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
-        true = flag
-    return bool(true)
+    """Whether something holds of every entry that lies here."""
+    return bool(holds(local_tensor(value)).all())

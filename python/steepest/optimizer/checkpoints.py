@@ -14,6 +14,7 @@ from ..ops import streams
 from ..parts import Blockwise
 from ..parts.blockwise import scale_key
 from ..recipe import ADAMW, Recipe, State
+from ..sharding.local import is_sharded
 from ..step.modes import in_default_modes
 from ..step.state_storage import stack
 from .checkpoint_matching import AUTHOR, Match, match, read_groups, values_of
@@ -37,6 +38,7 @@ __all__ = ["Checkpoints"]
 # and their values that AdamW has here too; and those of methods that are not here.
 _SWITCHES = ("foreach", "fused", "differentiable")
 _OF_ADAMW = {"amsgrad": False, "decoupled_weight_decay": True}
+_SAME_STATE = "every rank loads the same checkpoint, with its own parts of the tensors that it has in parts"
 _ELSEWHERE = ("dampening", "alpha", "centered", "rho", "lambd", "momentum_decay", "beta2_decay", "lr_decay", "etas")
 
 
@@ -109,11 +111,6 @@ class Checkpoints(Shards):
         TypeError or ValueError, with nothing changed, for another optimizer's checkpoint, for a group value that the
         constructor refuses, and for state that lacks a tensor or has one of another shape or kind, or not finite.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(
-                "load_state_dict takes what state_dict() gives, a dictionary with 'state' and 'param_groups', but is "
-                f"given: {state_dict!r}"
-            )
         if text := self._load(state_dict).dropped():
             warnings.warn(f"{type(self).__name__}.load_state_dict: {text}", UserWarning, stacklevel=2)
 
@@ -123,6 +120,12 @@ class Checkpoints(Shards):
         """Loads, and says what has been matched with what."""
         streams.join()
         self._name_collectives("load_state_dict()")
+        with self._telling("load_state_dict()"):
+            if not isinstance(state_dict, Mapping):
+                raise TypeError(
+                    "load_state_dict takes what state_dict() gives, a dictionary with 'state' and 'param_groups', but "
+                    f"is given: {state_dict!r}"
+                )
         handle = self.register_load_state_dict_pre_hook(self._read)  # after the user's hooks
         try:
             super().load_state_dict(dict(state_dict))
@@ -139,37 +142,71 @@ class Checkpoints(Shards):
         """The checkpoint in this optimizer's order, all of it checked. Its state, which is not torch's to cast, is kept
         for `__setstate__`.
         """
-        saved, state = read_groups(given)
-        author = given.get(AUTHOR)
-        self._check_author(author)
-        matched = match(type(self).__name__, saved, state, self.param_groups)
-        numbers = range(len(self.param_groups))
-        groups = [self._loaded_group(number, saved, matched, author is None) for number in numbers]
+        with self._telling("load_state_dict()"):
+            saved, state = read_groups(given)
+            author = given.get(AUTHOR)
+            self._check_author(author)
+            matched = match(type(self).__name__, saved, state, self.param_groups)
+            numbers = range(len(self.param_groups))
+            groups = [self._loaded_group(number, saved, matched, author is None) for number in numbers]
+            entries = self._entries(state, matched, groups)
+        self._agree_on_state(entries)
         loaded: dict[Any, Any] = {}
-        taken: dict[Any, tuple[Tensor, str]] = {}
-        empty = {key for key, tensors in state.items() if tensors == {}} if any(state.values()) else set()
-        for number, group in enumerate(groups):
-            for i, p in enumerate(group["params"]):
-                entry = matched.entries[number][i]
-                tensors = {} if entry is None else state.get(entry.key, {})
-                if entry is not None and taken.setdefault(entry.key, (p, parameter_name(group, i)))[0] is not p:
-                    raise ValueError(
-                        f"the checkpoint's groups list {entry.key!r} in 'params' for {taken[entry.key][1]} and for "
-                        f"{parameter_name(group, i)}: give each a number of its own"
-                    )
-                if entry is not None and entry.key in empty:
-                    matched.begun.setdefault("everything", []).append(parameter_name(group, i))
-                loaded[p] = self._loaded_state(tensors, parameter_name(group, i), p, group, matched, author is None)
-        self._share(loaded, state, matched, groups)
-        self._check_together(loaded, groups)
-        listed = {key for group in saved for key in group["params"]}
-        _refuse_numbered([key for key, entry in state.items() if key not in listed and entry != {}])
-        loaded |= {key: copy.deepcopy(value) for key, value in state.items() if key not in listed}
+        failed: Exception | None = None
+        for what, p, group, tensors in entries:
+            try:
+                whole = self._whole_state(tensors, p, group)
+                if failed is None:
+                    loaded[p] = self._loaded_state(whole, what, p, group, matched, author is None)
+            except Exception as error:  # of this rank, to be raised once the others have gathered what it has
+                failed = failed or error
+        with self._telling("load_state_dict()"):
+            if failed is not None:
+                raise failed
+            self._share(loaded, state, matched, groups)
+            self._check_together(loaded, groups)
+            listed = {key for group in saved for key in group["params"]}
+            _refuse_numbered([key for key, entry in state.items() if key not in listed and entry != {}])
+            loaded |= {key: copy.deepcopy(value) for key, value in state.items() if key not in listed}
+        self._check_agreement(None)
         self._loading = {key: value for key, value in loaded.items() if value or not isinstance(key, Tensor)}, matched
         first = 0
         for group in groups:
             group["params"] = list(range(first, first := first + len(group["params"])))
         return {"state": {}, "param_groups": groups}
+
+    def _entries(
+        self, state: Mapping[Any, Any], matched: Match, groups: list[Group]
+    ) -> list[tuple[str, Tensor, Group, Any]]:
+        """Every parameter with its name, its group and what the checkpoint has of its state."""
+        entries = []
+        taken: dict[Any, tuple[Tensor, str]] = {}
+        empty = {key for key, tensors in state.items() if tensors == {}} if any(state.values()) else set()
+        for number, group in enumerate(groups):
+            for i, p in enumerate(group["params"]):
+                entry, what = matched.entries[number][i], parameter_name(group, i)
+                tensors = {} if entry is None else state.get(entry.key, {})
+                if entry is not None and taken.setdefault(entry.key, (p, what))[0] is not p:
+                    raise ValueError(
+                        f"the checkpoint's groups list {entry.key!r} in 'params' for {taken[entry.key][1]} and for "
+                        f"{what}: give each a number of its own"
+                    )
+                if entry is not None and entry.key in empty:
+                    matched.begun.setdefault("everything", []).append(what)
+                check_no_meta(tensors, what)
+                entries.append((what, p, group, tensors))
+        return entries
+
+    def _agree_on_state(self, entries: list[tuple[str, Tensor, Group, Any]]) -> None:
+        """RuntimeError on all ranks where they are not about to gather the same of a checkpoint."""
+        if self._has_shards:
+            rows = [
+                (what, f"with {key} of shape {tuple(value.shape)} as {value.placements}")
+                for what, _, _, tensors in entries
+                for key, value in tensors.items()
+                if is_sharded(value)
+            ]
+            self._check_agreement(rows, rows=lambda: rows, but=("ranks load different states", _SAME_STATE))
 
     def _check_author(self, author: object) -> None:
         """ValueError for a checkpoint of another class; one of a base class will do for a class of the user's own."""
@@ -213,9 +250,10 @@ class Checkpoints(Shards):
     def _loaded_state(
         self, tensors: Any, what: str, p: Tensor, group: Group, matched: Match, foreign: bool
     ) -> dict[str, Any]:
-        """A parameter's state as it will be, checked; without state of this optimizer it begins anew."""
-        check_no_meta(tensors, what)
-        tensors, kept, owner = self._whole_state(tensors, p, group), self.kept_state(p, group), type(self).__name__
+        """A parameter's state as it will be, checked; without state of this optimizer it begins anew. tensors: as
+        `_whole_state` has them.
+        """
+        kept, owner = self.kept_state(p, group), type(self).__name__
         fresh = self._fresh_like(tensors, p, group)
         alone = {key: kind for key, kind in kept.items() if key not in self._merged("common_state")}
         others = [key for key in tensors if key not in kept]

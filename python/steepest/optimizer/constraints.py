@@ -34,12 +34,13 @@ class Constraints(Averages):
 
         ValueError for a matrix of norm 0. Collective among the ranks of a sharded parameter.
         """
-        if self._recipe(group).constraint is None or RADIUS in self.state[p]:
+        sphere = self._recipe(group).constraint
+        if sphere is None or RADIUS in self.state[p]:
             return {}
-        radii = norms_of([self._parameter(self._number(group), 0, p, self._state_here(p))])[0]
-        if p.numel() and not bool((radii > 0).all()):
+        norms = norms_of([self._parameter(self._number(group), 0, p, self._state_here(p))])[0]
+        if p.numel() and not bool((norms > 0).all()):
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} has a matrix of norm 0, which has no sphere to stay on: put it "
                 "into a group with constraint=None"
             )
-        return {RADIUS: radii}
+        return {RADIUS: sphere.radii(norms, p.dtype)}

@@ -45,10 +45,16 @@ def entries(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, object
         *[map(attribute, params) for attribute in _OF_PARAMETERS],
         *[map(attribute, present) for attribute in _OF_GRADIENTS],
         () if flat else map(_strides, params, present),
-        () if plain else (local_tensor(p).data_ptr() if is_sharded(p) else None for p in params),
+        () if plain else map(_shard, params, present),
         [None if of_one is None else len(of_one) for of_one in states],
         map(place, values),
     )
+
+
+def _shard(p: Tensor, g: Tensor) -> tuple[object, ...] | None:
+    if not is_sharded(p):
+        return None
+    return (local_tensor(p).data_ptr(), getattr(g, "device_mesh", None), getattr(g, "placements", None))
 
 
 def _strides(p: Tensor, g: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

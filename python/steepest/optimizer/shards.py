@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import zip_longest
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..matrices import Piece
 from ..parts import Blockwise
@@ -22,12 +22,17 @@ from .groups import Groups
 from .wrappers import is_made_in_backward
 
 if TYPE_CHECKING:
+    from ..sharding.agreement import Agreement, Rows
     from ..sharding.layout import Sharding
     from ..sharding.ranks import Ranks
 
 __all__ = ["Shards"]
 
 Owners = tuple[tuple[int, ...], ...]
+_SAME_STEP = (
+    "every rank needs the same parameters, in the same groups and order, with the same options, and gradients of the "
+    "same ones"
+)
 
 
 class Shards(Groups):
@@ -36,6 +41,10 @@ class Shards(Groups):
     _shardings: dict[Tensor, Sharding]
     _meshes: dict[object, Ranks]
     _owners: dict[Tensor, tuple[tuple[Piece, ...], Owners]]
+    #: all ranks that have a parameter, replicas too, by what it lies on
+    _peers: dict[object, Ranks]
+    #: the agreement among so many of them
+    _agreed_by: tuple[int, Agreement] | None = None
     #: whether ranks share a parameter, or the work on it
     _has_shards = False
 
@@ -47,7 +56,7 @@ class Shards(Groups):
     # ---- where parameters lie ----------------------------------------------------------------------------------------
 
     def _begin_shards(self) -> None:
-        for name in ("_shardings", "_meshes", "_owners"):
+        for name in ("_shardings", "_meshes", "_owners", "_peers"):
             self.__dict__.setdefault(name, {})
 
     def _sharding(self, p: Any) -> Sharding | None:
@@ -71,6 +80,7 @@ class Shards(Groups):
         dims = shard_dims(placements)
         copies = tuple(i for i in range(mesh.ndim) if i not in dims) if share_work else ()
         key = (mesh, dims, copies)
+        self._note_peers(p)
         if key not in self._meshes:
             self._meshes[key] = ranks_of_mesh(mesh, dims, p.to_local().device, copies=copies)
         ranks, along = self._meshes[key], [placements[i] for i in dims]
@@ -83,7 +93,7 @@ class Shards(Groups):
         from ..sharding.regions import Region
 
         if p.device not in self._meshes:
-            self._meshes[p.device] = replicas(p.device)
+            self._meshes[p.device] = self._peers[p.device] = replicas(p.device)
         ranks, shape = self._meshes[p.device], tuple(p.shape)
         return Sharding(shape, ranks, (Region((0,) * p.ndim, shape),) * ranks.size)
 
@@ -192,35 +202,68 @@ class Shards(Groups):
 
     # ---- that ranks do the same --------------------------------------------------------------------------------------
 
+    def _note_peers(self, p: Any) -> None:
+        """Notes the ranks that have a DTensor."""
+        from ..sharding.ranks import ranks_of_mesh
+
+        mesh, device = p.device_mesh, p.to_local().device
+        device = torch.device(mesh.device_type) if device.type == "meta" else device
+        if (mesh, device) not in self._peers:
+            self._peers[mesh, device] = ranks_of_mesh(mesh, tuple(range(mesh.ndim)), device)
+
+    @property
+    def _agreement(self) -> Agreement:
+        if self._agreed_by is None or self._agreed_by[0] != len(self._peers):
+            from ..sharding.agreement import Agreement
+
+            self._agreed_by = len(self._peers), Agreement(self._peers.values())
+        return self._agreed_by[1]
+
     def _name_collectives(self, call: str) -> None:
         """Has an error of the collectives that follow say in which call this rank waits for the others."""
         for ranks in self._meshes.values():
-            ranks.call = call
+            ranks.call = ranks.shards.call = call
+        if self._peers:
+            self._agreement.name(call)
 
-    def _check_agreement(self, said: object, error: Exception | None = None) -> None:
+    def _check_agreement(
+        self,
+        said: object,
+        error: Exception | None = None,
+        *,
+        rows: Callable[[], Rows] | None = None,
+        but: tuple[str, str] = ("ranks are about to take different steps", _SAME_STEP),
+    ) -> None:
         """RuntimeError, on all ranks, where those that share parameters are not about to do the same.
 
-        said: what is compared first, `_sharded_rows` or something shorter that follows from them.   error: why this
-        rank cannot go on.
+        said: what is compared first, `rows` or something shorter that follows from them.   error: why this rank cannot
+        go on.   rows: None: `_sharded_rows`.   but: what is wrong where rows differ, and the way out.
         """
+        if not self._peers:
+            return
         why = None if error is None else f"{type(error).__name__}: {error}"
-        for ranks in self._meshes.values():
-            if ranks.size == 1 or ranks.agree((said, why)):
-                continue
-            everyone = ranks.gather_objects((self._sharded_rows(), why))
-            for rank, (_, text) in zip(ranks.world, everyone, strict=True):
-                if text is not None:
-                    raise RuntimeError(f"{type(self).__name__}: rank {rank} cannot take this step: {text}") from error
-            first = everyone[0][0]
-            for rank, (rows, _) in zip(ranks.world, everyone, strict=True):
-                different = [(a, b) for a, b in zip_longest(first, rows, fillvalue=("nothing",)) if a != b]
-                if different:
-                    ours, theirs = (" ".join(row) for row in different[0])
-                    raise RuntimeError(
-                        f"{type(self).__name__}: ranks are about to take different steps: rank {ranks.world[0]} has "
-                        f"{ours} and rank {rank} has {theirs}; every rank needs the same parameters, in the same "
-                        "groups and order, with the same options, and gradients of the same ones"
-                    )
+        text = self._agreement.difference(said, why, rows or self._sharded_rows, but)
+        if text is not None:
+            raise RuntimeError(f"{type(self).__name__}: {text}") from error
+
+    @contextlib.contextmanager
+    def _telling(self, call: str, params: object = (), share_work: object = False) -> Iterator[None]:
+        """Has an error of this rank be one of all that share parameters, which wait for it in `_check_agreement`.
+
+        params, share_work: what is given to the call, which the optimizer may not have yet.
+        """
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(RuntimeError):  # its own error is the one to see here
+                for p in _tensors_in(params):
+                    if is_sharded(p):
+                        self._note_peers(p)
+                    elif share_work is True and p.device not in self._peers:
+                        self._shared_work(p)
+                self._name_collectives(call)
+                self._check_agreement(None, error)
+            raise
 
     def _sharded_rows(self) -> list[tuple[str, ...]]:
         """What must be the same on all ranks, a row for every sharded parameter and every option of a group."""
@@ -349,6 +392,19 @@ class Shards(Groups):
         from .owned_state import owned_part
 
         return owned_part(tensors, sharding, self._recipe(group), self._pieces(p, group), self._owners_of(p, group))
+
+
+def _tensors_in(params: object) -> Iterator[Tensor]:
+    """The tensors of a module, of named ones, of groups or of lists of any of them."""
+    if isinstance(params, Tensor):
+        yield params
+    elif isinstance(params, nn.Module):
+        yield from params.parameters()
+    elif isinstance(params, Mapping):
+        yield from _tensors_in(params["params"] if "params" in params else list(params.values()))
+    elif isinstance(params, Iterable) and not isinstance(params, (str, Iterator)):
+        for each in params:
+            yield from _tensors_in(each)
 
 
 def _as_shard(here: Tensor, sharding: Sharding | None, shape: tuple[int, ...] | None = None) -> Tensor:

@@ -24,7 +24,7 @@ _LEADING = Nuclear()  # whose dual norm is the largest singular value
 
 @dataclass(frozen=True)
 class Sphere:
-    """The sphere of a norm; key: of R in the state, (matrices,) fp64.
+    """The sphere of a norm; key: of R in the state, (matrices,) fp64, with as many digits as weights have.
 
     The Frobenius norm is exact. The spectral one is <W, d>, d of rank one by the power method with 2^12 products
     (`steepest.linalg.schatten`), which is at most the largest singular value and at least .998 of it: what is kept to
@@ -43,6 +43,15 @@ class Sphere:
         if self.norm == "frobenius":
             return vector_norm(w, dtype=torch.float64)
         return _LEADING.dual_norm(w, _LEADING.unit(w)).flatten().double()
+
+    def radii(self, norms: Tensor, dtype: torch.dtype) -> Tensor:
+        """R of weights of this dtype with these norms: of narrower ones than fp64 with the digits of fp32, which the
+        order in which ranks have summed squares does not reach.
+        """
+        if dtype == torch.float64:
+            return norms
+        mantissa, exponent = torch.frexp(norms)  # a norm may be beyond fp32
+        return torch.ldexp(mantissa.float().double(), exponent)
 
     def scales(self, radii: Tensor, norms: Tensor) -> Tensor:
         """What matrices of these norms are multiplied by; 1 of one that is 0, which no number brings to its sphere."""

@@ -153,11 +153,15 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe, where it runs, the dtype of gradients, and what of it the model asks for."""
+    """A recipe, where it runs, the dtype of gradients, and what of it the model asks for.
+
+    refused: the routes that its class does not take.
+    """
 
     recipe: Recipe
     device: str = "cuda"
     gradient: torch.dtype = torch.bfloat16
+    refused: frozenset[str] = frozenset()
 
     def work(self, rows: int, cols: int) -> Work:
         return matrix_work(self.recipe, rows, cols, device=self.device)
@@ -278,6 +282,8 @@ def of_route(route: str, model: shapes.Model, method: Method, size: int, copies:
     """Every rank's part of a step on this route; None where the recipe has none of it. copies: of the parameters, on
     the route hybrid.
     """
+    if route in method.refused:
+        return None
     ranks = Ranks(route, size)
     if route == "local":
         _add_local(ranks, model, method)
@@ -577,6 +583,9 @@ def run(options: argparse.Namespace) -> int:
     """Prints the plan; -> exit status."""
     machine = Machine(options.tflops, options.bandwidth, options.latency, options.memory)
     method = method_of(options.optimizer, options.preset)
+    if "owner" in method.refused and (options.simulate or options.block_period is not None):
+        flag = "--simulate" if options.simulate else "--block-period"
+        raise ValueError(f"{flag} is of sharded parameters, which {options.optimizer} does not take: leave it out")
     if options.simulate:
         rows = simulate(method, machine, options.batch)
         print(json.dumps(rows, indent=2) if options.json else describe_simulation(rows))
@@ -603,11 +612,16 @@ def method_of(name: str, preset: str | None = None) -> Method:
         optimizer = cls(nn.Linear(8, 8, bias=False), **options)
     except TypeError as error:
         raise ValueError(f"optimizer {name!r} cannot be made with {options}: {error}") from None
-    return Method(optimizer.recipe(optimizer.param_groups[0]))
+    recipe, refused = optimizer.recipe(optimizer.param_groups[0]), set()
+    if cls is steepest.KFAC or not recipe.decay.elementwise:
+        refused = {"owner", "hybrid", "gram", "blocks"}
+    return Method(recipe, refused=frozenset(refused | {"share"} if cls is steepest.KFAC else refused))
 
 
 def mesh_of(text: str | None, world: int) -> list[int]:
     """The lengths of a mesh such as "8x8"; ValueError where it does not hold the ranks of the world."""
+    if world < 1:
+        raise ValueError(f"--world is 1 rank or more, got {world}")
     try:
         mesh = [world] if text is None else [int(part) for part in text.split("x")]
     except ValueError:
@@ -664,7 +678,10 @@ def describe(name: str, optimizer: str, mesh: Sequence[int], machine: Machine, r
             f"{_ms(row['compute_ms']):>11}{_ms(row['travel_ms']):>11}{_ms(row['elementwise_ms']):>13}"
             f"{_ms(row['total_ms']):>11}{_ms(row['overlapped_ms']):>12}"
         )
-    if not any(row["route"] == "gram" for row in routes):
+    present = {row["route"] for row in routes}
+    if "owner" not in present:
+        lines.append(f"{optimizer} takes no sharded parameters: use DistributedDataParallel")
+    elif "gram" not in present:
         lines.append("gram is for directions that are polar factors, without factors or transforms of the update")
     return "\n".join(lines)
 
@@ -704,6 +721,8 @@ def describe_simulation(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _ms(value: float) -> str:
+    if 0 < value < 1e-3:
+        return f"{value * 1e6:.3g} ns"
     return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
 
 
