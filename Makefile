@@ -35,7 +35,7 @@ demo: $(VENV)/.built
 test-quick: tests := quick and not slow and not kernels
 test-quick: takes := half a minute
 test: tests := not slow and not kernels
-test: takes := 4 to 5 minutes
+test: takes := 3 to 4 minutes
 test-slow: tests := slow and not kernels
 test-slow: takes := 20 minutes
 test-all: tests := not kernels

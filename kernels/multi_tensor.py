@@ -83,7 +83,7 @@ POWER, SUM, SECOND_CORRECTION, EPS_INSIDE = _constants(
 KIND, CAUTIOUS, ROUNDING, MAXIMIZE = _constants("direction cautious rounding maximize", layout.LOWEST_BIT.__getitem__)
 START_FIRST, DECAY_AFTER = _constants("start_first decay_after", layout.LOWEST_BIT.__getitem__)
 DECAY_SCALED, FROZEN_MOMENTS = _constants("decay_scaled frozen_moments", layout.LOWEST_BIT.__getitem__)
-(DECAY_INDEPENDENT,) = _constants("decay_independent", layout.LOWEST_BIT.__getitem__)
+DECAY_INDEPENDENT, INTERPOLATED = _constants("decay_independent interpolated", layout.LOWEST_BIT.__getitem__)
 QUARTER, HALF, SIXTH = _constants("quarter half sixth", layout.FIELDS["power"].index)
 GIVEN, IDENTITY = _constants("given identity", layout.FIELDS["direction"].index)
 (STOCHASTIC,) = _constants("stochastic", layout.FIELDS["rounding"].index)
@@ -529,12 +529,13 @@ def _twice_power(program):
 
 
 @triton.jit
-def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, inverse1, inverse2, t, g, m):
+def _input_bound(program, beta1, one_minus_beta1, read, beta2, one_minus_beta2, eps, inverse1, inverse2, t, g, m):
     # A bound on |x| for x = y / D; g, m: the largest entries of gradient and old momentum. formulas.cuh has the proof.
     heavy_ball, nesterov = _flag(program, HEAVY_BALL), _flag(program, NESTEROV)
     weight = tl.where(heavy_ball, 1.0, one_minus_beta1)
     m = beta1 * m + weight * g
-    y = tl.where(nesterov, weight * g + beta1 * m, m) * inverse1
+    fresh = tl.where(heavy_ball, 1.0, tl.abs(1 - read))
+    y = tl.where(nesterov, fresh * g + read * m, m) * inverse1
     beta2 = tl.where(_flag(program, SUM), 1.0, beta2)
     gain = tl.where(_flag(program, SUM), 1.0, one_minus_beta2)
     counts = _flag(program, MOMENTUM_CORRECTION) | _flag(program, SECOND_CORRECTION)
@@ -542,7 +543,7 @@ def _input_bound(program, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, i
     c = weight * tl.sqrt(_geometric(ratio, tl.where(counts, t, float("inf"))) / gain)
     first = weight * weight * _geometric(ratio, t - 1) / gain + _power_of(ratio, t - 1)
     c = tl.where(_flag(program, START_FIRST), tl.where(t == 1, 1.0, tl.sqrt(first)), c)
-    c = tl.where(nesterov, weight / tl.sqrt(gain) + beta1 * c, c)
+    c = tl.where(nesterov, fresh / tl.sqrt(gain) + read * c, c)
     power = _twice_power(program)
     by_history = _power_of(y, 1 - power) * _power_of(c * inverse1, power) / tl.sqrt(inverse2)
     by_eps = y / tl.sqrt(eps * tl.where(_flag(program, EPS_INSIDE), inverse2, 1.0))
@@ -678,13 +679,15 @@ def _decide(line, hypers, hyper_count, row, sums, skipped, scale, finite, grad_m
     inverse_correction1 = tl.where(_flag(program, MOMENTUM_CORRECTION), 1 / correction1, 1.0)
     inverse2 = 1 / _power_of(correction2, _twice_power(program))
     inverse_correction2 = tl.where(_flag(program, SECOND_CORRECTION), inverse2, 1.0)
-    tl.store(row + READ_BETA1, beta1)
-    tl.store(row + ONE_MINUS_READ_BETA1, 1 - beta1)
+    read = tl.where(_flag(program, INTERPOLATED), beta2 / beta1, beta1)
+    tl.store(row + READ_BETA1, read)
+    tl.store(row + ONE_MINUS_READ_BETA1, 1 - read)
     beta1, beta2 = tl.where(begins, 0.0, beta1), tl.where(begins, 0.0, beta2)
     bound = _input_bound(
         program,
         beta1,
         1 - beta1,
+        read,
         beta2,
         1 - beta2,
         eps,

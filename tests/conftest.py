@@ -128,6 +128,36 @@ def of_other_classes(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     return [item for test in tests for item, kind in test if not kind]
 
 
+def of_products(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Of a product of parameters `make test` takes as many cases as have each of their values ("each choice"): the rest
+    are slow, and these are they. What papers say is asked of every case, for there a product is of many formulas.
+    """
+    tests: dict[str, list[tuple[pytest.Item, set[object]]]] = {}
+    for item in items:
+        if hasattr(item, "callspec") and TESTS / "papers" not in item.path.parents:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append((item, values_of(item)))
+    rest = []
+    for test in tests.values():
+        missing = set().union(*(values for _, values in test))
+        while missing:
+            item, values = most = max(test, key=lambda case: len(case[1] & missing))
+            missing -= values
+            test.remove(most)
+        rest += [item for item, _ in test]
+    return rest
+
+
+def values_of(item: pytest.Item) -> set[object]:
+    """What an item has of each of the lists that the product of its test's parameters is of."""
+    params = dict(item.callspec.params)  # type: ignore[attr-defined]
+    values: set[object] = set()
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+        values.add(tuple((name, id(params.pop(name))) for name in names))
+    return values | {(name, id(value)) for name, value in params.items()}  # those of fixtures
+
+
 def one_in(n: int, items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """What `--one-in` leaves out of slow tests. Each begins elsewhere, so that all classes are taken by some tests."""
     cases: dict[str, list[pytest.Item]] = {}
@@ -158,6 +188,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     file = config.getoption("--begun")
     begun = set(file.read_text().splitlines()) if file is not None and file.exists() else set()
     for item in of_other_classes(items):
+        item.add_marker(pytest.mark.slow)
+    here = [item for item in items if not any(map(item.get_closest_marker, ("slow", "gpu", "kernels")))]
+    for item in of_products(here):
         item.add_marker(pytest.mark.slow)
     left = {*one_in(config.getoption("--one-in"), items), *(item for item in items if item.nodeid in begun)}
     if left:

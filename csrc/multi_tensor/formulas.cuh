@@ -48,7 +48,8 @@ STEEPEST_HD inline double geometric(double ratio, double t) {
 STEEPEST_HD inline double input_bound(const Program& program, const double* row, double momentum_max) {
   const double beta1 = row[kBeta1], weight = program.heavy_ball ? 1.0 : row[kOneMinusBeta1], g = row[kGradMax];
   const double m = beta1 * momentum_max + weight * g;
-  const double y = (program.nesterov ? weight * g + beta1 * m : m) * row[kInverseCorrection1];
+  const double read = row[kReadBeta1], fresh = program.heavy_ball ? 1.0 : fabs(row[kOneMinusReadBeta1]);
+  const double y = (program.nesterov ? fresh * g + read * m : m) * row[kInverseCorrection1];
   const double slack = 1.02;  // the momentum is rounded to bf16 at worst, and v to fp32
   if (program.power == Program::kNone) return slack * y;
   const double beta2 = program.sum ? 1.0 : row[kBeta2], gain = program.sum ? 1.0 : row[kOneMinusBeta2];
@@ -59,7 +60,7 @@ STEEPEST_HD inline double input_bound(const Program& program, const double* row,
     c = weight * sqrt(geometric(ratio, t) / gain);
   else
     c = t == 1 ? 1.0 : sqrt(weight * weight * geometric(ratio, t - 1) / gain + pow(ratio, t - 1));
-  if (program.nesterov) c = weight / sqrt(gain) + beta1 * c;
+  if (program.nesterov) c = fresh / sqrt(gain) + read * c;
   const double p = power_of(program.power);
   // y <= c sqrt(v) and D^2 >= v^(2p) times its correction.
   const double by_history =
@@ -91,8 +92,8 @@ STEEPEST_HD inline void decide_numbers(double* row, const Program& program, cons
   row[kOneMinusBeta1] = 1 - beta1;
   row[kBeta2] = beta2;
   row[kOneMinusBeta2] = 1 - beta2;
-  row[kReadBeta1] = hyper[kHyperBeta1];
-  row[kOneMinusReadBeta1] = 1 - hyper[kHyperBeta1];
+  row[kReadBeta1] = program.interpolated ? hyper[kHyperBeta2] / hyper[kHyperBeta1] : hyper[kHyperBeta1];
+  row[kOneMinusReadBeta1] = 1 - row[kReadBeta1];
   row[kEps] = hyper[kHyperEps];
   row[kInverseCorrection1] = program.momentum_correction ? 1 / bias_correction(hyper[kHyperBeta1], row[kStep]) : 1;
   row[kInverseCorrection2] = program.second_correction

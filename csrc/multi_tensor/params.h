@@ -46,8 +46,9 @@ struct Program {
   bool decay_scaled;       // by the item's ratio
   bool frozen_moments;     // momentum and second moment are read as they are stored, and not written
   bool decay_independent;  // of the learning rate
+  bool interpolated;       // Nesterov's momentum reads with beta2 / beta1
 
-  static constexpr int kBits = 19;
+  static constexpr int kBits = 20;
 
   explicit Program(int64_t bits) {
     const auto take = [&bits](int width) {
@@ -63,7 +64,7 @@ struct Program {
     rounding = static_cast<Rounding>(take(2));
     maximize = take(1);
     start_first = take(1), decay_after = take(1), decay_scaled = take(1), frozen_moments = take(1);
-    decay_independent = take(1);
+    decay_independent = take(1), interpolated = take(1);
   }
   Program() : Program(0) {}
 };

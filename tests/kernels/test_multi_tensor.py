@@ -75,6 +75,9 @@ PROGRAMS = {
     "decay scaled, after, sign": Program(direction="sign", decay_after=True, decay_scaled=True),
     "decay independent": Program(nesterov=True, decay_independent=True),
     "decay independent, adamw": Program(power="quarter", direction="identity", cautious=True, decay_independent=True),
+    "interpolated": Program(nesterov=True, interpolated=True),
+    "interpolated, under D": Program(nesterov=True, interpolated=True, power="quarter", second_correction=True),
+    "lion": Program(nesterov=True, interpolated=True, direction="sign"),
     "frozen": Program(nesterov=True, power="half", second_correction=True, frozen_moments=True),
     "frozen, adamw": Program(
         momentum_correction=True, power="quarter", second_correction=True, direction="identity", frozen_moments=True
@@ -338,6 +341,7 @@ class Formulas:
         p, beta, m = self.old.program, self.group[2], stored_momentum.double()
         y = Exact.of(m)
         if p.nesterov:
+            beta = self.group[3] / beta if p.interpolated else beta
             y = Exact.of(self.g if p.heavy_ball else (1 - beta) * self.g, beta * m)
             y = y if p.heavy_ball else Exact(y.value, self.g.abs() + m.abs())
         if p.momentum_correction:
@@ -434,8 +438,8 @@ def assert_row(old: Work, at: Formulas, found: dict[str, float], name: str) -> N
         "one_minus_beta1": 1 - beta1 * at.begun,
         "beta2": beta2 * at.begun,
         "one_minus_beta2": 1 - beta2 * at.begun,
-        "read_beta1": beta1,
-        "one_minus_read_beta1": 1 - beta1,
+        "read_beta1": beta2 / beta1 if p.interpolated else beta1,
+        "one_minus_read_beta1": 1 - (beta2 / beta1 if p.interpolated else beta1),
         "eps": eps,
         "inverse_correction1": 1 / (1 - beta1**at.t) if p.momentum_correction else 1,
         "inverse_correction2": (1 - beta2**at.t) ** (-2 * POWERS[p.power]) if p.second_correction else 1,
@@ -988,19 +992,20 @@ class History:
 def histories(draw: st.DrawFn, largest: int, spread: int) -> History:
     """Gradients of 10^-largest to 10^largest, those of one history within 10^spread of one another at both ends."""
     power: Power = draw(st.sampled_from(["none", *POWERS]))
-    how = draw(st.sampled_from(["heavy_ball", "nesterov", "momentum_correction", "both", "ema"]))
+    how = draw(st.sampled_from(["heavy_ball", "nesterov", "momentum_correction", "both", "ema", "interpolated"]))
     total, first = draw(st.booleans()), how in ("nesterov", "ema") and draw(st.booleans())
     program = Program(
         heavy_ball=how in ("heavy_ball", "both"),
-        nesterov=how in ("nesterov", "both"),
+        nesterov=how in ("nesterov", "both", "interpolated"),
         momentum_correction=how == "momentum_correction",
         power=power,
         sum=total,
         second_correction=not (total or first) and draw(st.booleans()),
         eps_inside=draw(st.booleans()),
         start_first=first,
+        interpolated=how == "interpolated",
     )
-    betas = [(0.0, 0.5), (0.9, 0.999), (0.95, 0.95), (0.99, 0.999)]
+    betas = [(0.5, 0.9) if program.interpolated else (0.0, 0.5), (0.9, 0.999), (0.95, 0.95), (0.99, 0.999)]
     if program.momentum_correction or program.second_correction or first:  # else 1 - beta2 alone bounds nothing
         betas += [(0.9, 0.81), (0.95, 0.9)]
     eps = draw(st.sampled_from([0.0, 1e-8, 1e-16]))
@@ -1422,7 +1427,7 @@ ERRORS: dict[str, tuple[str, Change, str]] = {
         "first_sums[1] names lines that the table of sums does",
     ),
     "lines, negative": ("grad_stats", put("first_sums", -1, 0), "first_sums[0] names lines that the table of sums"),
-    "program": ("grad_stats", put("programs", 1 << 19, 1), "programs[1] is 524288, which is no program"),
+    "program": ("grad_stats", put("programs", 1 << 20, 1), "programs[1] is 1048576, which is no program"),
     "program, decay": (
         "apply_update",
         put("programs", Program(cautious=True).packed() | Program(decay_after=True).packed(), 0),

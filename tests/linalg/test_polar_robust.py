@@ -100,27 +100,36 @@ HARD: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": lambda x: 0 * x,
     "not a number": lambda x: x + torch.where(torch.eye(*x.shape) == 1, torch.nan, 0.0),
 }
-#: Backends by name, and torch.compile, which traces torch's operations.
-WAYS = ["auto", "cuda", "triton", "torch", "compiled"]
+#: Matrices for every kernel.
+HARD_SHAPES = [(24, 40), (131, 200), (264, 336), (336, 264)]
+#: Devices and the backends that they have.
+WAYS = [
+    *[("cpu", name) for name in ("auto", "torch")],
+    *[pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("auto", "cuda", "triton", "torch")],
+]
 
 
-@on_devices
-@pytest.mark.parametrize("m,n", [(24, 40), (131, 200), (264, 336), (336, 264)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("device,way", WAYS)
+@pytest.mark.parametrize("m,n", HARD_SHAPES)
 @pytest.mark.parametrize("preset", ["auto", "exact", "turbo"])
-def test_hard_matrices(preset: str, way: str, m: int, n: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hard_matrices(preset: str, m: int, n: int, device: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way gives what the preset promises of every matrix, and one that is not finite is alone."""
-    if device == "cpu" and way in ("cuda", "triton"):
-        pytest.skip(f"{way} runs on a GPU")
-    if way == "compiled" and (preset != "auto" or (device == "cpu" and m != 24)):
-        pytest.skip("tracing takes seconds, and shows the same here")
+    monkeypatch.setattr(backend, "forced", way)
+    check_hard_matrices(lambda x: polar(x, preset), m, n, device)
+
+
+@pytest.mark.parametrize(
+    "device,m,n", [("cpu", *HARD_SHAPES[0]), *(pytest.param("cuda", *s, marks=pytest.mark.gpu) for s in HARD_SHAPES)]
+)
+def test_hard_matrices_compiled(device: str, m: int, n: int) -> None:
+    """torch.compile traces torch's operations."""
+    torch._dynamo.reset()
+    check_hard_matrices(torch.compile(polar, backend="aot_eager", fullgraph=True), m, n, device)
+
+
+def check_hard_matrices(run: Callable[[Tensor], Tensor], m: int, n: int, device: str) -> None:
     x = torch.stack([make(gaussian(m, n, seed).float()) for seed, make in enumerate(HARD.values())])
-    monkeypatch.setattr(backend, "forced", way if way in backend.NAMES else "auto")
-    run = polar
-    if way == "compiled":
-        torch._dynamo.reset()
-        run = torch.compile(polar, backend="aot_eager", fullgraph=True)
-    found = run(x.to(device), preset).cpu()
+    found = run(x.to(device)).cpu()
     for name, each, y in zip(HARD, x, found, strict=True):
         if name == "zero":
             assert not y.any()

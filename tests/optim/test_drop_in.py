@@ -71,9 +71,12 @@ def test_group_and_state_keys_are_torchs_and_more() -> None:
     assert list(ours.state[params[0][0]]) == list(theirs.state[params[1][0]]) == ["momentum_buffer"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("adjust_lr_fn", [None, "original", "match_rms_adamw"])
-@pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
+@pytest.mark.parametrize(
+    "nesterov,dtype",
+    [(nesterov, dtype) for nesterov in (True, False) for dtype in (torch.float32, torch.bfloat16, torch.float64)],
+    ids=lambda value: {True: "nesterov", False: "plain"}.get(value, str(value)),
+)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_trajectory(shape: tuple[int, int], nesterov: bool, adjust_lr_fn: str | None, dtype: torch.dtype) -> None:
     if torch_aliases_the_buffer(dtype, nesterov):

@@ -18,8 +18,8 @@ from support.training import EVERY, both_kinds, give_gradients
 
 pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 
-#: Those that the fused ops leave to torch operations: their direction or their step depends on the weight itself.
-BY_TORCH = (steepest.OrthogonalSGDM, steepest.Fromage, steepest.Lion, steepest.Dion2)
+#: Those that the fused ops leave to torch operations; step/program.py says why.
+BY_TORCH = (steepest.OrthogonalSGDM, steepest.Fromage, steepest.Dion2)
 
 
 def run(cls: type[MatrixOptimizer], steps: int = 8, **options: Any) -> tuple[list[nn.Parameter], list[int]]:
@@ -58,6 +58,23 @@ def test_the_fused_ops_serve_every_recipe(cls: type[MatrixOptimizer]) -> None:
     optimizer, params = both_kinds(cls)
     give_gradients(params, 0)
     assert optimizer.prepare() == ({"cpu", "torch"} if cls in BY_TORCH else {"cpu"})
+
+
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        (steepest.Muon, {"weight_decay_method": "l2"}),
+        (steepest.Muon, {"variance_reduction": 0.025}),
+        (steepest.TrustRegion, {"composite": "ridge"}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
+)
+def test_options_that_the_fused_ops_leave_to_torch_operations(
+    cls: type[MatrixOptimizer], options: dict[str, Any]
+) -> None:
+    optimizer, params = both_kinds(cls, **options)
+    give_gradients(params, 0)
+    assert "torch" in optimizer.prepare()
 
 
 def test_layers_that_wait_may_do_so_from_a_step_on() -> None:

@@ -39,6 +39,8 @@ PROGRAMS = (
     Program(heavy_ball=True, nesterov=True, power="quarter", sum=True, cautious=True, decay_scaled=True),
     Program(nesterov=True, power="sixth", second_correction=True, frozen_moments=True),
     Program(nesterov=True, cautious=True, decay_independent=True),
+    Program(nesterov=True, interpolated=True, power="quarter", second_correction=True),
+    Program(nesterov=True, interpolated=True, direction="sign"),
     replace(ADAMW, frozen_moments=True, decay_after=True),
 )
 # (matrices, shape): no multiple of 8, of a chunk; several matrices; several chunks a matrix.
@@ -195,7 +197,8 @@ def _row_numbers(state: State) -> tuple[object, ...]:
     return (
         [p.packed() for p in state.programs],
         state.first_sums(),
-        [i % len(GROUPS) for i in range(len(state.programs))],
+        # An interpolated reading divides by beta1, which is 0 in the last group.
+        [0 if program.interpolated else i % len(GROUPS) for i, program in enumerate(state.programs)],
         [number for group in GROUPS for number in group],
         state.overrides,
         [0, len(HYPERS) + 2],  # the first group's learning rate, the second's beta1

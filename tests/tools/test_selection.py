@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import cast
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -31,11 +32,45 @@ def test_quick_is_of_every_part_and_of_files_that_are_there(
 
 
 class Case:
-    def __init__(self, name: str, slow: bool) -> None:
-        self.nodeid, self.slow = name, slow
+    """An item with these parameters, of which `b` and `c` are from one list."""
+
+    def __init__(self, name: str, slow: bool = False, path: Path = TESTS, **params: Any) -> None:
+        self.nodeid, self.slow, self.path = name, slow, path
+        self.callspec = SimpleNamespace(params=params)
 
     def get_closest_marker(self, name: str) -> object:
         return name if name == "slow" and self.slow else None
+
+    def iter_markers(self, name: str) -> Iterator[pytest.Mark]:
+        assert name == "parametrize"
+        yield pytest.mark.parametrize("a", ()).mark
+        yield pytest.mark.parametrize(argnames="b, c", argvalues=()).mark
+
+
+def test_of_a_product_make_test_takes_each_value(conftest: ModuleType) -> None:
+    """A case for every value of the longest list has those of the others too. Other tests, and papers, stay whole."""
+    lists = {"a": [1, 2, 3, 4], "b, c": [(1, "x"), (1, "y"), (2, "x")], "fixture": ["f", "g"]}
+
+    def cases(name: str, path: Path) -> list[Case]:
+        return [
+            Case(f"{name}[{a}-{b}{c}-{fixture}]", path=path, a=a, b=b, c=c, fixture=fixture)
+            for a in lists["a"]
+            for b, c in lists["b, c"]
+            for fixture in lists["fixture"]
+        ]
+
+    product, paper = cases("one", TESTS / "optim" / "test_it.py"), cases("two", TESTS / "papers" / "test_it.py")
+    alone = [Case(f"three[{a}]", a=a, b=0, c=0) for a in lists["a"]]
+    items = [*product, *paper, *alone]
+    left = conftest.of_products(items)
+    taken = [item for item in items if item not in left]
+    assert {*paper, *alone} <= {*taken}
+    chosen = [item.callspec.params for item in product if item in taken]
+    assert len(chosen) == len(lists["a"])
+    for names, values in lists.items():
+        assert {tuple(params[name] for name in names.split(", ")) for params in chosen} == {
+            value if isinstance(value, tuple) else (value,) for value in values
+        }
 
 
 def test_one_in_three_is_of_every_slow_test_and_all_of_the_others(conftest: ModuleType) -> None:

@@ -34,7 +34,7 @@ BUFFERS = ("x", "y", "gram", "z", "t", "q", "p")  # Buffer there
 
 @dataclass(frozen=True)
 class Update:
-    """Where a chain ends in weights: W[i] <- beta[i] W[i] + eta[i] polar(X[i]), in place.
+    """A chain's end in weights: W[i] <- beta[i] W[i] + eta[i] polar(X[i]), in place.
 
     weights: (m, n) for each matrix of a stack, contiguous and anywhere, all fp32, all bf16 or all fp16; eta, beta:
     (batch,) fp32, contiguous. Where eta is 0 the polar factor does not count, NaN or not.

@@ -31,6 +31,7 @@ FIELDS: dict[str, tuple[bool | str, ...]] = {
     "decay_scaled": (False, True),
     "frozen_moments": (False, True),
     "decay_independent": (False, True),
+    "interpolated": (False, True),
 }
 
 
@@ -84,6 +85,8 @@ class Program:
     first gradient, by beta1 = beta2 = 0 for it; Nesterov's momentum reads with beta1 as ever.
     decay_after: W <- (1 - lr wd) (W - step u).   decay_scaled: the decay is lr wd ratio, the ratio the item's.
     decay_independent: it is wd, and lr plays no part in it.
+    interpolated: Nesterov's momentum reads with beta2 / beta1 in place of beta1, which with the average as it was is
+    beta2 m + (1 - beta2) g: Lion's reading.
     frozen_moments: `update_moments` reads momentum and second moment as they are stored and leaves them alone. So an
     earlier call without inputs can have updated them, where all layers are looked at before one moves.
     """
@@ -104,6 +107,7 @@ class Program:
     decay_scaled: bool = False
     frozen_moments: bool = False
     decay_independent: bool = False
+    interpolated: bool = False
 
     def __post_init__(self) -> None:
         if self.cautious and self.decay_after:

@@ -1,4 +1,4 @@
-"""Where parameters stand: a module, names or tensors, read into one list of places per parameter."""
+"""The places of parameters: a module, names or tensors, read into one list of places per parameter."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _VOCABULARY_SIDE, _VOCABULARY_RATIO = 8192, 8
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Where one parameter goes and why.
+    """The rule that one parameter goes to, and why.
 
     values: group values (split_sizes, num_heads, batch_dims, an override's).   fused: those that would take a fused
     projection apart which is one matrix here; see `fused_layouts`.

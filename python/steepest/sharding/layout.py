@@ -64,7 +64,7 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Sharding:
-    """Where the shards of one parameter lie.
+    """The places of one parameter's shards.
 
     shape: of the parameter.   ranks: those that have different shards of it.   regions: their shards, by place.
     mesh, placements: of its DTensor; None of a plain parameter, which all ranks have whole.

@@ -1,4 +1,4 @@
-"""Where the shards of a tensor lie: the boxes that the ranks of a DTensor's mesh have of it.
+"""Regions of a tensor's shards: the boxes that the ranks of a DTensor's mesh have of it.
 
 A `Shard(d)` over P ranks cuts a length n into pieces of ceil(n / P), the last of which may be shorter or empty, as
 torch.chunk does. Several of one dimension cut one another's pieces: first those of `Shard`, in the order of the mesh,

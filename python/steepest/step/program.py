@@ -1,4 +1,13 @@
-"""Which recipes the fused ops have, and as which program."""
+"""Which recipes the fused ops have, and as which program.
+
+What the ops leave to torch operations (`eager`), and what they would need for it:
+
+    no momentum          OrthogonalSGDM, whose momentum is of updates        items without a momentum
+    submatrix            Dion2, which damps the rows that it has stepped by  a sum, and rows chosen between the ops
+    reads_weight         TrustRegion(composite="ridge")                      the weight in the direction's input
+    corrects_gradient    weight_decay_method="l2", variance_reduction        gradients in fp32 beside those of the model
+    decay not `fused`    Fromage                                             norms of weight and update before the step
+"""
 
 from __future__ import annotations
 
@@ -24,8 +33,6 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
     momentum, precondition = recipe.momentum, recipe.precondition
     if momentum is None:
         return "the direction is asked about gradients, and there is no momentum of them"
-    if momentum.interpolated:
-        return "what the momentum reads has a rate of its own"
     if recipe.submatrix is not None:
         return "the momentum is damped where a step is taken by it, and only there"
     if recipe.reads_weight:
@@ -36,7 +43,8 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         return f"{type(recipe.decay).__name__} is not a formula of the fused ops"
     around = Program(
         heavy_ball=momentum.kind == "heavy_ball",
-        nesterov=momentum.nesterov,
+        nesterov=momentum.nesterov or momentum.interpolated,
+        interpolated=momentum.interpolated,
         momentum_correction=momentum.bias_correction,
         cautious=recipe.decay.cautious,
         rounding=recipe.rounding.mode,

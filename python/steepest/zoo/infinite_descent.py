@@ -47,7 +47,7 @@ MOST_STEPS = 100
 
 
 class Root(NamedTuple):
-    """Where the gradient is 0, as far as it was reached.
+    """A point where the gradient is 0, as far as it was reached.
 
     delta: what to add to each free parameter, by name, fp64.   gradient_norm: Euclidean, of mean (f - y)^2 at theta +
     delta over the free parameters, in fp64; large where nothing converged.   iterations: steps tried from all starts.
@@ -216,7 +216,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reached:
-    """Where the steps of one start ended."""
+    """The end of the steps of one start."""
 
     theta: Tensor
     at: Derivatives

@@ -142,7 +142,7 @@ class Lion(VectorOptimizer):
         u = sign(beta1 m + (1 - beta1) g);   m <- beta2 m + (1 - beta2) g;   W <- (1 - lr weight_decay) W - lr u
 
     betas: of what is stepped by and of what is kept.   Other arguments as in `NormalizedSGD`. With equal betas it is
-    `SignSGD`. Steps go by torch operations. Source: arXiv:2302.06675, Algorithm 2.
+    `SignSGD`. Source: arXiv:2302.06675, Algorithm 2.
     """
 
     def __init__(

@@ -31,6 +31,7 @@ UNIT = {F: 2.0**-18, D: 2.0**-44}  # of the arithmetic: see `rounded`
 
 MUADAM = Program(momentum_correction=True, power="quarter", second_correction=True, eps_inside=True)
 FIRST = Program(nesterov=True, power="half", start_first=True, decay_after=True, decay_scaled=True)
+INTERPOLATED = Program(nesterov=True, interpolated=True, power="quarter")
 ADAMW = Program(momentum_correction=True, power="quarter", second_correction=True, direction="identity")
 
 
@@ -84,6 +85,7 @@ CASES = (
     Case(MUADAM, (F, F, F, H, F), (16, 9), nan=True),
     Case(ADAMW, (F, F, F, F, F), (16, 8), largest=0.1),
     Case(FIRST, (F, F, F, H, F), (16, 9), step=1),
+    Case(INTERPOLATED, (F, F, F, H, F), (16, 9)),
     Case(replace(MUADAM, frozen_moments=True, decay_independent=True), (F, F, F, H, F), (16, 9)),
     Case(Program(), (F, F, F, H, F), (8,), count=300),
 )
@@ -100,7 +102,7 @@ IN_TRITON = (
     Case(ADAMW, (F, F, F, F, F), (CHUNK + 8,)),
     Case(ADAMW, (F, F, F, F, F), (16, 8), nan=True),
     Case(ADAMW, (F, F, F, F, F), (16, 8), largest=0.1),
-    *(case for case in CASES if case.program == FIRST or case.program.frozen_moments),
+    *(case for case in CASES if case.program in (FIRST, INTERPOLATED) or case.program.frozen_moments),
     Case(ADAMW, (F, F, F, F, F), (8,), count=300),
 )
 
@@ -270,7 +272,8 @@ class _Work:
             inverse = ((v + eps) / mass if p.eps_inside else v / mass + eps).rsqrt()
         y, terms = m, m.abs()
         if p.nesterov:
-            y, terms = beta1 * m + (g if p.heavy_ball else (1 - beta1) * g), m.abs() + g.abs()
+            read = beta2 / beta1 if p.interpolated else beta1
+            y, terms = read * m + (g if p.heavy_ball else (1 - read) * g), m.abs() + g.abs()
         if p.momentum_correction:
             y, terms = y / (1 - beta1**step), terms / (1 - beta1**step)
         length: Tensor | float = 1.0

@@ -1,4 +1,4 @@
-"""Where runs come from: a file beside them with the tasks, the machines, versions and commits."""
+"""The provenance of runs: a file beside them with the tasks, the machines, versions and commits."""
 
 from __future__ import annotations
 
