@@ -202,15 +202,16 @@ STEEPEST_EXPORT void steepest_advise_huge_pages(void* begin, int64_t size) {
 }
 
 // Steps of parameters on the host, of which `steps` says everything but the addresses of this step's gradients and
-// weights (multi_tensor/whole_steps.h); scaling: found_inf and grad_scale. Null, or what went wrong, no JSON.
+// weights (multi_tensor/whole_steps.h). Null, or what went wrong, no JSON.
 STEEPEST_EXPORT const char* steepest_whole_steps(const void* steps, int64_t count, const int64_t* grads,
-                                                 const int64_t* params, const double* hypers, const float* scaling,
-                                                 double* rows, double* sums, int64_t* skipped) {
+                                                 const int64_t* params, const double* hypers, const float* found_inf,
+                                                 const float* grad_scale, double* rows, double* sums,
+                                                 int64_t* skipped) {
   namespace mt = steepest::multi_tensor;
   thread_local std::string error;
   try {
     const auto* table = static_cast<const mt::WholeStep*>(steps);
-    mt::whole_steps_on_host({table, count, grads, params, hypers, {scaling, scaling + 1}, rows, sums, skipped});
+    mt::whole_steps_on_host({table, count, grads, params, hypers, {found_inf, grad_scale}, rows, sums, skipped});
   } catch (const std::exception& thrown) {
     error = thrown.what();
     return error.c_str();

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steepest.ops import multi_tensor
-from steepest.ops.multi_tensor import Groups, Item, Items, Scaling, Table
+from steepest.ops.multi_tensor import NOT_SCALED, Groups, Item, Items, Scaling, Table
 from steepest.ops.program import COLUMNS, SUMS, Program
 from steepest.ops.whole_steps import Step, WholeSteps, by_address, takes
 from support.training import noise, same_bits
@@ -47,7 +47,10 @@ class Tensors:
 
     def copy(self) -> Tensors:
         lists = {name: [t.clone() for t in value] for name, value in vars(self).items() if name != "table"}
-        return Tensors(**lists, table=Table(*(t.clone() for t in vars(self.table).values())))
+        table = self.table
+        return Tensors(
+            **lists, table=Table(*[t.clone() for t in (table.rows, table.sums, table.scratch, table.skipped)])
+        )
 
     def everything(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in vars(self).items():
@@ -87,9 +90,13 @@ def places(count: int) -> list[tuple[int, int, int]]:
     return [(i % 2, i, 0) for i in range(count)]
 
 
+def groups_of(count: int) -> Groups:
+    return Groups([x for group in HYPERS for x in group], [], [], [i % 2 for i in range(count)])
+
+
 def by_ops(program: Program, t: Tensors, scaling: Scaling) -> None:
     count = len(t.grads)
-    groups = Groups([x for group in HYPERS for x in group], [], [], [i % 2 for i in range(count)])
+    groups = groups_of(count)
     packed, items = [program.packed()] * count, Items(tuple(
         Item(program, i, 1, i, place, 1.0) for i, place in enumerate(places(count))
     ))  # fmt: skip
@@ -99,14 +106,14 @@ def by_ops(program: Program, t: Tensors, scaling: Scaling) -> None:
     multi_tensor.update_moments(t.grads, t.momenta, seconds, [], t.params, mantissas, t.table, items)
 
 
-def by_addresses(program: Program, t: Tensors, numbers: tuple[float, float]) -> WholeSteps:
+def by_addresses(program: Program, t: Tensors, scaling: Scaling = NOT_SCALED) -> WholeSteps:
     lists = zip(t.grads, t.params, t.momenta, t.seconds, t.mantissas, t.steps, strict=True)
     steps = [
         Step(program, g.numel(), g.dtype, p.dtype, m, v, low, step, i % 2, place)
         for i, ((g, p, m, v, low, step), place) in enumerate(zip(lists, places(len(t.grads)), strict=True))
     ]
     whole = WholeSteps(steps, t.table)
-    whole.take(t.grads, t.params, [x for group in HYPERS for x in group], numbers)
+    whole.take(t.grads, t.params, groups_of(len(t.grads)), scaling)
     return whole
 
 
@@ -130,7 +137,7 @@ def test_a_step_has_the_bits_of_the_ops(program: str, dtypes: str, threads: int)
     given = wanted.copy()
     for _ in range(2):
         by_ops(PROGRAMS[program], wanted, Scaling())
-        by_addresses(PROGRAMS[program], given, (0.0, 1.0))
+        by_addresses(PROGRAMS[program], given)
     assert_same(given, wanted)
     assert int(given.table.skipped) == 3
 
@@ -141,7 +148,7 @@ def test_bf16_weights_round_as_the_ops_do(rounding: str, threads: int) -> None:
     wanted = problem(program, DTYPES["bf16"], SIZES)
     given = wanted.copy()
     by_ops(program, wanted, Scaling())
-    by_addresses(program, given, (0.0, 1.0))
+    by_addresses(program, given)
     assert_same(given, wanted)
 
 
@@ -154,7 +161,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_parameter_alone(dtypes: str, v
         wanted.grads[i][at] = value
     before, given = wanted.copy(), wanted.copy()
     by_ops(ADAM, wanted, Scaling())
-    by_addresses(ADAM, given, (0.0, 1.0))
+    by_addresses(ADAM, given)
     for i in range(len(SIZES)):
         stays = [
             same_bits(getattr(given, name)[i], getattr(before, name)[i]) for name in ("momenta", "seconds", "steps")
@@ -173,7 +180,7 @@ def test_one_bad_entry_anywhere_is_seen(place: int) -> None:
             t = problem(ADAM, DTYPES[dtypes], (size,))
             t.grads[0][place * (size - 1) // 7] = float("nan")
             before = t.params[0].clone()
-            by_addresses(ADAM, t, (0.0, 1.0))
+            by_addresses(ADAM, t)
             assert same_bits(t.params[0], before)
             assert int(t.table.skipped) == 4
 
@@ -182,23 +189,35 @@ def test_what_a_scaler_says_is_taken() -> None:
     for found, scale in ((0.0, 1024.0), (1.0, 1.0)):
         wanted = problem(ADAM, DTYPES["f32"], SIZES)
         given = wanted.copy()
-        by_ops(ADAM, wanted, Scaling(torch.tensor(found), torch.tensor(scale)))
-        by_addresses(ADAM, given, (found, scale))
+        scaling = Scaling(torch.tensor(found), torch.tensor(scale))
+        by_ops(ADAM, wanted, scaling)
+        by_addresses(ADAM, given, scaling)
         assert_same(given, wanted)
         assert int(given.table.skipped) == (3 if found == 0 else 3 + len(SIZES))
+
+
+def test_numbers_may_be_tensors() -> None:
+    wanted = problem(ADAM, DTYPES["f32"], SIZES)
+    given, groups = wanted.copy(), groups_of(len(SIZES))
+    whole = by_addresses(ADAM, given)
+    by_addresses(ADAM, wanted).take(wanted.grads, wanted.params, groups)
+    tensors = [torch.tensor(groups.values[at], dtype=torch.float64) for at in (0, 7)]
+    values = [0.5 if at in (0, 7) else value for at, value in enumerate(groups.values)]
+    whole.take(given.grads, given.params, Groups(values, tensors, [0, 7], groups.of))
+    assert_same(given, wanted)
 
 
 def test_new_gradients_and_weights_lie_elsewhere() -> None:
     wanted = problem(ADAM, DTYPES["f32"], (70, 9))
     given = wanted.copy()
-    whole = by_addresses(ADAM, given, (0.0, 1.0))
+    whole = by_addresses(ADAM, given)
     by_ops(ADAM, wanted, Scaling())
     for t in (wanted, given):
         t.grads = [2 * g for g in t.grads]
         t.params = [p.clone() for p in t.params]
     by_ops(ADAM, wanted, Scaling())
     versions = [p._version for p in given.params]
-    whole.take(given.grads, given.params, [x for group in HYPERS for x in group], (0.0, 1.0))
+    whole.take(given.grads, given.params, groups_of(2))
     assert_same(given, wanted)
     assert [p._version for p in given.params] == [version + 1 for version in versions]
 

@@ -30,7 +30,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "chain_product": (c_char_p, c_int32, c_int64, c_int64, c_int64),
     "symm_gemm_plan": (c_char_p, _INTS, c_int64, c_int32),
     "advise_huge_pages": (None, c_void_p, c_int64),
-    "whole_steps": (c_char_p, c_void_p, c_int64, *[c_void_p] * 7),
+    "whole_steps": (c_char_p, c_void_p, c_int64, *[c_void_p] * 8),
     "polar_chunks": (c_char_p, _INTS, _FLOATS, c_int64, _INTS, c_int64, c_int32, c_int64),
 }
 
@@ -148,14 +148,14 @@ class Extension:
         grads: array[int],
         params: array[int],
         hypers: array[float],
-        scaling: array[float],
         *memory: int,
     ) -> None:
         """Steps of len(grads) parameters by addresses (`steepest.ops.whole_steps`).
 
-        memory: the addresses of the table's rows and sums, and of the counter of steps not taken.
+        memory: the addresses of what a scaler says, found_inf and grad_scale, 0 where it says nothing, of the table's
+        rows and sums, and of the counter of steps not taken.
         """
-        numbers, *rest = [values.buffer_info()[0] for values in (steps, grads, params, hypers, scaling)]
+        numbers, *rest = [values.buffer_info()[0] for values in (steps, grads, params, hypers)]
         error = self._library.steepest_whole_steps(numbers, len(grads), *rest, *memory)
         if error is not None:
             raise ValueError(error.decode())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
-from .multi_tensor import Table, count_writes
+from .multi_tensor import NOT_SCALED, Groups, Scaling, Table, count_writes
 from .program import Program
 
 #: `Dtype` in csrc/common/dtype.h
@@ -59,17 +59,17 @@ class WholeSteps:
         self._numbers = array("q", [number for step in steps for number in step.numbers()])
 
     def take(
-        self, grads: Sequence[Tensor], params: Sequence[Tensor], hypers: Sequence[float], scaling: tuple[float, float]
+        self, grads: Sequence[Tensor], params: Sequence[Tensor], groups: Groups, scaling: Scaling = NOT_SCALED
     ) -> None:
-        """One step, as `grad_stats` and `update_moments` take it; the tensors are contiguous.
-
-        hypers: those of `program.HYPERS` for each group.   scaling: found_inf and grad_scale.
-        """
+        """One step, as `grad_stats` and `update_moments` take it; the tensors are contiguous."""
         assert _backend.extension is not None
         of_grads, of_params = (array("q", map(Tensor.data_ptr, some)) for some in (grads, params))
-        memory = [t.data_ptr() for t in (self._table.rows, self._table.sums, self._table.skipped)]
-        numbers = (array("d", hypers), array("f", scaling))
-        _backend.extension.whole_steps(self._numbers, of_grads, of_params, *numbers, *memory)
+        hypers = array("d", groups.values)
+        for at, number in zip(groups.at, groups.tensors, strict=True):
+            torch.frombuffer(hypers, dtype=torch.float64)[at] = number
+        table = (self._table.rows, self._table.sums, self._table.skipped)
+        memory = [0 if t is None else t.data_ptr() for t in (scaling.found_inf, scaling.grad_scale, *table)]
+        _backend.extension.whole_steps(self._numbers, of_grads, of_params, hypers, *memory)
         count_writes(params)
 
 

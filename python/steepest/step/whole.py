@@ -70,10 +70,6 @@ class Whole(Fused):
         if not self._grads:
             return super().send(batch)
         groups = groups_of(self._hypers, self._group_of, self.device)
-        for at, number in zip(groups.at, groups.tensors, strict=True):
-            groups.values[at] = number.item()
-        found_inf, grad_scale = self._scaling.found_inf, self._scaling.grad_scale
-        numbers = (0.0 if found_inf is None else found_inf.item(), 1.0 if grad_scale is None else grad_scale.item())
-        self._steps_by_address.take(self._grads, self._weights, groups.values, numbers)
+        self._steps_by_address.take(self._grads, self._weights, groups, self._scaling)
         self._grads = ()
         return []
