@@ -47,7 +47,6 @@ class Table:
     sums: Tensor
     scratch: Tensor
     skipped: Tensor
-    _columns: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def empty(skipped: Tensor, grads: Sequence[int], items: Sequence[tuple[int, int]]) -> Table:
@@ -60,10 +59,7 @@ class Table:
 
     def column(self, name: str) -> Tensor:
         """A column of rows or of sums, by its name."""
-        if name not in self._columns:
-            of = (self.rows, COLUMNS) if name in COLUMNS else (self.sums, SUMS)
-            self._columns[name] = of[0][:, of[1].index(name)]
-        return self._columns[name]
+        return self.rows[:, COLUMNS.index(name)] if name in COLUMNS else self.sums[:, SUMS.index(name)]
 
 
 def _chunks(size: int) -> int:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,8 @@ class Fused:
         self._first_sums = list(accumulate(lines, initial=0))
         sizes = [max(p.tensor.numel(), 1) for p in parameters]
         self.table = Table.empty(skipped, sizes, [(item.count, item.size) for item in self._items])
+        #: views of the table, which a step asks for many times
+        self._column = cache(self.table.column)
         self._absent = torch.empty(0, device=self.device)
         self._steps = [p.state.get("step", self._absent) for p in parameters]
         #: ranks that share the parameters, all of them or none
@@ -94,12 +96,12 @@ class Fused:
         ours: Sequence[Matrices] = self._owned if self._ranks else here
         by_matrix = [item for item in ours if item.by_matrix]
         self._factors = Factors(by_matrix)
-        #: those whose statistics are not left to their bucket
+        #: recipes whose statistics are left to their buckets
         self._at_once = {recipe for recipe in {p.recipe for p in parameters} if self._is_stepped_at_once(recipe)}
         self._observed = [item for item in by_matrix if item.recipe not in self._at_once]
         limits = [p.recipe.largest_gradient(p.grad_dtype) for p in parameters]
-        self.table.column("largest_taken").copy_(torch.tensor(limits, dtype=torch.float64, device=self.device))
-        for p, flag in zip(parameters, self.table.column("finite").unbind(), strict=True):
+        self._column("largest_taken").copy_(torch.tensor(limits, dtype=torch.float64, device=self.device))
+        for p, flag in zip(parameters, self._column("finite").unbind(), strict=True):
             p.flag = flag
         measuring = [p for p in self._by_torch.values() if p.recipe.measures_gradients]
         self._measuring = list(self._shared(measuring)) if self._ranks else []
@@ -153,13 +155,13 @@ class Fused:
         for item in self._items:
             lines = slice(item.line, item.line + item.count)
             m, p = (item.view(t).reshape(item.count, -1) for t in (item.parameter.momentum, item.parameter.tensor))
-            self.table.column("momentum_max")[lines] = m.abs().amax(-1)
+            self._column("momentum_max")[lines] = m.abs().amax(-1)
             for name, t in (("momentum_sq", m), ("param_sq", p)):
                 wide = torch.promote_types(t.dtype, torch.float32)
-                self.table.column(name)[lines] = torch.linalg.vector_norm(t, dim=-1, dtype=wide).double().square()
+                self._column(name)[lines] = torch.linalg.vector_norm(t, dim=-1, dtype=wide).double().square()
             if item.moves_weights:
                 for name in ("update_sq", "param_sq"):  # nobody measures them
-                    self.table.column(name)[lines] = torch.nan
+                    self._column(name)[lines] = torch.nan
         self._versions = [m._version for m in self._watched]
 
     def notice_changes(self) -> None:
@@ -189,7 +191,7 @@ class Fused:
         if not at_once:
             self._refuse(allowed if asked else [])
             multi_tensor.decide_steps(*arguments, backend=self.backend)
-        flags = (self.table.column("finite") != 0).unbind() if phases else ()
+        flags = (self._column("finite") != 0).unbind() if phases else ()
         for row, phase in phases.items():
             p = self.parameters[row]
             g = signed_gradient(p.grad, p.options.maximize, scaled.grad_scale)
@@ -199,7 +201,7 @@ class Fused:
         """Makes what was measured of the shards here that of whole gradients, and the bounds of fp16 inputs."""
         ranks.reduce_stats(self.table.rows[:, : COLUMNS.index("grad_max") + 1])
         if self._watched:
-            largest = self.table.column("momentum_max")
+            largest = self._column("momentum_max")
             bounds = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
             bounds.scatter_reduce_(0, self._row_of_line, largest, "amax")
             ranks.shards.all_reduce(bounds, "max")
@@ -236,7 +238,7 @@ class Fused:
 
     def _refuse(self, allowed: Sequence[Tensor | None]) -> None:
         """Takes no step where what torch operations make of a gradient, or of a weight, would not stay finite."""
-        finite = self.table.column("finite")
+        finite = self._column("finite")
         if self._limits is not None:
             finite.mul_((self._measured <= self._limits).all(1))
         square, most = self._measured.unbind(1) if self._asked else ((), ())
@@ -389,11 +391,11 @@ class Fused:
         rows = self._rows.get(group)
         if rows is None:
             return {}
-        taken = self.table.column("finite")[rows] > 0
-        sums = {"grad_sq": torch.where(taken, self.table.column("grad_sq")[rows], 0).sum()}
+        taken = self._column("finite")[rows] > 0
+        sums = {"grad_sq": torch.where(taken, self._column("grad_sq")[rows], 0).sum()}
         lines = slice(self._first_sums[rows.start], self._first_sums[rows.stop])
         for name in ("momentum_sq", "update_sq", "param_sq"):
-            sums[name] = self.table.column(name)[lines].sum()
+            sums[name] = self._column(name)[lines].sum()
         slack = [part for bucket in self.buckets() for part in bucket.slack_of(group)]
         return sums | ({"slack": torch.cat(slack)} if slack else {})
 

@@ -200,6 +200,7 @@ __version__, version = "0.0", types.SimpleNamespace(cuda="13.0")
 float32, bfloat16 = "fp32", "bf16"
 backends = types.SimpleNamespace(cpu=types.SimpleNamespace(get_cpu_capability=lambda: "none"))
 set_num_threads, get_num_threads, empty = (lambda n: None), (lambda: 1), (lambda *_, device: device)
+manual_seed = set_num_threads
 class cuda:
     broken = False
     is_available, get_device_name = (lambda: True), (lambda: "a GPU that is not there")
