@@ -543,7 +543,7 @@ def _input_bound(program, beta1, one_minus_beta1, read, beta2, one_minus_beta2, 
     c = weight * tl.sqrt(_geometric(ratio, tl.where(counts, t, float("inf"))) / gain)
     first = weight * weight * _geometric(ratio, t - 1) / gain + _power_of(ratio, t - 1)
     c = tl.where(_flag(program, START_FIRST), tl.where(t == 1, 1.0, tl.sqrt(first)), c)
-    c = tl.where(nesterov, fresh / tl.sqrt(gain) + read * c, c)
+    c = tl.where(nesterov, weight / tl.sqrt(gain) + beta1 * c, c)
     power = _twice_power(program)
     by_history = _power_of(y, 1 - power) * _power_of(c * inverse1, power) / tl.sqrt(inverse2)
     by_eps = y / tl.sqrt(eps * tl.where(_flag(program, EPS_INSIDE), inverse2, 1.0))

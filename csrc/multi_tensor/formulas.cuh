@@ -60,7 +60,7 @@ STEEPEST_HD inline double input_bound(const Program& program, const double* row,
     c = weight * sqrt(geometric(ratio, t) / gain);
   else
     c = t == 1 ? 1.0 : sqrt(weight * weight * geometric(ratio, t - 1) / gain + pow(ratio, t - 1));
-  if (program.nesterov) c = fresh / sqrt(gain) + read * c;
+  if (program.nesterov) c = weight / sqrt(gain) + beta1 * c;
   const double p = power_of(program.power);
   // y <= c sqrt(v) and D^2 >= v^(2p) times its correction.
   const double by_history =

@@ -46,7 +46,7 @@ struct Program {
   bool decay_scaled;       // by the item's ratio
   bool frozen_moments;     // momentum and second moment are read as they are stored, and not written
   bool decay_independent;  // of the learning rate
-  bool interpolated;       // Nesterov's momentum reads with beta2 / beta1
+  bool interpolated;       // Nesterov's momentum reads with beta2 / beta1, and no power divides it
 
   static constexpr int kBits = 20;
 

@@ -37,7 +37,7 @@ def test_every_field_is_packed_for_itself(name: str, value: bool | str) -> None:
     assert unpacked(alone.packed()) == vars(alone)
     assert Program.unpacked(alone.packed()) == alone
     for other, chosen in ALTERNATIVES:
-        if other != name and {name, other} != {"cautious", "decay_after"}:
+        if other != name and {name, other} not in ({"cautious", "decay_after"}, {"interpolated", "power"}):
             both = Program(**{name: value, other: chosen})  # type: ignore[arg-type]
             assert unpacked(both.packed()) == vars(both)
 
@@ -49,6 +49,11 @@ def test_triton_reads_two_bits_of_a_choice() -> None:
 def test_cautious_decay_comes_before_the_update() -> None:
     with pytest.raises(ValueError, match="choose cautious or decay_after"):
         Program(cautious=True, decay_after=True)
+
+
+def test_what_a_power_divides_has_no_reading_of_its_own() -> None:
+    with pytest.raises(ValueError, match="choose interpolated or a power"):
+        Program(nesterov=True, interpolated=True, power="half")
 
 
 # ---- the header that the kernels are compiled from -----------------------------------------------------------------

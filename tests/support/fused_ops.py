@@ -39,7 +39,7 @@ PROGRAMS = (
     Program(heavy_ball=True, nesterov=True, power="quarter", sum=True, cautious=True, decay_scaled=True),
     Program(nesterov=True, power="sixth", second_correction=True, frozen_moments=True),
     Program(nesterov=True, cautious=True, decay_independent=True),
-    Program(nesterov=True, interpolated=True, power="quarter", second_correction=True),
+    Program(nesterov=True, interpolated=True),
     Program(nesterov=True, interpolated=True, direction="sign"),
     replace(ADAMW, frozen_moments=True, decay_after=True),
 )

@@ -86,7 +86,7 @@ class Program:
     decay_after: W <- (1 - lr wd) (W - step u).   decay_scaled: the decay is lr wd ratio, the ratio the item's.
     decay_independent: it is wd, and lr plays no part in it.
     interpolated: Nesterov's momentum reads with beta2 / beta1 in place of beta1, which with the average as it was is
-    beta2 m + (1 - beta2) g: Lion's reading.
+    beta2 m + (1 - beta2) g: Lion's reading. No power divides it.
     frozen_moments: `update_moments` reads momentum and second moment as they are stored and leaves them alone. So an
     earlier call without inputs can have updated them, where all layers are looked at before one moves.
     """
@@ -112,6 +112,8 @@ class Program:
     def __post_init__(self) -> None:
         if self.cautious and self.decay_after:
             raise ValueError("cautious decay looks at the weight before the update; choose cautious or decay_after")
+        if self.interpolated and self.power != "none":
+            raise ValueError("what a power divides has Nesterov's own reading; choose interpolated or a power")
 
     @property
     def whole(self) -> bool:

@@ -5,6 +5,7 @@ What the ops leave to torch operations (`eager`), and what they would need for i
     no momentum          OrthogonalSGDM, whose momentum is of updates        items without a momentum
     submatrix            Dion2, which damps the rows that it has stepped by  a sum, and rows chosen between the ops
     reads_weight         TrustRegion(composite="ridge")                      the weight in the direction's input
+    interpolated         a recipe that divides Lion's momentum by D          a bound of the direction's input
     corrects_gradient    weight_decay_method="l2", variance_reduction        gradients in fp32 beside those of the model
     decay not `fused`    Fromage                                             norms of weight and update before the step
 """
@@ -33,6 +34,8 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
     momentum, precondition = recipe.momentum, recipe.precondition
     if momentum is None:
         return "the direction is asked about gradients, and there is no momentum of them"
+    if momentum.interpolated and not isinstance(precondition, Identity):
+        return "what the momentum reads has a rate of its own, and a preconditioner divides it"
     if recipe.submatrix is not None:
         return "the momentum is damped where a step is taken by it, and only there"
     if recipe.reads_weight:

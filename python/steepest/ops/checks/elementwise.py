@@ -31,7 +31,7 @@ UNIT = {F: 2.0**-18, D: 2.0**-44}  # of the arithmetic: see `rounded`
 
 MUADAM = Program(momentum_correction=True, power="quarter", second_correction=True, eps_inside=True)
 FIRST = Program(nesterov=True, power="half", start_first=True, decay_after=True, decay_scaled=True)
-INTERPOLATED = Program(nesterov=True, interpolated=True, power="quarter")
+INTERPOLATED = Program(nesterov=True, interpolated=True)
 ADAMW = Program(momentum_correction=True, power="quarter", second_correction=True, direction="identity")
 
 
