@@ -21,7 +21,8 @@ from .program import Program
 #: `Dtype` in csrc/common/dtype.h
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int16: 4}
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+#: types of tensors without a class of their own
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class WholeSteps:
 
 def by_address(tensors: Sequence[Tensor]) -> bool:
     """Whether what is at these tensors' addresses are their numbers: no class of its own, no sign yet to be turned."""
-    return _PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
+    return PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
 
 
 def takes(tensors: Sequence[Tensor]) -> bool:

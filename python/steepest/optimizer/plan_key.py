@@ -11,12 +11,11 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..ops.whole_steps import PLAIN
 from ..sharding.local import is_sharded, local_tensor
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_PARAMETERS = [attrgetter(name) for name in ("shape", "dtype", "device")]
 _OF_GRADIENTS = [attrgetter(name) for name in ("shape", "dtype", "layout")]
 
@@ -34,10 +33,10 @@ def entries(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, object
     present = [g for g in grads if g is not None]
     # Few layouts of five dimensions and more, and of Triton's tensors, can be walked.
     flat = all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, present))
-    plain = _PLAIN.issuperset(map(type, params))
+    plain = PLAIN.issuperset(map(type, params))
     states = list(map(state.get, params))
     values = list(chain.from_iterable([of_one.values() for of_one in states if of_one is not None]))
-    place: Callable[[Any], int] = Tensor.data_ptr if _PLAIN.issuperset(map(type, values)) else _place
+    place: Callable[[Any], int] = Tensor.data_ptr if PLAIN.issuperset(map(type, values)) else _place
     return chain(
         (len(params), len(without), flat, plain),
         without,
