@@ -33,153 +33,114 @@ class Room {
   Words words_;
 };
 
-class Run {
+// Products of one matrix with its bases.
+class Turn {
  public:
-  Run(const Rotation& all, int64_t i, Way way, float beta, const Team& team)
-      : rows_(all.rows),
-        columns_(all.columns),
-        size_(all.rows * all.columns),
-        way_(way),
-        team_(team),
-        room_(team.kernels, all.rows, all.columns) {
-    const auto part = [&](const float* from, int64_t size) { return from == nullptr ? from : from + i * size; };
-    const float* const x = part(all.x, size_);
-    const float *const left = part(all.left, rows_ * rows_), *const right = part(all.right, columns_ * columns_);
-    const float* const second = part(all.second, size_);
-    float* const out = all.out + i * size_;
-    if (way == Way::kBack) {
-      divide(copied(x, out), second, all);
-      multiply(out, left, right, out);
-    } else if (way == Way::kInto) {
-      multiply(x, left, right, out);
-      divide(out, second, all);
-    } else {
-      if (second != out) std::copy_n(second, size_, out);
-      multiply(x, left, right, room_.matrix());
-      team_.kernels.mix_squares(room_.matrix(), size_, beta, out);
-    }
-  }
-
- private:
-  float* copied(const float* x, float* out) const {
-    std::copy_n(x, size_, out);
-    return out;
-  }
-
-  void divide(float* x, const float* second, const Rotation& all) const {
-    if (second != nullptr) team_.kernels.over_roots(second, size_, all.over, all.eps, x);
-  }
+  Turn(int64_t rows, int64_t columns, const Team& team, bool pairs = false)
+      : rows(rows), columns(columns), size(rows * columns), team(team), room(team.kernels, rows, columns, pairs) {}
 
   // L^T X R, or back L X R^T.
-  void multiply(const float* x, const float* left, const float* right, float* out) const {
-    const bool back = way_ == Way::kBack;
+  void operator()(const float* x, const float* left, const float* right, bool back, float* out) const {
     if (left != nullptr) {
-      team_.pack_rows({left, rows_, rows_, back}, room_.first());
-      team_.pack({x, columns_, rows_, false}, room_.second());
-      x = multiply(rows_, right == nullptr ? out : room_.matrix());
+      team.pack_rows({left, rows, rows, back}, room.first());
+      team.pack({x, columns, rows, false}, room.second());
+      x = multiply(rows, rows, right == nullptr ? out : room.matrix());
     }
     if (right != nullptr) {
-      team_.pack_rows({x, rows_, columns_, true}, room_.first());
-      team_.pack({right, columns_, columns_, back}, room_.second());
-      x = multiply(columns_, out);
+      team.pack_rows({x, rows, columns, true}, room.first());
+      team.pack({right, columns, columns, back}, room.second());
+      x = multiply(rows, columns, out);
     }
-    if (x != out) std::copy_n(x, size_, out);
+    if (x != out) std::copy_n(x, size, out);
   }
 
-  const float* multiply(int64_t k, float* out) const {
-    Product product{};
-    product.a = room_.first(), product.b = room_.second(), product.m = rows_, product.n = columns_, product.k = k;
-    product.d = out, product.alpha = 1;
-    team_.multiply(product);
-    return out;
-  }
-
-  const int64_t rows_, columns_, size_;
-  const Way way_;
-  const Team& team_;
-  const Room room_;
-};
-
-// A gradient and an x with it: the bases are packed once for both.
-class AdamRun {
- public:
-  AdamRun(const AdamStep& all, int64_t i, float beta, const Team& team)
-      : rows_(all.rows),
-        columns_(all.columns),
-        size_(rows_ * columns_),
-        team_(team),
-        room_(team.kernels, rows_, columns_, true) {
-    const float* const left = all.left == nullptr ? nullptr : all.left + i * rows_ * rows_;
-    const float* const right = all.right == nullptr ? nullptr : all.right + i * columns_ * columns_;
-    float* const pair = into(all.grads + i * size_, all.x + i * size_, left, right);
-    if (all.learned != nullptr) team_.kernels.mix_squares(pair, size_, beta, all.learned + i * size_);
-    float* const x = pair + size_;
-    for (int side = 0; side < 2; ++side) team_.kernels.over_roots(all.second + i * size_, size_, all.over, all.eps, x);
-    back(x, left, right, all.out + i * size_);
-  }
-
- private:
-  // L^T X R of both, one behind the other.
-  float* into(const float* grad, const float* x, const float* left, const float* right) const {
-    float *const turned = room_.matrix(), *const made = turned + 2 * size_;
-    if (left != nullptr) team_.pack_rows({left, rows_, rows_, false}, room_.first());
-    for (const float* each : {grad, x}) {
-      float* const to = turned + (each == grad ? 0 : size_);
-      if (left == nullptr) {
-        std::copy_n(each, size_, to);
-      } else {
-        team_.pack({each, columns_, rows_, false}, room_.second());
-        multiply(rows_, rows_, to);
-      }
-    }
-    if (right == nullptr) return turned;
-    team_.pack_rows({turned, 2 * rows_, columns_, true}, room_.first());
-    team_.pack({right, columns_, columns_, false}, room_.second());
-    multiply(2 * rows_, columns_, made);
-    return made;
-  }
-
-  // L X R^T.
-  void back(const float* x, const float* left, const float* right, float* out) const {
-    if (left != nullptr) {
-      team_.pack_rows({left, rows_, rows_, true}, room_.first());
-      team_.pack({x, columns_, rows_, false}, room_.second());
-      x = multiply(rows_, rows_, right == nullptr ? out : room_.matrix());
-    }
-    if (right != nullptr) {
-      team_.pack_rows({x, rows_, columns_, true}, room_.first());
-      team_.pack({right, columns_, columns_, true}, room_.second());
-      x = multiply(rows_, columns_, out);
-    }
-    if (x != out) std::copy_n(x, size_, out);
-  }
-
+  // The product m x columns of what is packed.
   const float* multiply(int64_t m, int64_t k, float* out) const {
     Product product{};
-    product.a = room_.first(), product.b = room_.second(), product.m = m, product.n = columns_, product.k = k;
+    product.a = room.first(), product.b = room.second(), product.m = m, product.n = columns, product.k = k;
     product.d = out, product.alpha = 1;
-    team_.multiply(product);
+    team.multiply(product);
     return out;
   }
 
-  const int64_t rows_, columns_, size_;
-  const Team& team_;
-  const Room room_;
+  const int64_t rows, columns, size;
+  const Team& team;
+  const Room room;
 };
+
+// A basis of one matrix of a stack, or what lies beside it; nullptr where there is none.
+const float* part(const float* from, int64_t i, int64_t size) { return from == nullptr ? from : from + i * size; }
+
+void rotate_one(const Rotation& all, int64_t i, Way way, float beta, const Team& team) {
+  const Turn turn(all.rows, all.columns, team);
+  const float* const x = part(all.x, i, turn.size);
+  const float* const left = part(all.left, i, turn.rows * turn.rows);
+  const float* const right = part(all.right, i, turn.columns * turn.columns);
+  const float* const second = part(all.second, i, turn.size);
+  float* const out = all.out + i * turn.size;
+  const auto divide = [&] {
+    if (second != nullptr) team.kernels.over_roots(second, turn.size, all.over, all.eps, out);
+  };
+  if (way == Way::kBack) {
+    std::copy_n(x, turn.size, out);
+    divide();
+    turn(out, left, right, true, out);
+  } else if (way == Way::kInto) {
+    turn(x, left, right, false, out);
+    divide();
+  } else {
+    if (second != out) std::copy_n(second, turn.size, out);
+    turn(x, left, right, false, turn.room.matrix());
+    team.kernels.mix_squares(turn.room.matrix(), turn.size, beta, out);
+  }
+}
+
+// L^T X R of a gradient and of an x, one behind the other in the room: the bases are packed once for both.
+float* turned_pair(const Turn& turn, const float* grad, const float* x, const float* left, const float* right) {
+  const int64_t rows = turn.rows, columns = turn.columns, size = turn.size;
+  float *const turned = turn.room.matrix(), *const made = turned + 2 * size;
+  if (left != nullptr) turn.team.pack_rows({left, rows, rows, false}, turn.room.first());
+  const float* const both[] = {grad, x};
+  for (int k = 0; k < 2; ++k) {
+    float* const to = turned + k * size;
+    if (left == nullptr) {
+      std::copy_n(both[k], size, to);
+    } else {
+      turn.team.pack({both[k], columns, rows, false}, turn.room.second());
+      turn.multiply(rows, rows, to);
+    }
+  }
+  if (right == nullptr) return turned;
+  turn.team.pack_rows({turned, 2 * rows, columns, true}, turn.room.first());
+  turn.team.pack({right, columns, columns, false}, turn.room.second());
+  turn.multiply(2 * rows, columns, made);
+  return made;
+}
+
+void adam_one(const AdamStep& all, int64_t i, float beta, const Team& team) {
+  const Turn turn(all.rows, all.columns, team, true);
+  const int64_t size = turn.size;
+  const float* const left = part(all.left, i, turn.rows * turn.rows);
+  const float* const right = part(all.right, i, turn.columns * turn.columns);
+  float* const pair = turned_pair(turn, all.grads + i * size, all.x + i * size, left, right);
+  if (all.learned != nullptr) team.kernels.mix_squares(pair, size, beta, all.learned + i * size);
+  float* const x = pair + size;
+  for (int side = 0; side < 2; ++side) team.kernels.over_roots(all.second + i * size, size, all.over, all.eps, x);
+  turn(x, left, right, true, all.out + i * size);
+}
 
 }  // namespace
 
 void adam(const std::vector<AdamStep>& steps, float beta, const Kernels& kernels) {
   const auto small = [](const AdamStep& each) { return each.rows * each.columns <= kAlone; };
-  cpu_polar::each_matrix(steps, kernels, small, [&](const AdamStep& stack, int64_t i, const Team& team) {
-    const AdamRun done(stack, i, beta, team);
-  });
+  cpu_polar::each_matrix(steps, kernels, small,
+                         [&](const AdamStep& stack, int64_t i, const Team& team) { adam_one(stack, i, beta, team); });
 }
 
 void rotate(const std::vector<Rotation>& rotations, Way way, float beta, const Kernels& kernels) {
   const auto small = [](const Rotation& each) { return each.rows * each.columns <= kAlone; };
   cpu_polar::each_matrix(rotations, kernels, small, [&](const Rotation& stack, int64_t i, const Team& team) {
-    const Run done(stack, i, way, beta, team);
+    rotate_one(stack, i, way, beta, team);
   });
 }
 
