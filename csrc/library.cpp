@@ -73,9 +73,10 @@ STABLE_TORCH_LIBRARY(steepest, m) {
       "eigh_refresh(Tensor P, Tensor Q, Tensor(a!) basis, Tensor(b!) values, Tensor(c!) status, Tensor(d!) order, "
       "int method, int sweeps) -> ()");
   m.def("eigh_iterate(Tensor P, Tensor Q, Tensor(a!) basis, Tensor(b!) order, Tensor(c!) measured) -> ()");
-  m.def("learn_factors(Tensor[] grads, Tensor(a!)[] factors, Tensor(b!)[] counts, Tensor[] flags, float beta) -> ()");
+  m.def("update_factors(Tensor[] grads, Tensor(a!)[] factors, Tensor(b!)[] counts, Tensor[] flags, float beta) -> ()");
   m.def(
-      "learn_coupled(Tensor[] grads, Tensor[] bases, Tensor(a!)[] factors, Tensor(b!)[] values, Tensor(c!)[] counts, "
+      "update_coupled_factors(Tensor[] grads, Tensor[] bases, Tensor(a!)[] factors, Tensor(b!)[] values, Tensor(c!)[] "
+      "counts, "
       "Tensor[] flags, float beta, bool limited) -> ()");
   m.def(
       "track_bases(Tensor[] factors, Tensor(a!)[] bases, Tensor(b!)[] statuses, Tensor(c!)[] seconds, "

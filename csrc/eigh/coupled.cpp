@@ -6,18 +6,15 @@
 #include "cpu_polar/syrk.h"
 #include "cpu_polar/team.h"
 #include "cpu_polar/words.h"
+#include "eigh/turn.h"
 
 namespace steepest::eigh {
 namespace {
 
 using cpu_polar::Kernels;
 using cpu_polar::make_words;
-using cpu_polar::packed_words;
-using cpu_polar::Product;
 using cpu_polar::Team;
 using cpu_polar::Words;
-
-constexpr int64_t kAlone = int64_t{1} << 14;  // elements up to which a thread takes a matrix
 
 float largest_whitening(int64_t n) { return static_cast<float>(std::clamp<int64_t>(n, 10, 4000)); }
 
@@ -41,21 +38,17 @@ struct Work {
 class Run {
  public:
   Run(const Work& work, int64_t i, const Team& team)
-      : stack_(work.stack),
-        rows_(stack_.rows),
-        columns_(stack_.columns),
-        team_(team),
-        packed_(packed_words(team.kernels, sizeof(float), std::max(rows_, columns_), std::max(rows_, columns_))),
-        memory_(make_words(2 * packed_ + rows_ * columns_)) {
-    const int64_t size = rows_ * columns_;
+      : stack_(work.stack), rows_(stack_.rows), columns_(stack_.columns) {
+    const Turn turn(rows_, columns_, team);
+    const int64_t size = turn.size;
     const float* const g = stack_.grads + i * size;
-    const float* const left = basis(0, rows_, i);
-    const float* const right = basis(1, columns_, i);
+    const float* const left = part(stack_.bases[0], i, rows_ * rows_);
+    const float* const right = part(stack_.bases[1], i, columns_ * columns_);
     float *const by_right = work.input(0) + i * size, *const by_left = work.input(1) + i * size;
-    float* const turned = reinterpret_cast<float*>(memory_.get() + 2 * packed_);
-    turn_left(g, left, by_left);
-    turn_right(by_left, right, turned);
-    turn_right(g, right, by_right);
+    float* const turned = turn.room.matrix();
+    turn(g, left, nullptr, false, by_left);
+    turn(by_left, nullptr, right, false, turned);
+    turn(g, nullptr, right, false, by_right);
     const std::vector<float> of_left = whitening(0, rows_, i), of_right = whitening(1, columns_, i);
     if (stack_.started) average(turned, of_left, of_right, i);
     for (int64_t row = 0; row < rows_; ++row) {
@@ -69,42 +62,6 @@ class Run {
   }
 
  private:
-  uint32_t* first() const { return memory_.get(); }
-  uint32_t* second() const { return memory_.get() + packed_; }
-
-  const float* basis(int side, int64_t n, int64_t i) const {
-    return stack_.bases[side] == nullptr ? nullptr : stack_.bases[side] + i * n * n;
-  }
-
-  // L^T X.
-  void turn_left(const float* x, const float* left, float* out) const {
-    if (left == nullptr) {
-      std::copy_n(x, rows_ * columns_, out);
-      return;
-    }
-    team_.pack_rows({left, rows_, rows_, false}, first());
-    team_.pack({x, columns_, rows_, false}, second());
-    multiply(rows_, out);
-  }
-
-  // X R.
-  void turn_right(const float* x, const float* right, float* out) const {
-    if (right == nullptr) {
-      std::copy_n(x, rows_ * columns_, out);
-      return;
-    }
-    team_.pack_rows({x, rows_, columns_, true}, first());
-    team_.pack({right, columns_, columns_, false}, second());
-    multiply(columns_, out);
-  }
-
-  void multiply(int64_t k, float* out) const {
-    Product product{};
-    product.a = first(), product.b = second(), product.m = rows_, product.n = columns_, product.k = k;
-    product.d = out, product.alpha = 1;
-    team_.multiply(product);
-  }
-
   // D of a side.
   std::vector<float> whitening(int side, int64_t n, int64_t i) const {
     std::vector<float> inverse(n, 1.0f);
@@ -144,14 +101,11 @@ class Run {
 
   const Coupled& stack_;
   const int64_t rows_, columns_;
-  const Team& team_;
-  const int64_t packed_;
-  const Words memory_;
 };
 
 }  // namespace
 
-void learn_coupled(const std::vector<Coupled>& stacks, const Kernels& kernels) {
+void update_coupled(const std::vector<Coupled>& stacks, const Kernels& kernels) {
   std::vector<Work> all;
   all.reserve(stacks.size());
   for (const Coupled& stack : stacks) all.emplace_back(stack);

@@ -27,6 +27,6 @@ struct Coupled {
 };
 
 // A matrix has the same bits whatever else is in the call and however many threads there are.
-void learn_coupled(const std::vector<Coupled>& stacks, const cpu_polar::Kernels& kernels);
+void update_coupled(const std::vector<Coupled>& stacks, const cpu_polar::Kernels& kernels);
 
 }  // namespace steepest::eigh

@@ -48,69 +48,85 @@ void check_stack(const Tensor& x, const char* name, size_t i) {
 }
 
 // The weight of the newest of the terms of an average, of which so many are in it.
-float weight_after(float learned, double beta) {
-  return static_cast<float>((1 - beta) / (1 - std::pow(beta, double{learned} + 1)));
+float weight_after(float count, double beta) {
+  return static_cast<float>((1 - beta) / (1 - std::pow(beta, double{count} + 1)));
 }
 
-void learn_factors(const Tensors& grads, const Tensors& factors, const Tensors& counts, const Tensors& flags,
-                   double beta) {
-  const size_t count = grads.size();
-  check_lengths(factors.size(), 2 * count, "factors"), check_lengths(counts.size(), count, "counts");
-  check_lengths(flags.size(), count, "flags");
+// What a stack's factors, of which one may be absent, take of its gradients.
+struct Update {
+  bool taken;
+  int64_t matrices, sizes[2];
+  const float* grads;
+  float *factors[2], *count, weight;
+};
+
+// The stacks of a call, whose counts go up once all is done (`count_up`).
+std::vector<Update> checked_updates(const Tensors& grads, const Tensors& factors, const Tensors& counts,
+                                    const Tensors& flags, double beta) {
+  check_lengths(factors.size(), 2 * grads.size(), "factors"), check_lengths(counts.size(), grads.size(), "counts");
+  check_lengths(flags.size(), grads.size(), "flags");
   STD_TORCH_CHECK(beta >= 0 && beta < 1, "beta is ", beta, "; it is at least 0 and below 1");
-  std::vector<cpu_polar::Averages> averages;
-  std::vector<float*> seen;
-  std::vector<std::vector<float>> weights;
-  for (size_t i = 0; i < count; ++i) {
+  std::vector<Update> updates;
+  for (size_t i = 0; i < grads.size(); ++i) {
     check_stack(grads[i], "grads", i);
-    const int64_t matrices = grads[i].size(0), m = grads[i].size(1), n = grads[i].size(2);
-    const auto* const g = static_cast<const float*>(grads[i].const_data_ptr());
-    float* const learned = data_of<float>(counts[i], 1, "counts", i);
-    float* const left = data_of<float>(factors[2 * i], matrices * m * m, "factors", 2 * i, true);
-    float* const right = data_of<float>(factors[2 * i + 1], matrices * n * n, "factors", 2 * i + 1, true);
-    if (!taken(flags[i], i)) continue;
-    const float weight = weight_after(*learned, beta);
-    weights.emplace_back(matrices, weight), weights.emplace_back(matrices, 1 - weight);
-    seen.push_back(learned);
-    const float *const alpha = weights[weights.size() - 2].data(), *const rest = weights.back().data();
-    if (left != nullptr) averages.push_back({matrices, m, n, g, true, left, left, alpha, rest});
-    if (right != nullptr) averages.push_back({matrices, n, m, g, false, right, right, alpha, rest});
+    Update update{taken(flags[i], i), grads[i].size(0), {grads[i].size(1), grads[i].size(2)}};
+    update.grads = static_cast<const float*>(grads[i].const_data_ptr());
+    for (size_t side = 0; side < 2; ++side) {
+      const int64_t n = update.sizes[side];
+      update.factors[side] =
+          data_of<float>(factors[2 * i + side], update.matrices * n * n, "factors", 2 * i + side, true);
+    }
+    update.count = data_of<float>(counts[i], 1, "counts", i);
+    update.weight = weight_after(*update.count, beta);
+    updates.push_back(update);
   }
-  cpu_polar::average(averages, kernels_of("learn_factors"));
-  for (float* const learned : seen) *learned += 1;
+  return updates;
 }
 
-void learn_coupled(const Tensors& grads, const Tensors& bases, const Tensors& factors, const Tensors& values,
-                   const Tensors& counts, const Tensors& flags, double beta, bool limited) {
-  const size_t count = grads.size();
-  check_lengths(bases.size(), 2 * count, "bases"), check_lengths(factors.size(), 2 * count, "factors");
-  check_lengths(values.size(), 2 * count, "values"), check_lengths(counts.size(), count, "counts");
-  check_lengths(flags.size(), count, "flags");
-  STD_TORCH_CHECK(beta >= 0 && beta < 1, "beta is ", beta, "; it is at least 0 and below 1");
+void count_up(const std::vector<Update>& updates) {
+  for (const Update& update : updates) *update.count += update.taken ? 1.0f : 0.0f;
+}
+
+void update_factors(const Tensors& grads, const Tensors& factors, const Tensors& counts, const Tensors& flags,
+                    double beta) {
+  const std::vector<Update> updates = checked_updates(grads, factors, counts, flags, beta);
+  std::vector<cpu_polar::Averages> averages;
+  std::vector<std::vector<float>> weights;
+  for (const Update& update : updates) {
+    if (!update.taken) continue;
+    const auto [m, n] = update.sizes;
+    weights.emplace_back(update.matrices, update.weight), weights.emplace_back(update.matrices, 1 - update.weight);
+    const float *const alpha = weights[weights.size() - 2].data(), *const rest = weights.back().data();
+    float *const left = update.factors[0], *const right = update.factors[1];
+    if (left != nullptr) averages.push_back({update.matrices, m, n, update.grads, true, left, left, alpha, rest});
+    if (right != nullptr) averages.push_back({update.matrices, n, m, update.grads, false, right, right, alpha, rest});
+  }
+  cpu_polar::average(averages, kernels_of("update_factors"));
+  count_up(updates);
+}
+
+void update_coupled_factors(const Tensors& grads, const Tensors& bases, const Tensors& factors, const Tensors& values,
+                            const Tensors& counts, const Tensors& flags, double beta, bool limited) {
+  check_lengths(bases.size(), 2 * grads.size(), "bases"), check_lengths(values.size(), 2 * grads.size(), "values");
+  const std::vector<Update> updates = checked_updates(grads, factors, counts, flags, beta);
   std::vector<eigh::Coupled> stacks;
-  std::vector<float*> seen;
-  for (size_t i = 0; i < count; ++i) {
-    check_stack(grads[i], "grads", i);
-    const int64_t matrices = grads[i].size(0), sizes[] = {grads[i].size(1), grads[i].size(2)};
-    eigh::Coupled stack{};
-    stack.matrices = matrices, stack.rows = sizes[0], stack.columns = sizes[1];
-    stack.grads = static_cast<const float*>(grads[i].const_data_ptr());
+  for (size_t i = 0; i < updates.size(); ++i) {
+    const Update& update = updates[i];
+    eigh::Coupled stack{update.matrices, update.sizes[0], update.sizes[1], update.grads};
     for (size_t side = 0; side < 2; ++side) {
       const size_t k = 2 * i + side;
-      const int64_t n = sizes[side];
-      stack.factors[side] = data_of<float>(factors[k], matrices * n * n, "factors", k, true);
+      const int64_t n = update.sizes[side];
+      stack.factors[side] = update.factors[side];
       if (stack.factors[side] == nullptr) continue;
-      stack.bases[side] = data_of<float>(bases[k], matrices * n * n, "bases", k);
-      stack.values[side] = data_of<float>(values[k], matrices * n, "values", k);
+      stack.bases[side] = data_of<float>(bases[k], update.matrices * n * n, "bases", k);
+      stack.values[side] = data_of<float>(values[k], update.matrices * n, "values", k);
     }
-    float* const learned = data_of<float>(counts[i], 1, "counts", i);
-    if (!taken(flags[i], i)) continue;
-    stack.weight = weight_after(*learned, beta), stack.beta = static_cast<float>(beta);
-    stack.started = *learned > 0, stack.limited = limited;
-    stacks.push_back(stack), seen.push_back(learned);
+    stack.weight = update.weight, stack.beta = static_cast<float>(beta);
+    stack.started = *update.count > 0, stack.limited = limited;
+    if (update.taken) stacks.push_back(stack);
   }
-  eigh::learn_coupled(stacks, kernels_of("learn_coupled"));
-  for (float* const learned : seen) *learned += 1;
+  eigh::update_coupled(stacks, kernels_of("update_coupled_factors"));
+  count_up(updates);
 }
 
 eigh::Side make_side(const Tensor& factor, const Tensor& basis, const Tensor& status, int64_t matrices, int64_t n,
@@ -213,8 +229,8 @@ void rotate(const Tensors& xs, const Tensors& bases, const Tensors& seconds, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
-  m.impl("learn_factors", TORCH_BOX(&learn_factors));
-  m.impl("learn_coupled", TORCH_BOX(&learn_coupled));
+  m.impl("update_factors", TORCH_BOX(&update_factors));
+  m.impl("update_coupled_factors", TORCH_BOX(&update_coupled_factors));
   m.impl("track_bases", TORCH_BOX(&track_bases));
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("adam_in_bases", TORCH_BOX(&adam_in_bases));

@@ -130,12 +130,12 @@ def test_adam_has_the_bits_of_the_three_rotations(shape: tuple[int, int, int], s
     assert all(map(torch.equal, xs, wanted))
 
 
-# ---- learn ----------------------------------------------------------------------------------------------------------
+# ---- factors --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.95])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_learn_is_its_formula_where_the_flag_is_true(shape: tuple[int, int, int], beta: float) -> None:
+def test_update_factors_is_its_formula_where_the_flag_is_true(shape: tuple[int, int, int], beta: float) -> None:
     grads = [gaussian(*shape, seed=seed) for seed in (1, 2, 3)]
     factors = []
     for seed in (4, 5, 6):
@@ -146,7 +146,7 @@ def test_learn_is_its_formula_where_the_flag_is_true(shape: tuple[int, int, int]
     counts = [torch.tensor(t) for t in (0.0, 4.0, 7.0)]
     before, counted = [p.clone() for p in factors], [t.clone() for t in counts]
     stacks = Stacks([shape] * 3, factors, counts)
-    rotated.learn(grads, stacks, [torch.tensor(flag) for flag in (True, False, True)], beta)
+    rotated.update_factors(grads, stacks, [torch.tensor(flag) for flag in (True, False, True)], beta)
 
     assert torch.equal(factors[2], before[2])
     assert torch.equal(factors[3], before[3])
@@ -179,7 +179,7 @@ def test_coupled_is_its_formula_where_the_flag_is_true(shape: tuple[int, int, in
     counts = [torch.tensor(t) for t in (4.0, 7.0, 0.0)]
     stacks = Stacks([shape] * 3, factors, counts, bases, values=values)
     old = [[t.clone() for t in some] for some in (factors, values)]
-    rotated.coupled(grads, stacks, [torch.tensor(flag) for flag in (True, False, True)], beta, limited)
+    rotated.update_coupled(grads, stacks, [torch.tensor(flag) for flag in (True, False, True)], beta, limited)
 
     assert [float(t) for t in counts] == [5.0, 7.0, 1.0]
     for i, t in ((0, 4), (2, 0)):
@@ -222,7 +222,7 @@ def test_coupled_has_the_same_bits_in_any_call_and_on_any_number_of_threads() ->
         values = [gaussian(3, n, seed=n).square()[at].clone() for n in shape[1:]]
         some = [t[at].contiguous() for t in bases]
         stacks = Stacks([(len(factors[0]), *shape[1:])], factors, [torch.tensor(2.0)], some, values=values)
-        rotated.coupled([g[at].contiguous()], stacks, [torch.tensor(True)], 0.9, False)
+        rotated.update_coupled([g[at].contiguous()], stacks, [torch.tensor(True)], 0.9, False)
         return [*factors, *values]
 
     try:
@@ -345,8 +345,8 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     return {
         "rotate": ([x], [Q, none], [none], [none], 0, 0.0, 0.0, False, [flag], [x.clone()]),
         "adam_in_bases": ([x], [x], [Q, none], [x.square()], [none], 0.9, 1e-8, False, [flag], [x.clone()]),
-        "learn_factors": ([x], [P.clone(), none], [torch.tensor(1.0)], [flag], 0.9),
-        "learn_coupled": (
+        "update_factors": ([x], [P.clone(), none], [torch.tensor(1.0)], [flag], 0.9),
+        "update_coupled_factors": (
             [x],
             [Q, none],
             [P.clone(), none],
@@ -432,8 +432,8 @@ def test_coupled_methods_step_as_without_the_calls(
     method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Sides of full rank after one gradient: in what no gradient has reached every basis is as good, and values differ.
-    calls, shapes, learn = [], [(24, 24), (16, 16), (3, 8, 8)], rotated.coupled
-    monkeypatch.setattr(rotated, "coupled", lambda *args: (calls.append(len(args[0])), learn(*args)))
+    calls, shapes, learn = [], [(24, 24), (16, 16), (3, 8, 8)], rotated.update_coupled
+    monkeypatch.setattr(rotated, "update_coupled", lambda *args: (calls.append(len(args[0])), learn(*args)))
     with_calls = trained(options, method, shapes)
     assert sum(calls) == 9 * (4 if "max_preconditioner_dim" in options else 3)
     monkeypatch.setattr(rotated, "_wanted", lambda one: False)

@@ -1,14 +1,13 @@
 """Steps in eigenbases of Kronecker factors on a CPU, each as one call for many stacks of fp32 matrices (batch, m, n).
 
-    rotate    (L^T x R) / D;   back L (x / D) R^T;   and second moments v beta + (1 - beta) (L^T x R)^2
-    adam      second moments of g as above, and with these L ((L^T x R) / D^2) R^T
-    learn     factors <- factors + w (g g^T - factors), w = (1 - beta) / (1 - beta^t), and likewise of g^T g
-    coupled   factors and values that are measured in the metric of each other, `csrc/eigh/coupled.h`
-    track     steps of orthogonal iteration of every basis, where they help, and second moments sorted with it
+    rotate           (L^T x R) / D;   back L (x / D) R^T;   and second moments v beta + (1 - beta) (L^T x R)^2
+    adam             second moments of g as above, and with these L ((L^T x R) / D^2) R^T
+    update_factors   factors <- factors + w (g g^T - factors), w = (1 - beta) / (1 - beta^t), and likewise of g^T g
+    update_coupled   factors and values that are measured in the metric of each other, `csrc/eigh/coupled.h`
+    track            steps of orthogonal iteration of every basis, where they help, and second moments sorted with it
 
-A side without a factor has tensors without elements. `rotate` writes nothing else; `adam`, `learn` and `track` write to
-state where the flag of a stack is true. In all of them a matrix has the same bits in any call and on any number of
-threads.
+A side without a factor has tensors without elements. `rotate` writes nothing else; the others write to state where the
+flag of a stack is true. In all of them a matrix has the same bits in any call and on any number of threads.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _WAYS = ("into", "back", "observe")  # `Way` in csrc/eigh/rotate.h
 
 def supports(*tensors: Tensor) -> bool:
     """Whether the calls are for these tensors, which are fp32 and contiguous; what is traced goes by torch's ops."""
-    return _wanted(tensors[0]) and _take(tensors)
+    return _wanted(tensors[0]) and _is_supported(tensors)
 
 
 def _wanted(one: Tensor) -> bool:
@@ -47,8 +46,8 @@ def _products() -> bool:
     return _backend.extension is not None and _backend.extension.cpu_products(False)
 
 
-def _take(tensors: Sequence[Tensor]) -> bool:
-    """Whether the calls take tensors that lie like these."""
+def _is_supported(tensors: Sequence[Tensor]) -> bool:
+    """Whether the calls take tensors of this type and layout."""
     return all(t.dtype is torch.float32 and t.is_contiguous() and t.is_cpu for t in tensors)
 
 
@@ -70,21 +69,21 @@ class Stacks:
     steps: Sequence[Tensor] = ()
     values: Sequence[Tensor] = ()
 
-    def learn(self, grads: Sequence[Tensor]) -> bool:
-        """Whether `learn` is for these gradients."""
-        return _wanted(grads[0]) and self._factors_are_taken and _take(grads)
+    def supports_update(self, grads: Sequence[Tensor]) -> bool:
+        """Whether `update_factors` is for these gradients."""
+        return _wanted(grads[0]) and self._has_supported_factors and _is_supported(grads)
 
-    def learn_coupled(self, grads: Sequence[Tensor]) -> bool:
-        """Whether `coupled` is for these gradients."""
-        return self.learn(grads) and self._bases_are_taken
+    def supports_coupled_update(self, grads: Sequence[Tensor]) -> bool:
+        """Whether `update_coupled` is for these gradients."""
+        return self.supports_update(grads) and self._has_supported_bases
 
-    def track(self) -> bool:
+    def supports_track(self) -> bool:
         """Whether `track` is for them."""
-        return _wanted(self.factors[0]) and self._factors_are_taken and self._bases_are_taken
+        return _wanted(self.factors[0]) and self._has_supported_factors and self._has_supported_bases
 
-    def rotate(self, xs: Sequence[Tensor]) -> bool:
+    def supports_rotation(self, xs: Sequence[Tensor]) -> bool:
         """Whether `rotate_all` is for these."""
-        return _wanted(xs[0]) and self._short and self._bases_are_taken and _take(xs)
+        return _wanted(xs[0]) and self._short and self._has_supported_bases and _is_supported(xs)
 
     @cached_property
     def numbers(self) -> list[int]:
@@ -96,12 +95,12 @@ class Stacks:
         return all(max(m, n) <= IN_ORDER for _, m, n in self.shapes)
 
     @cached_property
-    def _factors_are_taken(self) -> bool:
-        return _take(self.factors)
+    def _has_supported_factors(self) -> bool:
+        return _is_supported(self.factors)
 
     @cached_property
-    def _bases_are_taken(self) -> bool:
-        return _take([*self.bases, *self.seconds, *self.values])
+    def _has_supported_bases(self) -> bool:
+        return _is_supported([*self.bases, *self.seconds, *self.values])
 
 
 def rotate(
@@ -178,18 +177,20 @@ def adam(
     torch.ops.steepest.adam_in_bases(*lists, beta, eps, inside, flags, outs)
 
 
-def learn(grads: Sequence[Tensor], stacks: Stacks, flags: Sequence[Tensor], beta: float) -> None:
+def update_factors(grads: Sequence[Tensor], stacks: Stacks, flags: Sequence[Tensor], beta: float) -> None:
     """Factors take gradients, in place, which are counted.   flags: 0-d bool."""
-    torch.ops.steepest.learn_factors(grads, stacks.factors, stacks.counts, flags, beta)
+    torch.ops.steepest.update_factors(grads, stacks.factors, stacks.counts, flags, beta)
 
 
-def coupled(grads: Sequence[Tensor], stacks: Stacks, flags: Sequence[Tensor], beta: float, limited: bool) -> None:
+def update_coupled(
+    grads: Sequence[Tensor], stacks: Stacks, flags: Sequence[Tensor], beta: float, limited: bool
+) -> None:
     """Factors and values take gradients, in place, which are counted; the first makes factors in no metric.
 
     flags: 0-d bool.   limited: as of `steepest.parts.Sides`.
     """
     lists = (grads, stacks.bases, stacks.factors, stacks.values, stacks.counts)
-    torch.ops.steepest.learn_coupled(*lists, flags, beta, limited)
+    torch.ops.steepest.update_coupled_factors(*lists, flags, beta, limited)
 
 
 def track(
@@ -225,11 +226,11 @@ if _backend.extension is not None:
     def _(*arguments: object) -> None:
         """Mutates seconds and outs; no metadata changes."""
 
-    @register_fake("learn_factors")
+    @register_fake("update_factors")
     def _(*arguments: object) -> None:
         """Mutates factors and counts; no metadata changes."""
 
-    @register_fake("learn_coupled")
+    @register_fake("update_coupled_factors")
     def _(*arguments: object) -> None:
         """Mutates factors, values and counts; no metadata changes."""
 

@@ -39,7 +39,7 @@ class Factors:
         for (_, phase), some in due.items():
             part = some[0].recipe.kronecker
             assert part is not None
-            self._store(some, part.learn_in_place, part.update_factors)
+            self._store(some, part.update_factors_in_place, part.update_factors)
             if phase.commits:
                 streams.join(each.state[PENDING] for each in some)
                 for each in some:

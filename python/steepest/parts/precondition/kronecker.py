@@ -193,7 +193,7 @@ class Kronecker:
     def observe_in_place(
         self, stacks: rotated.Stacks, grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
     ) -> bool:
-        """What `observe` gives, as `learn_in_place` writes what `update_factors` gives."""
+        """What `observe` gives, as `update_factors_in_place` writes what `update_factors` gives."""
         return False
 
     @property
@@ -345,22 +345,22 @@ class Kronecker:
         return fresh | more
 
     @property
-    def _learns_factors_alone(self) -> bool:
+    def _updates_factors_alone(self) -> bool:
         """Whether `update_factors` is averages of G G^T and G^T G in full precision, and nothing besides."""
         return not (self.external or self.blocks or self.dtype is not None)
 
-    def learn_in_place(
+    def update_factors_in_place(
         self, stacks: rotated.Stacks, grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
     ) -> bool:
         """What `update_factors` gives, written by one call for all of these where their flags are true; False where
         there is no such call for them, and nothing is written.
         """
         beta = self.rate(hyper)
-        if not self._learns_factors_alone or not isinstance(beta, float) or not 0 <= beta < 1:
+        if not self._updates_factors_alone or not isinstance(beta, float) or not 0 <= beta < 1:
             return False
-        if not stacks.learn(grads):
+        if not stacks.supports_update(grads):
             return False
-        rotated.learn(grads, stacks, flags, beta)
+        rotated.update_factors(grads, stacks, flags, beta)
         return True
 
     def refresh_in_place(self, stacks: rotated.Stacks, states: Sequence[State], flags: Sequence[Tensor]) -> bool:

@@ -143,8 +143,8 @@ class Roots(Kronecker):
         return fresh
 
     @property
-    def _learns_factors_alone(self) -> bool:
-        return super()._learns_factors_alone and not self.coupling
+    def _updates_factors_alone(self) -> bool:
+        return super()._updates_factors_alone and not self.coupling
 
     def weight(self, hyper: Hyper, count: Tensor) -> Number | None:
         return 1 - self.rate(hyper) if self.coupling else super().weight(hyper, count)

@@ -208,7 +208,7 @@ class Rotated(Kronecker):
         flags: Sequence[Tensor] = (),
     ) -> bool:
         call = self._of_call(hyper)
-        if call is None or not stacks.rotate(xs):
+        if call is None or not stacks.supports_rotation(xs):
             return False
         inner, beta, eps = call
         rotated.rotate_all(xs, stacks, way, outs, flags, beta=beta, eps=eps, inside=inner.eps_inside)
@@ -235,7 +235,7 @@ class Rotated(Kronecker):
         flags: Sequence[Tensor],
     ) -> bool:
         call = self._of_call(hyper)
-        if call is None or not stacks.rotate([*grads, *xs]):
+        if call is None or not stacks.supports_rotation([*grads, *xs]):
             return False
         inner, beta, eps = call
         rotated.adam(grads, xs, stacks, outs, flags, beta=beta, eps=eps, inside=inner.eps_inside)
@@ -356,17 +356,17 @@ class Rotated(Kronecker):
                 fresh[key] = torch.where(started, mixed.to(state[key].dtype), state[key])
         return fresh
 
-    def learn_in_place(
+    def update_factors_in_place(
         self, stacks: rotated.Stacks, grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
     ) -> bool:
         if self.coupling is None:
-            return super().learn_in_place(stacks, grads, hyper, flags)
+            return super().update_factors_in_place(stacks, grads, hyper, flags)
         beta = self.rate(hyper)
-        if not super()._learns_factors_alone or not self._averages_values or not isinstance(beta, float):
+        if not super()._updates_factors_alone or not self._averages_values or not isinstance(beta, float):
             return False
-        if not 0 <= beta < 1 or not stacks.learn_coupled(grads):
+        if not 0 <= beta < 1 or not stacks.supports_coupled_update(grads):
             return False
-        rotated.coupled(grads, stacks, flags, beta, self.coupling.limited)
+        rotated.update_coupled(grads, stacks, flags, beta, self.coupling.limited)
         return True
 
     @property
@@ -374,9 +374,9 @@ class Rotated(Kronecker):
         return self.sides is not None and self.sides.values == "average"
 
     @property
-    def _learns_factors_alone(self) -> bool:
+    def _updates_factors_alone(self) -> bool:
         present = self.sides is not None and self.sides.values == "present"
-        return super()._learns_factors_alone and self.coupling is None and not present
+        return super()._updates_factors_alone and self.coupling is None and not present
 
     # ---- the refresh ------------------------------------------------------------------------------------------------
 
@@ -385,7 +385,7 @@ class Rotated(Kronecker):
         plain = self.method == "auto" and self.transport != "fixed" and (self.sides is None or self._averages_values)
         if not plain or self.delay or self.blocks or self.dtype is not None:
             return False
-        if not _tracks(stacks.factors[0].device) or not stacks.track():
+        if not _tracks(stacks.factors[0].device) or not stacks.supports_track():
             return False
         for i, side, matrix in rotated.track(stacks, flags, LIMITS, ACCEPTED, TRIES):
             self._solve_in_place(states[i], side, matrix)
