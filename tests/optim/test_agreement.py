@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steepest.matrices import Piece, pieces
-from steepest.parts import Decay, Hyper, Momentum, Normalize, Rounding, Spectral, Submatrix
+from steepest.parts import Decay, Hyper, Momentum, Normalize, Rounding, Spectral, Submatrix, VarianceReduction
 from steepest.recipe import Recipe, State
 from steepest.step import Parameter, Plan, StepOptions
 from support.problems import RECIPES, SHAPES, TOLERANCE, gap, gaussian, refer
@@ -55,8 +55,10 @@ class World:
             self.params[i], self.states[i] = refer(recipe, hyper, self.params[i], g, self.states[i], self.pieces[i])
 
 
-def compare(recipe: Recipe, dtype: torch.dtype, tolerance: float, **options: Any) -> None:
-    ours, wanted = World.of(recipe, dtype), World.of(recipe, dtype)
+def compare(
+    recipe: Recipe, dtype: torch.dtype, tolerance: float, names: Sequence[str] = tuple(SHAPES) * 2, **options: Any
+) -> None:
+    ours, wanted = World.of(recipe, dtype, names), World.of(recipe, dtype, names)
     for step in range(3):
         grads = ours.grads(step)
         ours.planned(recipe, HYPER, grads, **options)
@@ -90,10 +92,23 @@ VARIANTS = {
     ),
     "adamuon": replace(RECIPES["muon"], transforms=(Normalize("elements", rms=0.2),)),
     "muadam, rows": replace(RECIPES["muadam"], transforms=(Normalize(),)),
+    "muon, l2": replace(RECIPES["muon"], decay=Decay(method="l2")),
+    "muadam, l2": replace(RECIPES["muadam"], decay=Decay(method="l2"), rounding=Rounding("mantissa")),
+    "adamw, l2": replace(RECIPES["adamw"], decay=Decay(method="l2")),
+    "normuon, l2": replace(RECIPES["muon"], decay=Decay(method="l2"), transforms=(Normalize(),)),
     "dion2": DION2,
     "dion3": replace(DION2, submatrix=Submatrix(0.3, "rows"), transforms=(Normalize(),)),
 }
 
+
+REDUCED = VarianceReduction(0.3)
+REDUCING = {
+    "muon": replace(RECIPES["muon"], variance_reduction=REDUCED),
+    "muadam, l2": replace(RECIPES["muadam"], variance_reduction=REDUCED, decay=Decay(method="l2")),
+    "adamw": replace(RECIPES["adamw"], variance_reduction=REDUCED),
+    "sign_sgd": replace(RECIPES["sign_sgd"], variance_reduction=REDUCED),
+    "normuon": replace(RECIPES["muon"], variance_reduction=REDUCED, transforms=(Normalize(),)),
+}
 
 #: "auto" is the fused ops, "torch" the parts.
 both_paths = pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -111,6 +126,14 @@ def test_plan_agrees_with_step_one(name: str, dtype: torch.dtype, backend: str) 
     # D of SANIA spans four decades here: step_one in fp32 is itself 2e-5 off fp64.
     factor = 10 if name.startswith("muadam_sania") and dtype == torch.float32 else 1
     compare(VARIANTS[name], dtype, factor * TOLERANCE[dtype], backend=backend)
+
+
+@pytest.mark.parametrize("backend, dtype", PATHS, ids=str)
+@pytest.mark.parametrize("name", REDUCING)
+def test_plan_agrees_with_step_one_on_gradients_of_less_variance(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Those of a fused weight are clipped by the norm of all its pieces, of which `step_one` sees one at a time."""
+    whole = [name for name in SHAPES if "split" not in name] * 2
+    compare(REDUCING[name], dtype, TOLERANCE[dtype], whole, backend=backend)
 
 
 @pytest.mark.parametrize("preset", ["auto", *map(slow, ("turbo", "jordan"))])
@@ -158,7 +181,8 @@ def test_stochastic_rounding_is_bit_for_bit_that_of_step_one(backend: str, name:
     ids=str,
 )
 @pytest.mark.parametrize(
-    "name", ["adamw", "muon", "muadam", "muadam, cautious", "sgd", "sign_sgd", "normuon", "adamuon"]
+    "name",
+    ["adamw", "muon", "muadam", "muadam, cautious", "sgd", "sign_sgd", "normuon", "adamuon", "muon, l2", "adamw, l2"],
 )
 def test_gradients_that_are_not_finite_are_isolated(name: str, dtype: torch.dtype, rounding: str, backend: str) -> None:
     """Bit for bit unchanged where the gradient is bad, elsewhere as if none were; counted on the device."""

@@ -51,6 +51,17 @@ def test_on_is_off(polar: str | None, dtype: torch.dtype, adjust: str) -> None:
         assert (a - b).abs().amax() <= direction + stored
 
 
+@pytest.mark.parametrize("options", [{"weight_decay_method": "independent"}, {"weight_decay_method": "l2"}], ids=str)
+def test_decay_is_that_of_the_group(options: dict[str, Any]) -> None:
+    """Once, and where it is in the gradient not in the weight too."""
+    off, _ = run(steepest.Muon, polar="svd", **options)
+    on, _ = run(steepest.Muon, polar="svd", fuse_update=True, **options)
+    plain, _ = run(steepest.Muon, polar="svd", fuse_update=True)
+    for a, b, c in zip(off, on, plain, strict=True):
+        assert (a - b).abs().amax() < 1e-5
+        assert (a - c).abs().amax() > 1e-3
+
+
 def test_a_step_that_is_not_taken_changes_no_bit() -> None:
     own = params(torch.float32)
     before = own[1].detach().clone()

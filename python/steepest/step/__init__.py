@@ -6,6 +6,7 @@ executor           what a plan asks of those who carry its steps out
 fused, eager       the executors: by the fused ops, by torch operations
 whole              by addresses, what is elementwise and on a CPU
 program            a recipe as the fused ops take it
+corrections        gradients that a recipe corrects before anything takes them
 buckets            what shares a direction call and the launches around it
 factors            what Kronecker factors learn, and their refresh
 coupling           steps whose layers wait for one another

@@ -374,8 +374,8 @@ class FusedBatch:
         return [item.view(item.parameter.tensor) for item in self.items[:count]]
 
     def grads(self) -> list[Tensor]:
-        """The gradients as they are stored."""
-        return [item.view(item.parameter.grad) for item in self.items]
+        """The gradients that the ops read."""
+        return [item.view(item.parameter.grad_of_ops) for item in self.items]
 
     def take_factors(self) -> list[Tensor]:
         """The factors of the updates that were made last, item by item; none at all where no bucket has any."""

@@ -16,6 +16,7 @@ from ..chunking import chunk_by_bytes
 from ..ops.multi_tensor import Scaling
 from ..parts import Hyper
 from ..recipe import Recipe, largest, square_sum
+from .corrections import Corrections
 from .executor import Directed
 from .factors import Factors, advance_clocks
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
@@ -135,9 +136,7 @@ class Eager:
         self._parts = [item for p in parameters if self._ranks for item in p.local_matrices()]
         self._known: dict[tuple[tuple[int, int], ...], list[SharedMatrices]] = {}
         self._batches: list[Batch] = []
-        #: parameters whose gradients are corrected, by their places, and these gradients before the correction
-        self._corrected: dict[int, Parameter] = {}
-        self._plain: dict[int, Tensor] = {}
+        self._corrections = Corrections(parameters)
         self._sums: dict[tuple[int, str], list[Tensor]] = {}
 
     def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
@@ -146,15 +145,11 @@ class Eager:
             signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
             for p, scale in zip(self.parameters, scales, strict=True)
         ]
-        self._corrected = {i: p for i, p in enumerate(self.parameters) if p.recipe.corrects_gradient}
-        for i, p in self._corrected.items():
-            self._plain[i] = p.recipe.penalized(grads[i], p.value(), hypers[p.group])
-            grads[i] = p.recipe.corrected(p.state, self._plain[i], hypers[p.group])
+        self._corrections.correct(grads, hypers)
         measured = [(largest(g).double(), p.recipe.square(g)) for p, g in zip(self.parameters, grads, strict=True)]
         if self._ranks is not None:
             measured = _reduced(measured, self._ranks)
-        for i, p in self._corrected.items():
-            grads[i] = p.recipe.clipped(grads[i], measured[i][1])
+        self._corrections.clip(grads, [square for _, square in measured])
         self._sums = {}
         for p, g, (most, square), scale in zip(self.parameters, grads, measured, scales, strict=True):
             finite = p.accepts(most, square)
@@ -200,10 +195,7 @@ class Eager:
                     p.state,
                     p.recipe.update_moments(p.state, p.step_values.grad, p.step_values.hyper),
                 )
-        for i, p in self._corrected.items():
-            if p.step_values.phase.steps:
-                store_if(p.step_values.finite, p.state, p.recipe.remembered_gradient(self._plain[i]))
-        self._plain = {}
+        self._corrections.remember()
         self._factors.observe(self._matrices)
         self._batches = self._new_batches()
 

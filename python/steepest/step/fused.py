@@ -12,13 +12,13 @@ in the launch (Triton's table of them is keyed by its contents), so no new gradi
 borrowed from torch's allocator, so that between steps their memory is free for activations.
 
 Recipes with Kronecker factors or other transforms of the update have torch operations between the ops and the
-direction.
+direction. Gradients that a recipe corrects are made by torch operations, and the ops read what these gave.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ from ..ops.program import COLUMNS, Program
 from ..parts import Direction, Hyper
 from ..recipe import Recipe
 from .buckets import Bucket, FusedBatch, FusedItem, batches_of, bucket_key, in_batches, items_of
+from .corrections import Corrections
 from .executor import Directed
 from .factors import Factors, advance_clocks
 from .parameter import LocalMatrices, Matrices, OwnedMatrices, Parameter, StepValues, signed_gradient, store_if
@@ -44,7 +45,8 @@ __all__ = ["Fused", "groups_of"]
 
 
 class Fused:
-    """The `Executor` (step/executor.py) by the fused ops. Parameters have elements and are on one device.
+    """The `Executor` (step/executor.py) by the fused ops. Parameters have elements and are on one device; gradients of
+    all of them are corrected or of none, and weight decay is in all of these or in none.
 
     skipped: the int64 counter of that device.   coupled: layers wait for one another, so that all moments are updated
     before the first direction is taken.
@@ -88,10 +90,16 @@ class Fused:
         self._present, self._waiting = self._batches, set[int]()
         #: parameters with torch operations around the direction, by their rows, and their matrices
         self._by_torch = {row: p for row, p in enumerate(parameters) if p.recipe.by_matrix}
+        self._corrections = Corrections(parameters)
+        self._penalizes = parameters[0].recipe.decay.method == "l2"
+        #: those whose gradients are clipped by their norms
+        self._clipped = [p for p in parameters if p.recipe.variance_reduction is not None]
+        clipped = [row for row, p in enumerate(parameters) if p.recipe.variance_reduction is not None]
         # Now, as a CUDA graph may not bring numbers to the device.
-        self._limits = self._limits_of_rows() if self._by_torch else None
+        self._rows_clipped = torch.tensor(clipped, dtype=torch.int64, device=self.device)
+        self._limits = self._limits_of_rows() if self._by_torch or clipped else None
         #: rows of those whose gradients and decisions are looked at outside of the ops
-        self._valued = list(range(len(parameters)) if coupled else self._by_torch)
+        self._valued = list(range(len(parameters)) if coupled or self._corrections else self._by_torch)
         here = [item.matrices for item in self._items if item.matrices is not None]
         ours: Sequence[Matrices] = self._owned if self._ranks else here
         by_matrix = [item for item in ours if item.by_matrix]
@@ -179,23 +187,53 @@ class Fused:
         if waiting:
             steps = [self._absent if row in waiting else step for row, step in enumerate(steps)]
         scaled = scaling[self.device]
-        groups = groups_of(hypers, self._group_of, self.device)
+        of_ops = hypers
+        if self._corrections:
+            self._correct(hypers, scaled)
+            scaled = replace(scaled, grad_scale=None)
+            if self._penalizes:
+                of_ops = [replace(hyper, weight_decay=0.0) for hyper in hypers]
+        groups = groups_of(of_ops, self._group_of, self.device)
         arguments = (steps, self.table, self._packed, self._first_sums, groups, scaled)
-        grads = [p.grad if p.tensor.numel() else p.grad.new_zeros(1) for p in self.parameters]  # of an empty shard
+        grads = [p.grad_of_ops if p.tensor.numel() else p.grad.new_zeros(1) for p in self.parameters]  # an empty shard
         allowed = [p.allowed for p in self.parameters]
         asked = any(flag is not None for flag in allowed)
-        at_once = self._ranks is None and not self._by_torch and not asked
+        at_once = self._ranks is None and self._limits is None and not asked
         multi_tensor.grad_stats(grads, *arguments, decide=at_once, backend=self.backend)
+        if self._clipped:
+            squares = torch.stack([p.recipe.square(p.grad_of_ops) for p in self._clipped])
+            self._column("grad_sq").index_copy_(0, self._rows_clipped, squares)
         if self._ranks is not None:
             self._reduce(self._ranks)
         if not at_once:
             self._refuse(allowed if asked else [])
             multi_tensor.decide_steps(*arguments, backend=self.backend)
+        if self._clipped:
+            self._clip()
         flags = (self._column("finite") != 0).unbind() if phases else ()
         for row, phase in phases.items():
             p = self.parameters[row]
-            g = signed_gradient(p.grad, p.options.maximize, scaled.grad_scale)
+            g = p.corrected if p.corrected is not None else self._signed(p, scaled)
             p.step = StepValues(g, flags[row], phase, hypers[p.group])
+
+    def _signed(self, p: Parameter, scaled: Scaling) -> Tensor:
+        return signed_gradient(p.grad, p.options.maximize, scaled.grad_scale)
+
+    def _correct(self, hypers: Sequence[Hyper], scaled: Scaling) -> None:
+        """Has the ops of this step read what the recipes make of gradients."""
+        grads = [self._signed(p, scaled) for p in self.parameters]
+        self._corrections.correct(grads, hypers)
+        self._read(grads)
+
+    def _clip(self) -> None:
+        """Divides them by their norms, which have been measured."""
+        grads = [p.grad_of_ops for p in self.parameters]
+        self._corrections.clip(grads, self._column("grad_sq").unbind())
+        self._read(grads)
+
+    def _read(self, grads: Sequence[Tensor]) -> None:
+        for p, g in zip(self.parameters, grads, strict=True):
+            p.corrected = g.to(p.wide_dtype)
 
     def _reduce(self, ranks: Ranks) -> None:
         """Makes what was measured of the shards here that of whole gradients, and the bounds of fp16 inputs."""
@@ -214,11 +252,8 @@ class Fused:
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
     def _limits_of_rows(self) -> Tensor:
-        """The largest sum of squares and entry of a gradient that torch operations take, (rows, 2)."""
-        limits = [
-            p.recipe.limits(p.grad_dtype)[::-1] if row in self._by_torch else (math.inf, math.inf)
-            for row, p in enumerate(self.parameters)
-        ]
+        """The largest sum of squares and entry of a gradient that each parameter takes, (rows, 2)."""
+        limits = [p.recipe.limits(p.grad_dtype)[::-1] for p in self.parameters]
         return torch.tensor(limits, dtype=torch.float64, device=self.device)
 
     @cached_property
@@ -259,6 +294,7 @@ class Fused:
             hyper = taken.hyper.beginning(p.state["step"] - taken.finite) if p.recipe.starts_first else taken.hyper
             if taken.phase.steps:
                 store_if(taken.finite, p.state, p.recipe.observe(p.state, taken.grad, hyper))
+        self._corrections.remember()
         self._factors.observe(self._observed)
         for batch in self._present if self._coupled else ():
             if not batch.items:  # nothing of it lies here
@@ -377,7 +413,7 @@ class Fused:
         self._factors.update(after=True)
         advance_clocks(list(self._by_torch.values()))
         for row in self._valued:
-            self.parameters[row].step = None
+            self.parameters[row].step = self.parameters[row].corrected = None
         self._present = self._batches
         self._versions = [m._version for m in self._watched]
 

@@ -67,7 +67,7 @@ class Parameter:
     sharding, owners: of a parameter that ranks share, and for every piece the rank that owns each matrix.
     step: what the present step goes by, between its decision and its end.   flag: 0-d, where the executor says by a
     number that is not 0 that the last step was taken.   allowed: 0-d bool, whether the weight lets this step be taken,
-    or None: it is not asked.
+    or None: it is not asked.   corrected: the gradient that the present step's fused ops read in place of `grad`.
     """
 
     source: Tensor
@@ -82,6 +82,7 @@ class Parameter:
     step: StepValues | None = field(default=None, repr=False)
     flag: Tensor | None = field(default=None, repr=False)
     allowed: Tensor | None = field(default=None, repr=False)
+    corrected: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.momentum_key = self.recipe.keys[0]
@@ -101,6 +102,11 @@ class Parameter:
         """The gradient as it is stored, of a parameter that has one; what of it lies here."""
         assert self.source.grad is not None
         return self.source.grad if self.sharding is None else local_tensor(self.source.grad)
+
+    @property
+    def grad_of_ops(self) -> Tensor:
+        """The gradient that the fused ops read: as it is stored, unless the recipe corrects it."""
+        return self.grad if self.corrected is None else self.corrected
 
     @property
     def grad_dtype(self) -> torch.dtype:

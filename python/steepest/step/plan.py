@@ -66,7 +66,7 @@ class Plan:
         self._constrained = [p for p in parameters if p.recipe.constraint is not None]
         self._devices = list(dict.fromkeys(p.source.device for p in parameters))
         by_torch: dict[object, list[Parameter]] = {}
-        fused: dict[tuple[torch.device, str, int, object, bool, bool], list[tuple[Parameter, Program]]] = {}
+        fused: dict[tuple[Any, ...], list[tuple[Parameter, Program]]] = {}
         for p in parameters:
             packed = program(p.recipe, maximize=p.options.maximize, coupled=coupled)
             backend = "torch" if traced else _backend(p, packed)
@@ -74,12 +74,14 @@ class Plan:
                 by_torch.setdefault((p.ranks, p.is_coded), []).append(p)
             else:
                 whole = not coupled and steps_whole(p, packed, backend)
-                key = (p.source.device, backend, p.options.max_workspace_bytes, p.ranks, p.is_coded, whole)
+                penalizes = p.recipe.decay.method == "l2"
+                alike = (p.ranks, p.is_coded, p.recipe.corrects_gradient, penalizes, whole)
+                key = (p.source.device, backend, p.options.max_workspace_bytes, *alike)
                 fused.setdefault(key, []).append((p, packed))
         self.executors: list[Executor] = []
         #: for every executor the states that are decoded while it is at work
         self._working: list[WorkingStates | None] = []
-        for (device, backend, max_bytes, _, _, whole), pairs in fused.items():
+        for (device, backend, max_bytes, *_, whole), pairs in fused.items():
             programs = {id(p): packed for p, packed in pairs}
             options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_bytes, "coupled": coupled}
             for run in _runs([p for p, _ in pairs]):

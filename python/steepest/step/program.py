@@ -6,7 +6,6 @@ What the ops leave to torch operations (`eager`), and what they would need for i
     submatrix            Dion2, which damps the rows that it has stepped by  a sum, and rows chosen between the ops
     reads_weight         TrustRegion(composite="ridge")                      the weight in the direction's input
     interpolated         a recipe that divides Lion's momentum by D          a bound of the direction's input
-    corrects_gradient    weight_decay_method="l2", variance_reduction        gradients in fp32 beside those of the model
     decay not `fused`    Fromage                                             norms of weight and update before the step
 """
 
@@ -40,8 +39,6 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         return "the momentum is damped where a step is taken by it, and only there"
     if recipe.reads_weight:
         return "the direction depends on the weight itself"
-    if recipe.corrects_gradient:
-        return "the gradient is corrected before anything takes it"
     if not recipe.decay.fused:
         return f"{type(recipe.decay).__name__} is not a formula of the fused ops"
     around = Program(
@@ -51,7 +48,7 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
         momentum_correction=momentum.bias_correction,
         cautious=recipe.decay.cautious,
         rounding=recipe.rounding.mode,
-        maximize=maximize,
+        maximize=maximize and not recipe.corrects_gradient,  # or it has been turned round before
         start_first=momentum.start == "first",
         decay_after=recipe.decay.after,
         decay_scaled=recipe.decay.scaled and recipe.decay.method == "decoupled",

@@ -27,7 +27,9 @@ __all__ = ["Whole", "steps_whole"]
 
 def steps_whole(p: Parameter, program: Program, backend: str) -> bool:
     """Whether `Whole` takes a parameter, whose step no other's gradient has a say in."""
-    if backend != "cpu" or not program.whole or p.ranks is not None or p.is_coded or p.recipe.stores_weights:
+    if backend != "cpu" or not program.whole or p.ranks is not None or p.is_coded:
+        return False
+    if p.recipe.stores_weights or p.recipe.corrects_gradient:
         return False
     state = [t for t in p.state.values() if isinstance(t, Tensor)]
     return takes([p.source, p.grad, *state])

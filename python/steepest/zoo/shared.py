@@ -31,7 +31,7 @@ class Extras(TypedDict, total=False):
     split_columns: split_sizes and num_heads count columns, as of a projection back from heads
     interleaved: groups of rows that each hold an equal part of every split, as heads of q, k and v
     weight_decay_method: "decoupled"; "independent", of the learning rate; "l2", in the gradient
-        See `steepest.parts.decay`; l2 goes by torch operations.
+        See `steepest.parts.decay`.
     cautious_wd: decay only where it agrees with the update
     cautious_update: step only entries that agree with the gradient
         See `steepest.parts.cautious`.
