@@ -8,6 +8,20 @@ enum class Vectors { baseline, avx2, avx512 };
 
 Vectors widest_vectors();
 
+// What was compiled for the widest of them.
+template <class T>
+const T* of_widest_vectors(const T* avx512, const T* avx2, const T* baseline) {
+  switch (widest_vectors()) {
+    case Vectors::avx512:
+      return avx512;
+    case Vectors::avx2:
+      return avx2;
+    case Vectors::baseline:
+      break;
+  }
+  return baseline;
+}
+
 // Products of bf16 beside AVX-512.
 bool has_bf16_vectors();
 

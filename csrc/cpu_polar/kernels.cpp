@@ -7,18 +7,6 @@ namespace steepest::cpu_polar {
 #ifdef STEEPEST_HAS_X86_SETS
 namespace {
 
-const Kernels* find_f32() {
-  switch (widest_vectors()) {
-    case Vectors::avx512:
-      return &avx512::f32;
-    case Vectors::avx2:
-      return &avx2::f32;
-    case Vectors::baseline:
-      break;
-  }
-  return nullptr;
-}
-
 const Kernels* find_bf16() {
   if (has_bf16_tiles()) {
 #ifdef STEEPEST_HAS_AMX
@@ -36,7 +24,8 @@ const Kernels* find_bf16() {
 }  // namespace
 
 const Kernels* kernels_for(Dtype dtype) {
-  static const Kernels *const f32 = find_f32(), *const bf16 = find_bf16();
+  static const Kernels* const f32 = of_widest_vectors<Kernels>(&avx512::f32, &avx2::f32, nullptr);
+  static const Kernels* const bf16 = find_bf16();
   return dtype == Dtype::f32 ? f32 : dtype == Dtype::bf16 ? bf16 : nullptr;
 }
 #else

@@ -48,17 +48,7 @@ void decide_one(const Owner& owner, const float* grad_scale, const double* sums,
 
 const HostChunks& best_chunks() {
 #ifdef STEEPEST_HAS_X86_SETS
-  static const HostChunks& best = []() -> const HostChunks& {
-    switch (widest_vectors()) {
-      case Vectors::avx512:
-        return avx512::chunks;
-      case Vectors::avx2:
-        return avx2::chunks;
-      case Vectors::baseline:
-        break;
-    }
-    return baseline::chunks;
-  }();
+  static const HostChunks& best = *of_widest_vectors(&avx512::chunks, &avx2::chunks, &baseline::chunks);
   return best;
 #else
   return baseline::chunks;

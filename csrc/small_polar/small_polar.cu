@@ -530,9 +530,8 @@ int64_t short_side(const Matrices& all) {  // 0 where there are none
 
 // `count` of the matrices, from the one of this number on.
 Matrices part_of(Matrices all, int64_t first, int64_t count) {
-  const auto bytes = [](Dtype dtype) { return int64_t{dtype == Dtype::f32 ? 4 : 2}; };
-  all.x = static_cast<const char*>(all.x) + first * all.x_matrix * bytes(all.x_dtype);
-  all.out = static_cast<char*>(all.out) + first * all.out_matrix * bytes(all.out_dtype);
+  all.x = static_cast<const char*>(all.x) + first * all.x_matrix * bytes_of(all.x_dtype);
+  all.out = static_cast<char*>(all.out) + first * all.out_matrix * bytes_of(all.out_dtype);
   if (all.slack != nullptr) all.slack += first;
   all.count = count;
   return all;

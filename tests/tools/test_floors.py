@@ -217,7 +217,9 @@ def test_a_tool_imports_only_the_tools_below_it() -> None:
 
 
 #: Words that a docstring does not begin with: they hang on what the reader has to look up first.
-HANGING = re.compile(r"(As|By|For|From|It|Likewise|Of|Over|So many|The same|Those|Where|While|With|Without)\b")
+HANGING = re.compile(
+    r"(As|By|For|From|It|Likewise|Of|Over|So many|The same|Their|Them|These|They|Those|Where|While|With|Without)\b"
+)
 
 
 def test_a_docstring_begins_with_its_subject() -> None:

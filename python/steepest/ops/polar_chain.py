@@ -128,7 +128,7 @@ def device_reason(device: torch.device) -> str | None:
     return None if _backend.extension.build_info()["hopper"] else _backend.NO_HOPPER
 
 
-def not_taken(rows: int, columns: int, constants: Sequence[Sequence[float]]) -> str | None:
+def shape_reason(rows: int, columns: int, constants: Sequence[Sequence[float]]) -> str | None:
     """Why no compiled chain with these constants takes matrices of rows x columns; None where one does."""
     if too_many(constants):
         return "the schedule has too many numbers"
@@ -138,7 +138,7 @@ def not_taken(rows: int, columns: int, constants: Sequence[Sequence[float]]) -> 
 def _reason(x: Tensor, constants: Sequence[Sequence[float]]) -> str | None:
     """Why the compiled chain does not run on x; None where it does."""
     rows, columns = x.shape[-2:]
-    if (why := hopper_reason(x) or not_taken(rows, columns, constants)) is not None:
+    if (why := hopper_reason(x) or shape_reason(rows, columns, constants)) is not None:
         return why
     if x.dtype not in DTYPES:
         return f"the compute dtype is {x.dtype}"

@@ -41,7 +41,7 @@ def beside(device: torch.device, tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def written(tensors: Sequence[Tensor]) -> None:
-    """These, all of one device, have been written by what is begun on the present stream so far."""
+    """Marks tensors, all of one device, as written by what is begun on the present stream so far."""
     if tensors and tensors[0].is_cuda:
         event = torch.cuda.current_stream(tensors[0].device).record_event()
         for t in tensors:

@@ -178,8 +178,8 @@ class Bucket:
         parts = []
         for item, m in zip(self.items, stored.split(self.counts), strict=True):
             assert item.matrices is not None
-            state, taken = item.matrices.recipe_state(), item.parameter.step_values
-            parts.append(self.recipe.precondition.into(state, m, taken.hyper, state.get("step")).to(self.dtype))
+            state, hyper = item.matrices.recipe_state(), item.parameter.step_values.hyper
+            parts.append(self.recipe.precondition.into(state, m, hyper, state.get("step")).to(self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def precondition(self, stored: Tensor) -> bool:
@@ -322,10 +322,10 @@ class Bucket:
 
     def weight_update(self, table: Table) -> Update:
         """What this step does to the weights, W <- (1 - decay) W - step d; nothing where the step is not taken."""
-        taken, first = self._numbers(table, "finite"), self.items[0].matrices
+        stepped, first = self._numbers(table, "finite"), self.items[0].matrices
         assert first is not None
-        eta = torch.where(taken != 0, -first.ratio * self._numbers(table, "lr"), 0)
-        beta = torch.where(taken != 0, 1 - self._numbers(table, "decay"), 1)
+        eta = torch.where(stepped != 0, -first.ratio * self._numbers(table, "lr"), 0)
+        beta = torch.where(stepped != 0, 1 - self._numbers(table, "decay"), 1)
         weights = [item.view(item.parameter.tensor.detach()).view(-1, *self.shape[1:]) for item in self.items]
         wide = torch.promote_types(self.dtype, torch.float32)
         return Update([w for stack in weights for w in stack.unbind()], eta.to(wide), beta.to(wide))

@@ -290,10 +290,10 @@ class Fused:
             shared.receive_gradients()
         self._factors.update(after=False)
         for p in self._by_torch.values():
-            taken = p.step_values
-            hyper = taken.hyper.beginning(p.state["step"] - taken.finite) if p.recipe.starts_first else taken.hyper
-            if taken.phase.steps:
-                store_if(taken.finite, p.state, p.recipe.observe(p.state, taken.grad, hyper))
+            step = p.step_values
+            hyper = step.hyper.beginning(p.state["step"] - step.finite) if p.recipe.starts_first else step.hyper
+            if step.phase.steps:
+                store_if(step.finite, p.state, p.recipe.observe(p.state, step.grad, hyper))
         self._corrections.remember()
         self._factors.observe(self._observed)
         for batch in self._present if self._coupled else ():
@@ -427,8 +427,8 @@ class Fused:
         rows = self._rows.get(group)
         if rows is None:
             return {}
-        taken = self._column("finite")[rows] > 0
-        sums = {"grad_sq": torch.where(taken, self._column("grad_sq")[rows], 0).sum()}
+        stepped = self._column("finite")[rows] > 0
+        sums = {"grad_sq": torch.where(stepped, self._column("grad_sq")[rows], 0).sum()}
         lines = slice(self._first_sums[rows.start], self._first_sums[rows.stop])
         for name in ("momentum_sq", "update_sq", "param_sq"):
             sums[name] = self._column(name)[lines].sum()

@@ -254,7 +254,7 @@ def _runs(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
 
 
 def _decoded(parameters: Sequence[Parameter]) -> WorkingStates | None:
-    """Their state in codes, decoded, for an executor to be made that looks at it; None where they have none."""
+    """State in codes of these parameters, decoded for an executor that is to look at it; None where there is none."""
     states = [p.state for p in parameters if isinstance(p.state, WorkingState)]
     if not states:
         return None

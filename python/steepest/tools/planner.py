@@ -35,7 +35,7 @@ from steepest.linalg.coefficients import Schedule, check_preset
 from steepest.linalg.polar import GRAM_ASPECT, GRAM_SHORT_SIDE, Choice, choose, nodes_of
 from steepest.linalg.work import flop_text
 from steepest.ops import backend
-from steepest.ops.polar_chain import not_taken
+from steepest.ops.polar_chain import shape_reason
 from steepest.ops.small_polar import too_long
 
 CAPABILITY = (9, 0)
@@ -329,7 +329,7 @@ def _no_launches(choice: Choice, stack: Stack) -> str | None:
         return "the products are torch's own"
     if choice.form == "small":
         return None
-    reason = not_taken(stack.rows, stack.columns, chain(choice.schedule, choice.restarts).constants)
+    reason = shape_reason(stack.rows, stack.columns, chain(choice.schedule, choice.restarts).constants)
     return backend.extension_reason if reason is None else f"{reason}: products one by one, in Triton"
 
 

@@ -75,7 +75,7 @@ def whole(value: Any, what: str) -> int:
 
 
 def only(state: State, keys: Sequence[str]) -> State:
-    """These entries of a state, all of them tensors but "step", or {} of a parameter that has none yet."""
+    """Some entries of a state, all of them tensors but "step", or {} of a parameter that has none yet."""
     return {key: take(state, key) if key == "step" else tensor(state, key) for key in keys} if state else {}
 
 
