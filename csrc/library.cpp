@@ -75,9 +75,8 @@ STABLE_TORCH_LIBRARY(steepest, m) {
   m.def("eigh_iterate(Tensor P, Tensor Q, Tensor(a!) basis, Tensor(b!) order, Tensor(c!) measured) -> ()");
   m.def("update_factors(Tensor[] grads, Tensor(a!)[] factors, Tensor(b!)[] counts, Tensor[] flags, float beta) -> ()");
   m.def(
-      "update_coupled_factors(Tensor[] grads, Tensor[] bases, Tensor(a!)[] factors, Tensor(b!)[] values, Tensor(c!)[] "
-      "counts, "
-      "Tensor[] flags, float beta, bool limited) -> ()");
+      "update_coupled_factors(Tensor[] grads, Tensor[] bases, Tensor(a!)[] factors, Tensor(b!)[] values, "
+      "Tensor(c!)[] counts, Tensor[] flags, float beta, bool limited) -> ()");
   m.def(
       "track_bases(Tensor[] factors, Tensor(a!)[] bases, Tensor(b!)[] statuses, Tensor(c!)[] seconds, "
       "Tensor(e!)[] values, Tensor[] flags, int[] shapes, float[] limits, int accepted, int steps, Tensor(d!) left) -> "

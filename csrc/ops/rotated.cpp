@@ -53,7 +53,7 @@ float weight_after(float count, double beta) {
 }
 
 // What a stack's factors, of which one may be absent, take of its gradients.
-struct Update {
+struct FactorUpdate {
   bool taken;
   int64_t matrices, sizes[2];
   const float* grads;
@@ -61,15 +61,15 @@ struct Update {
 };
 
 // The stacks of a call, whose counts go up once all is done (`count_up`).
-std::vector<Update> checked_updates(const Tensors& grads, const Tensors& factors, const Tensors& counts,
-                                    const Tensors& flags, double beta) {
+std::vector<FactorUpdate> checked_updates(const Tensors& grads, const Tensors& factors, const Tensors& counts,
+                                          const Tensors& flags, double beta) {
   check_lengths(factors.size(), 2 * grads.size(), "factors"), check_lengths(counts.size(), grads.size(), "counts");
   check_lengths(flags.size(), grads.size(), "flags");
   STD_TORCH_CHECK(beta >= 0 && beta < 1, "beta is ", beta, "; it is at least 0 and below 1");
-  std::vector<Update> updates;
+  std::vector<FactorUpdate> updates;
   for (size_t i = 0; i < grads.size(); ++i) {
     check_stack(grads[i], "grads", i);
-    Update update{taken(flags[i], i), grads[i].size(0), {grads[i].size(1), grads[i].size(2)}};
+    FactorUpdate update{taken(flags[i], i), grads[i].size(0), {grads[i].size(1), grads[i].size(2)}};
     update.grads = static_cast<const float*>(grads[i].const_data_ptr());
     for (size_t side = 0; side < 2; ++side) {
       const int64_t n = update.sizes[side];
@@ -83,16 +83,17 @@ std::vector<Update> checked_updates(const Tensors& grads, const Tensors& factors
   return updates;
 }
 
-void count_up(const std::vector<Update>& updates) {
-  for (const Update& update : updates) *update.count += update.taken ? 1.0f : 0.0f;
+void count_up(const std::vector<FactorUpdate>& updates) {
+  for (const FactorUpdate& update : updates)
+    if (update.taken) *update.count += 1;
 }
 
 void update_factors(const Tensors& grads, const Tensors& factors, const Tensors& counts, const Tensors& flags,
                     double beta) {
-  const std::vector<Update> updates = checked_updates(grads, factors, counts, flags, beta);
+  const std::vector<FactorUpdate> updates = checked_updates(grads, factors, counts, flags, beta);
   std::vector<cpu_polar::Averages> averages;
   std::vector<std::vector<float>> weights;
-  for (const Update& update : updates) {
+  for (const FactorUpdate& update : updates) {
     if (!update.taken) continue;
     const auto [m, n] = update.sizes;
     weights.emplace_back(update.matrices, update.weight), weights.emplace_back(update.matrices, 1 - update.weight);
@@ -108,10 +109,10 @@ void update_factors(const Tensors& grads, const Tensors& factors, const Tensors&
 void update_coupled_factors(const Tensors& grads, const Tensors& bases, const Tensors& factors, const Tensors& values,
                             const Tensors& counts, const Tensors& flags, double beta, bool limited) {
   check_lengths(bases.size(), 2 * grads.size(), "bases"), check_lengths(values.size(), 2 * grads.size(), "values");
-  const std::vector<Update> updates = checked_updates(grads, factors, counts, flags, beta);
+  const std::vector<FactorUpdate> updates = checked_updates(grads, factors, counts, flags, beta);
   std::vector<eigh::Coupled> stacks;
   for (size_t i = 0; i < updates.size(); ++i) {
-    const Update& update = updates[i];
+    const FactorUpdate& update = updates[i];
     eigh::Coupled stack{update.matrices, update.sizes[0], update.sizes[1], update.grads};
     for (size_t side = 0; side < 2; ++side) {
       const size_t k = 2 * i + side;

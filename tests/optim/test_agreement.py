@@ -136,6 +136,12 @@ def test_plan_agrees_with_step_one_on_gradients_of_less_variance(name: str, dtyp
     compare(REDUCING[name], dtype, TOLERANCE[dtype], whole, backend=backend)
 
 
+def test_no_gradient_is_kept_between_steps() -> None:
+    world = World.of(REDUCING["muadam, l2"], torch.float32)
+    plan = world.planned(REDUCING["muadam, l2"], HYPER, world.grads(0))
+    assert [p for p in plan.parameters if p.corrected is not None or p.step is not None] == []
+
+
 @pytest.mark.parametrize("preset", ["auto", *map(slow, ("turbo", "jordan"))])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", ["muon", "muadam"])
