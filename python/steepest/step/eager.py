@@ -140,7 +140,9 @@ class Eager:
         self._plain: dict[int, Tensor] = {}
         self._sums: dict[tuple[int, str], list[Tensor]] = {}
 
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
+    def decide(
+        self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
+    ) -> None:
         scales = [scaling[p.tensor.device] for p in self.parameters]
         grads = [
             signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
@@ -156,8 +158,11 @@ class Eager:
         for i, p in self._corrected.items():
             grads[i] = p.recipe.clipped(grads[i], measured[i][1])
         self._sums = {}
-        for p, g, (most, square), scale in zip(self.parameters, grads, measured, scales, strict=True):
+        flags = [None] * len(grads) if lacking is None else lacking.unbind()
+        for p, g, (most, square), scale, lacks in zip(self.parameters, grads, measured, scales, flags, strict=True):
             finite = p.accepts(most, square)
+            if lacks is not None:
+                finite = finite & ~lacks
             if p.allowed is not None:
                 finite = finite & p.allowed
             if scale.found_inf is not None:

@@ -171,7 +171,9 @@ class Fused:
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
+    def decide(
+        self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
+    ) -> None:
         self.notice_changes()
         phases = {row: self.parameters[row].recipe.phase(self.parameters[row].state) for row in self._valued}
         waiting = {row for row, phase in phases.items() if not phase.steps}
@@ -187,6 +189,8 @@ class Fused:
         at_once = self._ranks is None and not self._by_torch and not asked
         multi_tensor.grad_stats(grads, *arguments, decide=at_once, backend=self.backend)
         if self._ranks is not None:
+            if lacking is not None:
+                self._column("finite").masked_fill_(lacking, 0)
             self._reduce(self._ranks)
         if not at_once:
             self._refuse(allowed if asked else [])
