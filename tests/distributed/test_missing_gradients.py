@@ -128,6 +128,21 @@ def test_a_gradient_that_one_rank_lacks(processes: Processes, name: str, i: int)
     assert "no gradient on rank 1" in found[1].warned[0]
 
 
+OPTIONS: list[dict[str, Any]] = [
+    *({"average": 0.8}, {"state_bits": 8}, {"constraint": "frobenius", "weight_decay": 0.0}),
+    *({"variance_reduction": 0.05}, {"backend": "torch"}, {"max_workspace_bytes": 500}, {"cautious_update": True}),
+]
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], *map(slow, OPTIONS[1:])], ids=str)
+def test_what_else_a_step_writes(processes: Processes, options: dict[str, Any]) -> None:
+    found = processes.run(trained, steepest.MuAdam, {2: [(1, 0)]}, device=True, ranks=2, group_timeout=20, **options)
+    everyone = {2: [(0, 0), (1, 0)]}
+    wanted = processes.run(trained, steepest.MuAdam, everyone, device=False, ranks=2, **options)
+    for ran, reference in zip(found, wanted, strict=True):
+        assert all(map(torch.equal, ran.weights, reference.weights))
+
+
 def test_a_gradient_that_one_rank_has_alone(processes: Processes) -> None:
     late = {step: [(0, 0), (1, 0)] for step in range(STEPS)}
     found = processes.run(trained, steepest.SOAP, {**late, 2: [(0, 0)]}, device=True, ranks=2, group_timeout=20)
