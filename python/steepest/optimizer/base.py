@@ -111,6 +111,7 @@ class MatrixOptimizer(Reports, Constraints):
             raise
 
     def _tell_before_it_is_made(self, error: Exception, params: Any, options: Mapping[str, Any]) -> None:
+        """Tells the ranks that share these parameters, and are making the optimizer, why this one does not."""
         self._begin_shards()
         params = list(params) if isinstance(params, Iterator) else params
         with contextlib.suppress(Exception), self._telling("the constructor", params, options.get("share_work")):
