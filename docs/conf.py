@@ -118,7 +118,7 @@ def process_signature(
     """Of an optimizer its own arguments; all of them are listed below its description."""
     if not (inspect.isclass(obj) and issubclass(obj, MatrixOptimizer) and obj is not MatrixOptimizer):
         return None
-    code = obj.__init__.__code__
+    code = inspect.unwrap(obj.__init__).__code__
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     parameters = inspect.signature(obj).parameters
     shown = [str(parameters[each].replace(annotation=inspect.Parameter.empty)) for each in names]

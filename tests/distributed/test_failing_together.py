@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distr
 
 import steepest
 from steepest.optimizer import MatrixOptimizer
+from steepest.optimizer.shards import Shards
 from steepest.sharding.local import local_tensor
 from support.processes import Processes
 from support.training import noise
@@ -38,7 +40,7 @@ def with_gradients(params: list[nn.Parameter]) -> list[nn.Parameter]:
 def said(call: Callable[[], object], *params: nn.Parameter) -> tuple[str, bool]:
     """(the error's text, whether the parameters are as they were)."""
     before = [p.to_local().clone() for p in params]  # type: ignore[attr-defined]
-    with pytest.raises((RuntimeError, ValueError, TypeError)) as error:
+    with pytest.raises((RuntimeError, ValueError, TypeError, ArithmeticError)) as error:
         call()
     return str(error.value), all(map(torch.equal, before, (p.to_local() for p in params)))  # type: ignore[attr-defined]
 
@@ -68,6 +70,23 @@ def bad_group() -> tuple[str, bool]:
     return said(lambda: steepest.Muon(iter(groups)), p)
 
 
+def unknown_argument() -> tuple[str, bool]:
+    p = parameter(0, 6, 4)
+    more: Any = {"no_such_argument": 1} if dist.get_rank() == 1 else {}
+    return said(lambda: steepest.Muon(iter([p]), lr=0.1, **more), p)
+
+
+def unknown_argument_of_shared_work() -> tuple[str, bool]:
+    p = nn.Parameter(torch.ones(6, 4))
+    more: Any = {"no_such_argument": 1} if dist.get_rank() == 1 else {}
+    return said(lambda: steepest.SOAP([p], share_work=True, **more))[0], True
+
+
+def bad_bound() -> tuple[str, bool]:
+    p = parameter(0, 6, 4)
+    return said(lambda: steepest.MuonMax([p], lower_bound="low" if dist.get_rank() == 1 else 0.0), p)  # type: ignore[arg-type]
+
+
 def late_group() -> tuple[str, bool]:
     p, q = parameter(0, 6, 4), parameter(1, 6, 4)
     optimizer = made([p])
@@ -84,23 +103,66 @@ def prepared() -> tuple[str, bool]:
     return said(optimizer.prepare, *params)
 
 
+def stepping(cls: type[MatrixOptimizer], step: Callable[[MatrixOptimizer, bool], object]) -> tuple[str, bool]:
+    """What a step says of which this rank, where it is rank 1, cannot have the loss."""
+    params = with_gradients([parameter(0, 6, 4), parameter(1, 6, 4)])
+    optimizer = cls([{"params": params}], **({"lower_bound": 0.0} if cls is steepest.MuonMax else {}))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return said(lambda: step(optimizer, dist.get_rank() == 1), *params)
+
+
+def evaluated(fails: bool, what: Any) -> float:
+    if fails and isinstance(what, Exception):
+        raise what
+    return what if fails else 1.0
+
+
+def closure_raises() -> tuple[str, bool]:
+    error = ZeroDivisionError("of a batch")
+    return stepping(steepest.Muon, lambda optimizer, fails: optimizer.step(lambda: evaluated(fails, error)))
+
+
+def closure_gives_nothing() -> tuple[str, bool]:
+    return stepping(steepest.MuonMax, lambda optimizer, fails: optimizer.step(lambda: evaluated(fails, None)))
+
+
+def no_loss() -> tuple[str, bool]:
+    return stepping(steepest.MuonMax, lambda optimizer, fails: optimizer.step(**({} if fails else {"loss": 1.0})))  # type: ignore[arg-type]
+
+
+def many_losses() -> tuple[str, bool]:
+    return stepping(steepest.MuonMax, lambda optimizer, fails: optimizer.step(loss=torch.ones(1 + fails)))  # type: ignore[call-arg]
+
+
 #: The calls, with what an error says: of the call on the others, of the reason on all.
 CALLS: tuple[tuple[Callable[[], tuple[str, bool]], str, str], ...] = (
     (bad_number, "the constructor", "Learning rate should be >= 0 but is: -1.0"),
     (bad_choice, "the constructor", "polar='nothing'"),
     (bad_number_of_shared_work, "the constructor", "Learning rate should be >= 0 but is: -1.0"),
     (bad_group, "the constructor", "num_heads=5"),
+    (unknown_argument, "the constructor", "no_such_argument"),
+    (unknown_argument_of_shared_work, "the constructor", "no_such_argument"),
+    (bad_bound, "the constructor", "lower_bound"),
     (late_group, "add_param_group()", "Learning rate should be >= 0 but is: -1.0"),
     (prepared, "the step", "momentum"),
+    (closure_raises, "the step", "of a batch"),
+    (closure_gives_nothing, "the step", "the closure returned None: let it return the loss"),
+    (no_loss, "the step", "MuonMax has a lower bound and needs the loss"),
+    (many_losses, "the step", "the loss should have one element but has 2"),
 )
 
 
-def calls() -> list[tuple[str, bool]]:
+def calls(device: bool) -> list[tuple[str, bool]]:
+    """device: ranks agree as they do where the host would have to wait, which of first steps makes no difference."""
+    if device:
+        Shards._agrees_on_host = False  # type: ignore[assignment,method-assign]
     return [call() for call, _, _ in CALLS]
 
 
-def test_a_call_that_one_rank_refuses(processes: Processes) -> None:
-    for rank, results in enumerate(processes.run(calls, ranks=2, group_timeout=20)):
+@pytest.mark.parametrize("device", [False, True], ids=["host", "device"])
+def test_a_call_that_one_rank_refuses(processes: Processes, device: bool) -> None:
+    for rank, results in enumerate(processes.run(calls, device, ranks=2, group_timeout=20)):
         for (_, call, why), (text, kept) in zip(CALLS, results, strict=True):
             assert why in text
             assert kept

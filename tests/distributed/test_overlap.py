@@ -27,12 +27,13 @@ CASES = {
     "Dion2": (steepest.Dion2, {}),
     "Dion3": (steepest.Dion2, {"after": "rows"}),
     "SOAP": (steepest.SOAP, {"precondition_frequency": 2}),
+    "SOAP with late bases": (steepest.SOAP, {"precondition_frequency": 3, "refresh_delay": 2}),
     "KLShampoo by torch operations": (steepest.KLShampoo, {"backend": "torch"}),
     "MuonMax": (steepest.MuonMax, {}),
     "l2": (steepest.ProductNormDescent, {"product": "l2", "scale": "lmo"}),
     "l2 by torch operations": (steepest.ProductNormDescent, {"product": "l2", "scale": "lmo", "backend": "torch"}),
 }
-QUICK = ("Muon", "SOAP", "MuonMax")
+QUICK = ("Muon", "SOAP", "SOAP with late bases", "MuonMax")
 
 
 def weights_of(name: str, sharded: bool) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ def refused() -> dict[str, str]:
     refuses("Fromage", lambda: steepest.Fromage([p]), ValueError)
     optimizer = steepest.Muon([p])
     refuses("graph", optimizer.make_capturable, RuntimeError)
+    refuses("graphed", lambda: steepest.graphed(optimizer), RuntimeError)
     p.grad = torch.zeros_like(p).redistribute(placements=[Replicate()])  # type: ignore[attr-defined]
     before = p.full_tensor().clone()  # type: ignore[attr-defined]
     refuses("placements", optimizer.step, RuntimeError)
@@ -64,6 +65,7 @@ def test_by_name(processes: Processes) -> None:
     for said in processes.run(refused, ranks=2):
         assert "measures whole weights" in said["Fromage"]
         assert "ranks share its parameters" in said["graph"]
+        assert "a CUDA graph holds the work of one CUDA device and the parameters are on cpu" in said["graphed"]
         assert "redistribute the gradient to the parameter's placements" in said["placements"]
         assert "redistribute the gradient to the parameter's placements" in said["other placements later"]
         assert "DistributedDataParallel" in said["K-FAC"]

@@ -38,7 +38,7 @@ OPTIONS = [
 def noisy(model: nn.Module, step: int) -> None:
     """Gradients that depend on no weight: no rounding of one becomes a step of AdamW."""
     for i, p in enumerate(model.parameters()):
-        g = noise(tuple(p.shape), 1000 * (step + 1) + i)
+        g = noise(tuple(p.shape), 1000 * (step + 1) + i).to(p.dtype)
         p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
 
 
@@ -76,20 +76,24 @@ def test_norms_are_those_of_the_start(processes: Processes, values: dict[str, An
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
 
-def radii(sharded: bool) -> list[Tensor]:
-    model = GPT()
+def radii(sharded: bool, dtype: torch.dtype) -> list[Tensor]:
+    model = GPT().to(dtype)
     for i, p in enumerate(model.parameters()):
         p.data.copy_(noise(tuple(p.shape), i))
     made = optimizer(steepest.Muon, shard(model) if sharded else model, **FROBENIUS)
     made.init_state()
-    return [made.state[p]["radius"] for p in model.parameters() if "radius" in made.state[p]]
+    train(model, made, range(2), noisy)
+    weights = full(model).values() if dtype == torch.float64 else []
+    return [*(made.state[p]["radius"] for p in model.parameters() if "radius" in made.state[p]), *weights]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_radii_are_those_of_one_process(processes: Processes, ranks: int) -> None:
-    wanted = processes.alone(radii, False)
+def test_radii_are_those_of_one_process(processes: Processes, ranks: int, dtype: torch.dtype) -> None:
+    """Of fp64 weights to the last digit, and what is put back on these spheres too."""
+    wanted = processes.alone(radii, False, dtype)
     assert sum(map(len, wanted)) > 30
-    for found in processes.run(radii, True, ranks=ranks):
+    for found in processes.run(radii, True, dtype, ranks=ranks):
         assert all(map(torch.equal, found, wanted))
 
 

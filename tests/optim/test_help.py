@@ -44,7 +44,7 @@ def shown(cls: type[MatrixOptimizer]) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_help_has_a_line_for_every_argument_that_the_class_takes(cls: type[MatrixOptimizer]) -> None:
-    code, keywords = cls.__init__.__code__, KEYWORDS[cls.__init__.__annotations__["extra"]]
+    code, keywords = inspect.unwrap(cls.__init__).__code__, KEYWORDS[cls.__init__.__annotations__["extra"]]
     named = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     taken = [*named, *(name for name in keywords.__optional_keys__ if name not in named and not refuses(cls, name))]
     assert sorted(shown(cls)) == sorted(taken)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 import re
+import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,6 +185,35 @@ def test_owners_of_all_copies_share_the_work_of_one() -> None:
     assert both.passes == one.passes * 2
     owned = METHODS["SOAP"].state(64, 32)[1]
     assert both.state == [state - 2 * owned for state in one.state] * 2
+
+
+@pytest.mark.parametrize("places, copies", [(1, 1), (5, 1), (7, 3), (16, 4)])
+def test_messages_are_those_of_pairs(places: int, copies: int) -> None:
+    """Who sends to whom, pair by pair, where matrices lie on overlapping runs of places."""
+    draw = random.Random(places)
+    bucket, there, back = scale._Bucket(places, copies), set[tuple[int, int]](), set[tuple[int, int]]()
+    for _ in range(12):
+        first, owner = draw.randrange(places), draw.randrange(places * copies)
+        holders = range(first, draw.randint(first + 1, places))
+        bucket.add(owner, holders)
+        copy = owner // places * places
+        there |= {(copy + place, owner) for place in holders}
+        back |= {(owner, place + at) for place in holders for at in range(0, places * copies, places)}
+    for found, pairs in ((bucket.there(), there), (bucket.back(), back)):
+        assert found == [sum(a == rank != b for a, b in pairs) for rank in range(places * copies)]
+
+
+def test_plans_of_a_hundred_thousand_ranks() -> None:
+    """In seconds: what takes a rank's time for each of the others takes hours."""
+    model, world = (Parameters(3, (4096, 64), "matrix", cut=0), Parameters(1, (8, 96, 64), "matrix")), 100_000
+    begun = time.process_time()
+    for route in ("local", "owner", "gram", "share"):
+        found = of(route, model, "Muon", world)
+        assert sum(found.sent) == sum(found.received)
+    hybrid = scale.of_route("hybrid", model, METHODS["Muon"], world, 1000)
+    assert hybrid is not None
+    assert sum(hybrid.sent) == sum(hybrid.received)
+    assert time.process_time() - begun < 60
 
 
 def test_of_a_submatrix_its_share_travels() -> None:

@@ -7,6 +7,7 @@ group_options   what a step reads from the values of a group
 base            recipes, numbers, state and the plan: `MatrixOptimizer`
 plan_key        when the plan serves once more
 shards          parameters that ranks share: where they lie, who owns their matrices
+missing_gradients   what ranks agree on where the host reads nothing
 owned_state     state that only the owners of matrices have, in checkpoints
 stale           parameters that are no longer the model's
 zero            what torch's ZeroRedundancyOptimizer may give

@@ -6,14 +6,19 @@ use_muon=False take AdamW. One object, one `step`, one learning-rate scheduler f
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import operator
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, ClassVar, cast, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
@@ -26,6 +31,7 @@ from ..parts.blockwise import scale_key
 from ..recipe import Recipe, State
 from ..step import Parameter, Plan, StepOptions
 from ..step.checks import check_gradient, check_state, refuse_capture
+from ..step.executor import Executor
 from ..step.modes import in_default_modes
 from ..step.plan import route
 from ..step.state_storage import stack
@@ -33,9 +39,11 @@ from ..step.working_state import WorkingState
 from .constraints import RADIUS, Constraints
 from .group_options import Group, parameter_name, refuse_option
 from .groups import Params
+from .missing_gradients import AgreedStep, layouts_of
 from .plan_key import entries
 from .reports import Reports
-from .stale import StaleParameters
+from .shards import SAME_STEP
+from .stale import StaleParameters, level_of_caller
 from .weights import Weights
 from .wrappers import asking_scaler, is_asked_for_state
 from .zero import check_zero
@@ -53,8 +61,21 @@ class MatrixOptimizer(Reports, Constraints):
 
     carried: ClassVar[tuple[str, ...]] = ("_adamw_defaults", "_reasons", "_skipped")
     _plan_key: Sequence[object] = ()
+    #: what ranks have last agreed to step, where they do not agree in every step
+    _agreed: AgreedStep | None = None
+    #: of the executors of this step the parameters that a rank has no gradient of
+    _lacking: Mapping[Executor, Tensor] | None = None
+    #: gradients that this step is taken without, or None where it is taken with zeros
+    _put_aside: Mapping[Tensor, Tensor | None] = MappingProxyType({})
+    #: whether the constructor has come as far as to tell other ranks of its errors
+    _is_begun = False
     #: whether all groups are there that it was made with
     _is_made = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _refusing_together(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, params: Params, defaults: Group, adamw: Group) -> None:
         if isinstance(params, Iterator):
@@ -66,7 +87,7 @@ class MatrixOptimizer(Reports, Constraints):
         self._staleness = StaleParameters(type(self).__name__, params)
         self._begin_shards()
         self._weight_hooks: OrderedDict[int, Callable[[Weights], None]] = OrderedDict()
-        self._is_made = False
+        self._is_made, self._is_begun = False, True
         with self._telling("the constructor", params, defaults.get("share_work")):
             check_zero(type(self).__name__, self.split_group)
             self._check_options(defaults)
@@ -88,6 +109,13 @@ class MatrixOptimizer(Reports, Constraints):
         except Exception:
             del self.param_groups[before:]
             raise
+
+    def _tell_before_it_is_made(self, error: Exception, params: Any, options: Mapping[str, Any]) -> None:
+        """Tells the ranks that share these parameters, and are making the optimizer, why this one does not."""
+        self._begin_shards()
+        params = list(params) if isinstance(params, Iterator) else params
+        with contextlib.suppress(Exception), self._telling("the constructor", params, options.get("share_work")):
+            raise error
 
     def _begin_state(self, call: str) -> None:
         """Makes the state of sharded parameters, so that every rank has, and names, the same in a checkpoint."""
@@ -117,9 +145,20 @@ class MatrixOptimizer(Reports, Constraints):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = self._loss_of_all(closure) if self._has_shards else closure()
         self._step(loss)
         return loss
+
+    def _loss_of_all(self, closure: Callable[[], float]) -> float:
+        """The closure's loss; where it raises, the others, which are about to wait for this rank, are told, unless it
+        was a collective that failed.
+        """
+        try:
+            return closure()
+        except Exception as error:
+            if not isinstance(error, dist.DistError):
+                self.refuse_together(error)
+            raise
 
     @in_default_modes
     def _step(self, loss: Number | None) -> None:
@@ -137,10 +176,13 @@ class MatrixOptimizer(Reports, Constraints):
     @torch._disable_dynamo  # of sharded parameters, which `_traced_step` refuses: their step is not compiled piecemeal
     def take_step(self, scaling: Scaling, loss: Number | None) -> None:
         plan = self.ready_plan()
-        hypers = [self._hyper(group) for group in self.param_groups]
-        plan.step(hypers, scaling, self.coupling(plan, loss))
-        self._run_weight_hooks(plan.parameters)
-        plan.take_averages(hypers)
+        try:
+            hypers = [self._hyper(group) for group in self.param_groups]
+            plan.step(hypers, scaling, self.coupling(plan, loss), self._lacking)
+            self._run_weight_hooks(plan.parameters)
+            plan.take_averages(hypers)
+        finally:
+            self._return_gradients()
         self._staleness.count(bool(plan.parameters), self.param_groups)
 
     def _check_state_bits(self, group: Group) -> None:
@@ -172,25 +214,83 @@ class MatrixOptimizer(Reports, Constraints):
         """Makes state and plan for the gradients there are, without a step; the backends it will run on. With sharded
         parameters all ranks call this together.
         """
-        return self.ready_plan().backends
+        try:
+            return self.ready_plan().backends
+        finally:
+            self._return_gradients()
 
     def _agreed_plan(self) -> Plan:
         """`_ready_plan` of sharded parameters: no rank goes on where one cannot, or is about to do something else.
 
-        On the host in every step; on a device, which would have to be waited for, when the plan is a new one.
+        On the host in every step; on a device, which would have to be waited for, when no rank goes on with its plan.
         """
         refuse_capture("its parameters are sharded, and ranks agree on the host")
-        before = self._plan
+        self._return_gradients()
         self._name_collectives("the step")
-        self._sum_partial_gradients()
+        return self._plan_of_all() if self._agrees_on_host else self._plan_on_device()
+
+    def _plan_of_all(self) -> Plan:
+        """The plan of this step, once all ranks have found theirs to be the same."""
+        before = self._plan
+        self._sum_partial_gradients(compare=True)
         try:
             plan = self._ready_plan()
         except Exception as error:
             self._check_agreement(None, error)
             raise
-        if plan is not before or all(ranks.device.type == "cpu" for ranks in self._meshes.values()):
-            self._check_agreement(self._gradients_there() if plan is before else self._sharded_rows())
+        self._check_agreement(self._gradients_there() if plan is before else self._sharded_rows())
         return plan
+
+    def _plan_on_device(self) -> Plan:
+        """The plan of this step without a wait where it serves; see `steepest.optimizer.missing_gradients`."""
+        error, serves = None, False
+        try:
+            self._ready_numbers()
+            serves = self._plan_serves()
+        except Exception as raised:
+            error = raised
+        agreed = self._agreed
+        goes_on, lacking = self._agreement.any(serves, {} if agreed is None else agreed.lacked())
+        if not serves and (goes_on is None or not goes_on):
+            return self._newly_agreed_plan()
+        if error is not None:
+            raise error
+        assert agreed is not None
+        if not serves:
+            self._put_aside = agreed.lend(self._shared_names(), type(self).__name__)
+        try:
+            self._sum_partial_gradients(compare=False)
+            plan = cast(Plan, self._plan) if serves else self._ready_plan()
+            if not serves and not agreed.is_step_of(plan):
+                self._plan = None
+                raise RuntimeError(
+                    f"{type(self).__name__}: what this rank steps has changed, and what another rank steps has not: "
+                    f"{SAME_STEP}"
+                )
+        except Exception:
+            self._return_gradients()
+            raise
+        self._lacking = agreed.of_executors(plan, lacking)
+        return plan
+
+    def _newly_agreed_plan(self) -> Plan:
+        """`_plan_of_all`, which is remembered as what ranks have agreed on."""
+        names = self._shared_names()
+        layouts = layouts_of(list(names))
+        self._lacking = None
+        try:
+            plan = self._plan_of_all()
+        except Exception:
+            self._plan = None  # which is not the others'
+            raise
+        self._agreed = AgreedStep(plan, layouts, {p: self._peers_of(p) for p in names})
+        return plan
+
+    def _return_gradients(self) -> None:
+        """Gives parameters the gradients again that the step was taken without."""
+        for p, g in self._put_aside.items():
+            p.grad = g
+        self._put_aside = MappingProxyType({})
 
     def _sharded_rows(self) -> list[tuple[str, ...]]:
         """The rows of parameters and options, and of a plan what steps each parameter: collectives follow that."""
@@ -207,6 +307,22 @@ class MatrixOptimizer(Reports, Constraints):
         """The plan of this step; every check is made, before the first write, when there is none for it yet, and that
         of numbers whenever they have changed.
         """
+        self._ready_numbers()
+        if not self._plan_serves():
+            refuse_capture("what it steps has changed since the last step: take one with these gradients first")
+            self._plan = None
+            self._staleness.compare(self.param_groups)
+            for number, group in enumerate(self.param_groups):
+                self._check_step(number, group)
+            self._plan = self._new_plan()
+            self._plan_key = list(self._key())
+        assert self._plan is not None
+        if any(recipe.kronecker is not None for recipe in self._plan.recipes):
+            refuse_capture("the host decides when its bases are refreshed")
+        return self._plan
+
+    def _ready_numbers(self) -> None:
+        """Checks the numbers of groups that have changed, and brings them to where they are read."""
         self.check_numbers()
         if not all(group["capturable"] for group in self.param_groups if group["params"]):
             refuse_capture(
@@ -215,17 +331,10 @@ class MatrixOptimizer(Reports, Constraints):
             )
         for group in self.param_groups:
             self._numbers_on_device(group)
-        if self._plan is None or not all(map(operator.eq, self._plan_key, self._key())):
-            refuse_capture("what it steps has changed since the last step: take one with these gradients first")
-            self._plan = None
-            self._staleness.compare(self.param_groups)
-            for number, group in enumerate(self.param_groups):
-                self._check_step(number, group)
-            self._plan = self._new_plan()
-            self._plan_key = list(self._key())
-        if any(recipe.kronecker is not None for recipe in self._plan.recipes):
-            refuse_capture("the host decides when its bases are refreshed")
-        return self._plan
+
+    def _plan_serves(self) -> bool:
+        """Whether the last step's plan is that of this one."""
+        return self._plan is not None and all(map(operator.eq, self._plan_key, self._key()))
 
     def _key(self) -> Iterator[object]:
         """What a plan is made for: its tensors' layouts, and where the state lies, whose views it holds."""
@@ -429,7 +538,7 @@ class MatrixOptimizer(Reports, Constraints):
         return route(self._parameter(self._number(group), 0, p, state), coupled=self.couples())
 
     def forget(self) -> None:
-        self._recipes, self._numbers, self._plan = {}, {}, None
+        self._recipes, self._numbers, self._plan, self._agreed, self._lacking = {}, {}, None, None, None
         self._begin_shards()
         # Of a copy: hooks stay with the original, as torch's do.
         self.__dict__.setdefault("_weight_hooks", OrderedDict())
@@ -489,11 +598,48 @@ class MatrixOptimizer(Reports, Constraints):
         """Creates the state of a parameter now, if it has none yet."""
         self._init_states([(p, p.dtype, group)])
 
+    def refuse_together(self, error: Exception) -> None:
+        """Has an error of this rank be one of all that share parameters, before the step's first collective: they wait
+        for this rank, which is to raise it. On a device they do only where none goes on with its plan.
+        """
+        if not self._peers:
+            return
+        warnings.warn(
+            f"{type(self).__name__}: rank {dist.get_rank()} cannot take the step, and tells the other ranks: "
+            f"{type(error).__name__}: {error}",
+            UserWarning,
+            stacklevel=level_of_caller(),
+        )
+        with contextlib.suppress(RuntimeError):  # this rank's error is the one to see here
+            self._name_collectives("the step")
+            if not self._agrees_on_host:
+                goes_on, _ = self._agreement.any(False, {} if self._agreed is None else self._agreed.lacked())
+                if goes_on is not None and goes_on:
+                    return
+            self._check_agreement(None, error)
+
     def ready_plan(self) -> Plan:
         """The plan of this step, with all state; every check is made before the first write. With sharded parameters
         all ranks call this together.
         """
         return self._agreed_plan() if self._has_shards else self._ready_plan()
+
+
+def _refusing_together(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor of which an error is one of all ranks that share parameters, also where it comes before that of
+    `MatrixOptimizer`, as for an argument that the class does not have.
+    """
+
+    @functools.wraps(init)
+    def made(self: MatrixOptimizer, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except Exception as error:
+            if type(self).__init__ is made and not self._is_begun:  # the outermost, which has what was given
+                self._tell_before_it_is_made(error, args[0] if args else kwargs.get("params"), kwargs)
+            raise
+
+    return made
 
 
 def _elsewhere(value: Any, device: torch.device | None) -> bool:

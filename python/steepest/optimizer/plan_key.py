@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ops.whole_steps import PLAIN
-from ..sharding.local import is_sharded, local_tensor
+from ..sharding.local import is_partial, is_sharded, local_tensor
 
 _OF_PARAMETERS = [attrgetter(name) for name in ("shape", "dtype", "device")]
 _OF_GRADIENTS = [attrgetter(name) for name in ("shape", "dtype", "layout")]
@@ -51,9 +51,11 @@ def entries(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, object
 
 
 def _shard(p: Tensor, g: Tensor) -> tuple[object, ...] | None:
+    """The place of a shard and of its gradient, of one that the step is yet to sum as it will be then."""
     if not is_sharded(p):
         return None
-    return (local_tensor(p).data_ptr(), getattr(g, "device_mesh", None), getattr(g, "placements", None))
+    placements = p.placements if is_partial(p) else getattr(g, "placements", None)  # type: ignore[attr-defined]
+    return (local_tensor(p).data_ptr(), getattr(g, "device_mesh", None), placements)
 
 
 def _strides(p: Tensor, g: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

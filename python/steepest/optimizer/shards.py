@@ -13,7 +13,7 @@ from ..matrices import Piece
 from ..parts import Blockwise
 from ..parts.blockwise import scale_key
 from ..recipe import Recipe, State
-from ..sharding.local import is_sharded, local_tensor, whole_tensor
+from ..sharding.local import is_partial, is_sharded, local_tensor, whole_tensor
 from ..sharding.owners import owned_pieces
 from ..state_layout import Codes
 from ..step.program import is_elementwise
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from ..sharding.layout import Sharding
     from ..sharding.ranks import Ranks
 
-__all__ = ["Shards"]
+__all__ = ["SAME_STEP", "Shards"]
 
 Owners = tuple[tuple[int, ...], ...]
-_SAME_STEP = (
+SAME_STEP = (
     "every rank needs the same parameters, in the same groups and order, with the same options, and gradients of the "
     "same ones"
 )
@@ -232,7 +232,7 @@ class Shards(Groups):
         error: Exception | None = None,
         *,
         rows: Callable[[], Rows] | None = None,
-        but: tuple[str, str] = ("ranks are about to take different steps", _SAME_STEP),
+        but: tuple[str, str] = ("ranks are about to take different steps", SAME_STEP),
     ) -> None:
         """RuntimeError, on all ranks, where those that share parameters are not about to do the same.
 
@@ -280,12 +280,28 @@ class Shards(Groups):
                     rows.append((name, f"of shape {sharding.shape}", f"as {sharding.placements}", f"with {has}"))
         return rows + options
 
-    def _sum_partial_gradients(self) -> None:
+    @property
+    def _agrees_on_host(self) -> bool:
+        """Whether the host may look in every step at what ranks say: a device would have to be waited for."""
+        return all(ranks.device.type == "cpu" for ranks in self._meshes.values())
+
+    def _peers_of(self, p: Any) -> Ranks | None:
+        """The ranks that have a shared parameter, as `_agreement` knows them; None: this one alone."""
+        return self._agreement.one_of(self._peers[(p.device_mesh, p.to_local().device) if is_sharded(p) else p.device])
+
+    def _shared_names(self) -> dict[Tensor, str]:
+        """The parameters that ranks share, or share the work on, and how messages call them."""
+        every = [(p, group, i) for group in self.param_groups for i, p in enumerate(group["params"])]
+        return {p: parameter_name(group, i) for p, group, i in every if self._sharding(p) is not None}
+
+    def _sum_partial_gradients(self, *, compare: bool) -> None:
         """Sums gradients that are `Partial`, as those of `SequenceParallel` layers are, and places them as their
         parameters. Collective among the ranks of such parameters.
+
+        compare: whether ranks have yet to find that they have the same gradients.
         """
-        partial = [p for group in self.param_groups for p in group["params"] if _is_partial(p)]
-        if partial and all(ranks.device.type == "cpu" for ranks in self._meshes.values()):
+        partial = [p for group in self.param_groups for p in group["params"] if is_partial(p)]
+        if partial and compare:
             self._check_agreement((len(partial), self._gradients_there()))
         for p in partial:
             p.grad = cast(Any, p.grad).redistribute(placements=cast(Any, p).placements)
@@ -414,14 +430,6 @@ def _as_shard(here: Tensor, sharding: Sharding | None, shape: tuple[int, ...] | 
     from ..sharding.local_state import as_shard
 
     return as_shard(here, sharding, shape)
-
-
-def _is_partial(p: Tensor) -> bool:
-    """Whether a DTensor has a gradient on its mesh that is a sum of what ranks have."""
-    g: Any = p.grad
-    if g is None or not is_sharded(p) or not is_sharded(g) or g.device_mesh != cast(Any, p).device_mesh:
-        return False
-    return any(placement.is_partial() for placement in g.placements)
 
 
 def _shares(group: Group, recipe: Recipe) -> bool:

@@ -75,10 +75,10 @@ class StaleParameters:
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(text, UserWarning, stacklevel=_level_of_caller())
+            warnings.warn(text, UserWarning, stacklevel=level_of_caller())
 
 
-def _level_of_caller() -> int:
+def level_of_caller() -> int:
     """The `stacklevel` for `warnings.warn`, of the function that asks: the step of whoever called the optimizer."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("steepest", "torch"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
+
+import torch
+from torch import Tensor
 
 from .ranks import Ranks
 
@@ -20,9 +23,9 @@ class Agreement:
     """
 
     def __init__(self, sets: Iterable[Ranks]) -> None:
-        distinct = {(ranks.device.type, tuple(sorted(ranks.world))): ranks for ranks in sets if ranks.size > 1}
-        order = sorted(distinct, key=lambda key: (len(key[1]), key))
-        self._sets = [distinct[key] for key in order]
+        self._distinct = {_key(ranks): ranks for ranks in sets if ranks.size > 1}
+        order = sorted(self._distinct, key=lambda key: (len(key[1]), key))
+        self._sets = [self._distinct[key] for key in order]
         everyone = {rank for _, world in order for rank in world}
         # A set of all ranks comes last and hears of every difference; without one a round takes it a set further.
         rounds = 1 if not order or len(order[-1][1]) == len(everyone) else len(order)
@@ -32,6 +35,29 @@ class Agreement:
         """What this rank is doing, for an error of the collectives that follow."""
         for ranks in self._sets:
             ranks.call = call
+
+    def one_of(self, ranks: Ranks) -> Ranks | None:
+        """The set that stands for these ranks; None where they are one."""
+        return self._distinct.get(_key(ranks))
+
+    def any(self, said: bool, flags: Mapping[Ranks, Sequence[bool]]) -> tuple[Tensor | None, dict[Ranks, Tensor]]:
+        """Whether a rank says so, 0-d, and of each flag of a set whether a rank of the set has it, (flags,) bool.
+        Collective; the host reads nothing and waits for nothing.
+
+        flags: of `one_of`, as many on all ranks of a set.   -> None: there is no other rank.
+        """
+        words: dict[Ranks, Tensor] = {}
+        known: Tensor | None = None
+        for ranks in self._asked:
+            if ranks not in words:
+                words[ranks] = _on_device([said, *flags.get(ranks, ())], ranks.device)
+            word = words[ranks]
+            if known is not None:
+                torch.maximum(word[:1], known.to(word.device), out=word[:1])
+            ranks.all_reduce(word, "max", f"which of {len(word) - 1} gradients a rank lacks")
+            known = word[:1]
+        found = {ranks: word[1:] != 0 for ranks, word in words.items()}
+        return (None if known is None else known[0] != 0), found
 
     def difference(self, said: object, why: str | None, rows: Callable[[], Rows], but: tuple[str, str]) -> str | None:
         """What is wrong, in words that name the first rank that differs; None where all say the same. Collective.
@@ -45,6 +71,19 @@ class Agreement:
                 everyone = ranks.gather_objects((rows() if why is None else (), why, told))
                 told = told or _in_words(everyone, ranks, but)
         return told
+
+
+def _key(ranks: Ranks) -> tuple[str, tuple[int, ...]]:
+    return ranks.device.type, tuple(sorted(ranks.world))
+
+
+def _on_device(flags: Sequence[bool], device: torch.device) -> Tensor:
+    """Numbers 0 and 1, filled in place but for those after the first that are not 0, which come from the host."""
+    if any(flags[1:]):
+        return torch.tensor(flags, dtype=torch.int32, device=device)
+    word = torch.zeros(len(flags), dtype=torch.int32, device=device)
+    word[:1].fill_(int(flags[0]))
+    return word
 
 
 def _in_words(

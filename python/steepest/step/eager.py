@@ -139,7 +139,9 @@ class Eager:
         self._corrections = Corrections(parameters)
         self._sums: dict[tuple[int, str], list[Tensor]] = {}
 
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
+    def decide(
+        self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
+    ) -> None:
         scales = [scaling[p.tensor.device] for p in self.parameters]
         grads = [
             signed_gradient(p.grad, p.options.maximize, scale.grad_scale)
@@ -151,8 +153,11 @@ class Eager:
             measured = _reduced(measured, self._ranks)
         self._corrections.clip(grads, [square for _, square in measured])
         self._sums = {}
-        for p, g, (most, square), scale in zip(self.parameters, grads, measured, scales, strict=True):
+        flags = [None] * len(grads) if lacking is None else lacking.unbind()
+        for p, g, (most, square), scale, lacks in zip(self.parameters, grads, measured, scales, flags, strict=True):
             finite = p.accepts(most, square)
+            if lacks is not None:
+                finite = finite & ~lacks
             if p.allowed is not None:
                 finite = finite & p.allowed
             if scale.found_inf is not None:

@@ -43,8 +43,13 @@ class Executor(Protocol):
     @property
     def parameters(self) -> Sequence[Parameter]: ...
 
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
-        """Measures the gradients and says which parameters step; counts those that do not. No state is written."""
+    def decide(
+        self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
+    ) -> None:
+        """Measures the gradients and says which parameters step; counts those that do not. No state is written.
+
+        lacking: (parameters,) bool, whether a rank has no gradient of it, the same on all that have the parameter.
+        """
         ...
 
     def observe(self) -> None:

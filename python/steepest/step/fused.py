@@ -179,7 +179,9 @@ class Fused:
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
+    def decide(
+        self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
+    ) -> None:
         self.notice_changes()
         phases = {row: self.parameters[row].recipe.phase(self.parameters[row].state) for row in self._valued}
         waiting = {row for row, phase in phases.items() if not phase.steps}
@@ -204,6 +206,8 @@ class Fused:
             squares = torch.stack([p.recipe.square(p.grad_of_ops) for p in self._clipped])
             self._column("grad_sq").index_copy_(0, self._rows_clipped, squares)
         if self._ranks is not None:
+            if lacking is not None:
+                self._column("finite").masked_fill_(lacking, 0)
             self._reduce(self._ranks)
         if not at_once:
             self._refuse(allowed if asked else [])

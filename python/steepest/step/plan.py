@@ -9,7 +9,7 @@ eigenbases, which reads the status of the one before it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -106,14 +106,23 @@ class Plan:
         """The backends that the elementwise part runs on."""
         return {executor.backend for executor in self.executors}
 
-    def step(self, hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED, coupling: Coupling | None = None) -> None:
-        """One step in place; hypers[i] are the numbers of group i. Gradients are read from the parameters."""
+    def step(
+        self,
+        hypers: Sequence[Hyper],
+        scaling: Scaling = NOT_SCALED,
+        coupling: Coupling | None = None,
+        lacking: Mapping[Executor, Tensor] | None = None,
+    ) -> None:
+        """One step in place; hypers[i] are the numbers of group i. Gradients are read from the parameters.
+
+        lacking: of executors the parameters that a rank has no gradient of, which are not stepped; see `decide`.
+        """
         scalings = {device: scaling_on(scaling, device) for device in self._devices}
         self._before = [_value_before(p) for p in self.averaged]
         self._notice_changed_codes()
         self._ask_weights(scalings, coupling)
         for executor in self.executors:
-            executor.decide(hypers, scalings)
+            executor.decide(hypers, scalings, None if lacking is None else lacking.get(executor))
         for executor, working in zip(self.executors, self._working, strict=True):
             if working is None:
                 executor.observe()

@@ -1,7 +1,8 @@
 """Weights that stay on spheres: what is measured of their matrices, and how they are put back.
 
-Of sharded parameters every rank has the numbers of all matrices. Sums of squares are those of the shards, added up; a
-largest singular value is of whole matrices, for which the parameter is gathered.
+Of sharded parameters every rank has the numbers of all matrices. Sums of squares are those of the shards, added up in
+fp64. For a largest singular value, which is of whole matrices, the parameter is gathered, and so is an fp64 parameter,
+where another order of summation shows.
 """
 
 from __future__ import annotations
@@ -36,22 +37,26 @@ def retract(parameters: Sequence[Parameter]) -> None:
 
 def norms_of(parameters: Sequence[Parameter]) -> list[Tensor]:
     """The norms of the matrices of every parameter, (matrices,) fp64, in the norm of its constraint."""
-    measured = [_spectral(p) if _norm(p) == "spectral" else _squares(p) for p in parameters]
+    measured = [_measured_whole(p) if _gathers(p) else _squares(p) for p in parameters]
     shared: dict[Any, list[int]] = {}
     for i, p in enumerate(parameters):
-        if p.ranks is not None and _norm(p) != "spectral":
+        if p.ranks is not None and not _gathers(p):
             shared.setdefault(p.ranks, []).append(i)
     for ranks, some in shared.items():
         sums = torch.cat([measured[i] for i in some])
         ranks.sum_parts(sums)
         for i, of_parameter in zip(some, sums.split([len(measured[i]) for i in some]), strict=True):
             measured[i] = of_parameter
-    return [m if _norm(p) == "spectral" else m.sqrt() for p, m in zip(parameters, measured, strict=True)]
+    return [m if _is_spectral(p) else m.sqrt() for p, m in zip(parameters, measured, strict=True)]
 
 
-def _norm(p: Parameter) -> str:
+def _is_spectral(p: Parameter) -> bool:
     assert p.recipe.constraint is not None
-    return p.recipe.constraint.norm
+    return p.recipe.constraint.norm == "spectral"
+
+
+def _gathers(p: Parameter) -> bool:
+    return _is_spectral(p) or (p.sharding is not None and p.source.dtype == torch.float64)
 
 
 def _squares(p: Parameter) -> Tensor:
@@ -64,7 +69,8 @@ def _squares(p: Parameter) -> Tensor:
     return sums
 
 
-def _spectral(p: Parameter) -> Tensor:
+def _measured_whole(p: Parameter) -> Tensor:
+    """The norms of whole matrices, squared unless they are spectral."""
     value, sphere = p.value(), p.recipe.constraint
     assert sphere is not None
     if p.sharding is not None:
@@ -73,7 +79,8 @@ def _spectral(p: Parameter) -> Tensor:
         value = whole_tensor(as_shard(value, p.sharding))
     none = torch.zeros(0, dtype=torch.float64, device=value.device)
     pieces: Sequence[Piece] = p.pieces if value.numel() else ()
-    return torch.cat([none, *(sphere.norms(piece.view(value).reshape(piece.shape)) for piece in pieces)])
+    norms = torch.cat([none, *(sphere.norms(piece.view(value).reshape(piece.shape)) for piece in pieces)])
+    return norms if _is_spectral(p) else norms.square()
 
 
 def _of_item(t: Tensor, item: Matrices) -> Tensor:

@@ -60,11 +60,13 @@ class Whole(Fused):
     def _weights(self) -> list[Tensor]:
         return [p.source for p in self.parameters]
 
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
+    def decide(
+        self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
+    ) -> None:
         grads = [p.grad for p in self._weights if p.grad is not None]
         self._grads = grads if by_address(grads) and not torch._C._len_torch_dispatch_stack() else ()
         if not self._grads:
-            return super().decide(hypers, scaling)
+            return super().decide(hypers, scaling, lacking)
         self._hypers, self._scaling = hypers, scaling[self.device]
         return None
 

@@ -47,6 +47,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -166,28 +167,28 @@ class Method:
     def work(self, rows: int, cols: int) -> Work:
         return matrix_work(self.recipe, rows, cols, device=self.device)
 
-    @property
+    @functools.cached_property
     def bytes_there(self) -> int:
         """The bytes of an element on its way to the owner."""
         back = self.input_bytes if self.recipe.submatrix is not None else self.bytes_back
         return back + (self.gradient.itemsize if self.recipe.measures_gradients else 0)
 
-    @property
+    @functools.cached_property
     def bytes_back(self) -> int:
         narrow = not self.recipe.transforms if self.recipe.submatrix is not None else not self.recipe.by_matrix
         return self.input_bytes if narrow else WIDE * (1 + self._travels)
 
-    def travelling(self, rows: int, cols: int) -> Fraction:
+    def travelling(self, rows: int, cols: int) -> Fraction | int:
         """The part of a rows x cols matrix that goes to its owner."""
         _, m, n = self.recipe.input_shape((1, rows, cols))
-        return Fraction(1) if self.recipe.submatrix is None else Fraction(m * n, rows * cols)
+        return 1 if self.recipe.submatrix is None else Fraction(m * n, rows * cols)
 
     def norms(self, rows: int, cols: int) -> int:
         """Numbers of a matrix that ranks sum before they choose what travels."""
         part = self.recipe.submatrix
         return 0 if part is None else rows if part.dim(rows, cols) == -2 else cols
 
-    @property
+    @functools.cached_property
     def input_dtype(self) -> torch.dtype:
         return self.recipe.direction_dtype(torch.float32, torch.device(self.device))
 
@@ -257,9 +258,14 @@ class Stack:
         return [(rank, rows * self.cols) for rank, rows in self.rows_here(group)]
 
     def rows_here(self, group: int) -> list[tuple[int, int]]:
-        """(rank, rows) of each rank that has something of a matrix of the group."""
+        """(rank, rows) of each rank that has something of a matrix of the group; such ranks follow one another."""
         first = group * (self.ranks // self.groups)
         return [(first + i, rows) for i, rows in enumerate(self.chunks) if rows]
+
+    def span(self, group: int) -> range:
+        """The ranks that have something of a matrix of the group."""
+        first = group * (self.ranks // self.groups)
+        return range(first, first + sum(rows > 0 for rows in self.chunks))
 
     def matrices(self) -> Iterator[int]:
         """The group of each matrix, parameter by parameter."""
@@ -307,20 +313,22 @@ def of_route(route: str, model: shapes.Model, method: Method, size: int, copies:
 def _add_local(ranks: Ranks, model: shapes.Model, method: Method) -> None:
     for count, rows, cols in shapes.matrices(model):
         element, owned = method.state(rows, cols)
+        work, passes = method.work(rows, cols).times(count), method.passes(rows, cols)
         for r in range(ranks.size):
-            ranks.work[r] += method.work(rows, cols).times(count)
+            ranks.work[r] += work
             ranks.state[r] += count * (rows * cols * element + owned)
-            ranks.passes[r] += count * rows * cols * method.passes(rows, cols)
+            ranks.passes[r] += count * rows * cols * passes
 
 
 def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
     owners = iter(owners_of(stacks, method, ranks.size))
     rounds = iter(_rounds(stacks, method, ranks.size))
     buckets: dict[tuple[int, int, int], _Bucket] = {}
-    for place, stack in enumerate(stacks):
+    for stack in stacks:
         holders = [stack.holders(group) for group in range(stack.groups)]
         parts = [dict(group) for group in holders]
         counts, owned, kept = [0] * stack.groups, [0] * ranks.size, [0] * ranks.size
+        spans = [stack.span(group) for group in range(stack.groups)]
         for k, group in enumerate(stack.matrices()):
             if k % stack.experts == 0:
                 bucket = buckets.setdefault((stack.rows, stack.cols, next(rounds)), _Bucket(ranks.size))
@@ -328,25 +336,22 @@ def _add_owner(ranks: Ranks, stacks: Sequence[Stack], method: Method) -> None:
             counts[group] += 1
             owned[owner] += 1
             kept[owner] += parts[group].get(owner, 0)
-            bucket.add(owner, [rank for rank, _ in holders[group]], (place, group))
+            bucket.add(owner, spans[group])
         here = [0] * ranks.size
         for group, count in enumerate(counts):
             for r, part in holders[group]:
                 here[r] += count * part
         work = method.work(stack.rows, stack.cols)
         element, of_owner = method.state(stack.rows, stack.cols)
-        share = method.travelling(stack.rows, stack.cols)
+        share, passes = method.travelling(stack.rows, stack.cols), method.passes(stack.rows, stack.cols)
         for r in range(ranks.size):
             away, others = here[r] - kept[r], owned[r] * stack.rows * stack.cols - kept[r]
             ranks.sent[r] += int(share * (away * method.bytes_there + others * method.bytes_back))
             ranks.received[r] += int(share * (others * method.bytes_there + away * method.bytes_back))
             ranks.work[r] += work.times(owned[r])
             ranks.state[r] += here[r] * element + owned[r] * of_owner
-            ranks.passes[r] += here[r] * method.passes(stack.rows, stack.cols)
-    for bucket in buckets.values():
-        messages = bucket.messages(method.collectives)
-        ranks.messages = [a + b for a, b in zip(ranks.messages, messages, strict=True)]
-        ranks.stages += method.collectives if any(messages) else 0
+            ranks.passes[r] += here[r] * passes
+    _add_messages(ranks, list(buckets.values()), method)
     _add_norms(ranks, stacks, method, ranks.size)
 
 
@@ -356,43 +361,37 @@ def _add_hybrid(ranks: Ranks, stacks: Sequence[Stack], method: Method, copies: i
     places = ranks.size // copies
     among = [_holders(s, group, copies, places) for s in stacks for group in s.matrices()]
     owners, rounds = iter(assign(costs, ranks.size, among)), iter(_rounds(stacks, method, ranks.size))
-    sizes = {"there": method.bytes_there, "back": method.bytes_back}
-    messages: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
+    there, back = method.bytes_there, method.bytes_back
+    buckets: dict[tuple[int, int, int], _Bucket] = {}
     for stack in stacks:
         work, share = method.work(stack.rows, stack.cols), method.travelling(stack.rows, stack.cols)
-        element, of_owner = method.state(stack.rows, stack.cols)
-        here, sent, received = ([0] * ranks.size for _ in range(3))
+        (element, of_owner), passes = method.state(stack.rows, stack.cols), method.passes(stack.rows, stack.cols)
+        holders = [stack.holders(group) for group in range(stack.groups)]
+        parts, spans = [dict(group) for group in holders], [stack.span(group) for group in range(stack.groups)]
+        counts: dict[tuple[int, int], int] = {}
         for k, group in enumerate(stack.matrices()):
             if k % stack.experts == 0:
-                bucket = stack.rows, stack.cols, next(rounds)
-            owner, holders = next(owners), stack.holders(group)
-            first = owner // places * places
-            ways = {
-                "there": [(first + place, owner, part) for place, part in holders],
-                "back": [(owner, at + place, part) for at in range(0, ranks.size, places) for place, part in holders],
-            }
-            for way, parts in ways.items():
-                pairs = messages.setdefault((way, *bucket), set())
-                for a, b, part in parts:
-                    if a != b:
-                        sent[a] += part * sizes[way]
-                        received[b] += part * sizes[way]
-                        pairs.add((a, b))
-            for _, r, part in ways["back"]:
-                here[r] += part
+                bucket = buckets.setdefault((stack.rows, stack.cols, next(rounds)), _Bucket(places, copies))
+            owner = next(owners)
+            counts[owner, group] = counts.get((owner, group), 0) + 1
+            bucket.add(owner, spans[group])
             ranks.work[owner] += work
             ranks.state[owner] += of_owner
+        sent, received, here = [0] * ranks.size, [0] * ranks.size, [0] * places
+        for (owner, group), count in counts.items():
+            first = owner // places * places
+            kept, whole = parts[group].get(owner - first, 0), stack.rows * stack.cols
+            for place, part in holders[group]:
+                here[place] += count * part
+                sent[first + place] += count * part * there
+            sent[owner] += count * ((copies * whole - kept) * back - kept * there)
+            received[owner] += count * ((whole - kept) * there - kept * back)
         for r in range(ranks.size):
             ranks.sent[r] += int(share * sent[r])
-            ranks.received[r] += int(share * received[r])
-            ranks.state[r] += here[r] * element
-            ranks.passes[r] += here[r] * method.passes(stack.rows, stack.cols)
-    half = method.collectives // 2
-    for (way, *_), pairs in messages.items():
-        count = half if way == "back" else method.collectives - half
-        ranks.stages += count if pairs else 0
-        for a, _ in pairs:
-            ranks.messages[a] += count
+            ranks.received[r] += int(share * (received[r] + here[r % places] * back))
+            ranks.state[r] += here[r % places] * element
+            ranks.passes[r] += here[r % places] * passes
+    _add_messages(ranks, list(buckets.values()), method)
     _add_norms(ranks, stacks, method, places)
 
 
@@ -464,37 +463,63 @@ def _rounds_of_shape(stacks: Sequence[Stack], method: Method, ranks: int) -> dic
 
 
 class _Bucket:
-    """Who sends to whom in the exchange of the matrices of one shape: sets of ranks as bits of whole numbers."""
+    """Who sends to whom in the exchange of the matrices of one shape.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.owners: dict[Any, int] = {}
-        self.holders: dict[Any, int] = {}
+    places: ranks of one copy of the parameters, which follow one another; copies: of the parameters.
+    """
 
-    def add(self, owner: int, holders: Sequence[int], group: Any) -> None:
-        if group not in self.holders:
-            self.holders[group] = sum(1 << rank for rank in holders)
-        self.owners[group] = self.owners.get(group, 0) | 1 << owner
+    def __init__(self, places: int, copies: int = 1) -> None:
+        self.places, self.copies = places, copies
+        #: the places that have some of the matrices, and the owners of these
+        self.owners: dict[range, set[int]] = {}
 
-    def messages(self, collectives: int) -> list[int]:
-        """The messages that every rank sends."""
-        to, back = [0] * self.size, [0] * self.size
-        for group, owners in self.owners.items():
-            holders = self.holders[group]
-            for r in _ranks_in(holders):
-                to[r] |= owners
-            for r in _ranks_in(owners):
-                back[r] |= holders
-        half = collectives // 2
-        others = [~(1 << r) for r in range(self.size)]
-        return [
-            (collectives - half) * (to[r] & others[r]).bit_count() + half * (back[r] & others[r]).bit_count()
-            for r in range(self.size)
-        ]
+    def add(self, owner: int, holders: range) -> None:
+        self.owners.setdefault(holders, set()).add(owner)
+
+    def there(self) -> list[int]:
+        """To how many others every rank sends: the owners in its copy of what it holds."""
+        sizes = []
+        for first in range(0, self.places * self.copies, self.places):
+            begins, ends = (dict[int, list[set[int]]]() for _ in range(2))
+            for holders, owners in self.owners.items():
+                here = {owner for owner in owners if first <= owner < first + self.places}
+                begins.setdefault(first + holders.start, []).append(here)
+                ends.setdefault(first + holders.stop, []).append(here)
+            now: Counter[int] = Counter()
+            for rank in range(first, first + self.places):
+                for here in ends.get(rank, ()):
+                    now.subtract(here)
+                    for owner in here:
+                        if not now[owner]:
+                            del now[owner]
+                for here in begins.get(rank, ()):
+                    now.update(here)
+                sizes.append(len(now) - (rank in now))
+        return sizes
+
+    def back(self) -> list[int]:
+        """To how many others every rank sends: those of all copies that hold what it owns."""
+        spans: dict[int, list[range]] = {}
+        for holders, owners in self.owners.items():
+            for owner in owners:
+                spans.setdefault(owner, []).append(holders)
+        sizes = [0] * (self.places * self.copies)
+        for owner, of_owner in spans.items():
+            end = count = 0
+            for holders in sorted(of_owner, key=lambda span: span.start):
+                count += max(holders.stop - max(holders.start, end), 0)
+                end = max(holders.stop, end)
+            itself = any(owner % self.places in holders for holders in of_owner)
+            sizes[owner] = self.copies * count - itself
+        return sizes
 
 
-def _ranks_in(bits: int) -> Iterator[int]:
-    return (rank for rank in range(bits.bit_length()) if bits >> rank & 1)
+def _add_messages(ranks: Ranks, buckets: Sequence[_Bucket], method: Method) -> None:
+    half = method.collectives // 2
+    for bucket in buckets:
+        for count, messages in ((method.collectives - half, bucket.there()), (half, bucket.back())):
+            ranks.messages = [n + count * more for n, more in zip(ranks.messages, messages, strict=True)]
+            ranks.stages += count if any(messages) else 0
 
 
 def _add_gram(ranks: Ranks, model: shapes.Model, method: Method) -> None:
@@ -524,10 +549,14 @@ def _add_gram(ranks: Ranks, model: shapes.Model, method: Method) -> None:
         reduced = count * (SIZE + WIDE * gram_elements(short) * grams)
         length, other = (rows, cols) if cut == 0 else (cols, rows)
         moves = length < other
+        parts, longs = shard_rows(length, each), shard_rows(long, each)
+        works = {
+            n: direction.sharded_work(*((n, short) if tall else (short, n)), tall, torch.float32, method.device)
+            for n in set(longs)
+        }
         for r in range(ranks.size):
-            part, of_long = shard_rows(length, each)[r % each], shard_rows(long, each)[r % each]
-            local = (of_long, short) if tall else (short, of_long)
-            ranks.work[r] += direction.sharded_work(*local, tall, torch.float32, method.device).times(count)
+            part, of_long = parts[r % each], longs[r % each]
+            ranks.work[r] += works[of_long].times(count)
             sent = 2 * (each - 1) * reduced // each
             messages = 2 * (each - 1) * (1 + grams) * rounds[rows, cols]
             if moves:  # there and back, so that what is sent is what comes
@@ -547,16 +576,17 @@ def _add_share(ranks: Ranks, model: shapes.Model, method: Method) -> None:
     matrices = [(rows, cols) for count, rows, cols in shapes.matrices(model) for _ in range(count)]
     works = {shape: method.work(*shape) for shape in set(matrices)}
     exchanges = sum(_rounds_of_shape(stacks_of(model, ranks.size), method, ranks.size).values())
-    owned = [Fraction()] * ranks.size
+    owned: list[Fraction | int] = [0] * ranks.size
     for shape, owner in zip(matrices, assign([works[shape].cost for shape in matrices], ranks.size), strict=True):
         ranks.work[owner] += works[shape]
         ranks.state[owner] += method.state(*shape)[1]
         owned[owner] += math.prod(shape) * method.travelling(*shape)
     kept = sum(math.prod(shape) * method.state(*shape)[0] for shape in matrices)
     passes = sum(math.prod(shape) * method.passes(*shape) for shape in matrices)
+    everything = sum(owned)
     for r in range(ranks.size):
-        ranks.received[r] += int(sum(owned) - owned[r]) * method.bytes_back
-        others = sum(owned) - owned[(r + 1) % ranks.size]  # all but what the next one has
+        ranks.received[r] += int(everything - owned[r]) * method.bytes_back
+        others = everything - owned[(r + 1) % ranks.size]  # all but what the next one has
         ranks.sent[r] += int(others) * method.bytes_back
         ranks.messages[r] += (ranks.size - 1) * exchanges
         ranks.state[r] += kept

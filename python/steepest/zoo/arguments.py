@@ -78,7 +78,7 @@ def _keywords(kind: type[MatrixOptimizer]) -> Any:
     """The TypedDict of `**extra`; None without one."""
     constructor: Any = kind.__init__
     match = re.fullmatch(r"Unpack\[(\w+)\]", constructor.__annotations__.get("extra", ""))
-    return constructor.__globals__[match[1]] if match else None
+    return inspect.unwrap(constructor).__globals__[match[1]] if match else None
 
 
 def _defaults(kind: type[MatrixOptimizer], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

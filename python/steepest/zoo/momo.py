@@ -143,21 +143,33 @@ class Momo(MatrixOptimizer):
         if closure is None and loss is None and self._told:
             loss = sum(self._told) / len(self._told)
         self._told.clear()
+        if (error := self._wrong(loss, closure)) is not None:
+            self.refuse_together(error)
+            raise error
         if closure is None and loss is None and self.lower_bound is not None:
-            self.check_numbers()
-            if any(float(group["lr"]) != 0 for group in self.param_groups):
-                raise RuntimeError(
-                    f"{type(self).__name__} has a lower bound and needs the loss: step(loss=loss), step(closure), "
-                    "tell_loss(loss) before the step, or lower_bound=None"
-                )
             loss = math.nan
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"the loss should have one element but has {loss.numel()}: give its mean")
         self._loss = loss
         try:
             return self.step_without_hooks(closure)
         finally:
             self._loss = None
+
+    def _wrong(self, loss: Number | None, closure: Callable[[], float] | None) -> Exception | None:
+        """What is wrong with the loss that a step is given."""
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            return ValueError(f"the loss should have one element but has {loss.numel()}: give its mean")
+        if closure is not None or loss is not None or self.lower_bound is None:
+            return None
+        try:
+            self.check_numbers()
+        except (TypeError, ValueError) as error:
+            return error
+        if all(float(group["lr"]) == 0 for group in self.param_groups):
+            return None
+        return RuntimeError(
+            f"{type(self).__name__} has a lower bound and needs the loss: step(loss=loss), step(closure), "
+            "tell_loss(loss) before the step, or lower_bound=None"
+        )
 
     def tell_loss(self, loss: Number) -> None:
         """Has the next step take this loss, where a wrapper's step takes none; of several micro-batches, their mean."""
@@ -187,17 +199,16 @@ class Momo(MatrixOptimizer):
         if self.couples():
             loss = loss if self._loss is None else self._loss
             if loss is None and self.lower_bound is not None:
-                raise RuntimeError("the closure returned None: let it return the loss")
-            if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
-                self.ready_plan()
-                return None
+                error = RuntimeError("the closure returned None: let it return the loss")
+                self.refuse_together(error)
+                raise error
         return super().take_step(scaling, loss)
 
     def plan_depends_on(self) -> Sequence[object]:
         return [*super().plan_depends_on(), self.lower_bound is None]
 
     def coupling(self, plan: Plan, loss: Number | None) -> Coupling | None:
-        return Truncated(self, plan, loss) if self.couples() else None
+        return Truncated(self, plan, loss) if self.couples() and plan.parameters else None
 
     def _share_of(self, layers: Sequence[Layers], loss: Number | None) -> list[Number]:
         """What each group's step is multiplied by."""
