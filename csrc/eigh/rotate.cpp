@@ -117,13 +117,13 @@ float* turned_pair(const Turn& turn, const float* grad, const float* x, const fl
   return made;
 }
 
-void adam_one(const AdamStep& all, int64_t i, float beta, const Team& team) {
+void adam_one(const AdamStep& all, int64_t i, const Team& team) {
   const Turn turn(all.rows, all.columns, team, true);
   const int64_t size = turn.size;
   const float* const left = part(all.left, i, turn.rows * turn.rows);
   const float* const right = part(all.right, i, turn.columns * turn.columns);
   float* const pair = turned_pair(turn, all.grads + i * size, all.x + i * size, left, right);
-  if (all.learned != nullptr) team.kernels.mix_squares(pair, size, beta, all.learned + i * size);
+  if (all.learned != nullptr) team.kernels.mix_squares(pair, size, all.beta, all.learned + i * size);
   float* const x = pair + size;
   for (int side = 0; side < 2; ++side) team.kernels.over_roots(all.second + i * size, size, all.over, all.eps, x);
   turn(x, left, right, true, all.out + i * size);
@@ -131,10 +131,9 @@ void adam_one(const AdamStep& all, int64_t i, float beta, const Team& team) {
 
 }  // namespace
 
-void adam(const std::vector<AdamStep>& steps, float beta, const Kernels& kernels) {
+void adam(const std::vector<AdamStep>& steps, const Kernels& kernels) {
   const auto small = [](const AdamStep& each) { return each.rows * each.columns <= kAlone; };
-  cpu_polar::each_matrix(steps, kernels, small,
-                         [&](const AdamStep& stack, int64_t i, const Team& team) { adam_one(stack, i, beta, team); });
+  cpu_polar::each_matrix(steps, kernels, small, adam_one);
 }
 
 void rotate(const std::vector<Rotation>& rotations, Way way, float beta, const Kernels& kernels) {

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -47,11 +46,6 @@ void check_stack(const Tensor& x, const char* name, size_t i) {
                   "] must be a contiguous float32 stack of matrices on the CPU");
 }
 
-// The weight of the newest of the terms of an average, of which so many are in it.
-float weight_after(float learned, double beta) {
-  return static_cast<float>((1 - beta) / (1 - std::pow(beta, double{learned} + 1)));
-}
-
 void learn_factors(const Tensors& grads, const Tensors& factors, const Tensors& counts, const Tensors& flags,
                    double beta) {
   const size_t count = grads.size();
@@ -69,7 +63,7 @@ void learn_factors(const Tensors& grads, const Tensors& factors, const Tensors& 
     float* const left = data_of<float>(factors[2 * i], matrices * m * m, "factors", 2 * i, true);
     float* const right = data_of<float>(factors[2 * i + 1], matrices * n * n, "factors", 2 * i + 1, true);
     if (!taken(flags[i], i)) continue;
-    const float weight = weight_after(*learned, beta);
+    const float weight = cpu_polar::newest_weight(*learned, beta);
     weights.emplace_back(matrices, weight), weights.emplace_back(matrices, 1 - weight);
     seen.push_back(learned);
     const float *const alpha = weights[weights.size() - 2].data(), *const rest = weights.back().data();
@@ -105,7 +99,7 @@ void learn_coupled(const Tensors& grads, const Tensors& bases, const Tensors& fa
     }
     float* const learned = data_of<float>(counts[i], 1, "counts", i);
     if (!taken(flags[i], i)) continue;
-    stack.weight = weight_after(*learned, beta), stack.beta = static_cast<float>(beta);
+    stack.weight = cpu_polar::newest_weight(*learned, beta), stack.beta = static_cast<float>(beta);
     stack.started = *learned > 0, stack.limited = limited;
     stacks.push_back(stack), seen.push_back(learned);
   }
@@ -171,10 +165,7 @@ eigh::Rotation make_rotation(const Tensors& xs, const Tensors& bases, const Tens
   rotation.left = data_of<float>(bases[2 * i], matrices * m * m, "bases", 2 * i, true);
   rotation.right = data_of<float>(bases[2 * i + 1], matrices * n * n, "bases", 2 * i + 1, true);
   rotation.second = data_of<float>(seconds[i], all, "seconds", i, may_be_absent);
-  double over = 1;
-  if (const float* const step = data_of<float>(steps[i], 1, "steps", i, true))
-    over = 1 / std::sqrt(1 - std::pow(beta, double{*step}));
-  rotation.over = static_cast<float>(over), rotation.eps = static_cast<float>(inside ? eps * over : eps);
+  eigh::set_divisor(rotation, data_of<float>(steps[i], 1, "steps", i, true), beta, eps, inside);
   return rotation;
 }
 
@@ -190,9 +181,9 @@ void adam_in_bases(const Tensors& grads, const Tensors& xs, const Tensors& bases
     const int64_t elements = rotation.matrices * rotation.rows * rotation.columns;
     const float* const grad = data_of<float>(grads[i], elements, "grads", i);
     float* const learned = taken(flags[i], i) ? data_of<float>(seconds[i], elements, "seconds", i) : nullptr;
-    all.push_back({rotation, grad, learned});
+    all.push_back({rotation, grad, learned, static_cast<float>(beta)});
   }
-  eigh::adam(all, static_cast<float>(beta), kernels_of("adam_in_bases"));
+  eigh::adam(all, kernels_of("adam_in_bases"));
 }
 
 void rotate(const Tensors& xs, const Tensors& bases, const Tensors& seconds, const Tensors& steps, int64_t way,

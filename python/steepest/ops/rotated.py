@@ -32,10 +32,10 @@ _WAYS = ("into", "back", "observe")  # `Way` in csrc/eigh/rotate.h
 
 def supports(*tensors: Tensor) -> bool:
     """Whether the calls are for these tensors, which are fp32 and contiguous; what is traced goes by torch's ops."""
-    return _wanted(tensors[0]) and _take(tensors)
+    return wanted(tensors[0]) and _take(tensors)
 
 
-def _wanted(one: Tensor) -> bool:
+def wanted(one: Tensor) -> bool:
     """Whether the calls are there and nothing says at present that torch's ops are to do it."""
     if _backend.extension is None or not by_itself(one):
         return False
@@ -72,7 +72,7 @@ class Stacks:
 
     def learn(self, grads: Sequence[Tensor]) -> bool:
         """Whether `learn` is for these gradients."""
-        return _wanted(grads[0]) and self._factors_are_taken and _take(grads)
+        return wanted(grads[0]) and self._factors_are_taken and _take(grads)
 
     def learn_coupled(self, grads: Sequence[Tensor]) -> bool:
         """Whether `coupled` is for these gradients."""
@@ -80,11 +80,11 @@ class Stacks:
 
     def track(self) -> bool:
         """Whether `track` is for them."""
-        return _wanted(self.factors[0]) and self._factors_are_taken and self._bases_are_taken
+        return wanted(self.factors[0]) and self._factors_are_taken and self._bases_are_taken
 
     def rotate(self, xs: Sequence[Tensor]) -> bool:
         """Whether `rotate_all` is for these."""
-        return _wanted(xs[0]) and self._short and self._bases_are_taken and _take(xs)
+        return wanted(xs[0]) and self._short and self._bases_are_taken and _take(xs)
 
     @cached_property
     def numbers(self) -> list[int]:

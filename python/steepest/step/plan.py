@@ -27,6 +27,7 @@ from .coupling import Coupling
 from .eager import Eager
 from .executor import Directed, Executor
 from .fused import Fused
+from .in_bases import InBases, steps_in_bases
 from .parameter import Parameter, store_if
 from .program import program
 from .retraction import retract
@@ -66,25 +67,24 @@ class Plan:
         self._constrained = [p for p in parameters if p.recipe.constraint is not None]
         self._devices = list(dict.fromkeys(p.source.device for p in parameters))
         by_torch: dict[object, list[Parameter]] = {}
-        fused: dict[tuple[torch.device, str, int, object, bool, bool], list[tuple[Parameter, Program]]] = {}
+        fused: dict[tuple[type[Fused], torch.device, str, int, object, bool], list[tuple[Parameter, Program]]] = {}
         for p in parameters:
             packed = program(p.recipe, maximize=p.options.maximize, coupled=coupled)
             backend = "torch" if traced else _backend(p, packed)
             if backend == "torch" or isinstance(packed, str):
                 by_torch.setdefault((p.ranks, p.is_coded), []).append(p)
             else:
-                whole = not coupled and steps_whole(p, packed, backend)
-                key = (p.source.device, backend, p.options.max_workspace_bytes, p.ranks, p.is_coded, whole)
+                kind = Fused if coupled else _kind(p, packed, backend)
+                key = (kind, p.source.device, backend, p.options.max_workspace_bytes, p.ranks, p.is_coded)
                 fused.setdefault(key, []).append((p, packed))
         self.executors: list[Executor] = []
         #: for every executor the states that are decoded while it is at work
         self._working: list[WorkingStates | None] = []
-        for (device, backend, max_bytes, _, _, whole), pairs in fused.items():
+        for (kind, device, backend, max_bytes, _, _), pairs in fused.items():
             programs = {id(p): packed for p, packed in pairs}
             options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_bytes, "coupled": coupled}
             for run in _runs([p for p, _ in pairs]):
                 working = _decoded(run)
-                kind = Whole if whole else Fused
                 self._add(kind(run, [programs[id(p)] for p in run], skipped[device], **options), working)
         for some in by_torch.values():
             for run in _runs(some):
@@ -259,6 +259,13 @@ def _decoded(parameters: Sequence[Parameter]) -> WorkingStates | None:
     working = WorkingStates(states)
     working.load()
     return working
+
+
+def _kind(p: Parameter, packed: Program, backend: str) -> type[Fused]:
+    """Who takes a parameter that waits for no other."""
+    if steps_whole(p, packed, backend):
+        return Whole
+    return InBases if steps_in_bases(p, backend) else Fused
 
 
 def route(p: Parameter, *, coupled: bool = False) -> str:
