@@ -27,7 +27,8 @@ struct Factor {
 };
 
 struct Product {
-  const uint32_t *a, *b;  // packed
+  const uint32_t *a,
+      *b;  // packed, but for an A of fp32 whose rows run along k, `row` numbers apart, where that is not 0
   int64_t m, n, k;
   // The caller's word that A B is symmetric: what lies above the diagonal is copied from below. same: A = B^T, whose
   // product is symmetric to the bit by itself.
@@ -35,6 +36,7 @@ struct Product {
   const void* c;  // nullptr, D itself or another matrix
   void* d;
   float alpha, beta;
+  int64_t row;
 };
 
 // A tensor's elements from `first` on; f32 or bf16.
@@ -72,10 +74,10 @@ struct Kernels {
   // fp32 rows made orthonormal one after the other (modified Gram-Schmidt), and their lengths when it was their turn; a
   // row of length 0 stays.
   void (*orthonormalize)(float* rows, int64_t count, int64_t length, float* lengths);
-  // Of `count` fp32 elements: v beta + (1 - beta) x^2 into v; and x over the root of sqrt(v) over + eps, or 0 where
-  // that is 0, into x.
+  // Of `count` fp32 elements: v beta + (1 - beta) x^2 into v; and x over the root of sqrt(v) over + eps, once or
+  // twice, or 0 where that is 0, into x.
   void (*mix_squares)(const float* x, int64_t count, float beta, float* v);
-  void (*over_roots)(const float* v, int64_t count, float over, float eps, float* x);
+  void (*over_roots)(const float* v, int64_t count, float over, float eps, bool twice, float* x);
 };
 
 // Words of a factor that is packed; element: bytes of a number.

@@ -16,117 +16,118 @@ using cpu_polar::Words;
 
 constexpr int64_t kAlone = int64_t{1} << 14;  // elements up to which a thread takes a matrix
 
-// Room for two packed factors, the first of which may be of a pair of matrices, and for one matrix or two pairs.
-class Room {
- public:
-  Room(const Kernels& kernels, int64_t rows, int64_t columns, bool pairs = false)
-      : packed_(
-            packed_words(kernels, sizeof(float), std::max(pairs ? 2 * rows : rows, columns), std::max(rows, columns))),
-        words_(cpu_polar::make_words(2 * packed_ + (pairs ? 4 : 1) * rows * columns)) {}
-
-  uint32_t* first() const { return words_.get(); }
-  uint32_t* second() const { return words_.get() + packed_; }
-  float* matrix() const { return reinterpret_cast<float*>(words_.get() + 2 * packed_); }
-
- private:
-  int64_t packed_;
-  Words words_;
-};
-
-// Products of one matrix with its bases.
+// Products of one matrix with its bases, L and R, nullptr: the identity. out is apart from what is multiplied, or is
+// it.
 class Turn {
  public:
-  Turn(int64_t rows, int64_t columns, const Team& team, bool pairs = false)
-      : rows(rows), columns(columns), size(rows * columns), team(team), room(team.kernels, rows, columns, pairs) {}
-
-  // L^T X R, or back L X R^T.
-  void operator()(const float* x, const float* left, const float* right, bool back, float* out) const {
-    if (left != nullptr) {
-      team.pack_rows({left, rows, rows, back}, room.first());
-      team.pack({x, columns, rows, false}, room.second());
-      x = multiply(rows, rows, right == nullptr ? out : room.matrix());
-    }
-    if (right != nullptr) {
-      team.pack_rows({x, rows, columns, true}, room.first());
-      team.pack({right, columns, columns, back}, room.second());
-      x = multiply(rows, columns, out);
-    }
-    if (x != out) std::copy_n(x, size, out);
+  Turn(int64_t rows, int64_t columns, const float* left, const float* right, const Team& team)
+      : rows_(rows), columns_(columns), left_(left), right_(right), team_(team), size_(rows * columns) {
+    const auto words = [&](int64_t size, int64_t k) { return packed_words(team.kernels, sizeof(float), size, k); };
+    const int64_t of_left = left == nullptr ? 0 : words(rows, rows),
+                  of_right = right == nullptr ? 0 : words(columns, columns);
+    words_ = cpu_polar::make_words(of_left + of_right + words(columns, rows) + 2 * size_);
+    left_packed_ = words_.get(), right_packed_ = left_packed_ + of_left, packed_ = right_packed_ + of_right;
+    between_ = reinterpret_cast<float*>(packed_ + words(columns, rows));
   }
 
-  // The product m x columns of what is packed.
-  const float* multiply(int64_t m, int64_t k, float* out) const {
+  // Room for a matrix, which no product takes.
+  float* matrix() const { return between_ + size_; }
+
+  // L^T X R of as many X as there are, once the bases are packed for it.
+  void pack_into() const {
+    if (left_ != nullptr) team_.pack_rows({left_, rows_, rows_, false}, left_packed_);
+    if (right_ != nullptr) team_.pack({right_, columns_, columns_, false}, right_packed_);
+  }
+  void into(const float* x, float* out) const {
+    if (left_ != nullptr) {
+      team_.pack({x, columns_, rows_, false}, packed_);
+      x = multiply(left_packed_, 0, packed_, rows_, right_ == nullptr ? out : between_);
+    }
+    if (right_ != nullptr) x = multiply(x, right_packed_, out);
+    if (x != out) std::copy_n(x, size_, out);
+  }
+
+  // L X R^T.
+  void back(const float* x, float* out) const {
+    if (left_ != nullptr) {
+      team_.pack({x, columns_, rows_, false}, packed_);
+      x = multiply(reinterpret_cast<const uint32_t*>(left_), rows_, packed_, rows_, right_ == nullptr ? out : between_);
+    }
+    if (right_ != nullptr) {
+      team_.pack({right_, columns_, columns_, true}, right_packed_);
+      if (x == out) x = std::copy_n(x, size_, between_) - size_;
+      x = multiply(x, right_packed_, out);
+    }
+    if (x != out) std::copy_n(x, size_, out);
+  }
+
+ private:
+  // Rows as they lie, times a basis of columns.
+  const float* multiply(const float* x, const uint32_t* basis, float* out) const {
+    return multiply(reinterpret_cast<const uint32_t*>(x), columns_, basis, columns_, out);
+  }
+  const float* multiply(const uint32_t* a, int64_t row, const uint32_t* b, int64_t k, float* out) const {
     Product product{};
-    product.a = room.first(), product.b = room.second(), product.m = m, product.n = columns, product.k = k;
+    product.a = a, product.row = row, product.b = b, product.m = rows_, product.n = columns_, product.k = k;
     product.d = out, product.alpha = 1;
-    team.multiply(product);
+    team_.multiply(product);
     return out;
   }
 
-  const int64_t rows, columns, size;
-  const Team& team;
-  const Room room;
+  const int64_t rows_, columns_;
+  const float *const left_, *const right_;
+  const Team& team_;
+  const int64_t size_;
+  Words words_;
+  uint32_t *left_packed_, *right_packed_, *packed_;  // a basis is packed for one way at a time
+  float* between_;
 };
 
 // A basis of one matrix of a stack, or what lies beside it; nullptr where there is none.
 const float* part(const float* from, int64_t i, int64_t size) { return from == nullptr ? from : from + i * size; }
 
-void rotate_one(const Rotation& all, int64_t i, Way way, float beta, const Team& team) {
-  const Turn turn(all.rows, all.columns, team);
-  const float* const x = part(all.x, i, turn.size);
-  const float* const left = part(all.left, i, turn.rows * turn.rows);
-  const float* const right = part(all.right, i, turn.columns * turn.columns);
-  const float* const second = part(all.second, i, turn.size);
-  float* const out = all.out + i * turn.size;
-  const auto divide = [&] {
-    if (second != nullptr) team.kernels.over_roots(second, turn.size, all.over, all.eps, out);
-  };
-  if (way == Way::kBack) {
-    std::copy_n(x, turn.size, out);
-    divide();
-    turn(out, left, right, true, out);
-  } else if (way == Way::kInto) {
-    turn(x, left, right, false, out);
-    divide();
-  } else {
-    if (second != out) std::copy_n(second, turn.size, out);
-    turn(x, left, right, false, turn.room.matrix());
-    team.kernels.mix_squares(turn.room.matrix(), turn.size, beta, out);
-  }
+Turn turn_of(const Rotation& all, int64_t i, const Team& team) {
+  const float* const left = part(all.left, i, all.rows * all.rows);
+  return {all.rows, all.columns, left, part(all.right, i, all.columns * all.columns), team};
 }
 
-// L^T X R of a gradient and of an x, one behind the other in the room: the bases are packed once for both.
-float* turned_pair(const Turn& turn, const float* grad, const float* x, const float* left, const float* right) {
-  const int64_t rows = turn.rows, columns = turn.columns, size = turn.size;
-  float *const turned = turn.room.matrix(), *const made = turned + 2 * size;
-  if (left != nullptr) turn.team.pack_rows({left, rows, rows, false}, turn.room.first());
-  const float* const both[] = {grad, x};
-  for (int k = 0; k < 2; ++k) {
-    float* const to = turned + k * size;
-    if (left == nullptr) {
-      std::copy_n(both[k], size, to);
-    } else {
-      turn.team.pack({both[k], columns, rows, false}, turn.room.second());
-      turn.multiply(rows, rows, to);
-    }
+void rotate_one(const Rotation& all, int64_t i, Way way, float beta, const Team& team) {
+  const Turn turn = turn_of(all, i, team);
+  const int64_t size = all.rows * all.columns;
+  const float *const x = part(all.x, i, size), *const second = part(all.second, i, size);
+  float* const out = all.out + i * size;
+  const auto divide = [&] {
+    if (second != nullptr) team.kernels.over_roots(second, size, all.over, all.eps, false, out);
+  };
+  if (way == Way::kBack) {
+    std::copy_n(x, size, out);
+    divide();
+    turn.back(out, out);
+    return;
   }
-  if (right == nullptr) return turned;
-  turn.team.pack_rows({turned, 2 * rows, columns, true}, turn.room.first());
-  turn.team.pack({right, columns, columns, false}, turn.room.second());
-  turn.multiply(2 * rows, columns, made);
-  return made;
+  turn.pack_into();
+  if (way == Way::kInto) {
+    turn.into(x, out);
+    divide();
+  } else {
+    if (second != out) std::copy_n(second, size, out);
+    turn.into(x, turn.matrix());
+    team.kernels.mix_squares(turn.matrix(), size, beta, out);
+  }
 }
 
 void adam_one(const AdamStep& all, int64_t i, const Team& team) {
-  const Turn turn(all.rows, all.columns, team, true);
-  const int64_t size = turn.size;
-  const float* const left = part(all.left, i, turn.rows * turn.rows);
-  const float* const right = part(all.right, i, turn.columns * turn.columns);
-  float* const pair = turned_pair(turn, all.grads + i * size, all.x + i * size, left, right);
-  if (all.learned != nullptr) team.kernels.mix_squares(pair, size, all.beta, all.learned + i * size);
-  float* const x = pair + size;
-  for (int side = 0; side < 2; ++side) team.kernels.over_roots(all.second + i * size, size, all.over, all.eps, x);
-  turn(x, left, right, true, all.out + i * size);
+  const Turn turn = turn_of(all, i, team);
+  const int64_t size = all.rows * all.columns;
+  turn.pack_into();
+  float* const turned = turn.matrix();
+  if (all.learned != nullptr) {
+    turn.into(all.grads + i * size, turned);
+    team.kernels.mix_squares(turned, size, all.beta, all.learned + i * size);
+  }
+  turn.into(all.x + i * size, turned);
+  team.kernels.over_roots(all.second + i * size, size, all.over, all.eps, true, turned);
+  turn.back(turned, all.out + i * size);
 }
 
 }  // namespace

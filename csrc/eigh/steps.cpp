@@ -60,7 +60,8 @@ class Steps {
     for (int64_t i = 0; i < all_.count; ++i) {
       double* const row = all_.rows + i * kColumns;
       const StepNumbers& numbers = all_.numbers[i];
-      const bool taken = row[multi_tensor::kGradSq] <= numbers.most_square && row[multi_tensor::kGradMax] <= numbers.most;
+      const bool taken =
+          row[multi_tensor::kGradSq] <= numbers.most_square && row[multi_tensor::kGradMax] <= numbers.most;
       if (!taken) row[multi_tensor::kFinite] = 0;
     }
     multi_tensor::decide_steps_on_host({owners, all_.scaling.grad_scale, all_.rows, all_.sums, all_.skipped});
@@ -126,8 +127,16 @@ class Steps {
   AdamStep make_turn(int64_t i, float* update) const {
     const StepInBases& step = all_.steps[i];
     const double beta = hypers(i)[multi_tensor::kHyperBeta2], eps = hypers(i)[multi_tensor::kHyperEps];
-    Rotation rotation{step.matrices, step.rows, step.columns, update, at<const float>(step.bases[0]),
-                      at<const float>(step.bases[1]), at<const float>(step.second), 1, 0, update};
+    Rotation rotation{step.matrices,
+                      step.rows,
+                      step.columns,
+                      update,
+                      at<const float>(step.bases[0]),
+                      at<const float>(step.bases[1]),
+                      at<const float>(step.second),
+                      1,
+                      0,
+                      update};
     set_divisor(rotation, step.corrected ? at<const float>(step.step) : nullptr, beta, eps, step.inside);
     return {rotation, at<const float>(all_.grads[i]), at<float>(step.second), static_cast<float>(beta)};
   }
@@ -142,7 +151,8 @@ class Steps {
       const float *const alpha = weights[weights.size() - 2].data(), *const beta = weights.back().data();
       const auto* const g = at<const float>(all_.grads[i]);
       auto *const left = at<float>(step.factors[0]), *const right = at<float>(step.factors[1]);
-      if (left != nullptr) averages.push_back({step.matrices, step.rows, step.columns, g, true, left, left, alpha, beta});
+      if (left != nullptr)
+        averages.push_back({step.matrices, step.rows, step.columns, g, true, left, left, alpha, beta});
       if (right != nullptr)
         averages.push_back({step.matrices, step.columns, step.rows, g, false, right, right, alpha, beta});
     }

@@ -1,8 +1,8 @@
 """Whole steps of Adam in eigenbases on a CPU (SOAP's between two refreshes), one call for many parameters.
 
-What `grad_stats`, `decide_steps`, `update_moments`, `adam_in_bases`, `apply_update` and `learn_factors` do one after the
-other, with their bits, in one call of the library that is no op (csrc/eigh/steps.h). Addresses are written down once, as
-`steepest.ops.whole_steps` has it, and of a step only those of gradients and weights are new.
+What `grad_stats`, `decide_steps`, `update_moments`, `adam_in_bases`, `apply_update` and `learn_factors` do one after
+the other, with their bits, in one call of the library that is no op (csrc/eigh/steps.h). Addresses are written down
+once, as `steepest.ops.whole_steps` has it, and of a step only those of gradients and weights are new.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ class StepsInBases:
     ) -> None:
         """One step.   betas: of the factors, one for every group.   found_inf: as of `Scaling`."""
         assert _backend.extension is not None
-        addresses = [array("q", map(Tensor.data_ptr, some)) for some in (grads, params)]
-        numbers = [numbers_of(groups), array("d", betas)]
+        of_grads, of_params = (array("q", map(Tensor.data_ptr, some)) for some in (grads, params))
+        hypers, rates = numbers_of(groups), array("d", betas)
         table = (self._table.rows, self._table.sums, self._table.skipped)
         memory = [0 if found_inf is None else found_inf.data_ptr(), *map(Tensor.data_ptr, table)]
-        _backend.extension.steps_in_bases(self._rows, self._numbers, *addresses, *numbers, *memory, self._workspace)
+        step = (self._rows, self._numbers, of_grads, of_params, hypers, rates)
+        _backend.extension.steps_in_bases(*step, *memory, self._workspace)
         count_writes(params)

@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..ops import rotated
 from ..ops.matmul import IN_ORDER
 from ..ops.multi_tensor import Scaling
-from ..ops.rotated import wanted
 from ..ops.steps_in_bases import StepInBases, StepsInBases
 from ..ops.whole_steps import by_address, takes
 from ..parts import Diagonal, Hyper
@@ -31,15 +31,15 @@ __all__ = ["InBases", "steps_in_bases"]
 
 
 def steps_in_bases(p: Parameter, backend: str) -> bool:
-    """Whether `InBases` takes a parameter: it lies as one stack of short matrices, in fp32, and asks for nothing else."""
+    """Whether `InBases` takes a parameter: one stack of short matrices, in fp32, which asks for nothing else."""
     recipe, part = p.recipe, p.recipe.precondition
     alone = p.ranks is None and not p.is_coded and not recipe.stores_weights and not recipe.accepts_by_state
     if backend != "cpu" or not alone or p.options.maximize or not isinstance(part, Rotated):
         return False
-    if not part.steps_at_once or not recipe.leaves_directions or len(p.pieces) != 1 or not p.source.numel():
+    if not part.steps_at_once or part.delay or not recipe.leaves_directions or len(p.pieces) != 1:
         return False
     piece, rounding = p.pieces[0], [p.state[key] for key in recipe.rounding.keys]
-    if piece.narrow or max(piece.rows, piece.cols) > IN_ORDER:
+    if piece.narrow or not p.source.numel() or max(piece.rows, piece.cols) > IN_ORDER:
         return False
     of_metric = [p.state[key] for key in part.keys if p.state[key].is_floating_point()]
     in_fp32 = all(t.dtype is torch.float32 for t in (p.grad, *of_metric))
@@ -68,7 +68,8 @@ class InBases(Fused):
         p, matrices = item.parameter, item.matrices
         assert matrices is not None
         part, state = p.recipe.precondition, matrices.state
-        assert isinstance(part, Rotated) and isinstance(part.inner, Diagonal)
+        assert isinstance(part, Rotated)
+        assert isinstance(part.inner, Diagonal)
         most, most_square = p.recipe.limits(p.grad_dtype)
         return StepInBases(
             item.program,
@@ -108,7 +109,7 @@ class InBases(Fused):
 
     def _takes(self, grads: Sequence[Tensor], hypers: Sequence[Hyper]) -> bool:
         """Whether this step is one by addresses."""
-        if not by_address(grads) or torch._C._len_torch_dispatch_stack() or not wanted(grads[0]):
+        if not by_address(grads) or torch._C._len_torch_dispatch_stack() or not rotated.wanted(grads[0]):
             return False
         betas = {}
         for group, part in self._part_of_group.items():

@@ -226,7 +226,7 @@ class Rotated(Kronecker):
         return self._divides_by_roots
 
     def factor_rate_of_whole_steps(self, hyper: Hyper) -> float | None:
-        beta, plain = self.rate(hyper), self._learns_factors_alone and self.delay == 0 and self.sides is None
+        beta, plain = self.rate(hyper), self._learns_factors_alone and self.sides is None
         if not plain or self._of_call(hyper) is None or not isinstance(beta, float):
             return None
         return beta if 0 <= beta < 1 else None
