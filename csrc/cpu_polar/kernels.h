@@ -27,8 +27,7 @@ struct Factor {
 };
 
 struct Product {
-  const uint32_t *a,
-      *b;  // packed, but for an A of fp32 whose rows run along k, `row` numbers apart, where that is not 0
+  const uint32_t *a, *b;  // packed, A unless it has a `row`
   int64_t m, n, k;
   // The caller's word that A B is symmetric: what lies above the diagonal is copied from below. same: A = B^T, whose
   // product is symmetric to the bit by itself.
@@ -36,7 +35,7 @@ struct Product {
   const void* c;  // nullptr, D itself or another matrix
   void* d;
   float alpha, beta;
-  int64_t row;
+  int64_t row;  // not 0, fp32 alone: A's rows run along k, so many numbers apart, and D is apart from A
 };
 
 // A tensor's elements from `first` on; f32 or bf16.

@@ -249,6 +249,21 @@ def test_numbers_that_change_on_the_way_are_read_in_every_step(monkeypatch: pyte
     assert all_same_bits(*results)
 
 
+def test_groups_have_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for _ in range(2):
+        _, params = made()
+        first: dict[str, Any] = {"params": params[:3], "lr": 3e-3, "betas": (0.8, 0.9), "precondition_frequency": 2}
+        second: dict[str, Any] = {"params": params[3:], "shampoo_beta": 0.7, "eps": 1e-4, "weight_decay": 0.0}
+        optimizer = steepest.SOAP([first, second], lr=1e-2)
+        for step in range(6):
+            give_gradients(params, step)
+            optimizer.step()
+        results.append(state_of(optimizer, params))
+        monkeypatch.setattr(plan, "steps_in_bases", lambda *arguments: False)
+    assert all_same_bits(*results)
+
+
 def test_long_sides_and_split_weights_go_by_the_ops() -> None:
     long, split, short = (nn.Parameter(torch.randn(shape)) for shape in ((257, 8), (48, 16), (48, 16)))
     groups = [{"params": [long]}, {"params": [split], "split_sizes": [16, 32]}, {"params": [short]}]

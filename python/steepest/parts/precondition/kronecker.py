@@ -201,12 +201,6 @@ class Kronecker:
         """Whether there is a call for `step_in_place` at all."""
         return False
 
-    def factor_rate_of_whole_steps(self, hyper: Hyper) -> float | None:
-        """The rate of the factors' averages where `steepest.ops.steps_in_bases` has whole steps by these numbers, None
-        where it has not.
-        """
-        return None
-
     def step_in_place(
         self,
         stacks: rotated.Stacks,

@@ -226,6 +226,9 @@ class Rotated(Kronecker):
         return self._divides_by_roots
 
     def factor_rate_of_whole_steps(self, hyper: Hyper) -> float | None:
+        """The rate of the factors' averages where `steepest.ops.steps_in_bases` has whole steps by these numbers, None
+        where it has not.
+        """
         beta, plain = self.rate(hyper), self._learns_factors_alone and self.sides is None
         if not plain or self._of_call(hyper) is None or not isinstance(beta, float):
             return None
