@@ -22,6 +22,7 @@
 #include "cpu_polar/kernels.h"
 #include "eigh/cusolver.h"
 #include "eigh/params.h"
+#include "eigh/steps.h"
 #include "multi_tensor/whole_steps.h"
 #include "polar/chain.h"
 #include "polar/chunks.h"
@@ -212,6 +213,29 @@ STEEPEST_EXPORT const char* steepest_whole_steps(const void* steps, int64_t coun
   try {
     const auto* table = static_cast<const mt::WholeStep*>(steps);
     mt::whole_steps_on_host({table, count, grads, params, hypers, {found_inf, grad_scale}, rows, sums, skipped});
+  } catch (const std::exception& thrown) {
+    error = thrown.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
+
+// Steps of Adam in eigenbases on the host, of which `steps` and `numbers` say everything but what is of this step
+// (eigh/steps.h). Null, or what went wrong, no JSON.
+STEEPEST_EXPORT const char* steepest_steps_in_bases(const void* steps, const void* numbers, int64_t count,
+                                                    const int64_t* grads, const int64_t* params, const double* hypers,
+                                                    const double* betas, const float* found_inf, double* rows,
+                                                    double* sums, int64_t* skipped, int64_t workspace) {
+  namespace eigh = steepest::eigh;
+  thread_local std::string error;
+  try {
+    const auto* const kernels = steepest::cpu_polar::kernels_for(steepest::Dtype::f32);
+    if (kernels == nullptr) throw std::runtime_error("there are no products for this processor");
+    const auto* const table = static_cast<const eigh::StepInBases*>(steps);
+    const auto* const limits = static_cast<const eigh::StepNumbers*>(numbers);
+    const steepest::multi_tensor::Scaling scaling{found_inf, nullptr};
+    eigh::steps_in_bases({table, limits, count, grads, params, hypers, betas, scaling, rows, sums, skipped, workspace},
+                         *kernels);
   } catch (const std::exception& thrown) {
     error = thrown.what();
     return error.c_str();

@@ -27,7 +27,7 @@ struct Factor {
 };
 
 struct Product {
-  const uint32_t *a, *b;  // packed
+  const uint32_t *a, *b;  // packed, A unless it has a `row`
   int64_t m, n, k;
   // The caller's word that A B is symmetric: what lies above the diagonal is copied from below. same: A = B^T, whose
   // product is symmetric to the bit by itself.
@@ -35,6 +35,7 @@ struct Product {
   const void* c;  // nullptr, D itself or another matrix
   void* d;
   float alpha, beta;
+  int64_t row;  // not 0, fp32 alone: A's rows run along k, so many numbers apart, and D is apart from A
 };
 
 // A tensor's elements from `first` on; f32 or bf16.
@@ -72,10 +73,10 @@ struct Kernels {
   // fp32 rows made orthonormal one after the other (modified Gram-Schmidt), and their lengths when it was their turn; a
   // row of length 0 stays.
   void (*orthonormalize)(float* rows, int64_t count, int64_t length, float* lengths);
-  // Of `count` fp32 elements: v beta + (1 - beta) x^2 into v; and x over the root of sqrt(v) over + eps, or 0 where
-  // that is 0, into x.
+  // Of `count` fp32 elements: v beta + (1 - beta) x^2 into v; and x over the root of sqrt(v) over + eps, once or
+  // twice, or 0 where that is 0, into x.
   void (*mix_squares)(const float* x, int64_t count, float beta, float* v);
-  void (*over_roots)(const float* v, int64_t count, float over, float eps, float* x);
+  void (*over_roots)(const float* v, int64_t count, float over, float eps, bool twice, float* x);
 };
 
 // Words of a factor that is packed; element: bytes of a number.

@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "common/floats.h"
 #include "cpu_polar/kernels.h"
@@ -22,10 +23,24 @@ constexpr int kRows = 8, kWidth = 3;  // 24 of 32 registers hold sums
 constexpr int kRows = 6, kWidth = 1;  // 12 of 16
 #endif
 
+// Words of A's rows, of those that a tile begins with: of a panel, and of rows that are not packed.
+struct PanelRows {
+  const uint32_t* at;
+  uint32_t word(int r, int64_t i) const { return at[i * kPanel + r]; }
+};
+struct PlainRows {
+  const uint32_t* rows[kRows];
+  PlainRows(const uint32_t* a, int64_t row, int64_t first, int64_t count) {
+    for (int64_t r = 0; r < kRows; ++r) rows[r] = a + (first + r < count ? first + r : count - 1) * row;
+  }
+  uint32_t word(int r, int64_t i) const { return rows[r][i]; }
+};
+
 // fp32: a word is a number.
 struct Single {
   using Stored = float;
-  static constexpr int kDepth = 1;  // numbers of k in a word
+  static constexpr bool kIsSum = true;  // as which a number is stored, and a row of A is one of words
+  static constexpr int kDepth = 1;      // numbers of k in a word
   static float wide(float x) { return x; }
   static float narrow(float x) { return x; }
   static uint32_t word(const float* x) { return bits_of(*x); }
@@ -42,39 +57,39 @@ struct Single {
   static void pack(const float* row, const float*, uint32_t* to) { std::memcpy(to, row, kPanel * sizeof(float)); }
 
 #ifdef __AVX512F__
-  template <int kR, int kW>
-  static void tile(const uint32_t* a, const uint32_t* b, int64_t steps, float (&sums)[kRows][kWidth * kPanel]) {
+  template <int kR, int kW, class Left>
+  static void tile(const Left& a, const uint32_t* b, int64_t steps, float* to, int64_t to_row) {
     __m512 total[kR][kW];
     for (int r = 0; r < kR; ++r)
       for (int w = 0; w < kW; ++w) total[r][w] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < steps; ++i, a += kPanel, b += kPanel) {
+    for (int64_t i = 0; i < steps; ++i, b += kPanel) {
       __m512 right[kW];
       for (int w = 0; w < kW; ++w) right[w] = _mm512_loadu_ps(b + w * steps * kPanel);
       for (int r = 0; r < kR; ++r) {
-        const __m512 left = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(a[r])));
+        const __m512 left = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(a.word(r, i))));
         for (int w = 0; w < kW; ++w) total[r][w] = _mm512_fmadd_ps(left, right[w], total[r][w]);
       }
     }
     for (int r = 0; r < kR; ++r)
-      for (int w = 0; w < kW; ++w) _mm512_storeu_ps(sums[r] + w * kPanel, total[r][w]);
+      for (int w = 0; w < kW; ++w) _mm512_storeu_ps(to + r * to_row + w * kPanel, total[r][w]);
   }
 #else
-  template <int kR, int kW>
-  static void tile(const uint32_t* a, const uint32_t* b, int64_t steps, float (&sums)[kRows][kWidth * kPanel]) {
+  template <int kR, int kW, class Left>
+  static void tile(const Left& a, const uint32_t* b, int64_t steps, float* to, int64_t to_row) {
     static_assert(kW == 1);
     __m256 total[kR][2];
     for (int r = 0; r < kR; ++r) total[r][0] = total[r][1] = _mm256_setzero_ps();
-    for (int64_t i = 0; i < steps; ++i, a += kPanel, b += kPanel) {
+    for (int64_t i = 0; i < steps; ++i, b += kPanel) {
       const auto* const right = reinterpret_cast<const float*>(b);
       const __m256 first = _mm256_loadu_ps(right), second = _mm256_loadu_ps(right + 8);
       for (int r = 0; r < kR; ++r) {
-        const __m256 left = _mm256_broadcast_ss(reinterpret_cast<const float*>(a) + r);
+        const __m256 left = _mm256_set1_ps(float_of(a.word(r, i)));
         total[r][0] = _mm256_fmadd_ps(left, first, total[r][0]);
         total[r][1] = _mm256_fmadd_ps(left, second, total[r][1]);
       }
     }
     for (int r = 0; r < kR; ++r)
-      for (int h = 0; h < 2; ++h) _mm256_storeu_ps(sums[r] + 8 * h, total[r][h]);
+      for (int h = 0; h < 2; ++h) _mm256_storeu_ps(to + r * to_row + 8 * h, total[r][h]);
   }
 #endif
 };
@@ -83,6 +98,7 @@ struct Single {
 // bf16: a word is two numbers that follow one another along k.
 struct Half {
   using Stored = uint16_t;
+  static constexpr bool kIsSum = false;
   static constexpr int kDepth = 2;
   static float wide(uint16_t x) { return from_bf16(x); }
   static uint16_t narrow(float x) { return to_bf16(x); }
@@ -101,21 +117,21 @@ struct Half {
     _mm512_storeu_si512(to, _mm512_or_si512(words(first), _mm512_slli_epi32(words(second), 16)));
   }
 
-  template <int kR, int kW>
-  static void tile(const uint32_t* a, const uint32_t* b, int64_t steps, float (&sums)[kRows][kWidth * kPanel]) {
+  template <int kR, int kW, class Left>
+  static void tile(const Left& a, const uint32_t* b, int64_t steps, float* to, int64_t to_row) {
     __m512 total[kR][kW];
     for (int r = 0; r < kR; ++r)
       for (int w = 0; w < kW; ++w) total[r][w] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < steps; ++i, a += kPanel, b += kPanel) {
+    for (int64_t i = 0; i < steps; ++i, b += kPanel) {
       __m512bh right[kW];
       for (int w = 0; w < kW; ++w) right[w] = (__m512bh)_mm512_loadu_si512(b + w * steps * kPanel);
       for (int r = 0; r < kR; ++r) {
-        const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r]));
+        const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a.word(r, i)));
         for (int w = 0; w < kW; ++w) total[r][w] = _mm512_dpbf16_ps(total[r][w], left, right[w]);
       }
     }
     for (int r = 0; r < kR; ++r)
-      for (int w = 0; w < kW; ++w) _mm512_storeu_ps(sums[r] + w * kPanel, total[r][w]);
+      for (int w = 0; w < kW; ++w) _mm512_storeu_ps(to + r * to_row + w * kPanel, total[r][w]);
   }
 };
 #endif
@@ -264,11 +280,23 @@ void multiply_tile(const Product& product, int64_t row, int64_t panel) {
   const int64_t below = product.m - row, right = product.n - panel * kPanel;
   const Spot spot{row, panel * kPanel, static_cast<int>(below < kR ? below : kR),
                   static_cast<int>(right < kW * kPanel ? right : kW * kPanel)};
-  float sums[kRows][kWidth * kPanel];
-  E::template tile<kR, kW>(product.a + row / kPanel * steps * kPanel + row % kPanel, product.b + panel * steps * kPanel,
-                           steps, sums);
-  for (int r = 0; r < spot.rows; ++r)
-    for (int w = 0; w < kW; ++w) finish_panel<E>(product, spot, r, w, sums[r] + w * kPanel);
+  const uint32_t* const b = product.b + panel * steps * kPanel;
+  const auto sum = [&](float* to, int64_t to_row) {
+    if (E::kIsSum && product.row != 0)
+      E::template tile<kR, kW>(PlainRows(product.a, product.row, row, product.m), b, steps, to, to_row);
+    else
+      E::template tile<kR, kW>(PanelRows{product.a + row / kPanel * steps * kPanel + row % kPanel}, b, steps, to,
+                               to_row);
+  };
+  const bool whole = spot.rows == kR && spot.columns == kW * kPanel;
+  if (E::kIsSum && whole && product.alpha == 1 && product.beta == 0) {
+    sum(static_cast<float*>(product.d) + spot.row * product.n + spot.column, product.n);
+  } else {
+    float sums[kRows][kWidth * kPanel];
+    sum(sums[0], kWidth * kPanel);
+    for (int r = 0; r < spot.rows; ++r)
+      for (int w = 0; w < kW; ++w) finish_panel<E>(product, spot, r, w, sums[r] + w * kPanel);
+  }
   if (product.symmetric) mirror<T>(product, spot);
 }
 
@@ -502,11 +530,15 @@ inline void mix_squares(const float* __restrict x, int64_t count, float beta, fl
   for (int64_t i = 0; i < count; ++i) v[i] = v[i] * beta + rest * x[i] * x[i];
 }
 
-inline void over_roots(const float* __restrict v, int64_t count, float over, float eps, float* __restrict x) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float root = std::sqrt(std::sqrt(v[i]) * over + eps);
-    x[i] = root == 0 ? 0.0f : x[i] / root;
-  }
+inline void over_roots(const float* __restrict v, int64_t count, float over, float eps, bool twice,
+                       float* __restrict x) {
+  const auto divide = [&](auto again) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float root = std::sqrt(std::sqrt(v[i]) * over + eps), once = x[i] / root;
+      x[i] = root == 0 ? 0.0f : again ? once / root : once;
+    }
+  };
+  twice ? divide(std::true_type()) : divide(std::false_type());
 }
 
 template <class E>

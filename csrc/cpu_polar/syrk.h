@@ -1,6 +1,7 @@
 // Averages of Gram matrices on a CPU; no torch in here.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -19,6 +20,11 @@ struct Averages {
   float* out;
   const float *alpha, *beta;  // one for each matrix; C is not read where beta is 0
 };
+
+// The weight of the newest of the terms of an average with the rate beta, of which so many are in it.
+inline float newest_weight(float terms, double beta) {
+  return static_cast<float>((1 - beta) / (1 - std::pow(beta, double{terms} + 1)));
+}
 
 // A matrix has the same bits whatever else is in the call and however many threads there are.
 void average(const std::vector<Averages>& averages, const Kernels& kernels);

@@ -39,16 +39,16 @@ class Run {
  public:
   Run(const Work& work, int64_t i, const Team& team)
       : stack_(work.stack), rows_(stack_.rows), columns_(stack_.columns) {
-    const Turn turn(rows_, columns_, team);
-    const int64_t size = turn.size;
+    const int64_t size = rows_ * columns_;
+    const Turn left(rows_, columns_, part(stack_.bases[0], i, rows_ * rows_), nullptr, team);
+    const Turn right(rows_, columns_, nullptr, part(stack_.bases[1], i, columns_ * columns_), team);
+    left.pack_into(), right.pack_into();
     const float* const g = stack_.grads + i * size;
-    const float* const left = part(stack_.bases[0], i, rows_ * rows_);
-    const float* const right = part(stack_.bases[1], i, columns_ * columns_);
     float *const by_right = work.input(0) + i * size, *const by_left = work.input(1) + i * size;
-    float* const turned = turn.room.matrix();
-    turn(g, left, nullptr, false, by_left);
-    turn(by_left, nullptr, right, false, turned);
-    turn(g, nullptr, right, false, by_right);
+    float* const turned = right.matrix();
+    left.into(g, by_left);
+    right.into(by_left, turned);
+    right.into(g, by_right);
     const std::vector<float> of_left = whitening(0, rows_, i), of_right = whitening(1, columns_, i);
     if (stack_.started) average(turned, of_left, of_right, i);
     for (int64_t row = 0; row < rows_; ++row) {

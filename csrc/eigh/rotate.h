@@ -1,6 +1,7 @@
 // Matrices in two bases, and second moments there, on a CPU; no torch in here.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -24,6 +25,13 @@ struct Rotation {
   float* out;
 };
 
+// over and eps of Adam's D, V an average with the rate beta of `*step` terms, which corrects it for its start, nullptr:
+// not. inside: D^2 = (sqrt(V) + eps) over.
+inline void set_divisor(Rotation& rotation, const float* step, double beta, double eps, bool inside) {
+  const double over = step == nullptr ? 1 : 1 / std::sqrt(1 - std::pow(beta, double{*step}));
+  rotation.over = static_cast<float>(over), rotation.eps = static_cast<float>(inside ? eps * over : eps);
+}
+
 // A matrix has the same bits whatever else is in the call and however many threads there are: products are sums from
 // the first to the last of k.
 void rotate(const std::vector<Rotation>& rotations, Way way, float beta, const cpu_polar::Kernels& kernels);
@@ -33,8 +41,9 @@ void rotate(const std::vector<Rotation>& rotations, Way way, float beta, const c
 struct AdamStep : Rotation {
   const float* grads;
   float* learned;
+  float beta;
 };
 
-void adam(const std::vector<AdamStep>& steps, float beta, const cpu_polar::Kernels& kernels);
+void adam(const std::vector<AdamStep>& steps, const cpu_polar::Kernels& kernels);
 
 }  // namespace steepest::eigh

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -47,11 +46,6 @@ void check_stack(const Tensor& x, const char* name, size_t i) {
                   "] must be a contiguous float32 stack of matrices on the CPU");
 }
 
-// The weight of the newest of the terms of an average, of which so many are in it.
-float weight_after(float count, double beta) {
-  return static_cast<float>((1 - beta) / (1 - std::pow(beta, double{count} + 1)));
-}
-
 // What a stack's factors, of which one may be absent, take of its gradients.
 struct FactorUpdate {
   bool taken;
@@ -77,7 +71,7 @@ std::vector<FactorUpdate> checked_updates(const Tensors& grads, const Tensors& f
           data_of<float>(factors[2 * i + side], update.matrices * n * n, "factors", 2 * i + side, true);
     }
     update.count = data_of<float>(counts[i], 1, "counts", i);
-    update.weight = weight_after(*update.count, beta);
+    update.weight = cpu_polar::newest_weight(*update.count, beta);
     updates.push_back(update);
   }
   return updates;
@@ -188,10 +182,7 @@ eigh::Rotation make_rotation(const Tensors& xs, const Tensors& bases, const Tens
   rotation.left = data_of<float>(bases[2 * i], matrices * m * m, "bases", 2 * i, true);
   rotation.right = data_of<float>(bases[2 * i + 1], matrices * n * n, "bases", 2 * i + 1, true);
   rotation.second = data_of<float>(seconds[i], all, "seconds", i, may_be_absent);
-  double over = 1;
-  if (const float* const step = data_of<float>(steps[i], 1, "steps", i, true))
-    over = 1 / std::sqrt(1 - std::pow(beta, double{*step}));
-  rotation.over = static_cast<float>(over), rotation.eps = static_cast<float>(inside ? eps * over : eps);
+  eigh::set_divisor(rotation, data_of<float>(steps[i], 1, "steps", i, true), beta, eps, inside);
   return rotation;
 }
 
@@ -207,9 +198,9 @@ void adam_in_bases(const Tensors& grads, const Tensors& xs, const Tensors& bases
     const int64_t elements = rotation.matrices * rotation.rows * rotation.columns;
     const float* const grad = data_of<float>(grads[i], elements, "grads", i);
     float* const learned = taken(flags[i], i) ? data_of<float>(seconds[i], elements, "seconds", i) : nullptr;
-    all.push_back({rotation, grad, learned});
+    all.push_back({rotation, grad, learned, static_cast<float>(beta)});
   }
-  eigh::adam(all, static_cast<float>(beta), kernels_of("adam_in_bases"));
+  eigh::adam(all, kernels_of("adam_in_bases"));
 }
 
 void rotate(const Tensors& xs, const Tensors& bases, const Tensors& seconds, const Tensors& steps, int64_t way,

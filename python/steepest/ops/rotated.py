@@ -31,10 +31,10 @@ _WAYS = ("into", "back", "observe")  # `Way` in csrc/eigh/rotate.h
 
 def supports(*tensors: Tensor) -> bool:
     """Whether the calls are for these tensors, which are fp32 and contiguous; what is traced goes by torch's ops."""
-    return _wanted(tensors[0]) and _is_supported(tensors)
+    return wanted(tensors[0]) and _is_supported(tensors)
 
 
-def _wanted(one: Tensor) -> bool:
+def wanted(one: Tensor) -> bool:
     """Whether the calls are there and nothing says at present that torch's ops are to do it."""
     if _backend.extension is None or not by_itself(one):
         return False
@@ -71,7 +71,7 @@ class Stacks:
 
     def supports_update(self, grads: Sequence[Tensor]) -> bool:
         """Whether `update_factors` is for these gradients."""
-        return _wanted(grads[0]) and self._has_supported_factors and _is_supported(grads)
+        return wanted(grads[0]) and self._has_supported_factors and _is_supported(grads)
 
     def supports_coupled_update(self, grads: Sequence[Tensor]) -> bool:
         """Whether `update_coupled` is for these gradients."""
@@ -79,11 +79,11 @@ class Stacks:
 
     def supports_track(self) -> bool:
         """Whether `track` is for them."""
-        return _wanted(self.factors[0]) and self._has_supported_factors and self._has_supported_bases
+        return wanted(self.factors[0]) and self._has_supported_factors and self._has_supported_bases
 
     def supports_rotation(self, xs: Sequence[Tensor]) -> bool:
         """Whether `rotate_all` is for these."""
-        return _wanted(xs[0]) and self._short and self._has_supported_bases and _is_supported(xs)
+        return wanted(xs[0]) and self._short and self._has_supported_bases and _is_supported(xs)
 
     @cached_property
     def numbers(self) -> list[int]:

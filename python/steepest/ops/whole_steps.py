@@ -19,7 +19,7 @@ from .multi_tensor import NOT_SCALED, Groups, Scaling, Table, count_writes
 from .program import Program
 
 #: `Dtype` in csrc/common/dtype.h
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int16: 4}
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int16: 4}
 
 #: types of tensors without a class of their own
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -49,7 +49,7 @@ class Step:
         state = (self.momentum, self.second, self.mantissa, self.step)
         addresses = [t.data_ptr() if t.numel() else 0 for t in state]
         rest = [self.program.packed(), self.group, *self.place]
-        return [self.numel, *[_CODES[dtype] for dtype in dtypes], *addresses, *rest]
+        return [self.numel, *[CODES[dtype] for dtype in dtypes], *addresses, *rest]
 
 
 class WholeSteps:
@@ -65,13 +65,19 @@ class WholeSteps:
         """One step, as `grad_stats` and `update_moments` take it; the tensors are contiguous."""
         assert _backend.extension is not None
         of_grads, of_params = (array("q", map(Tensor.data_ptr, some)) for some in (grads, params))
-        hypers = array("d", groups.values)
-        for at, number in zip(groups.at, groups.tensors, strict=True):
-            torch.frombuffer(hypers, dtype=torch.float64)[at] = number
+        hypers = numbers_of(groups)
         table = (self._table.rows, self._table.sums, self._table.skipped)
         memory = [0 if t is None else t.data_ptr() for t in (scaling.found_inf, scaling.grad_scale, *table)]
         _backend.extension.whole_steps(self._numbers, of_grads, of_params, hypers, *memory)
         count_writes(params)
+
+
+def numbers_of(groups: Groups) -> array[float]:
+    """The numbers of all groups, those that are tensors among them."""
+    numbers = array("d", groups.values)
+    for at, number in zip(groups.at, groups.tensors, strict=True):
+        torch.frombuffer(numbers, dtype=torch.float64)[at] = number
+    return numbers
 
 
 def by_address(tensors: Sequence[Tensor]) -> bool:
@@ -81,5 +87,5 @@ def by_address(tensors: Sequence[Tensor]) -> bool:
 
 def takes(tensors: Sequence[Tensor]) -> bool:
     """Whether a parameter of these tensors, its state's among them, may be stepped by their addresses."""
-    laid_out = all(t.device.type == "cpu" and t.is_contiguous() and t.dtype in _CODES for t in tensors)
+    laid_out = all(t.device.type == "cpu" and t.is_contiguous() and t.dtype in CODES for t in tensors)
     return by_address(tensors) and laid_out

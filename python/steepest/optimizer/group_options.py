@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -151,21 +152,21 @@ def frozen(group: Group, keys: Iterable[str]) -> Group:
     return {key: _frozen(group[key]) for key in keys if key in group}
 
 
-def is_as_it_was(before: Group, group: Group, keys: Iterable[str]) -> bool:
-    """Whether these values, but for those that change, are the very objects of an earlier `frozen`, which a list never
-    is: what is asked first, as it takes a microsecond.
+def is_as_it_was(before: Group, group: Group) -> bool:
+    """Whether a group has the very objects of an earlier `frozen`, which a list never is: what is asked first, as it
+    takes a microsecond.
     """
-    wanted = [key for key in keys if key not in CHANGING]
-    return all(
-        map(operator.is_, [before.get(key, _ABSENT) for key in wanted], [group.get(key, _ABSENT) for key in wanted])
-    )
+    return all(map(operator.is_, before.values(), map(group.get, before, repeat(_ABSENT))))
 
 
 def _frozen(value: Any) -> Any:
-    if not isinstance(value, (list, tuple)):
-        return value
-    frozen_values = tuple(map(_frozen, value))
-    return value if type(value) is tuple and all(map(operator.is_, frozen_values, value)) else frozen_values
+    return _mapped(_frozen, value) if isinstance(value, (list, tuple)) else value
+
+
+def _mapped(function: Callable[[Any], Any], values: Any) -> tuple[Any, ...]:
+    """What a function gives for each of these: the tuple itself where that is what is in it."""
+    mapped = tuple(map(function, values))
+    return values if type(values) is tuple and all(map(operator.is_, mapped, values)) else mapped
 
 
 def numbers_of(group: Group) -> tuple[Any, ...]:
@@ -173,12 +174,17 @@ def numbers_of(group: Group) -> tuple[Any, ...]:
     return tuple(map(as_it_is, map(group.get, NUMBERS)))
 
 
+def numbers_are(known: Iterable[Any], group: Group) -> bool:
+    """Whether a group has the very objects of an earlier `numbers_of`, which no list is and no tensor on the host."""
+    return all(map(operator.is_, known, map(group.get, NUMBERS)))
+
+
 def as_it_is(value: Any) -> Any:
     """A value that is another one once it has changed: a tensor on the host beside the number of its changes, which is
     not counted of those made in inference mode. Others stand for themselves.
     """
     if isinstance(value, list | tuple):
-        return tuple(map(as_it_is, value))
+        return _mapped(as_it_is, value)
     if isinstance(value, Tensor) and is_on_host(value) and not value.is_inference():
         return (value, value._version)
     return value

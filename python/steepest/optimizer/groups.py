@@ -28,6 +28,7 @@ from .group_options import (
     is_as_it_was,
     name_the_rule,
     number_on,
+    numbers_are,
     numbers_of,
     parameter_name,
     read_switches,
@@ -68,7 +69,7 @@ class Groups(Method):
     def _known_recipe(self, group: Group) -> tuple[Recipe, int]:
         """A group's recipe, and a number that is another one whenever its values have changed."""
         known = self._recipes.get(id(group))
-        if known is not None and is_as_it_was(known[0], group, self.defaults):
+        if known is not None and is_as_it_was(known[0], group):
             return known[1:]
         values = frozen(group, (key for key in self.defaults if key not in CHANGING))
         if known is None or changed(known[0], values) is not None:
@@ -117,7 +118,10 @@ class Groups(Method):
         for group in self.param_groups:
             if not isinstance(group.get("use_muon"), bool):
                 self._check_changed(group, ["use_muon"])
-            now, known = numbers_of(group), self._numbers.get(id(group), _UNKNOWN)
+            known = self._numbers.get(id(group), _UNKNOWN)
+            if numbers_are(known, group):
+                continue
+            now = numbers_of(group)
             if all(map(same, known, now)):
                 continue
             others = [key for key, old, new in zip(NUMBERS, known, now, strict=True) if not same(old, new)]

@@ -44,12 +44,27 @@ class Factors:
                 streams.join(each.state[PENDING] for each in some)
                 for each in some:
                     each.keep(part.commit(each.state))
-            if phase.refreshes and phase.at_once and phase.exact is None and self._refreshed_in_place(part, some):
-                continue
-            if phase.refreshes:
-                max_bytes = some[0].parameter.options.max_workspace_bytes
-                for run in chunk_by_bytes(some, lambda each: refresh_bytes(each.state), max_bytes):
-                    _refresh(part, phase, run)
+            self._refresh(part, phase, some)
+
+    def refresh(self) -> None:
+        """The refresh of those that are due and have learned."""
+        due: dict[tuple[int, Phase], list[Matrices]] = {}
+        for each in self._matrices:
+            if each.phase.refreshes:
+                due.setdefault((each.parameter.group, each.phase), []).append(each)
+        for (_, phase), some in due.items():
+            part = some[0].recipe.kronecker
+            assert part is not None
+            self._refresh(part, phase, some)
+
+    def _refresh(self, part: Kronecker, phase: Phase, matrices: Sequence[Matrices]) -> None:
+        if not phase.refreshes:
+            return
+        if phase.at_once and phase.exact is None and self._refreshed_in_place(part, matrices):
+            return
+        max_bytes = matrices[0].parameter.options.max_workspace_bytes
+        for run in chunk_by_bytes(matrices, lambda each: refresh_bytes(each.state), max_bytes):
+            _refresh(part, phase, run)
 
     def observe(self, matrices: Sequence[Matrices]) -> None:
         """Statistics that every gradient of these adds to, such as SOAP's second moment in the present metric."""

@@ -27,6 +27,7 @@ from .coupling import Coupling
 from .eager import Eager
 from .executor import Directed, Executor
 from .fused import Fused
+from .in_bases import InBases, steps_in_bases
 from .parameter import Parameter, store_if
 from .program import program
 from .retraction import retract
@@ -73,20 +74,19 @@ class Plan:
             if backend == "torch" or isinstance(packed, str):
                 by_torch.setdefault((p.ranks, p.is_coded), []).append(p)
             else:
-                whole = not coupled and steps_whole(p, packed, backend)
+                kind = Fused if coupled else _kind(p, packed, backend)
                 penalizes = p.recipe.decay.method == "l2"
-                alike = (p.ranks, p.is_coded, p.recipe.corrects_gradient, penalizes, whole)
-                key = (p.source.device, backend, p.options.max_workspace_bytes, *alike)
+                alike = (p.ranks, p.is_coded, p.recipe.corrects_gradient, penalizes)
+                key = (kind, p.source.device, backend, p.options.max_workspace_bytes, *alike)
                 fused.setdefault(key, []).append((p, packed))
         self.executors: list[Executor] = []
         #: for every executor the states that are decoded while it is at work
         self._working: list[WorkingStates | None] = []
-        for (device, backend, max_bytes, *_, whole), pairs in fused.items():
+        for (kind, device, backend, max_bytes, *_), pairs in fused.items():
             programs = {id(p): packed for p, packed in pairs}
             options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": max_bytes, "coupled": coupled}
             for run in _runs([p for p, _ in pairs]):
                 working = _decoded(run)
-                kind = Whole if whole else Fused
                 self._add(kind(run, [programs[id(p)] for p in run], skipped[device], **options), working)
         for some in by_torch.values():
             for run in _runs(some):
@@ -270,6 +270,13 @@ def _decoded(parameters: Sequence[Parameter]) -> WorkingStates | None:
     working = WorkingStates(states)
     working.load()
     return working
+
+
+def _kind(p: Parameter, packed: Program, backend: str) -> type[Fused]:
+    """Who takes a parameter that waits for no other."""
+    if steps_whole(p, packed, backend):
+        return Whole
+    return InBases if steps_in_bases(p, backend) else Fused
 
 
 def route(p: Parameter, *, coupled: bool = False) -> str:

@@ -2,13 +2,16 @@
 
 from .base import Precondition, State
 from .diagonal import Diagonal
-from .kronecker import PENDING, Gathered, Kronecker, Phase, refresh_bytes
+from .kronecker import FACTORS, LEARNED, PENDING, Gathered, Kronecker, Phase, refresh_bytes
 from .none import Identity
 from .roots import Roots
-from .rotated import Rotated
+from .rotated import BASES, Rotated
 from .sides import Sides
 
 __all__ = [
+    "BASES",
+    "FACTORS",
+    "LEARNED",
     "PENDING",
     "Diagonal",
     "Gathered",

@@ -225,6 +225,15 @@ class Rotated(Kronecker):
     def steps_at_once(self) -> bool:
         return self._divides_by_roots
 
+    def factor_rate_of_whole_steps(self, hyper: Hyper) -> float | None:
+        """The rate of the factors' averages where `steepest.ops.steps_in_bases` has whole steps by these numbers, None
+        where it has not.
+        """
+        beta, plain = self.rate(hyper), self._learns_factors_alone and self.sides is None
+        if not plain or self._of_call(hyper) is None or not isinstance(beta, float):
+            return None
+        return beta if 0 <= beta < 1 else None
+
     def step_in_place(
         self,
         stacks: rotated.Stacks,

@@ -1,0 +1,167 @@
+"""Steps of Adam in the eigenbases of Kronecker factors (SOAP's), on a CPU: one call for all parameters.
+
+    take      gradients looked at, moments, the update in the bases and back, weights, and what factors learn
+    refresh   of the bases that are due, by what `Fused` calls
+
+What stays is all that `Fused` has: bits, tables, and that a parameter steps or does not by its own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..ops import rotated
+from ..ops.matmul import IN_ORDER
+from ..ops.multi_tensor import Scaling
+from ..ops.steps_in_bases import StepInBases, StepsInBases
+from ..ops.whole_steps import by_address, takes
+from ..parts import Diagonal, Hyper
+from ..parts.precondition import BASES, FACTORS, LEARNED, Phase, Rotated
+from ..recipe import CLOCK
+from .buckets import FusedBatch, FusedItem
+from .factors import advance_clocks
+from .fused import Fused, groups_of
+from .parameter import Parameter, StepValues
+
+__all__ = ["InBases", "steps_in_bases"]
+
+
+def steps_in_bases(p: Parameter, backend: str) -> bool:
+    """Whether `InBases` takes a parameter: one stack of short matrices, in fp32, which asks for nothing else."""
+    recipe, part = p.recipe, p.recipe.precondition
+    alone = p.ranks is None and not p.is_coded and not recipe.stores_weights and not recipe.accepts_by_state
+    if backend != "cpu" or not alone or recipe.corrects_gradient or p.options.maximize or not isinstance(part, Rotated):
+        return False
+    if not part.steps_at_once or part.delay or not recipe.leaves_directions or len(p.pieces) != 1:
+        return False
+    piece, rounding = p.pieces[0], [p.state[key] for key in recipe.rounding.keys]
+    if piece.narrow or not p.source.numel() or max(piece.rows, piece.cols) > IN_ORDER:
+        return False
+    of_metric = [p.state[key] for key in part.keys if p.state[key].is_floating_point()]
+    in_fp32 = all(t.dtype is torch.float32 for t in (p.grad, *of_metric))
+    return in_fp32 and takes([p.source, p.grad, p.momentum, *of_metric, *rounding])
+
+
+class InBases(Fused):
+    """`Fused` for parameters that `steps_in_bases` takes, which do not wait for one another.
+
+    Steps that do more than step and learn, and gradients without an address, get the ops of `Fused`.
+    """
+
+    #: of the step that is being taken by addresses
+    _grads: Sequence[Tensor] = ()
+    _hypers: Sequence[Hyper] = ()
+    _betas: Sequence[float] = ()
+    _phases: Sequence[Phase] = ()
+    _scaling = Scaling()
+
+    @cached_property
+    def _steps_by_address(self) -> StepsInBases:
+        floats = self._max_bytes // 8  # of an update, and as much around it
+        return StepsInBases([self._step_of(item) for item in self._items], self.table, floats)
+
+    def _step_of(self, item: FusedItem) -> StepInBases:
+        p, matrices = item.parameter, item.matrices
+        assert matrices is not None
+        part, state = p.recipe.precondition, matrices.state
+        assert isinstance(part, Rotated)
+        assert isinstance(part.inner, Diagonal)
+        most, most_square = p.recipe.limits(p.grad_dtype)
+        return StepInBases(
+            item.program,
+            matrices.shape,
+            p.tensor.dtype,
+            p.momentum,
+            state[part.inner.key],
+            item.remainder,
+            p.state.get("step", self._absent),
+            state[LEARNED],
+            (state[FACTORS[0]], state[FACTORS[1]]),
+            (state[BASES[0]], state[BASES[1]]),
+            corrected=part.inner.bias_correction,
+            eps_inside=part.inner.eps_inside,
+            ratio=matrices.ratio,
+            most=most,
+            most_square=most_square,
+            group=p.group,
+            place=item.place,
+        )
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return [p.source for p in self.parameters]
+
+    @cached_property
+    def _clocks(self) -> list[Tensor]:
+        return [p.state[CLOCK] for p in self.parameters]
+
+    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
+        self._grads, self._scaling = (), scaling[self.device]
+        grads = [p.grad for p in self._weights if p.grad is not None]
+        if self._scaling.grad_scale is None and self._takes(grads, hypers):
+            self._grads, self._hypers = grads, hypers
+        else:
+            super().decide(hypers, scaling)
+
+    def _takes(self, grads: Sequence[Tensor], hypers: Sequence[Hyper]) -> bool:
+        """Whether this step is one by addresses."""
+        if not by_address(grads) or torch._C._len_torch_dispatch_stack() or not rotated.wanted(grads[0]):
+            return False
+        betas = {}
+        for group, part in self._part_of_group.items():
+            beta = part.factor_rate_of_whole_steps(hypers[group])
+            if beta is None:
+                return False
+            betas[group] = beta
+        self._betas = [betas.get(group, 0.0) for group in range(len(hypers))]
+        known: dict[tuple[int, int], Phase] = {}
+        self._phases = []
+        for p, clock in zip(self.parameters, map(int, self._clocks), strict=True):
+            phase = known.get((p.group, clock))
+            if phase is None:
+                phase = known[p.group, clock] = self._part_of_group[p.group].phase(clock)
+            self._phases.append(phase)
+        return all(_only_steps(phase) for phase in known.values())
+
+    @cached_property
+    def _part_of_group(self) -> dict[int, Rotated]:
+        parts = {p.group: p.recipe.precondition for p in self.parameters}
+        return {group: part for group, part in parts.items() if isinstance(part, Rotated)}
+
+    def observe(self) -> None:
+        if not self._grads:
+            super().observe()
+
+    def batches(self) -> list[FusedBatch]:
+        return self._present[:1] if self._grads else super().batches()
+
+    def send(self, batch: FusedBatch) -> list[Callable[[], Tensor]]:
+        if not self._grads:
+            return super().send(batch)
+        groups = groups_of(self._hypers, self._group_of, self.device)
+        self._steps_by_address.take(self._grads, self._weights, groups, self._betas, self._scaling.found_inf)
+        return []
+
+    def finish(self) -> None:
+        if not self._grads:
+            super().finish()
+            return
+        if any(phase.refreshes for phase in self._phases):
+            flags = (self._column("finite") != 0).unbind()
+            for p, g, flag, phase in zip(self.parameters, self._grads, flags, self._phases, strict=True):
+                p.step = StepValues(g, flag, phase, self._hypers[p.group])
+            self._factors.refresh()
+            for p in self.parameters:
+                p.step = None
+        advance_clocks(self.parameters)
+        self._grads = ()
+
+
+def _only_steps(phase: Phase) -> bool:
+    """Whether a step steps, then learns, and refreshes at most what is taken at once."""
+    plain = phase.steps and phase.after and not phase.before and not phase.commits
+    return plain and (phase.at_once or not phase.refreshes)
