@@ -190,7 +190,8 @@ def test_more_parameters_are_normalized_by_the_same_calls(cls: type[MatrixOptimi
     more = called(9) - called(3)
     if extension is not None:
         assert not more
-        assert called(3)["normalize_updates"] == 1
+        assert called(3)["normalize_and_apply_update"] == 1
+        assert not called(3).keys() & {"normalize_updates", "apply_update"}
     elif cls is steepest.NorMuon:
         assert more == Counter({"where": 6})
 
