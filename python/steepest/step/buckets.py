@@ -24,7 +24,7 @@ from ..ops.normalize import Normalization, scratch_for
 from ..ops.polar_chain import Update
 from ..ops.program import Program
 from ..ops.rotated import Stacks, Way
-from ..parts import Identity, Normalize
+from ..parts import Identity, Normalize, UpdateTransform
 from .parameter import Matrices, Parameter
 
 T = TypeVar("T")
@@ -159,6 +159,8 @@ class Bucket:
     _momenta = torch.empty(0)
     #: how each item's update is yet to be normalized; none where they are as they should be
     normalizations: Sequence[Normalization] = ()
+    #: what each item's matrices are yet to be multiplied by; none where they are as they should be
+    factors: Sequence[Tensor] = ()
 
     def empty(self) -> Tensor:
         return torch.empty(self.stored_shape, dtype=self.stored_dtype, device=self.device)
@@ -241,6 +243,9 @@ class Bucket:
             self.normalizations = self._left_normalizations(self._normalization, d, momenta)
             if self.normalizations:
                 return list(_parts(d, self.sizes))
+        if self._scales:
+            self.factors = self._scaled(momenta)
+            return [part.contiguous() for part in parts]
         if self._at_once:
             return self._transformed(d, momenta)
         together = None
@@ -262,9 +267,30 @@ class Bucket:
         """What comes between directions and weights, if it is that alone and `apply_update` can do it."""
         if not self._normalizes:
             return None
+        part = self._only_transform
+        return part if type(part) is Normalize else None
+
+    @property
+    def _only_transform(self) -> UpdateTransform | None:
+        """What comes between directions and weights, if it is one transform and no more."""
         recipe, parts = self.recipe, self.recipe.transforms
         alone = len(parts) == 1 and recipe.submatrix is None and isinstance(recipe.precondition, Identity)
-        return parts[0] if alone and type(parts[0]) is Normalize else None
+        return parts[0] if alone else None
+
+    @cached_property
+    def _scales(self) -> bool:
+        """Whether that only multiplies by a number for each matrix."""
+        part = self._only_transform
+        return part is not None and type(part).scale is not UpdateTransform.scale
+
+    def _scaled(self, momenta: Tensor) -> list[Tensor]:
+        """These numbers of every item."""
+        (part,), factors = self.recipe.transforms, []
+        for item, m in zip(self.matrices(), _parts(momenta, self.counts), strict=True):
+            scale = part.scale(item.recipe_state(), m, item.parameter.step_values.hyper)
+            assert scale is not None
+            factors.append(scale)
+        return factors
 
     def _left_normalizations(self, part: Normalize, d: Tensor, momenta: Tensor) -> list[Normalization]:
         """How `apply_update` makes updates of the directions; nothing where it cannot."""
@@ -392,9 +418,19 @@ class FusedBatch:
             bucket.normalizations = ()
         return each
 
+    def take_factors(self) -> list[Tensor]:
+        """What matrices of the updates that were made last are multiplied by, likewise."""
+        if not any(bucket.factors for bucket in self.buckets):
+            return []
+        factors = [*self.no_inputs]
+        for bucket in self.buckets:
+            factors += bucket.factors or [self._absent] * len(bucket.items)
+            bucket.factors = ()
+        return factors
+
     @cached_property
     def meeting(self) -> Tensor:
-        """Where the blocks meet that normalize updates; made once, with room for all that may be normalized."""
+        """The scratch of blocks that normalize updates; made once, with room for all that may be normalized."""
         shapes = [bucket.shape for bucket in self.buckets if bucket.recipe.transforms]
         return scratch_for(shapes, self.items[0].parameter.tensor.device)
 

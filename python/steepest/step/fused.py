@@ -368,7 +368,7 @@ class Fused:
             batch.of_late(batch.weights()),
             batch.of_late(batch.remainders),
             batch.of_late([*batch.no_inputs, *(self._absent if t is None else t for t in lengths)] if lengths else []),
-            [],
+            batch.of_late(batch.take_factors()),
             self.table,
             batch.stepped,
             normalizations=normalizations,

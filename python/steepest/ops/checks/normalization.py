@@ -91,7 +91,7 @@ def _lines_of(cases: Sequence[Case]) -> list[int]:
 
 
 def _table(cases: Sequence[Case], comparison: Comparison) -> Table:
-    """Of a parameter each, whose step is taken or not."""
+    """The table of one parameter a case, whose step is taken or not."""
     sizes = [(case.shape[0], math.prod(case.shape[1:])) for case in cases]
     skipped = comparison.place(torch.zeros((), dtype=torch.int64, device=comparison.device))
     table = Table.empty(skipped, [matrices * size for matrices, size in sizes], sizes)
