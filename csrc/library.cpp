@@ -49,7 +49,12 @@ STABLE_TORCH_LIBRARY(steepest, m) {
       "int[] first_sums, int[] places, float[] ratios) -> ()");
   m.def(
       "normalize_updates(Tensor[] updates, Tensor(a!)[] seconds, Tensor(b!)[] divided, Tensor(c!)[] factors, "
-      "Tensor[] taken, Tensor(d!) scratch, float[] beta2, float eps, float rms) -> ()");
+      "Tensor(d!) scratch, float[] beta2, float eps, float rms) -> ()");
+  m.def(
+      "normalize_and_apply_update(Tensor[] directions, Tensor[] seconds, Tensor(a!)[] params, Tensor(b!)[] mantissas, "
+      "Tensor[] lengths, Tensor(e!)[] factors, Tensor(f!)[] averages, Tensor(g!)[] divided, Tensor rows, "
+      "Tensor(c!) sums, Tensor(d!) scratch, Tensor(h!) meeting, int[] programs, int[] row_of, int[] matrices, "
+      "int[] first_sums, int[] places, float[] ratios, float[] rates) -> ()");
   m.def(
       "chain_numbers(Tensor gram, Tensor(a!) numbers, Tensor(b!) slack, Tensor(c!) scratch, float[] constants, "
       "int[] powers, float[] slacks, bool tight, float eps) -> ()");

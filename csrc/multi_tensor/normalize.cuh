@@ -24,9 +24,11 @@ STEEPEST_HD inline R mean_square(const Rates<R>& rates, R second, R square_sum) 
   return fresh <= most<R>() ? fresh : second;
 }
 
+// Of what has been nothing so far, where eps is 0 as well, 0.
 template <class R>
 STEEPEST_HD inline R inverse_root(const Rates<R>& rates, R second) {
-  return R(1) / (square_root(second) + rates.eps);
+  const R root = square_root(second) + rates.eps;
+  return root == R(0) ? R(0) : R(1) / root;
 }
 
 // What gives a matrix its length again, or entries of root mean square `rms`: of nothing, and of what is too large to

@@ -1,8 +1,9 @@
-// What `normalize_updates` is told, and which block takes which rows or elements; no torch in here.
+// What is told of updates that are normalized, by `normalize_updates` or on the way into the weights by
+// `normalize_and_apply_update`, and which block takes which rows or elements; no torch in here.
 //
 // A stack is matrices of one shape, one after another, whose rows or elements have a running second moment. Updates are
 // read once. Of rows, what each is to be multiplied by follows from its second moment and, once all are known, from the
-// length of its matrix; `apply_update` multiplies as it reads the updates, so that they are not written. Elements are
+// length of its matrix; whoever reads the updates next multiplies by it, so that they are not written. Elements are
 // divided at once, and what remains is a factor for each matrix.
 #pragma once
 
@@ -22,21 +23,26 @@ struct Stack {
   void* seconds;        // (matrices, rows), or where there is `divided` (matrices, rows, columns)
   void* divided;        // nullptr, or where updates by the roots of `seconds` go: may be `updates`
   void* factors;        // (matrices, rows), or where there is `divided` (matrices,)
-  const bool* taken;    // nullptr, or whether the step is taken
   Dtype dtype;          // of the updates
   Dtype wide;           // of all others, and of the arithmetic: f32, or on the host f64
   int64_t matrices, rows, columns;
-  double beta2;
+  double beta2, eps;
+  double rms;  // root mean square of the entries of what is made; 0: the matrix keeps its length
 
   int64_t size() const { return rows * columns; }
 };
 
-// Of scratch, a counter belongs to a matrix, and the partials of a block are kLengths.
+// Of scratch, the first counter hands out the work, the next are counters of matrices, and behind them are their flags;
+// the partials of a block are kLengths.
 struct NormalizeParams {
   std::vector<Stack> stacks;  // with elements
-  double eps;
-  double rms;  // root mean square of the entries of what is made; 0: the matrix keeps its length
   Scratch scratch;
+};
+
+// Items of `apply_update`, and what becomes of the directions of some.
+struct NormalizedItemsParams : ItemsParams {
+  std::vector<Stack> stacks;  // the i-th is item i's, and has no matrices where its direction is taken as it is
+  Scratch meeting;            // of the stacks, as above
 };
 
 enum Length : int { kBefore, kAfter, kLengths };  // sums of squares of a matrix, before and after it is divided
@@ -59,8 +65,12 @@ inline int64_t blocks_of(const Stack& stack) {
   return (stack.rows - 1) / rows_of_block(stack.columns) + 1;
 }
 
-// `stream` is a cudaStream_t on the current device. Throws when a launch fails.
+constexpr int64_t counters_of(int64_t matrices) { return 1 + 2 * matrices; }
+
+// `stream` is a cudaStream_t on the current device. Throw when a launch fails.
 void normalize_on_device(const NormalizeParams& params, void* stream);
+void normalize_and_apply_on_device(const NormalizedItemsParams& params, void* stream);
 void normalize_on_host(const NormalizeParams& params);
+void normalize_and_apply_on_host(const NormalizedItemsParams& params);
 
 }  // namespace steepest::multi_tensor

@@ -1,4 +1,4 @@
-// `normalize_updates` on the host, in parallel over what a block of the kernels takes.
+// `normalize_updates` and `normalize_and_apply_update` on the host, in parallel over what a block of the kernels takes.
 #include <algorithm>
 #include <vector>
 
@@ -16,9 +16,9 @@ struct Part {
 };
 
 template <class R>
-void normalize_rows(const Part& part, double eps, double* lengths) {
+void normalize_rows(const Part& part, double* lengths) {
   const Stack& stack = *part.stack;
-  const Rates<R> rates(stack.beta2, eps, static_cast<double>(stack.columns));
+  const Rates<R> rates(stack.beta2, stack.eps, static_cast<double>(stack.columns));
   const int64_t some = rows_of_block(stack.columns), first_row = part.matrix * stack.rows;
   const int64_t begin = first_row + part.number * some, end = std::min(begin + some, first_row + stack.rows);
   R* const seconds = static_cast<R*>(stack.seconds);
@@ -35,19 +35,19 @@ void normalize_rows(const Part& part, double eps, double* lengths) {
   }
 }
 
-void normalize_part(const Part& part, double eps, double* lengths) {
+void normalize_part(const Part& part, double* lengths) {
   const Stack& stack = *part.stack;
   const bool wide = stack.wide == Dtype::f64;
-  if (stack.divided == nullptr) return (wide ? normalize_rows<double> : normalize_rows<float>)(part, eps, lengths);
+  if (stack.divided == nullptr) return (wide ? normalize_rows<double> : normalize_rows<float>)(part, lengths);
   const Span chunk = span(stack.size(), kChunk, part.matrix * blocks_of(stack) + part.number);
-  best_chunks().normalize(stack, chunk.start, chunk.length, eps, lengths);
+  best_chunks().normalize(stack, chunk.start, chunk.length, stack.eps, lengths);
 }
 
 // What is left once the lengths of a matrix are known.
 template <class R>
-void finish(const Stack& stack, int64_t matrix, const double (&lengths)[kLengths], double rms) {
+void finish(const Stack& stack, int64_t matrix, const double (&lengths)[kLengths]) {
   const double entries = static_cast<double>(stack.rows) * static_cast<double>(stack.columns);
-  const R ratio = length_ratio<R>(lengths, rms, entries);
+  const R ratio = length_ratio<R>(lengths, stack.rms, entries);
   R* const factors = static_cast<R*>(stack.factors);
   if (stack.divided != nullptr)
     factors[matrix] = ratio;
@@ -59,14 +59,12 @@ void finish(const Stack& stack, int64_t matrix, const double (&lengths)[kLengths
 
 void normalize_on_host(const NormalizeParams& params) {
   std::vector<Part> parts;
-  for (const Stack& stack : params.stacks) {
-    if (stack.taken != nullptr && !*stack.taken) continue;
+  for (const Stack& stack : params.stacks)
     for (int64_t matrix = 0; matrix < stack.matrices; ++matrix)
       for (int64_t number = 0; number < blocks_of(stack); ++number) parts.push_back({&stack, matrix, number});
-  }
   double* const partials = params.scratch.partials;
   parallel_for(static_cast<int64_t>(parts.size()),
-               [&](int64_t i) { normalize_part(parts[i], params.eps, partials + i * kLengths); });
+               [&](int64_t i) { normalize_part(parts[i], partials + i * kLengths); });
   // Parts of a matrix follow one another, so that its lengths are added up in their order.
   for (size_t i = 0; i < parts.size();) {
     const Part part = parts[i];
@@ -74,8 +72,18 @@ void normalize_on_host(const NormalizeParams& params) {
     for (const size_t end = i + blocks_of(*part.stack); i < end; ++i)
       for (int l = 0; l < kLengths; ++l) lengths[l] += partials[i * kLengths + l];
     const bool wide = part.stack->wide == Dtype::f64;
-    (wide ? finish<double> : finish<float>)(*part.stack, part.matrix, lengths, params.rms);
+    (wide ? finish<double> : finish<float>)(*part.stack, part.matrix, lengths);
   }
+}
+
+void normalize_and_apply_on_host(const NormalizedItemsParams& params) {
+  NormalizeParams some{{}, params.meeting};
+  for (size_t i = 0; i < params.items.size(); ++i) {
+    const bool taken = params.rows[int64_t{params.items[i].row} * kColumns + kFinite] != 0;
+    if (taken && params.stacks[i].matrices != 0) some.stacks.push_back(params.stacks[i]);
+  }
+  normalize_on_host(some);
+  run_on_host(Stage::apply_update, params);
 }
 
 }  // namespace steepest::multi_tensor

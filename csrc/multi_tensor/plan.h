@@ -15,13 +15,15 @@ namespace steepest::multi_tensor {
 
 struct Extent {
   int64_t matrices;
-  int64_t size;  // elements of each
+  int64_t size;       // elements of each
+  int64_t parts = 0;  // blocks of each that have other work, before the first chunk
 };
 
 struct Launch {
   std::vector<int> items;            // positions in the caller's list; empty items are left out
   std::vector<int32_t> first_chunk;  // of each item, rising from 0
-  int32_t chunks = 0;                // blocks of this launch
+  std::vector<int32_t> first_part;   // likewise
+  int32_t chunks = 0, parts = 0;     // blocks of this launch
 };
 
 std::vector<Launch> plan_launches(const std::vector<Extent>& items, int64_t chunk, int capacity);

@@ -13,6 +13,7 @@
 #include "multi_tensor/normalize.h"
 #include "multi_tensor/params.h"
 #include "ops/op_checks.h"
+#include "ops/stacks.h"
 
 namespace steepest {
 namespace {
@@ -302,7 +303,36 @@ void check_complete(const Item& item, Stage stage, size_t i) {
                   " has a second moment, which its program does not use");
 }
 
-void run(Stage stage, const Lists& lists, const Tensor& rows, const Tensor& sums, const Tensor& scratch) {
+// How directions are normalized before `apply_update` reads them, item by item: those whose list of averages has a
+// tensor without elements are taken as they are. rates: beta2, eps and rms of each.
+struct Normalizing {
+  const Tensors &directions, &factors, &averages, &divided;
+  const Tensor& meeting;
+  const std::vector<double>& rates;
+
+  void check_lists(size_t count) const {
+    check_lengths(directions.size(), count, "directions"), check_lengths(factors.size(), count, "factors");
+    check_lengths(averages.size(), count, "averages"), check_lengths(divided.size(), count, "divided");
+    check_lengths(rates.size(), 3 * count, "rates");
+  }
+  // What an item reads for its direction.
+  const Tensor& read(size_t i) const { return divided[i].numel() == 0 ? directions[i] : divided[i]; }
+  Stack stack(const Item& item, const Place& place, size_t i) const {
+    const Tensor* const made = divided[i].numel() == 0 ? nullptr : &divided[i];
+    if (averages[i].numel() == 0) {
+      STD_TORCH_CHECK(made == nullptr, "divided[", i, "] is given for an item without averages");
+      return {};
+    }
+    Stack stack = make_stack(directions[i], averages[i], made, factors[i], place, i, {"directions", "averages"});
+    STD_TORCH_CHECK(stack.matrices == item.matrices && stack.size() == item.size, "directions[", i, "] must be ",
+                    item.matrices, " matrices of ", item.size, " elements");
+    add_rates(stack, rates[3 * i], rates[3 * i + 1], rates[3 * i + 2]);
+    return stack;
+  }
+};
+
+void run(Stage stage, const Lists& lists, const Tensor& rows, const Tensor& sums, const Tensor& scratch,
+         const Normalizing* normalizing = nullptr) {
   const Place place(rows);
   const int64_t parameters = check_table(rows, place, kColumns, "rows");
   const int64_t lines = check_table(sums, place, kSums, "sums");
@@ -318,8 +348,8 @@ void run(Stage stage, const Lists& lists, const Tensor& rows, const Tensor& sums
   check_lengths(lists.first_sums.size(), count, "first_sums");
   check_lengths(lists.places.size(), 3 * count, "places");
   check_lengths(lists.ratios.size(), count, "ratios");
-  ItemsParams params{};
-  int64_t chunks = 0;
+  NormalizedItemsParams params{};
+  int64_t chunks = 0, stacked = 0, parts = 0;
   params.items.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     Item item = make_item(lists, place, i);
@@ -332,18 +362,25 @@ void run(Stage stage, const Lists& lists, const Tensor& rows, const Tensor& sums
                     "] names lines that the table of sums does not have");
     chunks += chunks_of(item.matrices, item.size);
     params.items.push_back(item);
+    if (normalizing == nullptr) continue;
+    params.stacks.push_back(normalizing->stack(item, place, i));
+    const Stack& stack = params.stacks.back();
+    if (stack.matrices != 0) stacked += stack.matrices, parts += stack.matrices * blocks_of(stack);
   }
   if (count == 0) return;
   params.rows = static_cast<const double*>(rows.const_data_ptr());
   params.sums = pointer<double>(sums);
   params.scratch = check_scratch(scratch, place, kSums, std::max(lines, parameters), chunks);
+  const bool normalizes = stacked != 0;
+  if (normalizes) params.meeting = check_meeting(normalizing->meeting, place, stacked, parts, "meeting");
 #ifdef STEEPEST_HAS_CUDA
   if (place.cuda) {
     const torch::stable::accelerator::DeviceGuard guard(place.index);
-    return run_on_device(stage, params, current_stream(place.index));
+    void* const stream = current_stream(place.index);
+    return normalizes ? normalize_and_apply_on_device(params, stream) : run_on_device(stage, params, stream);
   }
 #endif
-  run_on_host(stage, params);
+  normalizes ? normalize_and_apply_on_host(params) : run_on_host(stage, params);
 }
 
 void update_moments(const Tensors& grads, const Tensors& momenta, const Tensors& seconds, const Tensors& inputs,
@@ -384,6 +421,31 @@ void apply_update(const Tensors& directions, const Tensors& seconds, const Tenso
       rows, sums, scratch);
 }
 
+void normalize_and_apply_update(const Tensors& directions, const Tensors& seconds, const Tensors& params,
+                                const Tensors& mantissas, const Tensors& lengths, const Tensors& factors,
+                                const Tensors& averages, const Tensors& divided, const Tensor& rows, const Tensor& sums,
+                                const Tensor& scratch, const Tensor& meeting, const std::vector<int64_t>& programs,
+                                const std::vector<int64_t>& row_of, const std::vector<int64_t>& matrices,
+                                const std::vector<int64_t>& first_sums, const std::vector<int64_t>& places,
+                                const std::vector<double>& ratios, const std::vector<double>& rates) {
+  const Normalizing normalizing{directions, factors, averages, divided, meeting, rates};
+  normalizing.check_lists(programs.size());
+  Tensors read;
+  for (size_t i = 0; i < programs.size(); ++i) read.push_back(normalizing.read(i));
+  run(Stage::apply_update,
+      {{nullptr, nullptr, &seconds, &read, &params, &mantissas},
+       {false, false, false, false, true, true},
+       &lengths,
+       &factors,
+       programs,
+       row_of,
+       matrices,
+       first_sums,
+       places,
+       ratios},
+      rows, sums, scratch, &normalizing);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
@@ -391,6 +453,7 @@ STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
   m.impl("decide_steps", TORCH_BOX(&decide_steps));
   m.impl("update_moments", TORCH_BOX(&update_moments));
   m.impl("apply_update", TORCH_BOX(&apply_update));
+  m.impl("normalize_and_apply_update", TORCH_BOX(&normalize_and_apply_update));
 }
 
 #ifdef STEEPEST_HAS_CUDA
@@ -399,6 +462,7 @@ STABLE_TORCH_LIBRARY_IMPL(steepest, CUDA, m) {
   m.impl("decide_steps", TORCH_BOX(&decide_steps));
   m.impl("update_moments", TORCH_BOX(&update_moments));
   m.impl("apply_update", TORCH_BOX(&apply_update));
+  m.impl("normalize_and_apply_update", TORCH_BOX(&normalize_and_apply_update));
 }
 #endif
 

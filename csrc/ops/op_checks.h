@@ -80,12 +80,12 @@ inline void* current_stream(int32_t device) {
 }
 
 // The scratch of an op over so many counters and chunks of `width` partials each.
-inline Scratch check_scratch(const Tensor& scratch, const Place& place, int64_t width, int64_t counters,
-                             int64_t chunks) {
-  place.check(scratch, "scratch");
+inline Scratch check_scratch(const Tensor& scratch, const Place& place, int64_t width, int64_t counters, int64_t chunks,
+                             const char* name = "scratch") {
+  place.check(scratch, name);
   const int64_t wanted = counters + chunks * width;
   STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Double && scratch.is_contiguous() && scratch.numel() >= wanted,
-                  "scratch must be a contiguous float64 tensor of at least ", wanted, " elements, all zero at first");
+                  name, " must be a contiguous float64 tensor of at least ", wanted, " elements, all zero at first");
   double* begin = pointer<double>(scratch);
   return {reinterpret_cast<uint64_t*>(begin), begin + counters};
 }

@@ -43,8 +43,8 @@ KERNELS = {
     "update_moments strided": ("14update_moments", "11StridedItem"),
     "apply_update flat": ("12apply_update", "8FlatItem"),
     "apply_update strided": ("12apply_update", "11StridedItem"),
-    "normalize rows": ("14normalize_rows",),
-    "normalize elements": ("18normalize_elements",),
+    "normalize flat": ("26normalize_and_apply_update", "8FlatItem"),
+    "normalize strided": ("26normalize_and_apply_update", "11StridedItem"),
     "chain numbers": ("13chain_numbers",),
     "matrix sum": ("10matrix_sum",),
     "small polar 64": ("11small_polarILi64E",),
@@ -142,7 +142,7 @@ def test_eigh_computes_in_fp32_in_shared_memory(cubins: dict[str, list[Kernel]])
 def test_flat_kernels_move_16_bytes(cubins: dict[str, list[Kernel]]) -> None:
     """The widest access there is before sm_100: eight elements are one of them or, of fp32, two."""
     for architecture, held in cubins.items():
-        for kernel in (kernel for kernel in held if "flat" in kernel.name):
+        for kernel in (kernel for kernel in held if "flat" in kernel.name and not kernel.name.startswith("normalize")):
             where = f"{kernel.name} on {architecture}"
             assert re.search(r"\bLDG\.E\.128\b", kernel.sass), where
             stores = re.findall(r"\bSTG\.E(\.128)?(?:\.STRONG\.\w+)? ", kernel.sass)
@@ -153,13 +153,18 @@ def test_flat_kernels_move_16_bytes(cubins: dict[str, list[Kernel]]) -> None:
                 assert wide > narrow, f"{where}: {wide} stores of 16 bytes and {narrow} of 4"
 
 
-def test_normalization_moves_16_bytes(cubins: dict[str, list[Kernel]]) -> None:
+def test_normalization_moves_16_bytes_and_waits_past_the_caches(cubins: dict[str, list[Kernel]]) -> None:
+    """Second moments and divided entries, two stores each of eight, and the weights' five where items are flat."""
     for architecture, held in cubins.items():
         for kernel in (kernel for kernel in held if kernel.name.startswith("normalize")):
             where = f"{kernel.name} on {architecture}"
             assert re.search(r"\bLDG\.E\.128\b", kernel.sass), where
             stores = len(re.findall(r"\bSTG\.E\.128\b", kernel.sass))
-            assert stores == (4 if kernel.name == "normalize elements" else 0), f"{where}: {stores} stores of 16 bytes"
+            assert stores == (9 if "flat" in kernel.name else 4), f"{where}: {stores} stores of 16 bytes"
+            assert len(re.findall(r"\bSTG\.E\.64\.STRONG\.GPU\b", kernel.sass)) == 1, f"{where}: the flag"
+            waits = re.search(r"\bLDG\.E\.64\.STRONG\.GPU\b.*?\bNANOSLEEP\b", kernel.sass, re.DOTALL)
+            assert waits is not None, f"{where}: the wait for it"
+            assert "CCTL.IVALL" in kernel.sass, f"{where}: what the first-level cache has is forgotten"
 
 
 TARGETS = [80, 90, 100]

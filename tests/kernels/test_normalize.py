@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,9 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steepest.ops import backend
-from steepest.ops.normalize import normalize_updates, normalized, route, scratch_for, unsupported
-from steepest.ops.program import CHUNK
+from steepest.ops import backend, multi_tensor
+from steepest.ops.multi_tensor import Item, Items, Table
+from steepest.ops.normalize import Normalization, normalize_updates, normalized, route, scratch_for, unsupported
+from steepest.ops.program import CHUNK, Program
+from support.normalized_items import NormalizedItems, normalized_items
 from support.problems import FEW, gaussian
 from support.slow import slow
 from support.training import same_bits
@@ -126,6 +129,20 @@ def test_of_nothing_comes_nothing(way: Kernel, over: str) -> None:
 
 
 @over_both
+@pytest.mark.parametrize("way", WAYS)
+def test_without_eps_zeros_stay(way: Kernel, over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is not zero in the same matrix, which is stepped by as if they were not there."""
+    monkeypatch.setattr(sys.modules[__name__], "EPS", 0.0)
+    u, v = problem((2, 5, 6), F, over)
+    u[:, :1] = 0  # where second moments are 0 too
+    made, second = way(u, v)
+    assert not made[:, 0].any()
+    assert not second[:, 0].any()
+    rest, _ = way(u[:, 1:].contiguous(), v[:, 1:].contiguous())
+    torch.testing.assert_close(made[:, 1:], rest, rtol=1e-5, atol=0)
+
+
+@over_both
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e20])
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_not_finite_is_not_remembered(way: Kernel, bad: float, over: str) -> None:
@@ -141,23 +158,6 @@ def test_what_is_not_finite_is_not_remembered(way: Kernel, bad: float, over: str
     assert same_bits(second, clean_second)
     assert same_bits(made[1], clean[1])
     assert not made[0].nan_to_num(nan=0.0).any()
-
-
-@needs_extension
-@over_both
-def test_a_step_that_is_not_taken_changes_nothing(over: str) -> None:
-    u, v = problem((2, 5, 6), F, over)
-    spoilt = torch.full_like(u, math.nan)
-    seconds = [v.clone(), v.clone()]
-    divided = [spoilt.clone(), u.clone()] if over == "entries" else []
-    taken = [torch.tensor(False), torch.tensor(True)]
-    _, factors = normalize_updates([spoilt, u], seconds, [BETA, BETA], eps=EPS, divided=divided, taken=taken)
-    assert same_bits(seconds[0], v)
-    if divided:
-        assert same_bits(divided[0], spoilt)
-    alone, second = compiled(u, v)
-    assert same_bits(seconds[1], second)
-    assert same_bits((divided[1] if divided else u) * factors.unsqueeze(-1), alone)
 
 
 @needs_extension
@@ -225,7 +225,6 @@ def arguments(over: str = "rows") -> dict[str, Any]:
         "seconds": seconds,
         "divided": [torch.zeros(u.shape) for u in updates] if over == "entries" else [],
         "factors": [torch.zeros(u.shape[:2] if over == "rows" else (len(u), 1)) for u in updates],
-        "taken": [torch.tensor(True), torch.tensor(False)],
         "scratch": scratch_for([u.shape for u in updates], torch.device("cpu")),
         "beta2": [0.9, 0.5],
         "eps": 1e-8,
@@ -256,7 +255,6 @@ ERRORS: dict[str, tuple[Change, str]] = {
     "seconds": (lambda given: given["seconds"].pop(), "seconds has 1 elements; it goes by 2"),
     "factors": (lambda given: given["factors"].pop(), "factors has 1 elements; it goes by 2"),
     "divided": (lambda given: given["divided"].append(torch.zeros(1)), "divided has 1 elements; it goes by 2"),
-    "taken": (lambda given: given["taken"].pop(), "taken has 1 elements; it goes by 2"),
     "beta2": (lambda given: given["beta2"].pop(), "beta2 has 1 elements; it goes by 2"),
     "rms": (put("rms", -1.0), "rms is -1; it is positive, or 0 where matrices keep their length"),
     "rms of NaN": (put("rms", math.nan), "rms is nan; it is positive"),
@@ -269,7 +267,6 @@ ERRORS: dict[str, tuple[Change, str]] = {
     "second moments, count": (put("seconds", torch.ones(4), 1), "seconds[1] must be contiguous and hold 3 numbers"),
     "second moments, strides": (put("seconds", torch.ones(6)[::2], 1), "seconds[1] must be contiguous and hold 3"),
     "factors, dtype": (put("factors", torch.ones(3, dtype=D), 1), "factors[1] must be contiguous and hold 3 numbers"),
-    "taken, dtype": (put("taken", torch.ones(1), 0), "taken[0] must be one bool"),
     "scratch": (put("scratch", torch.zeros(3, dtype=D)), "scratch must be a contiguous float64 tensor of at least"),
 }
 
@@ -336,3 +333,123 @@ def test_the_route(forced: str, taken: str, monkeypatch: pytest.MonkeyPatch) -> 
             RuntimeError, match="normalize_updates: backend='cpu' cannot run: updates and second moments"
         ):
             route([u], [v.to(B)], [0.9])
+
+
+# ---- on the way into the weights -----------------------------------------------------------------------------------
+
+ON_THE_WAY = ((2, 40, 24), (3, 5, 7), (1, 70, 1030), (1, 1, 40), (1, 2, CHUNK + 8))
+
+
+@needs_extension
+@pytest.mark.parametrize("turned", [False, True])
+def test_apply_update_normalizes_as_the_op_does(turned: bool) -> None:
+    """To the bit what `normalize_updates` and `apply_update` behind it make; nothing where no step is taken."""
+    state = normalized_items(ON_THE_WAY, refused=(1, 7, 12), turned=turned)
+    apart = state.each(torch.clone)
+    factors = list(apart.factors)
+    directions = list(apart.directions)
+    for i, (u, v, into) in enumerate(zip(apart.directions, apart.averages, apart.divided)):
+        if v.numel() and apart.table.rows[i, 0] != 0:
+            beta2, eps, rms = apart.rates[3 * i : 3 * i + 3]
+            divided = [into] if into.numel() else []
+            (factors[i],) = normalize_updates([u], [v], [beta2], eps=eps, rms=rms or None, divided=divided)
+            directions[i] = into if divided else u
+    table = (apart.table.rows, apart.table.sums, apart.table.scratch)
+    for i, t in enumerate(apart.factors):
+        if apart.table.rows[i, 0] == 0:
+            factors[i] = t
+    torch.ops.steepest.apply_update(directions, [], apart.params, [], [], factors, *table, *apart.items.numbers)
+    state.run(torch.ops.steepest)
+    for name in ("params", "averages", "divided"):
+        for i, (a, b) in enumerate(zip(getattr(state, name), getattr(apart, name))):
+            assert same_bits(a, b), f"{name}[{i}]"
+    assert all(map(same_bits, state.factors, factors))
+    assert same_bits(state.table.sums, apart.table.sums)
+    assert not state.counters().any()
+
+
+@needs_extension
+def test_the_wrapper_takes_items_one_by_one() -> None:
+    """Of rows, of entries, and of factors that are given."""
+    state = normalized_items(((2, 5, 6),))
+    apart = state.each(torch.clone).run(torch.ops.steepest)
+    said: list[Normalization | None] = []
+    for i, (v, into) in enumerate(zip(state.averages, state.divided)):
+        beta2, eps, rms = state.rates[3 * i : 3 * i + 3]
+        into_or_none = into if into.numel() else None
+        said.append(Normalization(v, into_or_none, beta2, eps, rms or None) if v.numel() else None)
+    lists = (state.directions, [], state.params, [], [], state.factors)
+    multi_tensor.apply_update(*lists, state.table, state.items, normalizations=said)
+    for name in ("params", "averages", "divided"):
+        assert all(map(same_bits, getattr(state, name), getattr(apart, name))), name
+
+
+@needs_extension
+def test_triton_does_not_normalize(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_tensor, "route", lambda *arguments: "triton")
+    u, v = torch.ones(1, 2, 3), torch.ones(1, 2)
+    table = Table.empty(torch.zeros((), dtype=torch.int64), [6], [(1, 6)])
+    items = Items((Item(Program(), 0, 1, 0, (0, 0, 0), 1.0),))
+    said = [Normalization(v, None, 0.9, 1e-8, None)]
+    with pytest.raises(RuntimeError, match="in the compiled version alone, not in Triton's; hand it normalized ones"):
+        multi_tensor.apply_update([u], [], [u.clone()], [], [], [], table, items, normalizations=said)
+
+
+def spoil(name: str, change: Callable[[list[Any]], object]) -> Callable[[NormalizedItems], object]:
+    return lambda state: change(getattr(state, name))
+
+
+STEP_ERRORS: dict[str, tuple[Callable[[NormalizedItems], object], str]] = {
+    "averages": (spoil("averages", list.pop), "averages has 2 elements; it goes by 3"),
+    "divided": (spoil("divided", list.pop), "divided has 2 elements; it goes by 3"),
+    "factors": (spoil("factors", list.pop), "factors has 2 elements; it goes by 3"),
+    "rates": (spoil("rates", list.pop), "rates has 8 elements; it goes by 9"),
+    "rms": (lambda state: state.rates.__setitem__(2, -1.0), "rms is -1; it is positive"),
+    "too many averages": (
+        spoil("averages", lambda t: t.__setitem__(0, torch.ones(11))),
+        "averages[0] must be contiguous",
+    ),
+    "averages, dtype": (
+        spoil("averages", lambda t: t.__setitem__(0, t[0].to(B))),
+        "directions[0] and averages[0] must be floating-point",
+    ),
+    "two dimensions": (
+        spoil("directions", lambda t: t.__setitem__(0, torch.ones(10, 6))),
+        "directions[0] must be a contiguous stack of matrices",
+    ),
+    "other matrices": (
+        spoil("directions", lambda t: t.__setitem__(0, torch.ones(1, 10, 6))),
+        "directions[0] must be 2 matrices of 30 elements",
+    ),
+    "divided alone": (
+        spoil("divided", lambda t: t.__setitem__(2, torch.ones(2, 5, 6))),
+        "divided[2] is given for an item without averages",
+    ),
+    "meeting": (
+        lambda state: setattr(state, "meeting", torch.zeros(3, dtype=D)),
+        "meeting must be a contiguous float64 tensor of at least",
+    ),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("case", STEP_ERRORS)
+def test_errors_of_a_step(case: str) -> None:
+    """In words that name the argument, before anything is written."""
+    change, message = STEP_ERRORS[case]
+    state = normalized_items(((2, 5, 6),))
+    change(state)
+    old = state.each(torch.clone)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        state.run(torch.ops.steepest)
+    for (name, a), (_, b) in zip(state.written(), old.written(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@needs_extension
+def test_opcheck_of_a_step() -> None:
+    state = normalized_items(((2, 5, 6), (1, 3, 8)))
+    lists = (state.directions, [], state.params, [], [], state.factors, state.averages, state.divided)
+    table = (state.table.rows, state.table.sums, state.table.scratch, state.meeting)
+    op = torch.ops.steepest.normalize_and_apply_update.default
+    torch.library.opcheck(op, (*lists, *table, *state.items.numbers, state.rates))

@@ -127,7 +127,7 @@ CHECKS: dict[str, Callable[[Any, Comparison], None]] = {
 #: By family, without the case's name.
 RIGHT: dict[str, Any] = {
     "elementwise": host,
-    "normalization": lambda *arguments: host("normalize_updates")(*arguments),
+    "normalization": host,
     "products": torch_product,
     "fp32 products": torch_product,
     "polar chain": polar_chain.polar_chain,
@@ -359,6 +359,66 @@ def test_chains_that_are_wrong(fault: str) -> None:
     assert verdict("polar chain", CHAINS[fault]) is not None
 
 
+def normalization_with(fault: Callable[[dict[str, Any]], Any], name: str = "normalize_and_apply_update") -> Kernel:
+    """The host's ops, and after one of them a fault in what it was given, by the names of its schema."""
+
+    def op(called: str) -> Kernel:
+        names = [argument.name for argument in host(called).default._schema.arguments]
+
+        def run(*arguments: Any) -> None:
+            host(called)(*arguments)
+            if called == name:
+                fault(dict(zip(names, arguments, strict=True)))
+
+        return run
+
+    return op
+
+
+def of_refused(given: dict[str, Any], name: str) -> list[Tensor]:
+    """The tensors of items whose step is not taken."""
+    return [t for t, row in zip(given[name], given["row_of"]) if given["rows"][row, 0] == 0]
+
+
+NORMALIZATION: dict[str, Kernel] = {
+    "a second moment": normalization_with(lambda given: given["averages"][0][0, -1:].mul_(1.001)),
+    "a factor": normalization_with(lambda given: given["factors"][1][0, -1:].mul_(0.999)),
+    "a step that is not taken": normalization_with(
+        lambda given: [v.mul_(2) for v in of_refused(given, "averages")],
+    ),
+    "a weight that stays": normalization_with(lambda given: [w.mul_(2) for w in of_refused(given, "params")]),
+    "a weight": normalization_with(lambda given: given["params"][3][0, -1, -1:].mul_(1.001)),
+    "a step without its factors": normalization_with(lambda given: given["params"][0].add_(0.01)),
+    "a sum": normalization_with(lambda given: given["sums"][0].mul_(1.01)),
+    "an entry": normalization_with(lambda given: [t[0, -1, -1:].mul_(1.01) for t in given["divided"] if t.numel()]),
+    "a long row": normalization_with(
+        lambda given: [f.mul_(1.001) for u, f in zip(given["directions"], given["factors"]) if u.shape[-1] > 1000]
+    ),
+    "NaN in its row": normalization_with(
+        lambda given: [
+            v[0, 1].fill_(torch.nan) for u, v in zip(given["directions"], given["averages"]) if u.isnan().any()
+        ]
+    ),
+    "a flag": normalization_with(lambda given: given["meeting"][len(given["sums"]) + 1 :][:1].fill_(1)),
+    "a ticket": normalization_with(lambda given: given["meeting"][:1].fill_(1)),
+    "a counter": normalization_with(lambda given: given["scratch"][:1].fill_(1)),
+    "the last of many": normalization_with(lambda given: given["factors"][-1].mul_(1.001)),
+    "an element behind the last": normalization_with(lambda given: beside(given["averages"][2]).zero_()),
+    "factors by themselves": normalization_with(
+        lambda given: given["factors"][0][0, -1:].mul_(0.999), "normalize_updates"
+    ),
+    "second moments by themselves": normalization_with(
+        lambda given: given["seconds"][-1][0, -1:].mul_(1.001), "normalize_updates"
+    ),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("fault", NORMALIZATION)
+def test_normalizations_that_are_wrong(fault: str) -> None:
+    assert verdict("normalization", NORMALIZATION[fault]) is not None
+
+
 def after_the(right: Kernel, fault: Callable[..., Any]) -> Kernel:
     def kernel(*arguments: Any, **more: Any) -> None:
         right(*arguments, **more)
@@ -377,21 +437,6 @@ OTHERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("weight update", "a weight that stays"): lambda a, b, weights, alpha, beta: weights[-1][:1].mul_(1.01),
     ("weight update", "b by columns"): lambda a, b, weights, *_: weights[0].zero_() if b.stride(1) == 1 else None,
     ("weight update", "an element behind the last"): lambda a, b, weights, *_: beside(weights[0]).zero_(),
-    ("normalization", "a second moment"): lambda us, seconds, *_: seconds[0][0, -1:].mul_(1.001),
-    ("normalization", "a factor"): lambda us, seconds, divided, factors, *_: factors[1][0, -1:].mul_(0.999),
-    ("normalization", "a step that is not taken"): lambda us, seconds, divided, factors, taken, *_: [
-        v.mul_(2) for v, flag in zip(seconds, taken) if not flag
-    ],
-    ("normalization", "an entry"): lambda us, seconds, divided, *_: [t[0, -1, -1:].mul_(1.01) for t in divided],
-    ("normalization", "a long row"): lambda us, seconds, divided, factors, *_: [
-        f.mul_(1.001) for u, f in zip(us, factors) if u.shape[-1] > 1000
-    ],
-    ("normalization", "NaN in its row"): lambda us, seconds, *_: [
-        v[0, 1].fill_(torch.nan) for u, v in zip(us, seconds) if u.isnan().any()
-    ],
-    ("normalization", "a counter"): lambda us, seconds, divided, factors, taken, scratch, *_: scratch[:1].fill_(1),
-    ("normalization", "the last of many"): lambda us, seconds, divided, factors, *_: factors[-1].mul_(1.001),
-    ("normalization", "an element behind the last"): lambda us, seconds, *_: beside(seconds[2]).zero_(),
     ("chain numbers", "a number"): lambda gram, numbers, *_: numbers[0, -1:].mul_(1.001),
     ("chain numbers", "one row more"): lambda gram, numbers, *_: gram.shape[1] > 256 and numbers.mul_(1.01),
     ("chain numbers", "a slack"): lambda gram, numbers, slack, *_: slack[1:2].mul_(0.99),

@@ -162,15 +162,21 @@ FREE = {"alias", "as_strided", "detach", "promote_types", "select", "slice", "sp
 
 
 class Called(TorchDispatchMode):
-    """How often each of torch's operations is called that does something on a device."""
+    """How often each of torch's operations is called that does something on a device.   least: elements of what it
+    makes, in one tensor.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = 0) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.least = least
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("aten", "steepest") and func.overloadpacket.__name__ not in FREE:
-            self.count[func.overloadpacket.__name__] += 1
+            made = func(*args, **(kwargs or {}))
+            if not self.least or (isinstance(made, Tensor) and made.numel() >= self.least):
+                self.count[func.overloadpacket.__name__] += 1
+            return made
         return func(*args, **(kwargs or {}))
 
 
@@ -190,9 +196,26 @@ def test_more_parameters_are_normalized_by_the_same_calls(cls: type[MatrixOptimi
     more = called(9) - called(3)
     if extension is not None:
         assert not more
-        assert called(3)["normalize_updates"] == 1
+        assert called(3)["normalize_and_apply_update"] == 1
+        assert not called(3).keys() & {"normalize_updates", "apply_update"}
     elif cls is steepest.NorMuon:
         assert more == Counter({"where": 6})
+
+
+@pytest.mark.skipif(extension is None, reason="without the compiled part updates are torch's")
+def test_the_ratio_of_a_matrix_is_left_to_apply_update() -> None:
+    """A step of `NAMO` does to tensors of a matrix' size what one of `Muon` does, and multiplies none."""
+
+    def called(cls: type[MatrixOptimizer]) -> Counter[str]:
+        params = [nn.Parameter(torch.ones(64, 48)) for _ in range(3)]
+        optimizer = cls([{"params": params, "use_muon": True}])
+        train(optimizer, params, range(2))
+        give_gradients(params, 2)
+        with Called(least=64 * 48) as counted:
+            optimizer.step()
+        return counted.count
+
+    assert called(steepest.NAMO) - called(steepest.Muon) <= Counter({"_to_copy": 1})
 
 
 @every_optimizer

@@ -769,6 +769,10 @@ def test_build_info() -> None:
         ("update_moments", {"momenta", "seconds", "inputs", "params", "mantissas", "sums", "scratch"}),
         ("apply_update", {"params", "mantissas", "sums", "scratch"}),
         ("normalize_updates", {"seconds", "divided", "factors", "scratch"}),
+        (
+            "normalize_and_apply_update",
+            {"params", "mantissas", "factors", "averages", "divided", "sums", "scratch", "meeting"},
+        ),
     ],
 )
 def test_ops_are_registered(op: str, written: set[str]) -> None:

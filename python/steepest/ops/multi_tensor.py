@@ -29,6 +29,7 @@ from . import backend as _backend
 from . import selfcheck
 from .backend import choose
 from .fakes import register_fake
+from .normalize import Normalization, room_for_factors, scratch_for
 from .program import CHUNK, COLUMNS, SUMS, Program
 
 FAMILY = "elementwise"  # of the self-check
@@ -214,6 +215,8 @@ def apply_update(
     table: Table,
     items: Items,
     *,
+    normalizations: Sequence[Normalization | None] = (),
+    meeting: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """W <- (1 - lr wd) W - lr ratio length d / D, stored as the parameter is; lists as for `update_moments`.
@@ -221,14 +224,50 @@ def apply_update(
     With the program's decay_after the decay is of what the update leaves, with decay_scaled it is lr wd ratio.
 
     lengths: fp64, one factor on the step for each matrix of the item; without elements: 1.   factors: one on the
-    direction for each row of these matrices, or for each matrix, fp32 (fp64 for fp64) and contiguous, as
-    `steepest.ops.normalize` gives them; without elements: none. Mutates params, mantissas and table.sums. Where the
-    step is not taken nothing is read, so a direction may hold NaN there.
+    direction for each row of these matrices, or for each matrix, fp32 (fp64 for fp64) and contiguous; without elements:
+    none. Mutates params, mantissas and table.sums. Where the step is not taken nothing is read, so a direction may hold
+    NaN there.
+
+    normalizations: of each item how its directions, (matrices, rows, columns), are normalized first, which gives the
+    item's factors; None: they are taken as they are. Empty: all are. Not in Triton.   meeting: as
+    `ops.normalize.scratch_for` gives it for the directions that are normalized; None: new.
     """
     name = route("apply_update", params, backend)
-    lists = (directions, seconds, params, mantissas, lengths, factors)
-    _op("apply_update", name)(*lists, table.rows, table.sums, table.scratch, *items.numbers)
+    lists = (directions, seconds, params, mantissas, lengths)
+    tables, numbers = (table.rows, table.sums, table.scratch), items.numbers
+    if any(each is not None for each in normalizations):
+        _normalize_and_apply_update(name, lists, factors, tables, meeting, numbers, normalizations)
+    else:
+        _op("apply_update", name)(*lists, factors, *tables, *numbers)
     count_writes(params)
+
+
+def _normalize_and_apply_update(
+    name: str,
+    lists: tuple[Sequence[Tensor], ...],
+    factors: Sequence[Tensor],
+    tables: tuple[Tensor, Tensor, Tensor],
+    meeting: Tensor | None,
+    numbers: tuple[list[int], list[int], list[int], list[int], list[int], list[float]],
+    normalizations: Sequence[Normalization | None],
+) -> None:
+    if name == "triton":
+        raise RuntimeError(
+            "apply_update normalizes directions in the compiled version alone, not in Triton's; hand it normalized ones"
+        )
+    directions = lists[0]
+    some = [(u, each) for u, each in zip(directions, normalizations, strict=True) if each is not None]
+    if meeting is None:
+        meeting = scratch_for([u.shape for u, _ in some], directions[0].device)
+    shapes = [(len(u), u.shape[1] if each.divided is None else 1) for u, each in some]
+    made = iter(room_for_factors(shapes, some[0][1].second))
+    absent = some[0][1].second.new_empty(0)
+    given = factors or [absent] * len(directions)
+    every = [other if each is None else next(made) for other, each in zip(given, normalizations, strict=True)]
+    averages = [absent if each is None else each.second for each in normalizations]
+    divided = [absent if each is None or each.divided is None else each.divided for each in normalizations]
+    rates = [rate for each in normalizations for rate in ((0.0, 0.0, 0.0) if each is None else each.rates)]
+    torch.ops.steepest.normalize_and_apply_update(*lists, every, averages, divided, *tables, meeting, *numbers, rates)
 
 
 def _op(name: str, backend: str) -> Callable[..., None]:
@@ -314,3 +353,7 @@ if _backend.extension is not None:
     @register_fake("apply_update")
     def _(*arguments: object) -> None:
         """Mutates params, mantissas, sums and scratch; no metadata changes."""
+
+    @register_fake("normalize_and_apply_update")
+    def _(*arguments: object) -> None:
+        """Mutates params, mantissas, factors, averages, divided, sums, scratch and meeting; no metadata changes."""

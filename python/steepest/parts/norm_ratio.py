@@ -45,9 +45,11 @@ class NormRatio(UpdateTransform):
         square = vector_norm(g, dtype=torch.promote_types(g.dtype, v.dtype)).square()
         return {self.key: hyper.beta2 * v + (1 - hyper.beta2) * square}
 
-    def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
+    def scale(self, state: State, m: Tensor, hyper: Hyper) -> Tensor:
         v = state[self.key]
         length = vector_norm(m, dtype=torch.promote_types(m.dtype, v.dtype))
         corrected = bias_correction(hyper.beta2, state.get("step")).sqrt().to(v.dtype)
-        ratio = length * corrected / (v.sqrt() + self.eps)
-        return u * ratio.unsqueeze(-1).unsqueeze(-1).to(u.dtype), {}
+        return length * corrected / (v.sqrt() + self.eps)
+
+    def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
+        return u * self.scale(state, m, hyper).unsqueeze(-1).unsqueeze(-1), {}

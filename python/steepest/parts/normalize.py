@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..ops.normalize import FAMILY, normalize_updates, normalized, route
+from ..ops.normalize import FAMILY, Normalization, normalize_updates, normalized, route
 from ..state_layout import Layout, StateSpec
 from .hyper import Hyper
 from .precondition import State
@@ -64,28 +64,18 @@ class Normalize(UpdateTransform):
         (factors,) = normalize_updates([u], [v], [float(hyper.beta2)], divided=divided, eps=self.eps, rms=self.rms)
         return (divided[0] if divided else u) * factors.unsqueeze(-1), {self.key: v}
 
-    def factors(
-        self,
-        updates: Sequence[Tensor],
-        states: Sequence[State],
-        hypers: Sequence[Hyper],
-        divided: Sequence[Tensor],
-        taken: Sequence[Tensor],
-        scratch: Tensor,
-    ) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """(updates, what rows of each or the whole matrices are yet to be multiplied by), by one call for all of them;
-        nothing where that is not compiled for them.
+    def fused(
+        self, updates: Sequence[Tensor], states: Sequence[State], hypers: Sequence[Hyper], divided: Sequence[Tensor]
+    ) -> list[Normalization]:
+        """What `apply_update` is told of these updates, so that it does what `apply` does; nothing where that is not
+        compiled for them.
 
-        Equals `apply`, but that states take updates in place, each where its 0-d bool of `taken` says so. divided:
-        memory of the shapes of the updates, scratch: as `steepest.ops.normalize` has it.
+        divided: memory of the shapes of the updates for what entries become, where its dtype is that of the state.
         """
         seconds, rates = [state[self.key] for state in states], [hyper.beta2 for hyper in hypers]
-        into = list(divided) if self.over == "elements" else []
-        alike = all(t.dtype == v.dtype for t, v in zip(into, seconds, strict=False))
+        into = list(divided) if self.over == "elements" else [None] * len(updates)
+        alike = all(t is None or t.dtype == v.dtype for t, v in zip(into, seconds, strict=True))
         if not alike or route(updates, seconds, rates) == "torch":
-            return [], []
-        numbers = [float(rate) for rate in rates]
-        factors = normalize_updates(
-            updates, seconds, numbers, eps=self.eps, rms=self.rms, divided=into, taken=taken, scratch=scratch
-        )
-        return into or updates, factors
+            return []
+        each = zip(seconds, into, rates, strict=True)
+        return [Normalization(v, room, float(rate), self.eps, self.rms) for v, room, rate in each]

@@ -54,6 +54,13 @@ class UpdateTransform:
         """The state of matrices that takes their raw gradients (batch, rows, cols), before the direction."""
         return {}
 
+    def scale(self, state: State, m: Tensor, hyper: Hyper) -> Tensor | None:
+        """What `apply` multiplies updates by, (batch,), where it does no more than that and remembers nothing.
+
+        The fused ops do it then as they read the direction. None: `apply` is asked.
+        """
+        return None
+
     def apply(self, state: State, u: Tensor, m: Tensor, hyper: Hyper) -> tuple[Tensor, State]:
         """(the update, the state that takes it)."""
         return u, {}

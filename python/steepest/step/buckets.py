@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ from torch import Tensor
 from ..chunking import chunk_by_bytes
 from ..matrices import Piece
 from ..ops.multi_tensor import Item, Items, Table
-from ..ops.normalize import scratch_for
+from ..ops.normalize import Normalization, scratch_for
 from ..ops.polar_chain import Update
 from ..ops.program import Program
 from ..ops.rotated import Stacks, Way
-from ..parts import Identity, Normalize
+from ..parts import Identity, Normalize, UpdateTransform
 from .parameter import Matrices, Parameter
+
+T = TypeVar("T")
 
 __all__ = ["Bucket", "FusedBatch", "FusedItem", "batches_of", "bucket_key", "in_batches", "items_of"]
 
@@ -127,14 +130,17 @@ class FusedItem:
 class Bucket:
     """Matrices whose inputs are one tensor.
 
+    normalizes: whether `apply_update` can normalize its updates.
+
     sizes: matrices of each item, shape: of all their inputs, stored_shape: of what `update_moments` stores, which for
     recipes with torch operations before the direction is another one; slack: what the direction says of each matrix.
     """
 
-    def __init__(self, items: Sequence[FusedItem]) -> None:
+    def __init__(self, items: Sequence[FusedItem], normalizes: bool) -> None:
         first = items[0]
         assert first.matrices is not None
         self.items = items
+        self._normalizes = normalizes
         self.recipe, self.device = first.parameter.recipe, first.parameter.tensor.device
         self.by_torch, self.moves_weights = first.by_torch, first.moves_weights
         self.dtype, self.stored_dtype = first.parameter.input_dtype, first.input_dtype
@@ -151,7 +157,9 @@ class Bucket:
     _is_stepped = False
     #: what `update_moments` stored of a step whose updates are yet to be made
     _momenta = torch.empty(0)
-    #: what rows or matrices of each item's update are yet to be multiplied by; none where they are as they should be
+    #: how each item's update is yet to be normalized; none where they are as they should be
+    normalizations: Sequence[Normalization] = ()
+    #: what each item's matrices are yet to be multiplied by; none where they are as they should be
     factors: Sequence[Tensor] = ()
 
     def empty(self) -> Tensor:
@@ -230,8 +238,14 @@ class Bucket:
             self._is_stepped = False
             return parts
         momenta, self._momenta = self._momenta, self._momenta[:0]
-        if self._normalization is not None and (normalized := self._normalized(self._normalization, d, momenta)):
-            return normalized
+        if self._normalization is not None:
+            d = d.contiguous()
+            self.normalizations = self._left_normalizations(self._normalization, d, momenta)
+            if self.normalizations:
+                return list(_parts(d, self.sizes))
+        if self._scales:
+            self.factors = self._scaled(momenta)
+            return [part.contiguous() for part in parts]
         if self._at_once:
             return self._transformed(d, momenta)
         together = None
@@ -250,23 +264,40 @@ class Bucket:
 
     @cached_property
     def _normalization(self) -> Normalize | None:
-        """What comes between directions and weights, if it is that alone."""
+        """What comes between directions and weights, if it is that alone and `apply_update` can do it."""
+        if not self._normalizes:
+            return None
+        part = self._only_transform
+        return part if type(part) is Normalize else None
+
+    @property
+    def _only_transform(self) -> UpdateTransform | None:
+        """What comes between directions and weights, if it is one transform and no more."""
         recipe, parts = self.recipe, self.recipe.transforms
         alone = len(parts) == 1 and recipe.submatrix is None and isinstance(recipe.precondition, Identity)
-        return parts[0] if alone and type(parts[0]) is Normalize else None
-
-    def _normalized(self, part: Normalize, d: Tensor, momenta: Tensor) -> list[Tensor]:
-        """The updates but for their `factors`, by one call for all items; none where there is no such call."""
-        items, d = self.matrices(), d.contiguous()
-        states, hypers = [item.state for item in items], [item.parameter.step_values.hyper for item in items]
-        room = d if d.dtype == momenta.dtype else momenta  # whose numbers nobody asks for any more
-        each = (d.split(self.sizes), states, hypers, room.split(self.sizes), [item.finite for item in items])
-        updates, self.factors = part.factors(*each, self._scratch)
-        return list(updates)
+        return parts[0] if alone else None
 
     @cached_property
-    def _scratch(self) -> Tensor:
-        return scratch_for([self.shape], self.device)
+    def _scales(self) -> bool:
+        """Whether that only multiplies by a number for each matrix."""
+        part = self._only_transform
+        return part is not None and type(part).scale is not UpdateTransform.scale
+
+    def _scaled(self, momenta: Tensor) -> list[Tensor]:
+        """These numbers of every item."""
+        (part,), factors = self.recipe.transforms, []
+        for item, m in zip(self.matrices(), _parts(momenta, self.counts), strict=True):
+            scale = part.scale(item.recipe_state(), m, item.parameter.step_values.hyper)
+            assert scale is not None
+            factors.append(scale)
+        return factors
+
+    def _left_normalizations(self, part: Normalize, d: Tensor, momenta: Tensor) -> list[Normalization]:
+        """How `apply_update` makes updates of the directions; nothing where it cannot."""
+        items = self.matrices()
+        states, hypers = [item.state for item in items], [item.parameter.step_values.hyper for item in items]
+        room = d if d.dtype == momenta.dtype else momenta  # whose numbers nobody asks for any more
+        return part.fused(d.split(self.sizes), states, hypers, room.split(self.sizes))
 
     @cached_property
     def _at_once(self) -> bool:
@@ -377,8 +408,18 @@ class FusedBatch:
         """The gradients that the ops read."""
         return [item.view(item.parameter.grad_of_ops) for item in self.items]
 
+    def take_normalizations(self) -> list[Normalization | None]:
+        """How the updates that were made last are yet to be normalized, item by item; none at all where none is."""
+        if not any(bucket.normalizations for bucket in self.buckets):
+            return []
+        each: list[Normalization | None] = [None] * self.whole
+        for bucket in self.buckets:
+            each += bucket.normalizations or [None] * len(bucket.items)
+            bucket.normalizations = ()
+        return each
+
     def take_factors(self) -> list[Tensor]:
-        """The factors of the updates that were made last, item by item; none at all where no bucket has any."""
+        """What matrices of the updates that were made last are multiplied by, likewise."""
         if not any(bucket.factors for bucket in self.buckets):
             return []
         factors = [*self.no_inputs]
@@ -387,9 +428,15 @@ class FusedBatch:
             bucket.factors = ()
         return factors
 
-    def of_late(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors of the items that `apply_update` moves, from a list of all items' or an empty one."""
-        return [tensors[i] for i in self.late] if tensors else []
+    @cached_property
+    def meeting(self) -> Tensor:
+        """The scratch of blocks that normalize updates; made once, with room for all that may be normalized."""
+        shapes = [bucket.shape for bucket in self.buckets if bucket.recipe.transforms]
+        return scratch_for(shapes, self.items[0].parameter.tensor.device)
+
+    def of_late(self, every: Sequence[T]) -> list[T]:
+        """What the items have that `apply_update` moves, from a list of all items' or an empty one."""
+        return [every[i] for i in self.late] if every else []
 
     def stored(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Each item's part of what its bucket stores."""
@@ -419,8 +466,13 @@ def items_of(parameters: Sequence[Parameter], programs: Sequence[Program]) -> li
     return items
 
 
-def batches_of(items: Sequence[FusedItem], max_bytes: int, coupled: bool) -> Iterator[FusedBatch]:
-    """Batches whose inputs and directions take at most max_bytes, and direction calls that with their workspace do."""
+def batches_of(
+    items: Sequence[FusedItem], max_bytes: int, coupled: bool, normalizes: bool = False
+) -> Iterator[FusedBatch]:
+    """Batches whose inputs and directions take at most max_bytes, and direction calls that with their workspace do.
+
+    normalizes: as a `Bucket` has it.
+    """
     whole = [item for item in items if item.matrices is None]
     buckets: dict[tuple[object, ...], list[FusedItem]] = {}
     for item in items:
@@ -429,7 +481,7 @@ def batches_of(items: Sequence[FusedItem], max_bytes: int, coupled: bool) -> Ite
             key = (*bucket_key(item.matrices), item.moves_weights, weights)
             buckets.setdefault(key, []).append(item)
     parts = [part for bucket in buckets.values() for part in chunk_by_bytes(bucket, _bytes_of_call, max_bytes)]
-    sized = [(Bucket(part), sum(item.input_bytes for item in part)) for part in parts]
+    sized = [(Bucket(part, normalizes), sum(item.input_bytes for item in part)) for part in parts]
     yield from in_batches(whole, sized, max_bytes, coupled)
 
 

@@ -4,8 +4,8 @@
     for every batch of matrices
         update_moments                         every item of the batch; in the first, all that is elementwise
         d = direction(x)                       buckets of all shapes at once
-        normalize_updates                      every bucket whose updates are divided by a running size of theirs
-        apply_update                           every item of the batch, but those whose direction moved the weights
+        apply_update                           every item of the batch, but those whose direction moved the weights;
+                                               updates that a running size of theirs divides are divided here
 
 What depends only on shapes, dtypes and recipes is laid out once; a step hands the tensors over. Their addresses travel
 in the launch (Triton's table of them is keyed by its contents), so no new gradient makes them stale, and inputs are
@@ -122,7 +122,7 @@ class Fused:
         """The batches of all parameters but those in these rows."""
         items = [item for item in self._items if item.row not in waiting]
         if self._ranks is None:
-            return list(batches_of(items, self._max_bytes, self._coupled))
+            return list(batches_of(items, self._max_bytes, self._coupled, self.backend != "triton"))
         return self._shared_batches(items, waiting)
 
     def _shared_batches(self, items: Sequence[FusedItem], waiting: set[int]) -> list[FusedBatch]:
@@ -401,6 +401,7 @@ class Fused:
             lengths = [_length(item, norm) for item, norm in zip(batch.items[batch.whole :], norms, strict=True)]
         if all(length is None for length in lengths):
             lengths = []
+        normalizations = batch.of_late(batch.take_normalizations())
         multi_tensor.apply_update(
             batch.of_late([*batch.no_inputs, *updates]),
             batch.of_late(batch.seconds),
@@ -410,6 +411,8 @@ class Fused:
             batch.of_late(batch.take_factors()),
             self.table,
             batch.stepped,
+            normalizations=normalizations,
+            meeting=batch.meeting if normalizations else None,
             backend=self.backend,
         )
 

@@ -16,6 +16,7 @@ from steepest.ops import eigh
 from steepest.ops.normalize import scratch_for
 from support import fused_ops
 from support.chain_numbers import given, grams, kernel
+from support.normalized_items import normalized_items
 from support.singular_values import gaussian
 
 pytestmark = [pytest.mark.kernels, pytest.mark.orders(1)]
@@ -36,7 +37,11 @@ def normalized(ops: Any) -> None:
     u, scratch = torch.ones(1, 2, 3), scratch_for([(1, 2, 3)], torch.device("cpu"))
     for v, divided in ((torch.ones(1, 2), []), (torch.ones(1, 2, 3), [torch.empty(1, 2, 3)])):
         factors = torch.empty(1, 1 if divided else 2)
-        ops.normalize_updates([u], [v], divided, [factors], [], scratch, [0.9], 1e-8, 0.0)
+        ops.normalize_updates([u], [v], divided, [factors], scratch, [0.9], 1e-8, 0.0)
+
+
+def normalized_on_the_way(ops: Any) -> None:
+    normalized_items(((1, 2, 3),)).run(ops)
 
 
 def a_chain(ops: Any, dtype: torch.dtype = torch.float16, columns: int = 24) -> None:
@@ -66,6 +71,7 @@ def refresh(ops: Any) -> None:
 CALLS: dict[str, tuple[Callable[[Any], None], str]] = {
     "fused": (fused, "steepest::(grad_stats|update_moments|apply_update)"),
     "normalize_updates": (normalized, "steepest::normalize_updates"),
+    "normalize_and_apply_update": (normalized_on_the_way, "steepest::normalize_and_apply_update"),
     "chain_numbers": (numbers, "steepest::chain_numbers"),
     "polar_chain": (a_chain, "steepest::"),
     "weight_update": (update, "steepest::symm_gemm"),
