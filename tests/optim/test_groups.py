@@ -170,6 +170,29 @@ def test_a_routed_group_may_have_the_numbers_of_adamw() -> None:
     assert not [key for group in optimizer.param_groups for key in group if key.startswith("adamw_")]
 
 
+@pytest.mark.parametrize(
+    ("cls", "values", "text"),
+    [
+        (
+            steepest.ProdigyMuon,
+            {"momentum": 0.9},
+            r"momentum=0.9 is of the whole optimizer, .* to ProdigyMuon\(\.\.\.\)",
+        ),
+        (steepest.MuonMax, {"lower_bound": 0.0}, "lower_bound=0.0 is of the whole optimizer, not of a group"),
+        (steepest.Muon, {"adamw_lr": 0.1, "use_muon": True}, "adamw_lr=0.1 .* with use_muon=False as lr="),
+    ],
+)
+def test_a_group_that_says_what_is_of_the_whole_optimizer_is_refused(
+    cls: type[MatrixOptimizer], values: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(TypeError, match=text):
+        cls([{"params": [nn.Parameter(torch.ones(4, 3))], **values}])
+    optimizer = cls([nn.Parameter(torch.ones(4, 3))])
+    with pytest.raises(TypeError, match=text):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 3))], **values})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_one_cycle_keeps_the_ratios_of_the_groups() -> None:
     optimizer = steepest.MuAdam(network(), lr=0.02, adamw_lr=0.001)
     OneCycleLR(optimizer, optimizer.group_lrs(0.2), total_steps=10)

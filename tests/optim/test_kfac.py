@@ -569,10 +569,10 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "heads": (
         lambda: steepest.KFAC(nn.Linear(2, 2), num_heads=2),
-        ValueError,
-        "KFAC does not take num_heads=2: its factors are those of whole layers",
+        TypeError,
+        "KFAC does not take num_heads: its factors are those of whole layers",
     ),
-    "transposed": (lambda: steepest.KFAC(nn.Linear(2, 2), transposed=True), ValueError, "not take transposed=True"),
+    "transposed": (lambda: steepest.KFAC(nn.Linear(2, 2), transposed=True), TypeError, "KFAC does not take transposed"),
     "parity": (lambda: steepest.KFAC(nn.Linear(2, 2), parity="authors"), ValueError, "parity 'authors' is not known"),
     "eps": (
         lambda: steepest.KFAC(nn.Linear(2, 2), eps=1.0),
@@ -586,3 +586,10 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 def test_construction(build: Callable[[], Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         build()
+
+
+def test_a_group_that_cuts_its_layers_later_is_refused() -> None:
+    optimizer = steepest.KFAC(nn.Linear(2, 2))
+    optimizer.param_groups[0]["num_heads"] = 2
+    with pytest.raises(ValueError, match="KFAC does not take num_heads=2: its factors are those of whole layers"):
+        optimizer.step()

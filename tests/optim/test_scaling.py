@@ -100,7 +100,7 @@ def test_a_traced_step_takes_the_scale_where_its_parameters_are(monkeypatch: pyt
     params[0].grad = torch.zeros(4, 3, device="meta")
     optimizer = steepest.MuAdam(params)
     scales: list[dict[torch.device, Scaling]] = []
-    monkeypatch.setattr(Eager, "decide", lambda self, hypers, scaling: scales.append(scaling))
+    monkeypatch.setattr(Eager, "decide", lambda self, hypers, scaling, lacking: scales.append(scaling))
     for name in ("observe", "finish"):
         monkeypatch.setattr(Eager, name, lambda self: None)
     optimizer._traced_step(Scaling(torch.zeros(()), torch.ones(())))

@@ -259,11 +259,16 @@ def _normalize_and_apply_update(
     some = [(u, each) for u, each in zip(directions, normalizations, strict=True) if each is not None]
     if meeting is None:
         meeting = scratch_for([u.shape for u, _ in some], directions[0].device)
-    shapes = [(len(u), u.shape[1] if each.divided is None else 1) for u, each in some]
-    made = iter(room_for_factors(shapes, some[0][1].second))
+    made = {}
+    for dtype in {each.second.dtype for _, each in some}:
+        alike = [(u, each) for u, each in some if each.second.dtype is dtype]
+        shapes = [(len(u), u.shape[1] if each.divided is None else 1) for u, each in alike]
+        made[dtype] = iter(room_for_factors(shapes, alike[0][1].second))
     absent = some[0][1].second.new_empty(0)
     given = factors or [absent] * len(directions)
-    every = [other if each is None else next(made) for other, each in zip(given, normalizations, strict=True)]
+    every = [
+        f if each is None else next(made[each.second.dtype]) for f, each in zip(given, normalizations, strict=True)
+    ]
     averages = [absent if each is None else each.second for each in normalizations]
     divided = [absent if each is None or each.divided is None else each.divided for each in normalizations]
     rates = [rate for each in normalizations for rate in ((0.0, 0.0, 0.0) if each is None else each.rates)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -291,8 +292,21 @@ class Groups(Method):
             raise
         return None
 
+    def _check_arguments(self, group: Group) -> None:
+        """TypeError for an argument of the whole optimizer, which a group would only carry along."""
+        others = [key for key in group if key not in self.defaults and key != "params"]
+        whole = next((key for key in others if key in inspect.signature(type(self)).parameters), None)
+        if whole is not None:
+            of_adamw = whole.removeprefix("adamw_")
+            more = f", or to a group with use_muon=False as {of_adamw}=" if of_adamw != whole else ""
+            raise TypeError(
+                f"{whole}={group[whole]!r} is of the whole optimizer, not of a group: give it to "
+                f"{type(self).__name__}(...){more}"
+            )
+
     def _add_group(self, group: Group) -> None:
         read_switches(group)
+        self._check_arguments(group)
         reasons = group.pop("param_reasons", None)
         self._fill(group)
         super().add_param_group(group)

@@ -99,13 +99,15 @@ class InBases(Fused):
     def _clocks(self) -> list[Tensor]:
         return [p.state[CLOCK] for p in self.parameters]
 
-    def decide(self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling]) -> None:
+    def decide(
+        self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
+    ) -> None:
         self._grads, self._scaling = (), scaling[self.device]
         grads = [p.grad for p in self._weights if p.grad is not None]
         if self._scaling.grad_scale is None and self._takes(grads, hypers):
             self._grads, self._hypers = grads, hypers
         else:
-            super().decide(hypers, scaling)
+            super().decide(hypers, scaling, lacking)
 
     def _takes(self, grads: Sequence[Tensor], hypers: Sequence[Hyper]) -> bool:
         """Whether this step is one by addresses."""

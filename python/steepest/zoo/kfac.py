@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 # Of a parameter's state: the terms that its factors are averages of.
 PASSES = "backward_passes"
-# Arguments of the other methods with bases, and why not.
+# Arguments of the other methods, and why not.
+WHOLE_LAYERS = "its factors are those of whole layers as they are called"
 NOT_TAKEN = {
+    **dict.fromkeys(LAYOUT_KEYS, WHOLE_LAYERS),
     "shampoo_beta": "the decay rate of its factors is betas[1]",
     "factor_dtype": "its factors are averaged as they are collected, in fp32",
     "block_preconditioner": "a layer's sides have one factor or none",
@@ -106,10 +108,7 @@ class KFAC(KroneckerOptimizer):
         defaults: Mapping[str, Any] = EXTRAS
         cut = next((key for key in LAYOUT_KEYS if group[key] not in (defaults[key], 0)), None)
         if cut is not None:
-            raise ValueError(
-                f"KFAC does not take {cut}={group[cut]!r}: its factors are those of whole layers as they are called; "
-                "leave it out"
-            )
+            raise ValueError(f"KFAC does not take {cut}={group[cut]!r}: {WHOLE_LAYERS}; leave it out")
         super().check_values(group)
 
     def check_parameters(self, group: Group) -> None:

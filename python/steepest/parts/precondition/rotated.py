@@ -229,7 +229,7 @@ class Rotated(Kronecker):
         """The rate of the factors' averages where `steepest.ops.steps_in_bases` has whole steps by these numbers, None
         where it has not.
         """
-        beta, plain = self.rate(hyper), self._learns_factors_alone and self.sides is None
+        beta, plain = self.rate(hyper), self._updates_factors_alone and self.sides is None
         if not plain or self._of_call(hyper) is None or not isinstance(beta, float):
             return None
         return beta if 0 <= beta < 1 else None
