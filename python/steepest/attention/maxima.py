@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..sharding.local import is_sharded
 
 __all__ = ["max_logits"]
 
@@ -74,7 +78,23 @@ def _logits(query: Tensor, key: Tensor) -> Tensor:
     """(batch, heads, rows, keys). The queries that share a key head are rows of one product: no key is repeated."""
     batch, heads, rows, size = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, size)
-    return (grouped @ key.mT).view(batch, heads, rows, key.shape[2])
+    return _product(grouped, key.mT).view(batch, heads, rows, key.shape[2])
+
+
+def _product(a: Any, b: Any) -> Tensor:
+    """a @ b, (batch, heads, ., .). Of DTensors that are cut alike along these each part by itself: torch 2.10 flattens
+    batch and heads for it, and refuses cut heads.
+    """
+    if not is_sharded(a) or not is_sharded(b) or a.placements != b.placements or any(map(_cuts_matrices, a.placements)):
+        return a @ b  # type: ignore[no-any-return]
+    shape = torch.Size((*a.shape[:-1], b.shape[-1]))
+    stride = torch.empty(shape, device="meta").stride()
+    part = a.to_local() @ b.to_local()
+    return type(a).from_local(part, a.device_mesh, a.placements, run_check=False, shape=shape, stride=stride)
+
+
+def _cuts_matrices(placement: Any) -> bool:
+    return placement.is_partial() or (placement.is_shard() and placement.dim > 1)
 
 
 def _attends(mask: Tensor, logits: Tensor, first: int) -> Tensor:

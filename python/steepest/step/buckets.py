@@ -284,7 +284,7 @@ class Bucket:
         return part is not None and type(part).scale is not UpdateTransform.scale
 
     def _scaled(self, momenta: Tensor) -> list[Tensor]:
-        """These numbers of every item."""
+        """What the update of every item is multiplied by."""
         (part,), factors = self.recipe.transforms, []
         for item, m in zip(self.matrices(), _parts(momenta, self.counts), strict=True):
             scale = part.scale(item.recipe_state(), m, item.parameter.step_values.hyper)
