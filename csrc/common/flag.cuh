@@ -11,14 +11,17 @@ __device__ inline void raise_flag(uint64_t* flag) {
                : "memory");
 }
 
-// By one thread, and a barrier of its block behind it.
+constexpr uint32_t kMostPolls = 1 << 28;  // a minute and more: what is waited for takes microseconds
+
+// By one thread, and a barrier of its block behind it. A flag that nobody raises ends the launch with an error.
 __device__ inline void wait_for_flag(const uint64_t* flag) {
-  while (true) {
+  for (uint32_t polls = 0; polls < kMostPolls; ++polls) {
     uint64_t raised;
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(raised) : "l"(__cvta_generic_to_global(flag)) : "memory");
     if (raised != 0) return;
     __nanosleep(50);
   }
+  __trap();
 }
 
 }  // namespace steepest

@@ -176,13 +176,13 @@ __device__ inline void for_each_element(const Span& span, bool aligned, Body& bo
 
 // ---- launches ------------------------------------------------------------------------------------------------------
 
-// Launches `kernel` over items, a block for each `chunk` of theirs; `convert(i)` is the kernel's form of the i-th,
+// Launches `kernel` over items, a block for each chunk of theirs; `convert(i)` is the kernel's form of the i-th,
 // whose extent is extents[i].
 template <class Batch, class Kernel, class Convert>
 void launch(const char* op, const typename Batch::Head& head, const std::vector<Extent>& extents, cudaStream_t stream,
-            Kernel kernel, const Convert& convert, int64_t chunk = kChunk) {
+            Kernel kernel, const Convert& convert) {
   static_assert(sizeof(Batch) <= kArgumentBytes);
-  for (const Launch& plan : plan_launches(extents, chunk, Batch::kCapacity)) {
+  for (const Launch& plan : plan_launches(extents, kChunk, Batch::kCapacity)) {
     static thread_local Batch batch;  // 32 KB: not on the stack; the launch copies what it is given
     batch.head = head;
     batch.count = static_cast<int32_t>(plan.items.size());

@@ -37,6 +37,8 @@ inline multi_tensor::Stack make_stack(const Tensor& updates, const Tensor& secon
                       (stack.wide == Dtype::f64 || (stack.wide == Dtype::f32 && stack.dtype != Dtype::f64)),
                   names.updates, "[", i, "] and ", names.seconds, "[", i,
                   "] must be floating-point, the second float32 or on the CPU float64, and no narrower than the first");
+  STD_TORCH_CHECK(divided == nullptr || stack.size() <= kMostOfRow, names.updates, "[", i,
+                  "] must be matrices of less than 2^31 entries where these are divided");
   const int64_t rows = stack.matrices * stack.rows, all = rows * stack.columns;
   stack.updates = updates.const_data_ptr();
   stack.seconds = stack_numbers(second, place, stack, divided != nullptr ? all : rows, names.seconds, names.seconds, i);

@@ -631,15 +631,15 @@ def _refusing_together(init: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(init)
-    def made(self: MatrixOptimizer, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: MatrixOptimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # `check_zero` looks for it
         try:
             init(self, *args, **kwargs)
         except Exception as error:
-            if type(self).__init__ is made and not self._is_begun:  # the outermost, which has what was given
+            if type(self).__init__ is __init__ and not self._is_begun:  # the outermost, which has what was given
                 self._tell_before_it_is_made(error, args[0] if args else kwargs.get("params"), kwargs)
             raise
 
-    return made
+    return __init__
 
 
 def _elsewhere(value: Any, device: torch.device | None) -> bool:

@@ -57,7 +57,8 @@ class UpdateTransform:
     def scale(self, state: State, m: Tensor, hyper: Hyper) -> Tensor | None:
         """What `apply` multiplies updates by, (batch,), where it does no more than that and remembers nothing.
 
-        The fused ops do it then as they read the direction. None: `apply` is asked.
+        The fused ops do it then as they read the direction. None, as here: `apply` is asked; a transform that has a
+        method of its own gives numbers always.
         """
         return None
 

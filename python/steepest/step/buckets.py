@@ -20,7 +20,7 @@ from torch import Tensor
 from ..chunking import chunk_by_bytes
 from ..matrices import Piece
 from ..ops.multi_tensor import Item, Items, Table
-from ..ops.normalize import Normalization, scratch_for
+from ..ops.normalize import MOST, Normalization, scratch_for
 from ..ops.polar_chain import Update
 from ..ops.program import Program
 from ..ops.rotated import Stacks, Way
@@ -157,6 +157,8 @@ class Bucket:
     _is_stepped = False
     #: what `update_moments` stored of a step whose updates are yet to be made
     _momenta = torch.empty(0)
+    #: whether `apply_update` can normalize its updates
+    _normalizes = False
     #: how each item's update is yet to be normalized; none where they are as they should be
     normalizations: Sequence[Normalization] = ()
     #: what each item's matrices are yet to be multiplied by; none where they are as they should be
@@ -238,9 +240,9 @@ class Bucket:
             self._is_stepped = False
             return parts
         momenta, self._momenta = self._momenta, self._momenta[:0]
-        if self._normalization is not None:
+        if self.normalization is not None:
             d = d.contiguous()
-            self.normalizations = self._left_normalizations(self._normalization, d, momenta)
+            self.normalizations = self._left_normalizations(self.normalization, d, momenta)
             if self.normalizations:
                 return list(_parts(d, self.sizes))
         if self._scales:
@@ -263,7 +265,7 @@ class Bucket:
         return updates
 
     @cached_property
-    def _normalization(self) -> Normalize | None:
+    def normalization(self) -> Normalize | None:
         """What comes between directions and weights, if it is that alone and `apply_update` can do it."""
         if not self._normalizes:
             return None
@@ -279,9 +281,11 @@ class Bucket:
 
     @cached_property
     def _scales(self) -> bool:
-        """Whether that only multiplies by a number for each matrix."""
+        """Whether that only multiplies by a number for each matrix, which is not larger than the ops take."""
         part = self._only_transform
-        return part is not None and type(part).scale is not UpdateTransform.scale
+        if part is None or part.reads_gradient or math.prod(self.shape[1:]) > MOST:
+            return False
+        return type(part).scale is not UpdateTransform.scale
 
     def _scaled(self, momenta: Tensor) -> list[Tensor]:
         """What the update of every item is multiplied by."""
@@ -390,6 +394,11 @@ class FusedBatch:
         reading = [replace(program, frozen_moments=True) if coupled else program for program in programs]
         self.read = Items(tuple(item.item(program) for item, program in zip(self.items, reading, strict=True)))
         self.stepped = Items(tuple(self.items[i].item(programs[i]) for i in self.late))
+        #: the scratch of blocks that normalize updates: zeroed now, as a step may be captured in a graph
+        self.meeting: Tensor | None = None
+        normalized = [bucket.shape for bucket in buckets if bucket.normalization is not None]
+        if normalized:
+            self.meeting = scratch_for(normalized, self.items[0].parameter.tensor.device)
         self._absent = absent = self.items[0].parameter.tensor.new_empty(0) if self.items else torch.empty(0)
         rest = len(self.items) - self.whole
         self.no_inputs, self.no_params = [absent] * self.whole, [absent] * rest
@@ -427,12 +436,6 @@ class FusedBatch:
             factors += bucket.factors or [self._absent] * len(bucket.items)
             bucket.factors = ()
         return factors
-
-    @cached_property
-    def meeting(self) -> Tensor:
-        """The scratch of blocks that normalize updates; made once, with room for all that may be normalized."""
-        shapes = [bucket.shape for bucket in self.buckets if bucket.recipe.transforms]
-        return scratch_for(shapes, self.items[0].parameter.tensor.device)
 
     def of_late(self, every: Sequence[T]) -> list[T]:
         """What the items have that `apply_update` moves, from a list of all items' or an empty one."""

@@ -30,7 +30,8 @@ UNIT = {F: 2.0**-17, D: 2.0**-45}  # of sums of some thousand terms, relative
 @dataclass(frozen=True)
 class Case:
     """``count`` stacks.   dtype: of the updates.   shift: elements behind a multiple of 16 bytes.   refused: their
-    step is not taken.
+    step is not taken.   turned: weights have contiguous columns.   in_place: entries are divided where they are.
+    plain: they are not normalized.
     """
 
     shape: tuple[int, int, int]
@@ -39,6 +40,9 @@ class Case:
     count: int = 1
     nan: bool = False
     refused: bool = False
+    turned: bool = False
+    in_place: bool = False
+    plain: bool = False
 
 
 CASES = (
@@ -50,6 +54,9 @@ CASES = (
     Case((1, 90, 3)),
     Case((2, 6, 10), nan=True),
     Case((1, 4, 8), B, refused=True),
+    Case((2, 37, 40), B, turned=True),
+    Case((2, 40, 70), in_place=True),
+    Case((2, 30, 20), plain=True),
     Case((1, 2, 8), count=200),
 )
 # Few, as torch's threads wait for one another longer than they work.
@@ -67,7 +74,7 @@ def check(op: Callable[[str], Callable[..., None]], comparison: Comparison, case
     every = [case for case in cases for _ in range(case.count)]
     meeting = comparison.place(normalize.scratch_for([case.shape for case in every], comparison.device))
     table = _table(every, comparison)
-    alone = [case for case in cases if not case.refused and case.count == 1]
+    alone = [case for case in cases if not case.refused and not case.plain and case.count == 1]
     for over, rms in (("rows", 0.0), ("entries", 0.25)):
         works = [_Work(case, over, RATES[i % len(RATES)], comparison) for i, case in enumerate(every)]
         _apply(op, works, table, meeting, rms, comparison)
@@ -113,14 +120,16 @@ def _apply(
 ) -> None:
     """One call for all."""
     absent = torch.empty(0, dtype=F, device=comparison.device)
-    over_rows = works[0].over == "rows"
     items = [
         Item(Program(), row, work.case.shape[0], line, (0, row, 0), RATIO)
         for row, (work, line) in enumerate(zip(works, _lines_of([work.case for work in works]), strict=True))
     ]
     lists = [[work.update for work in works], [], [work.weight for work in works], [], []]
-    lists += [[work.factors for work in works], [work.second for work in works]]
-    lists += [[absent if over_rows else work.divided for work in works]]
+    normalized = [not work.case.plain for work in works]
+    lists += [[work.factors if n else absent for n, work in zip(normalized, works, strict=True)]]
+    lists += [[work.second if n else absent for n, work in zip(normalized, works, strict=True)]]
+    divides = [n and work.over == "entries" for n, work in zip(normalized, works, strict=True)]
+    lists += [[work.divided if d else absent for d, work in zip(divides, works, strict=True)]]
     rates = [rate for work in works for rate in (work.beta2, EPS, rms)]
     tables = (table.rows, table.sums, table.scratch)
     op("normalize_and_apply_update")(*lists, *tables, meeting, *Items(tuple(items)).numbers, rates)
@@ -136,23 +145,30 @@ class _Work:
         self.update = comparison.normal(*shape, dtype=case.dtype, shift=case.shift)
         self.second = comparison.normal(*of_second, dtype=wide, shift=case.shift).square_()
         self.factors = comparison.empty(*(shape[:2] if over == "rows" else (shape[0], 1)), dtype=wide)
-        self.divided = comparison.empty(*shape, dtype=wide, shift=case.shift) if over == "entries" else self.second
-        self.weight = comparison.normal(*shape, dtype=wide, shift=case.shift)
+        self.divided = self.update
+        if over == "entries" and not case.in_place:
+            self.divided = comparison.empty(*shape, dtype=wide, shift=case.shift)
+        batch, rows, columns = shape
+        in_memory = (batch, columns, rows) if case.turned else shape
+        self.weight = comparison.normal(*in_memory, dtype=wide, shift=case.shift)
+        if case.turned:
+            self.weight = self.weight.mT
         self.second[0, :1] = 0
         if shape[0] > 1:  # a matrix of zeros, behind one without
             self.update[-1] = 0
             self.second[-1] = 0
         if case.nan:
             self.update[0, 1] = math.nan
-        self.old, self.old_weight = self.second.clone(), self.weight.clone()
+        self.given, self.old, self.old_weight = self.update.clone(), self.second.clone(), self.weight.clone()
 
     def expect(self, rms: float) -> None:
         """What must have become of them."""
         expect, what = self.comparison.expect, f"{self.case.shape}, {self.case.dtype}, over {self.over}"
-        if self.case.refused:
+        if self.case.refused or self.case.plain:
             expect(f"second moments of {what}", self.second, self.old)
+            self.made = self.given.double()
             return
-        u, old, unit = self.update.double(), self.old.double(), UNIT[self.second.dtype]
+        u, old, unit = self.given.double(), self.old.double(), UNIT[self.second.dtype]
         square = u.square().mean(-1) if self.over == "rows" else u.square()
         second = self.beta2 * old + (1 - self.beta2) * square
         second = torch.where(second.isnan(), old, second)
