@@ -247,3 +247,21 @@ def test_state_of_equal_shapes_is_one_memory(cls: type[MatrixOptimizer]) -> None
     assert loaded_first.untyped_storage()._cdata != first.untyped_storage()._cdata
     assert loaded_first.untyped_storage()._cdata == twin.state[others[3]]["momentum_buffer"].untyped_storage()._cdata
     assert all_same_bits([loaded_first], [first])
+
+
+@pytest.mark.parametrize("cls", [steepest.NorMuon, steepest.AdaMuon])
+def test_memory_where_blocks_meet_is_made_before_a_step(
+    cls: type[MatrixOptimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step makes while a graph is captured is zeroed when that is replayed and not before."""
+    params = parameters([(8, 5), (5, 8)])
+    optimizer = cls(params)
+    give_gradients(params, 0)
+    optimizer.prepare()
+
+    def late(*arguments: object) -> Tensor:
+        raise AssertionError("a step makes the scratch of blocks that normalize")
+
+    for module in ("step.buckets", "ops.multi_tensor"):
+        monkeypatch.setattr(f"steepest.{module}.scratch_for", late)
+    optimizer.step()
