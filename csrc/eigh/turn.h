@@ -18,7 +18,9 @@ class Turn {
  public:
   Turn(int64_t rows, int64_t columns, const float* left, const float* right, const cpu_polar::Team& team)
       : rows_(rows), columns_(columns), left_(left), right_(right), team_(team), size_(rows * columns) {
-    const auto words = [&](int64_t size, int64_t k) { return cpu_polar::packed_words(team.kernels, sizeof(float), size, k); };
+    const auto words = [&](int64_t size, int64_t k) {
+      return cpu_polar::packed_words(team.kernels, sizeof(float), size, k);
+    };
     const int64_t of_left = left == nullptr ? 0 : words(rows, rows),
                   of_right = right == nullptr ? 0 : words(columns, columns);
     words_ = cpu_polar::make_words(of_left + of_right + words(columns, rows) + 2 * size_);
@@ -80,6 +82,8 @@ class Turn {
 };
 
 // A basis of one matrix of a stack, or what lies beside it; nullptr where there is none.
-inline const float* part(const float* from, int64_t i, int64_t size) { return from == nullptr ? from : from + i * size; }
+inline const float* part(const float* from, int64_t i, int64_t size) {
+  return from == nullptr ? from : from + i * size;
+}
 
 }  // namespace steepest::eigh

@@ -19,7 +19,8 @@ std::vector<Launch> plan_launches(const std::vector<Extent>& items, int64_t chun
     if (matrices < 0 || size < 0 || parts < 0 || chunks + parts > kMaxBlocks / matrices)
       throw std::invalid_argument("item " + std::to_string(i) + " has " + std::to_string(matrices) + " matrices of " +
                                   std::to_string(size) + " elements; a launch takes 0 to " +
-                                  std::to_string(kMaxBlocks) + " chunks of " + std::to_string(chunk) + " and other parts");
+                                  std::to_string(kMaxBlocks) + " chunks of " + std::to_string(chunk) +
+                                  " and other parts");
     const bool full =
         launches.empty() || static_cast<int>(launches.back().items.size()) == capacity ||
         int64_t{launches.back().chunks} + launches.back().parts > kMaxBlocks - matrices * (chunks + parts);

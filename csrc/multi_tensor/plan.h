@@ -2,8 +2,8 @@
 //
 // The matrices of an item are cut into chunks of `chunk` elements, none of which holds elements of two matrices, so
 // that a matrix' sums are sums over its chunks. A launch takes up to `capacity` items (what its kernel arguments hold)
-// and one block for every chunk of theirs, and for each of their parts. A block finds its item by binary search in `first_chunk`, so there is no
-// table that grows with the number of elements.
+// and one block for every chunk of theirs, and for each of their parts. A block finds its item by binary search in
+// `first_chunk`, so there is no table that grows with the number of elements.
 #pragma once
 
 #include <cstdint>
