@@ -113,6 +113,19 @@ const char* text(Make make) {
   return kept.c_str();
 }
 
+// Null, or what went wrong, no JSON, kept likewise.
+template <class Body>
+const char* error_of(Body body) {
+  thread_local std::string kept;
+  try {
+    body();
+  } catch (const std::exception& error) {
+    kept = error.what();
+    return kept.c_str();
+  }
+  return nullptr;
+}
+
 std::string string_or_null(const std::string& value) { return value.empty() ? "null" : json::string(value); }
 
 constexpr int kProductNumbers = 6;  // batch, m, n, k, Majors, symmetric: a product of contiguous factors
@@ -214,15 +227,10 @@ STEEPEST_EXPORT const char* steepest_whole_steps(const void* steps, int64_t coun
                                                  const float* grad_scale, double* rows, double* sums,
                                                  int64_t* skipped) {
   namespace mt = steepest::multi_tensor;
-  thread_local std::string error;
-  try {
+  return error_of([&] {
     const auto* table = static_cast<const mt::WholeStep*>(steps);
     mt::whole_steps_on_host({table, count, grads, params, hypers, {found_inf, grad_scale}, rows, sums, skipped});
-  } catch (const std::exception& thrown) {
-    error = thrown.what();
-    return error.c_str();
-  }
-  return nullptr;
+  });
 }
 
 // Steps of Adam in eigenbases on the host, of which `steps` and `numbers` say everything but what is of this step
@@ -232,8 +240,7 @@ STEEPEST_EXPORT const char* steepest_steps_in_bases(const void* steps, const voi
                                                     const double* betas, const float* found_inf, double* rows,
                                                     double* sums, int64_t* skipped, int64_t workspace) {
   namespace eigh = steepest::eigh;
-  thread_local std::string error;
-  try {
+  return error_of([&] {
     const auto* const kernels = steepest::cpu_polar::kernels_for(steepest::Dtype::f32);
     if (kernels == nullptr) throw std::runtime_error("there are no products for this processor");
     const auto* const table = static_cast<const eigh::StepInBases*>(steps);
@@ -241,11 +248,7 @@ STEEPEST_EXPORT const char* steepest_steps_in_bases(const void* steps, const voi
     const steepest::multi_tensor::Scaling scaling{found_inf, nullptr};
     eigh::steps_in_bases({table, limits, count, grads, params, hypers, betas, scaling, rows, sums, skipped, workspace},
                          *kernels);
-  } catch (const std::exception& thrown) {
-    error = thrown.what();
-    return error.c_str();
-  }
-  return nullptr;
+  });
 }
 
 // Why none of these libraries, a name on each line, can be loaded; null where one is.

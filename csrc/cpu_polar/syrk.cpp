@@ -28,4 +28,12 @@ void average(const std::vector<Averages>& averages, const Kernels& kernels) {
   each_matrix(averages, kernels, small, average_one);
 }
 
+void FactorAverages::add(int64_t matrices, int64_t m, int64_t n, const float* x, const float* y, float* left,
+                         float* right, float weight) {
+  weights_.emplace_back(matrices, weight), weights_.emplace_back(matrices, 1 - weight);
+  const float *const alpha = weights_[weights_.size() - 2].data(), *const rest = weights_.back().data();
+  if (left != nullptr) averages_.push_back({matrices, m, n, x, true, left, left, alpha, rest});
+  if (right != nullptr) averages_.push_back({matrices, n, m, y, false, right, right, alpha, rest});
+}
+
 }  // namespace steepest::cpu_polar

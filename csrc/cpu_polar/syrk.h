@@ -29,4 +29,17 @@ inline float newest_weight(float terms, double beta) {
 // A matrix has the same bits whatever else is in the call and however many threads there are.
 void average(const std::vector<Averages>& averages, const Kernels& kernels);
 
+// The factors of stacks of m x n matrices: left (m, m) takes X X^T, right (n, n) takes Y^T Y, with this weight, each
+// nullptr where there is none.
+class FactorAverages {
+ public:
+  void add(int64_t matrices, int64_t m, int64_t n, const float* x, const float* y, float* left, float* right,
+           float weight);
+  void take(const Kernels& kernels) const { average(averages_, kernels); }
+
+ private:
+  std::vector<Averages> averages_;
+  std::vector<std::vector<float>> weights_;
+};
+
 }  // namespace steepest::cpu_polar

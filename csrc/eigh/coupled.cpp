@@ -112,19 +112,11 @@ void update_coupled(const std::vector<Coupled>& stacks, const Kernels& kernels) 
   const auto small = [](const Work& work) { return work.rows * work.columns <= kAlone; };
   cpu_polar::each_matrix(all, kernels, small,
                          [](const Work& work, int64_t i, const Team& team) { const Run done(work, i, team); });
-  std::vector<cpu_polar::Averages> averages;
-  std::vector<std::vector<float>> weights;
-  weights.reserve(2 * all.size());
-  for (const Work& work : all) {
-    const Coupled& stack = work.stack;
-    const float* const alpha = weights.emplace_back(work.matrices, stack.weight).data();
-    const float* const rest = weights.emplace_back(work.matrices, 1 - stack.weight).data();
-    float *const left = stack.factors[0], *const right = stack.factors[1];
-    const int64_t m = work.rows, n = work.columns;
-    if (left != nullptr) averages.push_back({work.matrices, m, n, work.input(0), true, left, left, alpha, rest});
-    if (right != nullptr) averages.push_back({work.matrices, n, m, work.input(1), false, right, right, alpha, rest});
-  }
-  cpu_polar::average(averages, kernels);
+  cpu_polar::FactorAverages averages;
+  for (const Work& work : all)
+    averages.add(work.matrices, work.rows, work.columns, work.input(0), work.input(1), work.stack.factors[0],
+                 work.stack.factors[1], work.stack.weight);
+  averages.take(kernels);
 }
 
 }  // namespace steepest::eigh

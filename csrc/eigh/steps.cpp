@@ -9,7 +9,6 @@
 namespace steepest::eigh {
 namespace {
 
-using cpu_polar::Averages;
 using multi_tensor::Item;
 using multi_tensor::ItemsParams;
 using multi_tensor::kColumns;
@@ -142,21 +141,15 @@ class Steps {
   }
 
   void learn(const std::vector<int64_t>& some) const {
-    std::vector<Averages> averages;
-    std::vector<std::vector<float>> weights;
+    cpu_polar::FactorAverages averages;
     for (int64_t i : some) {
       const StepInBases& step = all_.steps[i];
       const float weight = cpu_polar::newest_weight(*at<float>(step.learned), all_.betas[step.group]);
-      weights.emplace_back(step.matrices, weight), weights.emplace_back(step.matrices, 1 - weight);
-      const float *const alpha = weights[weights.size() - 2].data(), *const beta = weights.back().data();
       const auto* const g = at<const float>(all_.grads[i]);
-      auto *const left = at<float>(step.factors[0]), *const right = at<float>(step.factors[1]);
-      if (left != nullptr)
-        averages.push_back({step.matrices, step.rows, step.columns, g, true, left, left, alpha, beta});
-      if (right != nullptr)
-        averages.push_back({step.matrices, step.columns, step.rows, g, false, right, right, alpha, beta});
+      averages.add(step.matrices, step.rows, step.columns, g, g, at<float>(step.factors[0]), at<float>(step.factors[1]),
+                   weight);
     }
-    cpu_polar::average(averages, kernels_);
+    averages.take(kernels_);
     for (int64_t i : some) *at<float>(all_.steps[i].learned) += 1;
   }
 

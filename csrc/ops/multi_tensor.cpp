@@ -402,23 +402,32 @@ void update_moments(const Tensors& grads, const Tensors& momenta, const Tensors&
       rows, sums, scratch);
 }
 
+// read: what items read for their directions.
+Lists of_apply(const Tensors& read, const Tensors& seconds, const Tensors& params, const Tensors& mantissas,
+               const Tensors& lengths, const Tensors& factors, const std::vector<int64_t>& programs,
+               const std::vector<int64_t>& row_of, const std::vector<int64_t>& matrices,
+               const std::vector<int64_t>& first_sums, const std::vector<int64_t>& places,
+               const std::vector<double>& ratios) {
+  return {{nullptr, nullptr, &seconds, &read, &params, &mantissas},
+          {false, false, false, false, true, true},
+          &lengths,
+          &factors,
+          programs,
+          row_of,
+          matrices,
+          first_sums,
+          places,
+          ratios};
+}
+
 void apply_update(const Tensors& directions, const Tensors& seconds, const Tensors& params, const Tensors& mantissas,
                   const Tensors& lengths, const Tensors& factors, const Tensor& rows, const Tensor& sums,
                   const Tensor& scratch, const std::vector<int64_t>& programs, const std::vector<int64_t>& row_of,
                   const std::vector<int64_t>& matrices, const std::vector<int64_t>& first_sums,
                   const std::vector<int64_t>& places, const std::vector<double>& ratios) {
-  run(Stage::apply_update,
-      {{nullptr, nullptr, &seconds, &directions, &params, &mantissas},
-       {false, false, false, false, true, true},
-       &lengths,
-       &factors,
-       programs,
-       row_of,
-       matrices,
-       first_sums,
-       places,
-       ratios},
-      rows, sums, scratch);
+  const Lists lists = of_apply(directions, seconds, params, mantissas, lengths, factors, programs, row_of, matrices,
+                               first_sums, places, ratios);
+  run(Stage::apply_update, lists, rows, sums, scratch);
 }
 
 void normalize_and_apply_update(const Tensors& directions, const Tensors& seconds, const Tensors& params,
@@ -432,18 +441,9 @@ void normalize_and_apply_update(const Tensors& directions, const Tensors& second
   normalizing.check_lists(programs.size());
   Tensors read;
   for (size_t i = 0; i < programs.size(); ++i) read.push_back(normalizing.read(i));
-  run(Stage::apply_update,
-      {{nullptr, nullptr, &seconds, &read, &params, &mantissas},
-       {false, false, false, false, true, true},
-       &lengths,
-       &factors,
-       programs,
-       row_of,
-       matrices,
-       first_sums,
-       places,
-       ratios},
-      rows, sums, scratch, &normalizing);
+  const Lists lists = of_apply(read, seconds, params, mantissas, lengths, factors, programs, row_of, matrices,
+                               first_sums, places, ratios);
+  run(Stage::apply_update, lists, rows, sums, scratch, &normalizing);
 }
 
 }  // namespace

@@ -85,18 +85,12 @@ void count_up(const std::vector<FactorUpdate>& updates) {
 void update_factors(const Tensors& grads, const Tensors& factors, const Tensors& counts, const Tensors& flags,
                     double beta) {
   const std::vector<FactorUpdate> updates = checked_updates(grads, factors, counts, flags, beta);
-  std::vector<cpu_polar::Averages> averages;
-  std::vector<std::vector<float>> weights;
-  for (const FactorUpdate& update : updates) {
-    if (!update.taken) continue;
-    const auto [m, n] = update.sizes;
-    weights.emplace_back(update.matrices, update.weight), weights.emplace_back(update.matrices, 1 - update.weight);
-    const float *const alpha = weights[weights.size() - 2].data(), *const rest = weights.back().data();
-    float *const left = update.factors[0], *const right = update.factors[1];
-    if (left != nullptr) averages.push_back({update.matrices, m, n, update.grads, true, left, left, alpha, rest});
-    if (right != nullptr) averages.push_back({update.matrices, n, m, update.grads, false, right, right, alpha, rest});
-  }
-  cpu_polar::average(averages, kernels_of("update_factors"));
+  cpu_polar::FactorAverages averages;
+  for (const FactorUpdate& each : updates)
+    if (each.taken)
+      averages.add(each.matrices, each.sizes[0], each.sizes[1], each.grads, each.grads, each.factors[0],
+                   each.factors[1], each.weight);
+  averages.take(kernels_of("update_factors"));
   count_up(updates);
 }
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import steepest
 from steepest.ops import rotated
 from steepest.step import plan
 from steepest.step.in_bases import InBases
+from support.operations import Operations
 from support.training import all_same_bits, copies, give_gradients
 
 pytestmark = pytest.mark.skipif(
@@ -172,16 +172,6 @@ def test_a_checkpoint_goes_on_to_the_bit() -> None:
             give_gradients(some, step)
             each.step()
     assert all_same_bits(copies(params), copies(copied))
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
 
 
 def test_a_mode_that_looks_at_operations_sees_them() -> None:

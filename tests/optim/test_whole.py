@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import steepest
 from steepest.step.whole import Whole
+from support.operations import Operations
 from support.training import all_same_bits, copies, give_gradients
 
 SHAPES = ((8, 5), (7,), (3, 4, 2), ())
@@ -25,16 +25,6 @@ def made(**options: Any) -> tuple[Any, list[nn.Parameter]]:
 
 def ways(optimizer: Any) -> list[type]:
     return [type(executor) for executor in optimizer._plan.executors]
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
 
 
 class Tagged(Tensor):

@@ -75,12 +75,7 @@ class State:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> State:
         """With other tensors, the table's as well."""
-        fields = dict(vars(self))
-        for name, value in fields.items():
-            if isinstance(value, list) and value and isinstance(value[0], Tensor):
-                fields[name] = [change(t) for t in value]
-        fields["table"] = Table(*(change(t) for t in vars(self.table).values()))
-        return State(**fields)
+        return State(**changed(self, change))
 
     def written(self) -> Iterator[tuple[str, Tensor, bool]]:
         """(name, numbers, whether a momentum of 16 bits decides them) of all that the ops write.
@@ -106,6 +101,19 @@ class State:
 
     def first_sums(self) -> list[int]:
         return list(accumulate(self.matrices, initial=0))
+
+
+def changed(of: Any, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The fields of a dataclass with other tensors: those by themselves, in lists and in a table."""
+    fields = dict(vars(of))
+    for name, value in fields.items():
+        if isinstance(value, Tensor):
+            fields[name] = change(value)
+        elif isinstance(value, Table):
+            fields[name] = Table(*map(change, vars(value).values()))
+        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+            fields[name] = [change(t) for t in value]
+    return fields
 
 
 def twin(t: Tensor, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from steepest.ops.multi_tensor import CHUNK, Item, Items, Table
 from steepest.ops.normalize import scratch_for
 from steepest.ops.program import Program
+from support.fused_ops import changed
 
 F, B, H = torch.float32, torch.bfloat16, torch.float16
 #: Rows of a warp and, from 8192 elements on, of a block; several blocks and several chunks of a matrix, or one.
@@ -50,13 +51,7 @@ class NormalizedItems:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> NormalizedItems:
         """With other tensors."""
-        fields = dict(vars(self))
-        for name, value in fields.items():
-            if isinstance(value, list) and value and isinstance(value[0], Tensor):
-                fields[name] = [change(t) for t in value]
-        fields["table"] = Table(*(change(t) for t in vars(self.table).values()))
-        fields["meeting"] = change(self.meeting)
-        return NormalizedItems(**fields)
+        return NormalizedItems(**changed(self, change))
 
     def written(self) -> Iterator[tuple[str, Tensor]]:
         for name in ("params", "factors", "averages", "divided"):

@@ -85,6 +85,14 @@ def by_address(tensors: Sequence[Tensor]) -> bool:
     return PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
 
 
+def gradients_by_address(params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of these parameters, where a step may take them by their addresses now; none where one has no
+    address, or a mode looks at every operation.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    return grads if by_address(grads) and not torch._C._len_torch_dispatch_stack() else []
+
+
 def takes(tensors: Sequence[Tensor]) -> bool:
     """Whether a parameter of these tensors, its state's among them, may be stepped by their addresses."""
     laid_out = all(t.device.type == "cpu" and t.is_contiguous() and t.dtype in CODES for t in tensors)

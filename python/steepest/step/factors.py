@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain
@@ -31,35 +32,32 @@ class Factors:
 
     def update(self, *, after: bool) -> None:
         """Factors that learn before the step, or after it, take the gradients, in place; what is due is refreshed."""
-        due: dict[tuple[int, Phase], list[Matrices]] = {}
-        for each in self._matrices:
-            phase = each.phase
-            if phase.after if after else phase.before:
-                due.setdefault((each.parameter.group, phase), []).append(each)
-        for (_, phase), some in due.items():
-            part = some[0].recipe.kronecker
-            assert part is not None
+        for part, phase, some in self._due(operator.attrgetter("after" if after else "before")):
             self._store(some, part.update_factors_in_place, part.update_factors)
             if phase.commits:
                 streams.join(each.state[PENDING] for each in some)
                 for each in some:
                     each.keep(part.commit(each.state))
-            self._refresh(part, phase, some)
+            if phase.refreshes:
+                self._refresh(part, phase, some)
 
     def refresh(self) -> None:
         """The refresh of those that are due and have learned."""
+        for part, phase, some in self._due(operator.attrgetter("refreshes")):
+            self._refresh(part, phase, some)
+
+    def _due(self, is_due: Callable[[Phase], bool]) -> Iterator[tuple[Kronecker, Phase, list[Matrices]]]:
+        """Matrices whose phase says so, with those that come together with them."""
         due: dict[tuple[int, Phase], list[Matrices]] = {}
         for each in self._matrices:
-            if each.phase.refreshes:
+            if is_due(each.phase):
                 due.setdefault((each.parameter.group, each.phase), []).append(each)
         for (_, phase), some in due.items():
             part = some[0].recipe.kronecker
             assert part is not None
-            self._refresh(part, phase, some)
+            yield part, phase, some
 
     def _refresh(self, part: Kronecker, phase: Phase, matrices: Sequence[Matrices]) -> None:
-        if not phase.refreshes:
-            return
         if phase.at_once and phase.exact is None and self._refreshed_in_place(part, matrices):
             return
         max_bytes = matrices[0].parameter.options.max_workspace_bytes

@@ -18,7 +18,7 @@ from ..ops import rotated
 from ..ops.matmul import IN_ORDER
 from ..ops.multi_tensor import Scaling
 from ..ops.steps_in_bases import StepInBases, StepsInBases
-from ..ops.whole_steps import by_address, takes
+from ..ops.whole_steps import gradients_by_address, takes
 from ..parts import Diagonal, Hyper
 from ..parts.precondition import BASES, FACTORS, LEARNED, Phase, Rotated
 from ..recipe import CLOCK
@@ -103,7 +103,7 @@ class InBases(Fused):
         self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
     ) -> None:
         self._grads, self._scaling = (), scaling[self.device]
-        grads = [p.grad for p in self._weights if p.grad is not None]
+        grads = gradients_by_address(self._weights)
         if self._scaling.grad_scale is None and self._takes(grads, hypers):
             self._grads, self._hypers = grads, hypers
         else:
@@ -111,7 +111,7 @@ class InBases(Fused):
 
     def _takes(self, grads: Sequence[Tensor], hypers: Sequence[Hyper]) -> bool:
         """Whether this step is one by addresses."""
-        if not by_address(grads) or torch._C._len_torch_dispatch_stack() or not rotated.wanted(grads[0]):
+        if not grads or not rotated.wanted(grads[0]):
             return False
         betas = {}
         for group, part in self._part_of_group.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.multi_tensor import NOT_SCALED, Scaling
 from ..ops.program import Program
-from ..ops.whole_steps import Step, WholeSteps, by_address, takes
+from ..ops.whole_steps import Step, WholeSteps, gradients_by_address, takes
 from ..parts import Hyper
 from .buckets import FusedBatch, FusedItem
 from .fused import Fused, groups_of
@@ -63,8 +63,7 @@ class Whole(Fused):
     def decide(
         self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
     ) -> None:
-        grads = [p.grad for p in self._weights if p.grad is not None]
-        self._grads = grads if by_address(grads) and not torch._C._len_torch_dispatch_stack() else ()
+        self._grads = gradients_by_address(self._weights)
         if not self._grads:
             return super().decide(hypers, scaling, lacking)
         self._hypers, self._scaling = hypers, scaling[self.device]
