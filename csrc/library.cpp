@@ -311,24 +311,7 @@ STEEPEST_EXPORT const char* steepest_polar_chunks(const int64_t* ints, const dou
                                                   const int64_t* shapes, int64_t shape_count, int32_t multiprocessors,
                                                   int64_t l2_bytes) {
   return text([&] {
-    std::vector<steepest::polar::Node> nodes;
-    for (int64_t i = 0; i < count; ++i, ints += 7, floats += 3) {
-      const auto at = [&](int k) {
-        if (ints[k] < 0 || ints[k] >= steepest::polar::kBuffers)
-          throw std::invalid_argument("node " + std::to_string(i) + " names buffer " + std::to_string(ints[k]));
-        return static_cast<int8_t>(ints[k]);
-      };
-      if (ints[0] < 0 || ints[0] > static_cast<int64_t>(steepest::polar::Kind::apply))
-        throw std::invalid_argument("node " + std::to_string(i) + " is of kind " + std::to_string(ints[0]));
-      nodes.push_back({static_cast<steepest::polar::Kind>(ints[0]),
-                       at(1),
-                       at(2),
-                       at(3),
-                       at(4),
-                       {-1, 1},
-                       {static_cast<int32_t>(ints[6]), static_cast<float>(floats[1])},
-                       0});
-    }
+    const std::vector<steepest::polar::Node> nodes = steepest::polar::nodes_of(ints, floats, count, INT32_MAX);
     if (multiprocessors < 1 || l2_bytes < 0)
       throw std::invalid_argument("multiprocessors are at least 1 and l2_bytes 0, got " +
                                   std::to_string(multiprocessors) + " and " + std::to_string(l2_bytes));

@@ -47,31 +47,11 @@ void check_floats(const Tensor& tensor, const Place& place, int64_t elements, co
                   name, " must be a contiguous float32 tensor of ", elements, " elements");
 }
 
-constexpr int kNodeInts = 7;    // kind, out, a, b, c, columns of alpha and of beta or -1
-constexpr int kNodeFloats = 3;  // alpha, beta, gamma
-
 std::vector<Node> make_nodes(const std::vector<int64_t>& ints, const std::vector<double>& floats, int64_t columns) {
   const size_t count = ints.size() / kNodeInts;
   STD_TORCH_CHECK(ints.size() == count * kNodeInts && floats.size() == count * kNodeFloats, "a node is ", kNodeInts,
                   " integers and ", kNodeFloats, " numbers; got ", ints.size(), " and ", floats.size());
-  std::vector<Node> nodes;
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t* own = &ints[i * kNodeInts];
-    const double* value = &floats[i * kNodeFloats];
-    const auto number = [&](int64_t column, double plain) {
-      STD_TORCH_CHECK(column >= -1 && column < columns, "node ", i, " names column ", column, " of ", columns);
-      return Number{static_cast<int32_t>(column), static_cast<float>(plain)};
-    };
-    STD_TORCH_CHECK(own[0] >= 0 && own[0] <= static_cast<int64_t>(Kind::apply), "node ", i, " is of kind ", own[0]);
-    for (int k = 1; k <= 4; ++k)
-      STD_TORCH_CHECK(own[k] >= 0 && own[k] < kBuffers, "node ", i, " names buffer ", own[k]);
-    const bool multiplies = own[0] != static_cast<int64_t>(Kind::sum);
-    STD_TORCH_CHECK(!multiplies || (own[1] != own[2] && own[1] != own[3]), "node ", i, " writes what it multiplies");
-    const auto buffer = [&](int k) { return static_cast<int8_t>(own[k]); };
-    nodes.push_back({static_cast<Kind>(own[0]), buffer(1), buffer(2), buffer(3), buffer(4), number(own[5], value[0]),
-                     number(own[6], value[1]), static_cast<float>(value[2])});
-  }
-  return nodes;
+  return nodes_of(ints.data(), floats.data(), count, columns);
 }
 
 std::vector<Stack> make_stacks(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys,
@@ -313,10 +293,7 @@ void cpu_syrk(const Tensor& x, const Tensor& c, const Tensor& out, const Tensor&
   STD_TORCH_CHECK(
       rows || ((m == 1 || x.stride(1) == 1) && (k == 1 || x.stride(2) == m) && (matrices == 1 || x.stride(0) == m * k)),
       "x must be a contiguous stack, or one of transposes");
-  for (const auto& [tensor, name] : {std::pair{&c, "c"}, {&out, "out"}}) {
-    check_floats(*tensor, place, matrices * m * m, name);
-    STD_TORCH_CHECK(tensor->is_contiguous(), name, " must be contiguous");
-  }
+  check_floats(c, place, matrices * m * m, "c"), check_floats(out, place, matrices * m * m, "out");
   check_floats(alpha, place, matrices, "alpha"), check_floats(beta, place, matrices, "beta");
   cpu_polar::average(
       {{matrices, m, k, static_cast<const float*>(x.const_data_ptr()), rows,

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 #include "common/floats.h"
 #include "symm_gemm/formulas.cuh"
@@ -80,7 +82,32 @@ void product_on_host(const Problem& problem, Dtype dtype, int64_t matrix) {
       store(problem.d, dtype, d + j * shape.d.row + i, load(problem.d, dtype, d + i * shape.d.row + j));
 }
 
+void check_node(bool right, size_t i, const char* what, int64_t number) {
+  if (!right) throw std::invalid_argument("node " + std::to_string(i) + what + std::to_string(number));
+}
+
 }  // namespace
+
+std::vector<Node> nodes_of(const int64_t* ints, const double* floats, size_t count, int64_t columns) {
+  std::vector<Node> nodes;
+  for (size_t i = 0; i < count; ++i, ints += kNodeInts, floats += kNodeFloats) {
+    const auto buffer = [&](int k) {
+      check_node(ints[k] >= 0 && ints[k] < kBuffers, i, " names buffer ", ints[k]);
+      return static_cast<int8_t>(ints[k]);
+    };
+    const auto number = [&](int64_t column, double plain) {
+      check_node(column >= -1 && column < columns, i, " names a column that there is not: ", column);
+      return Number{static_cast<int32_t>(column), static_cast<float>(plain)};
+    };
+    check_node(ints[0] >= 0 && ints[0] <= static_cast<int64_t>(Kind::apply), i, " is of kind ", ints[0]);
+    nodes.push_back({static_cast<Kind>(ints[0]), buffer(1), buffer(2), buffer(3), buffer(4), number(ints[5], floats[0]),
+                     number(ints[6], floats[1]), static_cast<float>(floats[2])});
+    const Node& node = nodes.back();
+    check_node(node.kind == Kind::sum || (node.out != node.a && node.out != node.b), i,
+               " multiplies what it writes, buffer ", node.out);
+  }
+  return nodes;
+}
 
 std::vector<Problem> products_of(const Node& node, const std::vector<Stack>& stacks) {
   std::vector<Problem> problems;

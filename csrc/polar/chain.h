@@ -4,6 +4,7 @@
 // the shapes. Matrices are contiguous rows, fp16 or bf16.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -32,6 +33,11 @@ struct Node {
   Number alpha, beta;
   float gamma;
 };
+
+// Nodes as they are handed over: of each its kind, out, a, b, c and the columns of alpha and beta or -1; and alpha,
+// beta and gamma. columns: how many of numbers there are. Throws for what is no node.
+constexpr size_t kNodeInts = 7, kNodeFloats = 3;
+std::vector<Node> nodes_of(const int64_t* ints, const double* floats, size_t count, int64_t columns);
 
 struct Stack {
   int64_t matrices, rows, columns;

@@ -897,6 +897,8 @@ TOO_MUCH = "stacks have 1 to 1048576 matrices and at most 137438953472 elements 
         ),
         ("polar_chunks", ([1, 99, 0, 0, 0, -1, -1], GRAM[1], [], 132, 5), "node 0 names buffer 99"),
         ("polar_chunks", ([9, 2, 0, 0, 0, -1, -1], GRAM[1], [], 132, 5), "node 0 is of kind 9"),
+        ("polar_chunks", ([1, 2, 0, 2, 0, -1, -1], GRAM[1], [], 132, 5), "node 0 multiplies what it writes, buffer 2"),
+        ("polar_chunks", ([1, 2, 0, 0, 0, -1, -2], GRAM[1], [], 132, 5), "node 0 names a column that there is not: -2"),
     ],
 )
 def test_sizes_that_no_device_has_are_errors(name: str, arguments: tuple[Any, ...], message: str) -> None:
