@@ -62,7 +62,7 @@ def polar(
         tight_4e-3     4      247 s       4e-3    [.859, 1.141]   bound
         cans           5      1008        1e-3    [.862, 1.114]   Frobenius; published x / 1.01 in all but the last step
         deepseekv4     10     79262       1e-3    [.9999, 1.001]  Frobenius
-        cubic5         5      119         7e-3    [.774, 1.301]   Frobenius; degree 3
+        cubic5         5      119         7e-3    [.774, 1.300]   Frobenius; degree 3
         dion           5      970         1e-3    [.846, 1.142]   1.02 Frobenius
         polar_express_safer   5   970     1e-3    [.846, 1.142]   Frobenius
         svd            -      any         eps     [1, 1]          singular values up to eps are dropped
