@@ -46,9 +46,9 @@ void adam_one(const AdamStep& all, int64_t i, const Team& team) {
   const int64_t size = all.rows * all.columns;
   turn.pack_into();
   float* const turned = turn.matrix();
-  if (all.learned != nullptr) {
+  if (all.updated != nullptr) {
     turn.into(all.grads + i * size, turned);
-    team.kernels.mix_squares(turned, size, all.beta, all.learned + i * size);
+    team.kernels.mix_squares(turned, size, all.beta, all.updated + i * size);
   }
   turn.into(all.x + i * size, turned);
   team.kernels.over_roots(all.second + i * size, size, all.over, all.eps, true, turned);

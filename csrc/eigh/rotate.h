@@ -36,11 +36,11 @@ inline void set_divisor(Rotation& rotation, const float* step, double beta, doub
 // the first to the last of k.
 void rotate(const std::vector<Rotation>& rotations, Way way, float beta, const cpu_polar::Kernels& kernels);
 
-// kObserve of gradients into V, which is `learned`, nullptr where it stays, and with it kInto and kBack of X. The bits
+// kObserve of gradients into V, which is `updated`, nullptr where it stays, and with it kInto and kBack of X. The bits
 // are those of the three one after another. out may be X.
 struct AdamStep : Rotation {
   const float* grads;
-  float* learned;
+  float* updated;
   float beta;
 };
 

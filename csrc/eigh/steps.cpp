@@ -102,7 +102,7 @@ class Steps {
     run_on_host(Stage::update_moments, moments);
     adam(turned, kernels_);
     run_on_host(Stage::apply_update, weights);
-    learn(some);
+    update_factors(some);
   }
 
   Item make_item(int64_t i) const {
@@ -140,7 +140,7 @@ class Steps {
     return {rotation, at<const float>(all_.grads[i]), at<float>(step.second), static_cast<float>(beta)};
   }
 
-  void learn(const std::vector<int64_t>& some) const {
+  void update_factors(const std::vector<int64_t>& some) const {
     cpu_polar::FactorAverages averages;
     for (int64_t i : some) {
       const StepInBases& step = all_.steps[i];

@@ -169,8 +169,7 @@ struct Part {
   }
 };
 
-// ---- the commonest items, in one loop
-// --------------------------------------------------------------------------------
+// ---- the commonest items, in one loop ------------------------------------------------------------------------------
 //
 // Contiguous fp32 tensors under the programs that most parameters have. The same formulas on the same elements, so
 // the same bits but of sums, without the way through a tile.

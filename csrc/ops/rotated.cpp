@@ -191,8 +191,8 @@ void adam_in_bases(const Tensors& grads, const Tensors& xs, const Tensors& bases
     const eigh::Rotation rotation = make_rotation(xs, bases, seconds, steps, outs, beta, eps, inside, false, i);
     const int64_t elements = rotation.matrices * rotation.rows * rotation.columns;
     const float* const grad = data_of<float>(grads[i], elements, "grads", i);
-    float* const learned = taken(flags[i], i) ? data_of<float>(seconds[i], elements, "seconds", i) : nullptr;
-    all.push_back({rotation, grad, learned, static_cast<float>(beta)});
+    float* const updated = taken(flags[i], i) ? data_of<float>(seconds[i], elements, "seconds", i) : nullptr;
+    all.push_back({rotation, grad, updated, static_cast<float>(beta)});
   }
   eigh::adam(all, kernels_of("adam_in_bases"));
 }

@@ -24,6 +24,7 @@ from steepest.ops import (
     small_polar,
     weight_update,
 )
+from steepest.ops.checks import eigh_refresh
 
 ROOT = Path(__file__).parents[2]
 REFRESH = "eigh/formulas.cuh"
@@ -121,6 +122,7 @@ def test_the_bits_of_a_status_are_those_of_csrc() -> None:
     bits = enumerators("eigh/params.h", "Status")
     assert bits == {name: getattr(basis, name.upper()) for name in bits}
     assert sorted(bits.values()) == [2**i for i in range(7)]  # type: ignore[type-var]
+    assert (eigh_refresh.ACCEPTED, eigh_refresh.NOT_FINITE) == (basis.ACCEPTED, basis.NOT_FINITE)
 
 
 def test_what_multiplies_is_numbered_as_in_a_chain() -> None:

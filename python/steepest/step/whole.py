@@ -51,10 +51,19 @@ class Whole(Fused):
         return WholeSteps([self._step_of(item) for item in self._items], self.table)
 
     def _step_of(self, item: FusedItem) -> Step:
-        p, tensor = item.parameter, item.parameter.tensor
-        dtypes = (p.grad_dtype, tensor.dtype)
-        state = (p.momentum, item.second, item.remainder, p.state.get("step", self._absent))
-        return Step(item.program, tensor.numel(), *dtypes, *state, p.group, item.place)
+        p = item.parameter
+        return Step(
+            program=item.program,
+            numel=p.tensor.numel(),
+            grad_dtype=p.grad_dtype,
+            param_dtype=p.tensor.dtype,
+            momentum=p.momentum,
+            second=item.second,
+            mantissa=item.remainder,
+            step=p.state.get("step", self._absent),
+            group=p.group,
+            place=item.place,
+        )
 
     @cached_property
     def _weights(self) -> list[Tensor]:

@@ -477,7 +477,7 @@ class _Bucket:
         self.owners.setdefault(holders, set()).add(owner)
 
     def there(self) -> list[int]:
-        """To how many others every rank sends: the owners in its copy of what it holds."""
+        """The number of others that every rank sends to: the owners in its copy of what it holds."""
         sizes = []
         for first in range(0, self.places * self.copies, self.places):
             begins, ends = (dict[int, list[set[int]]]() for _ in range(2))
@@ -498,7 +498,7 @@ class _Bucket:
         return sizes
 
     def back(self) -> list[int]:
-        """To how many others every rank sends: those of all copies that hold what it owns."""
+        """The number of others that every rank sends to: those of all copies that hold what it owns."""
         spans: dict[int, list[range]] = {}
         for holders, owners in self.owners.items():
             for owner in owners:

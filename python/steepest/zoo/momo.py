@@ -93,8 +93,8 @@ class Momo(MatrixOptimizer):
     The loss is that of the step's gradients, not scaled by a GradScaler. One that is not finite, and a step in which no
     gradient is, leave the average as it was. Nothing waits for the device; a loss that is a tensor stays one. The
     averages are in the state, the loss's in that of the first parameter. Parameters are on one device. Costs two passes
-    over weights and momenta for the inner products, and a step by torch operations, which torch.compile leaves alone.
-    Source: arXiv:2510.09827, whose code this follows but for (.)_+, without which a step may ascend.
+    over weights and momenta for the inner products; torch.compile leaves the step alone. Source: arXiv:2510.09827,
+    whose code this follows but for (.)_+, without which a step may ascend.
     """
 
     carried: ClassVar[tuple[str, ...]] = ("lower_bound", "stale_dual", "reduce_loss", "_told")

@@ -8,7 +8,7 @@ three moves, of which the second may run beside the steps that follow (`steepest
 
     gather(states)     copies of the factors, those of one size together, whoever they belong to
     refresh(...)       bases or roots of the copies
-    take(state)        from here on they are used: at once or a fixed number of steps later, `delay`; until then they
+    commit(state)      from here on they are used: at once or a fixed number of steps later, `delay`; until then they
                        are pending, in the state
 
 Factors and what is made of them are fp32 (fp64 for fp64 gradients). With dtype=bfloat16 they are stored in 16 bits and
@@ -100,7 +100,7 @@ class Kronecker:
     update_first: bool = False
     dtype: torch.dtype | None = None
 
-    #: of kernels, by their names in `steepest.ops.selfcheck`, that learning and refreshing may ask for
+    #: of kernels, by their names in `steepest.ops.selfcheck`, that factors and refreshes may ask for
     families: ClassVar[tuple[str, ...]] = ("fp32 products",)
 
     def __post_init__(self) -> None:
@@ -309,7 +309,7 @@ class Kronecker:
         """What the refresh of one factor of length n takes."""
         raise NotImplementedError
 
-    # ---- what is learned --------------------------------------------------------------------------------------------
+    # ---- factors ----------------------------------------------------------------------------------------------------
 
     def phase(self, clock: int) -> Phase:
         """What the step after `clock` earlier ones does."""
@@ -411,7 +411,7 @@ class Kronecker:
         return stacks[0] if len(stacks) == 1 and not self.delay else torch.cat(stacks)
 
     def refresh(self, gathered: Sequence[Gathered], states: Sequence[State]) -> list[State]:
-        """What comes of it for each of the states; `take` makes the metric of it."""
+        """What comes of it for each of the states; `commit` makes the metric of it."""
         fresh: list[State] = [{PENDING: torch.ones_like(state[LEARNED])} for state in states]
         for some in gathered:
             for keys, t in self.solve(some).items():

@@ -126,7 +126,7 @@ class Roots(Kronecker):
         squarings = power.bit_length() - 1 if self.scale == "present" else 0
         return Work(wide=inverse_root_flop(n, power, ridge_rel=self.ridge) + squarings * square_flop(n))
 
-    # ---- what is learned --------------------------------------------------------------------------------------------
+    # ---- factors ----------------------------------------------------------------------------------------------------
 
     def update_factors(self, state: State, g: Tensor, hyper: Hyper) -> State:
         fresh = super().update_factors(state, g, hyper)

@@ -287,7 +287,7 @@ class Rotated(Kronecker):
         tracks = self.method == "auto" and torch.device(device).type == "cpu"
         return refresh_work(n, "qr" if tracks else self.method)
 
-    # ---- what is learned --------------------------------------------------------------------------------------------
+    # ---- factors ----------------------------------------------------------------------------------------------------
 
     def phase(self, clock: int) -> Phase:
         phase, earlier = super().phase(clock), -(-clock // self.every)  # refreshes
