@@ -50,13 +50,16 @@ class Direction:
     #: kernels that a GPU is asked for beside those of products (`steepest.ops.selfcheck.FAMILIES`)
     families: ClassVar[tuple[str, ...]] = ()
 
-    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
-        """The direction; slack: (batch,) fp32, filled with what `Spectral` knows of its norm bound and else left."""
+    def unit(self, x: Tensor) -> Tensor:
+        """The direction."""
         raise NotImplementedError
 
     def units(self, xs: Sequence[Tensor], slacks: Sequence[Tensor]) -> list[Tensor]:
-        """`unit` of every x with its slack; of several shapes, on one device, and not changed in the meantime."""
-        return [self.unit(x, slack=slack) for x, slack in zip(xs, slacks, strict=True)]
+        """`unit` of every x; of several shapes, on one device, and not changed in the meantime.
+
+        slacks: of each (batch,) fp32, filled with what `Spectral` knows of its norm bound and else left.
+        """
+        return [self.unit(x) for x in xs]
 
     def move(self, xs: Sequence[Tensor], slacks: Sequence[Tensor], updates: Sequence[Update]) -> None:
         """W <- beta W + eta unit(x) for every matrix, in place; as `units`, but that no direction is kept."""
@@ -127,7 +130,7 @@ class Direction:
 class Frobenius(Direction):
     """Euclidean length of the matrix as a vector. `scaled` is the identity."""
 
-    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+    def unit(self, x: Tensor) -> Tensor:
         return _of_length_one(x, (-2, -1))
 
     def scaled(self, x: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ class Frobenius(Direction):
 class Sign(Direction):
     """Largest magnitude of an entry."""
 
-    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+    def unit(self, x: Tensor) -> Tensor:
         return x.sign()
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
@@ -152,7 +155,7 @@ class Sign(Direction):
 class OneHot(Direction):
     """Sum of the magnitudes of the entries. Of several largest entries the first counts, row by row."""
 
-    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+    def unit(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x.clone()
         flat = x.reshape(*x.shape[:-2], -1)
@@ -168,7 +171,7 @@ class Rows(Direction):
     norm: the largest RMS of a row, and the operator norm from RMS to max.
     """
 
-    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+    def unit(self, x: Tensor) -> Tensor:
         return _of_length_one(x, -1)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
@@ -179,7 +182,7 @@ class Rows(Direction):
 class Columns(Direction):
     """Largest Euclidean length of a column; with the factor "embedding_columns" that of an embedding (dim, tokens)."""
 
-    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+    def unit(self, x: Tensor) -> Tensor:
         return _of_length_one(x, -2)
 
     def saturated(self, x: Tensor, radius: Number) -> Tensor:
@@ -210,6 +213,7 @@ class Spectral(Direction):
         return self.preset != "svd" or self.coefficients is not None
 
     def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+        """The direction; slack: as one of `units`."""
         return self._polars([x], None if slack is None else [slack])[0]
 
     def units(self, xs: Sequence[Tensor], slacks: Sequence[Tensor]) -> list[Tensor]:
@@ -315,7 +319,7 @@ class Schatten(Direction):
     def capturable(self, dtype: torch.dtype, device: torch.device) -> bool:
         return schatten.by_products(self.p, self.method)
 
-    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+    def unit(self, x: Tensor) -> Tensor:
         return schatten.schatten(
             x, self.p, method=self.method, eps=self.eps, max_workspace_bytes=self.max_workspace_bytes
         )

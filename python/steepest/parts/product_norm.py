@@ -127,7 +127,7 @@ class Box(Direction):
     With Adam's preconditioner the step is Adam's whole, m / (sqrt(v) + eps): "adam_infty" of arXiv:2510.09827.
     """
 
-    def unit(self, x: Tensor, *, slack: Tensor | None = None) -> Tensor:
+    def unit(self, x: Tensor) -> Tensor:
         return x
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import steepest
 from steepest.linalg.schatten import compute_dtype
 from steepest.parts.direction import Columns, Direction, Frobenius, Nuclear, OneHot, Rows, Schatten, Sign, Spectral
+from steepest.recipe import Recipe
 from support.problems import FEW, SVD, gap, gaussian, polar_by_svd
+from support.training import both_backends, give_gradients, made, parameters
 
 
 def largest_entry(x: Tensor) -> Tensor:
@@ -301,3 +305,29 @@ def test_the_scaled_frobenius_step_is_the_gradient_itself() -> None:
 def test_a_base_norm_must_say_its_direction() -> None:
     with pytest.raises(NotImplementedError):
         Direction().unit(gaussian(2, 2))
+
+
+@dataclass(frozen=True)
+class LargestRow(Direction):
+    """`Rows` as somebody writes it who has read that a norm gives `unit`."""
+
+    def unit(self, x: Tensor) -> Tensor:
+        return unit_along(-1)(x)
+
+
+class ByLargestRow(steepest.Muon):
+    def recipe(self, group: dict[str, Any]) -> Recipe:
+        return replace(super().recipe(group), direction=LargestRow())
+
+
+@both_backends
+def test_a_norm_that_gives_its_direction_alone_is_stepped(backend: str) -> None:
+    """By the fused ops and by torch's, in directions that are lengths of rows."""
+    params = parameters([(6, 4), (6, 4), (3, 5)], torch.float64)
+    optimizer = made(ByLargestRow, params, lr=0.1, weight_decay=0.0, adjust_lr_fn="original", backend=backend)
+    start = [p.detach().clone() for p in params]
+    give_gradients(params, 0)
+    optimizer.step()
+    for p, w in zip(params, start, strict=True):
+        step = 0.1 * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+        torch.testing.assert_close(w - p.detach(), step * unit_along(-1)(p.grad), rtol=1e-9, atol=1e-12)
