@@ -23,7 +23,9 @@ TIGHT = [
     (tables.TURBO_8E3, 8e-3, (5, 5, 9), 1.03),
 ]
 #: A line of the table in `polar`'s docstring: names, or none where it goes on, steps, gain, l and where [l, 1] lands.
-PROMISE = re.compile(r"^ {8}(\S[\w, -]*?)? +(?:(\d+) +)?(\d+)( s)? +([\d.]+e-\d) +\[([\d.]+), ([\d.]+)\] ", re.MULTILINE)
+PROMISE = re.compile(
+    r"^ {8}(\S[\w, -]*?)? +(?:(\d+) +)?(\d+)( s)? +([\d.]+e-\d) +\[([\d.]+), ([\d.]+)\] ", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
