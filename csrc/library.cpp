@@ -282,17 +282,6 @@ STEEPEST_EXPORT const char* steepest_small_polar_refusal(const double* coefficie
   });
 }
 
-// What a node of this polar::Kind multiplies for matrices of this shape, as symm_gemm_plan takes it.
-STEEPEST_EXPORT const char* steepest_chain_product(int32_t kind, int64_t matrices, int64_t rows, int64_t columns) {
-  return text([&] {
-    const steepest::polar::Node node{static_cast<steepest::polar::Kind>(kind), 0, 0, 0, 0, {-1, 1}, {-1, 0}, 0};
-    const int64_t sizes[] = {matrices, rows, columns};
-    const sg::Shape shape = products_of(node, to_stacks(sizes, 1))[0].shape;
-    return json::numbers(std::vector<int64_t>{shape.batch, shape.m, shape.n, shape.k,
-                                              static_cast<int64_t>(shape.majors), shape.symmetric});
-  });
-}
-
 // The launches of a list of products, why products are refused, and the memory that all launches share, in bytes.
 STEEPEST_EXPORT const char* steepest_symm_gemm_plan(const int64_t* products, int64_t count, int32_t multiprocessors) {
   return text([&] {

@@ -19,6 +19,7 @@
 #include "multi_tensor/layout.h"
 #include "multi_tensor/params.h"
 #include "multi_tensor/plan.h"
+#include "polar/chain.h"
 
 namespace py = pybind11;
 namespace mt = steepest::multi_tensor;
@@ -76,6 +77,17 @@ py::dict float_formats(double value) {
   return out;
 }
 
+// (batch, m, n, k, Majors, symmetric) of what a node of this polar::Kind multiplies for matrices of this shape.
+std::tuple<int64_t, int64_t, int64_t, int64_t, int, bool> chain_product(int kind, int64_t matrices, int64_t rows,
+                                                                        int64_t columns) {
+  namespace polar = steepest::polar;
+  const polar::Node node{static_cast<polar::Kind>(kind), 0, 0, 0, 0, {-1, 1}, {-1, 0}, 0};
+  polar::Stack stack{};
+  stack.matrices = matrices, stack.rows = rows, stack.columns = columns;
+  const steepest::symm_gemm::Shape shape = polar::products_of(node, {stack})[0].shape;
+  return {shape.batch, shape.m, shape.n, shape.k, static_cast<int>(shape.majors), shape.symmetric};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -90,4 +102,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("may_overlap", &mt::may_overlap, py::arg("sizes"), py::arg("strides"));
   m.def("merge_dims", &merge_dims, py::arg("sizes"), py::arg("strides"));
   m.def("float_formats", &float_formats, py::arg("value"));
+  m.def("chain_product", &chain_product, py::arg("kind"), py::arg("matrices"), py::arg("rows"), py::arg("columns"));
 }

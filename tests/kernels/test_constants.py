@@ -125,10 +125,6 @@ def test_the_bits_of_a_status_are_those_of_csrc() -> None:
     assert (eigh_refresh.ACCEPTED, eigh_refresh.NOT_FINITE) == (basis.ACCEPTED, basis.NOT_FINITE)
 
 
-def test_what_multiplies_is_numbered_as_in_a_chain() -> None:
-    assert {name: polar_chain.KINDS.index(name) for name in ("gram", "product", "apply")} == extension.KINDS
-
-
 def test_what_python_says_to_have_from_csrc_is_compared() -> None:
     named = set()
     for path in (ROOT / "python" / "steepest").rglob("*.py"):

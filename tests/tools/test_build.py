@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 import steepest
 from steepest.ops import backend, multi_tensor, selfcheck
-from steepest.ops.extension import KINDS, MAJORS, Extension
+from steepest.ops.extension import Extension
 from steepest.tools import cli, facts
 from support.problems import FEW
 
@@ -856,14 +856,6 @@ def test_facts_are_the_same_in_the_module_for_developers() -> None:
         assert _C.build_info() == extension().build_info()
 
 
-def test_names_are_numbered_as_in_the_sources() -> None:
-    for names, header in ((MAJORS, "symm_gemm/params.h"), (KINDS, "polar/chain.h")):
-        text = (ROOT / "csrc" / header).read_text()
-        (body,) = re.findall(r"enum class (?:Majors|Kind) : u?int8_t \{([^}]*)\}", text)
-        order = re.findall(r"\w+(?=\s*(?:,|$))", re.sub(r"//.*", "", body).strip())
-        assert [order.index(name) for name in names] == list(KINDS.values() if names is KINDS else range(len(MAJORS)))
-
-
 @needs_extension
 def test_errors_come_with_the_words_of_the_library() -> None:
     with pytest.raises(ValueError, match="majors are kk, mnmn, kmn, got 'mk'"):
@@ -880,10 +872,9 @@ TOO_MUCH = "stacks have 1 to 1048576 matrices and at most 137438953472 elements 
 @pytest.mark.parametrize(
     "name,arguments,message",
     [
-        ("chain_product", ("gram", 0, 0, 0), f"{TOO_MUCH}0 matrices of 0 x 0"),
-        ("chain_product", ("apply", 1, 2**62, 2**62), TOO_MUCH),
-        ("chain_product", ("gram", 2**64 + 1, 4, 4), "18446744073709551617 does not fit into 64 bits"),
-        ("chain_product", ("dot", 1, 4, 4), "kinds are gram, product, apply, got 'dot'"),
+        ("polar_chunks", (*GRAM, [(0, 0, 0)], 132, 1 << 25), f"{TOO_MUCH}0 matrices of 0 x 0"),
+        ("polar_chunks", (*GRAM, [(1, 2**62, 2**62)], 132, 1 << 25), TOO_MUCH),
+        ("polar_chunks", (*GRAM, [(2**64 + 1, 4, 4)], 132, 1 << 25), "18446744073709551617 does not fit into 64 bits"),
         ("symm_gemm_plan", ([(2**64 + 1, 128, 128, 64, "kk", False)], 132), "does not fit into 64 bits"),
         ("polar_chunks", (*GRAM, [(2**60, 1024, 4096)], 132, 1 << 25), TOO_MUCH),
         ("polar_chunks", (*GRAM, [(500_000, 512, 512)] * 2, 132, 1 << 25), f"{TOO_MUCH}500000 matrices of 512 x 512"),

@@ -9,14 +9,13 @@ from __future__ import annotations
 import ctypes
 import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 LIBRARY = Path(__file__).parents[1] / "libsteepest.so"
 MAJORS = ("kk", "mnmn", "kmn")  # symm_gemm::Majors
-KINDS = {"gram": 0, "product": 1, "apply": 3}  # polar::Kind, of those that multiply
 
 _INTS, _FLOATS = POINTER(c_int64), POINTER(c_double)
 # The C functions: what they return, and take.
@@ -27,7 +26,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cpu_products": (c_int32, c_int32),
     "load_cusolver": (c_char_p, c_char_p),
     "small_polar_refusal": (c_char_p, _FLOATS, _INTS, _INTS, c_int64, _FLOATS, c_int64),
-    "chain_product": (c_char_p, c_int32, c_int64, c_int64, c_int64),
     "symm_gemm_plan": (c_char_p, _INTS, c_int64, c_int32),
     "advise_huge_pages": (None, c_void_p, c_int64),
     "whole_steps": (c_char_p, c_void_p, c_int64, *[c_void_p] * 8),
@@ -96,12 +94,6 @@ class Extension:
             "small_polar_refusal", coefficients, terms, sizes, len(tables), _floats(least), len(least)
         )
         return reason
-
-    def chain_product(self, kind: str, matrices: int, rows: int, columns: int) -> tuple[int, int, int, int, str, bool]:
-        """(batch, m, n, k, majors, symmetric) of what a "gram", "product" or "apply" multiplies for such matrices."""
-        sizes = _ints((matrices, rows, columns))
-        batch, m, n, k, majors, symmetric = self._text("chain_product", _number(kind, KINDS, "kinds"), *sizes)
-        return batch, m, n, k, MAJORS[majors], bool(symmetric)
 
     def symm_gemm_plan(
         self, products: Sequence[tuple[int, int, int, int, str, bool]], multiprocessors: int
@@ -189,10 +181,10 @@ class Extension:
         return value
 
 
-def _number(name: str, names: Mapping[str, int] | Sequence[str], what: str) -> int:
+def _number(name: str, names: Sequence[str], what: str) -> int:
     if name not in names:
         raise ValueError(f"{what} are {', '.join(names)}, got {name!r}")
-    return names[name] if isinstance(names, Mapping) else names.index(name)
+    return names.index(name)
 
 
 def _ints(values: Iterable[int]) -> ctypes.Array[c_int64]:
