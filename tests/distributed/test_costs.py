@@ -11,7 +11,7 @@ import torch
 import steepest
 from steepest.linalg.basis import eigh_refresh, refresh_work
 from steepest.linalg.polar import CPU_CHUNK, choose, choose_sharded, polar, polar_flop, sharded_polars
-from steepest.linalg.roots import ROOTS, inverse_root, inverse_root_flop
+from steepest.linalg.roots import ROOT_ORDERS, inverse_root, inverse_root_flop
 from steepest.linalg.schatten import schatten, schatten_work
 from steepest.linalg.work import Work
 from steepest.ops import backend, eigh
@@ -83,7 +83,7 @@ def test_a_refresh(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (said.solver > 0) == (method != "jr")
 
 
-@pytest.mark.parametrize("p", ROOTS)
+@pytest.mark.parametrize("p", ROOT_ORDERS)
 @pytest.mark.parametrize("ridge", [1e-6, 1e-3])
 def test_an_inverse_root(p: int, ridge: float) -> None:
     x = torch.randn(40, 80)

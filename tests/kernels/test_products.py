@@ -88,10 +88,8 @@ def test_averages_of_gram_matrices(batch: int, m: int, k: int, given: str, dtype
         assert torch.equal(found, found.mT)
         torch.testing.assert_close(found.double(), wanted, atol=1e-4 if dtype != D else 1e-12, rtol=0)
     assert torch.equal(factor, held)
-    assert syrk_ema(factor, x, weight, out=factor) is factor
-    assert torch.equal(factor, syrk_ema(held, x, weight))
     if batch == 1:
-        torch.testing.assert_close(syrk_ema(held[0], x[0], weight), factor[0])
+        torch.testing.assert_close(syrk_ema(factor[0], x[0], weight), found[0])
 
 
 def test_an_average_is_exact_at_both_ends() -> None:
@@ -124,7 +122,6 @@ def test_errors() -> None:
         (lambda: syrk_ema(a.half(), a.half(), 0.1), TypeError, "factor must be float32 or float64, got torch.float16"),
         (lambda: syrk_ema(a, a.double(), 0.1), TypeError, "no wider than the factor, torch.float32, got torch.float64"),
         (lambda: syrk_ema(a, a.int(), 0.1), TypeError, "x is floating"),
-        (lambda: syrk_ema(a, a, 0.1, out=a.double()), TypeError, "out must be of the factor's dtype"),
         (lambda: syrk_ema(a, a[:, 1:], 0.1), ValueError, r"do not fit: \(2, 4, 4\), \(2, 3, 4\)"),
         (lambda: syrk_ema(a, a, torch.ones(3)), ValueError, r"weight must hold 1 number or 2, .* shape \(3,\)"),
     ):
@@ -242,11 +239,11 @@ def test_what_the_kernel_is_given(on_a_gpu: list[Any], monkeypatch: pytest.Monke
     assert a.is_contiguous()
     assert b.is_contiguous()
     factor, g, weight = symmetric(3, 6), stack(3, 4, 6, dtype=B), torch.tensor(0.1)
-    assert syrk_ema(factor, g.mT, weight, out=factor) is factor
+    averaged = syrk_ema(factor, g.mT, weight)
     a, b, c, alpha, beta, _, out, options = on_a_gpu.pop()
     assert a.data_ptr() == b.data_ptr() == g.data_ptr(), "no copy of the gradient"
     assert (a.dtype, tuple(a.shape)) == (B, (3, 6, 4))
-    assert c.data_ptr() == out.data_ptr() == factor.data_ptr()
+    assert (c.data_ptr(), out.data_ptr()) == (factor.data_ptr(), averaged.data_ptr())
     assert alpha.shape == (3,)
     assert alpha.data_ptr() == weight.data_ptr()
     assert beta is None

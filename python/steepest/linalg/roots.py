@@ -30,7 +30,7 @@ from .chain import product_flop
 from .coefficients import Table
 from .scaling import inverse_power_of_two, largest_entry
 
-ROOTS = (1, 2, 4, 8)
+ROOT_ORDERS = (1, 2, 4, 8)
 # The bound exceeds the norms that it is taken from by more than their rounding.
 BOUND_SAFETY = 1.002
 # Where the lifting steps stop: all s within this of 1.  The steady quintic cubes the distance, the cubic squares it.
@@ -181,8 +181,9 @@ def _check(A: Tensor, p: int, ridge_rel: float) -> None:
         raise TypeError(f"inverse_root takes float32 or float64, got {A.dtype}; convert it first")
     if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
         raise ValueError(f"inverse_root takes square matrices (..., n, n), got shape {tuple(A.shape)}")
-    if p not in ROOTS:
-        raise ValueError(f"p must be one of {', '.join(map(str, ROOTS))}, got {p}; eigh_refresh has a basis for others")
+    if p not in ROOT_ORDERS:
+        known = ", ".join(map(str, ROOT_ORDERS))
+        raise ValueError(f"p must be one of {known}, got {p}; eigh_refresh has a basis for others")
     least = torch.finfo(A.dtype).eps
     if not least <= ridge_rel <= 1:
         raise ValueError(f"ridge_rel must be between {least:.1e} ({A.dtype} rounding) and 1, got {ridge_rel}")

@@ -70,22 +70,22 @@ def product(
     return out.view(*A.shape[:-1], B.shape[-1])
 
 
-def syrk_ema(factor: Tensor, x: Tensor, weight: Number | None, *, out: Tensor | None = None) -> Tensor:
+def syrk_ema(factor: Tensor, x: Tensor, weight: Number | None) -> Tensor:
     """``factor + weight (x @ x^T - factor)``, as torch.lerp.   factor and the result: (..., m, m), x: (..., m, k).
 
     factor: symmetric, fp32 or fp64. x: of its dtype, or of a narrower one, whose products are exact; of contiguous rows
     or columns, so that ``g.mT`` serves the other side. weight: a number, or a tensor of one or of one for each matrix,
-    read on the device; None for the sum ``factor + x @ x^T``. out, of contiguous rows, may be the factor; no other
-    argument is written. The result is symmetric to the bit. Not differentiable; deterministic.
+    read on the device; None for the sum ``factor + x @ x^T``. No argument is written. The result is symmetric to
+    the bit. Not differentiable; deterministic.
 
     Raises:
         TypeError: a factor that is not fp32 or fp64, x of a wider dtype.
         ValueError: shapes that do not fit.
     """
-    _check_average(factor, x, weight, out)
+    _check_average(factor, x, weight)
     lead, m = factor.shape[:-2], factor.shape[-1]
     batch = math.prod(lead)
-    result = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device) if out is None else out
+    result = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
     average, rows, into = _stack(factor), _stack(x), result.view(batch, m, m)
     if isinstance(weight, Tensor):
         weight = weight.to(factor.dtype).reshape(-1).expand(batch)
@@ -179,15 +179,13 @@ def _check(A: Tensor, B: Tensor, C: Tensor | None, precision: str) -> None:
         raise ValueError(f"shapes do not make a product: {', '.join(str(tuple(x.shape)) for x in matrices)}")
 
 
-def _check_average(factor: Tensor, x: Tensor, weight: Number | None, out: Tensor | None) -> None:
+def _check_average(factor: Tensor, x: Tensor, weight: Number | None) -> None:
     if factor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"factor must be float32 or float64, got {factor.dtype}; convert it first")
     if not x.is_floating_point() or torch.promote_types(factor.dtype, x.dtype) != factor.dtype:
         raise TypeError(f"x is floating and no wider than the factor, {factor.dtype}, got {x.dtype}")
-    if out is not None and out.dtype != factor.dtype:
-        raise TypeError(f"out must be of the factor's dtype {factor.dtype}, got {out.dtype}")
     square = factor.ndim >= 2 and factor.shape[-1] == factor.shape[-2] and x.shape[:-1] == factor.shape[:-1]
-    if not square or (out is not None and out.shape != factor.shape):
+    if not square:
         raise ValueError(f"factor (..., m, m) and x (..., m, k) do not fit: {tuple(factor.shape)}, {tuple(x.shape)}")
     batch = math.prod(factor.shape[:-2])
     if isinstance(weight, Tensor) and weight.numel() not in (1, batch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, overload
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,6 @@ from ..step.coupling import Coupling, dot, inner_products
 from ..step.executor import Directed, Executor
 from ..step.parameter import Matrices, Parameter, signed_gradient
 from ..step.plan import Plan
-
-Scale = Literal["lmo", "dual"]
 
 # State of every parameter: the dual norms of its matrices when they last moved; the average of <W, G>.
 DESCENT, INNER = "descent", "inner_average"

@@ -30,8 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...linalg.roots import ROOTS as POWERS
-from ...linalg.roots import inverse_root, inverse_root_flop
+from ...linalg.roots import ROOT_ORDERS, inverse_root, inverse_root_flop
 from ...linalg.work import Work, square_flop
 from ...ops.matmul import matmul
 from ...ops.power import power
@@ -66,7 +65,7 @@ class Roots(Kronecker):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = [2 / p for p in POWERS if p > 1]
+        choices = [2 / p for p in ROOT_ORDERS if p > 1]
         if self.exponent not in choices:
             raise ValueError(
                 f"exponent should be one of {', '.join(f'{e:g}' for e in choices)} but is: {self.exponent}; "
