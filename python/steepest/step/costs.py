@@ -24,6 +24,6 @@ def matrix_work(recipe: Recipe, rows: int, cols: int, dtype: torch.dtype = torch
     return work if recipe.kronecker is None else work + recipe.kronecker.work(rows, cols, device)
 
 
-def cost(recipe: Recipe, rows: int, cols: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> int:
+def cost(recipe: Recipe, rows: int, cols: int, device: str = "cuda") -> int:
     """`matrix_work` as one whole number that grows with its time (`Work.cost`), the same on every rank."""
-    return matrix_work(recipe, rows, cols, dtype, device).cost
+    return matrix_work(recipe, rows, cols, device=device).cost

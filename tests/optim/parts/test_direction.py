@@ -302,6 +302,18 @@ def test_the_scaled_frobenius_step_is_the_gradient_itself() -> None:
     assert Frobenius().scaled(x) is x
 
 
+def test_the_spectral_direction_says_how_far_its_bound_was() -> None:
+    """||X||_F over the bound, between 1 and the ratio of the two norms."""
+    xs = [gaussian(2, 6, 9).float(), gaussian(3, 5, 5).float()]
+    slacks, alone = ([torch.full((len(x),), math.nan) for x in xs] for _ in range(2))
+    ds = Spectral().units(xs, slacks)
+    for x, d, slack, one in zip(xs, ds, slacks, alone, strict=True):
+        assert torch.equal(Spectral().unit(x, slack=one), d)
+        assert torch.equal(one, slack)
+        most = torch.linalg.matrix_norm(x) / torch.linalg.matrix_norm(x, 2)
+        assert bool(((slack >= 1 - 1e-6) & (slack <= most * (1 + 1e-5))).all())
+
+
 def test_a_base_norm_must_say_its_direction() -> None:
     with pytest.raises(NotImplementedError):
         Direction().unit(gaussian(2, 2))
