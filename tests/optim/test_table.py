@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from steepest.optimizer import MatrixOptimizer
 from steepest.parts import Columns, Diagonal, Frobenius, Hyper, Identity, Rotated, Rows, Schatten, Sides, Sign, Spectral
 from steepest.recipe import step_one
 from steepest.zoo.scion import Scion
-from steepest.zoo.vector import MADGRAD, AdaGrad, Adam, AdamSANIA, NormalizedSGD, SignSGD
+from steepest.zoo.vector import MADGRAD, SGD, AdaGrad, Adam, AdamSANIA, NormalizedSGD, SignSGD
 from support.problems import RECIPES, Change, Network, gap, gaussian, polar_by_svd, uniform
 
 LR, WD, B1, B2, EPS = 0.02, 0.1, 0.9, 0.95, 1e-6
@@ -48,6 +49,7 @@ class Row:
 
 
 TABLE = {
+    "SGD": Row(SGD, (Frobenius,), "dual"),
     "Normalized SGD": Row(NormalizedSGD, (Frobenius,), "lmo"),
     "SignSGD": Row(SignSGD, (Sign,), "lmo"),
     "Muon": Row(steepest.Muon, (Spectral,), "lmo"),
@@ -77,8 +79,14 @@ class Language(nn.Module):
         self.lm_head = nn.Linear(4, 7, bias=False)
 
 
-def test_the_table_has_sixteen_rows() -> None:
-    assert len(TABLE) == len({row.cls for row in TABLE.values()}) == 16
+def test_every_class_that_says_to_be_a_row_is_here() -> None:
+    assert len({row.cls for row in TABLE.values()}) == len(TABLE)
+    said = {}
+    for cls in (getattr(steepest, name) for name in steepest.zoo.__all__):
+        for row in re.findall(r"\brow\s+([\w\s-]+?)\s+of\s+Table\s+1\b", vars(cls).get("__doc__") or ""):
+            said[" ".join(row.split())] = cls
+    assert len(said) > 5
+    assert {name: TABLE[name].cls for name in said} == said
 
 
 @pytest.mark.parametrize("name", TABLE)

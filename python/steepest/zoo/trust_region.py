@@ -180,7 +180,8 @@ class TrustRegion(VectorOptimizer):
     momentum: in [0, 1), 1 - alpha of the paper.   polar, adjust_lr_fn: as in `steepest.MuAdam`.
 
     Equals `NormalizedSGD`, `SignSGD` and `steepest.Muon(nesterov=False)` in their norms but for the first average,
-    which there begins at zero. With an iterative `polar` the ball is as exact as that is. Steps by torch operations.
+    which there begins at zero. With an iterative `polar` the ball is as exact as that is.
+    composite="ridge" steps by torch operations.
 
     Source: arXiv:2503.12645, Algorithm 1.
     """
