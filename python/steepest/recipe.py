@@ -405,9 +405,10 @@ class Recipe:
         return self.precondition.into(state, m, hyper, state.get("step"))
 
     def direction_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """The dtype in which a direction's input is gathered, of a gradient in `dtype`, fp32 at least: that in which the
-        direction works. But fp16, into whose range the fused ops scale what they store, is not for what torch
-        operations make of it.
+        """The dtype in which a direction's input is gathered, of a gradient in `dtype`, fp32 at least.
+
+        It is that in which the direction works, but `dtype` for fp16 where torch operations make the input: only the
+        fused ops scale what they store into the range of fp16.
         """
         works = self.direction.compute_dtype(dtype, device)
         return dtype if works is torch.float16 and self.by_matrix else works
