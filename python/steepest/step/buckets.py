@@ -51,7 +51,7 @@ class FusedItem:
 
     @property
     def lines(self) -> slice:
-        """Those of its matrices in the table of sums."""
+        """The lines of its matrices in the table of sums."""
         return slice(self.line, self.line + self.count)
 
     @property

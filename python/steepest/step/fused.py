@@ -12,7 +12,9 @@ in the launch (Triton's table of them is keyed by its contents), so no new gradi
 borrowed from torch's allocator, so that between steps their memory is free for activations.
 
 Recipes with Kronecker factors or other transforms of the update have torch operations between the ops and the
-direction. Gradients that a recipe corrects are made by torch operations, and the ops read what these gave.
+direction. Of a recipe with a submatrix they choose its rows of what `update_moments` has stored, and damp the momentum
+of these with the updates; where ranks share the matrices all moments come first, so that one sum serves all choices.
+Gradients that a recipe corrects are made by torch operations, and the ops read what these gave.
 """
 
 from __future__ import annotations
@@ -120,8 +122,8 @@ class Fused:
         self._watched = [p.momentum for p in parameters if p.input_dtype is torch.float16]
         self._versions: list[int] = []
         self._damped_items = [item for item in self._items if item.parameter.recipe.submatrix is not None]
-        lines_damped = [line for item in self._damped_items for line in range(item.line, item.line + item.count)]
-        self._damped_lines = torch.tensor(lines_damped, dtype=torch.int64, device=self.device)
+        lines = [line for item in self._damped_items for line in range(item.lines.start, item.lines.stop)]
+        self._damped_lines = torch.tensor(lines, dtype=torch.int64, device=self.device)
         self._rows = {group: self._span(group) for group in set(self._group_of)}
         self._remember_state()
 
