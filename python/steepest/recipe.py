@@ -405,8 +405,13 @@ class Recipe:
         return self.precondition.into(state, m, hyper, state.get("step"))
 
     def direction_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """The dtype in which a direction's input is gathered, of a gradient in `dtype`, fp32 at least."""
-        return self.direction.compute_dtype(dtype, device)
+        """The dtype in which a direction's input is gathered, of a gradient in `dtype`, fp32 at least.
+
+        It is that in which the direction works, but `dtype` for fp16 where torch operations make the input: only the
+        fused ops scale what they store into the range of fp16.
+        """
+        works = self.direction.compute_dtype(dtype, device)
+        return dtype if works is torch.float16 and self.by_matrix else works
 
     def descent_direction(self, x: Tensor, hyper: Hyper) -> Tensor:
         """The step in the preconditioner's variables, before the learning rate."""

@@ -19,7 +19,7 @@ from support.training import EVERY, both_kinds, give_gradients
 pytestmark = pytest.mark.skipif(backend.extension is None, reason=f"{backend.extension_reason}")
 
 #: Those that the fused ops leave to torch operations; step/program.py says why.
-BY_TORCH = (steepest.OrthogonalSGDM, steepest.Fromage, steepest.Dion2)
+BY_TORCH = (steepest.OrthogonalSGDM, steepest.Fromage)
 
 
 def run(cls: type[MatrixOptimizer], steps: int = 8, **options: Any) -> tuple[list[nn.Parameter], list[int]]:

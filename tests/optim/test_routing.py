@@ -244,7 +244,7 @@ def test_names_alone(name: str, rule: str) -> None:
     ],
 )
 def test_shapes_alone_for_adamw(shape: tuple[int, ...], reason: str) -> None:
-    (r,) = route_by_shape([torch.zeros(shape)])
+    (r,) = route([torch.zeros(shape)])
     assert (r.name, r.rule, r.reason) == ("param_0", "adamw", reason)
 
 
@@ -498,9 +498,13 @@ def test_bad_input(params: Any, error: type[Exception], message: str) -> None:
         route(params)
 
 
-def test_route_by_shape_refuses_names() -> None:
-    with pytest.raises(TypeError, match="takes tensors alone"):
-        route_by_shape(GPT().named_parameters())
+def test_route_by_shape_is_route() -> None:
+    tensors = [torch.zeros(4, 3), torch.zeros(7), torch.zeros(5, 4, 3)]
+    with pytest.warns(DeprecationWarning, match=r"call steepest\.routing\.route"):
+        routes = route_by_shape(tensors)
+    assert [(r.name, r.rule, r.reason, dict(r.values)) for r in routes] == [
+        (r.name, r.rule, r.reason, dict(r.values)) for r in route(tensors)
+    ]
 
 
 # Text
@@ -509,7 +513,7 @@ def test_route_by_shape_refuses_names() -> None:
 def test_summary() -> None:
     def routes(*sizes: tuple[int, ...]) -> list[Route]:
         tensors: list[Tensor] = [torch.empty(size, device="meta") for size in sizes]
-        return route_by_shape(tensors)
+        return route(tensors)
 
     text = summary(routes((2048, 3072), (4, 3), (39, 1000, 1), (7,)), "MuAdam")
     assert text == "2 matrices (6.3M) by MuAdam, 2 others (39.0K) by AdamW"

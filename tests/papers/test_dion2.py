@@ -65,11 +65,12 @@ def made(shape: Sequence[int], **options: object) -> tuple[Dion2, nn.Parameter]:
     return Dion2([{"params": [w], "use_muon": True}], **values), w
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("after", [None, "rows"])
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75, 1.0])
 @every_shape
-def test_the_papers_rule(shape: tuple[int, int], fraction: float, after: str | None) -> None:
-    optimizer, w = made(shape, fraction=fraction, after=after)
+def test_the_papers_rule(shape: tuple[int, int], fraction: float, after: str | None, backend: str) -> None:
+    optimizer, w = made(shape, fraction=fraction, after=after, backend=backend)
     start, of = w.detach().clone(), unequal_gradients(STEPS, shape)
     wanted = dion2(start, of, fraction, rows=after == "rows")
     for now, then in zip(trajectory(optimizer, w, of), wanted, strict=True):

@@ -217,13 +217,13 @@ def test_plans_of_a_hundred_thousand_ranks() -> None:
 
 
 def test_of_a_submatrix_its_share_travels() -> None:
-    """Of 8 of 32 columns a quarter, and 32 norms; of shared work the quarter alone."""
+    """Of 8 of 32 columns a quarter, in fp32, and 32 norms; of shared work that alone."""
     model = (Parameters(8, (64, 32), "matrix"),)
     whole, part = of("owner", model, "Muon", 8), of("owner", model, "Dion2", 8)
-    assert [4 * (sent - 2 * 7 * 8 * 8 * 32 // 8) for sent in part.sent] == whole.sent
+    assert [2 * (sent - 2 * 7 * 8 * 8 * 32 // 8) for sent in part.sent] == whole.sent
     assert part.stages == whole.stages + 2 * 3
     assert part.work == [scale.method_of("Muon", "auto").work(64, 8)] * 8
-    assert [4 * sent for sent in of("share", model, "Dion2", 8).sent] == of("share", model, "Muon", 8).sent
+    assert [2 * sent for sent in of("share", model, "Dion2", 8).sent] == of("share", model, "Muon", 8).sent
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])

@@ -73,7 +73,7 @@ class Submatrix:
 
     def put(self, t: Tensor, chosen: Tensor, like: Tensor, dim: int) -> Tensor:
         """Zeros of the shape of `like`, but t in the chosen rows or columns."""
-        return t.new_zeros(like.shape).scatter(dim, _along(chosen, dim, t), t)
+        return t.new_zeros(like.shape).scatter_(dim, _along(chosen, dim, t), t)
 
     def damped(self, m: Tensor, chosen: Tensor, beta: Number, dim: int) -> Tensor:
         """The momentum once its chosen part has been stepped by, in fp32 or fp64."""

@@ -39,7 +39,10 @@ def route(params: Routable, *, overrides: Overrides | None = None) -> list[Route
     """One `Route` per trainable parameter, in order of first appearance; tied parameters appear once.
 
     params: a module (types, names and shapes decide), names with tensors such as `named_parameters()` or a mapping
-        (names and shapes decide), or tensors alone (as `route_by_shape`; overrides need names).
+        (names and shapes decide), or tensors alone (shapes decide, and overrides need names): "param_0", ..., of two
+        dimensions or more to the matrix method, else AdamW. Three dimensions are a batch of matrices, four or more are
+        flattened to (shape[0], rest), unless a rule about shapes claims them. Tensors alone that need no gradient are
+        kept: who passes them has chosen them.
     overrides: {pattern or module type: what}. A pattern is an fnmatch pattern on the full name; what is "matrix",
         "adamw", "exclude", or group values such as {"num_heads": 12} or {"rule": "adamw", "lr": 1e-4}. The first entry
         that matches decides; "matrix" passes over parameters with fewer than two dimensions.
@@ -51,16 +54,10 @@ def route(params: Routable, *, overrides: Overrides | None = None) -> list[Route
 
 
 def route_by_shape(params: Iterable[Tensor]) -> list[Route]:
-    """Routes for tensors without names ("param_0", ...): two dimensions or more to the matrix method, else AdamW.
-
-    Three dimensions are a batch of matrices, four or more are flattened to (shape[0], rest), unless a rule about shapes
-    claims them. Tensors that need no gradient are kept: who passes a tensor alone has chosen it. Warns and raises as
-    `route` does.
-    """
-    places, named = read_places(params)
-    if named:
-        raise TypeError("route_by_shape takes tensors alone: pass names or a model to route()")
-    return decide(places, named, None)
+    """`route` by the name that it had for tensors alone, with a DeprecationWarning; version 1 drops it."""
+    message = "steepest.routing.route_by_shape is route now, which takes tensors alone too: call steepest.routing.route"
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return route(params)
 
 
 def fused_layouts(params: Routable) -> dict[str, dict[str, Any]]:

@@ -50,6 +50,11 @@ class FusedItem:
         return 1 if self.matrices is None else self.matrices.piece.batch
 
     @property
+    def lines(self) -> slice:
+        """The lines of its matrices in the table of sums."""
+        return slice(self.line, self.line + self.count)
+
+    @property
     def size(self) -> int:
         """Elements of a matrix."""
         return self.parameter.tensor.numel() if self.matrices is None else math.prod(self.matrices.shape[1:])
@@ -65,8 +70,11 @@ class FusedItem:
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """The dtype of what `update_moments` stores: the direction's own, or that of the rotations before it."""
-        return self.parameter.wide_dtype if self.by_torch else self.parameter.input_dtype
+        """The dtype of what `update_moments` stores: the direction's own, or that of the torch operations before it."""
+        p = self.parameter
+        if p.recipe.submatrix is not None:  # which becomes the momentum again, all of its bits
+            return torch.promote_types(p.wide_dtype, p.momentum.dtype)
+        return p.wide_dtype if self.by_torch else p.input_dtype
 
     @property
     def moves_weights(self) -> bool:
@@ -82,6 +90,7 @@ class FusedItem:
             and recipe.direction.moves
             and isinstance(recipe.precondition, Identity)
             and not recipe.transforms
+            and recipe.submatrix is None
             and p.tensor.is_contiguous()
             and all(piece.dim == 0 and piece.groups == 1 and not piece.transposed for piece in p.pieces)
         )
@@ -157,6 +166,8 @@ class Bucket:
     _is_stepped = False
     #: what `update_moments` stored of a step whose updates are yet to be made
     _momenta = torch.empty(0)
+    #: the rows or columns of each of its matrices that step, of a recipe with a submatrix
+    _chosen: Tensor | None = None
     #: whether `apply_update` can normalize its updates
     _normalizes = False
     #: how each item's update is yet to be normalized; none where they are as they should be
@@ -180,8 +191,11 @@ class Bucket:
         if not self.by_torch or self._is_stepped:
             return stored
         self._momenta = stored
+        if self.recipe.submatrix is not None:
+            self._chosen = self.recipe.submatrix.chosen(stored)
         if isinstance(self.recipe.precondition, Identity):
-            return stored.to(self.dtype)
+            hyper = self.items[0].parameter.step_values.hyper
+            return self.recipe.direction_input({}, stored, hyper, chosen=self._chosen).to(self.dtype)
         together = self._turned_together("into", stored, self.counts, self.shape, self.sizes)
         if together is not None:
             return together
@@ -240,6 +254,7 @@ class Bucket:
             self._is_stepped = False
             return parts
         momenta, self._momenta = self._momenta, self._momenta[:0]
+        chosen, self._chosen = self._chosen, None
         if self.normalization is not None:
             d = d.contiguous()
             self.normalizations = self._left_normalizations(self.normalization, d, momenta)
@@ -249,17 +264,18 @@ class Bucket:
             self.factors = self._scaled(momenta)
             return [part.contiguous() for part in parts]
         if self._at_once:
-            return self._transformed(d, momenta)
+            return self._transformed(d, momenta, chosen)
         together = None
         if not self.recipe.transforms and self.dtype is self.stored_dtype:
             together = self._turned_together("back", d, self.sizes, self.stored_shape, self.counts)
         if together is not None:
             return list(together.split(self.counts))
         updates = []
-        for item, part, m in zip(self.items, parts, momenta.split(self.counts), strict=True):
+        places = [None] * len(self.items) if chosen is None else chosen.split(self.counts)
+        for item, part, m, some in zip(self.items, parts, momenta.split(self.counts), places, strict=True):
             assert item.matrices is not None
             state, hyper, g = item.matrices.recipe_state(), item.parameter.step_values.hyper, item.matrices.grad
-            u, remembered = self.recipe.update(state, part, m, hyper, item.matrices.elementwise(g))
+            u, remembered = self.recipe.update(state, part, m, hyper, item.matrices.elementwise(g), some)
             item.matrices.keep(remembered)
             updates.append(u.to(self.stored_dtype).contiguous())
         return updates
@@ -311,7 +327,7 @@ class Bucket:
         alone = len(self.items) == 1 or recipe.counts_steps or not isinstance(recipe.precondition, Identity)
         return not alone and layouts <= {"row", "matrix"} and not any(each.reads_gradient for each in transforms)
 
-    def _transformed(self, d: Tensor, momenta: Tensor) -> list[Tensor]:
+    def _transformed(self, d: Tensor, momenta: Tensor, chosen: Tensor | None) -> list[Tensor]:
         """The updates, by one call of the transforms for all items of a group."""
         updates: list[Tensor] = []
         keys = [spec.key for transform in self.recipe.transforms for spec in transform.specs]
@@ -321,7 +337,8 @@ class Bucket:
             counts = [item.piece.batch for item in some]
             rows = slice(first, first + sum(counts))
             state = {key: torch.cat([item.state[key] for item in some]) for key in keys}
-            u, fresh = self.recipe.update(state, d[rows], momenta[rows], some[0].parameter.step_values.hyper)
+            hyper, places = some[0].parameter.step_values.hyper, None if chosen is None else chosen[rows]
+            u, fresh = self.recipe.update(state, d[rows], momenta[rows], hyper, chosen=places)
             for item, *parts in zip(some, *(t.split(counts) for t in fresh.values()), strict=True):
                 item.keep(dict(zip(fresh, parts, strict=True)))
             updates += u.to(self.stored_dtype).contiguous().split(counts)
@@ -380,18 +397,19 @@ class FusedBatch:
     """Items that share launches: the first `whole` of them take their whole step in `update_moments`, the others lie
     in buckets, one after another; `late` are those that `apply_update` moves.
 
-    coupled: the moments were updated by an earlier call (`observe`), so that this batch's reads them only.
+    moments_first: the moments were updated by an earlier call (`observe`), so that this batch's reads them only.
     observed, read, stepped: what `update_moments` is called with by `observe` and by `send`, and `apply_update`.
     """
 
-    def __init__(self, whole: Sequence[FusedItem], buckets: Sequence[Bucket], coupled: bool) -> None:
+    def __init__(self, whole: Sequence[FusedItem], buckets: Sequence[Bucket], moments_first: bool) -> None:
         self.whole = len(whole)
+        self.moments_first = moments_first
         self.buckets = buckets
         self.items = [*whole, *(item for bucket in buckets for item in bucket.items)]
         self.late = [i for i in range(self.whole, len(self.items)) if not self.items[i].moves_weights]
         programs = [item.program for item in self.items]
         self.observed = Items(tuple(item.item(program) for item, program in zip(self.items, programs, strict=True)))
-        reading = [replace(program, frozen_moments=True) if coupled else program for program in programs]
+        reading = [replace(program, frozen_moments=True) if moments_first else program for program in programs]
         self.read = Items(tuple(item.item(program) for item, program in zip(self.items, reading, strict=True)))
         self.stepped = Items(tuple(self.items[i].item(programs[i]) for i in self.late))
         #: the scratch of blocks that normalize updates: zeroed now, as a step may be captured in a graph
@@ -494,17 +512,17 @@ def bucket_key(item: Matrices) -> tuple[object, ...]:
 
 
 def in_batches(
-    whole: Sequence[FusedItem], sized: Sequence[tuple[Bucket, int]], max_bytes: int, coupled: bool
+    whole: Sequence[FusedItem], sized: Sequence[tuple[Bucket, int]], max_bytes: int, moments_first: bool
 ) -> Iterator[FusedBatch]:
     """Batches of buckets, whose inputs and directions take so many bytes each."""
     # Where layers wait, directions that are cheap are made twice and the others kept: a batch has one kind.
-    cheap = [each for each in sized if coupled and not each[0].recipe.direction.batched]
+    cheap = [each for each in sized if moments_first and not each[0].recipe.direction.batched]
     for kind in (cheap, [each for each in sized if each not in cheap]):
         for chosen in chunk_by_bytes(kind, lambda each: each[1], max_bytes):
-            yield FusedBatch(whole, [bucket for bucket, _ in chosen], coupled)
+            yield FusedBatch(whole, [bucket for bucket, _ in chosen], moments_first)
             whole = []
     if whole:
-        yield FusedBatch(whole, [], coupled)
+        yield FusedBatch(whole, [], moments_first)
 
 
 def _bytes_of_call(item: FusedItem) -> int:

@@ -211,10 +211,12 @@ class Eager:
         shared: list[Batch] = []
         matrices = self._matrices
         if self._ranks is not None:
+            from .shared_submatrix import choose
+
             here = {(p.group, p.index) for p in self.parameters if is_elementwise(p.recipe) and not self._coupled}
             away = [p for p in self.parameters if p.step_values.phase.steps and (p.group, p.index) not in here]
             travelling = self._shared(away)
-            self._choose(travelling)
+            choose(travelling)
             shared = [SharedBatch(each) for each in travelling]
             matrices = [item for item in self._parts if item.place[:2] in here]
         buckets: dict[tuple[object, ...], list[Matrices]] = {}
@@ -227,13 +229,6 @@ class Eager:
             for bucket in buckets.values()
             for batch in chunk_by_bytes(bucket, _workspace_bytes, bucket[0].parameter.options.max_workspace_bytes)
         ]
-
-    def _choose(self, travelling: Sequence[SharedMatrices]) -> None:
-        """Says which rows of these matrices travel, of those whose steps take some of them."""
-        if any(each.recipe.submatrix is not None for each in travelling):
-            from .shared_submatrix import SharedSubmatrices, choose
-
-            choose([each for each in travelling if isinstance(each, SharedSubmatrices)])
 
     def items(self, batch: Batch) -> list[list[Matrices]]:
         return [list(batch.matrices)]

@@ -12,7 +12,9 @@ in the launch (Triton's table of them is keyed by its contents), so no new gradi
 borrowed from torch's allocator, so that between steps their memory is free for activations.
 
 Recipes with Kronecker factors or other transforms of the update have torch operations between the ops and the
-direction. Gradients that a recipe corrects are made by torch operations, and the ops read what these gave.
+direction. Of a recipe with a submatrix they choose its rows of what `update_moments` has stored, and damp the momentum
+of these with the updates; where ranks share the matrices all moments come first, so that one sum serves all choices.
+Gradients that a recipe corrects are made by torch operations, and the ops read what these gave.
 """
 
 from __future__ import annotations
@@ -66,6 +68,12 @@ class Fused:
         self.device = skipped.device
         self.backend = backend
         self._max_bytes, self._coupled = max_workspace_bytes, coupled
+        #: ranks that share the parameters, all of them or none
+        self._ranks = parameters[0].ranks
+        #: those whose momentum is damped once a step has been taken by it
+        self._damped = [p for p in parameters if p.recipe.submatrix is not None]
+        #: whether all moments are updated before a direction is taken: ranks choose rows of all matrices at once
+        self._moments_first = coupled or bool(self._ranks and self._damped)
         self._packed = [program.packed() for program in programs]
         self._group_of = [p.group for p in parameters]
         self._items = items_of(parameters, programs)
@@ -79,8 +87,6 @@ class Fused:
         self._column = cache(self.table.column)
         self._absent = torch.empty(0, device=self.device)
         self._steps = [p.state.get("step", self._absent) for p in parameters]
-        #: ranks that share the parameters, all of them or none
-        self._ranks = parameters[0].ranks
         self.prefetch = 0 if self._ranks is None else 1
         self._whole = {row for row, program in enumerate(programs) if program.whole}
         sharing = [p for row, p in enumerate(parameters) if self._ranks and row not in self._whole]
@@ -115,6 +121,9 @@ class Fused:
         self._measuring = list(self._shared(measuring)) if self._ranks else []
         self._watched = [p.momentum for p in parameters if p.input_dtype is torch.float16]
         self._versions: list[int] = []
+        self._damped_items = [item for item in self._items if item.parameter.recipe.submatrix is not None]
+        lines = [line for item in self._damped_items for line in range(item.lines.start, item.lines.stop)]
+        self._damped_lines = torch.tensor(lines, dtype=torch.int64, device=self.device)
         self._rows = {group: self._span(group) for group in set(self._group_of)}
         self._remember_state()
 
@@ -138,9 +147,9 @@ class Fused:
             parts = [of_part[part.place] for part in shared.parts]
             places = [rows[item.parameter.group, item.parameter.index] for item in shared.matrices]
             sized.append((SharedBucket(shared, parts, places), shared.input_bytes))
-        batches = list(in_batches([], sized, bytes_at_once(travelling, self._max_bytes), self._coupled))
+        batches = list(in_batches([], sized, bytes_at_once(travelling, self._max_bytes), self._moments_first))
         if whole:
-            batches.insert(1, FusedBatch(whole, [], self._coupled))  # while the first travels
+            batches.insert(1, FusedBatch(whole, [], moments_first=False))  # while the first travels
         return batches
 
     def _shared(self, parameters: Sequence[Parameter]) -> Iterator[SharedMatrices]:
@@ -161,12 +170,11 @@ class Fused:
     def _remember_state(self) -> None:
         """Sums as a step that is not taken leaves them; the momenta's largest entries bound the next fp16 input."""
         for item in self._items:
-            lines = slice(item.line, item.line + item.count)
-            m, p = (item.view(t).reshape(item.count, -1) for t in (item.parameter.momentum, item.parameter.tensor))
-            self._column("momentum_max")[lines] = m.abs().amax(-1)
+            lines = item.lines
+            m, p = item.parameter.momentum, item.parameter.tensor
+            self._column("momentum_max")[lines] = item.view(m).reshape(item.count, -1).abs().amax(-1)
             for name, t in (("momentum_sq", m), ("param_sq", p)):
-                wide = torch.promote_types(t.dtype, torch.float32)
-                self._column(name)[lines] = torch.linalg.vector_norm(t, dim=-1, dtype=wide).double().square()
+                self._column(name)[lines] = _norms(item, t).double().square()
             if item.moves_weights:
                 for name in ("update_sq", "param_sq"):  # nobody measures them
                     self._column(name)[lines] = torch.nan
@@ -189,13 +197,10 @@ class Fused:
         if waiting:
             steps = [self._absent if row in waiting else step for row, step in enumerate(steps)]
         scaled = scaling[self.device]
-        of_ops = hypers
         if self._corrections:
             self._correct(hypers, scaled)
             scaled = replace(scaled, grad_scale=None)
-            if self._penalizes:
-                of_ops = [replace(hyper, weight_decay=0.0) for hyper in hypers]
-        groups = groups_of(of_ops, self._group_of, self.device)
+        groups = groups_of(self._of_ops(hypers), self._group_of, self.device)
         arguments = (steps, self.table, self._packed, self._first_sums, groups, scaled)
         grads = [p.grad_of_ops if p.tensor.numel() else p.grad.new_zeros(1) for p in self.parameters]  # an empty shard
         allowed = [p.allowed for p in self.parameters]
@@ -219,6 +224,15 @@ class Fused:
             p = self.parameters[row]
             g = p.corrected if p.corrected is not None else self._signed(p, scaled)
             p.step = StepValues(g, flags[row], phase, hypers[p.group])
+
+    def _of_ops(self, hypers: Sequence[Hyper]) -> list[Hyper]:
+        """The numbers as the ops go by them: without what torch operations do of a step."""
+        some = list(hypers)
+        if self._penalizes:  # the gradient has the decay
+            some = [replace(hyper, weight_decay=0.0) for hyper in some]
+        for group in {p.group for p in self._damped}:
+            some[group] = replace(some[group], beta1=1.0)
+        return some
 
     def _signed(self, p: Parameter, scaled: Scaling) -> Tensor:
         return signed_gradient(p.grad, p.options.maximize, scaled.grad_scale)
@@ -300,8 +314,8 @@ class Fused:
                 store_if(step.finite, p.state, p.recipe.observe(p.state, step.grad, hyper))
         self._corrections.remember()
         self._factors.observe(self._observed)
-        for batch in self._present if self._coupled else ():
-            if not batch.items:  # nothing of it lies here
+        for batch in self._present:
+            if not batch.moments_first or not batch.items:  # nothing of it lies here
                 continue
             grads, rest = batch.grads(), len(batch.items)
             multi_tensor.update_moments(
@@ -315,6 +329,16 @@ class Fused:
                 batch.observed,
                 backend=self.backend,
             )
+        if self._ranks and self._damped:
+            self._choose()
+
+    def _choose(self) -> None:
+        """Says which rows travel, of the matrices that step by some of theirs."""
+        from .shared_bucket import SharedBucket
+        from .shared_submatrix import choose
+
+        buckets = [bucket for batch in self._present for bucket in batch.buckets]
+        choose([bucket.shared for bucket in buckets if isinstance(bucket, SharedBucket)])
 
     def batches(self) -> list[FusedBatch]:
         return self._present
@@ -419,10 +443,18 @@ class Fused:
     def finish(self) -> None:
         self._factors.update(after=True)
         advance_clocks(list(self._by_torch.values()))
+        if self._damped:
+            self._measure_damped()
         for row in self._valued:
             self.parameters[row].step = self.parameters[row].corrected = None
         self._present = self._batches
         self._versions = [m._version for m in self._watched]
+
+    def _measure_damped(self) -> None:
+        """Measures momenta as they are now, of which the ops have seen those before they were damped."""
+        norms = [_norms(item, item.parameter.momentum).double() for item in self._damped_items]
+        if norms:  # something of them lies here
+            self._column("momentum_sq").index_copy_(0, self._damped_lines, torch.cat(norms).square())
 
     # ---- what a step measured ---------------------------------------------------------------------------------------
 
@@ -441,6 +473,12 @@ class Fused:
             sums[name] = self._column(name)[lines].sum()
         slack = [part for bucket in self.buckets() for part in bucket.slack_of(group)]
         return sums | ({"slack": torch.cat(slack)} if slack else {})
+
+
+def _norms(item: FusedItem, t: Tensor) -> Tensor:
+    """The norms of an item's matrices in a tensor of the parameter's shape, fp32 (fp64 for fp64)."""
+    wide = torch.promote_types(t.dtype, torch.float32)
+    return torch.linalg.vector_norm(item.view(t).reshape(item.count, -1), dim=-1, dtype=wide)
 
 
 def _length(item: FusedItem, norm: Tensor | None) -> Tensor | None:

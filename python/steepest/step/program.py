@@ -3,7 +3,6 @@
 What the ops leave to torch operations (`eager`), and what they would need for it:
 
     no momentum          OrthogonalSGDM, whose momentum is of updates        items without a momentum
-    submatrix            Dion2, which damps the rows that it has stepped by  a sum, and rows chosen between the ops
     reads_weight         TrustRegion(composite="ridge")                      the weight in the direction's input
     interpolated         a recipe that divides Lion's momentum by D          a bound of the direction's input
     decay not `fused`    Fromage                                             norms of weight and update before the step
@@ -28,21 +27,20 @@ def program(recipe: Recipe, *, maximize: bool = False, coupled: bool = False) ->
 
     coupled: layers wait for one another, so that no op may take the whole step. With Kronecker factors or transforms of
     the update the program is of what lies around those: momentum before, decay and rounding after. Transforms come
-    after the division by D, and then it is theirs too, with the second moment.
+    after the division by D, and then it is theirs too, with the second moment. Momentum that is damped where a step has
+    been taken by it is a heavy ball with beta1 = 1, which `Fused` gives it, and is damped when the updates are made.
     """
     momentum, precondition = recipe.momentum, recipe.precondition
     if momentum is None:
         return "the direction is asked about gradients, and there is no momentum of them"
     if momentum.interpolated and not isinstance(precondition, Identity):
         return "what the momentum reads has a rate of its own, and a preconditioner divides it"
-    if recipe.submatrix is not None:
-        return "the momentum is damped where a step is taken by it, and only there"
     if recipe.reads_weight:
         return "the direction depends on the weight itself"
     if not recipe.decay.fused:
         return f"{type(recipe.decay).__name__} is not a formula of the fused ops"
     around = Program(
-        heavy_ball=momentum.kind == "heavy_ball",
+        heavy_ball=momentum.kind != "ema",
         nesterov=momentum.nesterov or momentum.interpolated,
         interpolated=momentum.interpolated,
         momentum_correction=momentum.bias_correction,

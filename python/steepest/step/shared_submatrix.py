@@ -182,8 +182,9 @@ class SharedSubmatrices(SharedMatrices):
         return [part for t, width in rows for part in t.view(-1, sum(width)).split(width, 1)]
 
 
-def choose(shared: Sequence[SharedSubmatrices]) -> None:
-    """Chooses the rows of all these matrices, with one sum among the ranks and one reading on the host."""
+def choose(travelling: Sequence[SharedMatrices]) -> None:
+    """Chooses the rows of those of which some travel, with one sum among the ranks and one reading on the host."""
+    shared = [each for each in travelling if isinstance(each, SharedSubmatrices)]
     if not shared:
         return
     norms = [each.norms() for each in shared]

@@ -194,7 +194,7 @@ class Method:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of an element of a direction's input: 2 on a GPU."""
+        """Bytes of an element of a direction's input: 2 on a GPU, where no torch operations make it."""
         return self.input_dtype.itemsize
 
     @property
