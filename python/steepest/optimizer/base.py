@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
+from ..chunking import default_workspace
 from ..matrices import Piece
 from ..ops.backend import requested
 from ..ops.multi_tensor import Scaling
@@ -378,10 +379,13 @@ class MatrixOptimizer(Reports, Constraints):
     def _parameter(self, number: int, index: int, p: Tensor, state: State) -> Parameter:
         """Parameter `index` of group `number` as a step sees it."""
         group, sharding = self.param_groups[number], self._sharding(p)
+        room = group["max_workspace_bytes"]
+        if room is None:
+            room = default_workspace(p.device, shared=sharding is not None)
         options = StepOptions(
             maximize=group["maximize"],
             backend=group["backend"],
-            max_workspace_bytes=group["max_workspace_bytes"],
+            max_workspace_bytes=room,
             # Where layers wait for one another a factor is yet to come; of shared matrices directions travel back.
             fuse_update=group["use_muon"] and group["fuse_update"] and sharding is None and not self.couples(),
         )
