@@ -154,7 +154,7 @@ class MatrixOptimizer(Reports, Constraints):
         if closure is not None:
             with torch.enable_grad():
                 loss = self._loss_of_all(closure) if self._has_shards else closure()
-        if self._repeated is None or not self._repeated.take(self):
+        if self._repeated is None or self._weight_hooks or not self._repeated.take(self):
             self._step(loss)
         return loss
 

@@ -10,7 +10,7 @@ import operator
 from array import array
 from collections.abc import Sequence
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from ..step import Plan
 from ..step.whole import Whole
 from .group_options import is_as_it_was, numbers_are
 from .plan_key import of_gradient, of_parameter
-
-if TYPE_CHECKING:
-    from .base import MatrixOptimizer
+from .reports import Reports
 
 __all__ = ["RepeatedStep"]
 
@@ -35,7 +33,7 @@ class RepeatedStep:
     An optimizer whose class has a say in such a step (`IN_A_STEP`) has none.
     """
 
-    def __init__(self, optimizer: MatrixOptimizer, plan: Plan, executor: Whole) -> None:
+    def __init__(self, optimizer: Reports, plan: Plan, executor: Whole) -> None:
         self._plan, self._executor = plan, executor
         self._groups = list(optimizer.param_groups)
         #: the values that the recipe of each was made of
@@ -53,7 +51,7 @@ class RepeatedStep:
         self._is_known = False
 
     @classmethod
-    def of(cls, optimizer: MatrixOptimizer, plan: Plan) -> RepeatedStep | None:
+    def of(cls, optimizer: Reports, plan: Plan) -> RepeatedStep | None:
         """The steps with a plan; None where they are not those of one `Whole` with nothing before or after."""
         groups, executors = optimizer.param_groups, plan.executors
         if optimizer._has_shards or len(executors) != 1 or not isinstance(executors[0], Whole):
@@ -66,7 +64,7 @@ class RepeatedStep:
             return None
         return cls(optimizer, plan, executors[0])
 
-    def take(self, optimizer: MatrixOptimizer) -> bool:
+    def take(self, optimizer: Reports) -> bool:
         """Takes the step and gives True; does nothing and gives False where something is not as it was.
 
         Raises for numbers that the constructor refuses, before anything is written.
@@ -76,18 +74,20 @@ class RepeatedStep:
             return False
         groups = self._groups
         if not self._is_known or not all(map(numbers_are, self._known, groups)):
-            optimizer._ready_numbers()
+            optimizer.check_numbers()
+            for group in groups:
+                optimizer._numbers_on_device(group)
             self._known = [optimizer._numbers[id(group)] for group in groups]
             numbers = self._executor.groups([optimizer._hyper(group) for group in groups])
             self._numbers, self._is_known = numbers_of(numbers), not numbers.tensors
         self._executor.take(grads, self._params, self._numbers)
         return True
 
-    def _gradients(self, optimizer: MatrixOptimizer) -> list[Tensor] | None:
+    def _gradients(self, optimizer: Reports) -> list[Tensor] | None:
         """The gradients of this step; None where it is another one than the last. What is looked at is what
         `plan_key.entries` looks at, and what `Whole` asks of gradients.
         """
-        if torch.compiler.is_compiling() or not _is_bare() or _is_watched(optimizer):
+        if torch.compiler.is_compiling() or not _is_bare() or _is_scaled(optimizer):
             return None
         groups, params = optimizer.param_groups, self._params
         if optimizer._plan is not self._plan or not _are(groups, self._groups):
@@ -121,11 +121,10 @@ def _is_bare() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None
 
 
-def _is_watched(optimizer: MatrixOptimizer) -> bool:
-    """Whether a scaler has a say in a step, or a hook sees its weights."""
-    scaler = (getattr(optimizer, name, None) for name in ("found_inf", "grad_scale"))
-    return bool(optimizer._weight_hooks) or any(said is not None for said in scaler)
+def _is_scaled(optimizer: Reports) -> bool:
+    """Whether a scaler has a say in a step."""
+    return getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None
 
 
-def _values(optimizer: MatrixOptimizer, params: Sequence[Tensor]) -> list[Tensor]:
+def _values(optimizer: Reports, params: Sequence[Tensor]) -> list[Tensor]:
     return [t for of_one in map(optimizer.state.get, params, repeat(_NO_STATE)) for t in of_one.values()]

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from ..chunking import WORKSPACE
 from ..linalg.coefficients import schedule
 from ..optimizer.group_options import Group, finish, read_switches
 from ..optimizer.option_types import POLAR, check_option
@@ -190,7 +191,12 @@ def spectral(
             schedule(preset, table, steps)
         except ValueError as error:
             raise ValueError(f"{option}={group[option]!r}: {error}") from error
-    return Spectral(preset, table, steps, eps, group["max_workspace_bytes"])
+    return Spectral(preset, table, steps, eps, workspace_of(group))
+
+
+def workspace_of(group: Group) -> int:
+    """What a direction of a group may borrow at once; a step asks for no more matrices than it has room for itself."""
+    return WORKSPACE if group["max_workspace_bytes"] is None else int(group["max_workspace_bytes"])
 
 
 def polar_of(group: Group, eps: float = 1e-7) -> Spectral:
