@@ -98,7 +98,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "max_workspace_bytes": (
         lambda: MUON(matrix(), max_workspace_bytes=0),
         ValueError,
-        "max_workspace_bytes should be positive but is: 0",
+        "max_workspace_bytes should be positive or None but is: 0",
     ),
     "eps of the polar factor": (lambda: MUON(matrix(), eps=-1.0), ValueError, "eps should be >= 0 but is: -1.0"),
     "coefficients without a first term": (

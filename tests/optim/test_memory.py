@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+import steepest
+from steepest.chunking import default_workspace
 from steepest.optimizer import MatrixOptimizer
 from steepest.tools.bench.counting import Peak
 from support.training import KRONECKER, OPTIMIZERS, all_same_bits, give_gradients, parameters, train
@@ -49,6 +51,36 @@ def test_the_bound_is_respected(cls: type[MatrixOptimizer]) -> None:
     bound = 10 * MATRIX_BYTES
     assert peak_of_a_step(cls, COUNT, max_workspace_bytes=bound) <= 2 * bound
     assert peak_of_a_step(cls, COUNT, max_workspace_bytes=bound) < peak_of_a_step(cls, COUNT)
+
+
+def test_nobody_asks_for_all_matrices_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    bits = []
+    for options in ({}, {"max_workspace_bytes": 1 << 30}):
+        params = parameters([(512, 512)] * 48)
+        optimizer = steepest.Muon(params, **options)
+        train(optimizer, params, range(1))
+        give_gradients(params, 1)
+        with Peak() as peak:
+            optimizer.step()
+        bits.append(params)
+        if not options:
+            assert peak.peak <= 1 << 25
+    assert peak.peak > 1 << 25
+    assert all_same_bits(*bits)
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "shared", "room"),
+    [("cpu", 1, False, 1 << 25), ("cpu", 3, False, 3 << 25), ("cpu", 96, False, 1 << 30)]
+    + [("cpu", 1, True, 1 << 30), ("cuda", 1, False, 1 << 30)],
+)
+def test_what_a_step_borrows_where_nobody_says_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, threads: int, shared: bool, room: int
+) -> None:
+    """Ranks may have other numbers of threads, and cut what they share alike."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert default_workspace(torch.device(device), shared=shared) == room
 
 
 # Every class, and every way to refresh for one of them: how bases are refreshed knows nothing of the class.

@@ -60,15 +60,14 @@ class WholeSteps:
         self._numbers = array("q", [number for step in steps for number in step.numbers()])
 
     def take(
-        self, grads: Sequence[Tensor], params: Sequence[Tensor], groups: Groups, scaling: Scaling = NOT_SCALED
+        self, grads: Sequence[Tensor], params: Sequence[Tensor], numbers: array[float], scaling: Scaling = NOT_SCALED
     ) -> None:
-        """One step, as `grad_stats` and `update_moments` take it; the tensors are contiguous."""
+        """One step, as `grad_stats` and `update_moments` take it; the tensors are contiguous. numbers: `numbers_of`."""
         assert _backend.extension is not None
         of_grads, of_params = (array("q", map(Tensor.data_ptr, some)) for some in (grads, params))
-        hypers = numbers_of(groups)
         table = (self._table.rows, self._table.sums, self._table.skipped)
         memory = [0 if t is None else t.data_ptr() for t in (scaling.found_inf, scaling.grad_scale, *table)]
-        _backend.extension.whole_steps(self._numbers, of_grads, of_params, hypers, *memory)
+        _backend.extension.whole_steps(self._numbers, of_grads, of_params, numbers, *memory)
         count_writes(params)
 
 
@@ -76,7 +75,7 @@ def numbers_of(groups: Groups) -> array[float]:
     """The numbers of all groups, those that are tensors among them."""
     numbers = array("d", groups.values)
     for at, number in zip(groups.at, groups.tensors, strict=True):
-        torch.frombuffer(numbers, dtype=torch.float64)[at] = number
+        numbers[at] = number.item()
     return numbers
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
+from ..chunking import default_workspace
 from ..matrices import Piece
 from ..ops.backend import requested
 from ..ops.multi_tensor import Scaling
@@ -41,14 +42,19 @@ from .group_options import Group, parameter_name, refuse_option
 from .groups import Params
 from .missing_gradients import AgreedStep, layouts_of
 from .plan_key import entries
+from .repeated import RepeatedStep
 from .reports import Reports
 from .shards import SAME_STEP
 from .stale import StaleParameters, level_of_caller
+from .step_hooks import hooked
 from .weights import Weights
 from .wrappers import asking_scaler, is_asked_for_state
 from .zero import check_zero
 
 __all__ = ["MatrixOptimizer"]
+
+# What a method may override that has a say in a step of AdamW's groups.
+IN_A_STEP = ("take_step", "check_numbers", "couples", "coupling", "plan_depends_on", "hyper_of_others")
 
 
 class MatrixOptimizer(Reports, Constraints):
@@ -61,6 +67,8 @@ class MatrixOptimizer(Reports, Constraints):
 
     carried: ClassVar[tuple[str, ...]] = ("_adamw_defaults", "_reasons", "_skipped")
     _plan_key: Sequence[object] = ()
+    #: where steps with this plan are one call
+    _repeated: RepeatedStep | None = None
     #: what ranks have last agreed to step, where they do not agree in every step
     _agreed: AgreedStep | None = None
     #: of the executors of this step the parameters that a rank has no gradient of
@@ -135,7 +143,7 @@ class MatrixOptimizer(Reports, Constraints):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
+    @hooked
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step. closure: re-evaluates the model and returns the loss, which is returned."""
         return self.step_without_hooks(closure)
@@ -146,7 +154,8 @@ class MatrixOptimizer(Reports, Constraints):
         if closure is not None:
             with torch.enable_grad():
                 loss = self._loss_of_all(closure) if self._has_shards else closure()
-        self._step(loss)
+        if self._repeated is None or self._weight_hooks or not self._repeated.take(self):
+            self._step(loss)
         return loss
 
     def _loss_of_all(self, closure: Callable[[], float]) -> float:
@@ -310,12 +319,14 @@ class MatrixOptimizer(Reports, Constraints):
         self._ready_numbers()
         if not self._plan_serves():
             refuse_capture("what it steps has changed since the last step: take one with these gradients first")
-            self._plan = None
+            self._plan = self._repeated = None
             self._staleness.compare(self.param_groups)
             for number, group in enumerate(self.param_groups):
                 self._check_step(number, group)
             self._plan = self._new_plan()
             self._plan_key = list(self._key())
+            if all(getattr(type(self), name) is getattr(MatrixOptimizer, name) for name in IN_A_STEP):
+                self._repeated = RepeatedStep.of(self, self._plan)
         assert self._plan is not None
         if any(recipe.kronecker is not None for recipe in self._plan.recipes):
             refuse_capture("the host decides when its bases are refreshed")
@@ -368,10 +379,13 @@ class MatrixOptimizer(Reports, Constraints):
     def _parameter(self, number: int, index: int, p: Tensor, state: State) -> Parameter:
         """Parameter `index` of group `number` as a step sees it."""
         group, sharding = self.param_groups[number], self._sharding(p)
+        room = group["max_workspace_bytes"]
+        if room is None:
+            room = default_workspace(p.device, shared=sharding is not None)
         options = StepOptions(
             maximize=group["maximize"],
             backend=group["backend"],
-            max_workspace_bytes=group["max_workspace_bytes"],
+            max_workspace_bytes=room,
             # Where layers wait for one another a factor is yet to come; of shared matrices directions travel back.
             fuse_update=group["use_muon"] and group["fuse_update"] and sharding is None and not self.couples(),
         )
@@ -539,6 +553,7 @@ class MatrixOptimizer(Reports, Constraints):
 
     def forget(self) -> None:
         self._recipes, self._numbers, self._plan, self._agreed, self._lacking = {}, {}, None, None, None
+        self._repeated = None
         self._begin_shards()
         # Of a copy: hooks stay with the original, as torch's do.
         self.__dict__.setdefault("_weight_hooks", OrderedDict())

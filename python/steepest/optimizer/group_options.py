@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ def number(value: Number) -> Number:
     """A float, or a 1-element tensor of any shape as one of no dimensions, in fp32 at least: 1 - lr weight_decay is
     lost in 16 bits.
     """
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or (not value.ndim and value.dtype in (torch.float32, torch.float64)):
         return value
     return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
 
@@ -169,14 +169,25 @@ def _mapped(function: Callable[[Any], Any], values: Any) -> tuple[Any, ...]:
     return values if type(values) is tuple and all(map(operator.is_, mapped, values)) else mapped
 
 
-def numbers_of(group: Group) -> tuple[Any, ...]:
-    """The values of `NUMBERS`, as `as_it_is` gives them; None where there is none."""
-    return tuple(map(as_it_is, map(group.get, NUMBERS)))
+def numbers_of(group: Group, known: Iterable[Any] = repeat(_ABSENT)) -> tuple[Any, ...]:
+    """The values of `NUMBERS`, as `as_it_is` gives them; None where there is none. known: as they were earlier."""
+    now = zip(known, map(group.get, NUMBERS), strict=False)
+    return tuple([old if old is value else as_it_is(value) for old, value in now])
 
 
 def numbers_are(known: Iterable[Any], group: Group) -> bool:
     """Whether a group has the very objects of an earlier `numbers_of`, which no list is and no tensor on the host."""
     return all(map(operator.is_, known, map(group.get, NUMBERS)))
+
+
+def has_smaller_lr(known: Sequence[Any], group: Group) -> bool:
+    """Whether a group has these numbers of `numbers_of` but for a learning rate that is smaller, and taken if that was:
+    what most schedulers do most of the time.
+    """
+    before, lr = known[0], group.get(NUMBERS[0])
+    if type(before) is not float or type(lr) is not float or not 0 < lr <= before:
+        return False
+    return all(map(operator.is_, known[1:], map(group.get, NUMBERS[1:])))
 
 
 def as_it_is(value: Any) -> Any:

@@ -26,6 +26,7 @@ from .group_options import (
     Group,
     changed,
     frozen,
+    has_smaller_lr,
     is_as_it_was,
     name_the_rule,
     number_on,
@@ -122,7 +123,10 @@ class Groups(Method):
             known = self._numbers.get(id(group), _UNKNOWN)
             if numbers_are(known, group):
                 continue
-            now = numbers_of(group)
+            if has_smaller_lr(known, group):
+                self._numbers[id(group)] = (group["lr"], *known[1:])
+                continue
+            now = numbers_of(group, known)
             if all(map(same, known, now)):
                 continue
             others = [key for key, old, new in zip(NUMBERS, known, now, strict=True) if not same(old, new)]
@@ -130,7 +134,7 @@ class Groups(Method):
             if not set(LENGTHS).isdisjoint(others):
                 read = self._recipes.get(id(group))
                 self._check_lengths(group, self._new_recipe(group) if read is None else read[1])
-            self._numbers[id(group)] = numbers_of(group)
+            self._numbers[id(group)] = numbers_of(group, known)
 
     def _check_lengths(self, group: Group, recipe: Recipe) -> None:
         """ValueError for a learning rate or a weight decay that makes weights infinite whatever the gradients are.

@@ -363,7 +363,7 @@ OPTION_TYPES: dict[str, OptionType] = {
     "variance_reduction": _or_none(POSITIVE),
     "capturable": BOOL,
     "backend": TEXT,
-    "max_workspace_bytes": OptionType("a whole number > 0", _is_whole, "positive", lambda value: value > 0),
+    "max_workspace_bytes": _or_none(OptionType("a whole number > 0", _is_whole, "positive", lambda value: value > 0)),
     "fuse_update": BOOL,
     "share_work": BOOL,
     "foreach": _or_none(BOOL),

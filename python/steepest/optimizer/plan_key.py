@@ -16,8 +16,8 @@ from torch import Tensor
 from ..ops.whole_steps import PLAIN
 from ..sharding.local import is_partial, is_sharded, local_tensor
 
-_of_parameter = attrgetter("shape", "dtype", "device")
-_of_gradient = attrgetter("shape", "dtype", "layout")
+of_parameter = attrgetter("shape", "dtype", "device")
+of_gradient = attrgetter("shape", "dtype", "layout")
 
 
 def entries(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, object]]) -> Iterator[object]:
@@ -41,8 +41,8 @@ def entries(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, object
         (len(params), len(without), flat, plain),
         without,
         map(id, params),
-        map(_of_parameter, params),
-        map(_of_gradient, present),
+        map(of_parameter, params),
+        map(of_gradient, present),
         () if flat else map(_strides, params, present),
         () if plain else map(_shard, params, present),
         [None if of_one is None else len(of_one) for of_one in states],

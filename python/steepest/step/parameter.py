@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..chunking import WORKSPACE
 from ..matrices import Piece
 from ..ops.state import copy_if
 from ..parts import Hyper, shape_ratio
@@ -40,7 +41,7 @@ class StepOptions:
 
     maximize: bool = False
     backend: str = "auto"
-    max_workspace_bytes: int = 1 << 30
+    max_workspace_bytes: int = WORKSPACE
     fuse_update: bool = False
 
 

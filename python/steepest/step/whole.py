@@ -8,15 +8,16 @@ What stays: bits, tables, and that a parameter steps or does not by its own grad
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..ops.multi_tensor import NOT_SCALED, Scaling
+from ..ops.multi_tensor import NOT_SCALED, Groups, Scaling
 from ..ops.program import Program
-from ..ops.whole_steps import Step, WholeSteps, gradients_by_address, takes
+from ..ops.whole_steps import Step, WholeSteps, gradients_by_address, numbers_of, takes
 from ..parts import Hyper
 from .buckets import FusedBatch, FusedItem
 from .fused import Fused, groups_of
@@ -78,10 +79,18 @@ class Whole(Fused):
         self._hypers, self._scaling = hypers, scaling[self.device]
         return None
 
+    def groups(self, hypers: Sequence[Hyper]) -> Groups:
+        """The numbers of all groups, as `take` has them."""
+        return groups_of(hypers, self._group_of, self.device)
+
+    def take(self, grads: Sequence[Tensor], weights: Sequence[Tensor], numbers: array[float]) -> None:
+        """All of a step without a scaler, by the addresses of these gradients and weights."""
+        self._steps_by_address.take(grads, weights, numbers)
+
     def send(self, batch: FusedBatch) -> list[Callable[[], Tensor]]:
         if not self._grads:
             return super().send(batch)
-        groups = groups_of(self._hypers, self._group_of, self.device)
-        self._steps_by_address.take(self._grads, self._weights, groups, self._scaling)
+        numbers = numbers_of(self.groups(self._hypers))
+        self._steps_by_address.take(self._grads, self._weights, numbers, self._scaling)
         self._grads = ()
         return []

@@ -57,7 +57,7 @@ import torch
 from torch import nn
 
 import steepest
-from steepest.chunking import chunk_by_bytes
+from steepest.chunking import WORKSPACE, chunk_by_bytes
 from steepest.linalg.polar import choose_sharded, gram_elements
 from steepest.linalg.work import Work, flop_text
 from steepest.parts import Spectral
@@ -76,7 +76,6 @@ HEAD = (
 SIMULATED = ("llama-7b", "llama-70b", "kimi-k2-1t")
 WORLDS = (1, 4, 16, 64, 256, 1024, 4096)
 WIDE = 4  # bytes of fp32
-WORKSPACE = 1 << 30  # the default of max_workspace_bytes
 SIZE = 8  # of the fp64 size of a matrix that a Gram route sums
 
 

@@ -12,7 +12,7 @@ from ..parts import Direction, Frobenius, Hyper, Momentum, Number
 from ..parts.direction import Schatten
 from ..parts.product_norm import ProductNorm
 from .product import Coupling, ProductNormOptimizer
-from .shared import Polar, polar_of
+from .shared import Polar, polar_of, workspace_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,7 +96,7 @@ class Schattor(ProductNormOptimizer):
             return Frobenius()
         if p == math.inf:
             return spectral
-        return Schatten(p, group["method"], max_workspace_bytes=group["max_workspace_bytes"])
+        return Schatten(p, group["method"], max_workspace_bytes=workspace_of(group))
 
     def momentum(self, group: Group) -> Momentum:
         return Momentum(start=group["start"], dtype=group["momentum_dtype"])

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from ..chunking import WORKSPACE
 from ..linalg.coefficients import schedule
 from ..optimizer.group_options import Group, finish, read_switches
 from ..optimizer.option_types import POLAR, check_option
@@ -53,8 +54,9 @@ class Extras(TypedDict, total=False):
     capturable: lr and weight_decay become tensors on the device, for CUDA graphs
         Schedulers fill them in place. `steepest.graphed` captures a whole step.
     backend: "auto", "cuda", "triton", "cpu" or "torch", of everything elementwise
-    max_workspace_bytes: about what a step may borrow at once
-        Inputs of the direction included; one matrix is always worked on, and a launch covers all matrices that fit.
+    max_workspace_bytes: about what a step may borrow at once; None: 1 GiB, on a CPU 32 MiB for every thread
+        Inputs of the direction included; one matrix is always worked on, and a launch covers all matrices that fit. On
+        a CPU matrices that ranks share have 1 GiB too. A matrix has the same bits whatever it is.
     fuse_update: the last product of a direction moves the weights itself
         Directions that nothing else is asked of: step length lr, plain decay, no preconditioner, weights rounded to
         nearest, in the fused step. Not measured yet, so off; `metrics` has NaN for the norms of updates and parameters
@@ -93,7 +95,7 @@ class Extras(TypedDict, total=False):
     variance_reduction: float | None
     capturable: bool
     backend: str
-    max_workspace_bytes: int
+    max_workspace_bytes: int | None
     fuse_update: bool
     share_work: bool
     foreach: bool | None
@@ -126,7 +128,7 @@ EXTRAS = Extras(
     variance_reduction=None,
     capturable=False,
     backend="auto",
-    max_workspace_bytes=1 << 30,
+    max_workspace_bytes=None,
     fuse_update=False,
     share_work=False,
     adamw_lr=None,
@@ -189,7 +191,12 @@ def spectral(
             schedule(preset, table, steps)
         except ValueError as error:
             raise ValueError(f"{option}={group[option]!r}: {error}") from error
-    return Spectral(preset, table, steps, eps, group["max_workspace_bytes"])
+    return Spectral(preset, table, steps, eps, workspace_of(group))
+
+
+def workspace_of(group: Group) -> int:
+    """What a direction of a group may borrow at once; a step asks for no more matrices than it has room for itself."""
+    return WORKSPACE if group["max_workspace_bytes"] is None else int(group["max_workspace_bytes"])
 
 
 def polar_of(group: Group, eps: float = 1e-7) -> Spectral:

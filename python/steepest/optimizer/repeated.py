@@ -1,0 +1,130 @@
+"""A step that is the last one again but for gradients and numbers: AdamW's parameters on a CPU, in one call.
+
+For a few small parameters Python takes longer than arithmetic. So what a step asks and decides is asked once, and where
+all of it is as it was, one function looks that up and calls the library.
+"""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Sequence
+from itertools import chain, repeat
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..ops.whole_steps import PLAIN, numbers_of
+from ..step import Plan
+from ..step.whole import Whole
+from .group_options import is_as_it_was, numbers_are
+from .plan_key import of_gradient, of_parameter
+from .reports import Reports
+
+__all__ = ["RepeatedStep"]
+
+_NO_STATE: dict[str, object] = {}
+
+
+class RepeatedStep:
+    """The steps with a plan whose parameters are all of one `Whole`, in groups that are AdamW's.
+
+    An optimizer whose class has a say in such a step (`IN_A_STEP`) has none.
+    """
+
+    def __init__(self, optimizer: Reports, plan: Plan, executor: Whole) -> None:
+        self._plan, self._executor = plan, executor
+        self._groups = list(optimizer.param_groups)
+        #: the values that the recipe of each was made of
+        self._options = [optimizer._recipes[id(group)][0] for group in self._groups]
+        self._all = [p for group in self._groups for p in group["params"]]
+        self._params = [p.source for p in plan.parameters]
+        self._without = [p for p in self._all if p.grad is None]
+        self._of_params = list(map(of_parameter, self._params))
+        self._of_gradients = list(map(of_gradient, (p.grad for p in self._params)))
+        self._state = _values(optimizer, self._params)
+        self._places = [t.data_ptr() for t in self._state]
+        #: those of all groups, what they were made of, and whether they are the same as long as that is
+        self._numbers: array[float] = array("d")
+        self._known: list[Sequence[object]] = []
+        self._is_known = False
+
+    @classmethod
+    def of(cls, optimizer: Reports, plan: Plan) -> RepeatedStep | None:
+        """The steps with a plan; None where they are not those of one `Whole` with nothing before or after."""
+        groups, executors = optimizer.param_groups, plan.executors
+        if optimizer._has_shards or len(executors) != 1 or not isinstance(executors[0], Whole):
+            return None
+        if any(group["use_muon"] for group in groups):
+            return None
+        if any(group.get(key) is not None for group in groups for key in ("average", "average_rate", "constraint")):
+            return None
+        if not PLAIN.issuperset(map(type, _values(optimizer, [p.source for p in plan.parameters]))):
+            return None
+        return cls(optimizer, plan, executors[0])
+
+    def take(self, optimizer: Reports) -> bool:
+        """Takes the step and gives True; does nothing and gives False where something is not as it was.
+
+        Raises for numbers that the constructor refuses, before anything is written.
+        """
+        grads = self._gradients(optimizer)
+        if grads is None:
+            return False
+        groups = self._groups
+        if not self._is_known or not all(map(numbers_are, self._known, groups)):
+            optimizer.check_numbers()
+            for group in groups:
+                optimizer._numbers_on_device(group)
+            self._known = [optimizer._numbers[id(group)] for group in groups]
+            numbers = self._executor.groups([optimizer._hyper(group) for group in groups])
+            self._numbers, self._is_known = numbers_of(numbers), not numbers.tensors
+        self._executor.take(grads, self._params, self._numbers)
+        return True
+
+    def _gradients(self, optimizer: Reports) -> list[Tensor] | None:
+        """The gradients of this step; None where it is another one than the last. What is looked at is what
+        `plan_key.entries` looks at, and what `Whole` asks of gradients.
+        """
+        if torch.compiler.is_compiling() or not _is_bare() or _is_scaled(optimizer):
+            return None
+        groups, params = optimizer.param_groups, self._params
+        if optimizer._plan is not self._plan or not _are(groups, self._groups):
+            return None
+        if not all(map(is_as_it_was, self._options, groups)):
+            return None
+        if not _are([p for group in groups for p in group["params"]], self._all):
+            return None
+        grads = cast(list[Tensor], [p.grad for p in params])  # or None, which has a type of its own
+        if not PLAIN.issuperset(map(type, grads)) or any(p.grad is not None for p in self._without):
+            return None
+        if list(map(of_gradient, grads)) != self._of_gradients or list(map(of_parameter, params)) != self._of_params:
+            return None
+        if not all(map(Tensor.is_contiguous, chain(params, grads))) or any(map(Tensor.is_neg, grads)):
+            return None
+        state = _values(optimizer, params)
+        return grads if _are(state, self._state) and list(map(Tensor.data_ptr, state)) == self._places else None
+
+
+def _are(now: Sequence[object], before: Sequence[object]) -> bool:
+    """Whether these are the same objects."""
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def _is_bare() -> bool:
+    """Whether no mode looks at operations, no function is transformed, and no CUDA graph captured."""
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _is_scaled(optimizer: Reports) -> bool:
+    """Whether a scaler has a say in a step."""
+    return getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None
+
+
+def _values(optimizer: Reports, params: Sequence[Tensor]) -> list[Tensor]:
+    return [t for of_one in map(optimizer.state.get, params, repeat(_NO_STATE)) for t in of_one.values()]
