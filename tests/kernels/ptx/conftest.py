@@ -14,12 +14,12 @@ from steepest.ops import backend
 from support import fused_ops
 from support.requirements import unavailable
 
-#: Orders of warps and of asynchronous copies that a test of compiled kernels runs in, each a seed of the simulator.
+#: Orders of blocks, warps and late copies that a test of compiled kernels runs in, each a seed of the simulator.
 ORDERS = 3
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    told = "orders(count): of warps and copies that a test runs in, where it takes long, has its own, or runs no kernel"
+    told = "orders(count): of blocks and warps that a test runs in, where it takes long, has its own, or runs no kernel"
     config.addinivalue_line("markers", told)
 
 

@@ -34,7 +34,7 @@ class Kernels:
         self.library.ptxsim_launches.restype = ctypes.c_uint64
 
     def reset(self, *, seed: int = 1, capability: int = 90, multiprocessors: int = 4) -> None:
-        """As a test finds it: the order of warps and of asynchronous copies, the device."""
+        """As a test finds it: the order of blocks, of warps and of asynchronous copies, the device."""
         self.library.door_clear()
         self.seed(seed)
         self.library.ptxsim_truncating(0)

@@ -31,7 +31,7 @@ UPDATE = ("9symm_gemm8multiply", "DtypeE2", "MajorsE2", "TileE1", "EndE1")
 NUMBERS, SUM, CLUSTER = ("13chain_numbers",), ("10matrix_sum",), ("11small_polarILi256E",)
 NORMALIZED = ("26normalize_and_apply_update", "8FlatItem")
 EIGH = ("4eigh", "7refreshILi1E")
-ORDERS = 40  # of warps and copies that are tried until one shows a fault
+ORDERS = 40  # of blocks, warps and copies that are tried until one shows a fault
 
 # ---- what is run ---------------------------------------------------------------------------------------------------
 
@@ -206,6 +206,12 @@ FAULTS = {
             r"\1 { .reg .b32 all; mov.u32 all, %nctaid.x; sub.s32 all, all, 1; sub.s32 \2, all, \2; }",
             0,
         ),
+        steps_of_many_blocks,
+        "deadlock .everybody polls",
+    ),
+    "a block's number for its ticket": Fault(
+        NORMALIZED,
+        replacing(r"ld\.shared\.u32 (%r\d+), \[\w*taken\w*\];", r"mov.u32 \1, %ctaid.x;", 0),
         steps_of_many_blocks,
         "deadlock .everybody polls",
     ),

@@ -6,7 +6,7 @@ import ctypes
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,13 @@ pytestmark = [
 
 Array = NDArray[Any]
 SEEDS = range(8)
+
+
+@pytest.fixture
+def one_multiprocessor() -> Iterator[None]:
+    library().ptxsim_multiprocessors(1)
+    yield
+    library().ptxsim_multiprocessors(8)
 
 
 def module(body: str, *parameters: str, directives: str = "", variables: str = "") -> Module:
@@ -305,6 +312,46 @@ def test_what_a_fence_orders_other_blocks_see() -> None:
 )
 def test_a_fence_that_is_not_there_shows(release: str, acquire: str) -> None:
     assert handshakes(release, acquire) == {0, 7}
+
+
+TICKETS = """
+atom.global.add.u32 %r1, [%l90], 1;
+barrier.cluster.arrive; barrier.cluster.wait;
+mov.u32 %r2, %ctaid.x; mul.wide.u32 %l1, %r2, 4; add.s64 %l2, %l91, %l1;
+setp.eq.u32 %p1, %r0, 0; @%p1 st.global.b32 [%l2], %r1;
+"""
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_blocks_start_in_any_order(cluster: int, one_multiprocessor: None) -> None:
+    """Forty blocks, of which eight are there at once; those of a cluster meet."""
+    kernel, orders = module(TICKETS), set()
+    for seed in SEEDS:
+        count, tickets = np.zeros(1, np.int32), np.zeros(40, np.int32)
+        kernel.launch("k", count, tickets, count, count, grid=40, block=1, cluster=cluster, seed=seed)
+        assert sorted(tickets) == list(range(40))
+        orders.add((tickets[0] < 8, tickets[-1] < 8))
+    assert orders >= {(True, False), (False, True), (False, False)}
+
+
+def test_a_block_that_waits_for_one_that_finds_no_room_is_a_deadlock(one_multiprocessor: None) -> None:
+    """Nine blocks, of which eight are there at once, wait for one of them."""
+    kernel = module(
+        """
+mov.u32 %r2, %ctaid.x; setp.ne.u32 %p1, %r2, 4; @%p1 bra $w; atom.global.add.u32 %r1, [%l90], 1;
+$w: ld.volatile.global.b32 %r1, [%l90]; setp.eq.u32 %p1, %r1, 0; @%p1 bra $w;
+"""
+    )
+
+    def outcome(seed: int) -> str:
+        flag = np.zeros(1, np.int32)
+        try:
+            kernel.launch("k", flag, flag, flag, flag, grid=9, block=1, seed=seed)
+        except LaunchError as error:
+            return str(error).partition(",")[0]
+        return "ends"
+
+    assert {outcome(seed) for seed in range(40)} == {"ends", "deadlock (everybody polls"}
 
 
 def failing(message: str, body: str, *arguments: Array, seeds: Sequence[int] = (1,), **launch: Any) -> None:

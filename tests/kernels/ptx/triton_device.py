@@ -85,7 +85,7 @@ runtime.driver.set_active(driver)
 
 @contextlib.contextmanager
 def device(capability: tuple[int, int], seed: int = 1) -> Iterator[torch.device]:
-    """Makes a device the current one. seed: of the order of warps and the times of asynchronous copies."""
+    """Makes a device the current one. seed: of the order of blocks and warps and the times of asynchronous copies."""
     before = driver.device
     driver.set_current_device(CAPABILITIES.index(capability))
     library.ptxsim_seed(ctypes.c_uint64(seed))

@@ -21,7 +21,7 @@ const char* ptxsim_tensor_map(void* map, int element_bytes, int rank, const void
 void ptxsim_register(const void* address, uint64_t bytes, const char* name, int writable);
 void ptxsim_unregister(const void* address);
 void ptxsim_unregister_all();
-// The order of warps and the times of asynchronous copies.
+// The order in which blocks start, that of warps and the times of asynchronous copies.
 void ptxsim_seed(uint64_t seed);
 void ptxsim_multiprocessors(int count);
 // Whether tensor cores cut the sums of products off below the last place of fp32 instead of rounding them.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <csignal>
+#include <numeric>
 
 #include "barriers.h"
 #include "copies.h"
@@ -202,14 +203,15 @@ class Scheduler {
   Scheduler(Launch& l, size_t shared_bytes) : l_(l), shared_bytes_(shared_bytes) {
     const u64 threads = l.block.count();
     warps_ = (threads + 31) / 32;
-    blocks_ = l.grid.count();
     const u64 by_threads = 2048 / threads, by_memory = shared_bytes ? (228u << 10) / shared_bytes : 8;
     const u64 each = std::max<u64>(1, std::min<u64>(std::min(by_threads, by_memory), 32));
     at_once_ = std::max<u64>(1, u64(settings().multiprocessors) * each / u64(l.cluster));
+    draw_order();
   }
   void run();
 
  private:
+  void draw_order();
   void start_cluster();
   void start_warp(Block& cta, u64 id, u64 threads);
   void land_copy(size_t i);
@@ -220,7 +222,8 @@ class Scheduler {
 
   Launch& l_;
   size_t shared_bytes_;
-  u64 warps_, blocks_, at_once_, next_ = 0, idle_ = 0, last_progress_ = 0;
+  u64 warps_, at_once_, idle_ = 0, last_progress_ = 0;
+  vector<u64> waiting_;  // clusters that have not started, the next one last
   // Turns until a product or a bulk copy is there that may be late, on average: launches are hasty and slow in turn.
   const u32 products_wait_ = 1u << (2 * (l_.rng() % 4)), copies_wait_ = 1u << (2 * (l_.rng() % 4));
   vector<vector<u64>> spare_registers_;
@@ -253,12 +256,27 @@ void Scheduler::start_warp(Block& cta, u64 id, u64 threads) {
   cta.warps.push_back(std::move(w));
 }
 
+// A GPU promises no order in which clusters start: launches go up, down or any way.
+void Scheduler::draw_order() {
+  waiting_.resize(l_.grid.count() / u64(l_.cluster));
+  std::iota(waiting_.rbegin(), waiting_.rend(), 0);
+  const u64 way = l_.rng() % 4;
+  if (way == 0) return;
+  if (way == 1) {
+    std::reverse(waiting_.begin(), waiting_.end());
+    return;
+  }
+  for (size_t i = waiting_.size(); i > 1; --i) std::swap(waiting_[i - 1], waiting_[l_.rng() % i]);
+}
+
 void Scheduler::start_cluster() {
   auto c = std::make_unique<Cluster>();
+  const u64 first = waiting_.back() * u64(l_.cluster);
+  waiting_.pop_back();
   for (int rank = 0; rank < l_.cluster; ++rank) {
     auto cta = std::make_unique<Block>();
     cta->launch = &l_, cta->cluster = c.get(), cta->rank = rank;
-    const u64 b = next_++;
+    const u64 b = first + u64(rank);
     cta->id[0] = u32(b % l_.grid.x), cta->id[1] = u32(b / l_.grid.x % l_.grid.y);
     cta->id[2] = u32(b / (u64(l_.grid.x) * l_.grid.y));
     cta->memory.resize(shared_bytes_ + 1024);
@@ -369,8 +387,8 @@ void Scheduler::retire() {
 }
 
 void Scheduler::run() {
-  while (next_ < blocks_ || !l_.live.empty()) {
-    while (next_ < blocks_ && l_.live.size() < at_once_) start_cluster();
+  while (!waiting_.empty() || !l_.live.empty()) {
+    while (!waiting_.empty() && l_.live.size() < at_once_) start_cluster();
     if (!l_.copies.empty() && (l_.ready.empty() || l_.one_in(copies_wait_) || idle_ > 64)) {
       land_copy(l_.rng() % l_.copies.size());
       continue;

@@ -1,4 +1,5 @@
-// Runs a launch: blocks, clusters and warps, interleaved by a seed.
+// Runs a launch: blocks, clusters and warps, interleaved by a seed. Clusters start as there is room for them on the
+// multiprocessors, in an order that the seed draws.
 #pragma once
 #include "machine.h"
 
