@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ptx.simulator_library import CACHE
+from ptx.simulator_library import CACHE, COMPILER, RUNTIME
 from ptx.simulator_library import FLAGS as SIMULATOR_FLAGS
+from ptx.simulator_library import objects as simulator_objects
 
 ROOT = Path(__file__).parents[3]
 CSRC = ROOT / "csrc"
@@ -48,7 +49,6 @@ WRAPPED = (
 )
 #: Functions of the product that door.cpp stands before, by the source that defines or calls them.
 RENAMED = {"symm_gemm/plan": "-Dmake_plan=planned", "ops/polar": "-Dpolar_on_device=polar_in_launches"}
-COMPILER = os.environ.get("CXX", "g++")
 # A namespace of its own: another library of this process may hold the real one.
 NAMESPACE = "-Dsteepest=steepest_ptx"
 # Function-local statics of templates stay this library's.
@@ -158,7 +158,7 @@ def sources(suffix: str) -> list[str]:
 
 
 def jobs() -> list[Job]:
-    """Of every object in the library, those that take longest first."""
+    """Of every object in the library but the simulator's, those that take longest first."""
     import torch
 
     torch_headers = Path(torch.__file__).parent / "include"
@@ -180,8 +180,7 @@ def jobs() -> list[Job]:
     for name in sorted(kernels, key=lambda name: -(CSRC / f"{name}.cu").stat().st_size):
         if not name.startswith(PRODUCTS):
             made.append(Job(name.replace("/", "_"), (nvcc(), *NVCC_FLAGS, *PORTABLE), CSRC / f"{name}.cu"))
-    for path in sorted((HERE / "simulator").glob("*.cpp")):
-        made.append(Job(f"simulator_{path.stem}", (COMPILER, *SIMULATOR_FLAGS, "-fno-gnu-unique", cuda), path))
+    made.append(Job("cuda_runtime", (COMPILER, *SIMULATOR_FLAGS, cuda), RUNTIME))
     for name in sources(".cpp"):
         renamed = [RENAMED[name]] if name in RENAMED else []
         made.append(Job(f"host_{name.replace('/', '_')}", (COMPILER, *door, *renamed), CSRC / f"{name}.cpp"))
@@ -237,11 +236,11 @@ def build() -> Path:
     """Path of the library; a minute and a half on two cores where nothing is in the cache."""
     check_tools()
     with locked():
-        todo = jobs()
+        todo, simulator = jobs(), simulator_objects()
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(compile_one, todo))
         # The simulator first: its tables must be ready before kernels register themselves.
-        library = link(sorted((job.path for job in todo), key=lambda path: not path.name.startswith("simulator")))
+        library = link([*simulator, *(job.path for job in todo)])
         for path in CACHE.glob("*-*.*"):
             if time.time() - path.stat().st_mtime > DAYS * 86400:
                 path.unlink()
