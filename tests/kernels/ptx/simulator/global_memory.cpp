@@ -42,10 +42,14 @@ void Ranges::merge() const {
 }
 
 bool Ranges::allows(u64 address, size_t bytes, bool write) const {
-  if (!merged_) merge(), merged_ = true;
+  if (!merged_) merge(), merged_ = true, latest_[0] = latest_[1] = {};
+  std::pair<u64, u64>& latest = latest_[write];
+  if (address >= latest.first && latest.second >= address + bytes) return true;
   const Intervals& in = write ? writable_ : readable_;
-  auto it = std::upper_bound(in.begin(), in.end(), std::pair<u64, u64>{address, ~0ull});
-  return it != in.begin() && (--it)->second >= address + bytes;
+  const auto it = std::upper_bound(in.begin(), in.end(), std::pair<u64, u64>{address, ~0ull});
+  if (it == in.begin()) return false;
+  latest = it[-1];
+  return latest.second >= address + bytes;
 }
 
 string Ranges::nearest(u64 address, size_t bytes) const {

@@ -32,6 +32,7 @@ class Ranges {
   vector<Range> ranges_;
   mutable bool merged_ = true;
   mutable Intervals readable_, writable_;
+  mutable std::pair<u64, u64> latest_[2];  // of each, where an access was looked for last
 };
 Ranges& ranges();
 

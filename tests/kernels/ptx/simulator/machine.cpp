@@ -17,7 +17,7 @@ string where(const Warp& w, const Instruction& in) {
   const u32* id = w.cta->id;
   string s = k.name.substr(0, 120) + ": block " + std::to_string(id[0]);
   if (w.cta->launch->grid.y > 1 || w.cta->launch->grid.z > 1)
-    s += "," + std::to_string(id[1]) + "," + std::to_string(id[2]);
+    for (const u32 side : {id[1], id[2]}) s += ',', s += std::to_string(side);
   s += " warp " + std::to_string(w.id) + ", PTX line " + std::to_string(in.line);
   if (in.loc_file >= 0) {
     const auto file = k.files.find(in.loc_file);

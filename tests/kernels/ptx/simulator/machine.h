@@ -87,7 +87,7 @@ struct Warp {
   u32 behind = 0;             // lanes that stay where they are while the others go ahead
   u64* R = nullptr;           // 32 lanes a register
   vector<u64> registers;
-  int pc[32];
+  int pc[32] = {};
   int ready_index = -1;
   int most_registers = 0, wanted_registers = 0;  // setmaxnreg, of a lane
   // wgmma

@@ -5,6 +5,26 @@
 
 namespace ptxsim {
 namespace {
+// memcpy of what is mostly one of a few sizes, without a call.
+void copy(void* to, const void* from, size_t bytes) {
+  switch (bytes) {
+    case 2:
+      memcpy(to, from, 2);
+      return;
+    case 4:
+      memcpy(to, from, 4);
+      return;
+    case 8:
+      memcpy(to, from, 8);
+      return;
+    case 16:
+      memcpy(to, from, 16);
+      return;
+    default:
+      memcpy(to, from, bytes);
+  }
+}
+
 constexpr u64 kRankShift = 24;  // of an address in the cluster's shared memory: a block's rank + 1 above its offset
 
 bool inside(u64 address, size_t bytes, const void* begin, size_t size) {
@@ -54,7 +74,7 @@ void check_global(const Warp& w, const Instruction& in, u64 address, size_t byte
 Place place_at(Warp& w, const Instruction& in, u64 address, int space, int lane, size_t bytes, bool write) {
   const bool narrow = space == kShared || space == kSharedCluster;
   if (narrow) address = u32(address);
-  if (bytes && address % bytes != 0)
+  if (bytes && (address & (bytes - 1)) != 0)  // all accesses are of powers of two
     fail(w, in,
          "misaligned address, lane " + std::to_string(lane) + ": " + std::to_string(address % 64) +
              " mod 64, an access of " + std::to_string(bytes) + " bytes");
@@ -93,8 +113,9 @@ void check_written(const Warp& w, const Instruction& in, const Place& p, size_t 
 void store_shared(Warp& w, const Place& p, const void* from, size_t bytes) {
   Block& cta = *p.shared;
   const size_t offset = size_t(p.at - cta.shared);
-  memcpy(p.at, from, bytes);
-  memset(cta.written.data() + offset, 1, bytes);
+  constexpr u64 kOnes[4] = {0x0101010101010101ull, 0x0101010101010101ull, 0x0101010101010101ull, 0x0101010101010101ull};
+  copy(p.at, from, bytes);
+  copy(cta.written.data() + offset, kOnes, bytes);
   if (cta.async_view.empty()) return;
   // Without a fence nobody knows when the async proxy sees it: now, or only after one.
   if (cta.launch->one_in(2)) {
@@ -146,25 +167,35 @@ void hand_over_unpublished(Warp& w) {
   w.unpublished.clear();
 }
 
+namespace {
+template <class T>
+u64 word(const u8* at) {
+  T v;
+  memcpy(&v, at, sizeof v);
+  return v;
+}
+// An element of 1, 2, 4 or 8 bytes, in the lowest bits.
+u64 element(const u8* at, size_t bytes) {
+  return bytes == 4 ? word<u32>(at) : bytes == 8 ? word<u64>(at) : bytes == 2 ? word<u16>(at) : *at;
+}
+}  // namespace
+
 // t: of an element, a: space, b: how many elements
 void run_ld(Warp& w, const Instruction& in, u32 mask) {
   const size_t each = size_t(size_of(in.t)), bytes = each * size_t(in.b);
   Launch& l = *w.cta->launch;
   for (const int lane : lanes(mask)) {
     const Place p = place_of(w, in, in.ops[1], in.a, lane, bytes, false);
-    u8 data[32];
-    if (p.shared) {
+    u8 seen[32];
+    const u8* data = p.at;
+    if (p.shared)
       check_written(w, in, p, bytes);
-      memcpy(data, p.at, bytes);
-    } else if (l.global.late && (in.a == kGlobal || in.a == kGeneric))
-      l.global.load(*w.cta, p.at, data, bytes, in.order, l.rng());
-    else
-      memcpy(data, p.at, bytes);
-    for (int i = 0; i < in.b; ++i) {
-      u64 v = 0;
-      memcpy(&v, data + size_t(i) * each, each);
-      put_raw(w, part(in.ops[0], i), lane, extend(v, in.t));
+    else if (l.global.late && (in.a == kGlobal || in.a == kGeneric)) {
+      l.global.load(*w.cta, p.at, seen, bytes, in.order, l.rng());
+      data = seen;
     }
+    for (int i = 0; i < in.b; ++i)
+      put_raw(w, part(in.ops[0], i), lane, extend(element(data + size_t(i) * each, each), in.t));
   }
   if (in.order & kAcquire) l.global.acquire(*w.cta);
   w.polled |= in.polls;
@@ -175,17 +206,17 @@ void run_st(Warp& w, const Instruction& in, u32 mask) {
   if (in.order & kRelease) l.global.release(*w.cta);
   for (const int lane : lanes(mask)) {
     const Place p = place_of(w, in, in.ops[0], in.a, lane, bytes, true);
-    u8 data[32];
+    u8 data[32 + 8];
     for (int i = 0; i < in.b; ++i) {
       const u64 v = raw(w, part(in.ops[1], i), lane);
-      memcpy(data + size_t(i) * each, &v, each);
+      memcpy(data + size_t(i) * each, &v, 8);  // the next element, or nothing, is in the upper bytes
     }
     if (p.shared)
       store_shared(w, p, data, bytes);
     else if (in.a == kGlobal || in.a == kGeneric)
       l.global.store(*w.cta, p.at, data, bytes, in.order);
     else
-      memcpy(p.at, data, bytes);
+      copy(p.at, data, bytes);
   }
 }
 

@@ -67,19 +67,29 @@ void scatter(Warp& w) {  // every lane goes by itself
   for (const int lane : lanes(w.alive)) w.pc[lane] = w.at;
   w.together = false;
 }
+// Loops over all lanes, whichever are meant, are what compilers make vectors of.
 void go_to(Warp& w, u32 mask, int to) {
   if (w.together && mask == w.alive) {
     w.at = to;
     return;
   }
   scatter(w);
-  for (const int lane : lanes(mask)) w.pc[lane] = to;
+  for (int lane = 0; lane < 32; ++lane) w.pc[lane] = mask >> lane & 1 ? to : w.pc[lane];
+}
+u32 lanes_at(const Warp& w, u32 mask, int pc) {
+  u32 there = 0;
+  for (int lane = 0; lane < 32; ++lane) there |= u32(w.pc[lane] == pc) << lane;
+  return there & mask;
+}
+int first_pc(const Warp& w, u32 mask) {
+  int first = INT32_MAX;
+  for (int lane = 0; lane < 32; ++lane) first = std::min(first, mask >> lane & 1 ? w.pc[lane] : INT32_MAX);
+  return first;
 }
 void rejoin(Warp& w) {
   if (w.together || !w.alive) return;
   const int first = w.pc[__builtin_ctz(w.alive)];
-  for (const int lane : lanes(w.alive))
-    if (w.pc[lane] != first) return;
+  if (lanes_at(w, w.alive, first) != w.alive) return;
   w.together = true, w.at = first, w.parked = w.behind = 0;
 }
 
@@ -104,17 +114,13 @@ u32 next_lanes(Warp& w, int& pc) {
     const int a = w.pc[__builtin_ctz(w.alive)];
     fail(w, l.kernel->code[size_t(a)], "lanes of a warp wait at different instructions of the whole warp");
   }
-  pc = INT32_MAX;
   if (l.one_in(32)) {
     u32 m = can;
     for (u64 n = l.rng() % u64(__builtin_popcount(can)); n > 0; --n) m &= m - 1;
     pc = w.pc[__builtin_ctz(m)];
   } else
-    for (const int lane : lanes(can)) pc = std::min(pc, w.pc[lane]);
-  u32 mask = 0;
-  for (const int lane : lanes(w.alive & ~w.behind))
-    if (w.pc[lane] == pc) mask |= 1u << lane;
-  return mask;
+    pc = first_pc(w, can);
+  return lanes_at(w, w.alive & ~w.behind, pc);
 }
 
 // Lanes of a warp need not go together between instructions of the whole warp: some stay behind for a while.
