@@ -41,7 +41,7 @@ DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 OLDEST_DEVICE = 8.0
 DEVELOPERS_MODULE = "steepest._C"
 # Of one core, about: host code, each architecture, the products for Hopper.
-HOST_SECONDS, ARCHITECTURE_SECONDS, HOPPER_SECONDS = 30, 30, 360
+HOST_SECONDS, ARCHITECTURE_SECONDS, HOPPER_SECONDS = 30, 30, 200
 # Where the wheels of the build tools say their programs are.
 TOOL_FOLDERS = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 # What CMake reads once, when it first configures a folder, and what it takes anew every time.
@@ -197,7 +197,7 @@ class Build(NamedTuple):
         if self.nvcc:
             seconds += ARCHITECTURE_SECONDS * real / min(jobs, 4)
         if self.hopper:
-            seconds += HOPPER_SECONDS / min(jobs, 10)
+            seconds += HOPPER_SECONDS / min(jobs, 4)
         return f"{10 * math.ceil(seconds / 10)} seconds" if seconds < 100 else f"{math.ceil(seconds / 60)} minutes"
 
 
