@@ -210,7 +210,7 @@ def tracked(P: Tensor, Q: Tensor, *, values: bool = True) -> Refreshed:
     n = P.shape[-1]
     stack, bases = P.reshape(-1, n, n), Q.reshape(-1, n, n)
     basis, order, left = _iterated_until_lower(stack, bases)
-    status = torch.full((len(stack),), ACCEPTED, dtype=torch.int32)
+    status = order.new_full((len(stack),), ACCEPTED, dtype=torch.int32)
     new = Refreshed(basis, _values_of(stack, basis, values), status, order)
     return _shaped(P, *_replaced(new, left, lambda at: _fell_back(_exact_of(stack[at], bases[at], values))))
 
@@ -233,7 +233,7 @@ def _iterated_until_lower(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, list[in
                 (again if last else left).append(i)
         if not again:
             break
-        at, index = again, torch.tensor(again)
+        at, index = again, order.new_tensor(again)
         made = eigh.iterate(P[index], basis[index])
         done = made.done
         basis = basis.index_copy(0, index, made.basis)
@@ -254,7 +254,7 @@ def _replaced(new: Refreshed, places: list[int], other: Callable[[Tensor], Refre
     """The refresh with what another one gives of the matrices in these places."""
     if not places:
         return new
-    at = torch.tensor(places)
+    at = new.order.new_tensor(places)
     return Refreshed(*(whole.index_copy(0, at, some) for whole, some in zip(new, other(at), strict=True)))
 
 
@@ -268,7 +268,7 @@ def _values_of(P: Tensor, Q: Tensor, wanted: bool) -> Tensor:
 def _iterated(P: Tensor, Q: Tensor) -> Refreshed:
     """ "qr" of a stack by the compiled step, and in torch ops of matrices that it leaves."""
     made = eigh.iterate(P, Q)
-    status = torch.full((len(P),), ACCEPTED, dtype=torch.int32)
+    status = made.order.new_full((len(P),), ACCEPTED, dtype=torch.int32)
     new = Refreshed(made.basis, _values_of(P, made.basis, True), status, made.order)
     left = (~made.done).nonzero()[:, 0].tolist()
     return _replaced(new, left, lambda at: _refresh(P[at], Q[at], "qr", 1, None, False))
@@ -393,7 +393,8 @@ def _generator(B: Tensor) -> tuple[Tensor, Tensor]:
     fits = longest <= LONGEST_ROW
     fits[:, -1] = True
     chosen = fits.int().argmax(-1, keepdim=True)
-    eta = torch.ldexp(torch.full_like(longest[:, :1], SMALLEST_ETA), chosen)
+    # In the dtype of what it is made of: until torch 2.11 the exponent brought the default one.
+    eta = torch.ldexp(torch.full_like(longest[:, :1], SMALLEST_ETA), chosen).to(longest.dtype)
     X = _filtered(turn, gap, width, eta[:, :, None])
     length = longest.gather(-1, chosen)
     X = X * (LONGEST_ROW / torch.where(length > LONGEST_ROW, length, LONGEST_ROW))[:, :, None]

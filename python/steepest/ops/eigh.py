@@ -101,7 +101,7 @@ def iterate(P: Tensor, Q: Tensor) -> Iterated:
     same bits in any call and on any number of threads. P and Q are not written.
     """
     P, Q = P.contiguous(), Q.contiguous()
-    basis, order = torch.empty_like(P), torch.empty(P.shape[:-1], dtype=torch.int64)
+    basis, order = torch.empty_like(P), P.new_empty(P.shape[:-1], dtype=torch.int64)
     measured = P.new_empty((len(P), 5))
     torch.ops.steepest.eigh_iterate(P, Q, basis, order, measured)
     done, *numbers = measured.unbind(-1)

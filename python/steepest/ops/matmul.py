@@ -85,9 +85,10 @@ def _checked(threads: int) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     for batch, m, k in CHECKED:
-        x = torch.randn(batch, m, k, generator=generator)
-        wanted, one = x.new_zeros(batch, m, m), torch.ones(batch)
-        torch.ops.steepest.cpu_syrk(x, wanted, wanted, one, torch.zeros(batch))
-        if not torch.equal(torch.bmm(x, x.mT.contiguous()), wanted):
-            return False
+        x = torch.randn(batch, m, k, generator=generator, dtype=torch.float32, device="cpu")
+        wanted, one = x.new_zeros(batch, m, m), x.new_ones(batch)
+        torch.ops.steepest.cpu_syrk(x, wanted, wanted, one, x.new_zeros(batch))
+        with torch.autocast("cpu", enabled=False):
+            if not torch.equal(torch.bmm(x, x.mT.contiguous()), wanted):
+                return False
     return True

@@ -123,7 +123,7 @@ def _scaled_product(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor) -> Tensor:
     """
     _, exponent = torch.frexp(alpha)  # |alpha| in [2^(exponent - 1), 2^exponent)
     half = torch.where(alpha == 0, -32, (exponent // 2).clamp(max=0))  # a product that does not count is not infinite
-    root = torch.ldexp(torch.ones_like(alpha), half)
+    root = torch.ldexp(torch.ones_like(alpha), half).to(alpha.dtype)  # until torch 2.11 of the default dtype
     left = times(a, root, out=torch.empty_like(a))
     right = left if b is a else times(b, root, out=torch.empty_like(b))
     gemm(left, right, out=out, symmetric=True)

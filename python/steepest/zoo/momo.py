@@ -131,7 +131,7 @@ class Momo(MatrixOptimizer):
     def step(self, closure: None = None, *, loss: Number | None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float], *, loss: Number | None = None) -> float: ...
-    @torch.no_grad()
+    @torch._disable_dynamo
     def step(self, closure: Callable[[], float] | None = None, *, loss: Number | None = None) -> float | None:
         """One step. loss: of the gradients there are, a number or a tensor of one element; by default the closure's.
 
@@ -192,7 +192,6 @@ class Momo(MatrixOptimizer):
         """Whether dual norms may be those of the previous step."""
         return self.stale_dual and recipe.direction.batched
 
-    @torch._disable_dynamo
     def take_step(self, scaling: Scaling, loss: Number | None) -> None:
         if self.couples():
             loss = loss if self._loss is None else self._loss
