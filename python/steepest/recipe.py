@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -68,13 +68,14 @@ class Recipe:
     recipe does it does with what the codes stand for.
     """
 
-    momentum: Momentum | None = Momentum()
-    precondition: Precondition = Identity()
-    direction: Direction = Frobenius()
+    # torch.compile before torch 2.13 knows no function with an object for a default.
+    momentum: Momentum | None = field(default_factory=Momentum)
+    precondition: Precondition = field(default_factory=Identity)
+    direction: Direction = field(default_factory=Frobenius)
     scale: Literal["lmo", "dual"] = "lmo"
     adjust_lr: str = "none"
-    decay: Decay = Decay()
-    rounding: Rounding = Rounding()
+    decay: Decay = field(default_factory=Decay)
+    rounding: Rounding = field(default_factory=Rounding)
     transforms: tuple[UpdateTransform, ...] = ()
     average: Average | None = None
     constraint: Sphere | None = None

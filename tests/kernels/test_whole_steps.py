@@ -12,7 +12,7 @@ from torch import Tensor
 from steepest.ops import multi_tensor
 from steepest.ops.multi_tensor import NOT_SCALED, Groups, Item, Items, Scaling, Table
 from steepest.ops.program import COLUMNS, SUMS, Program
-from steepest.ops.whole_steps import Step, WholeSteps, by_address, takes
+from steepest.ops.whole_steps import Step, WholeSteps, by_address, numbers_of, takes
 from support.training import noise, same_bits
 
 F, B, H, D = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -113,7 +113,7 @@ def by_addresses(program: Program, t: Tensors, scaling: Scaling = NOT_SCALED) ->
         for i, ((g, p, m, v, low, step), place) in enumerate(zip(lists, places(len(t.grads)), strict=True))
     ]
     whole = WholeSteps(steps, t.table)
-    whole.take(t.grads, t.params, groups_of(len(t.grads)), scaling)
+    whole.take(t.grads, t.params, numbers_of(groups_of(len(t.grads))), scaling)
     return whole
 
 
@@ -200,10 +200,10 @@ def test_numbers_may_be_tensors() -> None:
     wanted = problem(ADAM, DTYPES["f32"], SIZES)
     given, groups = wanted.copy(), groups_of(len(SIZES))
     whole = by_addresses(ADAM, given)
-    by_addresses(ADAM, wanted).take(wanted.grads, wanted.params, groups)
+    by_addresses(ADAM, wanted).take(wanted.grads, wanted.params, numbers_of(groups))
     tensors = [torch.tensor(groups.values[at], dtype=torch.float64) for at in (0, 7)]
     values = [0.5 if at in (0, 7) else value for at, value in enumerate(groups.values)]
-    whole.take(given.grads, given.params, Groups(values, tensors, [0, 7], groups.of))
+    whole.take(given.grads, given.params, numbers_of(Groups(values, tensors, [0, 7], groups.of)))
     assert_same(given, wanted)
 
 
@@ -217,7 +217,7 @@ def test_new_gradients_and_weights_lie_elsewhere() -> None:
         t.params = [p.clone() for p in t.params]
     by_ops(ADAM, wanted, Scaling())
     versions = [p._version for p in given.params]
-    whole.take(given.grads, given.params, groups_of(2))
+    whole.take(given.grads, given.params, numbers_of(groups_of(2)))
     assert_same(given, wanted)
     assert [p._version for p in given.params] == [version + 1 for version in versions]
 

@@ -75,7 +75,7 @@ def numbers_of(groups: Groups) -> array[float]:
     """The numbers of all groups, those that are tensors among them."""
     numbers = array("d", groups.values)
     for at, number in zip(groups.at, groups.tensors, strict=True):
-        numbers[at] = number.item()
+        torch.frombuffer(numbers, dtype=torch.float64)[at] = number  # which asks no tensor for its value
     return numbers
 
 

@@ -5,7 +5,7 @@ u <- u ||a||_F / ||u||_F,     a = m / D^2, the update of an elementwise precondi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,14 +19,11 @@ from .update_transform import UpdateTransform
 __all__ = ["Graft"]
 
 
-_ADAM = Diagonal(eps_inside=False, key="graft_exp_avg_sq")
-
-
 @dataclass(frozen=True)
 class Graft(UpdateTransform):
     """The length, in the Frobenius norm, of what `magnitude` alone would give; an update of length 0 stays 0."""
 
-    magnitude: Diagonal = _ADAM
+    magnitude: Diagonal = field(default_factory=lambda: Diagonal(eps_inside=False, key="graft_exp_avg_sq"))
 
     @property
     def specs(self) -> tuple[StateSpec, ...]:

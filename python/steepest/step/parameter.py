@@ -77,7 +77,7 @@ class Parameter:
     pieces: tuple[Piece, ...]
     group: int = 0
     index: int = 0
-    options: StepOptions = StepOptions()
+    options: StepOptions = field(default_factory=StepOptions)  # as in `Recipe`
     sharding: Sharding | None = None
     owners: tuple[tuple[int, ...], ...] = ()
     step: StepValues | None = field(default=None, repr=False)

@@ -109,7 +109,7 @@ class Plan:
     def step(
         self,
         hypers: Sequence[Hyper],
-        scaling: Scaling = NOT_SCALED,
+        scaling: Scaling | None = None,
         coupling: Coupling | None = None,
         lacking: Mapping[Executor, Tensor] | None = None,
     ) -> None:
@@ -117,7 +117,7 @@ class Plan:
 
         lacking: of executors the parameters that a rank has no gradient of, which are not stepped; see `decide`.
         """
-        scalings = {device: scaling_on(scaling, device) for device in self._devices}
+        scalings = {device: scaling_on(scaling or NOT_SCALED, device) for device in self._devices}
         self._before = [_value_before(p) for p in self.averaged]
         self._notice_changed_codes()
         self._ask_weights(scalings, coupling)

@@ -135,9 +135,9 @@ class KroneckerOptimizer(MatrixOptimizer):
             return polar_of(group)
         return Frobenius() if norm == "frobenius" else Sign()
 
-    def rotated(self, group: Group, inner: Identity | Diagonal | Sides = Identity(), **others: Any) -> Rotated:
+    def rotated(self, group: Group, inner: Identity | Diagonal | Sides | None = None, **others: Any) -> Rotated:
         """The preconditioner in eigenbases with the group's values, but for what `others` say."""
-        values = {"inner": inner, "method": group["refresh"], "exact": group["exact_refreshes"]}
+        values = {"inner": inner or Identity(), "method": group["refresh"], "exact": group["exact_refreshes"]}
         return Rotated(**{**self._of_factors(group), **values, **others})
 
     def by_roots(self, group: Group, exponent: float, **others: Any) -> Roots:

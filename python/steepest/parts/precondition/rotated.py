@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -52,7 +52,6 @@ VALUES: Pair = (LEFT, RIGHT)
 NEXT_VALUES: Pair = ("left_next_values", "right_next_values")
 ORDERS: Pair = ("left_order", "right_order")
 STATUS: Pair = ("left_status", "right_status")
-_IDENTITY = Identity()
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Rotated(Kronecker):
     little keep their averages of squares.
     """
 
-    inner: Identity | Diagonal | Sides = _IDENTITY
+    inner: Identity | Diagonal | Sides = field(default_factory=Identity)
     coupling: Sides | None = None
     method: Method = "auto"
     exact: int = 1
