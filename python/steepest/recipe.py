@@ -68,7 +68,7 @@ class Recipe:
     recipe does it does with what the codes stand for.
     """
 
-    # torch.compile before torch 2.13 knows no function with an object for a default.
+    # The tracer of torch 2.10 and 2.11 knows no function with an object for a default.
     momentum: Momentum | None = field(default_factory=Momentum)
     precondition: Precondition = field(default_factory=Identity)
     direction: Direction = field(default_factory=Frobenius)
