@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..ops.whole_steps import PLAIN, numbers_of
+from ..ops.whole_steps import by_address, numbers_of
 from ..step import Plan
 from ..step.whole import Whole
 from .group_options import is_as_it_was, numbers_are
@@ -60,7 +60,7 @@ class RepeatedStep:
             return None
         if any(group.get(key) is not None for group in groups for key in ("average", "average_rate", "constraint")):
             return None
-        if not PLAIN.issuperset(map(type, _values(optimizer, [p.source for p in plan.parameters]))):
+        if not by_address(_values(optimizer, [p.source for p in plan.parameters])):
             return None
         return cls(optimizer, plan, executors[0])
 
@@ -97,11 +97,11 @@ class RepeatedStep:
         if not _are([p for group in groups for p in group["params"]], self._all):
             return None
         grads = cast(list[Tensor], [p.grad for p in params])  # or None, which has a type of its own
-        if not PLAIN.issuperset(map(type, grads)) or any(p.grad is not None for p in self._without):
+        if not by_address(grads) or any(p.grad is not None for p in self._without):
             return None
         if list(map(of_gradient, grads)) != self._of_gradients or list(map(of_parameter, params)) != self._of_params:
             return None
-        if not all(map(Tensor.is_contiguous, chain(params, grads))) or any(map(Tensor.is_neg, grads)):
+        if not all(map(Tensor.is_contiguous, chain(params, grads))):
             return None
         state = _values(optimizer, params)
         return grads if _are(state, self._state) and list(map(Tensor.data_ptr, state)) == self._places else None
