@@ -66,6 +66,7 @@ STABLE_TORCH_LIBRARY(steepest, m) {
       "cpu_chain(Tensor[] xs, Tensor(a!)[] outs, Tensor(b!)[] slacks, int[] ints, float[] floats, float[] constants, "
       "int[] powers, float[] least, bool tight, float eps, int result, bool divides, bool bf16, int at_once) -> ()");
   m.def("cpu_syrk(Tensor x, Tensor c, Tensor(a!) out, Tensor alpha, Tensor beta) -> ()");
+  m.def("cpu_gemm(Tensor a, Tensor b, Tensor? c, Tensor(a!) out, float alpha, float beta, bool symmetric) -> ()");
   m.def("copy_if(Tensor flag, Tensor(a!)[] to, Tensor[] source) -> ()");
   m.def(
       "grouped_gemm(Tensor[] a, Tensor[] b, Tensor[] c, Tensor(a!)[] out, Tensor[] alphas, Tensor[] betas, "
@@ -208,6 +209,8 @@ STEEPEST_EXPORT int64_t steepest_eigh_rows(int32_t capability) {
 STEEPEST_EXPORT int32_t steepest_cpu_products(int32_t bf16) {
   return steepest::cpu_polar::kernels_for(bf16 != 0 ? steepest::Dtype::bf16 : steepest::Dtype::f32) != nullptr;
 }
+
+STEEPEST_EXPORT int32_t steepest_cpu_gemm_is_faster() { return steepest::cpu_polar::is_faster_than_blas(); }
 
 // Memory that is yet to be written is to lie in huge pages, where the system has them.
 STEEPEST_EXPORT void steepest_advise_huge_pages(void* begin, int64_t size) {

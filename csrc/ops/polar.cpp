@@ -12,6 +12,7 @@
 
 #include "common/device.h"
 #include "cpu_polar/chain.h"
+#include "cpu_polar/gemm.h"
 #include "cpu_polar/syrk.h"
 #include "ops/op_checks.h"
 #include "polar/chain.h"
@@ -282,24 +283,51 @@ void cpu_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& outs, c
   cpu_polar::run(chain, stacks, dtype, *kernels, at_once);
 }
 
-// c may be out; the rows of x or else its columns are contiguous.
+// A contiguous stack (matrices, rows, columns), or one of transposes of such: whether it is by rows.
+bool lies_by_rows(const Tensor& x, const Place& place, const char* name) {
+  place.check(x, name);
+  STD_TORCH_CHECK(x.dim() == 3 && x.scalar_type() == ScalarType::Float, name, " must be a float32 stack of matrices");
+  const int64_t matrices = x.size(0), rows = x.size(1), columns = x.size(2);
+  const bool by_rows = x.is_contiguous();
+  STD_TORCH_CHECK(by_rows || ((rows == 1 || x.stride(1) == 1) && (columns == 1 || x.stride(2) == rows) &&
+                              (matrices == 1 || x.stride(0) == rows * columns)),
+                  name, " must be a contiguous stack, or one of transposes");
+  return by_rows;
+}
+
+// c may be out.
 void cpu_syrk(const Tensor& x, const Tensor& c, const Tensor& out, const Tensor& alpha, const Tensor& beta) {
   const Place place(x);
   const cpu_polar::Kernels* const kernels = cpu_polar::kernels_for(Dtype::f32);
   STD_TORCH_CHECK(kernels != nullptr, "cpu_syrk has no products for this processor");
-  STD_TORCH_CHECK(x.dim() == 3 && x.scalar_type() == ScalarType::Float, "x must be a float32 stack of matrices");
+  const bool by_rows = lies_by_rows(x, place, "x");
   const int64_t matrices = x.size(0), m = x.size(1), k = x.size(2);
-  const bool rows = x.is_contiguous();
-  STD_TORCH_CHECK(
-      rows || ((m == 1 || x.stride(1) == 1) && (k == 1 || x.stride(2) == m) && (matrices == 1 || x.stride(0) == m * k)),
-      "x must be a contiguous stack, or one of transposes");
   check_floats(c, place, matrices * m * m, "c"), check_floats(out, place, matrices * m * m, "out");
   check_floats(alpha, place, matrices, "alpha"), check_floats(beta, place, matrices, "beta");
   cpu_polar::average(
-      {{matrices, m, k, static_cast<const float*>(x.const_data_ptr()), rows,
+      {{matrices, m, k, static_cast<const float*>(x.const_data_ptr()), by_rows,
         static_cast<const float*>(c.const_data_ptr()), pointer<float>(out),
         static_cast<const float*>(alpha.const_data_ptr()), static_cast<const float*>(beta.const_data_ptr())}},
       *kernels);
+}
+
+// c may be out, which is apart from a and b.
+void cpu_gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& c, const Tensor& out, double alpha,
+              double beta, bool symmetric) {
+  const Place place(a);
+  const cpu_polar::Kernels* const kernels = cpu_polar::kernels_for(Dtype::f32);
+  STD_TORCH_CHECK(kernels != nullptr, "cpu_gemm has no products for this processor");
+  const bool a_by_rows = lies_by_rows(a, place, "a"), b_by_rows = lies_by_rows(b, place, "b");
+  const int64_t matrices = a.size(0), m = a.size(1), k = a.size(2), n = b.size(2);
+  STD_TORCH_CHECK(b.size(0) == matrices && b.size(1) == k, "a and b must be stacks of matrices that make products");
+  STD_TORCH_CHECK(!symmetric || m == n, "a symmetric product is square, not ", m, " x ", n);
+  check_floats(out, place, matrices * m * n, "out");
+  if (c) check_floats(*c, place, matrices * m * n, "c");
+  const cpu_polar::StackedFactor left{static_cast<const float*>(a.const_data_ptr()), a_by_rows},
+      right{static_cast<const float*>(b.const_data_ptr()), b_by_rows};
+  cpu_polar::multiply({matrices, m, n, k, left, right, c ? static_cast<const float*>(c->const_data_ptr()) : nullptr,
+                       pointer<float>(out), static_cast<float>(alpha), c ? static_cast<float>(beta) : 0.0f, symmetric},
+                      *kernels);
 }
 
 #ifdef STEEPEST_HAS_CUDA
@@ -389,6 +417,7 @@ STABLE_TORCH_LIBRARY_IMPL(steepest, CPU, m) {
   m.impl("polar_chain", TORCH_BOX(&polar_chain));
   m.impl("cpu_chain", TORCH_BOX(&cpu_chain));
   m.impl("cpu_syrk", TORCH_BOX(&cpu_syrk));
+  m.impl("cpu_gemm", TORCH_BOX(&cpu_gemm));
 }
 
 #ifdef STEEPEST_HAS_CUDA

@@ -135,7 +135,7 @@ def test_a_matrix_has_its_bits_in_any_call_and_on_any_number_of_threads(preset: 
 @on_dtypes
 def test_all_stacks_of_a_choice_are_one_call(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = called(monkeypatch)
-    polars([noise((3, 8, 12)), noise((2, 12, 8)), noise((1, 8, 8))], "jordan", dtype=dtype)
+    polars([noise((3, 8, 12)), noise((2, 12, 8)), noise((1, 8, 10))], "jordan", dtype=dtype)
     assert calls == [3]
 
 
@@ -161,11 +161,11 @@ def test_what_is_no_ordinary_matrix(preset: str, dtype: torch.dtype) -> None:
     assert (found[5] - polar(x[5] * 2.0**100 * 2.0**30, preset, dtype=dtype)).abs().max() < 1e-3
     assert 0.6 < found[6, 1, 1] < 1.25
     assert found[6].count_nonzero() == 1
-    if preset == "auto":
+    if preset == "jordan" and dtype == HALF:
+        assert slack.eq(1).all()
+    else:
         assert slack[1] == 0
         assert slack[2:4].isnan().all()
-    else:
-        assert slack.eq(1).all()
 
 
 @on_dtypes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import steepest
-from steepest.ops import rotated
+from steepest.ops import matmul, rotated
 from steepest.step import plan
 from steepest.step.in_bases import InBases
 from support.operations import Operations
@@ -263,7 +263,33 @@ def test_groups_have_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert all_same_bits(*results)
 
 
-def test_long_sides_and_split_weights_go_by_the_ops() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_sides_where_our_products_are_the_faster_ones(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_gemm_is_faster", lambda: True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    results = []
+    try:
+        for way in (True, False):
+            generator = torch.Generator().manual_seed(3)
+            params = [
+                nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((40, 300), (288, 272), (20, 16))
+            ]
+            optimizer = steepest.SOAP(params, lr=1e-2, precondition_frequency=2)
+            for step in range(4):
+                give_gradients(params, step)
+                optimizer.step()
+            assert ways(optimizer) == ([InBases] if way else ways(optimizer))
+            results.append(state_of(optimizer, params))
+            monkeypatch.setattr(plan, "steps_in_bases", lambda *arguments: False)
+    finally:
+        torch.set_num_threads(before)
+    assert InBases not in ways(optimizer)
+    assert all_same_bits(*results)
+
+
+def test_long_sides_and_split_weights_go_by_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_gemm_is_faster", lambda: False)
     long, split, short = (nn.Parameter(torch.randn(shape)) for shape in ((257, 8), (48, 16), (48, 16)))
     groups = [{"params": [long]}, {"params": [split], "split_sizes": [16, 32]}, {"params": [short]}]
     optimizer = steepest.SOAP(groups)

@@ -24,6 +24,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "small_polar_blocks": (c_int32, c_int64, c_int32),
     "eigh_rows": (c_int64, c_int32),
     "cpu_products": (c_int32, c_int32),
+    "cpu_gemm_is_faster": (c_int32,),
     "load_cusolver": (c_char_p, c_char_p),
     "small_polar_refusal": (c_char_p, _FLOATS, _INTS, _INTS, c_int64, _FLOATS, c_int64),
     "symm_gemm_plan": (c_char_p, _INTS, c_int64, c_int32),
@@ -79,6 +80,10 @@ class Extension:
     def cpu_products(self, bf16: bool) -> bool:
         """Whether `cpu_chain` multiplies bf16, or fp32, on this processor."""
         return bool(self._library.steepest_cpu_products(bf16))
+
+    def cpu_gemm_is_faster(self) -> bool:
+        """Whether `cpu_gemm` is there for this processor and faster than torch's fp32 products are on it."""
+        return bool(self._library.steepest_cpu_gemm_is_faster())
 
     def load_cusolver(self, names: Sequence[str]) -> str | None:
         """Why none of these libraries can be loaded; None where one is."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from .fakes import register_fake
-from .matmul import matmul
+from .matmul import by_itself, cpu_gemm, has_gemm, matmul
 from .symm_gemm import Number, linear
 
 Precision = Literal["tf32x3", "tf32", "ieee"]
@@ -129,6 +129,8 @@ def _by_host(rows: Tensor, average: Tensor, out: Tensor, weight: Number | None) 
 
 
 def _by_torch(a: Tensor, b: Tensor, symmetric: bool) -> Tensor:
+    if symmetric and by_itself(a) and has_gemm(a, b, symmetric):
+        return cpu_gemm(a, b, out=a.new_empty(len(a), a.shape[1], b.shape[2]), symmetric=True)
     ab = matmul(a, b)
     return (ab + ab.mT).mul_(0.5) if symmetric else ab
 

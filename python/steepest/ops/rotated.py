@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from .fakes import register_fake
-from .matmul import IN_ORDER, by_itself, matmul
+from .matmul import by_itself, matmul, turns_in_order
 
 Way = Literal["into", "back", "observe"]
 _WAYS = ("into", "back", "observe")  # `Way` in csrc/eigh/rotate.h
@@ -92,7 +92,7 @@ class Stacks:
 
     @cached_property
     def _short(self) -> bool:
-        return all(max(m, n) <= IN_ORDER for _, m, n in self.shapes)
+        return all(turns_in_order(m, n) for _, m, n in self.shapes)
 
     @cached_property
     def _has_supported_factors(self) -> bool:
@@ -117,8 +117,8 @@ def rotate(
 ) -> Tensor:
     """A new tensor of x's shape; D^2 = sqrt(second) / c + eps, or (sqrt(second) + eps) / c inside, and 1/0 = 0.
 
-    c: sqrt(1 - beta^step), or 1 where the step has no elements; D is 1 where second has none. Products of sides beyond
-    256 are torch's, one matrix after another.
+    c: sqrt(1 - beta^step), or 1 where the step has no elements; D is 1 where second has none. Products of sides
+    that `turns_in_order` leaves out are torch's, one matrix after another.
     """
 
     def called(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def rotate(
         torch.ops.steepest.rotate([x], [left, right], [second], [step], *numbers, [], [out])
         return out
 
-    if max(x.shape[-2:]) <= IN_ORDER or not (left.numel() or right.numel()):
+    if turns_in_order(*x.shape[-2:]) or not (left.numel() or right.numel()):
         return called(x, left, right)
     none = left.new_empty(0)
     if way == "back":
@@ -150,7 +150,7 @@ def rotate_all(
     eps: float,
     inside: bool,
 ) -> None:
-    """`rotate` of several stacks without sides beyond 256, into outs.
+    """`rotate` of several stacks, all of them `turns_in_order`, into outs.
 
     flags: 0-d bool, whether a stack's out is written; without them all are. Outs of "observe" may be seconds.
     """

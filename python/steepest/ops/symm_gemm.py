@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
-from .matmul import at_once, by_itself, contiguous, placed
+from .matmul import at_once, by_itself, contiguous, cpu_gemm, has_gemm, placed
 
 # Two cores with AVX512-BF16, torch 2.13, bf16, ratio to the time of the full product, mirroring included:
 #   768x768x768    p=2 0.84   p=3 0.74   p=4 0.73   p=6 0.75
@@ -81,6 +81,8 @@ def gemm(
         else:
             gemm(a, b, out=product, symmetric=symmetric)
         return linear(product, c, alpha=alpha, beta=beta, out=out)
+    if by_itself(a) and has_gemm(a, b, symmetric):
+        return cpu_gemm(a, b, c, alpha=alpha, beta=beta, out=out, symmetric=symmetric)
     if by_itself(a) or (a.device.type == "cpu" and len(out) == 1):
         return _each_by_itself(a, b, c, alpha, beta, out, symmetric)
     if c is None:

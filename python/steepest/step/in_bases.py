@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops import rotated
-from ..ops.matmul import IN_ORDER
+from ..ops.matmul import turns_in_order
 from ..ops.multi_tensor import Scaling
 from ..ops.steps_in_bases import StepInBases, StepsInBases
 from ..ops.whole_steps import gradients_by_address, takes
@@ -39,7 +39,7 @@ def steps_in_bases(p: Parameter, backend: str) -> bool:
     if not part.steps_at_once or part.delay or not recipe.leaves_directions or len(p.pieces) != 1:
         return False
     piece, rounding = p.pieces[0], [p.state[key] for key in recipe.rounding.keys]
-    if piece.narrow or not p.source.numel() or max(piece.rows, piece.cols) > IN_ORDER:
+    if piece.narrow or not p.source.numel() or not turns_in_order(piece.rows, piece.cols):
         return False
     of_metric = [p.state[key] for key in part.keys if p.state[key].is_floating_point()]
     in_fp32 = all(t.dtype is torch.float32 for t in (p.grad, *of_metric))

@@ -40,7 +40,8 @@ class Choice:
     """How the polar factors of a stack of matrices are computed.
 
     form: "small", one kernel for whole matrices in shared memory (`steepest.ops.small_polar`); "plain", the full
-        products of torch.optim.Muon; "gram" or "standard", a chain of products (`steepest.linalg.chain`).
+        products of torch.optim.Muon, whose polynomial has other forms in fp32, which err less than its bf16 in any;
+        "gram" or "standard", a chain of products (`steepest.linalg.chain`).
     dtype: of the products; the small kernel has two fp16 halves of some numbers.
     restarts: the steps, from 1, before which a new Gram product is taken.
     rule: what decided the form.
@@ -84,7 +85,7 @@ def choose(
     if form != "auto":
         positions = default_restarts(table, form, rows, columns, work)
         return Choice("gram" if form == "gram" else "standard", work, table, positions, "caller")
-    if name == PLAIN:
+    if name == PLAIN and work != torch.float32:
         return Choice("plain", work, table, every, "preset")
     if dtype is None and small(table):
         return Choice("small", torch.float16, table, (), "small")

@@ -72,10 +72,10 @@ def polar(
     per matrix on the device.  "turbo" lifts vanishing ones so from s = 4.25 on (2.5% less near 1.5e-3 from 5.93 on).
     "simple" and "quintic" are other names of "jordan" and "you".
     "jordan" is, operation for operation, torch.optim.Muon's function (full products); "exact" is the same polynomial
-    with symmetric products, whose rounding is up to twice as large.  "svd" is computed in fp64 whatever x is.  In bf16
-    rounding comes on top: on matrices of a few large singular values, or of one, "auto" in the Gram form was seen to
-    err by .33 (160 x 200, rank 1) where "jordan" errs by .25.  form="gram" is not bounded in 16 bits on matrices with a
-    short side below 100.
+    with symmetric products, whose rounding is up to twice as large; in fp32, where torch has bf16, they are the same.
+    "svd" is computed in fp64 whatever x is.  In bf16 rounding comes on top: on matrices of a few large singular values,
+    or of one, "auto" in the Gram form was seen to err by .33 (160 x 200, rank 1) where "jordan" errs by .25.
+    form="gram" is not bounded in 16 bits on matrices with a short side below 100.
 
     Args:
         coefficients: instead of a preset, (a, b, c) or a list of such; 2 to 5 numbers, odd degrees 3 to 9.
