@@ -20,6 +20,10 @@ from .hyper import Number
 
 __all__ = ["Submatrix"]
 
+# What a CPU takes magnitudes of at once: of 12 matrices 768 x 3072 it takes 16 ms so, and 101 to 149 by a norm in fp64,
+# which makes a copy of all of them in fresh memory.
+ELEMENTS = 1 << 20
+
 
 @dataclass(frozen=True)
 class Submatrix:
@@ -56,7 +60,11 @@ class Submatrix:
 
     def sizes(self, m: Tensor, dim: int) -> Tensor:
         """1-norms in fp64, (batch, n), of the rows (dim -2) or columns (-1) of m, or the addends of a part of them."""
-        return torch.linalg.vector_norm(m, 1, dim=-3 - dim, dtype=torch.float64)
+        along = -3 - dim
+        if m.device.type != "cpu" or torch.compiler.is_compiling():
+            return torch.linalg.vector_norm(m, 1, dim=along, dtype=torch.float64)
+        some = m.split(max(1, ELEMENTS // max(1, m.shape[-2] * m.shape[-1])))
+        return torch.cat([each.abs().sum(along, dtype=torch.float64) for each in some])
 
     def largest(self, sizes: Tensor) -> Tensor:
         """(batch, k) int64, ascending: the places of the largest."""
