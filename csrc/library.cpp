@@ -241,16 +241,20 @@ STEEPEST_EXPORT const char* steepest_whole_steps(const void* steps, int64_t coun
 STEEPEST_EXPORT const char* steepest_steps_in_bases(const void* steps, const void* numbers, int64_t count,
                                                     const int64_t* grads, const int64_t* params, const double* hypers,
                                                     const double* betas, const float* found_inf, double* rows,
-                                                    double* sums, int64_t* skipped, int64_t workspace) {
+                                                    double* sums, int64_t* skipped, int64_t workspace,
+                                                    const int8_t* due, int32_t* left, const double* limits,
+                                                    int32_t accepted, int64_t tries) {
   namespace eigh = steepest::eigh;
   return error_of([&] {
     const auto* const kernels = steepest::cpu_polar::kernels_for(steepest::Dtype::f32);
     if (kernels == nullptr) throw std::runtime_error("there are no products for this processor");
     const auto* const table = static_cast<const eigh::StepInBases*>(steps);
-    const auto* const limits = static_cast<const eigh::StepNumbers*>(numbers);
+    const auto* const of_steps = static_cast<const eigh::StepNumbers*>(numbers);
     const steepest::multi_tensor::Scaling scaling{found_inf, nullptr};
-    eigh::steps_in_bases({table, limits, count, grads, params, hypers, betas, scaling, rows, sums, skipped, workspace},
-                         *kernels);
+    const eigh::Refreshes refreshes{due, left, {limits[0], limits[1], limits[2], accepted, tries}};
+    eigh::steps_in_bases(
+        {table, of_steps, count, grads, params, hypers, betas, scaling, rows, sums, skipped, workspace, refreshes},
+        *kernels);
   });
 }
 

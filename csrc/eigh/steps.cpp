@@ -1,5 +1,6 @@
 #include "eigh/steps.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu_polar/syrk.h"
@@ -71,7 +72,7 @@ class Steps {
     std::vector<int64_t> some;
     int64_t size = 0;
     for (int64_t i = 0; i < all_.count; ++i) {
-      if (all_.rows[i * kColumns + multi_tensor::kFinite] == 0) continue;
+      if (!is_taken(i)) continue;
       const int64_t more = elements(all_.steps[i]);
       if (!some.empty() && size + more > all_.workspace) {
         take(some, size);
@@ -82,7 +83,25 @@ class Steps {
     if (!some.empty()) take(some, size);
   }
 
+  void refresh() const {
+    const Refreshes& refreshes = all_.refreshes;
+    if (refreshes.due == nullptr) return;
+    std::fill_n(refreshes.left, 2 * lines_.back(), 0);
+    std::vector<Tracked> stacks;
+    for (int64_t i = 0; i < all_.count; ++i) {
+      if (!refreshes.due[i] || !is_taken(i)) continue;
+      const StepInBases& step = all_.steps[i];
+      Tracked stack{step.matrices, step.rows, step.columns, {}, at<float>(step.second)};
+      for (int64_t k = 0; k < 2; ++k)
+        stack.sides[k] = {at<const float>(step.factors[k]), at<float>(step.bases[k]), at<int32_t>(step.statuses[k]),
+                          refreshes.left + 2 * lines_[i] + k * step.matrices, nullptr};
+      stacks.push_back(stack);
+    }
+    track(stacks, refreshes.limits, kernels_);
+  }
+
  private:
+  bool is_taken(int64_t i) const { return all_.rows[i * kColumns + multi_tensor::kFinite] != 0; }
   const double* hypers(int64_t i) const { return all_.hypers + all_.steps[i].group * kHypers; }
 
   void take(const std::vector<int64_t>& some, int64_t size) {
@@ -165,6 +184,7 @@ void steps_in_bases(const StepsInBases& all, const cpu_polar::Kernels& kernels) 
   Steps steps(all, kernels);
   steps.decide();
   steps.take();
+  steps.refresh();
 }
 
 }  // namespace steepest::eigh

@@ -2,15 +2,16 @@
 // anything.
 //
 //   look at G, and decide       M takes G       V takes (L^T G R)^2, U = L ((L^T M R) / D^2) R^T       W moves by U
-//   factors take G G^T and G^T G
+//   factors take G G^T and G^T G      bases that are due follow their factors
 //
-// One after the other what `grad_stats`, `decide_steps`, `update_moments`, `adam_in_bases`, `apply_update` and
-// `update_factors` do, by the same functions, and so with their bits.
+// One after the other what `grad_stats`, `decide_steps`, `update_moments`, `adam_in_bases`, `apply_update`,
+// `update_factors` and `track_bases` do, by the same functions, and so with their bits.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu_polar/kernels.h"
+#include "eigh/iterate.h"
 #include "multi_tensor/params.h"
 
 namespace steepest::eigh {
@@ -22,7 +23,7 @@ struct StepInBases {
   int64_t matrices, rows, columns;
   int64_t param_type, momentum_type;
   int64_t momentum, second, mantissa, step, learned;
-  int64_t factors[2], bases[2];
+  int64_t factors[2], bases[2], statuses[2];
   int64_t corrected, inside;  // whether second moments are corrected for their start, and where eps is (rotate.h)
   int64_t program, group;
   int64_t place[3];
@@ -32,6 +33,14 @@ struct StepInBases {
 // squares and magnitude.
 struct StepNumbers {
   double ratio, most_square, most;
+};
+
+// Of the bases, those of steps whose flag in `due` is set; nullptr where none are. left: of every step a number for
+// each matrix and side, those of the left side first: 1 where a basis that is due stays as it was.
+struct Refreshes {
+  const int8_t* due;
+  int32_t* left;
+  Limits limits;
 };
 
 struct StepsInBases {
@@ -45,6 +54,7 @@ struct StepsInBases {
   double *rows, *sums;
   int64_t* skipped;
   int64_t workspace;  // elements of updates that there may be at once, of more than one parameter
+  Refreshes refreshes;
 };
 
 void steps_in_bases(const StepsInBases& all, const cpu_polar::Kernels& kernels);

@@ -89,8 +89,11 @@ def test_why_cusolver_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_eigenvectors_without_cusolver(monkeypatch: pytest.MonkeyPatch) -> None:
-    P = torch.stack([symmetric(torch.logspace(0, -3, 9).double(), seed) for seed in range(3)])
-    assert torch.equal(eigh.eigenvectors(P), torch.linalg.eigh(P).eigenvectors)
+    values = torch.logspace(-3, 0, 9, dtype=torch.float64)
+    P = torch.stack([symmetric(values, seed) for seed in range(3)])
+    V = eigh.eigenvectors(P)
+    torch.testing.assert_close(P @ V, V * values, rtol=0, atol=1e-14)
+    torch.testing.assert_close(V.mT @ V, torch.eye(9, dtype=torch.float64).expand(3, 9, 9), rtol=0, atol=1e-14)
 
     def fail(_: Tensor) -> None:
         raise torch.linalg.LinAlgError("linalg.eigh: failed to converge")

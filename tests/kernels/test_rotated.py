@@ -13,6 +13,7 @@ import steepest
 from steepest.linalg.basis import FELL_BACK, LIMITS, TRIES, tracked
 from steepest.ops import eigh, rotated
 from steepest.ops.rotated import Stacks
+from steepest.ops.steps_in_bases import StepsInBases
 
 pytestmark = pytest.mark.skipif(
     not rotated.supports(torch.zeros(1, 2, 2)), reason="no products are compiled for this processor"
@@ -414,7 +415,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "every third": {"precondition_frequency": 3},
     "one side": {"precondition_frequency": 1, "max_preconditioner_dim": 30},
     "the authors'": {"precondition_frequency": 1, "parity": "authors"},
-    "Emerging-Optimizers'": {"precondition_frequency": 1, "parity": "emerging-optimizers"},
+    # Beside the diagonal of its bases the first gradient is rounding, which eps keeps from being divided by itself.
+    "Emerging-Optimizers'": {"precondition_frequency": 1, "parity": "emerging-optimizers", "eps": 1e-2},
 }
 
 
@@ -443,15 +445,15 @@ def test_coupled_methods_step_as_without_the_calls(
 
 def test_soap_asks_the_calls_and_solves_exactly_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
-    track = rotated.track
+    take = StepsInBases.take
 
     def counted(*args: Any) -> list[tuple[int, int, int]]:
-        stays = track(*args)
+        stays = take(*args)
         left.append(len(stays))
         return stays
 
-    monkeypatch.setattr(rotated, "track", counted)
+    monkeypatch.setattr(StepsInBases, "take", counted)
     trained({"precondition_frequency": 1})
-    assert len(left) == 16  # of two groups; the first refresh is exact
+    assert len(left) == 8  # the first refresh is exact
     assert any(left)
     assert not all(left)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from steepest.linalg.basis import ACCEPTED, LIMITS, TRIES
 from steepest.ops import rotated
 from steepest.ops.multi_tensor import Groups, Table
 from steepest.ops.program import Program
@@ -50,6 +52,8 @@ def problem(shape: tuple[int, int, int], sides: str, seed: int) -> dict[str, Ten
         "right": symmetric(batch, n, seed + 5) if right else none,
         "left_basis": orthonormal(batch, m, seed + 6) if left else none,
         "right_basis": orthonormal(batch, n, seed + 7) if right else none,
+        "left_status": torch.zeros(batch if left else 0, dtype=torch.int32),
+        "right_status": torch.zeros(batch if right else 0, dtype=torch.int32),
     }
 
 
@@ -82,19 +86,24 @@ def steps_of(all_of: list[dict[str, Tensor]], inside: bool, workspace: int, **li
     steps = []
     for i, t in enumerate(all_of):
         of_state = (t["momentum"], t["second"], torch.empty(0, dtype=torch.int16), t["step"], t["learned"])
-        metric = ((t["left"], t["right"]), (t["left_basis"], t["right_basis"]))
+        metric = tuple((t[f"left{what}"], t[f"right{what}"]) for what in ("", "_basis", "_status"))
         options: dict[str, Any] = {"corrected": True, "eps_inside": inside, "ratio": RATIO, **limits}
         where: dict[str, Any] = {"group": i % 2, "place": (i % 2, i, 0)}
         steps.append(StepInBases(program, t["w"].shape, torch.float32, *of_state, *metric, **options, **where))
     sizes = [t["w"].numel() for t in all_of]
     lines = [(len(t["w"]), t["w"][0].numel()) for t in all_of]
     table = Table.empty(torch.tensor(3), sizes, lines)
-    return StepsInBases(steps, table, workspace)
+    return StepsInBases(steps, table, workspace, LIMITS, ACCEPTED, TRIES)
 
 
-def take(steps: StepsInBases, all_of: list[dict[str, Tensor]], found_inf: Tensor | None = None) -> None:
+def take(
+    steps: StepsInBases,
+    all_of: list[dict[str, Tensor]],
+    found_inf: Tensor | None = None,
+    due: Sequence[bool] = (),
+) -> list[tuple[int, int, int]]:
     groups = Groups([x for group in HYPERS for x in group], [], [], [i % 2 for i in range(len(all_of))])
-    steps.take([t["g"] for t in all_of], [t["w"] for t in all_of], groups, RATES, found_inf)
+    return steps.take([t["g"] for t in all_of], [t["w"] for t in all_of], groups, RATES, found_inf, due)
 
 
 @pytest.mark.parametrize("workspace", [1, 1 << 30])
@@ -129,3 +138,52 @@ def test_a_scaler_that_found_inf_lets_nothing_step() -> None:
     before = [{key: t.clone() for key, t in each.items()} for each in all_of]
     take(steps_of(all_of, False, 1 << 30), all_of, torch.tensor(1.0))
     assert all(torch.equal(t[key], old[key]) for t, old in zip(all_of, before, strict=True) for key in KEPT)
+
+
+def near_bases(t: dict[str, Tensor]) -> None:
+    """Bases of the factors, a little turned."""
+    for side in ("left", "right"):
+        exact = torch.linalg.eigh(t[side].double())[1].flip(-1)
+        turn = 1e-3 * noise(exact.shape, 9).double()
+        t[f"{side}_basis"].copy_(torch.linalg.qr(exact + exact @ (turn - turn.mT))[0])
+
+
+def off_diagonal(P: Tensor, Q: Tensor) -> float:
+    """How far Q^T P Q is from diagonal."""
+    turned = Q.double().mT @ P.double() @ Q.double()
+    return float((turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))).norm() / turned.norm())
+
+
+def test_bases_that_are_due_follow_their_factors_or_are_left() -> None:
+    """The bases of the first are not due, those of the second nowhere near, and the last takes no step."""
+    shapes = ((1, 20, 24), (2, 12, 40), (2, 33, 70), (1, 64, 64), (1, 30, 16))
+    all_of = [problem(shape, "both", 10 * i) for i, shape in enumerate(shapes)]
+    for i in (0, 2, 3, 4):
+        near_bases(all_of[i])
+    for t in all_of:
+        t["g"] *= 0.3
+    all_of[4]["g"][0, 1, 2] = torch.nan
+    alone = [{key: t.clone() for key, t in each.items()} for each in all_of]
+    assert take(steps_of(alone, False, 1 << 30), alone) == []
+    left = take(steps_of(all_of, False, 1 << 30), all_of, due=[False, True, True, True, True])
+    taken = []
+    for i, (t, without) in enumerate(zip(all_of, alone, strict=True)):
+        for side, name in enumerate(("left", "right")):
+            P, basis, before = t[name], t[f"{name}_basis"], without[f"{name}_basis"]
+            assert torch.equal(P, without[name])
+            for k in range(len(basis)):
+                if i in (0, 4) or (i, side, k) in left:
+                    assert torch.equal(basis[k], before[k])
+                    assert t[f"{name}_status"][k] == 0
+                    continue
+                taken.append((i, side, k))
+                assert off_diagonal(P[k], basis[k]) < 0.7 * off_diagonal(P[k], before[k])
+                identity = torch.eye(basis.shape[-1], dtype=torch.float64)
+                assert float((basis[k].double().mT @ basis[k].double() - identity).abs().max()) < 1e-5
+                assert t[f"{name}_status"][k] == ACCEPTED
+    assert {i for i, _, _ in left} <= {1, 2, 3}
+    assert {(1, 0, 0), (1, 0, 1)} <= {*left, *taken}
+    assert {i for i, _, _ in taken} >= {2, 3}
+    assert left
+    for i in (2, 3):  # second moments are sorted with the columns, and none is lost
+        assert torch.equal(all_of[i]["second"].flatten().sort()[0], alone[i]["second"].flatten().sort()[0])

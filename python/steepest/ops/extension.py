@@ -30,7 +30,10 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "symm_gemm_plan": (c_char_p, _INTS, c_int64, c_int32),
     "advise_huge_pages": (None, c_void_p, c_int64),
     "whole_steps": (c_char_p, c_void_p, c_int64, *[c_void_p] * 8),
-    "steps_in_bases": (c_char_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 8, c_int64),
+    "steps_in_bases": (
+        *(c_char_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 8, c_int64),
+        *(c_void_p, c_void_p, c_void_p, c_int32, c_int64),
+    ),
     "polar_chunks": (c_char_p, _INTS, _FLOATS, c_int64, _INTS, c_int64, c_int32, c_int64),
 }
 
@@ -166,16 +169,23 @@ class Extension:
         params: array[int],
         hypers: array[float],
         betas: array[float],
-        *memory: int,
+        memory: Sequence[int],
+        due: array[int],
+        left: array[int],
+        limits: array[float],
+        accepted: int,
+        tries: int,
     ) -> None:
-        """Steps of len(grads) parameters by addresses (`steepest.ops.steps_in_bases`).
+        """Steps of len(grads) parameters by addresses, and refreshes of their bases (`steepest.ops.steps_in_bases`).
 
         memory: the addresses of found_inf, 0 where no scaler says anything, of the table's rows and sums, and of the
-        counter of steps not taken, and then how many elements updates may take at once.
+        counter of steps not taken, and then how many elements updates may take at once. due: empty where no basis is.
         """
         first = [values.buffer_info()[0] for values in (steps, numbers)]
         rest = [values.buffer_info()[0] for values in (grads, params, hypers, betas)]
-        error = self._library.steepest_steps_in_bases(*first, len(grads), *rest, *memory)
+        refreshes = [values.buffer_info()[0] if due else 0 for values in (due, left)]
+        limiting = (limits.buffer_info()[0], accepted, tries)
+        error = self._library.steepest_steps_in_bases(*first, len(grads), *rest, *memory, *refreshes, *limiting)
         if error is not None:
             raise ValueError(error.decode())
 

@@ -1,7 +1,8 @@
 """Steps of Adam in the eigenbases of Kronecker factors (SOAP's), on a CPU: one call for all parameters.
 
-    take      gradients looked at, moments, the update in the bases and back, weights, and what factors learn
-    refresh   of the bases that are due, by what `Fused` calls
+    take      gradients looked at, moments, the update in the bases and back, weights, what factors learn, and a refresh
+              of the bases that are due
+    finish    exact bases where that got no hold of them, and refreshes of other kinds, by what `Fused` calls
 
 What stays is all that `Fused` has: bits, tables, and that a parameter steps or does not by its own gradient.
 """
@@ -14,13 +15,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..linalg.basis import ACCEPTED, LIMITS, TRIES
 from ..ops import rotated
 from ..ops.matmul import turns_in_order
 from ..ops.multi_tensor import Scaling
 from ..ops.steps_in_bases import StepInBases, StepsInBases
-from ..ops.whole_steps import gradients_by_address, takes
+from ..ops.whole_steps import by_address, gradients_by_address, takes
 from ..parts import Diagonal, Hyper
-from ..parts.precondition import BASES, FACTORS, LEARNED, Phase, Rotated
+from ..parts.precondition import BASES, FACTORS, LEARNED, STATUS, Phase, Rotated
 from ..recipe import CLOCK
 from .buckets import FusedBatch, FusedItem
 from .factors import advance_clocks
@@ -42,6 +44,9 @@ def steps_in_bases(p: Parameter, backend: str) -> bool:
     if piece.narrow or not p.source.numel() or not turns_in_order(piece.rows, piece.cols):
         return False
     of_metric = [p.state[key] for key in part.keys if p.state[key].is_floating_point()]
+    statuses = [p.state[key] for key in STATUS if key in p.state]
+    if not by_address(statuses) or not all(t.is_contiguous() and t.dtype is torch.int32 for t in statuses):
+        return False
     in_fp32 = all(t.dtype is torch.float32 for t in (p.grad, *of_metric))
     return in_fp32 and takes([p.source, p.grad, p.momentum, *of_metric, *rounding])
 
@@ -57,12 +62,16 @@ class InBases(Fused):
     _hypers: Sequence[Hyper] = ()
     _betas: Sequence[float] = ()
     _phases: Sequence[Phase] = ()
+    #: which bases the call refreshes, and those that it left: (step, side, matrix)
+    _due: Sequence[bool] = ()
+    _left: Sequence[tuple[int, int, int]] = ()
     _scaling = Scaling()
 
     @cached_property
     def _steps_by_address(self) -> StepsInBases:
         floats = self._max_bytes // 8  # of an update, and as much around it
-        return StepsInBases([self._step_of(item) for item in self._items], self.table, floats)
+        steps = [self._step_of(item) for item in self._items]
+        return StepsInBases(steps, self.table, floats, LIMITS, ACCEPTED, TRIES)
 
     def _step_of(self, item: FusedItem) -> StepInBases:
         p, matrices = item.parameter, item.matrices
@@ -82,6 +91,7 @@ class InBases(Fused):
             learned=state[LEARNED],
             factors=(state[FACTORS[0]], state[FACTORS[1]]),
             bases=(state[BASES[0]], state[BASES[1]]),
+            statuses=(state.get(STATUS[0], self._absent), state.get(STATUS[1], self._absent)),
             corrected=part.inner.bias_correction,
             eps_inside=part.inner.eps_inside,
             ratio=matrices.ratio,
@@ -122,11 +132,14 @@ class InBases(Fused):
         self._betas = [betas.get(group, 0.0) for group in range(len(hypers))]
         known: dict[tuple[int, int], Phase] = {}
         self._phases = []
+        self._due = []
         for p, clock in zip(self.parameters, map(int, self._clocks), strict=True):
             phase = known.get((p.group, clock))
             if phase is None:
                 phase = known[p.group, clock] = self._part_of_group[p.group].phase(clock)
-            self._phases.append(phase)
+            due = phase.refreshes and phase.exact is None and self._part_of_group[p.group].tracks_in_place(self.device)
+            self._due.append(due)
+            self._phases.append(phase._replace(refreshes=False) if due else phase)
         return all(_only_steps(phase) for phase in known.values())
 
     @cached_property
@@ -145,13 +158,19 @@ class InBases(Fused):
         if not self._grads:
             return super().send(batch)
         groups = groups_of(self._hypers, self._group_of, self.device)
-        self._steps_by_address.take(self._grads, self._weights, groups, self._betas, self._scaling.found_inf)
+        due = self._due if any(self._due) else ()
+        found_inf = self._scaling.found_inf
+        self._left = self._steps_by_address.take(self._grads, self._weights, groups, self._betas, found_inf, due)
         return []
 
     def finish(self) -> None:
         if not self._grads:
             super().finish()
             return
+        for i, side, matrix in self._left:
+            item = self._items[i]
+            assert item.matrices is not None
+            self._part_of_group[item.parameter.group].solve_in_place(item.matrices.state, side, matrix)
         if any(phase.refreshes for phase in self._phases):
             flags = (self._column("finite") != 0).unbind()
             for p, g, flag, phase in zip(self.parameters, self._grads, flags, self._phases, strict=True):

@@ -5,7 +5,7 @@ from .diagonal import Diagonal
 from .kronecker import FACTORS, LEARNED, PENDING, Gathered, Kronecker, Phase, refresh_bytes
 from .none import Identity
 from .roots import Roots
-from .rotated import BASES, Rotated
+from .rotated import BASES, STATUS, Rotated
 from .sides import Sides
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "FACTORS",
     "LEARNED",
     "PENDING",
+    "STATUS",
     "Diagonal",
     "Gathered",
     "Identity",

@@ -390,16 +390,20 @@ class Rotated(Kronecker):
 
     def refresh_in_place(self, stacks: rotated.Stacks, states: Sequence[State], flags: Sequence[Tensor]) -> bool:
         """One call tracks all bases; those that it gets no hold of are solved exactly."""
-        plain = self.method == "auto" and self.transport != "fixed" and (self.sides is None or self._averages_values)
-        if not plain or self.delay or self.blocks or self.dtype is not None:
-            return False
-        if not _tracks(stacks.factors[0].device) or not stacks.supports_track():
+        if not self.tracks_in_place(stacks.factors[0].device) or not stacks.supports_track():
             return False
         for i, side, matrix in rotated.track(stacks, flags, LIMITS, ACCEPTED, TRIES):
-            self._solve_in_place(states[i], side, matrix)
+            self.solve_in_place(states[i], side, matrix)
         return True
 
-    def _solve_in_place(self, state: State, side: int, matrix: int) -> None:
+    def tracks_in_place(self, device: torch.device) -> bool:
+        """Whether a refresh that is taken at once is that of `steepest.ops.rotated.track`, and of what `solve_in_place`
+        gives where that leaves a basis.
+        """
+        plain = self.method == "auto" and self.transport != "fixed" and (self.sides is None or self._averages_values)
+        return plain and not self.delay and not self.blocks and self.dtype is None and _tracks(device)
+
+    def solve_in_place(self, state: State, side: int, matrix: int) -> None:
         """The exact basis of one matrix, and all that goes with it."""
         keys = [FACTORS[side], BASES[side], STATUS[side]]
         keys += [self.inner.key] if isinstance(self.inner, Diagonal) else []
