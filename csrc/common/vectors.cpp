@@ -32,6 +32,11 @@ Vectors widest_vectors() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Vectors::avx2 : Vectors::baseline;
 }
 
+bool is_intel() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+}
+
 bool has_bf16_vectors() { return widest_vectors() == Vectors::avx512 && __builtin_cpu_supports("avx512bf16"); }
 
 bool has_bf16_tiles() {
@@ -47,6 +52,8 @@ bool has_bf16_tiles() {
 }
 #else
 Vectors widest_vectors() { return Vectors::baseline; }
+
+bool is_intel() { return false; }
 
 bool has_bf16_vectors() { return false; }
 

@@ -22,6 +22,9 @@ const T* of_widest_vectors(const T* avx512, const T* avx2, const T* baseline) {
   return baseline;
 }
 
+// Whether the processor is one of Intel's, which memory and libraries treat otherwise than the rest of x86.
+bool is_intel();
+
 // Products of bf16 beside AVX-512.
 bool has_bf16_vectors();
 

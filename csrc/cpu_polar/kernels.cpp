@@ -28,15 +28,10 @@ const Kernels* kernels_for(Dtype dtype) {
   static const Kernels* const bf16 = find_bf16();
   return dtype == Dtype::f32 ? f32 : dtype == Dtype::bf16 ? bf16 : nullptr;
 }
-
-bool is_faster_than_blas() {
-  __builtin_cpu_init();
-  return kernels_for(Dtype::f32) != nullptr && !__builtin_cpu_is("intel");
-}
 #else
 const Kernels* kernels_for(Dtype) { return nullptr; }
-
-bool is_faster_than_blas() { return false; }
 #endif
+
+bool is_faster_than_blas() { return kernels_for(Dtype::f32) != nullptr && !is_intel(); }
 
 }  // namespace steepest::cpu_polar
