@@ -82,6 +82,25 @@ def rate_in_a_tensor(optimizer: Any, params: list[nn.Parameter]) -> None:
     rate.data.mul_(0.5)  # which no version counts
 
 
+def rates_that_rise(optimizer: Any, params: list[nn.Parameter]) -> None:
+    for _ in range(9):
+        for group in optimizer.param_groups:
+            group["lr"] *= 1.3
+        optimizer.step()
+
+
+def a_tensor_beside_a_number(optimizer: Any, params: list[nn.Parameter]) -> None:
+    with torch.inference_mode():
+        uncounted = torch.tensor(0.01)
+    for rate in (torch.tensor(0.05), torch.tensor([0.05], dtype=torch.float64), uncounted):
+        optimizer.param_groups[0]["lr"] = rate
+        for factor in (1.5, 0.2, 7.0):
+            optimizer.param_groups[1]["lr"] *= 1.1
+            with torch.inference_mode(rate is uncounted):
+                rate.mul_(factor)
+            optimizer.step()
+
+
 def somebody_elses_value(optimizer: Any, params: list[nn.Parameter]) -> None:
     optimizer.param_groups[0]["initial_lr"] = 0.5
 
@@ -110,6 +129,8 @@ REPEATED: tuple[Change, ...] = (
     other_betas,
     betas_in_place,
     rate_in_a_tensor,
+    rates_that_rise,
+    a_tensor_beside_a_number,
     somebody_elses_value,
     weights_elsewhere,
     under(autocast),
@@ -263,6 +284,45 @@ def test_a_number_that_is_refused_is_refused_before_anything_moves(value: Any) -
     with pytest.raises((TypeError, ValueError), match="group 1: .*lr"):
         optimizer.step()
     assert all_same_bits(copies(params), before)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), 1e38, 25.0])
+@pytest.mark.parametrize("in_a_tensor", [False, True])
+def test_a_rate_is_refused_after_steps_with_others(value: float, in_a_tensor: bool) -> None:
+    """25 beside a weight decay of .1 is more than twice a weight, which 15 is not."""
+    optimizer, params = made()
+    group = optimizer.param_groups[1]
+    tensor = torch.tensor(0.02, dtype=torch.float64)
+    for rate in (0.02, 0.03, 15.0):
+        group["lr"] = tensor.fill_(rate) if in_a_tensor else rate
+        train(optimizer, params, range(2))
+    before = copies(params)
+    group["lr"] = tensor.fill_(value) if in_a_tensor else value
+    for _ in range(2):
+        with pytest.raises(ValueError, match="group 1: .*(lr|Learning rate)"):
+            optimizer.step()
+        assert all_same_bits(copies(params), before)
+    group["lr"] = tensor.fill_(0.0) if in_a_tensor else 0.0
+    optimizer.step()
+    assert all_same_bits(copies(params[2:]), before[2:])
+    assert not all_same_bits(copies(params), before)
+
+
+@pytest.mark.parametrize("in_a_tensor", [False, True])
+def test_a_rate_that_rises_is_not_checked_in_every_step(in_a_tensor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, params = made()
+    rate = torch.tensor(0.02)
+    if in_a_tensor:
+        optimizer.param_groups[1]["lr"] = rate
+    train(optimizer, params, range(3))
+    checks: list[int] = []
+    check = type(optimizer).check_numbers
+    monkeypatch.setattr(RepeatedStep, "of", lambda *_: pytest.fail("another plan"))
+    monkeypatch.setattr(optimizer, "check_numbers", lambda: (checks.append(1), check(optimizer)))
+    for i in range(50):
+        optimizer.param_groups[1]["lr"] = rate.fill_(0.02 * (1 + i / 10)) if in_a_tensor else 0.02 * (1 + i / 10)
+        optimizer.step()
+    assert 1 <= len(checks) <= 3  # as often as it has doubled
 
 
 def test_a_method_that_adds_to_a_step_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ from .group_options import (
     same,
 )
 from .method import Method, merged
-from .option_types import OPTION_TYPES, check_options, is_on_host, is_within
+from .option_types import OPTION_TYPES, check_option, check_options, is_on_host, is_within
 
 __all__ = ["Groups", "Params", "check_shaped"]
 
@@ -135,6 +135,15 @@ class Groups(Method):
                 read = self._recipes.get(id(group))
                 self._check_lengths(group, self._new_recipe(group) if read is None else read[1])
             self._numbers[id(group)] = numbers_of(group, known)
+
+    def _takes_lr(self, group: Group, lr: float) -> bool:
+        """Whether a group may have this learning rate beside its other numbers, and so each smaller one above 0."""
+        try:
+            check_option("lr", lr)
+            self._check_lengths({**group, "lr": lr}, self._recipe(group))
+        except ValueError:
+            return False
+        return True
 
     def _check_lengths(self, group: Group, recipe: Recipe) -> None:
         """ValueError for a learning rate or a weight decay that makes weights infinite whatever the gradients are.

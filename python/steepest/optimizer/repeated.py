@@ -15,10 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..ops.program import HYPERS
 from ..ops.whole_steps import by_address, numbers_of
 from ..step import Plan
 from ..step.whole import Whole
-from .group_options import is_as_it_was, numbers_are
+from .group_options import NUMBERS, is_as_it_was, numbers_are
 from .plan_key import of_gradient, of_parameter
 from .reports import Reports
 
@@ -45,10 +46,14 @@ class RepeatedStep:
         self._of_gradients = list(map(of_gradient, (p.grad for p in self._params)))
         self._state = _values(optimizer, self._params)
         self._places = [t.data_ptr() for t in self._state]
-        #: those of all groups, what they were made of, and whether they are the same as long as that is
+        #: those of all groups, what they were made of, and whether they are the same as long as all but the learning
+        #: rates of that is
         self._numbers: array[float] = array("d")
-        self._known: list[Sequence[object]] = []
+        self._known: list[tuple[object, ...]] = []
         self._is_known = False
+        #: where learning rates that are tensors are written, and up to where each group's need no check
+        self._rates: list[Tensor] = []
+        self._taken: list[float] = []
 
     @classmethod
     def of(cls, optimizer: Reports, plan: Plan) -> RepeatedStep | None:
@@ -72,16 +77,46 @@ class RepeatedStep:
         grads = self._gradients(optimizer)
         if grads is None:
             return False
-        groups = self._groups
-        if not self._is_known or not all(map(numbers_are, self._known, groups)):
-            optimizer.check_numbers()
-            for group in groups:
-                optimizer._numbers_on_device(group)
-            self._known = [optimizer._numbers[id(group)] for group in groups]
-            numbers = self._executor.groups([optimizer._hyper(group) for group in groups])
-            self._numbers, self._is_known = numbers_of(numbers), not numbers.tensors
+        if not self._is_known or not (all(map(numbers_are, self._known, self._groups)) or self._takes_rates()):
+            self._take_numbers(optimizer)
         self._executor.take(grads, self._params, self._numbers)
         return True
+
+    def _takes_rates(self) -> bool:
+        """Brings the learning rates of this step to the numbers, and gives True where nothing else has changed and
+        each is one that the constructor takes.
+        """
+        for i, (known, group) in enumerate(zip(self._known, self._groups, strict=True)):
+            before, lr = known[0], group.get("lr")
+            if not all(map(operator.is_, known[1:], map(group.get, NUMBERS[1:]))):
+                return False
+            if type(lr) is float:
+                self._numbers[i * len(HYPERS)] = lr
+                self._known[i] = (lr, *known[1:])
+            elif isinstance(lr, Tensor) and type(before) is tuple and lr is before[0] and not lr.ndim and lr.is_cpu:
+                self._rates[i].copy_(lr.detach())
+            else:
+                return False
+            if not 0 <= self._numbers[i * len(HYPERS)] <= self._taken[i]:
+                return False
+        return True
+
+    def _take_numbers(self, optimizer: Reports) -> None:
+        """Checks and reads all numbers anew."""
+        self._is_known = False
+        optimizer.check_numbers()
+        for group in self._groups:
+            optimizer._numbers_on_device(group)
+        self._known = [optimizer._numbers[id(group)] for group in self._groups]
+        numbers = self._executor.groups([optimizer._hyper(group) for group in self._groups])
+        self._numbers = numbers_of(numbers)
+        # A tensor whose changes are not counted stands for itself.
+        places = [divmod(at, len(HYPERS)) for at in numbers.at]
+        self._is_known = all(not of_group and type(self._known[i][0]) is tuple for i, of_group in places)
+        with torch.inference_mode(False):  # other steps may be outside of it
+            self._rates = list(torch.frombuffer(self._numbers, dtype=torch.float64)[:: len(HYPERS)].unbind())
+        rates = zip(self._groups, self._numbers[:: len(HYPERS)], strict=True)
+        self._taken = [2 * lr if optimizer._takes_lr(group, 2 * lr) else lr for group, lr in rates]
 
     def _gradients(self, optimizer: Reports) -> list[Tensor] | None:
         """The gradients of this step; None where it is another one than the last. What is looked at is what
