@@ -467,9 +467,8 @@ void grad_stats_tiles(const Gradient& gradient, const Span& span, double* partia
   partial[0] = most, partial[1] = square;
 }
 
-// Magnitudes are ordered as their bits are, and what is not finite is the largest. Four parts of a chunk are read side
-// by side: one stream leaves a core waiting at the end of every page, .48 ns an element beside .29 to .32 of tensors
-// that are in no cache.
+// Magnitudes are ordered as their bits are, and what is not finite is the largest. A chunk is read from its beginning
+// to its end: four parts of it side by side take .123 ns an element beside .110 of gradients that are in no cache.
 template <int N>
 struct LargestAndSquares {
   uint32_t most[N]{};
@@ -499,32 +498,34 @@ struct LargestAndSquares {
 template <class T>
 void grad_stats_flat(const Gradient& gradient, const Span& span, double* partial) {
   using Lanes = LargestAndSquares<kLanes<T>>;
-  constexpr int kStreams = 4, kInARow = 1024;  // elements of a stream that are added up in fp32
+  constexpr int kParts = 4, kInARow = 1024;  // elements that are added up in fp32
   const T* const g = static_cast<const T*>(gradient.at) + span.start;
   uint32_t most = 0;
-  double square = 0;
-  const auto add_up = [&](const Lanes& lanes) {
-    float part = 0;
-#pragma omp simd reduction(+ : part) reduction(max : most)
-    for (int j = 0; j < kLanes<T>; ++j) most = lanes.most[j] > most ? lanes.most[j] : most, part += lanes.square[j];
-    square += part;
+  const auto sum_of = [&](const Lanes& lanes) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum) reduction(max : most)
+    for (int j = 0; j < kLanes<T>; ++j) most = lanes.most[j] > most ? lanes.most[j] : most, sum += lanes.square[j];
+    return sum;
   };
-  const int64_t stride = span.length / kStreams / kLanes<T> * kLanes<T>;
-  for (int64_t done = 0; done < stride; done += kInARow) {
-    const int64_t end = done + kInARow < stride ? done + kInARow : stride;
-    Lanes lanes[kStreams];
-    for (int64_t j = done; j < end; j += kLanes<T>)
-      for (int s = 0; s < kStreams; ++s) {
-        const T* const at = g + s * stride + j;
+  const int64_t length = span.length / kParts / kLanes<T> * kLanes<T>, rows = (length + kInARow - 1) / kInARow;
+  float sums[kChunk / kInARow];
+  for (int part = 0; part < kParts; ++part)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t end = (row + 1) * kInARow < length ? (row + 1) * kInARow : length;
+      Lanes lanes;
+      for (int64_t j = row * kInARow; j < end; j += kLanes<T>) {
+        const T* const at = g + part * length + j;
         fetch_ahead(at);
-        look_at(at, kLanes<T>, lanes[s]);
+        look_at(at, kLanes<T>, lanes);
       }
-    for (const Lanes& each : lanes) add_up(each);
-  }
+      sums[row * kParts + part] = sum_of(lanes);
+    }
+  double square = 0;
+  for (int64_t i = 0; i < rows * kParts; ++i) square += sums[i];
   Lanes rest;
-  for (int64_t done = kStreams * stride; done < span.length; done += kLanes<T>)
+  for (int64_t done = kParts * length; done < span.length; done += kLanes<T>)
     look_at(g + done, tile_count(span, done, kLanes<T>), rest);
-  add_up(rest);
+  square += sum_of(rest);
   const bool finite = most < 0x7f800000;
   partial[0] = finite ? float_of(most) : INFINITY, partial[1] = finite ? square : INFINITY;
 }
