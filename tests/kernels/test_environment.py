@@ -22,6 +22,14 @@ def test_a_switch(default: bool, value: str | None, wanted: bool | None, monkeyp
     assert switch("SWITCH", default) is (default if wanted is None else wanted)
 
 
+def test_an_empty_backend_is_none_that_is_forced() -> None:
+    """A variable that a launcher passes on empty counts as unset, as every switch does."""
+    code = "import steepest.ops.backend as b; print(b.requested('auto'))"
+    environment = {**os.environ, "STEEPEST_BACKEND": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "auto", done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SWITCHES)
 def test_another_value_is_an_error(name: str) -> None:

@@ -33,7 +33,7 @@ NO_HOPPER = (
 
 logger = logging.getLogger("steepest")
 # Read once: looking at the environment in every step would cost more than some of the launches.
-forced = os.environ.get("STEEPEST_BACKEND", "auto")
+forced = os.environ.get("STEEPEST_BACKEND") or "auto"
 # Whether a matrix' bits may not depend on which others share its launches; see `steepest.ops.polar_chain`.
 batch_invariant = switch("STEEPEST_BATCH_INVARIANT", False)
 _logged: set[tuple[str, str, str]] = set()
