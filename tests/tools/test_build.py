@@ -78,6 +78,19 @@ def test_a_binary_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch
     assert reason.endswith(f"); rebuild it against torch {torch.__version__}")
 
 
+@needs_extension
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.999])
+def test_a_binary_that_is_cut_off_is_a_reason(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And not the end of the process, which is what its missing pages would be to the loader."""
+    whole = backend.LIBRARY.read_bytes()
+    monkeypatch.setattr(backend, "LIBRARY", tmp_path / "libsteepest.so")
+    backend.LIBRARY.write_bytes(whole[: int(share * len(whole))])
+    module, reason = backend._load_extension()
+    assert module is None
+    assert reason is not None
+    assert "is cut off" in reason
+
+
 def test_a_library_that_is_another_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no error of `import steepest`."""
     name = ctypes.util.find_library("m")

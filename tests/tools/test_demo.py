@@ -189,7 +189,8 @@ def test_progress_redraws_one_line_on_a_terminal_and_prints_few_elsewhere() -> N
     assert terminal.getvalue().count("\r") == 100
     assert terminal.getvalue().count("\n") == 1
     assert terminal.getvalue().rstrip().endswith("muadam 1.234")
-    assert plain.getvalue().count("\n") == 10
+    assert plain.getvalue().count("\n") == 11
+    assert plain.getvalue().startswith("step 1/100")
     assert "\r" not in plain.getvalue()
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import struct
 from array import array
 from collections.abc import Iterable, Sequence
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
@@ -51,6 +53,8 @@ class Extension:
 
     def __init__(self, path: Path = LIBRARY, interface: str | None = None) -> None:
         self.path = path
+        if _is_cut_off(path):
+            raise OSError(f"{path} is cut off, as by a copy that did not end")
         self._library = ctypes.CDLL(str(path))  # registers the ops; torch's libraries, which it needs, are loaded
         # First, and apart from the others: a library of other sources need not have them.
         try:
@@ -194,6 +198,19 @@ class Extension:
         if isinstance(value, dict) and "error" in value:
             raise ValueError(value["error"])
         return value
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a library ends before its table of sections does: to load it would end the process."""
+    try:
+        with path.open("rb") as file:
+            head, length = file.read(64), os.fstat(file.fileno()).st_size
+    except FileNotFoundError:  # a name that the loader finds elsewhere, or does not
+        return False
+    if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":  # the loader says why
+        return False
+    (sections,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return length < sections + size * count
 
 
 def _number(name: str, names: Sequence[str], what: str) -> int:

@@ -7,7 +7,7 @@ import time
 from typing import TextIO
 
 BAR = 24  # characters
-PLAIN_LINES = 10  # lines printed in all where the stream is no terminal
+PLAIN_LINES = 10  # lines printed after the first unit where the stream is no terminal
 
 
 class Progress:
@@ -24,7 +24,7 @@ class Progress:
         """Call once for each of 1 .. total, in order."""
         if self.stream.isatty():
             self._redraw(done, note)
-        elif done == self.total or done % max(1, self.total // PLAIN_LINES) == 0:
+        elif done in (1, self.total) or done % max(1, self.total // PLAIN_LINES) == 0:
             print(f"{self.unit} {done}/{self.total}  {self._clock(done)}  {note}", file=self.stream, flush=True)
 
     def _redraw(self, done: int, note: str) -> None:
