@@ -103,6 +103,17 @@ def asked_jobs(environ: Mapping[str, str]) -> str:
     return jobs
 
 
+def asked_threads(environ: Mapping[str, str]) -> str:
+    """NVCC_THREADS, a number; 1 where it is unset."""
+    threads = environ.get("NVCC_THREADS") or "1"
+    if not re.fullmatch("[0-9]+", threads):
+        raise RuntimeError(
+            f"NVCC_THREADS={threads!r}: a number of architectures that nvcc compiles at once, 0 for one on every core, or "
+            "unset for one alone"
+        )
+    return threads
+
+
 def find_devices(environ: Mapping[str, str]) -> list[str]:
     """Compute capabilities, "9.0", of the GPUs here that the kernels run on, as the driver's nvidia-smi tells them."""
     program = shutil.which("nvidia-smi", path=environ.get("PATH"))
@@ -343,7 +354,7 @@ class CMakeBuild(build_ext):
             "STEEPEST_TORCH_VERSION": torch_version,
             "STEEPEST_CUTLASS": str(decided.cutlass or ""),
             "STEEPEST_ARCHITECTURES": ";".join(decided.architectures),
-            "STEEPEST_NVCC_THREADS": os.environ.get("NVCC_THREADS", "1"),
+            "STEEPEST_NVCC_THREADS": asked_threads(os.environ),
         }
         if decided.nvcc:
             values["CMAKE_CUDA_COMPILER"] = decided.nvcc

@@ -611,6 +611,12 @@ def test_a_number_of_jobs_that_is_none_is_named(machine: Decide, monkeypatch: py
         machine().minutes()
 
 
+def test_a_number_of_nvccs_threads_that_is_none_is_named(build: types.ModuleType) -> None:
+    assert [build.asked_threads(said) for said in ({}, {"NVCC_THREADS": ""}, {"NVCC_THREADS": "0"})] == ["1", "1", "0"]
+    with pytest.raises(RuntimeError, match="NVCC_THREADS='banana': a number of architectures"):
+        build.asked_threads({"NVCC_THREADS": "banana"})
+
+
 def test_missing_or_old_torch_is_an_error(
     build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
