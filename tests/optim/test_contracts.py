@@ -97,6 +97,8 @@ def test_a_step_does_not_ask_a_tensor_for_its_value(
 ) -> None:
     lr = torch.tensor(0.02) if tensor else 0.02
     optimizer, params = both_kinds(cls, torch.bfloat16, lr=lr, adamw_lr=lr, **options)
+    give_gradients(params, 0)
+    optimizer.prepare()  # with the plan's self-check, if this process has not had it yet
     for step in range(2):
         give_gradients(params, step)
         with no_host_reads(monkeypatch):

@@ -352,6 +352,8 @@ def test_a_step_reads_no_value_of_any_tensor(name: str, device: str) -> None:
 @every_method
 def test_a_step_does_not_ask_a_tensor_for_its_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, params = both_kinds(name, torch.bfloat16, lr=torch.tensor(0.02))
+    give_gradients(params, 0)
+    optimizer.prepare()  # with the plan's self-check, if this process has not had it yet
     for step in range(3):
         give_gradients(params, step)
         loss = torch.tensor(loss_at(step))
