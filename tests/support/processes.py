@@ -226,7 +226,7 @@ class _Watch:
         """Ends every rank: those that returned stay until all have, which may be listening to them."""
         waiting = {key.data: key.fd for key in list(self._selector.get_map().values())}
         for rank in waiting:
-            os.kill(self._pids[rank], signal.SIGUSR1)  # has its stacks written into its log
+            _send(self._pids[rank], signal.SIGUSR1)  # has its stacks written into its log
         if waiting:
             time.sleep(0.5)
         for rank, reader in waiting.items():
@@ -234,7 +234,7 @@ class _Watch:
             self._outcomes[rank] = Outcome("waiting", log=self._log(rank))
         for rank, outcome in self._outcomes.items():
             if outcome.kind in ("returned", "waiting"):
-                os.kill(self._pids[rank], signal.SIGKILL)
+                _send(self._pids[rank], signal.SIGKILL)
         self._selector.close()
 
     def _forget(self, reader: int) -> None:
@@ -243,6 +243,12 @@ class _Watch:
 
     def _log(self, rank: int) -> str:
         return (self._folder / f"log-{rank}").read_text(errors="replace")
+
+
+def _send(pid: int, what: signal.Signals) -> None:
+    """Sends a signal to a rank, which may have ended: SIGUSR1 ends one that has not come to its case yet."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, what)
 
 
 def _packed(case: Callable[..., Any], args: Any, kwargs: Any, group_timeout: float) -> bytes:
