@@ -108,8 +108,8 @@ def asked_threads(environ: Mapping[str, str]) -> str:
     threads = environ.get("NVCC_THREADS") or "1"
     if not re.fullmatch("[0-9]+", threads):
         raise RuntimeError(
-            f"NVCC_THREADS={threads!r}: a number of architectures that nvcc compiles at once, 0 for one on every core, or "
-            "unset for one alone"
+            f"NVCC_THREADS={threads!r}: a number of architectures that nvcc compiles at once, 0 for one on every core, "
+            "or unset for one alone"
         )
     return threads
 
