@@ -182,9 +182,11 @@ class Called(TorchDispatchMode):
 
 @pytest.mark.parametrize("cls", [steepest.NorMuon, steepest.AdaMuon])
 def test_more_parameters_are_normalized_by_the_same_calls(cls: type[MatrixOptimizer]) -> None:
-    """Without the compiled part one of each stores the rows' statistics, and entries are taken one by one."""
+    """Without the compiled part one of each stores the rows' statistics, and entries are taken one by one. What more
+    polar factors take is not counted: on some processors they go one by one.
+    """
 
-    def called(number: int) -> Counter[str]:
+    def called(number: int, cls: type[MatrixOptimizer] = cls) -> Counter[str]:
         params = [nn.Parameter(torch.ones(6, 4)) for _ in range(number)]
         optimizer = cls([{"params": params, "use_muon": True}])
         train(optimizer, params, range(2))
@@ -193,7 +195,7 @@ def test_more_parameters_are_normalized_by_the_same_calls(cls: type[MatrixOptimi
             optimizer.step()
         return counted.count
 
-    more = called(9) - called(3)
+    more = called(9) - called(3) - (called(9, steepest.Muon) - called(3, steepest.Muon))
     if extension is not None:
         assert not more
         assert called(3)["normalize_and_apply_update"] == 1
