@@ -18,7 +18,7 @@ from steepest.ops.products import product
 from steepest.ops.symm_gemm import gemm
 from support.training import noise, same_bits
 
-compiled = pytest.mark.skipif(not products._is_compiled(), reason="no products are compiled for this processor")
+compiled = pytest.mark.skipif(not backend.has_cpu_products(), reason="no products are compiled for this processor")
 
 
 @pytest.fixture

@@ -62,6 +62,21 @@ def _interface() -> str | None:
 extension, extension_reason = _load_extension()
 
 
+def has_cpu_products(bf16: bool = False) -> bool:
+    """Whether products of the library's own, of fp32 or of bf16, are compiled for this processor."""
+    return extension is not None and _has_products(extension, bf16)
+
+
+@functools.cache
+def _has_products(library: Extension, bf16: bool) -> bool:
+    return library.cpu_products(bf16)
+
+
+def takes_cpu_products() -> bool:
+    """Whether fp32 products are there for this processor, and nothing says that torch's are to be taken."""
+    return requested("auto") in ("auto", "cpu") and has_cpu_products()
+
+
 def target(architecture: str) -> tuple[int, int]:
     """The compute capability of "sm_80", "sm_90a" or "compute_120"."""
     major, minor = divmod(int(architecture.partition("_")[2].rstrip("af")), 10)

@@ -8,7 +8,6 @@ and less go one to a thread, all of the chain in its cache (csrc/cpu_polar). The
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -61,14 +60,7 @@ def supports(x: Tensor, dtype: torch.dtype, constants: Sequence[Sequence[float]]
 @assume_constant_result
 def compiled(dtype: torch.dtype) -> bool:
     """Whether products of a dtype are compiled for this processor."""
-    return _compiled(dtype)
-
-
-@functools.cache
-def _compiled(dtype: torch.dtype) -> bool:
-    if _backend.extension is None or dtype not in DTYPES:
-        return False
-    return _backend.extension.cpu_products(dtype == torch.bfloat16)
+    return dtype in DTYPES and _backend.has_cpu_products(dtype == torch.bfloat16)
 
 
 if _backend.extension is not None:

@@ -110,12 +110,8 @@ def iterate(P: Tensor, Q: Tensor) -> Iterated:
 
 def iterates(P: Tensor) -> bool:
     """Whether `iterate` is for these matrices (..., n, n); what is traced stays in torch's products."""
-    wanted = _backend.requested("auto") in ("auto", "cpu") and not torch.compiler.is_compiling()
-    return wanted and P.device.type == "cpu" and P.dtype == torch.float32 and _compiled_products()
-
-
-def _compiled_products() -> bool:
-    return _backend.extension is not None and _backend.extension.cpu_products(False)
+    on_host = P.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_host and P.dtype == torch.float32 and _backend.takes_cpu_products()
 
 
 def _batched(P: Tensor) -> bool:

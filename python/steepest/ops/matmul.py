@@ -63,11 +63,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def has_gemm(a: Tensor, b: Tensor, symmetric: bool = False) -> bool:
     """Whether a product is for `cpu_gemm`; a is `by_itself`. A symmetric one is half the work of BLAS' product."""
     (_, m, k), n = a.shape, b.shape[2]
-    fits = min(m, n) >= SHORTEST and m * k * n >= FEWEST and max(m, n) * k <= LARGEST
-    if a.dtype != torch.float32 or not fits:
+    if a.dtype != torch.float32 or not _fits(m, k, n):
         return False
-    wanted = _backend.requested("auto") in ("auto", "cpu")
-    return wanted and (gemm_is_faster() or (symmetric and _is_compiled()))
+    return _backend.takes_cpu_products() and (symmetric or gemm_is_faster())
+
+
+def _fits(m: int, k: int, n: int) -> bool:
+    """Whether an m x k x n product is of a size for `cpu_gemm`."""
+    return min(m, n) >= SHORTEST and m * k * n >= FEWEST and max(m, n) * k <= LARGEST
 
 
 def cpu_gemm(
@@ -93,9 +96,7 @@ def _by_rows_or_columns(x: Tensor) -> Tensor:
 
 def turns_in_order(m: int, n: int) -> bool:
     """Whether products of an m x n matrix with its bases, m x m and n x n, are `cpu_gemm`'s, or have its bits."""
-    if max(m, n) <= IN_ORDER:
-        return True
-    return min(m, n) >= SHORTEST and max(m, n) ** 2 <= LARGEST and gemm_is_faster()
+    return max(m, n) <= IN_ORDER or (_fits(m, m, n) and _fits(m, n, n) and gemm_is_faster())
 
 
 @assume_constant_result
@@ -136,13 +137,8 @@ def _adds_up_in_order() -> bool:
 
 
 @functools.cache
-def _is_compiled() -> bool:
-    return _backend.extension is not None and _backend.extension.cpu_products(False)
-
-
-@functools.cache
 def _checked(threads: int) -> bool:
-    if not _is_compiled():
+    if not _backend.has_cpu_products():
         return False
     generator = torch.Generator().manual_seed(0)
     for batch, m, k in CHECKED:

@@ -114,8 +114,7 @@ def _on_host(factor: Tensor) -> bool:
     """Whether an average is taken by products of our own (csrc/cpu_polar/syrk.cpp), half of them and in one pass."""
     if factor.device.type != "cpu" or factor.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
-    wanted = _backend.requested("auto") in ("auto", "cpu")
-    return wanted and _backend.extension is not None and _backend.extension.cpu_products(False)
+    return _backend.takes_cpu_products()
 
 
 def _by_host(rows: Tensor, average: Tensor, out: Tensor, weight: Number | None) -> None:

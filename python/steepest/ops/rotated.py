@@ -12,7 +12,6 @@ flag of a stack is true. In all of them a matrix has the same bits in any call a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,14 +35,7 @@ def supports(*tensors: Tensor) -> bool:
 
 def wanted(one: Tensor) -> bool:
     """Whether the calls are there and nothing says at present that torch's ops are to do it."""
-    if _backend.extension is None or not by_itself(one):
-        return False
-    return _backend.requested("auto") in ("auto", "cpu") and _products()
-
-
-@functools.cache
-def _products() -> bool:
-    return _backend.extension is not None and _backend.extension.cpu_products(False)
+    return by_itself(one) and _backend.takes_cpu_products()
 
 
 def _is_supported(tensors: Sequence[Tensor]) -> bool:

@@ -80,7 +80,7 @@ class StepsInBases:
         accepted: int,
         tries: int,
     ) -> None:
-        self._table, self._workspace = table, workspace
+        self._steps, self._table, self._workspace = steps, table, workspace
         self._limits, self._accepted, self._tries = array("d", limits), accepted, tries
         #: (step, side, matrix) of every basis, and whether it stays as it was although it was due
         self._places = [(i, side, k) for i, step in enumerate(steps) for side in (0, 1) for k in range(step.shape[0])]

@@ -113,6 +113,8 @@ class RepeatedStep:
         # A tensor whose changes are not counted stands for itself.
         places = [divmod(at, len(HYPERS)) for at in numbers.at]
         self._is_known = all(not of_group and type(self._known[i][0]) is tuple for i, of_group in places)
+        if not self._is_known:
+            return
         with torch.inference_mode(False):  # other steps may be outside of it
             self._rates = list(torch.frombuffer(self._numbers, dtype=torch.float64)[:: len(HYPERS)].unbind())
         rates = zip(self._groups, self._numbers[:: len(HYPERS)], strict=True)

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..ops.matmul import by_itself
 from .hyper import Number
 
 __all__ = ["Submatrix"]
@@ -61,7 +62,7 @@ class Submatrix:
     def sizes(self, m: Tensor, dim: int) -> Tensor:
         """1-norms in fp64, (batch, n), of the rows (dim -2) or columns (-1) of m, or the addends of a part of them."""
         along = -3 - dim
-        if m.device.type != "cpu" or torch.compiler.is_compiling():
+        if not by_itself(m):
             return torch.linalg.vector_norm(m, 1, dim=along, dtype=torch.float64)
         some = m.split(max(1, ELEMENTS // max(1, m.shape[-2] * m.shape[-1])))
         return torch.cat([each.abs().sum(along, dtype=torch.float64) for each in some])

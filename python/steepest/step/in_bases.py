@@ -130,17 +130,17 @@ class InBases(Fused):
                 return False
             betas[group] = beta
         self._betas = [betas.get(group, 0.0) for group in range(len(hypers))]
-        known: dict[tuple[int, int], Phase] = {}
-        self._phases = []
-        self._due = []
-        for p, clock in zip(self.parameters, map(int, self._clocks), strict=True):
-            phase = known.get((p.group, clock))
-            if phase is None:
-                phase = known[p.group, clock] = self._part_of_group[p.group].phase(clock)
-            due = phase.refreshes and phase.exact is None and self._part_of_group[p.group].tracks_in_place(self.device)
-            self._due.append(due)
-            self._phases.append(phase._replace(refreshes=False) if due else phase)
-        return all(_only_steps(phase) for phase in known.values())
+        at = [(p.group, clock) for p, clock in zip(self.parameters, map(int, self._clocks), strict=True)]
+        known = {each: self._part_of_group[each[0]].phase(each[1]) for each in dict.fromkeys(at)}
+        due = {each for each, phase in known.items() if phase.refreshes and self._tracks(each[0], phase)}
+        self._due = [each in due for each in at] if due else ()
+        known |= {each: known[each]._replace(refreshes=False) for each in due}
+        self._phases = [known[each] for each in at]
+        return all(map(_only_steps, known.values()))
+
+    def _tracks(self, group: int, phase: Phase) -> bool:
+        """Whether the call takes a refresh."""
+        return phase.exact is None and self._part_of_group[group].tracks_in_place(self.device)
 
     @cached_property
     def _part_of_group(self) -> dict[int, Rotated]:
@@ -158,9 +158,8 @@ class InBases(Fused):
         if not self._grads:
             return super().send(batch)
         groups = groups_of(self._hypers, self._group_of, self.device)
-        due = self._due if any(self._due) else ()
-        found_inf = self._scaling.found_inf
-        self._left = self._steps_by_address.take(self._grads, self._weights, groups, self._betas, found_inf, due)
+        step = (self._grads, self._weights, groups, self._betas, self._scaling.found_inf)
+        self._left = self._steps_by_address.take(*step, self._due)
         return []
 
     def finish(self) -> None:
