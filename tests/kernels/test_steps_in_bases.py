@@ -14,6 +14,7 @@ from steepest.ops import rotated
 from steepest.ops.multi_tensor import Groups, Table
 from steepest.ops.program import Program
 from steepest.ops.steps_in_bases import StepInBases, StepsInBases
+from steepest.ops.whole_steps import numbers_of
 from support.training import noise
 
 pytestmark = pytest.mark.skipif(
@@ -103,7 +104,7 @@ def take(
     due: Sequence[bool] = (),
 ) -> list[tuple[int, int, int]]:
     groups = Groups([x for group in HYPERS for x in group], [], [], [i % 2 for i in range(len(all_of))])
-    return steps.take([t["g"] for t in all_of], [t["w"] for t in all_of], groups, RATES, found_inf, due)
+    return steps.take([t["g"] for t in all_of], [t["w"] for t in all_of], numbers_of(groups), RATES, found_inf, due)
 
 
 @pytest.mark.parametrize("workspace", [1, 1 << 30])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import steepest
+from steepest.ops import rotated
 from steepest.optimizer.repeated import RepeatedStep
 from steepest.step import Plan
 from support.operations import Operations
@@ -27,6 +28,28 @@ def made(cls: type[Any] = steepest.MuAdam, **options: Any) -> tuple[Any, list[nn
         {"params": params[2:], "use_muon": False, "lr": 0.02, "weight_decay": 0.1, **options},
     ]
     return cls(groups), params
+
+
+def made_in_bases(**options: Any) -> tuple[Any, list[nn.Parameter]]:
+    """Matrices that SOAP steps, of which those of a group have new bases in every second step, and vectors of AdamW."""
+    params = parameters(SHAPES)
+    groups = [
+        {"params": params[:1], "lr": 0.01, "precondition_frequency": 2},
+        {"params": params[2:3], "lr": 0.02, "weight_decay": 0.1},
+        {"params": params[1::2], "use_muon": False, "lr": 0.02},
+    ]
+    return steepest.SOAP(groups, **options), params
+
+
+def made_in_exact_bases() -> tuple[Any, list[nn.Parameter]]:
+    """Those of `made_in_bases`, whose new bases are made by torch operations."""
+    return made_in_bases(refresh="eigh")
+
+
+needs_products = pytest.mark.skipif(
+    not rotated.supports(torch.zeros(1, 2, 2)), reason="no products are compiled for this processor"
+)
+MAKERS = [made, *(pytest.param(make, marks=needs_products) for make in (made_in_bases, made_in_exact_bases))]
 
 
 def plan_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -199,8 +222,8 @@ def one_group_less(optimizer: Any, params: list[nn.Parameter]) -> None:
 
 
 def a_parameter_more(optimizer: Any, params: list[nn.Parameter]) -> None:
-    params.append(nn.Parameter(torch.ones(3)))
-    params[-1].grad = torch.ones(3)
+    params.append(nn.Parameter(torch.ones(3, 2)))
+    params[-1].grad = torch.ones(3, 2)
     optimizer.param_groups[0]["params"].append(params[-1])
 
 
@@ -247,9 +270,11 @@ OTHERS: tuple[Change, ...] = (
 )
 
 
-def after(change: Change, seen: list[int] | None = None) -> tuple[list[Tensor], list[dict[str, Tensor]], int]:
+def after(
+    make: Callable[[], tuple[Any, list[nn.Parameter]]], change: Change, seen: list[int] | None = None
+) -> tuple[list[Tensor], list[dict[str, Tensor]], int]:
     """Weights, state and the count of steps not taken, after three steps, a change, and two steps more."""
-    optimizer, params = made()
+    optimizer, params = make()
     train(optimizer, params, range(3))
     give_gradients(params, 3)
     mode = change(optimizer, params)
@@ -262,13 +287,16 @@ def after(change: Change, seen: list[int] | None = None) -> tuple[list[Tensor], 
     return copies(params), state_copies(optimizer), skipped
 
 
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("change", REPEATED + OTHERS, ids=lambda change: change.__name__)
-def test_a_step_is_what_a_plan_makes_of_it(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_what_a_plan_makes_of_it(
+    make: Callable[[], tuple[Any, list[nn.Parameter]]], change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = plan_steps(monkeypatch)
-    weights, state, skipped = after(change, seen)
+    weights, state, skipped = after(make, change, seen)
     assert len(seen) == 0 if change in REPEATED else len(seen) >= 1
     monkeypatch.setattr(RepeatedStep, "of", lambda *_: None)
-    others, their_state, their_count = after(change, seen)
+    others, their_state, their_count = after(make, change, seen)
     assert len(seen) == 2
     assert all_same_bits(weights, others)
     assert same_states(state, their_state)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
-from .multi_tensor import Groups, Table, count_writes
+from .multi_tensor import Table, count_writes
 from .program import Program
-from .whole_steps import CODES, numbers_of
+from .whole_steps import CODES
 
 
 @dataclass(frozen=True)
@@ -92,23 +92,23 @@ class StepsInBases:
         self,
         grads: Sequence[Tensor],
         params: Sequence[Tensor],
-        groups: Groups,
+        numbers: array[float],
         betas: Sequence[float],
         found_inf: Tensor | None = None,
         due: Sequence[bool] = (),
     ) -> list[tuple[int, int, int]]:
-        """One step.   betas: of the factors, one for every group.   found_inf: as of `Scaling`.   due: of every step,
-        whether its bases are refreshed after it; without them none are.
+        """One step.   numbers: `numbers_of` all groups.   betas: of the factors, one for every group.
+        found_inf: as of `Scaling`.   due: of every step, whether its bases are refreshed after it; none are without.
 
         Returns:
             (step, side, matrix) of every basis that is due and stays as it was although the step was taken.
         """
         assert _backend.extension is not None
         of_grads, of_params = (array("q", map(Tensor.data_ptr, some)) for some in (grads, params))
-        hypers, rates = numbers_of(groups), array("d", betas)
+        rates = array("d", betas)
         table = (self._table.rows, self._table.sums, self._table.skipped)
         memory = [0 if found_inf is None else found_inf.data_ptr(), *map(Tensor.data_ptr, table), self._workspace]
-        step = (self._rows, self._numbers, of_grads, of_params, hypers, rates)
+        step = (self._rows, self._numbers, of_grads, of_params, numbers, rates)
         limits = (self._limits, self._accepted, self._tries)
         _backend.extension.steps_in_bases(*step, memory, array("b", due), self._left, *limits)
         count_writes(params)

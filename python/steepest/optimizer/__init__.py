@@ -6,7 +6,7 @@ option_types    what every option must be, in one table
 group_options   what a step reads from the values of a group
 base            recipes, numbers, state and the plan: `MatrixOptimizer`
 plan_key        when the plan serves once more
-repeated        the step of AdamW's groups on a CPU where nothing is another one
+repeated        the step by addresses, on a CPU, where nothing is another one
 step_hooks      torch's hooks around a step
 shards          parameters that ranks share: where they lie, who owns their matrices
 missing_gradients   what ranks agree on where the host reads nothing

@@ -50,7 +50,9 @@ class Method(torch.optim.Optimizer):
         raise NotImplementedError
 
     def hyper(self, group: Group) -> Hyper:
-        """The numbers of this step for a matrix group, read from the group."""
+        """The numbers of this step for a matrix group, read from the group and nothing else: it may be asked again
+        only once a value there has changed.
+        """
         raise NotImplementedError
 
     def recipe_of_others(self, group: Group) -> Recipe:
@@ -58,7 +60,7 @@ class Method(torch.optim.Optimizer):
         return adamw(group["momentum_dtype"], **finish(group))
 
     def hyper_of_others(self, group: Group) -> Hyper:
-        """The numbers of this step for a group with use_muon=False."""
+        """`hyper` of a group with use_muon=False."""
         return adam_hyper(group)
 
     @property

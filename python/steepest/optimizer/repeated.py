@@ -1,4 +1,4 @@
-"""A step that is the last one again but for gradients and numbers: AdamW's parameters on a CPU, in one call.
+"""A step that is the last one again but for gradients and numbers: AdamW's parameters, and SOAP's, on a CPU.
 
 For a few small parameters Python takes longer than arithmetic. So what a step asks and decides is asked once, and where
 all of it is as it was, one function looks that up and calls the library.
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..ops.program import HYPERS
 from ..ops.whole_steps import by_address, numbers_of
+from ..parts import Hyper
 from ..step import Plan
-from ..step.whole import Whole
+from ..step.by_address import ByAddress
+from ..step.modes import in_default_modes
 from .group_options import NUMBERS, is_as_it_was, numbers_are
 from .plan_key import of_gradient, of_parameter
 from .reports import Reports
@@ -29,13 +31,16 @@ _NO_STATE: dict[str, object] = {}
 
 
 class RepeatedStep:
-    """The steps with a plan whose parameters are all of one `Whole`, in groups that are AdamW's.
+    """The steps with a plan whose executors all go by addresses.
 
     An optimizer whose class has a say in such a step (`IN_A_STEP`) has none.
     """
 
-    def __init__(self, optimizer: Reports, plan: Plan, executor: Whole) -> None:
-        self._plan, self._executor = plan, executor
+    def __init__(self, optimizer: Reports, plan: Plan, executors: Sequence[ByAddress]) -> None:
+        self._plan, self._executors = plan, executors
+        places = {id(p): i for i, p in enumerate(plan.parameters)}
+        #: where each has its gradients among those of all
+        self._rows = [[places[id(p)] for p in executor.parameters] for executor in executors]
         self._groups = list(optimizer.param_groups)
         #: the values that the recipe of each was made of
         self._options = [optimizer._recipes[id(group)][0] for group in self._groups]
@@ -48,6 +53,7 @@ class RepeatedStep:
         self._places = [t.data_ptr() for t in self._state]
         #: those of all groups, what they were made of, and whether they are the same as long as all but the learning
         #: rates of that is
+        self._hypers: list[Hyper] = []
         self._numbers: array[float] = array("d")
         self._known: list[tuple[object, ...]] = []
         self._is_known = False
@@ -57,17 +63,16 @@ class RepeatedStep:
 
     @classmethod
     def of(cls, optimizer: Reports, plan: Plan) -> RepeatedStep | None:
-        """The steps with a plan; None where they are not those of one `Whole` with nothing before or after."""
-        groups, executors = optimizer.param_groups, plan.executors
-        if optimizer._has_shards or len(executors) != 1 or not isinstance(executors[0], Whole):
-            return None
-        if any(group["use_muon"] for group in groups):
+        """The steps with a plan; None where not all go by addresses, or something comes before or after them."""
+        groups = optimizer.param_groups
+        executors = [executor for executor in plan.executors if isinstance(executor, ByAddress)]
+        if optimizer._has_shards or not executors or len(executors) != len(plan.executors):
             return None
         if any(group.get(key) is not None for group in groups for key in ("average", "average_rate", "constraint")):
             return None
         if not by_address(_values(optimizer, [p.source for p in plan.parameters])):
             return None
-        return cls(optimizer, plan, executors[0])
+        return cls(optimizer, plan, executors)
 
     def take(self, optimizer: Reports) -> bool:
         """Takes the step and gives True; does nothing and gives False where something is not as it was.
@@ -79,7 +84,16 @@ class RepeatedStep:
             return False
         if not self._is_known or not (all(map(numbers_are, self._known, self._groups)) or self._takes_rates()):
             self._take_numbers(optimizer)
-        self._executor.take(grads, self._params, self._numbers)
+        for executor, rows in zip(self._executors, self._rows, strict=True):
+            if not executor.begin([grads[row] for row in rows], self._hypers):
+                return False
+        for executor in self._executors:
+            executor.take(self._numbers)
+        for executor in self._executors:
+            if executor.has_rest:
+                _finish(optimizer, executor)
+            else:
+                executor.finish()
         return True
 
     def _takes_rates(self) -> bool:
@@ -108,7 +122,8 @@ class RepeatedStep:
         for group in self._groups:
             optimizer._numbers_on_device(group)
         self._known = [optimizer._numbers[id(group)] for group in self._groups]
-        numbers = self._executor.groups([optimizer._hyper(group) for group in self._groups])
+        self._hypers = [optimizer._hyper(group) for group in self._groups]
+        numbers = self._executors[0].groups(self._hypers)
         self._numbers = numbers_of(numbers)
         # A tensor whose changes are not counted stands for itself.
         places = [divmod(at, len(HYPERS)) for at in numbers.at]
@@ -122,7 +137,7 @@ class RepeatedStep:
 
     def _gradients(self, optimizer: Reports) -> list[Tensor] | None:
         """The gradients of this step; None where it is another one than the last. What is looked at is what
-        `plan_key.entries` looks at, and what `Whole` asks of gradients.
+        `plan_key.entries` looks at, and what `ByAddress` asks of gradients.
         """
         if torch.compiler.is_compiling() or not _is_bare() or _is_scaled(optimizer):
             return None
@@ -142,6 +157,12 @@ class RepeatedStep:
             return None
         state = _values(optimizer, params)
         return grads if _are(state, self._state) and list(map(Tensor.data_ptr, state)) == self._places else None
+
+
+@in_default_modes
+def _finish(optimizer: Reports, executor: ByAddress) -> None:
+    """What an executor computes by torch operations."""
+    executor.finish()
 
 
 def _are(now: Sequence[object], before: Sequence[object]) -> bool:

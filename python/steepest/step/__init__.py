@@ -4,8 +4,9 @@ plan               who takes which parameter, and the order of a step
 parameter          a parameter of a step and the matrices it is read as
 executor           what a plan asks of those who carry its steps out
 fused, eager       the executors: by the fused ops, by torch operations
-whole              by addresses, what is elementwise and on a CPU
-in_bases           by addresses, Adam in eigenbases of short matrices on a CPU
+by_address         those whose step is one call of the library, on a CPU; of these
+whole              what is elementwise
+in_bases           Adam in eigenbases of short matrices
 program            a recipe as the fused ops take it
 corrections        gradients that a recipe corrects before anything takes them
 buckets            what shares a direction call and the launches around it

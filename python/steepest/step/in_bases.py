@@ -3,13 +3,12 @@
     take      gradients looked at, moments, the update in the bases and back, weights, what factors learn, and a refresh
               of the bases that are due
     finish    exact bases where that got no hold of them, and refreshes of other kinds, by what `Fused` calls
-
-What stays is all that `Fused` has: bits, tables, and that a parameter steps or does not by its own gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -18,15 +17,15 @@ from torch import Tensor
 from ..linalg.basis import ACCEPTED, LIMITS, TRIES
 from ..ops import rotated
 from ..ops.matmul import turns_in_order
-from ..ops.multi_tensor import Scaling
+from ..ops.multi_tensor import NOT_SCALED, Scaling
 from ..ops.steps_in_bases import StepInBases, StepsInBases
-from ..ops.whole_steps import by_address, gradients_by_address, takes
+from ..ops.whole_steps import by_address, takes
 from ..parts import Diagonal, Hyper
 from ..parts.precondition import BASES, FACTORS, LEARNED, STATUS, Phase, Rotated
 from ..recipe import CLOCK
-from .buckets import FusedBatch, FusedItem
+from .buckets import FusedItem
+from .by_address import ByAddress
 from .factors import advance_clocks
-from .fused import Fused, groups_of
 from .parameter import Parameter, StepValues
 
 __all__ = ["InBases", "steps_in_bases"]
@@ -51,21 +50,14 @@ def steps_in_bases(p: Parameter, backend: str) -> bool:
     return in_fp32 and takes([p.source, p.grad, p.momentum, *of_metric, *rounding])
 
 
-class InBases(Fused):
-    """`Fused` for parameters that `steps_in_bases` takes, which do not wait for one another.
+class InBases(ByAddress):
+    """`ByAddress` for parameters that `steps_in_bases` takes; steps that do more than step and learn go by the ops."""
 
-    Steps that do more than step and learn, and gradients without an address, get the ops of `Fused`.
-    """
-
-    #: of the step that is being taken by addresses
-    _grads: Sequence[Tensor] = ()
-    _hypers: Sequence[Hyper] = ()
     _betas: Sequence[float] = ()
     _phases: Sequence[Phase] = ()
     #: which bases the call refreshes, and those that it left: (step, side, matrix)
     _due: Sequence[bool] = ()
     _left: Sequence[tuple[int, int, int]] = ()
-    _scaling = Scaling()
 
     @cached_property
     def _steps_by_address(self) -> StepsInBases:
@@ -102,34 +94,26 @@ class InBases(Fused):
         )
 
     @cached_property
-    def _weights(self) -> list[Tensor]:
-        return [p.source for p in self.parameters]
-
-    @cached_property
     def _clocks(self) -> list[Tensor]:
         return [p.state[CLOCK] for p in self.parameters]
 
-    def decide(
-        self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
-    ) -> None:
-        self._grads, self._scaling = (), scaling[self.device]
-        grads = gradients_by_address(self._weights)
-        if self._scaling.grad_scale is None and self._takes(grads, hypers):
-            self._grads, self._hypers = grads, hypers
-        else:
-            super().decide(hypers, scaling, lacking)
+    def begin(self, grads: Sequence[Tensor], hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED) -> bool:
+        plain = bool(grads) and scaling.grad_scale is None and rotated.wanted(grads[0])
+        if not (plain and self._knows_rates(hypers) and self._knows_phases()):
+            grads, self._betas = (), ()
+        return super().begin(grads, hypers, scaling)
 
-    def _takes(self, grads: Sequence[Tensor], hypers: Sequence[Hyper]) -> bool:
-        """Whether this step is one by addresses."""
-        if not grads or not rotated.wanted(grads[0]):
-            return False
-        betas = {}
-        for group, part in self._part_of_group.items():
-            beta = part.factor_rate_of_whole_steps(hypers[group])
-            if beta is None:
-                return False
-            betas[group] = beta
-        self._betas = [betas.get(group, 0.0) for group in range(len(hypers))]
+    def _knows_rates(self, hypers: Sequence[Hyper]) -> bool:
+        """Reads the rates of factors' averages, of all groups; whether the call is for them."""
+        if hypers is self._hypers and self._betas:
+            return True
+        rates = {group: part.factor_rate_of_whole_steps(hypers[group]) for group, part in self._part_of_group.items()}
+        betas = {group: rate for group, rate in rates.items() if rate is not None}
+        self._betas = [betas.get(group, 0.0) for group in range(len(hypers))] if len(betas) == len(rates) else ()
+        return bool(self._betas)
+
+    def _knows_phases(self) -> bool:
+        """Reads the clocks; whether what they say is done is a step and what may come after it."""
         at = [(p.group, clock) for p, clock in zip(self.parameters, map(int, self._clocks), strict=True)]
         known = {each: self._part_of_group[each[0]].phase(each[1]) for each in dict.fromkeys(at)}
         due = {each for each, phase in known.items() if phase.refreshes and self._tracks(each[0], phase)}
@@ -147,25 +131,22 @@ class InBases(Fused):
         parts = {p.group: p.recipe.precondition for p in self.parameters}
         return {group: part for group, part in parts.items() if isinstance(part, Rotated)}
 
-    def observe(self) -> None:
-        if not self._grads:
-            super().observe()
-
-    def batches(self) -> list[FusedBatch]:
-        return self._present[:1] if self._grads else super().batches()
-
-    def send(self, batch: FusedBatch) -> list[Callable[[], Tensor]]:
-        if not self._grads:
-            return super().send(batch)
-        groups = groups_of(self._hypers, self._group_of, self.device)
-        step = (self._grads, self._weights, groups, self._betas, self._scaling.found_inf)
+    def take(self, numbers: array[float]) -> None:
+        step = (self._grads, self._weights, numbers, self._betas, self._scaling.found_inf)
         self._left = self._steps_by_address.take(*step, self._due)
-        return []
+
+    @property
+    def has_rest(self) -> bool:
+        return bool(self._left) or any(phase.refreshes for phase in self._phases)
 
     def finish(self) -> None:
-        if not self._grads:
-            super().finish()
-            return
+        if self._grads:
+            if self.has_rest:
+                self._finish_refreshes()
+            advance_clocks(self.parameters)
+        super().finish()
+
+    def _finish_refreshes(self) -> None:
         for i, side, matrix in self._left:
             item = self._items[i]
             assert item.matrices is not None
@@ -177,8 +158,6 @@ class InBases(Fused):
             self._factors.refresh()
             for p in self.parameters:
                 p.step = None
-        advance_clocks(self.parameters)
-        self._grads = ()
 
 
 def _only_steps(phase: Phase) -> bool:

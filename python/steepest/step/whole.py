@@ -2,25 +2,20 @@
 
     take    for every parameter: whether its gradient is finite, then moments and weight
 
-Beside the two passes of `Fused` the second look at a gradient is into the cache, and no list of tensors is handed over.
-What stays: bits, tables, and that a parameter steps or does not by its own gradient.
+Beside the two passes of `Fused` the second look at a gradient is into the cache.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from ..ops.multi_tensor import NOT_SCALED, Groups, Scaling
 from ..ops.program import Program
-from ..ops.whole_steps import Step, WholeSteps, gradients_by_address, numbers_of, takes
-from ..parts import Hyper
-from .buckets import FusedBatch, FusedItem
-from .fused import Fused, groups_of
+from ..ops.whole_steps import Step, WholeSteps, takes
+from .buckets import FusedItem
+from .by_address import ByAddress
 from .parameter import Parameter
 
 __all__ = ["Whole", "steps_whole"]
@@ -36,16 +31,8 @@ def steps_whole(p: Parameter, program: Program, backend: str) -> bool:
     return takes([p.source, p.grad, *state])
 
 
-class Whole(Fused):
-    """`Fused` for parameters that `steps_whole` takes, which do not wait for one another.
-
-    Gradients without an address, and modes that look at every operation, get the ops of `Fused`.
-    """
-
-    _hypers: Sequence[Hyper] = ()
-    _scaling: Scaling = NOT_SCALED
-    #: of the step that is being taken by addresses
-    _grads: Sequence[Tensor] = ()
+class Whole(ByAddress):
+    """`ByAddress` for parameters that `steps_whole` takes."""
 
     @cached_property
     def _steps_by_address(self) -> WholeSteps:
@@ -66,31 +53,5 @@ class Whole(Fused):
             place=item.place,
         )
 
-    @cached_property
-    def _weights(self) -> list[Tensor]:
-        return [p.source for p in self.parameters]
-
-    def decide(
-        self, hypers: Sequence[Hyper], scaling: dict[torch.device, Scaling], lacking: Tensor | None = None
-    ) -> None:
-        self._grads = gradients_by_address(self._weights)
-        if not self._grads:
-            return super().decide(hypers, scaling, lacking)
-        self._hypers, self._scaling = hypers, scaling[self.device]
-        return None
-
-    def groups(self, hypers: Sequence[Hyper]) -> Groups:
-        """The numbers of all groups, as `take` has them."""
-        return groups_of(hypers, self._group_of, self.device)
-
-    def take(self, grads: Sequence[Tensor], weights: Sequence[Tensor], numbers: array[float]) -> None:
-        """All of a step without a scaler, by the addresses of these gradients and weights."""
-        self._steps_by_address.take(grads, weights, numbers)
-
-    def send(self, batch: FusedBatch) -> list[Callable[[], Tensor]]:
-        if not self._grads:
-            return super().send(batch)
-        numbers = numbers_of(self.groups(self._hypers))
+    def take(self, numbers: array[float]) -> None:
         self._steps_by_address.take(self._grads, self._weights, numbers, self._scaling)
-        self._grads = ()
-        return []
