@@ -312,14 +312,16 @@ class Recipe:
         accepted = largest <= most
         if most_square < math.inf:
             accepted = accepted & (square <= most_square)
-        if self.kronecker is None or not self.accepts_by_state:
-            return accepted
-        for of_piece in names:
-            factors = {key: state[name] for key, name in of_piece.items()}
-            accepted = accepted & (
-                square * self.kronecker.gain(factors) + self.kronecker.summed(factors) <= most_square
-            )
+        if self.accepts_by_state and names:
+            factors = [{key: state[name] for key, name in of_piece.items()} for of_piece in names]
+            accepted = accepted & self.accepts_in(square, factors, dtype).all()
         return accepted
+
+    def accepts_in(self, square: Tensor, factors: Sequence[State], dtype: torch.dtype) -> Tensor:
+        """(factors,) bool: whether gradients with these sums of squares, one or as many, leave each of these finite."""
+        assert self.kronecker is not None
+        _, most_square = self.limits(dtype)
+        return square * self.kronecker.gains(factors) + self.kronecker.sums(factors) <= most_square
 
     @property
     def accepts_by_state(self) -> bool:

@@ -138,9 +138,9 @@ def rotate_all(
     outs: Sequence[Tensor],
     flags: Sequence[Tensor] = (),
     *,
-    beta: float,
-    eps: float,
-    inside: bool,
+    beta: float = 0.0,
+    eps: float = 0.0,
+    inside: bool = False,
 ) -> None:
     """`rotate` of several stacks, all of them `turns_in_order`, into outs.
 

@@ -4,7 +4,10 @@ method          what a method says to the shell, all of its names
 groups          who is a matrix, what a group may say
 option_types    what every option must be, in one table
 group_options   what a step reads from the values of a group
-base            recipes, numbers, state and the plan: `MatrixOptimizer`
+base            the constructor, the step, and what a method may ask for: `MatrixOptimizer`
+plans           state, the records of parameters, and the plan of a step
+agreed_plans    plans of which ranks agree that they are the same
+traced_plans    plans that torch.compile traces
 plan_key        when the plan serves once more
 repeated        the step by addresses, on a CPU, where nothing is another one
 step_hooks      torch's hooks around a step

@@ -33,7 +33,7 @@ _NO_STATE: dict[str, object] = {}
 class RepeatedStep:
     """The steps with a plan whose executors all go by addresses.
 
-    An optimizer whose class has a say in such a step (`IN_A_STEP`) has none.
+    An optimizer whose class has a say in such a step (`_steps_by_plan_alone`) has none.
     """
 
     def __init__(self, optimizer: Reports, plan: Plan, executors: Sequence[ByAddress]) -> None:

@@ -198,7 +198,7 @@ class Bucket:
             return self.recipe.direction_input({}, stored, hyper, chosen=self._chosen).to(self.dtype)
         together = self._turned_together("into", stored, self.counts, self.shape, self.sizes)
         if together is not None:
-            return together
+            return together.to(self.dtype)
         parts = []
         for item, m in zip(self.items, stored.split(self.counts), strict=True):
             assert item.matrices is not None
@@ -227,7 +227,7 @@ class Bucket:
         result, of this shape, in `sizes`.
         """
         part, stacks = self.recipe.kronecker, self._stacks
-        if part is None or stacks is None or self.dtype is not x.dtype:
+        if part is None or stacks is None:
             return None
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
         xs, hyper = _parts(x.contiguous(), counts), self.items[0].parameter.step_values.hyper
@@ -266,8 +266,9 @@ class Bucket:
         if self._at_once:
             return self._transformed(d, momenta, chosen)
         together = None
-        if not self.recipe.transforms and self.dtype is self.stored_dtype:
-            together = self._turned_together("back", d, self.sizes, self.stored_shape, self.counts)
+        if not self.recipe.transforms:
+            wide = d.to(self.stored_dtype)
+            together = self._turned_together("back", wide, self.sizes, self.stored_shape, self.counts)
         if together is not None:
             return list(together.split(self.counts))
         updates = []

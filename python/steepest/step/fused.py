@@ -281,9 +281,19 @@ class Fused:
         return self.table.rows[:, first : first + 2]
 
     @cached_property
-    def _asked(self) -> list[tuple[Parameter, int]]:
-        """Parameters whose state is asked too, and their rows."""
-        return [(p, row) for row, p in self._by_torch.items() if p.recipe.accepts_by_state]
+    def _asked(self) -> list[tuple[Recipe, torch.dtype, list[Parameter], Tensor]]:
+        """Parameters whose state is asked too, those of one recipe and dtype of gradients together, and for each of
+        their factors the row of its parameter.
+        """
+        alike: dict[tuple[Recipe, torch.dtype], list[tuple[int, Parameter]]] = {}
+        for row, p in self._by_torch.items():
+            if p.recipe.accepts_by_state and p.factor_names:
+                alike.setdefault((p.recipe, p.grad_dtype), []).append((row, p))
+        return [
+            (*key, [p for _, p in some], torch.tensor(rows, dtype=torch.int64, device=self.device))
+            for key, some in alike.items()
+            for rows in [[row for row, p in some for _ in p.factor_names]]
+        ]
 
     @cached_property
     def _yes(self) -> Tensor:
@@ -294,9 +304,10 @@ class Fused:
         finite = self._column("finite")
         if self._limits is not None:
             finite.mul_((self._measured <= self._limits).all(1))
-        square, most = self._measured.unbind(1) if self._asked else ((), ())
-        for p, row in self._asked:
-            finite[row].mul_(p.accepts(most[row], square[row]))
+        for recipe, dtype, parameters, rows in self._asked:
+            factors = [of_piece for p in parameters for of_piece in p.factors()]
+            accepted = recipe.accepts_in(self._column("grad_sq")[rows], factors, dtype)
+            finite.scatter_reduce_(0, rows, accepted.to(finite.dtype), "amin")
         if allowed:
             finite.mul_(torch.stack([self._yes if flag is None else flag for flag in allowed]))
         if self._ranks is not None and (self._by_torch or allowed):

@@ -3,6 +3,8 @@
     take      gradients looked at, moments, the update in the bases and back, weights, what factors learn, and a refresh
               of the bases that are due
     finish    exact bases where that got no hold of them, and refreshes of other kinds, by what `Fused` calls
+
+Steps that do more than step and learn are those of `Fused`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def steps_in_bases(p: Parameter, backend: str) -> bool:
     alone = p.ranks is None and not p.is_coded and not recipe.stores_weights and not recipe.accepts_by_state
     if backend != "cpu" or not alone or recipe.corrects_gradient or p.options.maximize or not isinstance(part, Rotated):
         return False
-    if not part.steps_at_once or part.delay or not recipe.leaves_directions or len(p.pieces) != 1:
+    if not isinstance(part.inner, Diagonal) or not part.steps_at_once or not recipe.leaves_directions:
+        return False
+    if part.delay or len(p.pieces) != 1:
         return False
     piece, rounding = p.pieces[0], [p.state[key] for key in recipe.rounding.keys]
     if piece.narrow or not p.source.numel() or not turns_in_order(piece.rows, piece.cols):
@@ -51,7 +55,7 @@ def steps_in_bases(p: Parameter, backend: str) -> bool:
 
 
 class InBases(ByAddress):
-    """`ByAddress` for parameters that `steps_in_bases` takes; steps that do more than step and learn go by the ops."""
+    """`ByAddress` for parameters that `steps_in_bases` takes."""
 
     _betas: Sequence[float] = ()
     _phases: Sequence[Phase] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -160,8 +161,16 @@ class Parameter:
         """Whether this gradient leaves a finite state, of factors those that are here, bool of the shape of both; see
         `Recipe.accepts`.
         """
-        names = [self.recipe.names(number) for number, piece in enumerate(self.pieces_here) if piece.batch]
-        return self.recipe.accepts(largest, square, self.state, names, self.grad_dtype)
+        return self.recipe.accepts(largest, square, self.state, self.factor_names, self.grad_dtype)
+
+    @property
+    def factor_names(self) -> list[Mapping[str, str]]:
+        """The names of the state of factors, by their keys, for every piece of which matrices are here."""
+        return [self.recipe.names(number) for number, piece in enumerate(self.pieces_here) if piece.batch]
+
+    def factors(self) -> list[State]:
+        """The state of factors that are here, of every piece."""
+        return [{key: self.state[name] for key, name in of_piece.items()} for of_piece in self.factor_names]
 
     @property
     def is_coded(self) -> bool:

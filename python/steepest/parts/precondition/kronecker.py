@@ -232,21 +232,18 @@ class Kronecker:
 
     @property
     def bounds_read_state(self) -> bool:
-        """Whether `gain` and `summed` ask the state."""
+        """Whether `gains` and `sums` ask the state."""
         return self.beta == 1
 
-    def gain(self, state: State) -> Tensor | float:
-        """A bound, 0-d: the sum of squares of what a gradient adds to a factor, over that of the gradient."""
+    def gains(self, states: Sequence[State]) -> Tensor | float:
+        """A bound for each state, (states,): the sum of squares of what a gradient adds to a factor, over that of the
+        gradient.
+        """
         return 1.0
 
-    def summed(self, state: State) -> Tensor | float:
-        """A bound, 0-d: the largest entry that factors which are sums have reached; 0 of averages."""
-        if self.beta != 1:
-            return 0.0
-        traces = [
-            state[key].double().diagonal(dim1=-2, dim2=-1).sum(-1).amax() for key in FACTORS if state[key].numel()
-        ]
-        return torch.stack(traces).amax() if traces else 0.0
+    def sums(self, states: Sequence[State]) -> Tensor | float:
+        """A bound for each state, (states,): the largest entry that factors which are sums have; 0 of averages."""
+        return torch.stack(list(map(_largest_trace, states))) if self.beta == 1 else 0.0
 
     def needs_exact(self, states: Sequence[State], owners: Sequence[tuple[int, int]]) -> list[bool]:
         """Whether the last refresh got no hold of each matrix."""
@@ -432,6 +429,13 @@ class Kronecker:
 def turn_flop(rows: int, cols: int, left: int, right: int) -> int:
     """A rows x cols matrix into the variables of its factors, or back."""
     return 2 * rows * cols * (left + right)
+
+
+def _largest_trace(state: State) -> Tensor:
+    """The largest trace of a factor, 0-d fp64."""
+    factors = [state[key].double() for key in FACTORS if state[key].numel()]
+    traces = [factor.diagonal(dim1=-2, dim2=-1).sum(-1).amax() for factor in factors]
+    return torch.stack(traces).amax() if traces else state[LEARNED].new_zeros((), dtype=torch.float64)
 
 
 def refresh_bytes(state: State) -> int:

@@ -23,7 +23,7 @@ root 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -164,9 +164,10 @@ class Roots(Kronecker):
     def bounds_read_state(self) -> bool:
         return super().bounds_read_state or self.coupling
 
-    def gain(self, state: State) -> Tensor | float:
-        if not self.coupling:
-            return super().gain(state)
+    def gains(self, states: Sequence[State]) -> Tensor | float:
+        return torch.stack(list(map(self._gain, states))) if self.coupling else super().gains(states)
+
+    def _gain(self, state: State) -> Tensor:
         parts = [state[ROOTS[0]].new_ones((1,), dtype=torch.float64)]
         for side, key in enumerate(ROOTS):
             if state[key].numel():

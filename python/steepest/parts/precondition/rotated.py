@@ -192,7 +192,8 @@ class Rotated(Kronecker):
         bases = [state[key] for state in states for key in BASES]
         statuses = [state[key] for state in states for key in STATUS] if self.method == "auto" else []
         if not isinstance(self.inner, Diagonal):
-            return replace(given, bases=bases, statuses=statuses, seconds=[none] * len(states))
+            absent = [none] * len(states)
+            return replace(given, bases=bases, statuses=statuses, seconds=absent, steps=absent)
         seconds = [state[self.inner.key] for state in states]
         steps = [_count(self.inner, state.get("step"), none) for state in states]
         return replace(given, bases=bases, statuses=statuses, seconds=seconds, steps=steps)
@@ -206,12 +207,35 @@ class Rotated(Kronecker):
         outs: Sequence[Tensor],
         flags: Sequence[Tensor] = (),
     ) -> bool:
-        call = self._of_call(hyper)
-        if call is None or not stacks.supports_rotation(xs):
+        if not stacks.supports_rotation(xs):
             return False
-        inner, beta, eps = call
-        rotated.rotate_all(xs, stacks, way, outs, flags, beta=beta, eps=eps, inside=inner.eps_inside)
+        if (call := self._of_call(hyper)) is not None:
+            inner, beta, eps = call
+            rotated.rotate_all(xs, stacks, way, outs, flags, beta=beta, eps=eps, inside=inner.eps_inside)
+            return True
+        if way == "observe" or not self._scales_by_values(stacks):
+            return False
+        scales = self._scales(stacks, hyper)
+        if way == "back":
+            xs = torch._foreach_mul(list(xs), scales) if scales else xs
+        rotated.rotate_all(xs, stacks, way, outs)
+        if way == "into" and scales:
+            torch._foreach_mul_(list(outs), scales)
         return True
+
+    def _scales_by_values(self, stacks: rotated.Stacks) -> bool:
+        """Whether what comes between the rotations is known of values of rows and columns, or is nothing at all, the
+        same for stacks of one shape.
+        """
+        alike = len({shape[1:] for shape in stacks.shapes}) == 1
+        return alike and self.input_shape(stacks.shapes[0]) == stacks.shapes[0] and not isinstance(self.inner, Diagonal)
+
+    def _scales(self, stacks: rotated.Stacks, hyper: Hyper) -> list[Tensor]:
+        """1/D of every stack; none where D is 1."""
+        if not isinstance(self.inner, Sides):
+            return []
+        counts = [batch for batch, _, _ in stacks.shapes]
+        return self.inner.inverses(stacks.values[::2], stacks.values[1::2], counts, hyper)
 
     def observe_in_place(
         self, stacks: rotated.Stacks, grads: Sequence[Tensor], hyper: Hyper, flags: Sequence[Tensor]
@@ -222,7 +246,7 @@ class Rotated(Kronecker):
 
     @property
     def steps_at_once(self) -> bool:
-        return self._divides_by_roots
+        return self._divides_by_roots or not isinstance(self.inner, Diagonal)
 
     def factor_rate_of_whole_steps(self, hyper: Hyper) -> float | None:
         """The rate of the factors' averages where `steepest.ops.steps_in_bases` has whole steps by these numbers, None
@@ -242,11 +266,20 @@ class Rotated(Kronecker):
         outs: Sequence[Tensor],
         flags: Sequence[Tensor],
     ) -> bool:
-        call = self._of_call(hyper)
-        if call is None or not stacks.supports_rotation([*grads, *xs]):
+        if not stacks.supports_rotation([*grads, *xs]):
             return False
-        inner, beta, eps = call
-        rotated.adam(grads, xs, stacks, outs, flags, beta=beta, eps=eps, inside=inner.eps_inside)
+        if (call := self._of_call(hyper)) is not None:
+            inner, beta, eps = call
+            rotated.adam(grads, xs, stacks, outs, flags, beta=beta, eps=eps, inside=inner.eps_inside)
+            return True
+        if not self._scales_by_values(stacks):
+            return False
+        turned = [torch.empty_like(x) for x in xs]
+        rotated.rotate_all(xs, stacks, "into", turned)
+        if scales := self._scales(stacks, hyper):
+            for _ in range(2):
+                torch._foreach_mul_(turned, scales)
+        rotated.rotate_all(turned, stacks, "back", outs)
         return True
 
     def _of_call(self, hyper: Hyper) -> tuple[Diagonal, float, float] | None:
@@ -320,11 +353,19 @@ class Rotated(Kronecker):
     def bounds_read_state(self) -> bool:
         return super().bounds_read_state or self.coupling is not None
 
-    def gain(self, state: State) -> Tensor | float:
+    def gains(self, states: Sequence[State]) -> Tensor | float:
         if self.coupling is None:
-            return super().gain(state)
-        inverse = [self.coupling.whitening(state[key]).double().square().amax() for key in VALUES if state[key].numel()]
-        return torch.stack(inverse).amax().clamp(min=1.0) if inverse else 1.0
+            return super().gains(states)
+        most = torch.ones(len(states), dtype=torch.float64, device=states[0][FACTORS[0]].device)
+        alike: dict[int, list[tuple[int, Tensor]]] = {}
+        for i, state in enumerate(states):
+            for values in (state[key] for key in VALUES if state[key].numel()):
+                alike.setdefault(values.shape[-1], []).append((i, values))
+        for some in alike.values():
+            inverse = self.coupling.whitening(torch.cat([values for _, values in some]))
+            owners = torch.tensor([i for i, values in some for _ in values]).to(most.device, non_blocking=True)
+            most.scatter_reduce_(0, owners, inverse.double().square().amax(-1), "amax")
+        return most
 
     def _values_of(self, factor: Tensor, basis: Tensor) -> Tensor:
         """diag(Q^T P Q)."""

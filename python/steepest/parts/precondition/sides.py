@@ -14,6 +14,7 @@ are all 0 has seen nothing, or was never refreshed: what eps alone would make of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +69,13 @@ class Sides:
 
     def back(self, state: State, d: Tensor, hyper: Hyper, step: Tensor | None) -> Tensor:
         return self._inverse(state, hyper) * d
+
+    def inverses(
+        self, lefts: Sequence[Tensor], rights: Sequence[Tensor], counts: Sequence[int], hyper: Hyper
+    ) -> list[Tensor]:
+        """1/D of stacks of matrices of one shape, as many in each as counts say, from the values of their sides."""
+        inverse = self._inverse({LEFT: torch.cat(list(lefts)), RIGHT: torch.cat(list(rights))}, hyper)
+        return list(inverse.split(list(counts))) if inverse.ndim else [inverse] * len(counts)
 
     def whitening(self, values: Tensor) -> Tensor:
         """1/sqrt(v), 0 where v = 0."""
