@@ -118,6 +118,18 @@ def test_hard_matrices(preset: str, m: int, n: int, device: str, way: str, monke
     check_hard_matrices(lambda x: polar(x, preset), m, n, device)
 
 
+@pytest.mark.parametrize("device,way", WAYS)
+@pytest.mark.parametrize("preset", ["auto", "exact", "turbo", "jordan", "polar_express", "svd"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_beside_an_eps_whose_square_is_no_fp32_number_matrices_vanish(
+    preset: str, dtype: torch.dtype, device: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "forced", way)
+    x = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    for plain in (x, x.mT.contiguous()):
+        assert polar(plain, preset, eps=1e30).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(
     "device,m,n", [("cpu", *HARD_SHAPES[0]), *(pytest.param("cuda", *s, marks=pytest.mark.gpu) for s in HARD_SHAPES)]
 )

@@ -71,7 +71,7 @@ def newton_schulz_plain(x: Tensor, table: Table, *, eps: float) -> Tensor:
     """
     if len(x) > 1 and by_itself(x):
         return torch.cat([newton_schulz_plain(placed(one), table, eps=eps) for one in x.split(1)])
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(eps)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(min(eps, torch.finfo(x.dtype).max))
     x.div_(torch.where(norm == 0, torch.ones_like(norm), norm))
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
     for a, b, c in table:

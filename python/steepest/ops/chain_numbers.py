@@ -17,6 +17,7 @@ On a GPU one kernel (csrc/polar/numbers.cu) reads the lower triangle once; the r
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -90,7 +91,8 @@ def _numbers(
     slack: Tensor,
 ) -> Tensor:
     bound, trace = squared_norm_bound(gram)
-    square = (bound if tight else trace).clamp_min(eps * eps)
+    floor = eps * eps
+    square = (bound if tight else trace).clamp_min(floor if floor <= torch.finfo(trace.dtype).max else math.inf)
     square = torch.where(square == 0, torch.ones_like(square), square)
     ratio = (trace / square).sqrt()
     slack.copy_(ratio)
