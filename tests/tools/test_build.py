@@ -227,8 +227,34 @@ def test_an_editable_build_has_the_module_for_developers(compilerless: Path) -> 
 @needs_module
 def test_no_source_sees_torchs_headers_and_pybind11(build: types.ModuleType, tmp_path: Path) -> None:
     """torch 2.11 has a pybind11 among its headers that is an error beside the stable ABI."""
-    pybind11 = importlib.import_module("pybind11")
     torch_folder, folder = tmp_path / "torch", tmp_path / "build"
+    configure(build, folder, torch_folder)
+    commands = {
+        Path(each["file"]): each["command"] for each in json.loads((folder / "compile_commands.json").read_text())
+    }
+    with_torch = {path for path, command in commands.items() if f"-isystem {torch_folder}/include" in command}
+    with_pybind11 = {path for path in commands if "#include <pybind11/" in path.read_text()}
+    assert with_pybind11 == {ROOT / "csrc" / "module.cpp"}
+    assert ROOT / "csrc" / "library.cpp" in with_torch
+    assert not with_torch & with_pybind11
+
+
+@needs_module
+def test_a_shell_can_read_the_commands_of_a_folder_with_an_apostrophe(build: types.ModuleType, tmp_path: Path) -> None:
+    """pybind11 has symbols stripped in one that it cannot."""
+    folder = tmp_path / "it's a build"
+    configure(build, folder, tmp_path / "torch")
+    lines = (folder / "build.ninja").read_text().splitlines()
+    commands = [line.partition(" = ")[2] for line in lines if re.match(r"  (COMMAND|PRE_LINK|POST_BUILD) = ", line)]
+    assert commands
+    for command in commands:
+        read = subprocess.run(["sh", "-n", "-c", command.replace("$ ", " ").replace("$$", "$")], capture_output=True)
+        assert read.returncode == 0, (command, read.stderr)
+
+
+def configure(build: types.ModuleType, folder: Path, torch_folder: Path) -> None:
+    """CMake's files for a build of all but CUDA in a folder."""
+    pybind11 = importlib.import_module("pybind11")
     options = {
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
         "CMAKE_MAKE_PROGRAM": build.find_tool("ninja"),
@@ -238,14 +264,6 @@ def test_no_source_sees_torchs_headers_and_pybind11(build: types.ModuleType, tmp
     }
     command = [build.find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
     subprocess.run([*command, *(f"-D{name}={value}" for name, value in options.items())], check=True, timeout=120)
-    commands = {
-        Path(each["file"]): each["command"] for each in json.loads((folder / "compile_commands.json").read_text())
-    }
-    with_torch = {path for path, command in commands.items() if f"-isystem {torch_folder}/include" in command}
-    with_pybind11 = {path for path in commands if "#include <pybind11/" in path.read_text()}
-    assert with_pybind11 == {ROOT / "csrc" / "module.cpp"}
-    assert ROOT / "csrc" / "library.cpp" in with_torch
-    assert not with_torch & with_pybind11
 
 
 def test_an_archive_of_the_sources_holds_what_it_needs(tree: Path) -> None:
