@@ -128,14 +128,27 @@ def find_devices(environ: Mapping[str, str]) -> list[str]:
     return sorted((each for each in capabilities if float(each) >= OLDEST_DEVICE), key=float)
 
 
+def stale_home(environ: Mapping[str, str]) -> str:
+    """What to say of a CUDA_HOME (or CUDA_PATH) that leads to no nvcc; empty where none is set, or asked."""
+    name = next((name for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)), None)
+    if name is None or environ.get("CUDACXX") or shutil.which(os.path.join(environ[name], "bin", "nvcc")):
+        return ""
+    return f"{name}={environ[name]!r} has no bin/nvcc"
+
+
 def find_nvcc(environ: Mapping[str, str], root: Path = Path("/"), *, required: bool = False) -> str | None:
     """nvcc through CUDACXX, CUDA_HOME (or CUDA_PATH), PATH and root/usr/local/cuda; None, or an error where it is
-    required, if it is at none of them."""
+    required, if it is at none of them. Where it is required it has to be in a CUDA_HOME that is set."""
     homes = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     at_home, usual = [os.path.join(home, "bin", "nvcc") for home in homes], root / "usr/local/cuda/bin/nvcc"
     named = environ.get("CUDACXX", "")
     if named and not shutil.which(named, path=environ.get("PATH")):
         raise RuntimeError(f"CUDACXX={named!r} is no program: set it to nvcc's path, or unset it to look for nvcc")
+    if required and (stale := stale_home(environ)):
+        raise RuntimeError(
+            f"STEEPEST_CUDA=1 asks for the CUDA kernels, but {stale}: set it to the folder of a CUDA toolkit, or unset "
+            "it to look for nvcc on PATH and in /usr/local/cuda/bin"
+        )
     candidates = [named, *at_home, "nvcc", str(usual)]
     found = next((path for name in candidates if name and (path := shutil.which(name, path=environ.get("PATH")))), None)
     if found is None and required:
@@ -149,7 +162,7 @@ def find_nvcc(environ: Mapping[str, str], root: Path = Path("/"), *, required: b
 def parse_architectures(text: str) -> list[str]:
     """torch's architecture list ("8.0;9.0a+PTX", spaces or semicolons) as ["sm_80", "sm_90a", "compute_90a"]."""
     real, virtual = [], []
-    for item in re.split(r"[;,\s]+", text.strip()):
+    for item in re.findall(r"[^;,\s]+", text):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if match is None:
             raise RuntimeError(
@@ -162,11 +175,23 @@ def parse_architectures(text: str) -> list[str]:
     return real + virtual
 
 
+def unknown(architectures: list[str], nvcc: str) -> list[str]:
+    """Those of a list that this nvcc does not know."""
+    done = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"{nvcc} --list-gpu-code ends with {done.returncode} ({done.stderr.strip()}): set CUDACXX to an nvcc that "
+            "works, or STEEPEST_CUDA=0 to build without CUDA"
+        )
+    known = done.stdout.split()
+    # nvcc lists sm_90 and not its variant sm_90a.
+    return [name for name in architectures if name.replace("compute_", "sm_").rstrip("af") not in known]
+
+
 def supported(architectures: list[str], nvcc: str) -> list[str]:
     """Those of a list that this nvcc knows; the newest of them is kept as PTX too."""
-    known = set(subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split())
-    # nvcc lists sm_90 and not its variant sm_90a.
-    kept = [name for name in architectures if name.startswith("sm_") and name.rstrip("af") in known]
+    strange = unknown(architectures, nvcc)
+    kept = [name for name in architectures if name.startswith("sm_") and name not in strange]
     # PTX of compute_90a runs on 9.0 alone; without the suffix the driver can compile it for what comes after.
     return [*kept, kept[-1].replace("sm_", "compute_").rstrip("af")] if kept else []
 
@@ -226,15 +251,20 @@ def decide(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> B
             f"no GPU of compute capability {OLDEST_DEVICE} or newer here; STEEPEST_CUDA=1 builds for all",
         )
     nvcc, cutlass = find_nvcc(environ, root, required=wish == "1"), find_cutlass()
+    stale = f"; {stale}" if (stale := stale_home(environ)) else ""
     if nvcc is None:
-        return Build(None, [], None, "no nvcc; a GPU runs the Triton kernels")
-    if environ.get("TORCH_CUDA_ARCH_LIST") and wish != "local":
-        listed = environ["TORCH_CUDA_ARCH_LIST"]
+        return Build(None, [], None, f"no nvcc{stale}; a GPU runs the Triton kernels")
+    listed = "" if wish == "local" else environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if every := parse_architectures(listed):
         # Images with torch preset it to all that torch takes.
-        every = parse_architectures(listed)
         names = [name for name in every if int(re.sub(r"\D", "", name)) >= 10 * OLDEST_DEVICE]
         if not names:
             raise RuntimeError(f"TORCH_CUDA_ARCH_LIST={listed!r}: the kernels are for {OLDEST_DEVICE} and newer")
+        if strange := unknown(names, nvcc):
+            raise RuntimeError(
+                f"TORCH_CUDA_ARCH_LIST={listed!r}: {nvcc} does not know {', '.join(strange)}: leave them out, or set "
+                "CUDACXX to an nvcc that does"
+            )
         why = "TORCH_CUDA_ARCH_LIST" + (f" from {OLDEST_DEVICE} on" if len(names) < len(every) else "")
     elif devices and (names := supported(parse_architectures(";".join(devices)), nvcc)):
         why = "this machine's GPU"
@@ -242,7 +272,8 @@ def decide(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> B
         why = "all architectures"
     else:
         raise RuntimeError(f"{nvcc} knows none of {DEFAULT_ARCHITECTURES}: set TORCH_CUDA_ARCH_LIST to what it knows")
-    return Build(nvcc, with_hopper(names) if cutlass else names, cutlass, why)
+    taken = f"{stale}, {nvcc} is taken" if stale else ""
+    return Build(nvcc, with_hopper(names) if cutlass else names, cutlass, why + taken)
 
 
 def with_hopper(names: list[str]) -> list[str]:
@@ -269,7 +300,8 @@ def find_tool(name: str) -> str:
 
 def require_compiler() -> None:
     """A sentence instead of a page of CMake when there is no C++ compiler."""
-    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    named = os.environ.get("CXX")
+    names = named.split()[:1] or [named] if named else ["c++", "g++", "clang++"]
     if not any(shutil.which(name) for name in names):
         raise RuntimeError(
             f"building steepest needs a C++17 compiler and none of {names} is on PATH: install g++ or clang, or set "

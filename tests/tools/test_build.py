@@ -450,14 +450,17 @@ Decide = Callable[..., Any]
 
 @pytest.fixture
 def machine(build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Decide:
-    """machine(*capabilities, nvcc=True, cutlass=True, **environment): what is built on one with such GPUs, or none."""
+    """machine(*capabilities, nvcc=True, cutlass=True, knows="80 86 90", **environment): what is built on one with such
+    GPUs, or none, and with an nvcc of these targets."""
 
-    def decide(*capabilities: str, nvcc: bool = True, cutlass: bool = True, **environment: str) -> Any:
+    def decide(
+        *capabilities: str, nvcc: bool = True, cutlass: bool = True, knows: str = "80 86 90", **environment: str
+    ) -> Any:
         programs = tmp_path / "programs"
         shutil.rmtree(programs, ignore_errors=True)
         programs.mkdir()
         if nvcc:
-            script(programs / "nvcc", "printf 'sm_80\\nsm_86\\nsm_90\\n'")
+            script(programs / "nvcc", f"printf 'sm_%s\\n' {knows}")
         if capabilities:
             script(programs / "nvidia-smi", "\n".join(f"echo {each}" for each in capabilities))
         monkeypatch.setattr(build, "find_cutlass", lambda: Path("/cutlass") if cutlass else None)
@@ -472,8 +475,32 @@ ALL = ["sm_80", "sm_86", "sm_90a", "compute_90"]
 def test_default_architectures_follow_nvcc(machine: Decide) -> None:
     assert machine().architectures == machine("9.0", STEEPEST_CUDA="1").architectures == ALL
     assert backend.covers(ALL, (12, 0)), "a newer device runs the PTX"
-    assert machine(TORCH_CUDA_ARCH_LIST="12.0").architectures == ["sm_120"]
+    assert machine(TORCH_CUDA_ARCH_LIST="12.0", knows="80 120").architectures == ["sm_120"]
     assert machine("8.6", STEEPEST_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0").architectures == ["sm_80"]
+
+
+@pytest.mark.parametrize("listed,wanted", [("8.6;", ["sm_86"]), (" ;8.6 ; 9.0,", ["sm_86", "sm_90"]), (" ; ", ALL)])
+def test_what_separates_architectures_may_be_at_the_ends_of_a_list(
+    machine: Decide, listed: str, wanted: list[str]
+) -> None:
+    """A list of nothing else counts as unset."""
+    built = machine(TORCH_CUDA_ARCH_LIST=listed, cutlass=wanted is ALL)
+    assert built.architectures == wanted
+
+
+@pytest.mark.parametrize("listed,named", [("8.0;99.0", "sm_990"), ("8.0 12.0+PTX", "sm_120, compute_120")])
+def test_architectures_that_nvcc_does_not_know_are_named(machine: Decide, listed: str, named: str) -> None:
+    """Before a minute of compilation, and not in the middle of a page of commands."""
+    message = f"TORCH_CUDA_ARCH_LIST={listed!r}: .*/nvcc does not know {named}: leave them out, or set CUDACXX"
+    with pytest.raises(RuntimeError, match=re.escape(message).replace(re.escape(".*"), ".*")):
+        machine(TORCH_CUDA_ARCH_LIST=listed)
+
+
+def test_an_nvcc_that_does_not_run_is_named(machine: Decide, tmp_path: Path) -> None:
+    broken = script(tmp_path / "broken" / "nvcc", "echo no such toolkit >&2; exit 3")
+    message = rf"{broken} --list-gpu-code ends with 3 \(no such toolkit\): set CUDACXX to an nvcc that works"
+    with pytest.raises(RuntimeError, match=message):
+        machine(CUDACXX=broken)
 
 
 @pytest.mark.parametrize("wish", [{}, {"STEEPEST_CUDA": "local"}])
@@ -533,7 +560,7 @@ def test_a_list_with_9_0_has_the_products_for_hopper(
 
 def test_what_the_kernels_are_not_for_is_left_out_of_a_list(machine: Decide) -> None:
     """Images with torch preset all that torch takes; ptxas refuses 7.5."""
-    decided = machine(TORCH_CUDA_ARCH_LIST="5.2 7.5 8.0 9.0 10.0 12.0+PTX")
+    decided = machine(TORCH_CUDA_ARCH_LIST="5.2 7.5 8.0 9.0 10.0 12.0+PTX", knows="80 90 100 120")
     assert decided.architectures == ["sm_80", "sm_90a", "sm_100", "sm_120", "compute_120"]
     assert decided.why == "TORCH_CUDA_ARCH_LIST from 8.0 on"
     with pytest.raises(RuntimeError, match=r"TORCH_CUDA_ARCH_LIST='7\.5\+PTX': the kernels are for 8\.0 and newer"):
@@ -622,6 +649,24 @@ def test_an_nvcc_that_is_named_is_not_replaced_by_another(machine: Decide) -> No
     assert machine(CUDACXX="/nowhere/nvcc", STEEPEST_CUDA="local").nvcc is None, "where none is needed it may be stale"
 
 
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH"])
+def test_a_cuda_home_without_nvcc_is_named(machine: Decide, tmp_path: Path, name: str) -> None:
+    """An nvcc from elsewhere is of another toolkit than the one that is named."""
+    home = {name: "/nowhere/cuda"}
+    message = f"STEEPEST_CUDA=1 asks for the CUDA kernels, but {name}='/nowhere/cuda' has no bin/nvcc: set it to"
+    with pytest.raises(RuntimeError, match=message):
+        machine(STEEPEST_CUDA="1", **home)
+    taken = f"{name}='/nowhere/cuda' has no bin/nvcc, {tmp_path / 'programs' / 'nvcc'} is taken"
+    assert machine(**home).why == f"all architectures; {taken}"
+    assert machine("8.6", STEEPEST_CUDA="local", **home).why == f"this machine's GPU; {taken}"
+    assert machine(nvcc=False, **home).why == (
+        f"no nvcc; {name}='/nowhere/cuda' has no bin/nvcc; a GPU runs the Triton kernels"
+    )
+    named = script(tmp_path / "mynvcc", "printf 'sm_80\\n'")
+    assert machine(STEEPEST_CUDA="1", CUDACXX=named, **home).nvcc == named, "CUDACXX comes before it"
+    assert machine(STEEPEST_CUDA="0", **home).why == "STEEPEST_CUDA=0"
+
+
 @pytest.mark.parametrize("jobs", ["0", "-2", "many", "2.5"])
 def test_a_number_of_jobs_that_is_none_is_named(machine: Decide, monkeypatch: pytest.MonkeyPatch, jobs: str) -> None:
     monkeypatch.setenv("MAX_JOBS", jobs)
@@ -652,6 +697,10 @@ def test_missing_compiler_is_an_error(build: types.ModuleType, tmp_path: Path, m
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RuntimeError, match="needs a C\\+\\+17 compiler"):
         build.require_compiler()
+    for named in ("no-such-compiler -O2", " "):
+        monkeypatch.setenv("CXX", named)
+        with pytest.raises(RuntimeError, match=rf"none of \['{named.partition(' -')[0]}'\] is on PATH"):
+            build.require_compiler()
 
 
 def test_where_build_tools_are_looked_for(
