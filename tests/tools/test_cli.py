@@ -344,3 +344,23 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     running.stdout.close()
     _, errors = running.communicate(timeout=120)
     assert errors == b""
+
+
+def test_a_file_of_tuned_tiles_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("steepest.kernels.tuned")
+    (tmp_path / "file").write_text("{")
+    for path, option, said in (
+        ("file", "--show", "cannot be read: Expecting property name enclosed in double quotes"),
+        ("", "--show", "cannot be read: Is a directory; set STEEPEST_CACHE to another file"),
+        ("", "--clear", "cannot be removed: Is a directory; set STEEPEST_CACHE to another file"),
+    ):
+        monkeypatch.setenv("STEEPEST_CACHE", str(tmp_path / path))
+        with pytest.raises(SystemExit):
+            cli.main(["tune", option])
+        assert f"{tmp_path / path} {said}" in capsys.readouterr().err
+    monkeypatch.setenv("STEEPEST_CACHE", "~nobody-of-this-name/file")
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--show"])
+    assert "there is no home folder" in capsys.readouterr().err

@@ -491,6 +491,15 @@ def compare(tmp_path: Path, book: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return call
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_run(
+    compare: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        compare("--optimizers", "muon", "--out", str(tmp_path / "file"))
+    assert f"--out: nothing can be written into {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+
+
 def test_the_command_writes_records_table_and_pictures(
     compare: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,12 +1,24 @@
-"""Files that are written as a whole."""
+"""Files that are written as a whole, and the folders that they are written to."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["replace"]
+__all__ = ["make_folder", "replace"]
+
+
+def make_folder(path: Path, what: str) -> None:
+    """Makes a folder that is not there; ValueError, which says what names it, where no file can be written into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{what}: nothing can be written into {path}: {reason}; pass another folder") from None
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:

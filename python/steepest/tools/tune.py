@@ -28,7 +28,7 @@ from steepest.linalg.polar import PLAIN, choose, compute_dtype
 from steepest.ops import backend, tuning
 from steepest.ops.tuning import Measured, Problem, Timer
 
-from . import shapes
+from . import files, shapes
 from .bench.timing import Call, interleaved
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -57,9 +57,9 @@ def add_options(p: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures and writes, or shows, or removes; ValueError without shapes, or without a GPU."""
+    """Measures and writes, or shows, or removes; ValueError without shapes, a GPU, or a file that it can use."""
     if options.show or options.clear:
-        return (_clear if options.clear else _show)(tuning.cache(), options.json)
+        return (_clear if options.clear else _show)(_file(), options.json)
     names = [*options.model, *options.shape]
     stacks = [stack for name in names for stack in shapes.matrices(shapes.parse(name))]
     if not stacks:
@@ -72,22 +72,37 @@ def run(options: argparse.Namespace) -> int:
     problems = products(stacks, options.preset, dtypes, options.of)
     device = torch.device("cuda", torch.cuda.current_device())
     timer = functools.partial(_seconds, rounds=options.rounds, device=str(device))
-    file = tuning.cache()
+    file = _file()
+    files.make_folder(file.parent, "STEEPEST_CACHE")
     measurements = tune(problems, device, timer, file, quiet=options.json)
     if options.json:
         print(json.dumps({"file": str(file), "products": [each.json() for each in measurements]}, indent=2))
     return 0
 
 
+def _file() -> Path:
+    try:
+        return tuning.cache()
+    except OSError as error:
+        raise ValueError(str(error)) from None
+
+
 def _show(file: Path, as_json: bool) -> int:
-    machines = tuning.kept(file)
+    try:
+        machines = tuning.kept(file)
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{file} cannot be read: {said}; set STEEPEST_CACHE to another file, or remove it") from None
     print(json.dumps(machines, indent=2) if as_json else describe_kept(file, machines))
     return 0
 
 
 def _clear(file: Path, as_json: bool) -> int:
     there = file.exists()
-    file.unlink(missing_ok=True)
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be removed: {error.strerror}; set STEEPEST_CACHE to another file") from None
     text = f"{file} {'is removed' if there else 'was not there'}"
     print(json.dumps({"file": str(file), "removed": there}) if as_json else text)
     return 0

@@ -441,3 +441,13 @@ def test_optimizers_of_peers_stand_beside_ours(tmp_path: Path, capsys: pytest.Ca
     for name in ("heavyball", "pytorch-optimizer", "SOAP reference"):
         assert rows["2x8x16 SOAP", name]["ms"] > 0
     assert "wrong or failed" not in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_run", lambda *arguments: pytest.fail("it was measured"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        bench("symm_gemm", *SHORT, "--shapes", "2x16x16", "--out", str(tmp_path / "file" / "out"))
+    assert f"--out: nothing can be written into {tmp_path / 'file' / 'out'}: Not a directory" in capsys.readouterr().err

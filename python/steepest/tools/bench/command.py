@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .. import files
 from ..compare.command import positive
 from ..machine import machine
 from . import ceilings, peers, pictures, records, regression, table
@@ -95,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
     if old:
         old[0] = list(regression.of_class(old[0], facts))
         regression.check_machine([*(each.machine for each in old[0]), facts])
+    files.make_folder(options.out, "--out")
     record = _begin(facts, names, settings, options)
     path = options.out / f"{options.name or (names[0] if len(names) == 1 else 'bench')}.json"
     began = time.monotonic()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .. import files
 from . import evidence, full, methods, pictures, records, report, tasks
 from .jobs import Job, Runs
 from .methods import ADAMW_RATE, Method
@@ -69,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     """
     plan = _plan(options)
     path: Path = options.out / RECORDS
+    files.make_folder(options.out, "--out")
     known = records.read(path)
     if known and not options.resume:
         raise ValueError(f"{path} holds {len(known)} runs: pass --resume to go on with them, or another --out")
