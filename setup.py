@@ -28,6 +28,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
+
+# First: an older one has no bdist_wheel, or cannot read pyproject.toml, and a venv of Python 3.11 brings 65.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise RuntimeError(
+        f"steepest needs setuptools>=77 to build and found {setuptools.__version__}: `pip install 'setuptools>=77'`"
+    )
+
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext

@@ -692,6 +692,17 @@ def test_missing_or_old_torch_is_an_error(
         build.find_torch()
 
 
+@pytest.mark.parametrize("version", ["65.5.0", "76.1.0.post0"])
+def test_an_old_setuptools_is_named(tmp_path: Path, version: str) -> None:
+    """A virtual environment of Python 3.11 brings one along, and the build does not replace it."""
+    (tmp_path / "setuptools").mkdir()
+    (tmp_path / "setuptools" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "setup.py"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert f"steepest needs setuptools>=77 to build and found {version}: `pip install 'setuptools>=77'`" in done.stderr
+
+
 def test_missing_compiler_is_an_error(build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
