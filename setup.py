@@ -463,7 +463,10 @@ def version() -> str:
     if "sdist" in sys.argv:
         return public
     unpacked = (ROOT / "PKG-INFO").exists()
-    local = [os.environ.get("STEEPEST_LOCAL_VERSION"), None if unpacked or not decide().warning else "no.cutlass"]
+    named = os.environ.get("STEEPEST_LOCAL_VERSION", "")
+    if named and not re.fullmatch("[A-Za-z0-9]+([._-][A-Za-z0-9]+)*", named):
+        raise RuntimeError(f"STEEPEST_LOCAL_VERSION={named!r}: letters and digits, in parts between dots, as in cu130")
+    local = [named, None if unpacked or not decide().warning else "no.cutlass"]
     return "+".join(filter(None, [public, ".".join(filter(None, local))]))
 
 

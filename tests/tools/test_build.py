@@ -579,6 +579,14 @@ def test_pip_shows_that_cutlass_is_missing(
         assert build.version() == steepest.__version__ + (f"+{label}" if label else "")
 
 
+def test_a_local_version_that_is_none_is_named(build: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEEPEST_CUDA", "0")
+    for named in ("foo bar", "+cu130", "cu130."):
+        monkeypatch.setenv("STEEPEST_LOCAL_VERSION", named)
+        with pytest.raises(RuntimeError, match=re.escape(f"STEEPEST_LOCAL_VERSION={named!r}: letters and digits")):
+            build.version()
+
+
 def test_an_archive_of_the_sources_has_one_version(
     machine: Decide, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
