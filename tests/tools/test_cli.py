@@ -336,6 +336,22 @@ def test_without_a_gpu_the_reason_is_said(family: str) -> None:
     assert outcome.first_ms is None
 
 
+def test_without_a_device_nothing_is_to_be_built_or_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A toolkit, a new build and Triton would help nobody there."""
+    built = types.SimpleNamespace(build_info=lambda: {"cuda": None, "architectures": []})
+    monkeypatch.setattr(backend, "extension", built)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    for there, said in (
+        (False, ("no CUDA device", "no CUDA device")),
+        (True, ("built without CUDA", "pip install triton")),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        for reason, part in zip((backend._cuda_reason.__wrapped__(0), backend._triton_reason.__wrapped__()), said):
+            assert part in str(reason)
+
+
 @pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command = [sys.executable, "-m", "steepest", "plan", "--shape", "64x64"]

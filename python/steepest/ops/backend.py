@@ -112,14 +112,14 @@ def _cuda_reason(index: int | None) -> str | None:
         return _not_cuda()
     if extension is None:
         return extension_reason
+    if not torch.cuda.is_available():  # first: nothing that is to be built or installed would help
+        return _no_device()
     info = extension.build_info()
     if info["cuda"] is None:
         return (
             "the compiled part was built without CUDA; install the CUDA toolkit (nvcc in CUDA_HOME/bin, on PATH or in "
             "/usr/local/cuda/bin) and rebuild with STEEPEST_CUDA=1"
         )
-    if not torch.cuda.is_available():
-        return _no_device()
     if (reason := _driver_reason(info["cuda"])) is not None:
         return reason
     capability = torch.cuda.get_device_capability(index)
@@ -163,11 +163,13 @@ def triton_reason() -> str | None:
 def _triton_reason() -> str | None:
     if torch.version.hip is not None:
         return _not_cuda()
+    if not torch.cuda.is_available():
+        return _no_device()
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` (Linux)"
     if importlib.util.find_spec("steepest.kernels") is None:
         return "steepest.kernels is not importable; install the package instead of only pointing PYTHONPATH at it"
-    return None if torch.cuda.is_available() else _no_device()
+    return None
 
 
 def _not_cuda() -> str:
