@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from steepest.ops import backend
 from steepest.ops.environment import switch
 
 SWITCHES = {"STEEPEST_BATCH_INVARIANT": False, "STEEPEST_HOPPER": True, "STEEPEST_SELFCHECK": True}
@@ -28,6 +30,16 @@ def test_an_empty_backend_is_none_that_is_forced() -> None:
     environment = {**os.environ, "STEEPEST_BACKEND": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "auto", done.stderr
+
+
+def test_a_backend_that_the_environment_forces_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An argument backend='auto' would be no way out."""
+    cpu, reasons = torch.device("cpu"), {"cuda": "the tensors are on cpu"}
+    with pytest.raises(RuntimeError, match="on cpu. backend='auto' takes one that can"):
+        backend.choose("step", "cuda", reasons, cpu, "elementwise")
+    monkeypatch.setattr(backend, "forced", "cuda")
+    with pytest.raises(RuntimeError, match="on cpu. STEEPEST_BACKEND forces it; unset it to take one that can"):
+        backend.choose("step", "auto", reasons, cpu, "elementwise")
 
 
 @pytest.mark.slow

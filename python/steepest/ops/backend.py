@@ -228,7 +228,7 @@ def choose(op: str, backend: str, reasons: Mapping[str, str | None], device: tor
         log_once(op, chosen, why, device)
         return chosen
     if (reason := reasons.get(name) or selfcheck.reason(family, name, device)) is not None:
-        raise RuntimeError(f"{op}: backend={name!r} cannot run: {reason}. backend='auto' takes one that can")
+        raise RuntimeError(f"{op}: backend={name!r} cannot run: {reason}. {_way_out(backend)}")
     return name
 
 
@@ -243,8 +243,15 @@ def checked(family: str, device: torch.device, name: str = "cuda") -> str | None
     their self-check. RuntimeError where STEEPEST_BACKEND forces them."""
     reason = selfcheck.reason(family, name, device)
     if reason is not None and requested("auto") == name:
-        raise RuntimeError(f"{family}: backend={name!r} cannot run: {reason}. backend='auto' takes one that can")
+        raise RuntimeError(f"{family}: backend={name!r} cannot run: {reason}. {_way_out('auto')}")
     return reason
+
+
+def _way_out(backend: str) -> str:
+    """What to do where a backend cannot run that the caller, or else the environment, forces."""
+    if backend == "auto":
+        return "STEEPEST_BACKEND forces it; unset it to take one that can"
+    return "backend='auto' takes one that can"
 
 
 def prepare(families: Iterable[str], device: torch.device) -> None:
