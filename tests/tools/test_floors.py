@@ -30,7 +30,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 NOT_DRAWN = {"__init__", "__main__", "_moved", "_version", "tools"}
 #: What each tool imports of the others; the command line imports a command's module when it is called.
 TOOLS: dict[str, set[str]] = {
-    "bench": {"compare", "machine", "planner", "shapes"},
+    "bench": {"files", "compare", "machine", "planner", "shapes"},
     "cli": set(),
     "compare": {"files", "machine"},
     "convert": {"files"},
@@ -41,7 +41,7 @@ TOOLS: dict[str, set[str]] = {
     "planner": {"scale"},
     "scale": {"shapes"},
     "shapes": set(),
-    "tune": {"bench", "shapes"},
+    "tune": {"files", "bench", "shapes"},
     "__init__": set(),
 }
 #: How high the library may be, and how many files a gradient may go through.
