@@ -63,7 +63,9 @@ std::vector<FactorUpdate> checked_updates(const Tensors& grads, const Tensors& f
   std::vector<FactorUpdate> updates;
   for (size_t i = 0; i < grads.size(); ++i) {
     check_stack(grads[i], "grads", i);
-    FactorUpdate update{taken(flags[i], i), grads[i].size(0), {grads[i].size(1), grads[i].size(2)}};
+    FactorUpdate update{};
+    update.taken = taken(flags[i], i), update.matrices = grads[i].size(0);
+    update.sizes[0] = grads[i].size(1), update.sizes[1] = grads[i].size(2);
     update.grads = static_cast<const float*>(grads[i].const_data_ptr());
     for (size_t side = 0; side < 2; ++side) {
       const int64_t n = update.sizes[side];
@@ -101,7 +103,9 @@ void update_coupled_factors(const Tensors& grads, const Tensors& bases, const Te
   std::vector<eigh::Coupled> stacks;
   for (size_t i = 0; i < updates.size(); ++i) {
     const FactorUpdate& update = updates[i];
-    eigh::Coupled stack{update.matrices, update.sizes[0], update.sizes[1], update.grads};
+    eigh::Coupled stack{};
+    stack.matrices = update.matrices, stack.rows = update.sizes[0], stack.columns = update.sizes[1];
+    stack.grads = update.grads;
     for (size_t side = 0; side < 2; ++side) {
       const size_t k = 2 * i + side;
       const int64_t n = update.sizes[side];
