@@ -20,6 +20,7 @@
 #include "common/device.h"
 #include "common/json.h"
 #include "cpu_polar/kernels.h"
+#include "cpu_polar/steps.h"
 #include "eigh/cusolver.h"
 #include "eigh/params.h"
 #include "eigh/steps.h"
@@ -255,6 +256,31 @@ STEEPEST_EXPORT const char* steepest_steps_in_bases(const void* steps, const voi
     eigh::steps_in_bases(
         {table, of_steps, count, grads, params, hypers, betas, scaling, rows, sums, skipped, workspace, refreshes},
         *kernels);
+  });
+}
+
+// Steps along polar factors on the host, of which `steps`, `ratios` and chains say everything but what is of this step
+// (cpu_polar/steps.h). Null, or what went wrong, no JSON.
+STEEPEST_EXPORT const char* steepest_polar_steps(const void* steps, const double* ratios, int64_t count,
+                                                 const int64_t* chain_ints, const double* chain_floats, int64_t chains,
+                                                 const int64_t* grads, const int64_t* params, const double* hypers,
+                                                 const float* found_inf, const float* grad_scale, double* rows,
+                                                 double* sums, int64_t* skipped, int64_t workspace) {
+  namespace cp = steepest::cpu_polar;
+  return error_of([&] {
+    const auto* const table = static_cast<const cp::PolarStep*>(steps);
+    cp::polar_steps({table,
+                     ratios,
+                     count,
+                     cp::chains_of(chain_ints, chain_floats, chains),
+                     grads,
+                     params,
+                     hypers,
+                     {found_inf, grad_scale},
+                     rows,
+                     sums,
+                     skipped,
+                     workspace});
   });
 }
 

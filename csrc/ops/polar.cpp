@@ -26,22 +26,6 @@ namespace {
 
 using namespace polar;
 
-Numbering make_numbering(const std::vector<double>& constants, const std::vector<int64_t>& powers,
-                         const std::vector<double>& slacks, bool tight, double eps) {
-  const size_t tables = slacks.size() + 1, columns = powers.size();
-  STD_TORCH_CHECK(tables <= kMostTables && constants.size() == tables * columns && constants.size() <= kMostNumbers,
-                  "constants has ", constants.size(), " elements; wanted are ", tables, " tables of ", columns,
-                  ", at most ", kMostTables, " tables and ", kMostNumbers, " elements");
-  for (const int64_t power : powers) STD_TORCH_CHECK(power >= 0 && power < 1 << 15, "powers has ", power);
-  Numbering numbering{};
-  numbering.tables = static_cast<int32_t>(tables), numbering.columns = static_cast<int32_t>(columns);
-  numbering.tight = tight, numbering.eps = eps;
-  std::copy(slacks.begin(), slacks.end(), numbering.least);
-  std::copy(constants.begin(), constants.end(), numbering.constants);
-  std::copy(powers.begin(), powers.end(), numbering.powers);
-  return numbering;
-}
-
 void check_floats(const Tensor& tensor, const Place& place, int64_t elements, const char* name) {
   place.check(tensor, name);
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == elements,
@@ -210,7 +194,7 @@ void polar_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& ys, c
   const Place place(xs[0]);
   const Dtype dtype = element_type(xs[0], place, "xs", 0);
   STD_TORCH_CHECK(dtype == Dtype::f16 || dtype == Dtype::bf16, "xs must be float16 or bfloat16");
-  const Numbering numbering = make_numbering(constants, powers, least, tight, eps);
+  const Numbering numbering = numbering_of(constants, powers, least, tight, eps);
   const std::vector<Node> nodes = make_nodes(ints, floats, numbering.columns);
   std::vector<Stack> stacks = make_stacks(xs, ys, slacks, numbering.columns, place, dtype);
   std::vector<void*> addresses;
@@ -265,7 +249,7 @@ void cpu_chain(const std::vector<Tensor>& xs, const std::vector<Tensor>& outs, c
   const Dtype dtype = bf16 ? Dtype::bf16 : Dtype::f32;
   const cpu_polar::Kernels* const kernels = cpu_polar::kernels_for(dtype);
   STD_TORCH_CHECK(kernels != nullptr, "cpu_chain has no products of this type for this processor");
-  const Numbering numbering = make_numbering(constants, powers, least, tight, eps);
+  const Numbering numbering = numbering_of(constants, powers, least, tight, eps);
   const cpu_polar::Chain chain{make_nodes(ints, floats, numbering.columns), static_cast<Buffer>(result), numbering,
                                divides};
   STD_TORCH_CHECK(!divides || numbering.columns == 0, "what is divided by its norm takes no numbers from it");
@@ -394,7 +378,7 @@ void chain_numbers(const Tensor& gram, const Tensor& numbers, const Tensor& slac
   STD_TORCH_CHECK(params.dtype != Dtype::f64 && params.dtype != Dtype::i16,
                   "gram must be float32, bfloat16 or float16");
   params.matrices = gram.size(0), params.m = gram.size(1);
-  params.numbering = make_numbering(constants, powers, slacks, tight, eps);
+  params.numbering = numbering_of(constants, powers, slacks, tight, eps);
   check_floats(numbers, place, params.matrices * params.numbering.columns, "numbers");
   check_floats(slack, place, params.matrices, "slack");
   if (params.matrices == 0) return;

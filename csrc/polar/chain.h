@@ -39,6 +39,11 @@ struct Node {
 constexpr size_t kNodeInts = 7, kNodeFloats = 3;
 std::vector<Node> nodes_of(const int64_t* ints, const double* floats, size_t count, int64_t columns);
 
+// Numbers as they are handed over: constants table by table, and the least slack of every table but the last. Throws
+// for more than there is room for, or what is no power.
+Numbering numbering_of(const std::vector<double>& constants, const std::vector<int64_t>& powers,
+                       const std::vector<double>& least, bool tight, double eps);
+
 struct Stack {
   int64_t matrices, rows, columns;
   void* at[kBuffers];

@@ -41,6 +41,17 @@ def made_in_bases(**options: Any) -> tuple[Any, list[nn.Parameter]]:
     return steepest.SOAP(groups, **options), params
 
 
+def made_along_polar() -> tuple[Any, list[nn.Parameter]]:
+    """Matrices that Muon steps, in two groups, and vectors of AdamW."""
+    params = parameters(SHAPES)
+    groups = [
+        {"params": params[:1], "lr": 0.01},
+        {"params": params[2:3], "lr": 0.02, "weight_decay": 0.1, "polar": "auto"},
+        {"params": params[1::2], "use_muon": False, "lr": 0.02},
+    ]
+    return steepest.Muon(groups), params
+
+
 def made_in_exact_bases() -> tuple[Any, list[nn.Parameter]]:
     """Those of `made_in_bases`, whose new bases are made by torch operations."""
     return made_in_bases(refresh="eigh")
@@ -49,7 +60,10 @@ def made_in_exact_bases() -> tuple[Any, list[nn.Parameter]]:
 needs_products = pytest.mark.skipif(
     not rotated.supports(torch.zeros(1, 2, 2)), reason="no products are compiled for this processor"
 )
-MAKERS = [made, *(pytest.param(make, marks=needs_products) for make in (made_in_bases, made_in_exact_bases))]
+MAKERS = [
+    made,
+    *(pytest.param(make, marks=needs_products) for make in (made_in_bases, made_in_exact_bases, made_along_polar)),
+]
 
 
 def plan_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -208,7 +222,7 @@ def no_state(optimizer: Any, params: list[nn.Parameter]) -> None:
 
 def state_of_a_checkpoint(optimizer: Any, params: list[nn.Parameter]) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.state[params[0]]["step"] += 5
+    optimizer.state[params[1]]["step"] += 5
 
 
 def another_group(optimizer: Any, params: list[nn.Parameter]) -> None:

@@ -9,6 +9,7 @@ and less go one to a thread, all of the chain in its cache (csrc/cpu_polar). The
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,40 +22,53 @@ from .tracing import assume_constant_result
 DTYPES = (torch.float32, torch.bfloat16)  # of matrices, of products and of results
 
 
-def cpu_chain(
-    xs: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    slacks: Sequence[Tensor],
-    nodes: tuple[list[int], list[float]],
-    constants: Sequence[Sequence[float]],
-    powers: Sequence[int],
-    least: Sequence[float],
-    *,
-    tight: bool,
-    eps: float,
-    result: int,
-    divides: bool,
-    dtype: torch.dtype,
-    at_once: int,
-) -> None:
-    """Fills outs with what buffer ``result`` holds in the end, and slacks.
+@dataclass(frozen=True)
+class CpuChain:
+    """A chain of products and what it makes of matrices in the end.
+
+    nodes to eps: as for `polar_chain`.   result: which buffer holds it.   divides: a matrix is divided by
+    max(||X||_F, eps), in ``dtype``, so that no number follows from its norm, and its slack is 1.   dtype: of the
+    products.   at_once: how many matrices may have buffers at a time.
+    """
+
+    nodes: tuple[list[int], list[float]]
+    constants: Sequence[Sequence[float]]
+    powers: Sequence[int]
+    least: Sequence[float]
+    tight: bool
+    eps: float
+    result: int
+    divides: bool
+    dtype: torch.dtype
+    at_once: int
+
+
+def cpu_chain(xs: Sequence[Tensor], outs: Sequence[Tensor], slacks: Sequence[Tensor], chain: CpuChain) -> None:
+    """Fills outs with what the chain makes of xs, and slacks.
 
     xs, outs: (batch, m, n), contiguous, fp32 or bf16, any sides; slacks: (batch,) fp32 for each; xs are not mutated.
-    nodes to eps: as for `polar_chain`. A matrix is brought to a largest entry in [1/2, 1) first, by a power of two;
-    divides: and, in ``dtype``, divided by max(||X||_F, eps), so that no number follows from its norm, and its slack is
-    1. A matrix that is not finite gives NaN. at_once: how many matrices may have buffers at a time.
+    A matrix is brought to a largest entry in [1/2, 1) first, by a power of two. One that is not finite gives NaN.
 
     A matrix has the same bits in every call, whatever the number of threads.
     """
-    flat = [value for row in constants for value in row]
-    numbers = (*nodes, flat, powers, least, tight, eps, result, divides, dtype == torch.bfloat16, at_once)
-    torch.ops.steepest.cpu_chain(xs, outs, slacks, *numbers)
+    flat, bf16 = [value for row in chain.constants for value in row], chain.dtype == torch.bfloat16
+    numbers = (*chain.nodes, flat, chain.powers, chain.least, chain.tight, chain.eps, chain.result, chain.divides)
+    torch.ops.steepest.cpu_chain(xs, outs, slacks, *numbers, bf16, chain.at_once)
 
 
 def supports(x: Tensor, dtype: torch.dtype, constants: Sequence[Sequence[float]]) -> bool:
     """Whether products in ``dtype`` of x are compiled for this processor and chain; else they are torch's."""
-    wanted = _backend.requested("auto") in ("auto", "cpu")
-    return wanted and x.device.type == "cpu" and not too_many(constants) and compiled(dtype)
+    return x.device.type == "cpu" and takes(dtype, constants)
+
+
+def takes(dtype: torch.dtype, constants: Sequence[Sequence[float]]) -> bool:
+    """`supports` of any matrix on a CPU."""
+    return wanted() and not too_many(constants) and compiled(dtype)
+
+
+def wanted() -> bool:
+    """Whether nothing says at present that torch's products are to do it."""
+    return _backend.requested("auto") in ("auto", "cpu")
 
 
 @assume_constant_result

@@ -36,6 +36,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
         *(c_char_p, c_void_p, c_void_p, c_int64, *[c_void_p] * 8, c_int64),
         *(c_void_p, c_void_p, c_void_p, c_int32, c_int64),
     ),
+    "polar_steps": (c_char_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, *[c_void_p] * 8, c_int64),
     "polar_chunks": (c_char_p, _INTS, _FLOATS, c_int64, _INTS, c_int64, c_int32, c_int64),
 }
 
@@ -190,6 +191,30 @@ class Extension:
         refreshes = [values.buffer_info()[0] if due else 0 for values in (due, left)]
         limiting = (limits.buffer_info()[0], accepted, tries)
         error = self._library.steepest_steps_in_bases(*first, len(grads), *rest, *memory, *refreshes, *limiting)
+        if error is not None:
+            raise ValueError(error.decode())
+
+    def polar_steps(
+        self,
+        steps: array[int],
+        ratios: array[float],
+        chain_ints: array[int],
+        chain_floats: array[float],
+        chains: int,
+        grads: array[int],
+        params: array[int],
+        hypers: array[float],
+        memory: Sequence[int],
+    ) -> None:
+        """Steps of len(grads) parameters by addresses (`steepest.ops.polar_steps`).
+
+        memory: the addresses of what a scaler says, found_inf and grad_scale, 0 where it says nothing, of the table's
+        rows and sums, and of the counter of steps not taken, and then how many bytes inputs and directions may take.
+        """
+        first = [values.buffer_info()[0] for values in (steps, ratios)]
+        of_chains = [values.buffer_info()[0] for values in (chain_ints, chain_floats)]
+        rest = [values.buffer_info()[0] for values in (grads, params, hypers)]
+        error = self._library.steepest_polar_steps(*first, len(grads), *of_chains, chains, *rest, *memory)
         if error is not None:
             raise ValueError(error.decode())
 

@@ -260,6 +260,18 @@ class Spectral(Direction):
             updates=updates,
         )
 
+    def cpu_chains(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[polar.CpuChain] | None:
+        """How one call on a CPU takes `units` of matrices of these shapes and dtype; None where it does not."""
+        return polar.cpu_chains(
+            shapes,
+            dtype,
+            self.preset,
+            coefficients=self.coefficients,
+            steps=self.steps,
+            eps=self.eps,
+            max_workspace_bytes=self.max_workspace_bytes,
+        )
+
     def compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return polar.compute_dtype(self.preset, dtype, device)
 

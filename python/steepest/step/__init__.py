@@ -6,6 +6,7 @@ executor           what a plan asks of those who carry its steps out
 fused, eager       the executors: by the fused ops, by torch operations
 by_address         those whose step is one call of the library, on a CPU; of these
 whole              what is elementwise
+along_polar        along polar factors
 in_bases           Adam in eigenbases of short matrices
 program            a recipe as the fused ops take it
 corrections        gradients that a recipe corrects before anything takes them

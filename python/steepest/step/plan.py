@@ -23,6 +23,7 @@ from ..ops.multi_tensor import NOT_SCALED, Scaling
 from ..ops.program import Program
 from ..parts import Hyper
 from ..recipe import Recipe, largest
+from .along_polar import AlongPolar, steps_along_polar
 from .coupling import Coupling
 from .eager import Eager
 from .executor import Directed, Executor
@@ -276,6 +277,8 @@ def _kind(p: Parameter, packed: Program, backend: str) -> type[Fused]:
     """Who takes a parameter that waits for no other."""
     if steps_whole(p, packed, backend):
         return Whole
+    if steps_along_polar(p, packed, backend):
+        return AlongPolar
     return InBases if steps_in_bases(p, backend) else Fused
 
 

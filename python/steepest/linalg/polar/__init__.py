@@ -23,7 +23,7 @@ from .choice import (
     cpu_bf16,
     default_restarts,
 )
-from .factors import polar, polars
+from .factors import CpuChain, cpu_chains, polar, polars
 from .jobs import CPU_CHUNK, workspace_bytes
 from .nodes import nodes_of, polar_flop
 from .sharded import AllReduce, gram_elements, sharded_polars
@@ -38,10 +38,12 @@ __all__ = [
     "STANDARD_PRESETS",
     "AllReduce",
     "Choice",
+    "CpuChain",
     "choose",
     "choose_sharded",
     "compute_dtype",
     "cpu_bf16",
+    "cpu_chains",
     "default_restarts",
     "gram_elements",
     "nodes_of",

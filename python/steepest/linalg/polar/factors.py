@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ops import cpu_chain, solvers
+from ...ops.cpu_chain import CpuChain
 from ...ops.matmul import matmul
 from ...ops.polar_chain import BUFFERS, Update
 from ...ops.reductions import vector_norm
@@ -192,15 +194,21 @@ def _by_small_kernel(jobs: list[Job], table: Schedule, eps: float) -> None:
 
 def _by_cpu_chain(jobs: list[Job], choice: Choice, products: Chain, eps: float, max_bytes: int | None) -> None:
     """All matrices in one call, which converts and scales them itself."""
-    plain, table = choice.form == "plain", choice.schedule
     xs = [job.x if job.x.dtype in cpu_chain.DTYPES else prescaled(job.x, choice.dtype) for job in jobs]
     straight = [job.update is None and job.result.x.dtype in cpu_chain.DTYPES for job in jobs]
     outs = [job.result.batch() if s else torch.empty_like(x) for job, x, s in zip(jobs, xs, straight, strict=True)]
     most = max(workspace_bytes(job.x.shape[1], job.x.shape[2], choice.dtype) for job in jobs)
-    cpu_chain.cpu_chain(
-        [x.contiguous() for x in xs],
-        outs,
-        [job.slack for job in jobs],
+    chain = _cpu_chain_of(choice, products, eps, max_bytes, most)
+    cpu_chain.cpu_chain([x.contiguous() for x in xs], outs, [job.slack for job in jobs], chain)
+    for job, out, done in zip(jobs, outs, straight, strict=True):
+        if not done:
+            job.finish(out)
+
+
+def _cpu_chain_of(choice: Choice, products: Chain, eps: float, max_bytes: int | None, most: int) -> CpuChain:
+    """A choice as `cpu_chain` takes it; most: the workspace of a matrix, in bytes."""
+    plain, table = choice.form == "plain", choice.schedule
+    return CpuChain(
         products.pack() if torch.compiler.is_compiling() else products.packed,
         products.constants,
         products.powers,
@@ -212,9 +220,37 @@ def _by_cpu_chain(jobs: list[Job], choice: Choice, products: Chain, eps: float, 
         dtype=choice.dtype,
         at_once=UNBOUNDED if max_bytes is None else max(1, max_bytes // most),
     )
-    for job, out, done in zip(jobs, outs, straight, strict=True):
-        if not done:
-            job.finish(out)
+
+
+def cpu_chains(
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    preset: str,
+    *,
+    coefficients: Coefficients | None = None,
+    steps: int | None = None,
+    eps: float = 1e-7,
+    max_workspace_bytes: int | None = None,
+) -> list[CpuChain] | None:
+    """How one call of the library on a CPU takes the polar factors of matrices of these shapes, (m, n), of fp32 or
+    bf16, as `polars` does; None where not all of them go by such a call. Equal chains are one object.
+    """
+    if dtype not in cpu_chain.DTYPES or (preset == "svd" and coefficients is None):
+        return None
+    options: dict[str, Any] = {"coefficients": coefficients, "steps": steps, "x_dtype": dtype}
+    choices = [choose(m, n, preset, device="cpu", **options) for m, n in shapes]
+    most: dict[tuple[str, torch.dtype, tuple[int, ...]], int] = {}
+    keys = [(choice.form, choice.dtype, choice.restarts) for choice in choices]
+    for key, (m, n) in zip(keys, shapes, strict=True):
+        most[key] = max(most.get(key, 1), workspace_bytes(m, n, key[1]))
+    chains: dict[tuple[str, torch.dtype, tuple[int, ...]], CpuChain] = {}
+    for key, choice in zip(keys, choices, strict=True):
+        products = chain_of(choice)
+        if not cpu_chain.takes(choice.dtype, products.constants):
+            return None
+        if key not in chains:
+            chains[key] = _cpu_chain_of(choice, products, eps, max_workspace_bytes, most[key])
+    return [chains[key] for key in keys]
 
 
 def _by_plain_products(jobs: list[Job], choice: Choice, eps: float) -> None:
