@@ -113,12 +113,11 @@ Numbering numbering_of(const std::vector<double>& constants, const std::vector<i
                        const std::vector<double>& least, bool tight, double eps) {
   const size_t tables = least.size() + 1, columns = powers.size();
   if (tables > kMostTables || constants.size() != tables * columns || constants.size() > kMostNumbers)
-    throw std::invalid_argument("constants has " + std::to_string(constants.size()) + " elements; wanted are " +
-                                std::to_string(tables) + " tables of " + std::to_string(columns) + ", at most " +
-                                std::to_string(kMostTables) + " tables and " + std::to_string(kMostNumbers) +
-                                " elements");
+    throw std::runtime_error("constants has " + std::to_string(constants.size()) + " elements; wanted are " +
+                             std::to_string(tables) + " tables of " + std::to_string(columns) + ", at most " +
+                             std::to_string(kMostTables) + " tables and " + std::to_string(kMostNumbers) + " elements");
   for (const int64_t power : powers)
-    if (power < 0 || power >= 1 << 15) throw std::invalid_argument("powers has " + std::to_string(power));
+    if (power < 0 || power >= 1 << 15) throw std::runtime_error("powers has " + std::to_string(power));
   Numbering numbering{};
   numbering.tables = static_cast<int32_t>(tables), numbering.columns = static_cast<int32_t>(columns);
   numbering.tight = tight, numbering.eps = eps;

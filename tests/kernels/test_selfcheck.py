@@ -720,6 +720,7 @@ def test_a_plan_prepares_what_its_steps_may_ask_for(monkeypatch: pytest.MonkeyPa
     done: list[Any] = []
     monkeypatch.setattr(plan, "warm_up", lambda direction, shape, dtype, device, weights=None: done.append(shape))
     monkeypatch.setattr(plan, "prepare", lambda families, device: done.append(families))
+    monkeypatch.setattr(plan, "steps_along_polar", lambda *arguments: False)
     grad_stats = multi_tensor.grad_stats
     monkeypatch.setattr(
         multi_tensor, "grad_stats", lambda *a, **more: (done.append("grad_stats"), grad_stats(*a, **more))

@@ -52,6 +52,17 @@ def made_along_polar() -> tuple[Any, list[nn.Parameter]]:
     return steepest.Muon(groups), params
 
 
+def made_with_decay_by_rate() -> tuple[Any, list[nn.Parameter]]:
+    """Matrices whose learning rate is in another number of theirs too, and vectors of AdamW."""
+    params = parameters(SHAPES)
+    groups = [
+        {"params": params[:1], "lr": 0.01, "radius": 3.0},
+        {"params": params[2:3], "lr": 0.02, "constrained": True},
+        {"params": params[1::2], "use_muon": False, "lr": 0.02},
+    ]
+    return steepest.Scion(groups), params
+
+
 def made_in_exact_bases() -> tuple[Any, list[nn.Parameter]]:
     """Those of `made_in_bases`, whose new bases are made by torch operations."""
     return made_in_bases(refresh="eigh")
@@ -62,7 +73,10 @@ needs_products = pytest.mark.skipif(
 )
 MAKERS = [
     made,
-    *(pytest.param(make, marks=needs_products) for make in (made_in_bases, made_in_exact_bases, made_along_polar)),
+    *(
+        pytest.param(make, marks=needs_products)
+        for make in (made_in_bases, made_in_exact_bases, made_along_polar, made_with_decay_by_rate)
+    ),
 ]
 
 

@@ -180,7 +180,7 @@ def test_the_way_of_a_gradient_is_short(monkeypatch: pytest.MonkeyPatch) -> None
         way.update(files_above(sys._getframe(1)))
         return getattr(torch.ops.steepest, name)
 
-    monkeypatch.setattr("steepest.ops.cpu_chain.supports", lambda *_: False)
+    monkeypatch.setattr("steepest.ops.cpu_chain.takes", lambda *_: False)
     monkeypatch.setattr("steepest.linalg.newton_schulz.supports", lambda *_: True)
     monkeypatch.setattr("steepest.linalg.newton_schulz.polar_chain", chain)
     p = torch.nn.Parameter(torch.ones(6, 8))

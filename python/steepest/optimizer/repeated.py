@@ -82,7 +82,7 @@ class RepeatedStep:
         grads = self._gradients(optimizer)
         if grads is None:
             return False
-        if not self._is_known or not (all(map(numbers_are, self._known, self._groups)) or self._takes_rates()):
+        if not self._is_known or not (all(map(numbers_are, self._known, self._groups)) or self._takes_rates(optimizer)):
             self._take_numbers(optimizer)
         for executor, rows in zip(self._executors, self._rows, strict=True):
             if not executor.begin([grads[row] for row in rows], self._hypers):
@@ -96,7 +96,7 @@ class RepeatedStep:
                 executor.finish()
         return True
 
-    def _takes_rates(self) -> bool:
+    def _takes_rates(self, optimizer: Reports) -> bool:
         """Brings the learning rates of this step to the numbers, and gives True where nothing else has changed and
         each is one that the constructor takes.
         """
@@ -105,14 +105,30 @@ class RepeatedStep:
             if not all(map(operator.is_, known[1:], map(group.get, NUMBERS[1:]))):
                 return False
             if type(lr) is float:
-                self._numbers[i * len(HYPERS)] = lr
                 self._known[i] = (lr, *known[1:])
+                self._numbers[i * len(HYPERS)] = lr
+                if group["use_muon"] and not self._takes_hyper(i, optimizer._hyper(group), lr):
+                    return False
+            elif group["use_muon"]:
+                return False
             elif isinstance(lr, Tensor) and type(before) is tuple and lr is before[0] and not lr.ndim and lr.is_cpu:
                 self._rates[i].copy_(lr.detach())
             else:
                 return False
             if not 0 <= self._numbers[i * len(HYPERS)] <= self._taken[i]:
                 return False
+        return True
+
+    def _takes_hyper(self, i: int, hyper: Hyper, lr: float) -> bool:
+        """Brings what a method makes of this learning rate to the numbers, and gives True where that is the rate itself
+        and perhaps others, such as a weight decay over it.
+        """
+        all_of = (hyper.lr, hyper.weight_decay, hyper.beta1, hyper.beta2, hyper.eps)
+        numbers = [number for number in all_of if not isinstance(number, Tensor)]
+        if hyper.lr != lr or len(numbers) < len(all_of):
+            return False
+        self._hypers = [*self._hypers[:i], hyper, *self._hypers[i + 1 :]]
+        self._numbers[i * len(HYPERS) : (i + 1) * len(HYPERS)] = array("d", numbers)
         return True
 
     def _take_numbers(self, optimizer: Reports) -> None:

@@ -340,7 +340,7 @@ def test_memory_of_an_optimizer() -> None:
 def test_launches_of_a_step() -> None:
     rows = run("launch")
     assert {row["status"] for row in rows.values()} == {"ok"}
-    assert all(row["host_us"] > 0 and row["operators"] > 0 for row in rows.values())
+    assert all(row["host_us"] > 0 and row["operators"] >= 0 for row in rows.values())
 
 
 @pytest.mark.parametrize("suite", [launch, memory])

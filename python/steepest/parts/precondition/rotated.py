@@ -166,11 +166,7 @@ class Rotated(Kronecker):
         fused = self._in_one_call(state, d, hyper, step, "back")
         if fused is not None:
             return fused
-        u = self.inner.back(state, d, hyper, step)
-        left, right = self._bases(state)
-        u = u.to(left.dtype)
-        u = matmul(left, u) if left.numel() else u
-        return matmul(u, right.mT) if right.numel() else u
+        return self._rotated(state, self.inner.back(state, d, hyper, step), "back")
 
     def _in_one_call(
         self, state: State, x: Tensor, hyper: Hyper, step: Tensor | None, way: rotated.Way
@@ -299,9 +295,17 @@ class Rotated(Kronecker):
         return wide(state[BASES[0]]), wide(state[BASES[1]])
 
     def _rotate(self, state: State, x: Tensor) -> Tensor:
+        return self._rotated(state, self.to_blocks(x.to(wide(state[BASES[0]]).dtype)), "into")
+
+    def _rotated(self, state: State, x: Tensor, way: Literal["into", "back"]) -> Tensor:
+        """Q_L^T x Q_R, or Q_L x Q_R^T, with the bits of the calls that turn many at once, where there are such."""
         left, right = self._bases(state)
-        x = self.to_blocks(x.to(left.dtype))
-        x = matmul(left.mT, x) if left.numel() else x
+        x = x.to(left.dtype)
+        if rotated.supports(x, left, right):
+            none = x.new_empty(0)
+            return rotated.rotate(x, left, right, none, none, way)
+        left, right = (left.mT, right) if way == "into" else (left, right.mT)
+        x = matmul(left, x) if left.numel() else x
         return matmul(x, right) if right.numel() else x
 
     # ---- what it takes ----------------------------------------------------------------------------------------------
