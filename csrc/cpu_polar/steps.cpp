@@ -16,10 +16,9 @@ using multi_tensor::Stage;
 void* at(int64_t address) { return reinterpret_cast<void*>(address); }
 Dtype type(int64_t code) { return static_cast<Dtype>(code); }
 
-// Of X, and of D, up to a boundary of 64 bytes.
+// Of X, and of D.
 int64_t bytes(const PolarStep& step) {
-  const int64_t all = step.matrices * step.rows * step.columns * bytes_of(type(step.input_type));
-  return (all + 63) / 64 * 64;
+  return step.matrices * step.rows * step.columns * bytes_of(type(step.input_type));
 }
 
 class Steps {
@@ -59,22 +58,25 @@ class Steps {
     int64_t first = 0, room = 0;
     for (int64_t i = 0; i < all_.count; ++i) {
       const int64_t more = 2 * bytes(all_.steps[i]);
-      if (i > first && room + more > all_.workspace) take(first, i, room), first = i, room = 0;
+      if (i > first && room + more > all_.workspace) take(first, i), first = i, room = 0;
       room += more;
     }
-    take(first, all_.count, room);
+    take(first, all_.count);
   }
 
  private:
-  void take(int64_t first, int64_t end, int64_t room) {
-    const Words words = make_words(room / 4);
-    char* free = reinterpret_cast<char*>(words.get());
+  void take(int64_t first, int64_t end) {
+    // Each has memory of its own: what is larger than 32 MiB the system would map anew, and clear, in every step.
+    std::vector<Words> room;
+    const auto make_room = [&](const PolarStep& step) {
+      room.push_back(make_words((bytes(step) + 3) / 4));
+      return room.back().get();
+    };
     ItemsParams moments{{}, all_.rows, all_.sums, {nullptr, partials_.data()}}, weights = moments;
     std::vector<std::vector<Stack>> stacks(all_.chains.size());
     for (int64_t i = first; i < end; ++i) {
       const PolarStep& step = all_.steps[i];
-      char *const x = free, *const d = free + bytes(step);
-      free = d + bytes(step);
+      void *const x = make_room(step), *const d = make_room(step);
       moments.items.push_back(item_of(i, x, false)), weights.items.push_back(item_of(i, d, true));
       stacks[step.chain].push_back({step.matrices, step.rows, step.columns, x, type(step.input_type), d,
                                     type(step.input_type), static_cast<float*>(at(step.slack))});

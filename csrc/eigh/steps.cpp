@@ -75,12 +75,12 @@ class Steps {
       if (!is_taken(i)) continue;
       const int64_t more = elements(all_.steps[i]);
       if (!some.empty() && size + more > all_.workspace) {
-        take(some, size);
+        take(some);
         some.clear(), size = 0;
       }
       some.push_back(i), size += more;
     }
-    if (!some.empty()) take(some, size);
+    if (!some.empty()) take(some);
   }
 
   void refresh() const {
@@ -104,15 +104,16 @@ class Steps {
   bool is_taken(int64_t i) const { return all_.rows[i * kColumns + multi_tensor::kFinite] != 0; }
   const double* hypers(int64_t i) const { return all_.hypers + all_.steps[i].group * kHypers; }
 
-  void take(const std::vector<int64_t>& some, int64_t size) {
-    const cpu_polar::Words room = cpu_polar::make_words(size);
+  void take(const std::vector<int64_t>& some) {
+    std::vector<cpu_polar::Words> room;  // of each its own, as of cpu_polar/steps.cpp
     ItemsParams moments{{}, all_.rows, all_.sums, {nullptr, partials_.data()}}, weights = moments;
     std::vector<AdamStep> turned;
-    float* update = reinterpret_cast<float*>(room.get());
     for (int64_t i : some) {
+      room.push_back(cpu_polar::make_words(elements(all_.steps[i])));
+      float* const update = reinterpret_cast<float*>(room.back().get());
       Item item = make_item(i);
       item.at[multi_tensor::kDirection] = update, item.dtype[multi_tensor::kDirection] = Dtype::f32;
-      turned.push_back(make_turn(i, update)), update += elements(all_.steps[i]);
+      turned.push_back(make_turn(i, update));
       weights.items.push_back(item);
       weights.items.back().at[multi_tensor::kGrad] = weights.items.back().at[multi_tensor::kMomentum] = nullptr;
       item.at[multi_tensor::kParam] = item.at[multi_tensor::kMantissa] = nullptr;
