@@ -231,6 +231,41 @@ def test_state_in_codes_goes_by_the_ops() -> None:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_a_counter_of_another_dtype_is_refused_and_nothing_written(dtype: torch.dtype) -> None:
+    """As a loop over all of an optimizer's state makes it."""
+    optimizer, params = made()
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    for p in params:
+        optimizer.state[p]["step"] = optimizer.state[p]["step"].to(dtype)
+    before = state_of(optimizer, params)
+    with pytest.raises(RuntimeError, match="must be one float32 number"):
+        optimizer.step()
+    assert all_same_bits(before, state_of(optimizer, params))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+@pytest.mark.parametrize("key", ["left", "right"])
+def test_a_factor_of_another_dtype_is_for_the_ops(
+    key: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for _ in range(2):
+        optimizer, params = made()
+        for step in range(6):
+            if step == 3:
+                optimizer.state[params[1]][key] = optimizer.state[params[1]][key].to(dtype)
+            give_gradients(params, step)
+            optimizer.step()
+        taken = {id(p.source): type(each) for each in optimizer._plan.executors for p in each.parameters}
+        assert taken[id(params[1])] is not InBases
+        results.append(state_of(optimizer, params[1:2]))
+        monkeypatch.setattr(plan, "steps_in_bases", lambda *arguments: False)
+    assert all_same_bits(*results)
+
+
 def test_numbers_that_change_on_the_way_are_read_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(params: list[nn.Parameter], step: int) -> None:
         optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)

@@ -130,3 +130,25 @@ def test_beside_matrices_each_goes_its_way() -> None:
     assert torch.equal(vector, before[1])
     assert not torch.equal(weights, before[0])
     assert sum(int(count) for count in optimizer.skipped_updates().values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [
+        *(("step", dtype) for dtype in (torch.float64, torch.bfloat16, torch.int16)),
+        ("mantissa", torch.bfloat16),
+        ("exp_avg_sq", torch.int16),
+    ],
+)
+def test_state_of_a_dtype_that_is_not_handed_over_is_refused_before_it_is_written(key: str, dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.randn(8, 5, generator=torch.Generator().manual_seed(3)).bfloat16())
+    optimizer = steepest.MuAdam([{"params": [p], "use_muon": False, "keep_mantissa": True}])
+    give_gradients([p], 0)
+    optimizer.step()
+    assert ways(optimizer) == [Whole]
+    optimizer.state[p][key] = optimizer.state[p][key].to(dtype)
+    kept = [p.detach(), *(t for name, t in optimizer.state[p].items() if name != "step" or name == key)]
+    before = [t.clone() for t in kept]
+    with pytest.raises(RuntimeError, match="float32 number|int16"):
+        optimizer.step()
+    assert all_same_bits(before, kept)

@@ -92,7 +92,12 @@ def gradients_by_address(params: Sequence[Tensor]) -> list[Tensor]:
     return grads if by_address(grads) and not torch._C._len_torch_dispatch_stack() else []
 
 
-def takes(tensors: Sequence[Tensor]) -> bool:
-    """Whether a parameter of these tensors, its state's among them, may be stepped by their addresses."""
-    laid_out = all(t.device.type == "cpu" and t.is_contiguous() and t.dtype in CODES for t in tensors)
-    return by_address(tensors) and laid_out
+def takes(values: Sequence[Tensor], steps: Sequence[Tensor] = (), mantissas: Sequence[Tensor] = ()) -> bool:
+    """Whether a parameter of these tensors may be stepped by their addresses: its own, its gradient and its averages,
+    of dtypes that are handed over, and its counters and mantissas, which are read as fp32 and int16.
+    """
+    tensors = (*values, *steps, *mantissas)
+    laid_out = all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    typed = all(t.dtype in CODES and t.dtype.is_floating_point for t in values)
+    typed = typed and all(t.dtype is torch.float32 for t in steps) and all(t.dtype is torch.int16 for t in mantissas)
+    return by_address(tensors) and laid_out and typed

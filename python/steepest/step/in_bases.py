@@ -46,12 +46,13 @@ def steps_in_bases(p: Parameter, backend: str) -> bool:
     piece, rounding = p.pieces[0], [p.state[key] for key in recipe.rounding.keys]
     if piece.narrow or not p.source.numel() or not turns_in_order(piece.rows, piece.cols):
         return False
-    of_metric = [p.state[key] for key in part.keys if p.state[key].is_floating_point()]
+    of_metric = [p.state[key] for key in part.keys if key not in STATUS]
     statuses = [p.state[key] for key in STATUS if key in p.state]
     if not by_address(statuses) or not all(t.is_contiguous() and t.dtype is torch.int32 for t in statuses):
         return False
     in_fp32 = all(t.dtype is torch.float32 for t in (p.grad, *of_metric))
-    return in_fp32 and takes([p.source, p.grad, p.momentum, *of_metric, *rounding])
+    counted = [p.state["step"]] if "step" in p.state else []
+    return in_fp32 and takes([p.source, p.grad, p.momentum, *of_metric], counted, rounding)
 
 
 class InBases(ByAddress):

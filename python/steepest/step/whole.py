@@ -27,8 +27,10 @@ def steps_whole(p: Parameter, program: Program, backend: str) -> bool:
         return False
     if p.recipe.stores_weights or p.recipe.corrects_gradient:
         return False
-    state = [t for t in p.state.values() if isinstance(t, Tensor)]
-    return takes([p.source, p.grad, *state])
+    state = {key: t for key, t in p.state.items() if isinstance(t, Tensor)}
+    known = (("step",), p.recipe.rounding.keys)
+    counted, rounding = ([state.pop(key) for key in keys if key in state] for keys in known)
+    return takes([p.source, p.grad, *state.values()], counted, rounding)
 
 
 class Whole(ByAddress):
