@@ -183,6 +183,23 @@ def test_a_mode_that_looks_at_operations_sees_them() -> None:
     assert any("cpu_chain" in name for name in operations.names)
 
 
+@pytest.mark.parametrize(
+    ("key", "dtype"), [("step", torch.float64), ("step", torch.int16), ("mantissa", torch.bfloat16)]
+)
+def test_state_of_a_dtype_that_is_not_handed_over_is_refused_before_it_is_written(key: str, dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.randn(8, 5, generator=torch.Generator().manual_seed(3)).bfloat16())
+    optimizer = steepest.MuAdam([p], keep_mantissa=True)
+    give_gradients([p], 0)
+    optimizer.step()
+    assert ways(optimizer) == [AlongPolar]
+    optimizer.state[p][key] = optimizer.state[p][key].to(dtype)
+    kept = [p.detach(), *(t for name, t in optimizer.state[p].items() if name in (key, "mantissa"))]
+    before = [t.clone() for t in kept]
+    with pytest.raises(RuntimeError, match="float32 number|int16"):
+        optimizer.step()
+    assert all(map(same_bits, before, kept))
+
+
 @pytest.mark.parametrize("polar", ["jordan", "auto"])
 def test_a_step_moves_weights_by_polar_factors(polar: str) -> None:
     """W <- W - lr ratio U V^T for the first gradient G = U S V^T, which momentum makes no difference to."""

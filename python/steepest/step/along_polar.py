@@ -17,10 +17,9 @@ from ..ops.cpu_chain import CpuChain
 from ..ops.multi_tensor import NOT_SCALED, Scaling
 from ..ops.polar_steps import PolarStep, PolarSteps
 from ..ops.program import Program
-from ..ops.whole_steps import takes
 from ..parts import Hyper, Spectral
 from .buckets import FusedItem
-from .by_address import ByAddress
+from .by_address import ByAddress, has_addresses
 from .parameter import Parameter
 
 __all__ = ["AlongPolar", "steps_along_polar"]
@@ -29,16 +28,14 @@ __all__ = ["AlongPolar", "steps_along_polar"]
 def steps_along_polar(p: Parameter, program: Program, backend: str) -> bool:
     """Whether `AlongPolar` takes a parameter: one stack of matrices, which asks for nothing but their polar factors."""
     recipe = p.recipe
-    alone = p.ranks is None and not p.is_coded and not recipe.stores_weights and not recipe.corrects_gradient
-    if backend != "cpu" or not alone or program.whole or recipe.by_matrix or recipe.submatrix is not None:
+    if backend != "cpu" or program.whole or recipe.by_matrix or recipe.submatrix is not None or p.options.fuse_update:
         return False
-    if type(recipe.direction) is not Spectral or recipe.scale != "lmo" or p.options.fuse_update:
+    if type(recipe.direction) is not Spectral or recipe.scale != "lmo" or not p.source.numel() or len(p.pieces) != 1:
         return False
-    if len(p.pieces) != 1 or p.pieces[0].narrow or not p.source.numel():
+    piece = p.pieces[0]
+    if piece.narrow or not has_addresses(p):
         return False
-    state = [t for t in p.state.values() if isinstance(t, Tensor)]
-    shape = (p.pieces[0].rows, p.pieces[0].cols)
-    return takes([p.source, p.grad, *state]) and recipe.direction.cpu_chains([shape], p.input_dtype) is not None
+    return recipe.direction.cpu_chains([(piece.rows, piece.cols)], p.input_dtype) is not None
 
 
 class AlongPolar(ByAddress):

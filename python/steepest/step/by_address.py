@@ -17,12 +17,25 @@ import torch
 from torch import Tensor
 
 from ..ops.multi_tensor import NOT_SCALED, Groups, Scaling
-from ..ops.whole_steps import gradients_by_address, numbers_of
+from ..ops.whole_steps import gradients_by_address, numbers_of, takes
 from ..parts import Hyper
 from .buckets import FusedBatch
 from .fused import Fused, groups_of
+from .parameter import Parameter
 
-__all__ = ["ByAddress"]
+__all__ = ["ByAddress", "has_addresses"]
+
+
+def has_addresses(p: Parameter) -> bool:
+    """Whether what the elementwise work on a parameter reads and writes is here, has addresses, and dtypes that are
+    handed over with them.
+    """
+    if p.ranks is not None or p.is_coded or p.recipe.stores_weights or p.recipe.corrects_gradient:
+        return False
+    state = {key: t for key, t in p.state.items() if isinstance(t, Tensor)}
+    known = (("step",), p.recipe.rounding.keys)
+    counted, rounding = ([state.pop(key) for key in keys if key in state] for keys in known)
+    return takes([p.source, p.grad, *state.values()], counted, rounding)
 
 
 class ByAddress(Fused):

@@ -10,12 +10,10 @@ from __future__ import annotations
 from array import array
 from functools import cached_property
 
-from torch import Tensor
-
 from ..ops.program import Program
-from ..ops.whole_steps import Step, WholeSteps, takes
+from ..ops.whole_steps import Step, WholeSteps
 from .buckets import FusedItem
-from .by_address import ByAddress
+from .by_address import ByAddress, has_addresses
 from .parameter import Parameter
 
 __all__ = ["Whole", "steps_whole"]
@@ -23,14 +21,7 @@ __all__ = ["Whole", "steps_whole"]
 
 def steps_whole(p: Parameter, program: Program, backend: str) -> bool:
     """Whether `Whole` takes a parameter, whose step no other's gradient has a say in."""
-    if backend != "cpu" or not program.whole or p.ranks is not None or p.is_coded:
-        return False
-    if p.recipe.stores_weights or p.recipe.corrects_gradient:
-        return False
-    state = {key: t for key, t in p.state.items() if isinstance(t, Tensor)}
-    known = (("step",), p.recipe.rounding.keys)
-    counted, rounding = ([state.pop(key) for key in keys if key in state] for keys in known)
-    return takes([p.source, p.grad, *state.values()], counted, rounding)
+    return backend == "cpu" and program.whole and has_addresses(p)
 
 
 class Whole(ByAddress):
