@@ -304,9 +304,9 @@ class Rotated(Kronecker):
         if rotated.supports(x, left, right):
             none = x.new_empty(0)
             return rotated.rotate(x, left, right, none, none, way)
-        left, right = (left.mT, right) if way == "into" else (left, right.mT)
-        x = matmul(left, x) if left.numel() else x
-        return matmul(x, right) if right.numel() else x
+        if left.numel():
+            x = matmul(left.mT if way == "into" else left, x)
+        return matmul(x, right if way == "into" else right.mT) if right.numel() else x
 
     # ---- what it takes ----------------------------------------------------------------------------------------------
 
