@@ -1,4 +1,4 @@
-"""A step that is the last one again but for gradients and numbers: AdamW's parameters, and SOAP's, on a CPU.
+"""A step that is the last one again but for gradients and numbers, of parameters that all go by addresses on a CPU.
 
 For a few small parameters Python takes longer than arithmetic. So what a step asks and decides is asked once, and where
 all of it is as it was, one function looks that up and calls the library.

@@ -1,6 +1,8 @@
 """Steps along polar factors (Muon's, and MuAdam's), on a CPU: one call for all parameters.
 
-take    gradients looked at, moments, polar factors, and weights
+    take    gradients looked at, moments, polar factors, and weights
+
+Matrices of any shapes and presets share it; a preset is a list of products, which the library runs.
 """
 
 from __future__ import annotations

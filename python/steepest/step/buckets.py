@@ -223,12 +223,13 @@ class Bucket:
     def _turned_together(
         self, way: Way, x: Tensor, counts: Sequence[int], shape: Sequence[int], sizes: Sequence[int]
     ) -> Tensor | None:
-        """`into` or `back` of all items by one call, where there is one for them; x: in parts of `counts`, as the
-        result, of this shape, in `sizes`.
+        """`into` or `back` of all items by one call, where there is one for them, in the dtype that is stored; x: in
+        parts of `counts`, as the result, of this shape, in `sizes`.
         """
         part, stacks = self.recipe.kronecker, self._stacks
         if part is None or stacks is None:
             return None
+        x = x.to(self.stored_dtype)
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
         xs, hyper = _parts(x.contiguous(), counts), self.items[0].parameter.step_values.hyper
         return out if part.turn_all(way, stacks, xs, hyper, _parts(out, sizes)) else None
@@ -267,8 +268,7 @@ class Bucket:
             return self._transformed(d, momenta, chosen)
         together = None
         if not self.recipe.transforms:
-            wide = d.to(self.stored_dtype)
-            together = self._turned_together("back", wide, self.sizes, self.stored_shape, self.counts)
+            together = self._turned_together("back", d, self.sizes, self.stored_shape, self.counts)
         if together is not None:
             return list(together.split(self.counts))
         updates = []

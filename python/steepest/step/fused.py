@@ -289,11 +289,11 @@ class Fused:
         for row, p in self._by_torch.items():
             if p.recipe.accepts_by_state and p.factor_names:
                 alike.setdefault((p.recipe, p.grad_dtype), []).append((row, p))
-        return [
-            (*key, [p for _, p in some], torch.tensor(rows, dtype=torch.int64, device=self.device))
-            for key, some in alike.items()
-            for rows in [[row for row, p in some for _ in p.factor_names]]
-        ]
+        asked = []
+        for (recipe, dtype), some in alike.items():
+            rows = [row for row, p in some for _ in p.factor_names]
+            asked.append((recipe, dtype, [p for _, p in some], torch.tensor(rows, device=self.device)))
+        return asked
 
     @cached_property
     def _yes(self) -> Tensor:
