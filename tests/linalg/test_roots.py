@@ -250,7 +250,8 @@ def test_compiles_in_one_graph() -> None:
     A = symmetric(spectrum("log", 1e3, 20)).float()
     compiled = torch.compile(lambda A: inverse_root(A, 4), fullgraph=True, backend="eager")
     for seen, expected in zip(compiled(A), inverse_root(A, 4)):
-        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6)  # torch 2.10 and 2.11 round otherwise when traced
+        # torch 2.10 and 2.11 round otherwise when traced, which the condition of A makes 1e3 times as much of.
+        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
