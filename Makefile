@@ -19,7 +19,7 @@ say := $(bin)/python -c 'import setup; b = setup.decide(); [print("==", line) fo
 # What shows that a build works with its torch: schemas, doors, steps on every backend that is there, products of DTensors,
 # a traced step, defaults of torch's that somebody has set.
 compiled_tests := tests/optim/test_backends_of_a_step.py tests/kernels/test_weight_update.py tests/kernels/test_chain_numbers.py \
-	tests/distributed/test_qk_clip.py tests/linalg/test_modes.py \
+	tests/distributed/test_qk_clip.py tests/linalg/test_modes.py tests/optim/test_along_polar.py \
 	'tests/optim/test_compile.py::test_compiled_once_and_equal_to_eager[Muon-True-cpu]' \
 	tests/optim/test_product_norms.py::test_a_compiled_function_may_call_a_coupled_step
 # The oldest Triton that the kernels are for and the newest, whose PTX is executed beside that of torch's own.
