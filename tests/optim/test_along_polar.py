@@ -13,6 +13,7 @@ import steepest
 from steepest.ops import backend, cpu_chain
 from steepest.step import plan
 from steepest.step.along_polar import AlongPolar
+from support.gradients import grad_of, one_is_bad, one_is_strided, turned
 from support.operations import Operations
 from support.training import copies, give_gradients, same_bits
 
@@ -33,30 +34,9 @@ def ways(optimizer: Any) -> list[type]:
     return [type(executor) for executor in optimizer._plan.executors]
 
 
-def grad_of(p: nn.Parameter) -> Tensor:
-    assert p.grad is not None
-    return p.grad
-
-
-def one_is_bad(params: list[nn.Parameter], step: int) -> None:
-    if step in (0, 4):
-        grad_of(params[1])[0, 0] = torch.nan
-
-
 def one_is_late(params: list[nn.Parameter], step: int) -> None:
     if step < 3:
         params[2].grad = None
-
-
-def one_is_strided(params: list[nn.Parameter], step: int) -> None:
-    if step > 3:
-        params[1].grad = grad_of(params[1]).mT.contiguous().mT
-
-
-def turned(params: list[nn.Parameter], step: int) -> None:
-    if step > 3:
-        for p in params:
-            p.grad = torch._neg_view(-grad_of(p))
 
 
 def some_are_zero(params: list[nn.Parameter], step: int) -> None:

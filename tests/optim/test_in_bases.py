@@ -13,6 +13,7 @@ import steepest
 from steepest.ops import matmul, rotated
 from steepest.step import plan
 from steepest.step.in_bases import InBases
+from support.gradients import grad_of, one_is_bad, one_is_strided, turned
 from support.operations import Operations
 from support.training import all_same_bits, copies, give_gradients
 
@@ -49,30 +50,9 @@ def after_steps(
     return state_of(optimizer, params), str(optimizer.metrics()), ways(optimizer)
 
 
-def grad_of(p: nn.Parameter) -> Tensor:
-    assert p.grad is not None
-    return p.grad
-
-
-def one_is_bad(params: list[nn.Parameter], step: int) -> None:
-    if step in (0, 4):
-        grad_of(params[1])[0, 0] = torch.nan
-
-
-def one_is_strided(params: list[nn.Parameter], step: int) -> None:
-    if step > 3:
-        params[1].grad = grad_of(params[1]).mT.contiguous().mT
-
-
 def one_is_large(params: list[nn.Parameter], step: int) -> None:
     if step == 4:
         grad_of(params[1])[0, 0] = 1e30
-
-
-def turned(params: list[nn.Parameter], step: int) -> None:
-    if step > 3:
-        for p in params:
-            p.grad = torch._neg_view(-grad_of(p))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

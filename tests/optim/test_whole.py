@@ -125,8 +125,7 @@ def test_beside_matrices_each_goes_its_way() -> None:
         assert vector.grad is not None
         vector.grad[3] = torch.nan
         optimizer.step()
-    assert Whole in ways(optimizer)
-    assert len(ways(optimizer)) == 2
+    assert sorted(kind.__name__ for kind in ways(optimizer)) in (["AlongPolar", "Whole"], ["Fused", "Whole"])
     assert torch.equal(vector, before[1])
     assert not torch.equal(weights, before[0])
     assert sum(int(count) for count in optimizer.skipped_updates().values()) == 2

@@ -72,9 +72,14 @@ def _has_products(library: Extension, bf16: bool) -> bool:
     return library.cpu_products(bf16)
 
 
+def wants_cpu_calls() -> bool:
+    """Whether nothing says at present that torch's operations are to do what the library does on a CPU."""
+    return requested("auto") in ("auto", "cpu")
+
+
 def takes_cpu_products() -> bool:
     """Whether fp32 products are there for this processor, and nothing says that torch's are to be taken."""
-    return requested("auto") in ("auto", "cpu") and has_cpu_products()
+    return wants_cpu_calls() and has_cpu_products()
 
 
 def target(architecture: str) -> tuple[int, int]:

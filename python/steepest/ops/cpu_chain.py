@@ -63,12 +63,7 @@ def supports(x: Tensor, dtype: torch.dtype, constants: Sequence[Sequence[float]]
 
 def takes(dtype: torch.dtype, constants: Sequence[Sequence[float]]) -> bool:
     """`supports` of any matrix on a CPU."""
-    return wanted() and not too_many(constants) and compiled(dtype)
-
-
-def wanted() -> bool:
-    """Whether nothing says at present that torch's products are to do it."""
-    return _backend.requested("auto") in ("auto", "cpu")
+    return _backend.wants_cpu_calls() and not too_many(constants) and compiled(dtype)
 
 
 @assume_constant_result

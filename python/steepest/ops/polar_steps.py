@@ -18,7 +18,7 @@ from . import backend as _backend
 from .cpu_chain import CpuChain
 from .multi_tensor import NOT_SCALED, Scaling, Table, count_writes
 from .program import Program
-from .whole_steps import CODES
+from .whole_steps import CODES, addresses, memory_of
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,10 @@ class PolarSteps:
     ) -> None:
         """One step; numbers: `numbers_of` all groups."""
         assert _backend.extension is not None
-        of_grads, of_params = (array("q", map(Tensor.data_ptr, some)) for some in (grads, params))
-        table = (self._table.rows, self._table.sums, self._table.skipped)
-        memory = [0 if t is None else t.data_ptr() for t in (scaling.found_inf, scaling.grad_scale, *table)]
+        memory = [*memory_of(self._table, scaling.found_inf, scaling.grad_scale), self._workspace]
         chains = (self._chain_ints, self._chain_floats, self._chains)
-        step = (of_grads, of_params, numbers)
-        _backend.extension.polar_steps(self._rows, self._ratios, *chains, *step, [*memory, self._workspace])
+        step = (addresses(grads), addresses(params), numbers)
+        _backend.extension.polar_steps(self._rows, self._ratios, *chains, *step, memory)
         count_writes(params)
 
 

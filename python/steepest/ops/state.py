@@ -33,7 +33,7 @@ def copy_if(flag: Tensor, to: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 def _copies(flag: Tensor, tensors: Sequence[Tensor]) -> bool:
     if flag.device.type != "cpu" or torch.compiler.is_compiling() or _backend.extension is None:
         return False
-    return _backend.requested("auto") in ("auto", "cpu") and all(t.is_contiguous() for t in tensors)
+    return _backend.wants_cpu_calls() and all(t.is_contiguous() for t in tensors)
 
 
 if _backend.extension is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import backend as _backend
 from .multi_tensor import Table, count_writes
 from .program import Program
-from .whole_steps import CODES
+from .whole_steps import CODES, addresses, memory_of
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,8 @@ class StepsInBases:
             (step, side, matrix) of every basis that is due and stays as it was although the step was taken.
         """
         assert _backend.extension is not None
-        of_grads, of_params = (array("q", map(Tensor.data_ptr, some)) for some in (grads, params))
-        rates = array("d", betas)
-        table = (self._table.rows, self._table.sums, self._table.skipped)
-        memory = [0 if found_inf is None else found_inf.data_ptr(), *map(Tensor.data_ptr, table), self._workspace]
-        step = (self._rows, self._numbers, of_grads, of_params, numbers, rates)
+        memory = [*memory_of(self._table, found_inf), self._workspace]
+        step = (self._rows, self._numbers, addresses(grads), addresses(params), numbers, array("d", betas))
         limits = (self._limits, self._accepted, self._tries)
         _backend.extension.steps_in_bases(*step, memory, array("b", due), self._left, *limits)
         count_writes(params)

@@ -64,11 +64,19 @@ class WholeSteps:
     ) -> None:
         """One step, as `grad_stats` and `update_moments` take it; the tensors are contiguous. numbers: `numbers_of`."""
         assert _backend.extension is not None
-        of_grads, of_params = (array("q", map(Tensor.data_ptr, some)) for some in (grads, params))
-        table = (self._table.rows, self._table.sums, self._table.skipped)
-        memory = [0 if t is None else t.data_ptr() for t in (scaling.found_inf, scaling.grad_scale, *table)]
-        _backend.extension.whole_steps(self._numbers, of_grads, of_params, numbers, *memory)
+        memory = memory_of(self._table, scaling.found_inf, scaling.grad_scale)
+        _backend.extension.whole_steps(self._numbers, addresses(grads), addresses(params), numbers, *memory)
         count_writes(params)
+
+
+def addresses(tensors: Sequence[Tensor]) -> array[int]:
+    """The addresses of their first elements."""
+    return array("q", map(Tensor.data_ptr, tensors))
+
+
+def memory_of(table: Table, *said: Tensor | None) -> list[int]:
+    """The addresses of what a scaler says, 0 where it says nothing, and of a table: its rows, sums and counter."""
+    return [0 if t is None else t.data_ptr() for t in (*said, table.rows, table.sums, table.skipped)]
 
 
 def numbers_of(groups: Groups) -> array[float]:

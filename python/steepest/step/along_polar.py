@@ -14,7 +14,7 @@ from typing import cast
 
 from torch import Tensor
 
-from ..ops import cpu_chain
+from ..ops.backend import wants_cpu_calls
 from ..ops.cpu_chain import CpuChain
 from ..ops.multi_tensor import NOT_SCALED, Scaling
 from ..ops.polar_steps import PolarStep, PolarSteps
@@ -97,7 +97,7 @@ class AlongPolar(ByAddress):
         )
 
     def begin(self, grads: Sequence[Tensor], hypers: Sequence[Hyper], scaling: Scaling = NOT_SCALED) -> bool:
-        return super().begin(grads if cpu_chain.wanted() else (), hypers, scaling)
+        return super().begin(grads if wants_cpu_calls() else (), hypers, scaling)
 
     def take(self, numbers: array[float]) -> None:
         self._steps_by_address.take(self._grads, self._weights, numbers, self._scaling)

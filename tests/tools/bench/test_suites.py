@@ -340,7 +340,9 @@ def test_memory_of_an_optimizer() -> None:
 def test_launches_of_a_step() -> None:
     rows = run("launch")
     assert {row["status"] for row in rows.values()} == {"ok"}
-    assert all(row["host_us"] > 0 and row["operators"] >= 0 for row in rows.values())
+    assert all(row["host_us"] > 0 for row in rows.values())
+    by_operators = ("torch.optim.Muon", "Muon auto, fused update")  # others may be one call that is no operator
+    assert all(row["operators"] > 0 for (_, variant), row in rows.items() if variant in by_operators)
 
 
 @pytest.mark.parametrize("suite", [launch, memory])
