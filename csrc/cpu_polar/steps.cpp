@@ -3,17 +3,17 @@
 #include <stdexcept>
 
 #include "cpu_polar/words.h"
+#include "multi_tensor/stack_steps.h"
 
 namespace steepest::cpu_polar {
 namespace {
 
 using multi_tensor::Item;
 using multi_tensor::ItemsParams;
-using multi_tensor::kSums;
-using multi_tensor::Program;
+using multi_tensor::put;
 using multi_tensor::Stage;
 
-void* at(int64_t address) { return reinterpret_cast<void*>(address); }
+void* at(int64_t address) { return multi_tensor::at<void>(address); }
 Dtype type(int64_t code) { return static_cast<Dtype>(code); }
 
 // Of X, and of D.
@@ -23,33 +23,14 @@ int64_t bytes(const PolarStep& step) {
 
 class Steps {
  public:
-  explicit Steps(const PolarSteps& all) : all_(all) {
-    int64_t line = 0, chunks = 0;
-    for (int64_t i = 0; i < all.count; ++i) {
-      const PolarStep& step = all.steps[i];
-      lines_.push_back(line), line += step.matrices;
-      chunks += step.matrices * ((step.rows * step.columns - 1) / multi_tensor::kChunk + 1);
-    }
-    lines_.push_back(line);
-    partials_.resize(chunks * kSums);
-  }
+  explicit Steps(const PolarSteps& all) : all_(all), stacks_(all.steps, all.count, all.hypers) {}
 
   void decide() {
     multi_tensor::GradStatsParams params{};
-    for (int64_t i = 0; i < all_.count; ++i) {
-      const PolarStep& step = all_.steps[i];
-      multi_tensor::Gradient gradient{};
-      gradient.at = at(all_.grads[i]), gradient.dtype = type(step.grad_type), gradient.flat = true;
-      gradient.size = step.matrices * step.rows * step.columns;
-      multi_tensor::Owner& owner = gradient.owner;
-      owner.step = static_cast<float*>(at(step.step)), owner.program = Program(step.program);
-      const double* const hypers = all_.hypers + step.group * multi_tensor::kHypers;
-      for (int h = 0; h < multi_tensor::kHypers; ++h) owner.hyper[h] = {nullptr, hypers[h], Dtype::f64};
-      owner.first_sum = lines_[i], owner.end_sum = lines_[i + 1];
-      params.gradients.push_back(gradient);
-    }
+    for (int64_t i = 0; i < all_.count; ++i)
+      params.gradients.push_back(stacks_.gradient(i, all_.grads[i], type(all_.steps[i].grad_type)));
     params.scaling = all_.scaling, params.rows = all_.rows, params.sums = all_.sums, params.skipped = all_.skipped;
-    params.scratch = {nullptr, partials_.data()}, params.decide = true;
+    params.scratch = stacks_.scratch(), params.decide = true;
     multi_tensor::grad_stats_on_host(params);
   }
 
@@ -72,7 +53,7 @@ class Steps {
       room.push_back(make_words((bytes(step) + 3) / 4));
       return room.back().get();
     };
-    ItemsParams moments{{}, all_.rows, all_.sums, {nullptr, partials_.data()}}, weights = moments;
+    ItemsParams moments{{}, all_.rows, all_.sums, stacks_.scratch()}, weights = moments;
     std::vector<std::vector<Stack>> stacks(all_.chains.size());
     for (int64_t i = first; i < end; ++i) {
       const PolarStep& step = all_.steps[i];
@@ -92,27 +73,18 @@ class Steps {
   // What `update_moments` takes, or `apply_update`.
   Item item_of(int64_t i, void* direction, bool moves) const {
     const PolarStep& step = all_.steps[i];
-    Item item{};
-    const auto put = [&](multi_tensor::Slot slot, void* address, int64_t code) {
-      item.at[slot] = address, item.dtype[slot] = type(code);
-    };
-    put(multi_tensor::kGrad, moves ? nullptr : at(all_.grads[i]), step.grad_type);
-    put(multi_tensor::kMomentum, moves ? nullptr : at(step.momentum), step.momentum_type);
-    put(multi_tensor::kSecond, at(step.second), step.second_type);
-    put(multi_tensor::kDirection, direction, step.input_type);
-    put(multi_tensor::kParam, moves ? at(all_.params[i]) : nullptr, step.param_type);
-    put(multi_tensor::kMantissa, moves ? at(step.mantissa) : nullptr, static_cast<int64_t>(Dtype::i16));
-    item.matrices = step.matrices, item.size = step.rows * step.columns;
-    item.row = static_cast<int32_t>(i), item.first_sum = lines_[i];
-    item.program = Program(step.program), item.ratio = all_.ratios[i];
-    for (int k = 0; k < 3; ++k) item.place[k] = static_cast<uint32_t>(step.place[k]);
-    item.flat = true;
+    Item item = stacks_.item(i, all_.ratios[i]);
+    put(item, multi_tensor::kGrad, moves ? nullptr : at(all_.grads[i]), type(step.grad_type));
+    put(item, multi_tensor::kMomentum, moves ? nullptr : at(step.momentum), type(step.momentum_type));
+    put(item, multi_tensor::kSecond, at(step.second), type(step.second_type));
+    put(item, multi_tensor::kDirection, direction, type(step.input_type));
+    put(item, multi_tensor::kParam, moves ? at(all_.params[i]) : nullptr, type(step.param_type));
+    put(item, multi_tensor::kMantissa, moves ? at(step.mantissa) : nullptr, Dtype::i16);
     return item;
   }
 
   const PolarSteps& all_;
-  std::vector<int64_t> lines_;
-  std::vector<double> partials_;
+  multi_tensor::StackSteps<PolarStep> stacks_;
 };
 
 }  // namespace

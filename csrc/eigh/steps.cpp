@@ -6,56 +6,35 @@
 #include "cpu_polar/syrk.h"
 #include "cpu_polar/words.h"
 #include "eigh/rotate.h"
+#include "multi_tensor/stack_steps.h"
 
 namespace steepest::eigh {
 namespace {
 
+using multi_tensor::at;
 using multi_tensor::Item;
 using multi_tensor::ItemsParams;
 using multi_tensor::kColumns;
-using multi_tensor::kHypers;
-using multi_tensor::kSums;
 using multi_tensor::Owner;
-using multi_tensor::Program;
+using multi_tensor::put;
 using multi_tensor::Stage;
-
-template <class T>
-T* at(int64_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 int64_t elements(const StepInBases& step) { return step.matrices * step.rows * step.columns; }
 
 class Steps {
  public:
-  Steps(const StepsInBases& all, const cpu_polar::Kernels& kernels) : all_(all), kernels_(kernels) {
-    int64_t line = 0, chunks = 0;
-    for (int64_t i = 0; i < all.count; ++i) {
-      const StepInBases& step = all.steps[i];
-      lines_.push_back(line), line += step.matrices;
-      const int64_t size = step.rows * step.columns;
-      chunks += step.matrices * ((size - 1) / multi_tensor::kChunk + 1);
-    }
-    lines_.push_back(line);
-    partials_.resize(chunks * kSums);
-  }
+  Steps(const StepsInBases& all, const cpu_polar::Kernels& kernels)
+      : all_(all), kernels_(kernels), stacks_(all.steps, all.count, all.hypers) {}
 
   void decide() {
     multi_tensor::GradStatsParams params{};
     std::vector<Owner> owners;
     for (int64_t i = 0; i < all_.count; ++i) {
-      const StepInBases& step = all_.steps[i];
-      Owner owner{};
-      owner.step = at<float>(step.step), owner.program = Program(step.program);
-      for (int h = 0; h < kHypers; ++h) owner.hyper[h] = {nullptr, hypers(i)[h], Dtype::f64};
-      owner.first_sum = lines_[i], owner.end_sum = lines_[i + 1];
-      multi_tensor::Gradient gradient{};
-      gradient.at = at<const void>(all_.grads[i]), gradient.dtype = Dtype::f32, gradient.size = elements(step);
-      gradient.owner = owner, gradient.flat = true;
-      params.gradients.push_back(gradient), owners.push_back(owner);
+      params.gradients.push_back(stacks_.gradient(i, all_.grads[i], Dtype::f32));
+      owners.push_back(params.gradients.back().owner);
     }
     params.scaling = all_.scaling, params.rows = all_.rows, params.sums = all_.sums, params.skipped = all_.skipped;
-    params.scratch = {nullptr, partials_.data()}, params.decide = false;
+    params.scratch = stacks_.scratch(), params.decide = false;
     multi_tensor::grad_stats_on_host(params);
     for (int64_t i = 0; i < all_.count; ++i) {
       double* const row = all_.rows + i * kColumns;
@@ -86,7 +65,7 @@ class Steps {
   void refresh() const {
     const Refreshes& refreshes = all_.refreshes;
     if (refreshes.due == nullptr) return;
-    std::fill_n(refreshes.left, 2 * lines_.back(), 0);
+    std::fill_n(refreshes.left, 2 * stacks_.lines(), 0);
     std::vector<Tracked> stacks;
     for (int64_t i = 0; i < all_.count; ++i) {
       if (!refreshes.due[i] || !is_taken(i)) continue;
@@ -94,7 +73,7 @@ class Steps {
       Tracked stack{step.matrices, step.rows, step.columns, {}, at<float>(step.second)};
       for (int64_t k = 0; k < 2; ++k)
         stack.sides[k] = {at<const float>(step.factors[k]), at<float>(step.bases[k]), at<int32_t>(step.statuses[k]),
-                          refreshes.left + 2 * lines_[i] + k * step.matrices, nullptr};
+                          refreshes.left + 2 * stacks_.first_line(i) + k * step.matrices, nullptr};
       stacks.push_back(stack);
     }
     track(stacks, refreshes.limits, kernels_);
@@ -102,11 +81,10 @@ class Steps {
 
  private:
   bool is_taken(int64_t i) const { return all_.rows[i * kColumns + multi_tensor::kFinite] != 0; }
-  const double* hypers(int64_t i) const { return all_.hypers + all_.steps[i].group * kHypers; }
 
   void take(const std::vector<int64_t>& some) {
     std::vector<cpu_polar::Words> room;  // of each its own, as of cpu_polar/steps.cpp
-    ItemsParams moments{{}, all_.rows, all_.sums, {nullptr, partials_.data()}}, weights = moments;
+    ItemsParams moments{{}, all_.rows, all_.sums, stacks_.scratch()}, weights = moments;
     std::vector<AdamStep> turned;
     for (int64_t i : some) {
       room.push_back(cpu_polar::make_words(elements(all_.steps[i])));
@@ -127,25 +105,17 @@ class Steps {
 
   Item make_item(int64_t i) const {
     const StepInBases& step = all_.steps[i];
-    Item item{};
-    const auto put = [&](multi_tensor::Slot slot, int64_t address, Dtype dtype) {
-      item.at[slot] = at<void>(address), item.dtype[slot] = dtype;
-    };
-    put(multi_tensor::kGrad, all_.grads[i], Dtype::f32);
-    put(multi_tensor::kMomentum, step.momentum, static_cast<Dtype>(step.momentum_type));
-    put(multi_tensor::kParam, all_.params[i], static_cast<Dtype>(step.param_type));
-    put(multi_tensor::kMantissa, step.mantissa, Dtype::i16);
-    item.matrices = step.matrices, item.size = step.rows * step.columns;
-    item.row = static_cast<int32_t>(i), item.first_sum = lines_[i];
-    item.program = Program(step.program), item.ratio = all_.numbers[i].ratio;
-    for (int k = 0; k < 3; ++k) item.place[k] = static_cast<uint32_t>(step.place[k]);
-    item.flat = true;
+    Item item = stacks_.item(i, all_.numbers[i].ratio);
+    put(item, multi_tensor::kGrad, at<void>(all_.grads[i]), Dtype::f32);
+    put(item, multi_tensor::kMomentum, at<void>(step.momentum), static_cast<Dtype>(step.momentum_type));
+    put(item, multi_tensor::kParam, at<void>(all_.params[i]), static_cast<Dtype>(step.param_type));
+    put(item, multi_tensor::kMantissa, at<void>(step.mantissa), Dtype::i16);
     return item;
   }
 
   AdamStep make_turn(int64_t i, float* update) const {
     const StepInBases& step = all_.steps[i];
-    const double beta = hypers(i)[multi_tensor::kHyperBeta2], eps = hypers(i)[multi_tensor::kHyperEps];
+    const double beta = stacks_.hypers(i)[multi_tensor::kHyperBeta2], eps = stacks_.hypers(i)[multi_tensor::kHyperEps];
     Rotation rotation{step.matrices,
                       step.rows,
                       step.columns,
@@ -175,8 +145,7 @@ class Steps {
 
   const StepsInBases& all_;
   const cpu_polar::Kernels& kernels_;
-  std::vector<int64_t> lines_;
-  std::vector<double> partials_;
+  multi_tensor::StackSteps<StepInBases> stacks_;
 };
 
 }  // namespace
